@@ -1,0 +1,138 @@
+-- begin_step: claims a step for one delivery, or says why it must be skipped.
+--
+-- KEYS  1 steps   hash        the run's records
+--       2 done    sorted set  its completed steps, in order
+--       3 claims  sorted set  leased claims of the bucket, by the end of their lease
+--       4 failed  sorted set  failed steps of the bucket, by the time of the failure
+-- ARGV  1 token   made for this call alone; it becomes the claim's, and tells a re-sent call from a second one
+--       2 step
+--       3 run     "<bytes in the run id>:<run id>", for the indexes
+--       4 input   of the caller: kept unless the step was scheduled with its own
+--       5 owner         or ""
+--       6 lease_ms      or ""  the claim never ends by itself
+--       7 max_attempts  or ""  any number
+--       8 ttl_ms        or ""  for a run that this call makes
+--       9 lapse_error   last error of a step whose claim lapsed with no attempt left; or ""  without max_attempts
+-- REPLY {"execute", nonce, state} | {"execute", nonce, state, input}  where the input kept is not the caller's
+--       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
+--       {"busy", nonce, state, input, output, error, remaining_ms | ""}
+-- Writes only when it replies "execute" for the first time, or turns a lapsed claim into a failure ("exhausted").
+
+-- include record
+-- include run
+
+local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local token, step, input, owner, lease = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
+
+local run, state, refusal = load(steps, done, step)
+if refusal then
+  return refusal
+end
+local now = now_ms()
+
+if not state then
+  if lease ~= "" then
+    -- The first write checks its own key: nothing is written if this fails.
+    local answer = redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)
+    if type(answer) == "table" then
+      return failed_call(claims, answer)
+    end
+  end
+  if not run.exists then
+    set_ttl(run, ARGV[8])
+  end
+  run.created = run.created + 1
+  state = {
+    status = RUNNING,
+    attempt = 1,
+    released = "",
+    token = token,
+    lease = lease,
+    started = 0,
+    ended = "",
+    created = now,
+    rest = run.created .. "  " .. owner,
+  }
+  hold(run, state)
+  local line = format_state(state)
+  redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "i" .. step, input)
+  renew_expiry(run, steps, done, now)
+  return { "execute", nonce, line }
+end
+
+-- include reply
+-- include indexes
+-- include history
+
+if state.status == COMPLETED then
+  return with_record("completed", steps, step)
+end
+if holds(state, token) then
+  return { "execute", nonce, state.line, redis.call("HGET", steps, "i" .. step) }
+end
+local lapsed = false
+if state.status == RUNNING then
+  local remaining = state.lease ~= "" and state.created + state.started + state.lease - now
+  if not remaining or remaining > 0 then
+    local reply = with_record("busy", steps, step)
+    reply[7] = remaining and tostring(remaining) or ""
+    return reply
+  end
+  lapsed = true
+end
+local scheduled = state.status == PENDING
+if (state.token == token and not scheduled) or past_attempt(steps, step, state, token) then
+  -- This very call was granted a claim that lapsed and was passed on before the reply got through.
+  return with_record("lost", steps, step)
+end
+refusal = check_indexes(claims, failed)
+if refusal then
+  return refusal
+end
+
+local member = ARGV[3] .. step
+if lapsed then
+  -- Nobody ended the attempt: it counts as ended when its lease did.
+  state.status, state.ended, state.lease = EXPIRED, state.lease, ""
+end
+local used = state.attempt - (tonumber(state.released) or 0)
+if not scheduled and ARGV[7] ~= "" and used >= tonumber(ARGV[7]) then
+  if lapsed then
+    redis.call("HSET", steps, "s" .. step, format_state(state), "e" .. step, ARGV[9])
+    redis.call("ZREM", claims, member)
+    index_failed(failed, member, now)
+    renew_expiry(run, steps, done, now)
+  end
+  return with_record("exhausted", steps, step)
+end
+
+local fields = {}
+if state.attempt ~= "0" then
+  local last_error = redis.call("HGET", steps, "e" .. step) or ""
+  fields[1], fields[2] = "a" .. state.attempt .. ":" .. step, format_state(state) .. "\n" .. last_error
+end
+state.status = RUNNING
+state.attempt = state.attempt + 1
+state.token = token
+state.lease = lease
+state.started = math.max(0, now - state.created)
+state.ended = ""
+state.rest = string.match(state.rest, "^%d+ %S* ") .. owner
+hold(run, state)
+local line = format_state(state)
+local count = #fields
+fields[count + 1], fields[count + 2] = "r", format_run(run)
+fields[count + 3], fields[count + 4] = "s" .. step, line
+if not scheduled then
+  fields[count + 5], fields[count + 6] = "i" .. step, input
+end
+redis.call("HSET", steps, unpack(fields))
+redis.call("HDEL", steps, "e" .. step, "a" .. (state.attempt - 1 - HISTORY) .. ":" .. step)
+redis.call("ZREM", failed, member)
+if lease == "" then
+  redis.call("ZREM", claims, member)
+else
+  redis.call("ZADD", claims, now + lease, member)
+end
+renew_expiry(run, steps, done, now)
+return { "execute", nonce, line, scheduled and redis.call("HGET", steps, "i" .. step) or nil }

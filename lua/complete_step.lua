@@ -1,0 +1,63 @@
+-- complete_step: ends a claim with an output, gives the step its place in the order, and schedules what follows.
+--
+-- KEYS  1 steps   hash        the run's records
+--       2 done    sorted set  its completed steps, in order
+--       3 claims  sorted set  leased claims of the bucket, by the end of their lease
+-- ARGV  1 nonce   of this call, echoed
+--       2 step
+--       3 run     "<bytes in the run id>:<run id>", for the indexes
+--       4 token   of the claim, or ""  for whoever holds it
+--       5 output
+--       6 step, 7 input, …  successors: those without a record become pending
+-- REPLY {"completed", nonce, state} | {"completed", nonce, state, input}  without a token
+--       {"stale", nonce, state, input, output, error}
+--       {"missing", nonce}
+-- Writes only when it replies "completed" for the first time.
+
+-- include record
+-- include run
+
+local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
+local step, token, output = ARGV[2], ARGV[4], ARGV[5]
+local SUCCESSORS = 6
+
+local run, state, refusal = load(steps, done, step)
+if refusal then
+  return refusal
+end
+if not state then
+  return { "missing", nonce }
+end
+
+if holds(state, token) then
+  if state.lease ~= "" then
+    -- The first write checks its own key: nothing is written if this fails.
+    local answer = redis.pcall("ZREM", claims, ARGV[3] .. step)
+    if type(answer) == "table" then
+      return failed_call(claims, answer)
+    end
+  end
+  local now = now_ms()
+  unhold(run, state)
+  run.completed = run.completed + 1
+  redis.call("ZADD", done, run.completed, step)
+  if ARGV[SUCCESSORS] then
+    -- include schedule
+    local missing = without_record(steps, SUCCESSORS, "")
+    write_pending(run, steps, missing, "", now)
+  end
+  end_attempt(state, COMPLETED, now)
+  local line = format_state(state)
+  redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "o" .. step, output)
+  renew_expiry(run, steps, done, now)
+  return { "completed", nonce, line, token == "" and redis.call("HGET", steps, "i" .. step) or nil }
+end
+
+-- include reply
+
+if state.status == COMPLETED and (token == state.token or token == "") then
+  if redis.call("HGET", steps, "o" .. step) == output then
+    return { "completed", nonce, state.line, token == "" and redis.call("HGET", steps, "i" .. step) or nil }
+  end
+end
+return with_record("stale", steps, step)

@@ -1,0 +1,15 @@
+-- completed_steps: lists a run's completed steps in the order of their completion.
+--
+-- KEYS  1 steps   hash        the run's records
+--       2 done    sorted set  its completed steps, in order
+-- ARGV  1 nonce   of this call, echoed
+-- REPLY {"steps", nonce, {step, …}}
+-- Writes nothing.
+
+-- include record
+
+local _, _, refusal = load(KEYS[1], KEYS[2])
+if refusal then
+  return refusal
+end
+return { "steps", nonce, redis.call("ZRANGE", KEYS[2], 0, -1) }

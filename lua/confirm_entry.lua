@@ -1,0 +1,34 @@
+-- confirm_entry: holds an entry of the claims or failed index against its record, and drops it if they disagree.
+--
+-- KEYS  1 steps   hash        the run's records
+--       2 done    sorted set  its completed steps, in order
+--       3 index   sorted set  claims or failed
+-- ARGV  1 nonce   of this call, echoed
+--       2 step
+--       3 run     "<bytes in the run id>:<run id>"
+--       4 index   "claims" or "failed"
+-- REPLY {"lapsed" | "failed", nonce, state, input, output, error} | {"live", nonce} | {"dropped", nonce}
+-- Writes only when it replies "dropped", or "live" for a claim whose entry had another end of the lease.
+
+-- include record
+-- include reply
+
+local steps, index, step, member = KEYS[1], KEYS[3], ARGV[2], ARGV[3] .. ARGV[2]
+
+local _, state, refusal = load(steps, KEYS[2], step)
+if refusal and refusal[1] ~= "tombstone" then
+  return refusal
+end
+if state and ARGV[4] == "failed" and (state.status == FAILED or state.status == EXPIRED) then
+  return with_record("failed", steps, step)
+end
+if state and ARGV[4] == "claims" and state.status == RUNNING and state.lease ~= "" then
+  local lease_end = state.created + state.started + state.lease
+  if lease_end <= now_ms() then
+    return with_record("lapsed", steps, step)
+  end
+  redis.call("ZADD", index, lease_end, member)
+  return { "live", nonce }
+end
+redis.call("ZREM", index, member)
+return { "dropped", nonce }

@@ -1,0 +1,18 @@
+-- history: what a step's earlier attempts did. Needs record.
+
+local HISTORY = 8 -- past attempts kept of each step
+
+-- The past attempt that held `token`, or nil. Only for calls that are about to be refused.
+local function past_attempt(steps, step, state, token)
+  if token == "" then
+    return nil
+  end
+  for number = state.attempt - 1, math.max(1, state.attempt - HISTORY), -1 do
+    local line = redis.call("HGET", steps, "a" .. number .. ":" .. step)
+    local past = line and parse_state(string.match(line, "^[^\n]*"))
+    if past and past.token == token then
+      past.error = string.sub(line, #past.line + 2)
+      return past
+    end
+  end
+end

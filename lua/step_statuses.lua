@@ -1,0 +1,30 @@
+-- step_statuses: reads the state line of every step of a run, and no payload.
+--
+-- KEYS  1 steps   hash        the run's records
+--       2 done    sorted set  its completed steps, in order
+-- ARGV  1 nonce   of this call, echoed
+-- REPLY {"states", nonce, {field, …}, {state, …}}  in no order
+-- Writes nothing.
+
+-- include record
+
+local steps = KEYS[1]
+local CHUNK = 1000 -- arguments of one redis.call; Lua's stack takes about 8,000
+
+local _, _, refusal = load(steps, KEYS[2])
+if refusal then
+  return refusal
+end
+local fields, lines = {}, {}
+for _, field in ipairs(redis.call("HKEYS", steps)) do
+  if string.sub(field, 1, 1) == "s" then
+    fields[#fields + 1] = field
+  end
+end
+for first = 1, #fields, CHUNK do
+  local last = math.min(first + CHUNK - 1, #fields)
+  for _, line in ipairs(redis.call("HMGET", steps, unpack(fields, first, last))) do
+    lines[#lines + 1] = line
+  end
+end
+return { "states", nonce, fields, lines }

@@ -1,0 +1,106 @@
+"""Checks of arguments: what is wrong is refused here, before anything is sent, and what is right becomes bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import timedelta
+from enum import Enum
+from typing import Final
+from uuid import UUID
+
+from squidstep_redis.errors import InvalidArgumentError, described
+
+RunId = str | UUID
+Step = str | Enum
+Seconds = float | timedelta
+
+MAX_IDENTIFIER_BYTES: Final = 512
+MAX_PREFIX_BYTES: Final = 128
+MAX_OWNER_BYTES: Final = 256
+MAX_LEASE: Final = timedelta(days=366)
+MAX_TTL: Final = timedelta(days=3_660)
+
+_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
+
+
+def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYTES) -> bytes:
+    """A str of 1 to `max_bytes` bytes of UTF-8, any characters."""
+    if not isinstance(value, str):
+        raise InvalidArgumentError(argument, f"must be a non-empty str, not {described(value)}")
+    try:
+        data = value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(argument, f"has a lone surrogate at {error.start}: {described(value)}") from None
+    if not 0 < len(data) <= max_bytes:
+        raise InvalidArgumentError(
+            argument, f"must be 1 to {max_bytes} bytes of UTF-8, not {len(data):,}: {described(value)}"
+        )
+    return data
+
+
+def run_id(value: object) -> bytes:
+    """A run id: an identifier or a UUID."""
+    return str(value).encode() if isinstance(value, UUID) else identifier("run_id", value)
+
+
+def step(value: object, argument: str = "step") -> bytes:
+    """A step's name: an identifier, or an enum member, which stands for its value if that is a str, else its name."""
+    if isinstance(value, Enum):
+        value = value.value if isinstance(value.value, str) else value.name
+    return identifier(argument, value)
+
+
+def distinct(argument: str, names: Iterable[bytes]) -> list[bytes]:
+    """Names of which none comes twice: `"pay"` and `Step.PAY` may be the same step."""
+    seen: dict[bytes, None] = {}
+    for name in names:
+        if name in seen:
+            raise InvalidArgumentError(argument, f"names the step {name.decode()!r} twice")
+        seen[name] = None
+    return list(seen)
+
+
+def prefix(value: object) -> bytes:
+    """A prefix of keys: an identifier without braces, which would move the hash tag."""
+    data = identifier("prefix", value, MAX_PREFIX_BYTES)
+    if b"{" in data or b"}" in data:
+        raise InvalidArgumentError("prefix", f"must be without braces, not {described(value)}")
+    return data
+
+
+def owner(value: object) -> bytes:
+    """Who claims: None, or an identifier without control characters, for it is shown in terminals."""
+    if value is None:
+        return b""
+    data = identifier("owner", value, MAX_OWNER_BYTES)
+    if _CONTROL.search(data):
+        raise InvalidArgumentError("owner", f"must be without control characters, not {described(value)}")
+    return data
+
+
+def integer(argument: str, value: object, most: int) -> int:
+    """An int of 1 to `most`."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise InvalidArgumentError(argument, f"must be an int from 1 to {most:,}, not {described(value)}")
+    return value
+
+
+def milliseconds(argument: str, value: object, most: timedelta = MAX_TTL) -> bytes:
+    """A span of time in whole milliseconds; empty for None."""
+    return b"" if value is None else b"%d" % round(_seconds(argument, value, most) * 1_000)
+
+
+def _seconds(argument: str, value: object, most: timedelta) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    # NaN fails every comparison, and so is refused.
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not 0.001 <= seconds <= most.total_seconds()
+    ):
+        raise InvalidArgumentError(
+            argument,
+            f"must be seconds from 0.001 to {most.total_seconds():,.0f} or a timedelta, not {described(value)}",
+        )
+    return seconds

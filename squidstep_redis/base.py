@@ -1,0 +1,148 @@
+"""What the two stores share: their settings, and how an operation becomes a method. Nothing here waits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, ClassVar, Final, Generic, Self, TypeVar
+
+from redis.exceptions import ConnectionError, TimeoutError
+
+from squidstep_redis import wire
+from squidstep_redis.arguments import Seconds
+from squidstep_redis.calls import Calls
+from squidstep_redis.codec import Codec
+from squidstep_redis.errors import UnsupportedClientError, described
+
+C = TypeVar("C")
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+DEFAULT_PREFIX: Final = "squidstep"
+DEFAULT_MAX_PAYLOAD_BYTES: Final = 4 * 1024 * 1024
+
+# What a store's own client is made with. All operations can be re-sent: each knows itself again by its nonce or
+# token. RESP2, because with RESP3 a reply left over by an interrupted command may be handed to the next one.
+RETRIES: Final = 3
+CLIENT_OPTIONS: Final[dict[str, Any]] = {
+    "protocol": 2,
+    "socket_timeout": 5.0,
+    "socket_connect_timeout": 5.0,
+    "retry_on_error": [ConnectionError, TimeoutError],
+}
+
+
+class BaseStore(ABC, Generic[C]):
+    """Decides, atomically, which delivery of a step executes, and keeps each step's input, output and failure.
+
+    Every operation is one round trip. A store keeps no state of its own: make as many as you like, share one
+    between threads or tasks, and use it after a fork.
+
+    Attributes:
+        client: the redis-py client.
+        calls: makes any operation as data, for `batch` and `queue`; same names, same arguments.
+    """
+
+    client: C
+    calls: Calls
+    _client_types: ClassVar[tuple[type, ...]]
+
+    def __init__(
+        self,
+        client: C,
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        codec: Codec | None = None,
+        max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        run_ttl: Seconds | None = None,
+    ) -> None:
+        """Makes a store on a client of yours, which stays yours to close; nothing is sent.
+
+        Args:
+            client: a pooled `Redis`, also one that decodes responses or comes from Sentinel's `master_for`, or a
+                `RedisCluster`.
+            prefix: of all keys, up to 128 bytes, no braces.
+            codec: how payloads become bytes; None: `MsgpackCodec()`.
+            max_payload_bytes: what a payload may take, encoded.
+            run_ttl: seconds after its last write at which a run that this store starts expires; see `expire_run`.
+
+        Raises:
+            InvalidArgumentError: a setting is refused; UnsupportedClientError for the client.
+        """
+        self._check_client(client)
+        self.client = client
+        self._untyped_client: Any = client  # redis-py leaves parts of its types unknown
+        self.calls = Calls(prefix, codec, max_payload_bytes, run_ttl)
+        self._owns_client = False
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        codec: Codec | None = None,
+        max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        run_ttl: Seconds | None = None,
+        **options: Any,
+    ) -> Self:
+        """Makes a store with a client of its own: RESP2, time-outs of five seconds, three re-sends with a pause.
+
+        Args:
+            url: such as `redis://localhost:6379/0`; see redis-py's `Redis.from_url`.
+            prefix: as in the constructor, like the next three.
+            codec: see there.
+            max_payload_bytes: see there.
+            run_ttl: see there.
+            options: for redis-py's `Redis.from_url`, over what is said above.
+        """
+        client = cls._connect(url, {**CLIENT_OPTIONS, **options})
+        store = cls(client, prefix=prefix, codec=codec, max_payload_bytes=max_payload_bytes, run_ttl=run_ttl)
+        store._owns_client = True
+        return store
+
+    def queue(self, pipeline: Any, call: wire.Call[T]) -> wire.Queued[T]:
+        """Appends an operation to a pipeline or transaction of your own, so that both commit together.
+
+        Args:
+            pipeline: of a redis-py client of the same server, not yet executed.
+            call: made by `store.calls`.
+
+        Returns:
+            What reads the operation's reply: `queued.result(pipeline.execute())`.
+
+        Raises:
+            UnsupportedClientError: the pipeline would run the command at once, or decode payloads.
+        """
+        return wire.queue(pipeline, call)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.client!r}, prefix={self.calls.prefix!r})"
+
+    @classmethod
+    @abstractmethod
+    def _connect(cls, url: str, options: dict[str, Any]) -> C:
+        """Makes the store's own client."""
+
+    @classmethod
+    def _check_client(cls, client: object) -> None:
+        if not isinstance(client, cls._client_types) or hasattr(client, "execute"):  # a pipeline is a Redis, too
+            names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in cls._client_types)
+            raise UnsupportedClientError("client", f"must be a {names}, not {described(client)}")
+        if getattr(client, "single_connection_client", False) or getattr(client, "connection", None) is not None:
+            raise UnsupportedClientError(
+                "client", "has a single connection, which threads and forked processes would share: use a pooled client"
+            )
+
+
+def documented(method: F, make: Callable[..., Any], store: str) -> F:
+    """Gives a store's method the name, signature and docstring of the operation that it sends."""
+    wraps(make)(method)
+    own = signature(make)
+    answered = str(own.return_annotation).partition("[")[2].removesuffix("]")
+    method.__qualname__ = f"{store}.{make.__name__}"
+    method.__annotations__ = {**make.__annotations__, "return": answered}
+    method.__dict__["__signature__"] = own.replace(return_annotation=answered)
+    return method

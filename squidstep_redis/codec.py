@@ -1,0 +1,210 @@
+"""Payloads to bytes and back: what goes in comes back equal, or is refused with the path to the culprit."""
+
+from __future__ import annotations
+
+import math
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Protocol, cast, runtime_checkable
+
+import msgpack as untyped_msgpack
+
+from squidstep_redis.errors import (
+    InvalidArgumentError,
+    PayloadError,
+    PayloadTooLargeError,
+    UndecodablePayloadError,
+    described,
+)
+
+Payload = dict[str, Any]
+
+msgpack: Any = untyped_msgpack  # it ships no types
+
+_ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
+_MAX_DEPTH: Final = 500  # msgpack's own packer gives up at 511
+_MESSAGE_CHARS: Final = 2_000
+_TRACEBACK_CHARS: Final = 8_000
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What turns payloads into bytes. A codec of your own may wrap `MsgpackCodec` to compress or encrypt.
+
+    The same payload must give the same bytes if a completion that you repeat yourself is to be known as the same.
+    Give it to every process that shares a prefix: the bytes do not say which codec wrote them.
+    """
+
+    def encode(self, payload: Payload) -> bytes:
+        """Returns the bytes to store; raises ValueError or TypeError for what it cannot carry."""
+        ...
+
+    def decode(self, data: bytes) -> Payload:
+        """Returns the payload that `encode` was given."""
+        ...
+
+
+class MsgpackCodec:
+    """The default codec: msgpack, strict.
+
+    A payload either comes back equal or is refused. Tuples come back as lists, aware datetimes in UTC, bytearrays
+    as bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are refused rather than
+    flattened.
+    """
+
+    def encode(self, payload: Payload) -> bytes:
+        """Encodes a payload and checks that it decodes to an equal one.
+
+        Raises:
+            PayloadError: something in the payload would not come back equal; its path starts at `payload`.
+        """
+        tuples = False
+
+        def listed(value: object) -> object:
+            nonlocal tuples
+            if type(value) is tuple:
+                tuples = True
+                return list(cast("tuple[object, ...]", value))
+            raise TypeError
+
+        try:
+            data = msgpack.packb(payload, default=listed, strict_types=True, datetime=True)
+            # NaN, odd map keys, far-off dates: all that msgpack packs but does not give back shows up here.
+            faithful = self.decode(data) == (_with_lists(payload) if tuples else payload)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise _culprit(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
+        if not faithful:
+            raise _culprit(payload) or PayloadError("payload", "would not come back equal")
+        return data
+
+    def decode(self, data: bytes) -> Payload:
+        """Decodes what `encode` made."""
+        return msgpack.unpackb(data, strict_map_key=False, timestamp=3)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return "MsgpackCodec()"
+
+
+@dataclass(frozen=True, slots=True)
+class Payloads:
+    """A codec with the store's own checks around it."""
+
+    codec: Codec
+    max_bytes: int
+
+    def encode(self, argument: str, payload: object) -> bytes:
+        """Encodes the payload given as `argument`, or refuses it.
+
+        Raises:
+            PayloadError: it is not a dict, or the codec refuses it; says where.
+            PayloadTooLargeError: it takes more than `max_bytes` encoded.
+        """
+        if not isinstance(payload, dict):
+            raise PayloadError(argument, f"must be a dict, not {described(payload)}")
+        codec = type(self.codec).__name__
+        try:
+            data = self.codec.encode(cast("Payload", payload))
+        except InvalidArgumentError as error:
+            raise PayloadError(argument + error.argument.removeprefix("payload"), error.problem) from error.__cause__
+        except (ValueError, TypeError) as error:
+            raise PayloadError(argument, f"refused by {codec}: {error}") from error
+        if type(data) is not bytes or not data:
+            raise PayloadError(argument, f"{codec} must encode to non-empty bytes, not {described(data)}")
+        if len(data) > self.max_bytes:
+            raise PayloadTooLargeError(
+                argument, f"takes {len(data):,} bytes, over the store's max_payload_bytes of {self.max_bytes:,}"
+            )
+        return data
+
+    def decode(self, data: bytes, run_id: str, step: str, name: str) -> Payload:
+        """Decodes a stored payload.
+
+        Raises:
+            UndecodablePayloadError: the codec cannot read it: another one wrote it, as a rule.
+        """
+        try:
+            return self.codec.decode(data)
+        except Exception as error:  # whatever a codec raises: the caller needs to know which payload it was
+            raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__) from error
+
+
+def error_payload(error: BaseException) -> Payload:
+    """Makes a map of an exception: `type`, `message` and a bounded `traceback`, the end of it first to be kept."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 -- a message that cannot be made must not hide the failure
+        message = f"(str() of this {type(error).__name__} raised)"
+    cls = type(error)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    lines = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
+    return {
+        "type": _printable(name),
+        "message": _printable(message)[:_MESSAGE_CHARS],
+        "traceback": _printable(lines)[-_TRACEBACK_CHARS:],
+    }
+
+
+def _printable(text: str) -> str:
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _with_lists(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_with_lists(item) for item in cast("list[object]", value)]
+    return value
+
+
+def _culprit(payload: object) -> PayloadError | None:
+    """Finds what msgpack would not carry. Slow and only for payloads that are being refused."""
+    for path, problem in _problems(payload, "payload", 1):
+        return PayloadError(path, problem)
+    return None
+
+
+def _problems(value: object, path: str, depth: int) -> Iterator[tuple[str, str]]:
+    if depth > _MAX_DEPTH:
+        yield path, f"nested more than {_MAX_DEPTH} levels deep"
+    elif type(value) is dict:
+        for key, item in cast("dict[object, object]", value).items():
+            inner = f"{path}[{described(key)[len(type(key).__name__) + 1 :]}]"
+            if isinstance(key, tuple):
+                yield inner, "a tuple cannot be a key, it would come back as a list"
+            yield from _problems(key, f"key {inner}", depth + 1)
+            yield from _problems(item, inner, depth + 1)
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(cast("list[object]", value)):
+            yield from _problems(item, f"{path}[{index}]", depth + 1)
+    elif problem := _scalar_problem(value):
+        yield path, problem
+
+
+def _scalar_problem(value: object) -> str | None:
+    if type(value) is int:
+        return None if -(2**63) <= value < 2**64 else "int of more than 64 bits"
+    if type(value) is float:
+        return "NaN equals nothing, so it would not come back equal" if math.isnan(value) else None
+    if type(value) is str:
+        return "str with a lone surrogate, which UTF-8 cannot carry" if _SURROGATE.search(value) else None
+    if type(value) is datetime:
+        if value.tzinfo is None:
+            return "datetime without a time zone; give it one (datetime.now(timezone.utc))"
+        try:
+            carried = msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
+        except (OverflowError, ValueError) as error:
+            return f"datetime that msgpack cannot carry ({error})"
+        return None if carried == value else f"{described(value)} would not come back equal"
+    if value is None or type(value) in (bool, bytes, bytearray):
+        return None
+    return f"{described(value)}; allowed are {_ALLOWED}"

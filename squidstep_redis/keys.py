@@ -1,0 +1,50 @@
+"""The Redis keys of a run, and those that span runs (lua/README.md draws the layout)."""
+
+from __future__ import annotations
+
+from binascii import crc32
+from typing import Final, NamedTuple
+
+BUCKETS: Final = 1024
+
+
+class RunKeys(NamedTuple):
+    """The keys that the scripts of one run touch, all in one hash slot."""
+
+    steps: bytes
+    done: bytes
+    claims: bytes
+    failed: bytes
+
+
+class Keys:
+    """The keys of one prefix."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self._buckets = [b"%s:{%x}:" % (prefix, bucket) for bucket in range(BUCKETS)]
+
+    def run(self, run_id: bytes) -> RunKeys:
+        """The keys of a run."""
+        bucket = self._buckets[crc32(run_id) % BUCKETS]
+        run = bucket + run_id
+        return RunKeys(run + b":steps", run + b":done", bucket + b"claims", bucket + b"failed")
+
+    def claims(self) -> list[bytes]:
+        """The claims index of every bucket."""
+        return [bucket + b"claims" for bucket in self._buckets]
+
+    def failed(self) -> list[bytes]:
+        """The index of failed steps of every bucket."""
+        return [bucket + b"failed" for bucket in self._buckets]
+
+
+def member_prefix(run_id: str) -> bytes:
+    """What the members of all steps of a run begin with, in an index (lua/lib/indexes.lua says why)."""
+    data = run_id.encode()
+    return b"%d:%b" % (len(data), data)
+
+
+def parse_member(member: bytes) -> tuple[str, str]:
+    """Takes a member of an index back to its run and step (lua/lib/indexes.lua makes it)."""
+    length, _, names = member.partition(b":")
+    return names[: int(length)].decode(), names[int(length) :].decode()

