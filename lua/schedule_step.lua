@@ -6,7 +6,7 @@
 --       2 ttl_ms  or ""  for a run that this call makes
 --       3 step
 --       4 input
--- REPLY {"schedule", nonce, state} | {"skip", nonce, state, input, output, error}
+-- REPLY {"schedule", nonce, state} | {"schedule" | "skip", nonce, state, input, output, error}
 -- Writes only when it replies "schedule" for the first time.
 
 -- include record
@@ -33,7 +33,5 @@ end
 
 -- include reply
 
-if scheduled_by(state) == nonce then
-  return { "schedule", nonce, state.line }
-end
-return with_record("skip", steps, step)
+-- The step may have moved on before the reply to the call that scheduled it got through.
+return with_record(scheduled_by(state) == nonce and "schedule" or "skip", steps, step)

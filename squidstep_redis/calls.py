@@ -101,9 +101,9 @@ class Calls:
         data = self.payloads.encode("input", input)
 
         def parse(reply: Reply) -> ScheduleResult:
-            if reply[0] == b"skip":
-                return ScheduleResult(self._record(run, name, reply[2:], keys.steps), "skip")
-            return ScheduleResult(self._record(run, name, [reply[2], data, None, None], keys.steps), "schedule")
+            values = reply[2:] if len(reply) > 3 else [reply[2], data, None, None]
+            decision = "schedule" if reply[0] == b"schedule" else "skip"
+            return ScheduleResult(self._record(run, name, values, keys.steps), decision)
 
         args = (nonce, self._ttl_ms, step_name, data)
         return Call(run, script("schedule_step"), keys[:2], args, parse)

@@ -1,0 +1,171 @@
+"""What the behaviour suite runs on: every server, and on each the blocking and the asyncio store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import fakeredis
+import redis
+import redis.asyncio
+from servers import EmbeddedCluster, find_binary, wait_until
+
+from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+
+# Without configuration: what `pip install` brings. The others are asked for with --servers, and must then be there.
+DEFAULT_SERVERS = ("fakeredis", "valkey", "cluster")
+ALL_SERVERS = (*DEFAULT_SERVERS, "redis-7", "redis-6")
+
+
+class Backend:
+    """A server to test on, and clients of it."""
+
+    def __init__(self, name: str, connect: Callable[..., Any], connect_asyncio: Callable[..., Any]) -> None:
+        self.name = name
+        self.connect = connect
+        self.connect_asyncio = connect_asyncio
+        self.raw: Any = connect()
+
+    def now(self) -> float:
+        seconds, microseconds = self.raw.time(target_nodes="random") if self.name == "cluster" else self.raw.time()
+        return seconds + microseconds / 1_000_000
+
+    def keys(self, prefix: str) -> set[bytes]:
+        return set(self.raw.scan_iter(match=f"{prefix}:*", count=1000))
+
+    def flush_scripts(self) -> None:
+        if self.name == "cluster":
+            self.raw.script_flush(target_nodes="primaries")
+        else:
+            self.raw.script_flush()
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[Backend]:
+    """Starts the server of that name."""
+    if name == "fakeredis":
+        fake = fakeredis.FakeServer()
+        yield Backend(
+            name,
+            functools.partial(fakeredis.FakeStrictRedis, server=fake),
+            functools.partial(fakeredis.FakeAsyncRedis, server=fake),
+        )
+    elif name == "cluster":
+        with EmbeddedCluster() as cluster:
+            url = cluster.url
+            yield Backend(
+                name,
+                functools.partial(redis.RedisCluster.from_url, url),
+                functools.partial(redis.asyncio.RedisCluster.from_url, url),
+            )
+    else:
+        with EmbeddedServer(binary=find_binary(name)) as server:
+            yield Backend(
+                name,
+                functools.partial(redis.Redis.from_url, server.url, protocol=2),
+                functools.partial(redis.asyncio.Redis.from_url, server.url, protocol=2),
+            )
+
+
+class Driven:
+    """An asyncio store that is called like a blocking one: one suite for both."""
+
+    def __init__(self, store: AsyncStepRunStore, runner: asyncio.Runner) -> None:
+        self.store = store
+        self.runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.store, name)
+        if not inspect.iscoroutinefunction(value):
+            return value
+
+        @functools.wraps(value)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.runner.run(value(*args, **kwargs))
+
+        return run
+
+
+class Resending:
+    """A client that loses each reply `times` times and sends again, as redis-py does."""
+
+    def __init__(self, client: Any, times: int) -> None:
+        self.client = client
+        self.times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        if isinstance(self.client, redis.Redis | redis.RedisCluster):
+            for _ in range(self.times):
+                self.client.execute_command(*args, **options)
+            return self.client.execute_command(*args, **options)
+        return self._execute_asyncio(*args, **options)
+
+    async def _execute_asyncio(self, *args: Any, **options: Any) -> Any:
+        for _ in range(self.times):
+            await self.client.execute_command(*args, **options)
+        return await self.client.execute_command(*args, **options)
+
+
+class Bench:
+    """Makes stores of one flavour on one server, all with the test's own prefix."""
+
+    def __init__(self, backend: Backend, runner: asyncio.Runner | None, prefix: str) -> None:
+        self.backend = backend
+        self.runner = runner
+        self.prefix = prefix
+        self._clients: list[Any] = []
+
+    def store(self, *, losing: int = 0, client_options: dict[str, Any] | None = None, **settings: Any) -> StepRunStore:
+        """A store; `losing` replies of each call are lost before one gets through."""
+        settings = {"prefix": self.prefix, **settings}
+        if self.runner is None:
+            client = self.backend.connect(**(client_options or {}))
+            made: Any = StepRunStore(client, **settings)
+        else:
+            client = self.runner.run(self._connect_asyncio(client_options or {}))
+            made = AsyncStepRunStore(client, **settings)
+        self._clients.append(client)
+        if losing:
+            made._untyped_client = Resending(client, losing)
+        # One type for both, so that the suite is checked against the blocking store's.
+        return cast("StepRunStore", Driven(made, self.runner) if self.runner else made)
+
+    async def _connect_asyncio(self, options: dict[str, Any]) -> Any:
+        return self.backend.connect_asyncio(**options)
+
+    def lapse(self, step_run: StepRun) -> None:
+        """Waits until the lease is over by the server's clock."""
+        assert step_run.lease_ends_at is not None
+        end = step_run.lease_ends_at.timestamp()
+        wait_until(lambda: self.backend.now() >= end)
+
+    def field(self, run_id: str, field: str) -> bytes | None:
+        """A field of the run's hash, as it is stored."""
+        return self.backend.raw.hget(self.keys(run_id)[0], field)
+
+    def keys(self, run_id: str) -> list[bytes]:
+        """The run's keys: steps, done, claims, failed."""
+        from squidstep_redis.keys import Keys
+
+        return list(Keys(self.prefix.encode()).run(run_id.encode()))
+
+    def dump(self) -> dict[bytes, Any]:
+        """All that the store has written, to show that nothing was."""
+        raw = self.backend.raw
+        read = {b"hash": raw.hgetall, b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True), b"string": raw.get}
+        return {key: read[raw.type(key)](key) for key in self.backend.keys(self.prefix)}
+
+    def close(self) -> None:
+        for client in self._clients:
+            if self.runner is None:
+                client.close()
+            else:
+                self.runner.run(client.aclose())

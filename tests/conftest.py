@@ -1,0 +1,75 @@
+"""Fixtures: one behaviour suite, every server, both stores."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
+from hypothesis import HealthCheck, settings
+
+from squidstep_redis import StepRunStore
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("default")
+
+_prefixes = (f"test-{number}" for number in itertools.count())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--servers",
+        default=",".join(DEFAULT_SERVERS),
+        help=f"comma-separated, of {', '.join(ALL_SERVERS)}, or 'all'. One that is named and not there is an error.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names = config.getoption("--servers")
+    wanted = ALL_SERVERS if names == "all" else tuple(names.split(","))
+    if unknown := set(wanted) - set(ALL_SERVERS):
+        raise pytest.UsageError(f"--servers: unknown {sorted(unknown)}; there are {', '.join(ALL_SERVERS)}")
+    config.stash[SERVERS] = wanted
+
+
+SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("servers")
+        wanted = metafunc.config.stash[SERVERS]
+        names = [name for name in wanted if only is None or name in only.args]
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+    if "binary" in metafunc.fixturenames:
+        names = [name for name in metafunc.config.stash[SERVERS] if name in ("valkey", "redis-7", "redis-6")]
+        metafunc.parametrize("binary", names, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with running(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
+    """Makes stores: on each server, blocking and asyncio."""
+    runner = request.getfixturevalue("runner") if request.param == "asyncio" else None
+    bench = Bench(backend, runner, next(_prefixes))
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def store(bench: Bench) -> StepRunStore:
+    """A store with the default settings: on each server, blocking and asyncio."""
+    return bench.store()
