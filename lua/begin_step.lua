@@ -8,11 +8,11 @@
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
 --       4 input   of the caller: kept unless the step was scheduled with its own
---       5 owner         or ""
---       6 lease_ms      or ""  the claim never ends by itself
---       7 max_attempts  or ""  any number
---       8 ttl_ms        or ""  for a run that this call makes
---       9 lapse_error   last error of a step whose claim lapsed with no attempt left; or ""  without max_attempts
+--       5 lease_ms      or ""  the claim never ends by itself; the rest may be left out from the end
+--       6 owner         or ""
+--       7 ttl_ms        or ""  for a run that this call makes
+--       8 max_attempts  or ""  any number
+--       9 lapse_error   last error of a step whose claim lapsed with no attempt left; comes with max_attempts
 -- REPLY {"execute", nonce, state} | {"execute", nonce, state, input}  where the input kept is not the caller's
 --       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
@@ -22,7 +22,7 @@
 -- include run
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local token, step, input, owner, lease = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
+local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
 
 local run, state, refusal = load(steps, done, step)
 if refusal then
@@ -39,7 +39,7 @@ if not state then
     end
   end
   if not run.exists then
-    set_ttl(run, ARGV[8])
+    set_ttl(run, ARGV[7] or "")
   end
   run.created = run.created + 1
   state = {
@@ -96,7 +96,7 @@ if lapsed then
   state.status, state.ended, state.lease = EXPIRED, state.lease, ""
 end
 local used = state.attempt - (tonumber(state.released) or 0)
-if not scheduled and ARGV[7] ~= "" and used >= tonumber(ARGV[7]) then
+if not scheduled and used >= tonumber(ARGV[8] or math.huge) then
   if lapsed then
     redis.call("HSET", steps, "s" .. step, format_state(state), "e" .. step, ARGV[9])
     redis.call("ZREM", claims, member)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import Enum
-from typing import Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from squidstep_redis.errors import InvalidArgumentError, described
@@ -14,6 +14,8 @@ from squidstep_redis.errors import InvalidArgumentError, described
 RunId = str | UUID
 Step = str | Enum
 Seconds = float | timedelta
+# By step, an input. Any, because Mapping is invariant in its keys: a dict[str, …] would be no Mapping[Step, …].
+StepInputs = Mapping[Any, Mapping[str, Any]]
 
 MAX_IDENTIFIER_BYTES: Final = 512
 MAX_PREFIX_BYTES: Final = 128
@@ -24,7 +26,14 @@ MAX_TTL: Final = timedelta(days=3_660)
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 
 
-def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYTES) -> bytes:
+class Name(NamedTuple):
+    """An identifier that has been checked, as text and as the UTF-8 that is sent."""
+
+    text: str
+    data: bytes
+
+
+def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYTES) -> Name:
     """A str of 1 to `max_bytes` bytes of UTF-8, any characters."""
     if not isinstance(value, str):
         raise InvalidArgumentError(argument, f"must be a non-empty str, not {described(value)}")
@@ -36,35 +45,36 @@ def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYT
         raise InvalidArgumentError(
             argument, f"must be 1 to {max_bytes} bytes of UTF-8, not {len(data):,}: {described(value)}"
         )
-    return data
+    return Name(value if type(value) is str else data.decode(), data)
 
 
-def run_id(value: object) -> bytes:
+def run_id(value: object) -> Name:
     """A run id: an identifier or a UUID."""
-    return str(value).encode() if isinstance(value, UUID) else identifier("run_id", value)
+    return identifier("run_id", str(value) if isinstance(value, UUID) else value)
 
 
-def step(value: object, argument: str = "step") -> bytes:
+def step(value: object, argument: str = "step") -> Name:
     """A step's name: an identifier, or an enum member, which stands for its value if that is a str, else its name."""
     if isinstance(value, Enum):
         value = value.value if isinstance(value.value, str) else value.name
     return identifier(argument, value)
 
 
-def distinct(argument: str, names: Iterable[bytes]) -> list[bytes]:
+def distinct(argument: str, names: Iterable[Name]) -> list[Name]:
     """Names of which none comes twice: `"pay"` and `Step.PAY` may be the same step."""
-    seen: dict[bytes, None] = {}
-    for name in names:
+    seen: set[Name] = set()
+    found = list(names)
+    for name in found:
         if name in seen:
-            raise InvalidArgumentError(argument, f"names the step {name.decode()!r} twice")
-        seen[name] = None
-    return list(seen)
+            raise InvalidArgumentError(argument, f"names the step {name.text!r} twice")
+        seen.add(name)
+    return found
 
 
 def prefix(value: object) -> bytes:
     """A prefix of keys: an identifier without braces, which would move the hash tag."""
-    data = identifier("prefix", value, MAX_PREFIX_BYTES)
-    if b"{" in data or b"}" in data:
+    text, data = identifier("prefix", value, MAX_PREFIX_BYTES)
+    if "{" in text or "}" in text:
         raise InvalidArgumentError("prefix", f"must be without braces, not {described(value)}")
     return data
 
@@ -73,7 +83,7 @@ def owner(value: object) -> bytes:
     """Who claims: None, or an identifier without control characters, for it is shown in terminals."""
     if value is None:
         return b""
-    data = identifier("owner", value, MAX_OWNER_BYTES)
+    data = identifier("owner", value, MAX_OWNER_BYTES).data
     if _CONTROL.search(data):
         raise InvalidArgumentError("owner", f"must be without control characters, not {described(value)}")
     return data

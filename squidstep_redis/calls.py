@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from itertools import count
 from typing import Any, Final, TypeVar, cast
 
 from squidstep_redis import arguments
-from squidstep_redis.arguments import RunId, Seconds, Step
+from squidstep_redis.arguments import Name, RunId, Seconds, Step, StepInputs
 from squidstep_redis.codec import Codec, MsgpackCodec, Payloads, error_payload
 from squidstep_redis.errors import (
     CorruptRunError,
@@ -25,8 +24,6 @@ from squidstep_redis.errors import (
 )
 from squidstep_redis.keys import Keys, RunKeys, member_prefix, parse_member
 from squidstep_redis.model import (
-    FORMAT,
-    OUTCOME,
     Attempt,
     BeginResult,
     ScheduleResult,
@@ -35,6 +32,7 @@ from squidstep_redis.model import (
     StepStatus,
     parse_step_run_id,
 )
+from squidstep_redis.records import Records
 from squidstep_redis.scripts import script
 from squidstep_redis.wire import Call, Exchange, Reply, check_calls
 
@@ -71,6 +69,7 @@ class Calls:
         self.keys = Keys(arguments.prefix(prefix))
         max_bytes = arguments.integer("max_payload_bytes", max_payload_bytes, MAX_PAYLOAD_BYTES)
         self.payloads = Payloads(codec or MsgpackCodec(), max_bytes)
+        self._records = Records(prefix, self.payloads)
         self._ttl_ms = arguments.milliseconds("run_ttl", run_ttl)
         self._lapse_error: bytes | None = None
 
@@ -96,19 +95,18 @@ class Calls:
         """
         nonce = _token()[:8]
         run, keys = self._run(run_id)
-        step_name = arguments.step(step)
-        name = step_name.decode()
+        name = arguments.step(step)
         data = self.payloads.encode("input", input)
 
         def parse(reply: Reply) -> ScheduleResult:
             values = reply[2:] if len(reply) > 3 else [reply[2], data, None, None]
             decision = "schedule" if reply[0] == b"schedule" else "skip"
-            return ScheduleResult(self._record(run, name, values, keys.steps), decision)
+            return ScheduleResult(self._records.record(run.text, name.text, values, keys.steps), decision)
 
-        args = (nonce, self._ttl_ms, step_name, data)
-        return Call(run, script("schedule_step"), keys[:2], args, parse)
+        args = (nonce, self._ttl_ms, name.data, data)
+        return Call(run.text, script("schedule_step"), keys[:2], args, parse)
 
-    def schedule_steps(self, run_id: RunId, steps: Mapping[Step, Mapping[str, Any]]) -> Call[list[str]]:
+    def schedule_steps(self, run_id: RunId, steps: StepInputs) -> Call[list[str]]:
         """Makes pending records for those of many steps that have none, all of them or, if refused, none.
 
         One round trip.
@@ -125,13 +123,12 @@ class Calls:
         """
         run, keys = self._run(run_id)
         inputs = self._inputs("steps", steps)
-        names = [name.decode() for name in inputs[::2]]
 
         def parse(reply: Reply) -> list[str]:
-            return [names[int(position)] for position in sorted(reply[2:])]
+            return [inputs[2 * int(position)].decode() for position in sorted(reply[2:])]
 
         args = (_token()[:8], self._ttl_ms, *inputs)
-        return Call(run, script("schedule_steps"), keys[:2], args, parse)
+        return Call(run.text, script("schedule_steps"), keys[:2], args, parse)
 
     def begin_step(
         self,
@@ -164,8 +161,7 @@ class Calls:
         """
         token = _token()
         run, keys = self._run(run_id)
-        step_name = arguments.step(step)
-        name = step_name.decode()
+        name = arguments.step(step)
         data = self.payloads.encode("input", input)
         limit = lapse_error = b""
         if max_attempts is not None:
@@ -175,23 +171,25 @@ class Calls:
         def parse(reply: Reply) -> BeginResult:
             if reply[0] == b"execute":
                 payloads = (reply[3] if len(reply) > 3 else data, None, None)
-                claimed = StepRun(self.prefix, run, name, reply[2], payloads, self.payloads.decode, token)
+                claimed = self._records.step_run(run.text, name.text, reply[2], payloads, keys.steps, token)
                 return BeginResult(claimed, None, None)
-            step_run = self._record(run, name, reply[2:6], keys.steps)
+            step_run = self._records.record(run.text, name.text, reply[2:6], keys.steps)
             retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
             return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)
 
         lease_ms = arguments.milliseconds("lease", lease, arguments.MAX_LEASE)
-        claim = (arguments.owner(owner), lease_ms, limit, self._ttl_ms, lapse_error)
-        args = (token, step_name, member_prefix(run), data, *claim)
-        return Call(run, script("begin_step"), keys, args, parse)
+        rest = [arguments.owner(owner), self._ttl_ms, limit, lapse_error]
+        while rest and not rest[-1]:
+            rest.pop()  # what is sent costs time, above all in redis-py's packing
+        args = (token, name.data, member_prefix(run.data), data, lease_ms, *rest)
+        return Call(run.text, script("begin_step"), keys, args, parse)
 
     def complete_step(
         self,
         step_run: StepRun | str,
         output: Mapping[str, Any],
         *,
-        schedule: Mapping[Step, Mapping[str, Any]] | None = None,
+        schedule: StepInputs | None = None,
     ) -> Call[StepRun]:
         """Ends a claim with an output, and schedules what follows in the same atomic step.
 
@@ -285,22 +283,22 @@ class Calls:
             CorruptRunError: what is stored cannot be trusted.
         """
         run, keys = self._run(run_id)
-        if isinstance(steps, str | Mapping):
+        if isinstance(steps, str | bytes | Mapping) or not isinstance(cast("object", steps), Iterable):
             raise InvalidArgumentError("steps", f"must be an iterable of steps, not {described(cast('object', steps))}")
         names = arguments.distinct(
             "steps", (arguments.step(step, f"steps[{index}]") for index, step in enumerate(steps))
         )
 
         def parse(reply: Reply) -> list[str]:
-            return [names[int(position)].decode() for position in reply[2:]]
+            return [names[int(position)].text for position in reply[2:]]
 
         return Call(
-            run,
+            run.text,
             script("delete_pending_steps"),
             keys[:2],
-            (_nonce(), *names),
+            (_nonce(), *(name.data for name in names)),
             parse,
-            lambda: [name.decode() for name in names],
+            lambda: [name.text for name in names],
         )
 
     # Reads
@@ -313,13 +311,12 @@ class Calls:
             CorruptRunError: what is stored cannot be trusted.
         """
         run, keys = self._run(run_id)
-        step_name = arguments.step(step)
-        name = step_name.decode()
+        name = arguments.step(step)
 
         def parse(reply: Reply) -> StepRun | None:
-            return self._record(run, name, reply[2:], keys.steps) if reply[0] == b"found" else None
+            return self._records.record(run.text, name.text, reply[2:], keys.steps) if reply[0] == b"found" else None
 
-        return Call(run, script("get_step_run"), keys[:2], (_nonce(), step_name), parse, lambda: None)
+        return Call(run.text, script("get_step_run"), keys[:2], (_nonce(), name.data), parse, lambda: None)
 
     def get_run(self, run_id: RunId) -> Call[list[StepRun]]:
         """Reads all step runs of a run, in the order they came to be. One round trip.
@@ -332,15 +329,15 @@ class Calls:
         def parse(reply: Reply) -> list[StepRun]:
             fields = dict(_pairs(reply[2]))
             found = [
-                self._record(
-                    run, field[1:].decode(), [line, *(fields.get(kind + field[1:]) for kind in _KINDS)], keys.steps
+                self._records.record(
+                    run.text, field[1:].decode(), [line, *(fields.get(kind + field[1:]) for kind in _KINDS)], keys.steps
                 )
                 for field, line in fields.items()
                 if field[:1] == b"s"
             ]
             return sorted(found, key=_nth)
 
-        return Call(run, script("get_run"), keys[:2], (_nonce(),), parse, list)
+        return Call(run.text, script("get_run"), keys[:2], (_nonce(),), parse, list)
 
     def attempts(self, run_id: RunId, step: Step) -> Call[list[Attempt]]:
         """Reads what is known of a step's attempts, oldest first: the latest and up to eight before it.
@@ -351,13 +348,12 @@ class Calls:
             As `get_step_run`.
         """
         run, keys = self._run(run_id)
-        step_name = arguments.step(step)
-        name = step_name.decode()
+        name = arguments.step(step)
 
         def parse(reply: Reply) -> list[Attempt]:
-            return [self._attempt(run, name, entry, keys.steps) for entry in reply[2:]]
+            return [self._records.attempt(run.text, name.text, entry, keys.steps) for entry in reply[2:]]
 
-        return Call(run, script("attempts"), keys[:2], (_nonce(), step_name), parse, list)
+        return Call(run.text, script("attempts"), keys[:2], (_nonce(), name.data), parse, list)
 
     def completed_steps(self, run_id: RunId) -> Call[list[str]]:
         """Lists the completed steps of a run, in the order of their completion. One round trip.
@@ -370,7 +366,7 @@ class Calls:
         def parse(reply: Reply) -> list[str]:
             return [step.decode() for step in reply[2]]
 
-        return Call(run, script("completed_steps"), keys[:2], (_nonce(),), parse, list)
+        return Call(run.text, script("completed_steps"), keys[:2], (_nonce(),), parse, list)
 
     def completed_outputs(self, run_id: RunId) -> Call[list[dict[str, Any]]]:
         """Lists the outputs of a run's completed steps, in the order of their completion. One round trip.
@@ -382,11 +378,11 @@ class Calls:
 
         def parse(reply: Reply) -> list[dict[str, Any]]:
             return [
-                self.payloads.decode(output, run, step.decode(), "output")
+                self.payloads.decode(output, run.text, step.decode(), "output")
                 for step, output in zip(reply[2], reply[3], strict=True)
             ]
 
-        return Call(run, script("completed_outputs"), keys[:2], (_nonce(),), parse, list)
+        return Call(run.text, script("completed_outputs"), keys[:2], (_nonce(),), parse, list)
 
     def step_statuses(self, run_id: RunId) -> Call[dict[str, StepStatus]]:
         """Reads where each step of a run stands, in the order the steps came to be. One round trip.
@@ -398,12 +394,12 @@ class Calls:
 
         def parse(reply: Reply) -> dict[str, StepStatus]:
             found = [
-                self._step_run(run, field[1:].decode(), line, (None, None, None), keys.steps)
+                self._records.step_run(run.text, field[1:].decode(), line, (None, None, None), keys.steps)
                 for field, line in zip(reply[2], reply[3], strict=True)
             ]
             return {step_run.step: step_run.status for step_run in sorted(found, key=_nth)}
 
-        return Call(run, script("step_statuses"), keys[:2], (_nonce(),), parse, dict)
+        return Call(run.text, script("step_statuses"), keys[:2], (_nonce(),), parse, dict)
 
     # Whole runs
 
@@ -429,7 +425,12 @@ class Calls:
             return reply[0] == b"set"
 
         return Call(
-            run, script("expire_run"), keys[:2], (_nonce(), arguments.milliseconds("ttl", ttl)), parse, lambda: False
+            run.text,
+            script("expire_run"),
+            keys[:2],
+            (_nonce(), arguments.milliseconds("ttl", ttl)),
+            parse,
+            lambda: False,
         )
 
     def delete_run(self, run_id: RunId, *, tombstone: Seconds = 3_600) -> Call[bool]:
@@ -454,8 +455,8 @@ class Calls:
 
         if cast("object", tombstone) is None:
             raise InvalidArgumentError("tombstone", "must be a number of seconds, not None")
-        args = (_token(), member_prefix(run), arguments.milliseconds("tombstone", tombstone))
-        return Call(run, script("delete_run"), keys, args, parse)
+        args = (_token(), member_prefix(run.data), arguments.milliseconds("tombstone", tombstone))
+        return Call(run.text, script("delete_run"), keys, args, parse)
 
     # Across runs
 
@@ -525,20 +526,20 @@ class Calls:
 
     def _confirm(self, name: str, member: bytes) -> Call[StepRun | None]:
         run, step = parse_member(member)
-        keys = self.keys.run(run.encode())
+        keys = self.keys.run(run)
 
         def parse(reply: Reply) -> StepRun | None:
-            return self._record(run, step, reply[2:], keys.steps) if len(reply) > 2 else None
+            return self._records.record(run.decode(), step.decode(), reply[2:], keys.steps) if len(reply) > 2 else None
 
         index, kind = (keys.failed, b"failed") if name == "failed_steps" else (keys.claims, b"claims")
-        args = (_nonce(), step.encode(), member_prefix(run), kind)
-        return Call(run, script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
+        args = (_nonce(), step, member_prefix(run), kind)
+        return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
 
     # What the operations share
 
-    def _run(self, run_id: RunId) -> tuple[str, RunKeys]:
-        data = arguments.run_id(run_id)
-        return run_id if type(run_id) is str else data.decode(), self.keys.run(data)
+    def _run(self, run_id: RunId) -> tuple[Name, RunKeys]:
+        name = arguments.run_id(run_id)
+        return name, self.keys.run(name.data)
 
     def _ending(
         self,
@@ -564,19 +565,20 @@ class Calls:
             run, name, token = step_run.run_id, step_run.step, step_run.token
         else:
             (run, name), token = self._parse_id(step_run), b""
-        keys = self.keys.run(run.encode())
+        run_data = run.encode()
+        keys = self.keys.run(run_data)
 
         def parse(reply: Reply) -> StepRun:
             word, _, line, *rest = reply if len(reply) > 2 else (*reply, b"")
             if word == b"missing":
                 raise StepRunNotFoundError(run, name, "there is no such step run; nothing was written")
             if word == b"stale":
-                raise self._stale(self._record(run, name, [line, *rest], keys.steps), operation, token)
+                raise self._stale(self._records.record(run, name, [line, *rest], keys.steps), operation, token)
             if isinstance(step_run, StepRun):
                 return step_run.moved(line, output, last_error)
-            return self._record(run, name, [line, rest[0], output, last_error], keys.steps)
+            return self._records.record(run, name, [line, rest[0], output, last_error], keys.steps)
 
-        sent = (_nonce(), name.encode(), member_prefix(run), token, *args)
+        sent = (_nonce(), name.encode(), member_prefix(run_data), token, *args)
         return Call(run, script(operation), keys[:key_count], sent, parse)
 
     def _parse_id(self, id: object) -> tuple[str, str]:
@@ -602,10 +604,10 @@ class Calls:
         """Step, input, step, input, … as they are sent."""
         if not isinstance(steps, Mapping):
             raise InvalidArgumentError(argument, f"must be a dict of input by step, not {described(steps)}")
-        items = cast("Mapping[Step, Any]", steps).items()
+        items = cast("StepInputs", steps).items()
         names = arguments.distinct(argument, (arguments.step(step, f"a step of {argument}") for step, _ in items))
         inputs = (self.payloads.encode(f"{argument}[{str(step)!r}]", input) for step, input in items)
-        return [part for pair in zip(names, inputs, strict=True) for part in pair]
+        return [part for name, input in zip(names, inputs, strict=True) for part in (name.data, input)]
 
     def _lapse(self) -> bytes:
         """The last error of a step whose claim lapsed with no attempt left. Lua writes no payloads."""
@@ -613,34 +615,6 @@ class Calls:
             message = "the lease of the last attempt ended without a result"
             self._lapse_error = self.payloads.encode("error", {"type": "LeaseExpired", "message": message})
         return self._lapse_error
-
-    def _record(self, run: str, step: str, values: list[bytes | None], key: bytes) -> StepRun:
-        """Reads a record as the scripts answer it: state line, input, output, error."""
-        line, input, output, last_error = values
-        if line is None or input is None or (output is None) == (line[1:2] == b"c"):
-            raise self._corrupt(run, step, key)
-        return self._step_run(run, step, line, (input, output, last_error), key)
-
-    def _step_run(
-        self, run: str, step: str, line: bytes, payloads: tuple[bytes | None, bytes | None, bytes | None], key: bytes
-    ) -> StepRun:
-        try:
-            if line[:1] != FORMAT:
-                raise ValueError(line)
-            return StepRun(self.prefix, run, step, line, payloads, self.payloads.decode)
-        except (ValueError, KeyError):
-            raise self._corrupt(run, step, key) from None
-
-    def _attempt(self, run: str, step: str, entry: bytes, key: bytes) -> Attempt:
-        # An owner has no line break, so the first one ends the line.
-        line, _, error = entry.partition(b"\n")
-        step_run = self._step_run(run, step, line, (None, None, error or None), key)
-        started = cast("datetime", step_run.started_at)
-        outcome = OUTCOME[line[1:2]]
-        return Attempt(step_run.attempt, step_run.owner, outcome, step_run.last_error, started, step_run.ended_at)
-
-    def _corrupt(self, run: str, step: str, key: bytes) -> CorruptRunError:
-        return CorruptRunError(run, key.decode(), f"the record of step {step!r} is not what squidstep_redis writes")
 
 
 def _entries(reply: Reply) -> list[tuple[float, bytes]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Protocol, cast, runtime_checkable
@@ -62,19 +62,15 @@ class MsgpackCodec:
         Raises:
             PayloadError: something in the payload would not come back equal; its path starts at `payload`.
         """
-        tuples = False
-
-        def listed(value: object) -> object:
-            nonlocal tuples
-            if type(value) is tuple:
-                tuples = True
-                return list(cast("tuple[object, ...]", value))
-            raise TypeError
-
         try:
-            data = msgpack.packb(payload, default=listed, strict_types=True, datetime=True)
-            # NaN, odd map keys, far-off dates: all that msgpack packs but does not give back shows up here.
-            faithful = self.decode(data) == (_with_lists(payload) if tuples else payload)
+            try:
+                data = msgpack.packb(payload, strict_types=True, datetime=True)
+                carried = payload
+            except TypeError:  # tuples, or nothing that can be carried
+                carried = cast("Payload", _with_lists(payload))
+                data = msgpack.packb(carried, strict_types=True, datetime=True)
+            # NaN, odd map keys, far-off dates: what msgpack packs but does not give back shows up here.
+            faithful = self.decode(data) == carried
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise _culprit(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
         if not faithful:
@@ -159,9 +155,10 @@ def _printable(text: str) -> str:
 
 
 def _with_lists(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _with_lists(item) for key, item in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, list | tuple):
+    """The value with lists for tuples. Subclasses stay what they are, to be refused."""
+    if type(value) is dict:
+        return {key: _with_lists(item) for key, item in cast("dict[object, object]", value).items()}
+    if type(value) in (list, tuple):
         return [_with_lists(item) for item in cast("list[object]", value)]
     return value
 
@@ -173,7 +170,7 @@ def _culprit(payload: object) -> PayloadError | None:
     return None
 
 
-def _problems(value: object, path: str, depth: int) -> Iterator[tuple[str, str]]:
+def _problems(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
     if depth > _MAX_DEPTH:
         yield path, f"nested more than {_MAX_DEPTH} levels deep"
     elif type(value) is dict:

@@ -38,13 +38,12 @@ class Keys:
         return [bucket + b"failed" for bucket in self._buckets]
 
 
-def member_prefix(run_id: str) -> bytes:
+def member_prefix(run_id: bytes) -> bytes:
     """What the members of all steps of a run begin with, in an index (lua/lib/indexes.lua says why)."""
-    data = run_id.encode()
-    return b"%d:%b" % (len(data), data)
+    return b"%d:%b" % (len(run_id), run_id)
 
 
-def parse_member(member: bytes) -> tuple[str, str]:
-    """Takes a member of an index back to its run and step (lua/lib/indexes.lua makes it)."""
+def parse_member(member: bytes) -> tuple[bytes, bytes]:
+    """Takes a member of an index back to its run and step."""
     length, _, names = member.partition(b":")
-    return names[: int(length)].decode(), names[int(length) :].decode()
+    return names[: int(length)], names[int(length) :]

@@ -109,11 +109,13 @@ def _wrong_type(run_id: str, key: str) -> SquidstepError:
     return CorruptRunError(run_id, key, "holds another type of value than squidstep_redis keeps there")
 
 
-def _corrupt(run_id: str, key: str, field: str) -> SquidstepError:
+def corrupt(run_id: str, key: str, field: str) -> SquidstepError:
+    """The error for a field that is missing or not what this library writes."""
     return CorruptRunError(run_id, key, f"field {field!r} is missing or not what squidstep_redis writes")
 
 
-def _newer(run_id: str, key: str, format: str) -> SquidstepError:
+def newer(run_id: str, key: str, format: str) -> SquidstepError:
+    """The error for a record in a format that this version does not know."""
     return NewerFormatError(
         run_id, key, f"was written in format {format} by a later version of squidstep_redis: upgrade this process"
     )
@@ -123,8 +125,8 @@ _REFUSALS: Final[dict[bytes, Callable[..., SquidstepError]]] = {
     b"tombstone": _deleted,
     b"torn": _torn,
     b"wrongtype": _wrong_type,
-    b"corrupt": _corrupt,
-    b"newer": _newer,
+    b"corrupt": corrupt,
+    b"newer": newer,
 }
 
 

@@ -16,6 +16,7 @@ from servers import EmbeddedCluster, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.keys import Keys
 
 # Without configuration: what `pip install` brings. The others are asked for with --servers, and must then be there.
 DEFAULT_SERVERS = ("fakeredis", "valkey", "cluster")
@@ -153,8 +154,6 @@ class Bench:
 
     def keys(self, run_id: str) -> list[bytes]:
         """The run's keys: steps, done, claims, failed."""
-        from squidstep_redis.keys import Keys
-
         return list(Keys(self.prefix.encode()).run(run_id.encode()))
 
     def dump(self) -> dict[bytes, Any]:

@@ -27,7 +27,7 @@ end
 
 -- What to reply about a pcall that failed: a key of another type is told apart, the rest is the server's own error.
 local function failed_call(key, answer)
-  if string.find(answer.err, "WRONGTYPE", 1, true) then
+  if string.find(tostring(answer.err), "WRONGTYPE", 1, true) then -- fakeredis gives no string
     return { "wrongtype", nonce, key }
   end
   return answer
@@ -44,7 +44,7 @@ end
 
 local function parse_state(line)
   local status, attempt, released, token, lease, started, ended, created, rest =
-    string.match(line, "^1(%l) (%d+) (%d*) (%S*) (%d*) (%d*) (%d*) (%d+) (%d+ %S* .*)$")
+    string.match(line, "^1([prcfx]) (%d+) (%d*) (%S*) (%d*) (%d*) (%d*) (%d+) (%d+ %S* .*)$")
   if not status then
     return nil
   end

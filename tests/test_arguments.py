@@ -1,0 +1,224 @@
+"""Bad input is refused before anything is sent, by an error that names the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+import redis.asyncio
+
+from squidstep_redis import (
+    AsyncStepRunStore,
+    InvalidArgumentError,
+    PayloadError,
+    PayloadTooLargeError,
+    SquidstepError,
+    StaleStepRunError,
+    StepRun,
+    StepRunStore,
+    UnsupportedClientError,
+)
+
+
+@pytest.fixture
+def store() -> Iterator[StepRunStore]:
+    """A store whose server is not there: whatever it sent would fail with redis.ConnectionError."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield StepRunStore(redis.Redis(port=taken.getsockname()[1]), max_payload_bytes=100)
+
+
+@pytest.fixture
+def claim() -> StepRun:
+    return StepRunStore(fakeredis.FakeRedis()).begin_step("run", "pay", {}).step_run
+
+
+LEASES = [0, -1, 0.0001, math.nan, math.inf, 367 * 86_400, timedelta(0), timedelta(days=367), "30", True, b"1"]
+
+
+class TestSpans:
+    @pytest.mark.parametrize("value", LEASES)
+    def test_leases(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
+        for call in (
+            lambda: store.begin_step("run", "pay", {}, lease=value),
+            lambda: store.extend_claim(claim, value),
+        ):
+            with pytest.raises(InvalidArgumentError, match="lease: must be seconds from 0.001 to 31,622,400"):
+                call()
+
+    @pytest.mark.parametrize("value", [0, -1, math.nan, 3_661 * 86_400, "30", False])
+    def test_times_to_live(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="ttl: must be seconds from 0.001 to 316,224,000"):
+            store.expire_run("run", value)
+        with pytest.raises(InvalidArgumentError, match="tombstone: must be"):
+            store.delete_run("run", tombstone=value)
+        with pytest.raises(InvalidArgumentError, match="run_ttl: must be"):
+            StepRunStore(redis.Redis(), run_ttl=value)
+
+    def test_a_tombstone_ends(self, store: StepRunStore) -> None:
+        with pytest.raises(InvalidArgumentError, match="tombstone"):
+            store.delete_run("run", tombstone=None)  # pyright: ignore[reportArgumentType]: what is refused is the point
+
+    def test_a_timedelta_is_as_good_as_seconds(self) -> None:
+        store = StepRunStore(fakeredis.FakeRedis())
+        step_run = store.begin_step("run", "pay", {}, lease=timedelta(minutes=1)).step_run
+        assert step_run.started_at is not None
+        assert step_run.lease_ends_at == step_run.started_at + timedelta(minutes=1)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("value", [0, -1, 1.0, "3", True, 1_000_001, math.nan])
+    def test_max_attempts(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="max_attempts: must be an int from 1 to 1,000,000"):
+            store.begin_step("run", "pay", {}, max_attempts=value)
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5, None, 2**40])
+    def test_max_payload_bytes(self, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="max_payload_bytes: must be an int from 1 to"):
+            StepRunStore(redis.Redis(), max_payload_bytes=value)
+
+
+class TestNames:
+    @pytest.mark.parametrize("value", ["", "x" * 513, "\ud800", 7, b"run", None])
+    def test_identifiers(self, store: StepRunStore, value: Any) -> None:
+        for call in (store.get_run, store.completed_steps, store.delete_run):
+            with pytest.raises(InvalidArgumentError, match="^run_id: "):
+                call(value)
+        for name, call in {
+            "step": lambda: store.begin_step("run", value, {}),
+            "a step of steps": lambda: store.schedule_steps("run", {value: {}}),
+            r"steps\[1\]": lambda: store.delete_pending_steps("run", ["a", value]),
+        }.items():
+            with pytest.raises(InvalidArgumentError, match=f"^{name}: "):
+                call()
+
+    @pytest.mark.parametrize("value", ["", "w" * 257, "line\nbreak", "\x00", "\x7f", 7, b"worker"])
+    def test_owner(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^owner: "):
+            store.begin_step("run", "pay", {}, owner=value)
+
+    @pytest.mark.parametrize("value", ["", "a{b", "a}b", "p" * 129, None, b"prefix"])
+    def test_prefix(self, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^prefix: "):
+            StepRunStore(redis.Redis(), prefix=value)
+
+    @pytest.mark.parametrize("value", ["ab", {"a": 1}, b"ab"])
+    def test_a_str_is_not_a_list_of_steps(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^steps"):
+            store.delete_pending_steps("run", value)
+
+    @pytest.mark.parametrize("value", [None, ["a"], "a", 7])
+    def test_steps_to_schedule_come_in_a_dict(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^steps: must be a dict of input by step"):
+            store.schedule_steps("run", value)
+        if value is not None:
+            with pytest.raises(InvalidArgumentError, match="^schedule: must be a dict of input by step"):
+                store.complete_step(claim, {}, schedule=value)
+
+
+class TestPayloads:
+    @pytest.mark.parametrize("value", [None, [], "text", 7, [("a", 1)], b"\x80"])
+    def test_a_dict_at_the_top(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
+        for argument, call in {
+            "input": lambda: store.begin_step("run", "pay", value),
+            "output": lambda: store.complete_step(claim, value),
+            "error": lambda: store.fail_step(claim, value),
+            r"steps\['pay'\]": lambda: store.schedule_steps("run", {"pay": value}),
+            r"schedule\['ship'\]": lambda: store.complete_step(claim, {}, schedule={"ship": value}),
+        }.items():
+            with pytest.raises(PayloadError, match=f"^{argument}: must be a dict, not {type(value).__name__}"):
+                call()
+
+    def test_the_path_leads_to_the_culprit(self, store: StepRunStore, claim: StepRun) -> None:
+        with pytest.raises(PayloadError) as caught:
+            store.complete_step(claim, {"items": [0, 1, 2, {"price": 1j}]})
+        assert caught.value.argument == "output['items'][3]['price']"
+        assert "complex 1j; allowed are" in str(caught.value)
+
+    def test_too_large(self, store: StepRunStore) -> None:
+        with pytest.raises(
+            PayloadTooLargeError, match="input: takes 105 bytes, over the store's max_payload_bytes of 100"
+        ):
+            store.begin_step("run", "pay", {"a": b"x" * 100})
+
+
+class TestStepRuns:
+    def test_of_another_prefix(self, store: StepRunStore) -> None:
+        other = StepRunStore(fakeredis.FakeRedis(), prefix="other").begin_step("run", "pay", {}).step_run
+        with pytest.raises(
+            InvalidArgumentError, match="belongs to a store with prefix 'other', this one has 'squidstep'"
+        ):
+            store.complete_step(other, {})
+        with pytest.raises(InvalidArgumentError, match="is not the id of a step run of prefix 'squidstep'"):
+            store.complete_step(other.id, {})
+
+    @pytest.mark.parametrize("value", [None, 7, b"id", "", "nonsense", "AAAA", "é", "A" * 1_000, ("run", "pay")])
+    def test_neither_a_step_run_nor_an_id(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^step_run: "):
+            store.complete_step(value, {})
+
+    def test_an_id_with_one_character_changed(self, store: StepRunStore, claim: StepRun) -> None:
+        for position in range(len(claim.id)):
+            changed = claim.id[:position] + ("A" if claim.id[position] != "A" else "B") + claim.id[position + 1 :]
+            with pytest.raises(InvalidArgumentError, match="is not the id of a step run"):
+                store.release_step(changed)
+
+    def test_without_a_claim(self, store: StepRunStore) -> None:
+        fake = StepRunStore(fakeredis.FakeRedis())
+        fake.begin_step("run", "pay", {})
+        skipped = fake.begin_step("run", "pay", {}).step_run
+        with pytest.raises(StaleStepRunError, match="carries no claim"):
+            store.complete_step(skipped, {})
+
+
+class TestClients:
+    @pytest.mark.parametrize(
+        "client", [None, "redis://localhost", redis.Redis, redis.asyncio.Redis(), redis.Redis().pipeline()]
+    )
+    def test_blocking(self, client: Any) -> None:
+        with pytest.raises(UnsupportedClientError, match=r"client: must be a redis\.client\.Redis or"):
+            StepRunStore(client)
+
+    def test_asyncio(self) -> None:
+        for client in (None, redis.Redis(), redis.asyncio.Redis().pipeline()):
+            with pytest.raises(UnsupportedClientError, match=r"client: must be a redis\.asyncio\.client\.Redis or"):
+                AsyncStepRunStore(client)  # pyright: ignore[reportArgumentType]: what is refused is the point
+
+    def test_a_single_connection(self) -> None:
+        with pytest.raises(UnsupportedClientError, match="has a single connection"):
+            StepRunStore(fakeredis.FakeRedis(single_connection_client=True))
+
+        async def refused() -> None:
+            async with fakeredis.FakeAsyncRedis(single_connection_client=True) as client:
+                with pytest.raises(UnsupportedClientError, match="has a single connection"):
+                    AsyncStepRunStore(client)
+
+        asyncio.run(refused())
+
+    def test_a_codec_has_two_methods(self) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"codec: must have encode\(\) and decode\(\)"):
+            StepRunStore(redis.Redis(), codec=object())  # pyright: ignore[reportArgumentType]: likewise
+
+    def test_a_batch_takes_calls(self, store: StepRunStore) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store.calls, not str"):
+            store.batch([store.calls.get_run("run"), "get_run"])  # pyright: ignore[reportArgumentType]: likewise
+        assert store.batch([]) == []
+
+
+def test_every_error_has_one_root() -> None:
+    for error in (InvalidArgumentError, PayloadError, PayloadTooLargeError, UnsupportedClientError, StaleStepRunError):
+        assert issubclass(error, SquidstepError)
+    assert issubclass(InvalidArgumentError, ValueError)
+
+
+def test_what_is_right_is_sent(store: StepRunStore) -> None:
+    """The other side of this file: the store above would indeed have failed on sending."""
+    with pytest.raises(redis.ConnectionError):
+        store.begin_step("run", "pay", {}, lease=0.001, max_attempts=1, owner="worker é")

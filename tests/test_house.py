@@ -1,0 +1,182 @@
+"""The house rules: the headers of the scripts say what the code does, imports point one way, names are one."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import typing
+from binascii import crc32
+from pathlib import Path
+
+import pytest
+
+from squidstep_redis import AsyncStepRunStore, Calls, StepRunStore, keys, model
+from squidstep_redis.base import BaseStore
+from squidstep_redis.scripts import directory, script
+
+PACKAGE = Path(inspect.getfile(model)).parent
+LUA = directory()
+SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
+
+# design: the ground floor knows errors alone, the roof the public API alone.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": {"model"},  # for type checkers only
+    "arguments": {"errors"},
+    "codec": {"errors"},
+    "keys": set(),
+    "model": set(),
+    "scripts": set(),
+    "wire": {"errors", "scripts"},
+    "records": {"codec", "errors", "model", "wire"},
+    "calls": {"arguments", "codec", "errors", "keys", "model", "records", "scripts", "wire"},
+    "base": {"arguments", "calls", "codec", "errors", "wire"},
+    "store": {"base", "calls", "wire"},
+    "aio": {"base", "calls", "wire"},
+    "__init__": {"aio", "calls", "codec", "errors", "model", "store", "wire"},
+    "embedded": set(),
+    "cli": {"", "demo"},
+    "demo": {"", "embedded"},
+}
+
+
+def imported(module: str) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "squidstep_redis":
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            top, _, inner = name.partition(".")
+            if top == "squidstep_redis":
+                found.add(inner if (PACKAGE / f"{inner}.py").exists() else "")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
+def test_imports_point_one_way(module: str) -> None:
+    assert imported(module) <= MAY_IMPORT[module]
+
+
+def test_imports_have_no_cycle() -> None:
+    order: list[str] = []
+    while rest := [module for module in MAY_IMPORT if module not in order]:
+        free = [m for m in rest if MAY_IMPORT[m] - {"", "model" if m == "errors" else ""} <= set(order)]
+        assert free, f"a cycle among {rest}"
+        order += free
+
+
+class TestScripts:
+    @pytest.fixture(params=SCRIPTS)
+    def source(self, request: pytest.FixtureRequest) -> tuple[str, str, str]:
+        """A script's name, its header and its code, includes and all."""
+        text = (LUA / f"{request.param}.lua").read_text("utf-8")
+        header = re.match(r"(--[^\n]*\n)+", text)
+        assert header is not None
+        included = [(LUA / "lib" / f"{name}.lua").read_text("utf-8") for name in self.includes(text)]
+        code = "\n".join([text[header.end() :], *included])
+        return request.param, header[0], re.sub(r"^\s*--.*$", "", code, flags=re.MULTILINE)
+
+    @staticmethod
+    def includes(text: str) -> list[str]:
+        return re.findall(r"^\s*-- include (\w+)$", text, re.MULTILINE)
+
+    def test_the_header_has_its_form(self, source: tuple[str, str, str]) -> None:
+        name, header, _ = source
+        first, blank, *rest = header.splitlines()
+        assert re.fullmatch(rf"-- {name}: .+\.", first)
+        assert blank == "--"
+        sections = [match[1] for line in rest if (match := re.match(r"-- (KEYS|ARGV|REPLY|Writes)\b", line))]
+        assert sections == ["KEYS", "ARGV", "REPLY", "Writes"]
+
+    @pytest.mark.parametrize("kind", ["KEYS", "ARGV"])
+    def test_the_header_names_what_the_code_reads(self, source: tuple[str, str, str], kind: str) -> None:
+        _, header, code = source
+        section = re.search(rf"-- {kind} (.*?)(?=-- [A-Z])", header, re.DOTALL)
+        assert section is not None
+        documented = {int(number) for number in re.findall(r"(?:^|-- +|, |\s)(\d+) [a-z_]+", section[1])}
+        assert documented == set(range(1, len(documented) + 1))
+        read = {int(number) for number in re.findall(rf"{kind}\[(\d+)\]", code)}
+        constants = {int(number) for number in re.findall(r"local (?:FIRST|SUCCESSORS) = (\d+)", code)}
+        if kind == "ARGV":
+            read |= constants
+            # What comes in pairs or in any number is documented by its first members.
+            assert read <= documented
+            assert max(documented) - max(read) <= (1 if constants else 0)
+        else:
+            assert read == documented
+
+    def test_the_header_names_every_reply(self, source: tuple[str, str, str]) -> None:
+        _, header, code = source
+        words = set(re.findall(r'\{ "(\w+)", nonce', code)) | set(re.findall(r'with_record\("(\w+)"', code))
+        words |= set(re.findall(r'and "(\w+)" or "\w+", (?:nonce|steps)', code))
+        refusals = {"wrongtype", "torn", "corrupt", "newer", "tombstone"}  # of every script: lib/record.lua
+        replies = re.search(r"-- REPLY (.*?)-- Writes", header, re.DOTALL)
+        assert replies is not None
+        assert words - refusals <= set(re.findall(r'"(\w+)"', replies[1]))
+
+    def test_includes_exist_and_each_comes_once(self, source: tuple[str, str, str]) -> None:
+        text = (LUA / f"{source[0]}.lua").read_text("utf-8")
+        found = self.includes(text)
+        assert found[0] == "record"
+        assert len(found) == len(set(found))
+        assert b"-- include" not in script(source[0]).source
+
+    def test_every_script_has_its_call(self) -> None:
+        inner = {"confirm_entry"}  # of lapsed_claims and failed_steps
+        exchanges = {"batch"}
+        operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
+        assert set(SCRIPTS) - inner == operations - exchanges
+
+    def test_the_status_letters_are_those_of_the_model(self) -> None:
+        record = (LUA / "lib" / "record.lua").read_text("utf-8")
+        letters = re.search(r'^local PENDING, .* = "(\w)", "(\w)", "(\w)", "(\w)", "(\w)"$', record, re.MULTILINE)
+        assert letters is not None
+        assert {letter.encode() for letter in letters.groups()} == set(model.STATUS) == set(model.OUTCOME)
+        assert f'local FORMAT = "{model.FORMAT.decode()}"' in record
+        assert f"^{model.FORMAT.decode()}([{''.join(letters.groups())}])" in record
+
+
+class TestTheTwoStores:
+    OPERATIONS = [name for name in dir(Calls) if not name.startswith("_") and inspect.isfunction(getattr(Calls, name))]
+
+    @pytest.mark.parametrize("name", OPERATIONS)
+    @pytest.mark.parametrize("store", [StepRunStore, AsyncStepRunStore])
+    def test_each_operation_is_a_method_of_the_same_name_signature_and_docs(self, store: type, name: str) -> None:
+        method, call = getattr(store, name), getattr(Calls, name)
+        assert inspect.iscoroutinefunction(method) is (store is AsyncStepRunStore)
+        assert (method.__name__, method.__qualname__) == (name, f"{store.__name__}.{name}")
+        assert method.__doc__ == call.__doc__
+        assert inspect.signature(method).parameters == inspect.signature(call).parameters
+        returned = inspect.signature(call).return_annotation
+        assert returned in {f"{kind}[{inspect.signature(method).return_annotation}]" for kind in ("Call", "Exchange")}
+        typing.get_type_hints(method)
+
+    def test_they_have_the_same_public_names(self) -> None:
+        def names(store: type) -> set[str]:
+            return {name for name in dir(store) if not name.startswith("_")}
+
+        assert names(StepRunStore) == names(AsyncStepRunStore)
+        assert names(StepRunStore) - names(BaseStore) == {*self.OPERATIONS, "send", "close"}
+
+    @pytest.mark.parametrize("name", [*OPERATIONS, "__init__", "from_url", "queue"])
+    def test_every_argument_is_documented(self, name: str) -> None:
+        function = getattr(Calls, name) if name in self.OPERATIONS else getattr(BaseStore, name)
+        doc = inspect.getdoc(function) or ""
+        assert doc
+        if name in self.OPERATIONS:
+            assert "round trip" in doc.lower()
+            assert "Raises:" in doc or "errors as for" in doc
+
+
+def test_the_keys_are_laid_out_as_documented() -> None:
+    layout = keys.Keys(b"squidstep")
+    run = layout.run(b"run-1")
+    bucket = f"squidstep:{{{crc32(b'run-1') % 1024:x}}}:".encode()
+    assert run == (bucket + b"run-1:steps", bucket + b"run-1:done", bucket + b"claims", bucket + b"failed")
+    assert len(set(layout.claims()) | set(layout.failed())) == 2 * 1024
+    assert (run.claims in layout.claims(), run.failed in layout.failed()) == (True, True)
