@@ -66,7 +66,8 @@ class BaseStore(ABC, Generic[C]):
             prefix: of all keys, up to 128 bytes, no braces.
             codec: how payloads become bytes; None: `MsgpackCodec()`.
             max_payload_bytes: what a payload may take, encoded.
-            run_ttl: seconds after its last write at which a run that this store starts expires; see `expire_run`.
+            run_ttl: seconds after its last write at which a run that this store starts expires; see `expire_run`. A run
+                keeps the one that it was started with: give the same to every store.
 
         Raises:
             InvalidArgumentError: a setting is refused; UnsupportedClientError for the client.

@@ -75,12 +75,12 @@ class StepRun:
 
     __slots__ = ("_decode", "_fields", "_payloads", "attempt", "prefix", "run_id", "status", "step", "token")
 
-    prefix: str
-    run_id: str
-    step: str
-    status: StepStatus
-    attempt: int
-    token: bytes
+    prefix: Final[str]
+    run_id: Final[str]
+    step: Final[str]
+    status: Final[StepStatus]
+    attempt: Final[int]
+    token: Final[bytes]
 
     def __init__(
         self,

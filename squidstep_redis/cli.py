@@ -1,0 +1,60 @@
+"""The command line: `squidstep COMMAND`. Each command is the `command` of a module of its own."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Final, NoReturn
+
+if TYPE_CHECKING:
+    import click
+
+_EXTRA: Final = ("click", "rich")
+_ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Ended(SystemExit):
+    """A signal ended the program. Not KeyboardInterrupt, of which click would make a plain failure."""
+
+
+def main() -> None:
+    """Runs the command line: the console script `squidstep`."""
+    for number in _ENDINGS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it for us
+            signal.signal(number, _end)
+    try:
+        group()()
+    except ModuleNotFoundError as missing:
+        name = str(missing.name).partition(".")[0]
+        if name not in _EXTRA:
+            raise
+        sys.exit(f"squidstep: {name} is not installed: pip install 'squidstep_redis[demo]'")
+    except _Ended as ended:
+        name = signal.Signals(int(str(ended)) - 128).name
+        print(f"squidstep: ended by {name}", file=sys.stderr)  # noqa: T201 -- click may not be there yet
+        raise
+
+
+def group() -> click.Group:
+    """Makes the group of all commands.
+
+    Raises:
+        ModuleNotFoundError: the extra `cli` is not installed; the library works without.
+    """
+    import click  # noqa: PLC0415 -- `main` says so when it is missing
+
+    from squidstep_redis import demo  # noqa: PLC0415 -- likewise
+
+    made = click.Group("squidstep", commands=[demo.command], help="Tools for squidstep_redis.")
+    return click.version_option(package_name="squidstep-redis", prog_name="squidstep")(made)
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """Unwinds the program, whose context managers clean up; a second signal does not get in their way."""
+    for ending in _ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
+    raise _Ended(128 + number)
+
+
+if __name__ == "__main__":
+    main()

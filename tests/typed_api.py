@@ -1,0 +1,71 @@
+"""What a type checker makes of the public API. Never run: pyright reads it."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Literal, assert_type
+
+from squidstep_redis import (
+    AsyncStepRunStore,
+    Attempt,
+    BeginResult,
+    Call,
+    ScheduleResult,
+    StepRun,
+    StepRunStore,
+    StepStatus,
+)
+
+
+class Step(enum.Enum):
+    PAY = "pay"
+
+
+def blocking(store: StepRunStore) -> None:
+    result = store.begin_step("run", Step.PAY, {"amount": 1}, lease=30, max_attempts=3, owner="worker")
+    assert_type(result, BeginResult)
+    step_run, decision = result
+    assert_type(step_run, StepRun)
+    assert_type(decision, Literal["execute", "skip"])
+    assert_type(result.retry_in, float | None)
+    assert_type(store.schedule_step("run", "pay", {}), ScheduleResult)
+    assert_type(store.complete_step(step_run, {}, schedule={"ship": {}, "mail": {"to": "a"}}), StepRun)
+    assert_type(store.complete_step(step_run.id, {}, schedule={Step.PAY: {}}), StepRun)
+    successors: dict[str, dict[str, int]] = {"ship": {"parcels": 2}}
+    assert_type(store.complete_step(step_run, {}, schedule=successors), StepRun)
+    assert_type(store.fail_step(step_run, ValueError("no")), StepRun)
+    assert_type(store.schedule_steps("run", {Step.PAY: {}}), list[str])
+    assert_type(store.get_step_run("run", "pay"), StepRun | None)
+    assert_type(store.step_statuses("run"), dict[str, StepStatus])
+    assert_type(store.completed_outputs("run"), list[dict[str, Any]])
+    assert_type(store.attempts("run", "pay"), list[Attempt])
+    assert_type(store.lapsed_claims(limit=10), list[StepRun])
+    assert_type(store.delete_run("run"), bool)
+    assert_type(step_run.input, dict[str, Any])
+    assert_type(step_run.output, dict[str, Any] | None)
+
+
+def as_data(store: StepRunStore) -> None:
+    begin = store.calls.begin_step("run", "pay", {})
+    assert_type(begin, Call[BeginResult])
+    assert_type(store.send(begin), BeginResult)
+    assert_type(store.batch([begin, begin]), list[BeginResult | Exception])
+    assert_type(store.queue(object(), begin).result([]), BeginResult)
+
+
+async def for_asyncio(store: AsyncStepRunStore) -> None:
+    result = await store.begin_step("run", "pay", {}, lease=30)
+    assert_type(result, BeginResult)
+    assert_type(await store.complete_step(result.step_run, {}), StepRun)
+    assert_type(await store.failed_steps(), list[StepRun])
+    async with AsyncStepRunStore.from_url("redis://localhost") as own:
+        assert_type(own, AsyncStepRunStore)
+
+
+def what_is_wrong_is_seen(store: StepRunStore, step_run: StepRun) -> None:
+    store.begin_step("run", "pay")  # pyright: ignore[reportCallIssue]: an input is missing
+    store.begin_step("run", "pay", {}, leese=30)  # pyright: ignore[reportCallIssue]: no such argument
+    store.begin_step("run", "pay", {}, lease="30")  # pyright: ignore[reportArgumentType]: not seconds
+    store.begin_step(7, "pay", {})  # pyright: ignore[reportArgumentType]: not a run id
+    store.complete_step(None, {})  # pyright: ignore[reportArgumentType]: neither a step run nor an id
+    step_run.status = StepStatus.FAILED  # pyright: ignore[reportAttributeAccessIssue]: a snapshot is not to be changed
