@@ -117,7 +117,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             pipeline = self._untyped_client.pipeline(transaction=False)
             for command in wire.commands(calls):
                 pipeline.execute_command(*command, **OPTIONS)
-            replies = await pipeline.execute(raise_on_error=False)
+            replies = (await pipeline.execute(raise_on_error=False))[-len(calls) :]
         else:
             replies = await self._send_to_nodes(self.client, calls)
         return [
@@ -134,13 +134,13 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             nodes.setdefault(node.name, (node, []))[1].append(index)
 
         async def send(node: Any, indexes: list[int]) -> None:
-            commands = [_NodeCommand(command) for command in wire.commands(calls[index] for index in indexes)]
+            commands = [_NodeCommand(command) for command in wire.commands([calls[index] for index in indexes])]
             try:
                 await node.execute_pipeline(commands)
             except wire.UNANSWERED as error:
                 for command in commands:
                     command.result = error
-            for index, command in zip(indexes, commands, strict=True):
+            for index, command in zip(indexes, commands[-len(indexes) :], strict=True):
                 replies[index] = command.result
 
         await asyncio.gather(*(send(node, indexes) for node, indexes in nodes.values()))

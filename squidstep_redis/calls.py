@@ -231,8 +231,9 @@ class Calls:
             As `complete_step`.
         """
         if isinstance(error, BaseException):
-            error = error_payload(error)
-        data = self.payloads.encode("error", error)
+            data = self.payloads.encode_own(error_payload(error))
+        else:
+            data = self.payloads.encode("error", error)
         return self._ending("fail_step", step_run, 4, (data,), last_error=data)
 
     def extend_claim(self, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
@@ -606,14 +607,17 @@ class Calls:
             raise InvalidArgumentError(argument, f"must be a dict of input by step, not {described(steps)}")
         items = cast("StepInputs", steps).items()
         names = arguments.distinct(argument, (arguments.step(step, f"a step of {argument}") for step, _ in items))
-        inputs = (self.payloads.encode(f"{argument}[{str(step)!r}]", input) for step, input in items)
+        inputs = (
+            self.payloads.encode(f"{argument}[{name.text!r}]", input)
+            for name, (_, input) in zip(names, items, strict=True)
+        )
         return [part for name, input in zip(names, inputs, strict=True) for part in (name.data, input)]
 
     def _lapse(self) -> bytes:
         """The last error of a step whose claim lapsed with no attempt left. Lua writes no payloads."""
         if self._lapse_error is None:
             message = "the lease of the last attempt ended without a result"
-            self._lapse_error = self.payloads.encode("error", {"type": "LeaseExpired", "message": message})
+            self._lapse_error = self.payloads.encode_own({"type": "LeaseExpired", "message": message})
         return self._lapse_error
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
 import msgpack as untyped_msgpack
@@ -25,7 +24,7 @@ Payload = dict[str, Any]
 msgpack: Any = untyped_msgpack  # it ships no types
 
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
-_MAX_DEPTH: Final = 500  # msgpack's own packer gives up at 511
+_MAX_DEPTH: Final = 500  # of the search for a culprit; msgpack gives up at 511 or 1,024, by its version
 _MESSAGE_CHARS: Final = 2_000
 _TRACEBACK_CHARS: Final = 8_000
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -51,8 +50,8 @@ class Codec(Protocol):
 class MsgpackCodec:
     """The default codec: msgpack, strict.
 
-    A payload either comes back equal or is refused. Tuples come back as lists, aware datetimes in UTC, bytearrays
-    as bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are refused rather than
+    A payload either comes back equal or is refused. Tuples come back as lists, aware datetimes in UTC, what equals
+    bytes as bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are refused rather than
     flattened.
     """
 
@@ -65,13 +64,12 @@ class MsgpackCodec:
         try:
             try:
                 data = msgpack.packb(payload, strict_types=True, datetime=True)
-                carried = payload
             except TypeError:  # tuples, or nothing that can be carried
-                carried = cast("Payload", _with_lists(payload))
-                data = msgpack.packb(carried, strict_types=True, datetime=True)
+                data = msgpack.packb(_as_carried(payload), strict_types=True, datetime=True)
             # NaN, odd map keys, far-off dates: what msgpack packs but does not give back shows up here.
-            faithful = self.decode(data) == carried
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            decoded = self.decode(data)
+            faithful = decoded == payload or decoded == _as_carried(payload)
+        except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
             raise _culprit(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
         if not faithful:
             raise _culprit(payload) or PayloadError("payload", "would not come back equal")
@@ -98,6 +96,10 @@ class Payloads:
     codec: Codec
     max_bytes: int
 
+    def encode_own(self, payload: Payload) -> bytes:
+        """Encodes an error of the store's own making, which is small: no limit may keep a failure from being told."""
+        return self.codec.encode(payload)
+
     def encode(self, argument: str, payload: object) -> bytes:
         """Encodes the payload given as `argument`, or refuses it.
 
@@ -111,7 +113,7 @@ class Payloads:
         try:
             data = self.codec.encode(cast("Payload", payload))
         except InvalidArgumentError as error:
-            raise PayloadError(argument + error.argument.removeprefix("payload"), error.problem) from error.__cause__
+            raise PayloadError(error.argument.replace("payload", argument, 1), error.problem) from error.__cause__
         except (ValueError, TypeError) as error:
             raise PayloadError(argument, f"refused by {codec}: {error}") from error
         if type(data) is not bytes or not data:
@@ -129,9 +131,12 @@ class Payloads:
             UndecodablePayloadError: the codec cannot read it: another one wrote it, as a rule.
         """
         try:
-            return self.codec.decode(data)
+            payload = self.codec.decode(data)
         except Exception as error:  # whatever a codec raises: the caller needs to know which payload it was
             raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__) from error
+        if not isinstance(cast("object", payload), dict):
+            raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__)
+        return payload
 
 
 def error_payload(error: BaseException) -> Payload:
@@ -142,7 +147,10 @@ def error_payload(error: BaseException) -> Payload:
         message = f"(str() of this {type(error).__name__} raised)"
     cls = type(error)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    lines = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
+    try:
+        lines = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
+    except Exception:  # noqa: BLE001 -- exceptions may have attributes that raise; likewise
+        lines = "".join(traceback.format_tb(error.__traceback__, limit=-20))
     return {
         "type": _printable(name),
         "message": _printable(message)[:_MESSAGE_CHARS],
@@ -154,37 +162,46 @@ def _printable(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _with_lists(value: object) -> object:
-    """The value with lists for tuples. Subclasses stay what they are, to be refused."""
+def _as_carried(value: object) -> object:
+    """The value with lists for tuples, and moments in UTC. Subclasses stay what they are, to be refused.
+
+    A moment in the hour that comes twice, when clocks are set back, equals none in another zone: hence the UTC.
+    """
     if type(value) is dict:
-        return {key: _with_lists(item) for key, item in cast("dict[object, object]", value).items()}
+        return {_as_carried_key(key): _as_carried(item) for key, item in cast("dict[object, object]", value).items()}
     if type(value) in (list, tuple):
-        return [_with_lists(item) for item in cast("list[object]", value)]
-    return value
+        return [_as_carried(item) for item in cast("list[object]", value)]
+    return _as_carried_key(value)
+
+
+def _as_carried_key(value: object) -> object:
+    return value.astimezone(UTC) if type(value) is datetime and value.tzinfo is not None else value
 
 
 def _culprit(payload: object) -> PayloadError | None:
-    """Finds what msgpack would not carry. Slow and only for payloads that are being refused."""
-    for path, problem in _problems(payload, "payload", 1):
-        return PayloadError(path, problem)
+    """Finds what msgpack would not carry, first in depth. Slow, and only for payloads that are being refused."""
+    waiting: list[tuple[Any, str, int]] = [(payload, "payload", 1)]
+    while waiting:
+        value, path, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            return PayloadError(path, f"nested more than {_MAX_DEPTH} levels deep")
+        found: list[tuple[Any, str, int]] = []
+        if type(value) is dict:
+            for key, item in cast("dict[object, object]", value).items():
+                inner = f"{path}[{_subscript(key)}]"
+                if problem := "a tuple cannot be a key" if type(key) is tuple else _scalar_problem(key):
+                    return PayloadError(f"key {inner}", problem)
+                found.append((item, inner, depth + 1))
+        elif type(value) in (list, tuple):
+            found = [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+        elif problem := _scalar_problem(value):
+            return PayloadError(path, problem)
+        waiting += reversed(found)
     return None
 
 
-def _problems(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
-    if depth > _MAX_DEPTH:
-        yield path, f"nested more than {_MAX_DEPTH} levels deep"
-    elif type(value) is dict:
-        for key, item in cast("dict[object, object]", value).items():
-            inner = f"{path}[{described(key)[len(type(key).__name__) + 1 :]}]"
-            if isinstance(key, tuple):
-                yield inner, "a tuple cannot be a key, it would come back as a list"
-            yield from _problems(key, f"key {inner}", depth + 1)
-            yield from _problems(item, inner, depth + 1)
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(cast("list[object]", value)):
-            yield from _problems(item, f"{path}[{index}]", depth + 1)
-    elif problem := _scalar_problem(value):
-        yield path, problem
+def _subscript(key: object) -> str:
+    return described(key).removeprefix(f"{type(key).__name__} ")
 
 
 def _scalar_problem(value: object) -> str | None:
@@ -198,10 +215,10 @@ def _scalar_problem(value: object) -> str | None:
         if value.tzinfo is None:
             return "datetime without a time zone; give it one (datetime.now(timezone.utc))"
         try:
-            carried = msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
+            msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
         except (OverflowError, ValueError) as error:
             return f"datetime that msgpack cannot carry ({error})"
-        return None if carried == value else f"{described(value)} would not come back equal"
+        return None
     if value is None or type(value) in (bool, bytes, bytearray):
         return None
     return f"{described(value)}; allowed are {_ALLOWED}"

@@ -148,5 +148,8 @@ def described(value: Any) -> str:
     Returns:
         Such as `int -3`, or `str 'aaaa…'` for what would fill the screen.
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 -- what has no repr must be refused all the same
+        text = "(without a repr)"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

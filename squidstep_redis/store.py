@@ -114,7 +114,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         pipeline = client.pipeline(transaction=False)
         for command in wire.commands(calls):
             pipeline.execute_command(*command, **OPTIONS)
-        return pipeline.execute(raise_on_error=False)
+        return pipeline.execute(raise_on_error=False)[-len(calls) :]
 
     def _send_to_nodes(self, cluster: Any, calls: Sequence[Call[Any]]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)

@@ -137,18 +137,14 @@ Exchange = Generator[Sequence[Call[Any]], list[Any], T]
 """An operation that takes several batches: yields calls, is sent a result or an exception for each, returns."""
 
 
-def commands(calls: Iterable[Call[Any]]) -> list[Command]:
-    """The commands of a batch for one server.
+def commands(calls: Sequence[Call[Any]]) -> list[Command]:
+    """The commands of a batch for one server: first those that load the scripts, then one for each call.
 
-    The first use of each script carries its source. A server that has just been restarted or flushed then knows it
-    by the time the others come; none of them is run late, after one that should have followed it.
+    The scripts are loaded all at once. If the server forgets them before the last call, all calls from there on fail
+    alike, and can be sent once more without any of them coming after one that should have followed it.
     """
-    known: set[bytes] = set()
-    sent: list[Command] = []
-    for call in calls:
-        sent.append(call.evalsha() if call.script.sha in known else call.eval())
-        known.add(call.script.sha)
-    return sent
+    load = [("SCRIPT LOAD", source) for source in dict.fromkeys(call.script.source for call in calls)]
+    return [("MULTI",), *load, ("EXEC",), *(call.evalsha() for call in calls)]
 
 
 def must_resend(reply: object) -> bool:
@@ -201,15 +197,20 @@ def queue(pipeline: Any, call: Call[T]) -> Queued[T]:
     It carries the script's source: inside a transaction a script that the server does not know would fail alone,
     while the commands around it take effect.
     """
+    if not isinstance(cast("object", call), Call):
+        raise InvalidArgumentError("call", f"must be a Call from store.calls, not {described(call)}")
     if not (hasattr(pipeline, "execute") and hasattr(pipeline, "__len__")):
         raise UnsupportedClientError("pipeline", f"must be a redis-py pipeline, not {described(pipeline)}")
-    explicit = getattr(pipeline, "explicit_transaction", False)
-    if getattr(pipeline, "watching", False) and not explicit:
+    # A cluster's pipeline leaves transactions to a strategy. asyncio's calls the attribute is_transaction, for
+    # transaction is a method of its base class.
+    state = getattr(pipeline, "_execution_strategy", pipeline)
+    explicit = getattr(state, "explicit_transaction", getattr(state, "_explicit_transaction", False))
+    if getattr(state, "watching", getattr(state, "_watching", False)) and not explicit:
         raise UnsupportedClientError("pipeline", "is watching and would run the command at once: call multi() first")
-    # asyncio's pipeline calls it is_transaction, and transaction is a method of its base class.
-    transaction = explicit or getattr(pipeline, "is_transaction", getattr(pipeline, "transaction", False))
-    pool = getattr(pipeline, "connection_pool", None)
-    if transaction and pool is not None and pool.connection_kwargs.get("decode_responses"):
+    asked_for = getattr(pipeline, "is_transaction", getattr(pipeline, "transaction", False))
+    transaction = explicit or hasattr(state, "_watching") or (not callable(asked_for) and asked_for)
+    connections = getattr(pipeline, "connection_pool", None) or getattr(pipeline, "nodes_manager", None)
+    if transaction and getattr(connections, "connection_kwargs", {}).get("decode_responses"):
         raise UnsupportedClientError(
             "pipeline", "decodes all that a transaction answers, payloads too: use a client without decode_responses"
         )

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from squidstep_redis import StepRunStore
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("soak", settings.get_profile("default"), max_examples=5_000, stateful_step_count=100)
 settings.load_profile("default")
 
 _prefixes = (f"test-{number}" for number in itertools.count())
