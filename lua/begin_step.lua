@@ -81,8 +81,8 @@ if state.status == RUNNING then
   lapsed = true
 end
 local scheduled = state.status == PENDING
-if (state.token == token and not scheduled) or past_attempt(steps, step, state, token) then
-  -- This very call was granted a claim that lapsed and was passed on before the reply got through.
+if state.token == token or past_attempt(steps, step, state, token) then
+  -- This very call was granted a claim that has ended since. Nobody may be waiting for this copy of it any more.
   return with_record("lost", steps, step)
 end
 refusal = check_indexes(claims, failed)

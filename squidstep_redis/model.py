@@ -249,7 +249,7 @@ class BeginResult(_Began):
 
     @property
     def lost(self) -> bool:
-        """This very call was granted a claim, but it was taken over before the reply got through."""
+        """This very call was granted a claim, which ended before this reply to it got through."""
         return self.reason == "lost"
 
 
