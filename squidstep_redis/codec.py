@@ -25,6 +25,7 @@ msgpack: Any = untyped_msgpack  # it ships no types
 
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
 _MAX_DEPTH: Final = 500  # of the search for a culprit; msgpack gives up at 511 or 1,024, by its version
+_KEY_CHARS: Final = 500
 _MESSAGE_CHARS: Final = 2_000
 _TRACEBACK_CHARS: Final = 8_000
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -201,7 +202,11 @@ def _culprit(payload: object) -> PayloadError | None:
 
 
 def _subscript(key: object) -> str:
-    return described(key).removeprefix(f"{type(key).__name__} ")
+    try:
+        text = repr(key)
+    except Exception:  # noqa: BLE001 -- what has no repr must be refused all the same
+        return f"a {type(key).__name__} without a repr"
+    return text if len(text) <= _KEY_CHARS else text[:_KEY_CHARS] + "…"
 
 
 def _scalar_problem(value: object) -> str | None:
