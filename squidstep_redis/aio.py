@@ -106,6 +106,9 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     async def send(self, call: Call[T]) -> T:
         """Sends one call made by `calls`; what the operation's own method does."""
+        if isinstance(self.client, redis.RedisCluster):
+            # Left to itself, redis-py lets many first calls each find out by a MOVED where their slot is.
+            await self.client.initialize()
         try:
             reply = await self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:

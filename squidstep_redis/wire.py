@@ -209,7 +209,8 @@ def queue(pipeline: Any, call: Call[T]) -> Queued[T]:
         raise UnsupportedClientError("pipeline", "is watching and would run the command at once: call multi() first")
     asked_for = getattr(pipeline, "is_transaction", getattr(pipeline, "transaction", False))
     transaction = explicit or hasattr(state, "_watching") or (not callable(asked_for) and asked_for)
-    connections = getattr(pipeline, "connection_pool", None) or getattr(pipeline, "nodes_manager", None)
+    owner = getattr(pipeline, "cluster_client", pipeline)
+    connections = getattr(owner, "connection_pool", None) or getattr(owner, "nodes_manager", None)
     if transaction and getattr(connections, "connection_kwargs", {}).get("decode_responses"):
         raise UnsupportedClientError(
             "pipeline", "decodes all that a transaction answers, payloads too: use a client without decode_responses"
