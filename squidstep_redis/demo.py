@@ -235,6 +235,12 @@ class Broker:
         # start. The tracker that multiprocessing starts along with the first worker would let them in: it goes before.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        # The mask is for the worker, which inherits it. It holds back this thread alone: another may take the signal.
+        arrived: list[int] = []
+        handlers = {number: signal.getsignal(number) for number in HELD_BACK}
+        for number in HELD_BACK:
+            if callable(handlers[number]):
+                signal.signal(number, lambda number, _frame: arrived.append(number))
         try:
             spawn = get_context("spawn")
             ours, theirs = spawn.Pipe()
@@ -244,7 +250,12 @@ class Broker:
             theirs.close()  # or the worker's end would not end the connection
             self.workers.append(Worker(name, process, ours))
         finally:
+            for number, handler in handlers.items():
+                if callable(handler):
+                    signal.signal(number, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for number in arrived:
+                signal.raise_signal(number)
 
     def _stop_workers(self) -> None:
         # By force: either all is acknowledged and they wait, or all is given up and what they do is not wanted.
