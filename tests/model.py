@@ -259,6 +259,10 @@ class Model:
     def lapsed_claims(self) -> set[tuple[str, str]]:
         return {(run, step) for run, step in self.leased_claims() if self._shown(run, step).lease == OVER}
 
+    def remembers(self, call: CallId) -> bool:
+        """Whether some record knows of a claim that this begin_step was granted."""
+        return any(attempt.call == call for _, _, record in self._all() for attempt in record.remembered)
+
     # What time does
 
     def lapse(self, run_id: str, step: str) -> None:

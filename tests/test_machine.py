@@ -239,6 +239,7 @@ class Machine(RuleBasedStateMachine):
         self.runs = RUN_PAIRS[0]
         self.sent: list[Sent] = []
         self.holders: list[Holder] = []
+        self.granted: set[int] = set()
 
     @initialize(runs=st.sampled_from(RUN_PAIRS))
     def start(self, runs: tuple[str, str]) -> None:
@@ -268,8 +269,8 @@ class Machine(RuleBasedStateMachine):
         end = Order("release_step", (holder,), {}) if release else Order("fail_step", (holder, {"n": 0}), {})
         self.send_all([self.make(order) for order in (begin, end) * times])
 
-    @precondition(lambda self: self.sent)
-    @rule(sent=the_machine.flatmap(lambda machine: newest_first(machine.sent)), times=times)
+    @precondition(lambda self: self.may_come_late())
+    @rule(sent=the_machine.flatmap(lambda machine: newest_first(machine.may_come_late())), times=times)
     def send_again(self, sent: Sent, times: int) -> None:
         """A call arrives late, when others have come between: a re-send after a time-out, or the copy it overtook."""
         self.send(sent, times)
@@ -355,6 +356,13 @@ class Machine(RuleBasedStateMachine):
 
     # What the rules share
 
+    def may_come_late(self) -> list[Sent]:
+        """All calls, but for those that were granted a claim of which nothing is known any more.
+
+        Its record was deleted, or it lies further back than the history reaches: there such a begin is a new one.
+        """
+        return [each for each in self.sent if each.id not in self.granted or self.model.remembers(each.id)]
+
     def make(self, order: Order) -> Sent:
         self.sent.append(Sent(order, order.call(self.store.calls), len(self.sent)))
         return self.sent[-1]
@@ -379,10 +387,10 @@ class Machine(RuleBasedStateMachine):
         assert plain(answer) == sent.order.apply(self.model, sent.id)
         if isinstance(answer, BeginResult):
             assert bool(answer.step_run.token) == (answer.decision == "execute")
-            run, step, *_ = sent.order.args
-            claim = Claim(run, step, sent.id)
-            if answer.step_run.token and all(holder.claim != claim for holder in self.holders):
-                self.holders.append(Holder(answer.step_run, claim))
+            if answer.step_run.token and sent.id not in self.granted:
+                run, step, *_ = sent.order.args
+                self.holders.append(Holder(answer.step_run, Claim(run, step, sent.id)))
+                self.granted.add(sent.id)
 
     def look_closely(self, answer: Any) -> None:
         """A step run that was answered equals the one that is stored, times included, unless that has moved on."""
