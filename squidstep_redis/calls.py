@@ -63,7 +63,7 @@ class Calls:
 
     def __init__(self, prefix: str, codec: Codec | None, max_payload_bytes: int, run_ttl: Seconds | None) -> None:
         """Raises InvalidArgumentError for settings that a store cannot have."""
-        if codec is not None and not isinstance(cast("object", codec), Codec):
+        if codec is not None and (isinstance(codec, type) or not isinstance(cast("object", codec), Codec)):
             raise InvalidArgumentError("codec", f"must have encode() and decode(), not {described(codec)}")
         self.prefix = prefix
         self.keys = Keys(arguments.prefix(prefix))

@@ -163,13 +163,17 @@ def _printable(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _as_carried(value: object) -> object:
+def _as_carried(value: Any) -> object:
     """The value with lists for tuples, and moments in UTC. Subclasses stay what they are, to be refused.
 
     A moment in the hour that comes twice, when clocks are set back, equals none in another zone: hence the UTC.
     """
     if type(value) is dict:
-        return {_as_carried_key(key): _as_carried(item) for key, item in cast("dict[object, object]", value).items()}
+        items = cast("dict[object, object]", value)
+        carried = {_as_carried_key(key): _as_carried(item) for key, item in items.items()}
+        if len(carried) != len(items):
+            raise ValueError("two keys would become one")
+        return carried
     if type(value) in (list, tuple):
         return [_as_carried(item) for item in cast("list[object]", value)]
     return _as_carried_key(value)
@@ -188,10 +192,14 @@ def _culprit(payload: object) -> PayloadError | None:
             return PayloadError(path, f"nested more than {_MAX_DEPTH} levels deep")
         found: list[tuple[Any, str, int]] = []
         if type(value) is dict:
+            keys: set[object] = set()
             for key, item in cast("dict[object, object]", value).items():
                 inner = f"{path}[{_subscript(key)}]"
                 if problem := "a tuple cannot be a key" if type(key) is tuple else _scalar_problem(key):
                     return PayloadError(f"key {inner}", problem)
+                if (carried := _as_carried_key(key)) in keys:
+                    return PayloadError(f"key {inner}", "the same instant as another key: one of the two would be lost")
+                keys.add(carried)
                 found.append((item, inner, depth + 1))
         elif type(value) in (list, tuple):
             found = [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]

@@ -17,6 +17,7 @@ import redis.asyncio
 from squidstep_redis import (
     AsyncStepRunStore,
     InvalidArgumentError,
+    MsgpackCodec,
     PayloadError,
     PayloadTooLargeError,
     SquidstepError,
@@ -205,6 +206,8 @@ class TestClients:
     def test_a_codec_has_two_methods(self) -> None:
         with pytest.raises(InvalidArgumentError, match=r"codec: must have encode\(\) and decode\(\)"):
             StepRunStore(redis.Redis(), codec=object())  # pyright: ignore[reportArgumentType]: likewise
+        with pytest.raises(InvalidArgumentError, match="codec: must have"):
+            StepRunStore(redis.Redis(), codec=MsgpackCodec)  # pyright: ignore[reportArgumentType]: its class
 
     def test_a_batch_takes_calls(self, store: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store.calls, not str"):

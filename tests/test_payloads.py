@@ -339,6 +339,14 @@ class TestWhatIsRefused:
         for allowed in ("None", "bool", "int", "float", "str", "bytes", "datetime", "list", "tuple", "dict"):
             assert allowed in message
 
+    def test_so_are_two_keys_that_would_fall_together(self, offline: StepRunStore) -> None:
+        """The same instant, but unequal to Python in the hour that Berlin repeats: one of the two would be lost."""
+        repeated = datetime(2021, 10, 31, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"))
+        payload = {repeated: "one", repeated.astimezone(UTC): "other"}
+        assert len(payload) == 2
+
+        assert refused(offline, "input", {"at": payload}).argument.removeprefix("key ").startswith("input['at']")
+
     def test_a_huge_culprit_makes_no_huge_message(self, offline: StepRunStore) -> None:
         assert len(str(refused(offline, "input", {"k" * 1_000_000: {1: set(range(100_000))}}))) < 1_000
 
