@@ -163,7 +163,7 @@ def _printable(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _as_carried(value: Any) -> object:
+def _as_carried(value: object) -> object:
     """The value with lists for tuples, and moments in UTC. Subclasses stay what they are, to be refused.
 
     A moment in the hour that comes twice, when clocks are set back, equals none in another zone: hence the UTC.
@@ -179,7 +179,7 @@ def _as_carried(value: Any) -> object:
     return _as_carried_key(value)
 
 
-def _as_carried_key(value: object) -> object:
+def _as_carried_key(value: Any) -> object:
     return value.astimezone(UTC) if type(value) is datetime and value.tzinfo is not None else value
 
 
