@@ -347,7 +347,7 @@ class _Supervisor:
         with (self.directory / _LOG_NAME).open("a+b") as log:
             log_begin = log.seek(0, os.SEEK_END)
             try:
-                self.server = subprocess.Popen(  # noqa: S603
+                self.server = subprocess.Popen(  # noqa: S603 (likewise)
                     self.command,
                     cwd=self.directory,
                     stdin=subprocess.DEVNULL,

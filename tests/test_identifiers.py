@@ -374,7 +374,7 @@ class TestStandIns:
     def test_a_member_is_no_run_id_unless_it_is_a_str(self, offline: StepRunStore) -> None:
         assert offline.calls.get_run(Word.PAY).keys == offline.calls.get_run("pay").keys
         with pytest.raises(InvalidArgumentError, match="^run_id: must be a non-empty str, not Plain"):
-            offline.get_run(Plain.PAY)  # type: ignore[arg-type]
+            offline.get_run(Plain.PAY)  # pyright: ignore[reportArgumentType]: what is refused is the point
 
     def test_one_step_under_two_names_is_refused(self, offline: StepRunStore) -> None:
         for one, other in itertools.permutations(["pay", Plain.PAY]):

@@ -659,7 +659,7 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
     "__str__ answers no str": lambda: raised(NumericError()),
     "__getattr__ raises": lambda: raised(ProxyError()),
     "__notes__ raises": lambda: raised(NotedError()),
-    "SyntaxError of bytes": lambda: raised(SyntaxError("bad", ("file", 1, 1, b"source"))),  # type: ignore[arg-type]
+    "SyntaxError of bytes": lambda: raised(SyntaxError("bad", ("file", 1, 1, b"source"))),  # pyright: ignore[reportArgumentType]: no str
 }
 
 

@@ -426,4 +426,4 @@ class TestIndexes:
     def test_absurd_limits_are_refused(self, store: StepRunStore, limit: object) -> None:
         for read in (store.lapsed_claims, store.failed_steps):
             with pytest.raises(InvalidArgumentError, match="limit: must be an int from 1 to 1,000"):
-                read(limit)  # type: ignore[arg-type]: what is refused is the point
+                read(limit)  # pyright: ignore[reportArgumentType]: what is refused is the point
