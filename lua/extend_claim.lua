@@ -7,7 +7,7 @@
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
 --       4 token   of the claim, or ""  for whoever holds it
---       5 lease_ms  or ""  the claim never ends by itself
+--       5 lease_ms  or ""  the claim never ends by itself, or 0  it can be taken over at once
 -- REPLY {"extended", nonce, state} | {"extended", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error}
 --       {"missing", nonce}

@@ -1,7 +1,8 @@
 """Decides, atomically in Redis, which delivery of a step executes. Start at `StepRunStore` or `AsyncStepRunStore`."""
 
-from squidstep_redis.aio import AsyncStepRunStore
+from squidstep_redis.aio import AsyncClaim, AsyncStepRunStore
 from squidstep_redis.calls import Calls
+from squidstep_redis.claims import current_claim
 from squidstep_redis.codec import Codec, MsgpackCodec
 from squidstep_redis.errors import (
     CorruptRunError,
@@ -13,20 +14,24 @@ from squidstep_redis.errors import (
     RunDeletedError,
     SquidstepError,
     StaleStepRunError,
+    StepBusyError,
+    StepExhaustedError,
     StepRunNotFoundError,
     UndecodablePayloadError,
     UnsupportedClientError,
 )
 from squidstep_redis.model import Attempt, BeginResult, Outcome, ScheduleResult, StepRun, StepStatus
-from squidstep_redis.store import StepRunStore
+from squidstep_redis.store import Claim, StepRunStore
 from squidstep_redis.wire import Call, Queued
 
 __all__ = [
+    "AsyncClaim",
     "AsyncStepRunStore",
     "Attempt",
     "BeginResult",
     "Call",
     "Calls",
+    "Claim",
     "Codec",
     "CorruptRunError",
     "InvalidArgumentError",
@@ -41,10 +46,13 @@ __all__ = [
     "ScheduleResult",
     "SquidstepError",
     "StaleStepRunError",
+    "StepBusyError",
+    "StepExhaustedError",
     "StepRun",
     "StepRunNotFoundError",
     "StepRunStore",
     "StepStatus",
     "UndecodablePayloadError",
     "UnsupportedClientError",
+    "current_claim",
 ]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from inspect import isawaitable
+from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary
 
+from redis import RedisError
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import NoScriptError
 
 from squidstep_redis import wire
+from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import RETRIES, BaseStore, documented
 from squidstep_redis.calls import Calls
+from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy, Plan
+from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.model import StepRun
 from squidstep_redis.wire import OPTIONS, Call, Command, Exchange
 
 P = ParamSpec("P")
@@ -70,6 +80,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     complete_step = _operation(Calls.complete_step)
     fail_step = _operation(Calls.fail_step)
     extend_claim = _operation(Calls.extend_claim)
+    expire_claim = _operation(Calls.expire_claim)
     release_step = _operation(Calls.release_step)
     delete_pending_steps = _operation(Calls.delete_pending_steps)
 
@@ -85,7 +96,94 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     batch = _exchange(Calls.batch)
     lapsed_claims = _exchange(Calls.lapsed_claims)
+    live_claims = _exchange(Calls.live_claims)
     failed_steps = _exchange(Calls.failed_steps)
+
+    async def run_step(
+        self,
+        run_id: RunId,
+        step: Step,
+        fn: Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]] | Mapping[str, Any]],
+        input: Mapping[str, Any],
+        *,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+        cancel_when_lost: bool = False,
+    ) -> dict[str, Any]:
+        """Executes a step once across all deliveries: `StepRunStore.run_step`, which says all that is not said here.
+
+        The heartbeat is the event loop's: a function that blocks it for longer than the lease loses the claim.
+
+        Args:
+            run_id: as there.
+            step: as there.
+            fn: a coroutine function, or a plain one that does not block for long.
+            input: as there.
+            lease: as there.
+            max_attempts: as there.
+            on_busy: as there.
+            owner: as there.
+            cancel_when_lost: cancels `fn` when the claim is found to be lost; the winner's result is answered as ever.
+
+        Returns:
+            The stored output.
+
+        Raises:
+            As there.
+        """
+        if not callable(fn):
+            raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
+        while True:
+            claim = self.claim_step(
+                run_id,
+                step,
+                input,
+                lease=lease,
+                max_attempts=max_attempts,
+                on_busy=on_busy,
+                owner=owner,
+                cancel_when_lost=cancel_when_lost,
+            )
+            try:
+                async with claim:
+                    if claim.decision == "execute":
+                        output = fn(claim.input)
+                        await claim.complete(await output if isawaitable(output) else output)
+                return claim.step_run.output or {}
+            except StaleStepRunError as error:
+                claim.may_ask_again(error)
+
+    def claim_step(
+        self,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        *,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+        cancel_when_lost: bool = False,
+    ) -> AsyncClaim:
+        """Makes an `async with` block that holds the claim on a step: see `StepRunStore.claim_step`.
+
+        Args:
+            run_id: as for `run_step`, like all the others.
+            step: see there.
+            input: see there.
+            lease: see there.
+            max_attempts: see there.
+            on_busy: see there.
+            owner: see there.
+            cancel_when_lost: cancels the block when the claim is found to be lost; the block then ends as
+                `claim.complete` would.
+
+        Raises:
+            As `run_step`, from entering the block.
+        """
+        return AsyncClaim(self, run_id, step, input, lease, max_attempts, on_busy, owner, cancel_when_lost)
 
     async def close(self) -> None:
         """Closes the client, if `from_url` made it."""
@@ -154,3 +252,158 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             return await self.send(call)
         except Exception as error:  # noqa: BLE001 -- each call of a batch answers for itself
             return error
+
+
+class AsyncClaim(BaseClaim[asyncio.Event]):
+    """A step to be executed by this delivery or skipped: the `async with` block that `claim_step` makes."""
+
+    def __init__(
+        self,
+        store: AsyncStepRunStore,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: OnBusy,
+        owner: str | None,
+        cancel_when_lost: bool,
+    ) -> None:
+        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, asyncio.Event())
+        self.store = store
+        self._cancels = cancel_when_lost
+        self._task: asyncio.Task[Any] | None = None
+        self._has_cancelled = False
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._carry_out(self._claiming())
+            self._enter()
+            self._task, self._has_cancelled = asyncio.current_task(), False
+            if self._state == "held" and self._lease is not None:
+                _heartbeat_of(self.store.client).add(self)
+        except (RedisError, SquidstepError):
+            raise
+        except BaseException:  # the task was cancelled: the work has not begun
+            self._stop()
+            with suppress(RedisError, SquidstepError):
+                await self._carry_out(self._abandoning())
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            missing = await self._carry_out(self._leaving(error))
+        finally:
+            self._stop()
+        if missing is not None:
+            raise missing
+        if self._has_cancelled and self._task is not None and self._loss is not None:
+            others = self._task.uncancel()
+            if isinstance(error, asyncio.CancelledError) and not others:
+                if not isinstance(self._loss, StaleStepRunError):
+                    raise self._loss
+                await self._carry_out(self._resolving())
+                return True
+        return False
+
+    async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
+        """Ends the claim with an output; returns and raises as `Claim.complete`."""
+        return await self._carry_out(self._completing(output, schedule))
+
+    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
+        """Ends the claim with an error, see `fail_step`; otherwise as `complete`."""
+        return await self._carry_out(self._failing(error))
+
+    async def release(self) -> StepRun:
+        """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`."""
+        return await self._carry_out(self._releasing())
+
+    def _tell(self) -> None:
+        super()._tell()
+        if self._cancels and self._task is not None:
+            self._has_cancelled = self._task.cancel("the claim on the step was lost")
+
+    async def _carry_out(self, plan: Plan[T]) -> T:
+        try:
+            wanted = next(plan)
+            while True:
+                answer = None
+                try:
+                    if isinstance(wanted, Call):
+                        answer = await self.store.send(wanted)
+                    else:
+                        await asyncio.sleep(wanted)
+                except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
+                    wanted = plan.throw(error)
+                else:
+                    wanted = plan.send(answer)
+        except StopIteration as end:
+            return end.value
+
+    def _stop(self) -> None:
+        if self._lease is not None:
+            _heartbeat_of(self.store.client).discard(self)
+        self._exit()
+
+
+class _Heartbeat:
+    """Extends the claims of one client, by timers of the event loop: no task lives while there is nothing to send."""
+
+    def __init__(self) -> None:
+        self._beats: Beats[AsyncClaim] = Beats()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, claim: AsyncClaim) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # a client may serve one loop after another
+            self._loop, self._timer, self._task = loop, None, None
+        self._beats.add(claim)
+        self._wind()
+
+    def discard(self, claim: AsyncClaim) -> None:
+        self._beats.discard(claim)
+        if not self._beats and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wind(self) -> None:
+        """Sets the timer to the next beat, unless one is under way or it is set to an earlier time."""
+        due = self._beats.next_at()
+        if due is None or self._loop is None or self._task is not None:
+            return
+        when = self._loop.time() + due - time.monotonic()
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._start)
+
+    def _start(self) -> None:
+        self._timer = None
+        if self._loop is not None:
+            self._task = self._loop.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        try:
+            if claims := self._beats.take():
+                sent_at = time.monotonic()
+                try:
+                    results: Any = await claims[0].store.batch([claim.extension() for claim in claims])
+                except Exception as error:  # noqa: BLE001 -- whatever it was, the next beat may get through
+                    results = error
+                self._beats.told(claims, results, sent_at)
+        finally:
+            self._task = None
+        self._wind()
+
+
+_heartbeats: WeakKeyDictionary[Any, _Heartbeat] = WeakKeyDictionary()
+
+
+def _heartbeat_of(client: Any) -> _Heartbeat:
+    return _heartbeats.setdefault(client, _Heartbeat())

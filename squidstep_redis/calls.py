@@ -253,6 +253,24 @@ class Calls:
         """
         return self._ending("extend_claim", step_run, 3, (arguments.milliseconds("lease", lease, arguments.MAX_LEASE),))
 
+    def expire_claim(self, step_run: StepRun | str) -> Call[StepRun]:
+        """Ends the lease of a claim whose holder is known to be dead: it can be taken over at once.
+
+        One round trip.
+
+        Args:
+            step_run: as any read answers it (`live_claims`, `get_step_run`): exactly the claim that it shows is
+                ended, none that came after it. A bare `StepRun.id` stands for whoever holds the claim.
+
+        Returns:
+            The step run: running, its lease over. The next `begin_step` is a takeover.
+
+        Raises:
+            As `complete_step`.
+        """
+        observed = isinstance(step_run, StepRun)
+        return self._ending("extend_claim", step_run, 3, (b"0",), token=step_run.observed_token if observed else b"")
+
     def release_step(self, step_run: StepRun | str) -> Call[StepRun]:
         """Gives a claim back before its work took effect: the step is pending again, with the input it had.
 
@@ -494,6 +512,18 @@ class Calls:
         """
         return self._scan("lapsed_claims", self.keys.claims(), limit)
 
+    def live_claims(self, limit: int = 100, *, owner: str | None = None) -> Exchange[list[StepRun]]:
+        """Lists step runs that are being executed under a lease, soonest over first.
+
+        Round trips and errors as for `lapsed_claims`; with an `owner`, one more for each `limit` of live claims that
+        are not its own, out of the thousand or so soonest over of each of 1,024 buckets.
+
+        Args:
+            limit: how many at most, up to 1,000.
+            owner: whose claims alone, as it was given to `begin_step`; None: anybody's.
+        """
+        return self._scan("live_claims", self.keys.claims(), limit, arguments.owner(owner))
+
     def failed_steps(self, limit: int = 100) -> Exchange[list[StepRun]]:
         """Lists failed step runs, newest first, out of the newest thousand or so of each of 1,024 buckets.
 
@@ -501,39 +531,44 @@ class Calls:
         """
         return self._scan("failed_steps", self.keys.failed(), limit)
 
-    def _scan(self, name: str, indexes: list[bytes], limit: int) -> Exchange[list[StepRun]]:
+    def _scan(self, name: str, indexes: list[bytes], limit: int, owner: bytes = b"") -> Exchange[list[StepRun]]:
         wanted = arguments.integer("limit", limit, MAX_LIMIT)
+        page_size = MAX_LIMIT if owner else wanted
         newest_first = name == "failed_steps"
         while True:
-            args = b"%d" % wanted
+            args = b"%d" % page_size
             pages = yield [Call(None, script(name), (key,), (_nonce(), args), _entries) for key in indexes]
             entries = sorted((entry for page in _all(pages) for entry in page), reverse=newest_first)
             found: list[StepRun] = []
-            dropped = 0
+            gone = 0
             for start in range(0, len(entries), wanted):
-                confirmed = yield [self._confirm(name, member) for _, member in entries[start : start + wanted]]
+                confirmed = yield [self._confirm(name, member, owner) for _, member in entries[start : start + wanted]]
                 for answer in confirmed:
                     if isinstance(answer, StepRun):
                         found.append(answer)
-                    elif answer is None:
-                        dropped += 1
+                    elif isinstance(answer, bool):
+                        gone += answer
                     elif not isinstance(answer, CorruptRunError):  # a corrupt run must not hide the others
                         raise answer
                 if len(found) >= wanted:
                     break
-            # Entries that were dropped may have kept good ones off their page.
-            if len(found) >= wanted or not dropped or all(len(page) < wanted for page in pages):
+            # Entries that are gone may have kept good ones off their page.
+            if len(found) >= wanted or not gone or all(len(page) < page_size for page in pages):
                 return found[:wanted]
 
-    def _confirm(self, name: str, member: bytes) -> Call[StepRun | None]:
+    def _confirm(self, name: str, member: bytes, owner: bytes) -> Call[StepRun | bool]:
+        """Reads the step run that an entry stands for; or answers whether the entry has left its place in the index."""
         run, step = parse_member(member)
         keys = self.keys.run(run)
+        wanted = {"failed_steps": b"failed", "lapsed_claims": b"lapsed", "live_claims": b"live"}[name]
 
-        def parse(reply: Reply) -> StepRun | None:
-            return self._records.record(run.decode(), step.decode(), reply[2:], keys.steps) if len(reply) > 2 else None
+        def parse(reply: Reply) -> StepRun | bool:
+            if len(reply) > 2:
+                return self._records.record(run.decode(), step.decode(), reply[2:], keys.steps)
+            return reply[0] == b"dropped" or wanted == b"lapsed"  # what is live has been put where it belongs
 
-        index, kind = (keys.failed, b"failed") if name == "failed_steps" else (keys.claims, b"claims")
-        args = (_nonce(), step, member_prefix(run), kind)
+        index = keys.failed if wanted == b"failed" else keys.claims
+        args = (_nonce(), step, member_prefix(run), wanted, owner)
         return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
 
     # What the operations share
@@ -550,6 +585,7 @@ class Calls:
         args: tuple[bytes, ...],
         output: bytes | None = None,
         last_error: bytes | None = None,
+        token: bytes = b"",
     ) -> Call[StepRun]:
         """The transitions of a claim in hand, which differ in their script and in what they leave on the step run."""
         if isinstance(step_run, StepRun):
@@ -557,15 +593,16 @@ class Calls:
                 raise InvalidArgumentError(
                     "step_run", f"belongs to a store with prefix {step_run.prefix!r}, this one has {self.prefix!r}"
                 )
-            if not step_run.token:
+            token = token or step_run.token
+            if not token:
                 raise StaleStepRunError(
                     step_run,
                     f"{operation} takes the step run that begin_step answered with 'execute'; this one carries no "
                     "claim (an operator may pass its id). Nothing was sent",
                 )
-            run, name, token = step_run.run_id, step_run.step, step_run.token
+            run, name = step_run.run_id, step_run.step
         else:
-            (run, name), token = self._parse_id(step_run), b""
+            run, name = self._parse_id(step_run)
         run_data = run.encode()
         keys = self.keys.run(run_data)
 

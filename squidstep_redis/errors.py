@@ -11,6 +11,8 @@ Each error says what happened, to which run and step, and what to do next. Error
     ├── StepRunNotFoundError      there is no such record; nothing was written
     │   └── RunDeletedError           … because the run was deleted a short while ago
     ├── StaleStepRunError         the claim is not yours (any more); nothing was written
+    ├── StepBusyError             run_step: another worker holds the step; try again later
+    ├── StepExhaustedError        run_step: max_attempts are used up; the step has failed for good
     ├── CorruptRunError           what is stored cannot be trusted; nothing was written
     │   └── NewerFormatError          … because a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
@@ -93,6 +95,46 @@ class StaleStepRunError(SquidstepError):
 
     def __str__(self) -> str:
         return f"{_where(self.current.run_id, self.current.step)}: {self.problem}"
+
+
+class StepBusyError(SquidstepError):
+    """Another worker holds the step, so this delivery did not execute it: deliver it again later.
+
+    Attributes:
+        current: the step run as it is stored now.
+        retry_in: seconds until the lease that is in the way ends, unless it is extended; None: never, or unknown.
+    """
+
+    def __init__(self, current: StepRun, retry_in: float | None) -> None:
+        super().__init__(current, retry_in)
+        self.current = current
+        self.retry_in = retry_in
+
+    def __str__(self) -> str:
+        holder = f" by {self.current.owner}" if self.current.owner else ""
+        until = "" if self.retry_in is None else f"; its lease ends in {self.retry_in:.3f} s"
+        return (
+            f"{_where(self.current.run_id, self.current.step)}: is being executed{holder}, as attempt "
+            f"{self.current.attempt}{until}. Nothing was executed here: try again later"
+        )
+
+
+class StepExhaustedError(SquidstepError):
+    """The step has failed as often as `max_attempts` allows: it is not executed again.
+
+    Attributes:
+        current: the step run as it is stored now; its `last_error` says why.
+    """
+
+    def __init__(self, current: StepRun) -> None:
+        super().__init__(current)
+        self.current = current
+
+    def __str__(self) -> str:
+        return (
+            f"{_where(self.current.run_id, self.current.step)}: all attempts are used up, the last was number "
+            f"{self.current.attempt}; see last_error. More are granted to a larger max_attempts"
+        )
 
 
 class CorruptRunError(SquidstepError):

@@ -138,6 +138,11 @@ class StepRun:
         return self._fields[8].decode() or None
 
     @property
+    def observed_token(self) -> bytes:
+        """Of the latest claim as stored: it names the claim, but this object need not carry it. See `expire_claim`."""
+        return self._fields[1]
+
+    @property
     def created_at(self) -> datetime:
         """When the record came to be: the server's clock, to the millisecond, in UTC."""
         return _datetime(self._created_ms)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import redis
+from redis import RedisError
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from squidstep_redis import wire
+from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import RETRIES, BaseStore, documented
 from squidstep_redis.calls import Calls
+from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy, Plan
+from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.model import StepRun
+from squidstep_redis.signals import AlarmHeldBack
 from squidstep_redis.wire import OPTIONS, Call, Exchange
 
 P = ParamSpec("P")
@@ -58,6 +70,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     complete_step = _operation(Calls.complete_step)
     fail_step = _operation(Calls.fail_step)
     extend_claim = _operation(Calls.extend_claim)
+    expire_claim = _operation(Calls.expire_claim)
     release_step = _operation(Calls.release_step)
     delete_pending_steps = _operation(Calls.delete_pending_steps)
 
@@ -73,7 +86,96 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     batch = _exchange(Calls.batch)
     lapsed_claims = _exchange(Calls.lapsed_claims)
+    live_claims = _exchange(Calls.live_claims)
     failed_steps = _exchange(Calls.failed_steps)
+
+    def run_step(
+        self,
+        run_id: RunId,
+        step: Step,
+        fn: Callable[[dict[str, Any]], Mapping[str, Any]],
+        input: Mapping[str, Any],
+        *,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+    ) -> dict[str, Any]:
+        """Executes a step once across all deliveries, and answers its stored output ever after.
+
+        Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of
+        this process, a third of the lease after they were last extended: one round trip for all of one client's.
+
+        An exception of `fn` is recorded with `fail_step` and raised again. If the claim is lost to a takeover,
+        `current_claim().lost` is set, the late result is discarded, and the winner's is answered in its place. A
+        result that cannot get through is sent again for as long as the lease, but for at most a minute.
+
+        Args:
+            run_id: as for `begin_step`.
+            step: likewise.
+            fn: given the stored input, answers the output: does the work. `current_claim()` is its claim.
+            input: kept, unless the step was scheduled with its own.
+            lease: seconds after which another worker may take over from one that is dead or hangs; None: never.
+            max_attempts: claims to grant in all.
+            on_busy: what to do while another worker holds the step: "raise", or "wait" until it is completed or can
+                be claimed (asking again, at most once a second).
+            owner: who claims, for operators; None: `host:pid`.
+
+        Returns:
+            The stored output.
+
+        Raises:
+            StepBusyError: another worker holds the step, or has taken it over.
+            StepExhaustedError: `max_attempts` are used up.
+            StaleStepRunError: the claim was lost, and nobody has completed the step or is at it.
+            PayloadError: what `fn` answered cannot be kept; the step is recorded as failed.
+            InvalidArgumentError: refused before anything was sent.
+            redis.RedisError: the server could not be asked, or not be told of the result.
+        """
+        if not callable(fn):
+            raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
+        while True:
+            claim = self.claim_step(
+                run_id, step, input, lease=lease, max_attempts=max_attempts, on_busy=on_busy, owner=owner
+            )
+            try:
+                with claim:
+                    if claim.decision == "execute":
+                        claim.complete(fn(claim.input))
+                return claim.step_run.output or {}
+            except StaleStepRunError as error:
+                claim.may_ask_again(error)
+
+    def claim_step(
+        self,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        *,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+    ) -> Claim:
+        """Makes a `with` block that holds the claim on a step: `run_step` for code that is not one function.
+
+        Nothing is sent before the block is entered. The block looks at `claim.decision`: on "execute" it does the
+        work and calls `claim.complete(output)`; on "skip" the step was completed before, see `claim.output`. An
+        exception that leaves the block is recorded with `fail_step`.
+
+        Args:
+            run_id: as for `run_step`, like all the others.
+            step: see there.
+            input: see there.
+            lease: see there.
+            max_attempts: see there.
+            on_busy: see there.
+            owner: see there.
+
+        Raises:
+            As `run_step`, from entering the block.
+        """
+        return Claim(self, run_id, step, input, lease, max_attempts, on_busy, owner)
 
     def close(self) -> None:
         """Closes the client, if `from_url` made it."""
@@ -136,3 +238,176 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             return self.send(call)
         except Exception as error:  # noqa: BLE001 -- each call of a batch answers for itself
             return error
+
+
+class Claim(BaseClaim[threading.Event]):
+    """A step to be executed by this delivery or skipped: the `with` block that `claim_step` makes."""
+
+    def __init__(
+        self,
+        store: StepRunStore,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: OnBusy,
+        owner: str | None,
+    ) -> None:
+        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, threading.Event())
+        self.store = store
+
+    def __enter__(self) -> Self:
+        try:
+            with AlarmHeldBack() as alarm:
+                self._carry_out(self._claiming(), alarm.sleep)
+                self._enter()
+                if self._state == "held" and self._lease is not None:
+                    _heartbeat_of(self.store.client).add(self)
+        except (RedisError, SquidstepError):
+            raise
+        except BaseException:  # a signal handler raised: the work has not begun
+            with AlarmHeldBack(), suppress(RedisError, SquidstepError):
+                self._stop()
+                self._carry_out(self._abandoning())
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with AlarmHeldBack():
+            try:
+                missing = self._carry_out(self._leaving(error))
+            finally:
+                self._stop()
+        if missing is not None:
+            raise missing
+
+    def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
+        """Ends the claim with an output, see `complete_step`; one round trip, insistent as `run_step`.
+
+        Returns:
+            The completed step run: the winner's, if the claim was lost to it.
+
+        Raises:
+            StaleStepRunError: the claim was lost, and the step is not completed.
+            StepRunNotFoundError: the run was deleted.
+            PayloadError: the output cannot be kept; the claim is still held.
+            redis.RedisError: the server could not be told in time; the claim ends with its lease.
+        """
+        with AlarmHeldBack():
+            return self._carry_out(self._completing(output, schedule))
+
+    def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
+        """Ends the claim with an error, see `fail_step`; round trips and errors as for `complete`."""
+        with AlarmHeldBack():
+            return self._carry_out(self._failing(error))
+
+    def release(self) -> StepRun:
+        """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`.
+
+        For a worker that is told to stop (SIGTERM): the attempt does not count, and the step can be claimed at once.
+        """
+        with AlarmHeldBack():
+            return self._carry_out(self._releasing())
+
+    def _carry_out(self, plan: Plan[T], sleep: Callable[[float], None] = time.sleep) -> T:
+        try:
+            wanted = next(plan)
+            while True:
+                answer = None
+                try:
+                    if isinstance(wanted, Call):
+                        answer = self.store.send(wanted)
+                    else:
+                        sleep(wanted)
+                except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
+                    wanted = plan.throw(error)
+                else:
+                    wanted = plan.send(answer)
+        except StopIteration as end:
+            return end.value
+
+    def _stop(self) -> None:
+        if self._lease is not None:
+            _heartbeat_of(self.store.client).discard(self)
+        self._exit()
+
+
+class _Heartbeat:
+    """Extends the claims of one client from a thread of its own, which ends when it has had none for a while."""
+
+    IDLE: Final = 5.0  # seconds
+
+    def __init__(self) -> None:
+        self._beats: Beats[Claim] = Beats()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._wakes_at = 0.0
+
+    def add(self, claim: Claim) -> None:
+        with self._changed:
+            due = self._beats.add(claim)
+            if self._thread is None:
+                self._wakes_at = due
+                thread = threading.Thread(target=self._run, name="squidstep-heartbeat", daemon=True)
+                thread.start()
+                self._thread = thread
+            elif due < self._wakes_at:
+                self._changed.notify()
+
+    def discard(self, claim: Claim) -> None:
+        with self._changed:
+            self._beats.discard(claim)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                claims = self._wait()
+                if claims is None:
+                    self._thread = None
+                    return
+            self._beat(claims)
+            del claims  # nothing here keeps a claim alive that nobody else holds
+
+    def _wait(self) -> Sequence[Claim] | None:
+        """Waits for the next beat; None if there is nothing left to wait for."""
+        idle_since = time.monotonic()
+        while True:
+            due = self._beats.next_at()
+            now = time.monotonic()
+            if due is not None and due <= now:
+                return self._beats.take()
+            if due is None and now >= idle_since + self.IDLE:
+                return None
+            self._wakes_at = idle_since + self.IDLE if due is None else due
+            self._changed.wait(self._wakes_at - now)
+
+    def _beat(self, claims: Sequence[Claim]) -> None:
+        sent_at = time.monotonic()
+        try:
+            results: Any = claims[0].store.batch([claim.extension() for claim in claims])
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the next beat may get through
+            results = error
+        with self._changed:
+            self._beats.told(claims, results, sent_at)
+
+
+_heartbeats: WeakKeyDictionary[Any, _Heartbeat] = WeakKeyDictionary()
+_heartbeats_lock = threading.Lock()
+
+
+def _heartbeat_of(client: Any) -> _Heartbeat:
+    with _heartbeats_lock:
+        return _heartbeats.setdefault(client, _Heartbeat())
+
+
+def _after_fork() -> None:
+    """The claims stay with the parent, as do the threads."""
+    global _heartbeats_lock  # noqa: PLW0603 -- the old one may be held for ever
+    _heartbeats_lock = threading.Lock()
+    _heartbeats.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

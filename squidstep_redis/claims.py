@@ -1,0 +1,383 @@
+"""Claims that keep themselves: the rules of `run_step`, without any waiting.
+
+`BaseClaim` says, as generators, what to send and how long to pause; `Beats` says when to extend which claims. `Claim`
+and `AsyncClaim`, beside their stores, only do as told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextvars import ContextVar, Token
+from functools import cache
+from typing import Any, Final, Generic, Literal, TypeVar, cast
+from weakref import WeakKeyDictionary, ref
+
+from redis import RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TimeoutError,
+    TryAgainError,
+)
+
+from squidstep_redis.arguments import MAX_LEASE, RunId, Seconds, Step, StepInputs, milliseconds
+from squidstep_redis.calls import Calls
+from squidstep_redis.errors import (
+    InvalidArgumentError,
+    ReplyMismatchError,
+    SquidstepError,
+    StaleStepRunError,
+    StepBusyError,
+    StepExhaustedError,
+    StepRunNotFoundError,
+    described,
+)
+from squidstep_redis.model import BeginResult, StepRun, StepStatus
+from squidstep_redis.wire import Call
+
+E = TypeVar("E", threading.Event, asyncio.Event)
+T = TypeVar("T")
+C = TypeVar("C", bound="BaseClaim[Any]")
+
+OnBusy = Literal["raise", "wait"]
+Plan = Generator[Call[Any] | float, Any, T]
+"""What to do, in order: a call is to be sent, its answer or error is wanted; a number is seconds to pause."""
+
+DEFAULT_LEASE: Final = 30.0
+BEATS_PER_LEASE: Final = 3
+MAX_PATIENCE: Final = 60.0  # seconds for which a result that cannot get through is sent again
+
+_FIRST_PAUSE: Final = 0.05
+_LAST_PAUSE: Final = 1.0
+
+# After these the same call may get through a little later, and sending it again is always safe.
+_PASSING: Final = (
+    ConnectionError,
+    TimeoutError,
+    ReadOnlyError,
+    ClusterDownError,
+    TryAgainError,
+    OutOfMemoryError,
+    ReplyMismatchError,
+)
+
+_current: ContextVar[ref[BaseClaim[Any]] | None] = ContextVar("squidstep_claim", default=None)
+
+
+def current_claim() -> BaseClaim[threading.Event] | BaseClaim[asyncio.Event] | None:
+    """The claim under which this code runs, inside `run_step` or a `claim_step` block; None outside."""
+    claim = _current.get()
+    return None if claim is None else claim()
+
+
+@cache
+def _hostname() -> str:
+    return socket.gethostname()
+
+
+def default_owner() -> str:
+    """Who claims, unless said otherwise: `host:pid`."""
+    return f"{_hostname()}:{os.getpid()}"
+
+
+class BaseClaim(Generic[E]):
+    """A step to be executed by at most one delivery at a time, and the claim on it while this one executes.
+
+    Attributes:
+        decision: "execute" if the claim is this delivery's, "skip" if the step was completed before; None until the
+            `with` block is entered.
+        lost: an event, set when the claim is found to be taken over or deleted; look at it in long work, and stop.
+    """
+
+    lost: E
+    decision: Literal["execute", "skip"] | None
+
+    def __init__(
+        self,
+        calls: Calls,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: OnBusy,
+        owner: str | None,
+        lost: E,
+    ) -> None:
+        """Made by `claim_step` alone; raises InvalidArgumentError if `lease` or `on_busy` is refused."""
+        if cast("object", on_busy) not in ("raise", "wait"):
+            raise InvalidArgumentError("on_busy", f"must be 'raise' or 'wait', not {described(on_busy)}")
+        self._calls = calls
+        self._lease = lease
+        self._lease_seconds = int(milliseconds("lease", lease, MAX_LEASE) or 0) / 1_000
+        self._on_busy = on_busy
+
+        def begin() -> Call[BeginResult]:
+            claimant = default_owner() if owner is None else owner
+            return calls.begin_step(run_id, step, input, lease=lease, max_attempts=max_attempts, owner=claimant)
+
+        self._begin: Callable[[], Call[BeginResult]] = begin
+        self._sent: Call[BeginResult] | None = None
+        self._loss: StaleStepRunError | StepRunNotFoundError | None = None
+        self._step_run: StepRun | None = None
+        self._sent_at = 0.0
+        self._state: Literal["out", "held", "ending", "ended"] = "out"
+        self._context: Token[ref[BaseClaim[Any]] | None] | None = None
+        self.lost = lost
+        self.decision = None
+
+    # What the code under the claim looks at
+
+    @property
+    def step_run(self) -> StepRun:
+        """The step run, as last answered: with `id` and `attempt` it makes an idempotency key."""
+        if self._step_run is None:
+            raise InvalidArgumentError("claim", "has no step run before its `with` block is entered")
+        return self._step_run
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """What the step is given: the input that is stored, which may be one that it was scheduled with."""
+        return self.step_run.input
+
+    @property
+    def output(self) -> dict[str, Any] | None:
+        """What the step gave, once completed, by whomever."""
+        return self.step_run.output
+
+    @property
+    def lease_left(self) -> float:
+        """Seconds for which nobody else can have taken over, by what is known here; inf without a lease."""
+        if self._lease is None:
+            return float("inf")
+        return max(0.0, self._sent_at + self._lease_seconds - time.monotonic())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._step_run!r} {self.decision}>"
+
+    # The heartbeat's side
+
+    @property
+    def interval(self) -> float:
+        """Seconds between extensions."""
+        return self._lease_seconds / BEATS_PER_LEASE
+
+    @property
+    def beats_at(self) -> float:
+        """When to extend it, by the monotonic clock."""
+        return self._sent_at + self.interval
+
+    def extension(self) -> Call[StepRun]:
+        """The call that extends it."""
+        return self._calls.extend_claim(self.step_run, self._lease)
+
+    def told(self, result: object, sent_at: float) -> bool:
+        """Takes in what an extension answered.
+
+        Returns:
+            Whether the claim is still held, as far as is known.
+        """
+        if isinstance(result, StaleStepRunError | StepRunNotFoundError):
+            if self._state == "held":
+                self._state, self._loss = "ended", result
+                self._tell()
+            return False
+        if not isinstance(result, Exception):
+            self._sent_at = sent_at
+        return True
+
+    def _tell(self) -> None:
+        """Tells the code under the claim that it was lost."""
+        self.lost.set()
+
+    # What to do, and in which order
+
+    def _claiming(self) -> Plan[None]:
+        """Asks until the step is this delivery's to execute, or was completed.
+
+        Raises:
+            StepBusyError: it is another's, and waiting was not asked for.
+            StepExhaustedError: it has failed for good.
+        """
+        self.lost.clear()
+        self._loss = None
+        pause = _FIRST_PAUSE
+        while True:
+            self._sent, self._sent_at = self._begin(), time.monotonic()
+            begun = yield self._sent
+            self._step_run = cast("StepRun", begun.step_run)
+            if begun.decision == "execute" or begun.reason == "completed":
+                self._state = "held" if begun.decision == "execute" else "ended"
+                self.decision = begun.decision
+                return
+            if begun.exhausted:
+                raise StepExhaustedError(self._step_run)
+            if begun.busy:
+                self._sent = None
+                if self._on_busy == "raise":
+                    raise StepBusyError(self._step_run, begun.retry_in)
+                yield min(_spread(pause), begun.retry_in or pause)
+                pause = min(2 * pause, _LAST_PAUSE)
+
+    def _abandoning(self) -> Plan[None]:
+        """Gives back what `_claiming` may have claimed: it was interrupted, and the step's work has not begun."""
+        self._state = "ended"
+        if self._sent is not None:
+            begun = yield self._sent  # sent again, it answers the same
+            if begun.decision == "execute":
+                yield self._calls.release_step(begun.step_run)
+
+    def _completing(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Plan[StepRun]:
+        if self._loss is not None:
+            return (yield from self._resolving())
+        call = self._calls.complete_step(self.step_run, output, schedule=schedule)
+        return (yield from self._ending(call))
+
+    def _failing(self, error: Mapping[str, Any] | BaseException) -> Plan[StepRun]:
+        return (yield from self._ending(self._calls.fail_step(self.step_run, error)))
+
+    def _releasing(self) -> Plan[StepRun]:
+        return (yield from self._ending(self._calls.release_step(self.step_run)))
+
+    def _ending(self, call: Call[StepRun]) -> Plan[StepRun]:
+        """Ends the claim, and does not give up lightly: the work is done, and would be done again."""
+        before, self._state = self._state, "ending"
+        try:
+            self._step_run = yield from _insistently(call, min(self._lease_seconds or MAX_PATIENCE, MAX_PATIENCE))
+            self._state = "ended"
+        except (StaleStepRunError, StepRunNotFoundError) as error:
+            self._state, self._loss = "ended", error
+            self.lost.set()
+            if isinstance(error, StepRunNotFoundError):
+                raise
+            return self._yield_to(error)
+        finally:
+            if self._state == "ending":
+                self._state = before
+        return self._step_run
+
+    def _resolving(self) -> Plan[StepRun]:
+        """Looks what became of the step that was lost: the winner's result stands, whatever came of the work here."""
+        current = yield self._calls.get_step_run(self.step_run.run_id, self.step_run.step)
+        if current is None or self._loss is None:
+            raise self._loss or StepRunNotFoundError(self.step_run.run_id, self.step_run.step, "was deleted")
+        self._loss = StaleStepRunError(current, "the claim was lost while the work was done. Nothing was written")
+        return self._yield_to(self._loss)
+
+    def _yield_to(self, error: StaleStepRunError) -> StepRun:
+        """Lets the result of whoever took over stand; raises the error if there is none."""
+        if error.current.status is not StepStatus.COMPLETED:
+            raise error
+        self._step_run = error.current
+        return error.current
+
+    def may_ask_again(self, error: StaleStepRunError) -> None:
+        """Returns if the claim was lost to a worker that is to be waited for; else raises what `run_step` raises."""
+        if error is not self._loss or error.current.status is not StepStatus.RUNNING:
+            raise error
+        if self._on_busy == "raise":
+            raise StepBusyError(error.current, None) from error
+
+    def _leaving(self, error: BaseException | None) -> Plan[BaseException | None]:
+        """What is left to do at the end of the block.
+
+        Returns:
+            What is to be raised, if the block itself raised nothing.
+        """
+        if self._state == "ended":
+            return None
+        missing = None
+        if error is None:
+            missing = error = InvalidArgumentError(
+                "output", "the block ended without complete(), fail() or release(); the step is recorded as failed"
+            )
+        try:
+            yield from self._failing(error)
+        except (RedisError, SquidstepError) as problem:
+            error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
+        return missing
+
+    def _enter(self) -> None:
+        self._context = _current.set(ref(self))
+
+    def _exit(self) -> None:
+        self._state = "ended"
+        if self._context is not None:
+            _current.reset(self._context)
+            self._context = None
+
+
+def _insistently(call: Call[T], patience: float) -> Plan[T]:
+    """Sends a call, and again for so many seconds after errors that may pass."""
+    deadline = time.monotonic() + patience
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return (yield call)
+        except _PASSING as error:
+            if isinstance(error, AuthenticationError) or time.monotonic() + pause > deadline:
+                raise
+        yield _spread(pause)
+        pause = min(2 * pause, _LAST_PAUSE)
+
+
+def _spread(seconds: float) -> float:
+    """A little more or less, so that those who wait for the same do not all come at once."""
+    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 -- nothing secret
+
+
+class Beats(Generic[C]):
+    """When to extend which claims: those of one client, in as few batches as can be.
+
+    A claim that nobody else holds is forgotten: whatever tore its block down, its lease shall end.
+    """
+
+    def __init__(self) -> None:
+        self._due: WeakKeyDictionary[C, float] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def add(self, claim: C) -> float:
+        """Looks after a claim; answers when it is to be extended, by the monotonic clock."""
+        due = self._due[claim] = claim.beats_at
+        return due
+
+    def discard(self, claim: C) -> None:
+        """Looks after a claim no more."""
+        self._due.pop(claim, None)
+
+    def next_at(self) -> float | None:
+        """When to `take` next; None if there is no claim."""
+        return min(self._due.values(), default=None)
+
+    def take(self) -> list[C]:
+        """The claims to extend now: if one is due, also those that will be soon, so that they fall into step."""
+        now = time.monotonic()
+        if not any(due <= now for due in self._due.values()):
+            return []
+        return [claim for claim, due in self._due.items() if due - claim.interval / 2 <= now]
+
+    def told(self, claims: Sequence[C], results: Sequence[object] | Exception, sent_at: float) -> None:
+        """Takes in what the batch answered, or why it did not."""
+        if isinstance(results, Exception):
+            results = [results] * len(claims)
+        now = time.monotonic()
+        for claim, result in zip(claims, results, strict=True):
+            if claim not in self._due:  # it has ended meanwhile
+                continue
+            if not claim.told(result, sent_at):
+                del self._due[claim]
+            elif isinstance(result, Exception):
+                self._due[claim] = now + min(_LAST_PAUSE, claim.interval / 2)
+            else:
+                self._due[claim] = claim.beats_at

@@ -1,0 +1,58 @@
+"""Keeps a raising alarm out of a piece of work that must not be torn.
+
+Time-outs made with SIGALRM (RQ's are) raise an exception between any two instructions of the main thread: between a
+command and its reply, or between a claim and the line that takes note of it. While held back, the alarm is noted and
+its handler called afterwards. Masking the signal would not do: another thread can take it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final, Self
+
+_ALARM: Final = getattr(signal, "SIGALRM", None)  # Windows has none
+
+
+class AlarmHeldBack:
+    """A `with` block in which SIGALRM calls no handler; at its end the handler is called if there was one.
+
+    Without a Python handler, or outside the main thread, where none is called, it does nothing. It costs a
+    microsecond then, and seven otherwise.
+    """
+
+    __slots__ = ("_caught", "_handler")
+
+    def __enter__(self) -> Self:
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._caught: tuple[int, FrameType | None] | None = None
+        if _ALARM is not None and threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(_ALARM)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(_ALARM, self._catch)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        handler = self._handler
+        if handler is None or _ALARM is None:
+            return
+        if signal.getsignal(_ALARM) == self._catch:  # else somebody set another meanwhile: it stays
+            signal.signal(_ALARM, handler)
+        if self._caught is not None:
+            caught, self._caught = self._caught, None
+            handler(*caught)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps, and lets the alarm in meanwhile."""
+        self.__exit__()
+        try:
+            time.sleep(seconds)
+        finally:
+            self.__enter__()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self._caught = (number, frame)
