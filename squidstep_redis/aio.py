@@ -150,8 +150,10 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
                 async with claim:
                     if claim.decision == "execute":
                         output = fn(claim.input)
-                        await claim.complete(await output if isawaitable(output) else output)
-                return claim.step_run.output or {}
+                        output = await output if isawaitable(output) else output
+                        if not claim.ended:
+                            await claim.complete(output)
+                return claim.result()
             except StaleStepRunError as error:
                 claim.may_ask_again(error)
 

@@ -42,7 +42,7 @@ from squidstep_redis.errors import (
     described,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
-from squidstep_redis.wire import Call
+from squidstep_redis.wire import Call, Queued, queue
 
 E = TypeVar("E", threading.Event, asyncio.Event)
 T = TypeVar("T")
@@ -155,11 +155,42 @@ class BaseClaim(Generic[E]):
         return self.step_run.output
 
     @property
+    def ended(self) -> bool:
+        """Whether the code under the claim has ended it itself: completed, failed or released."""
+        return self._state == "ended" and self._loss is None
+
+    @property
     def lease_left(self) -> float:
         """Seconds for which nobody else can have taken over, by what is known here; inf without a lease."""
         if self._lease is None:
             return float("inf")
         return max(0.0, self._sent_at + self._lease_seconds - time.monotonic())
+
+    def queue_completion(
+        self, pipeline: Any, output: Mapping[str, Any], *, schedule: StepInputs | None = None
+    ) -> Queued[StepRun]:
+        """Appends the completion to a pipeline of your own: in a transaction, what else is in it commits with it.
+
+        The claim counts as ended once `queued.result(pipeline.execute())` has answered.
+
+        Args:
+            pipeline: of a redis-py client of the same server, see `queue` of the store.
+            output: as for `complete_step`.
+            schedule: likewise.
+
+        Returns:
+            What reads the reply; it raises as `complete_step`, but the other commands of the pipeline ran.
+
+        Raises:
+            PayloadError: the output cannot be kept; UnsupportedClientError for the pipeline. Nothing was queued.
+        """
+        call = self._calls.complete_step(self.step_run, output, schedule=schedule)
+
+        def parse(reply: list[Any]) -> StepRun:
+            self._step_run, self._state = call.parse(reply), "ended"
+            return self._step_run
+
+        return queue(pipeline, call._replace(parse=parse))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._step_run!r} {self.decision}>"
@@ -279,6 +310,12 @@ class BaseClaim(Generic[E]):
             raise error
         self._step_run = error.current
         return error.current
+
+    def result(self) -> dict[str, Any]:
+        """What `run_step` answers; raises StaleStepRunError if the work ended its claim without a result."""
+        if self.output is None:
+            raise StaleStepRunError(self.step_run, f"the work ended its own claim: the step is {self.step_run.status}")
+        return self.output
 
     def may_ask_again(self, error: StaleStepRunError) -> None:
         """Returns if the claim was lost to a worker that is to be waited for; else raises what `run_step` raises."""

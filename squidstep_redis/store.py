@@ -141,8 +141,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             try:
                 with claim:
                     if claim.decision == "execute":
-                        claim.complete(fn(claim.input))
-                return claim.step_run.output or {}
+                        output = fn(claim.input)
+                        if not claim.ended:
+                            claim.complete(output)
+                return claim.result()
             except StaleStepRunError as error:
                 claim.may_ask_again(error)
 

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": set(),
     "cli": {"", "demo"},
     "demo": {"", "embedded"},
-    "rq": {"", "claims", "signals"},
+    "rq": {"", "arguments", "claims", "signals"},
 }
 
 
