@@ -88,7 +88,19 @@ class _JobStore(StepRunStore):
 # Where a connection leads to, and by which right; the rest of it RQ has set for its own needs. The last four make a
 # connection of fakeredis.
 _ADDRESS: Final = frozenset(
-    "host port path db username password credential_provider server version server_type lua_modules".split()
+    [
+        "host",
+        "port",
+        "path",
+        "db",
+        "username",
+        "password",
+        "credential_provider",
+        "server",
+        "version",
+        "server_type",
+        "lua_modules",
+    ]
 )
 
 
