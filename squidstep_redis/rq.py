@@ -85,23 +85,9 @@ class _JobStore(StepRunStore):
             return super()._send_all(calls)
 
 
-# Where a connection leads to, and by which right; the rest of it RQ has set for its own needs. The last four make a
-# connection of fakeredis.
-_ADDRESS: Final = frozenset(
-    [
-        "host",
-        "port",
-        "path",
-        "db",
-        "username",
-        "password",
-        "credential_provider",
-        "server",
-        "version",
-        "server_type",
-        "lua_modules",
-    ]
-)
+# Where a connection leads to, and by which right: the rest of it RQ has set for its own needs.
+_ADDRESS: Final = ("host", "port", "path", "db", "username", "password", "credential_provider")
+_FAKEREDIS: Final = ("server", "version", "server_type", "lua_modules")  # what its connections are made with, too
 
 
 class _Stores:
@@ -133,7 +119,8 @@ class _Stores:
             pool: Any = cast("Any", job.connection).connection_pool
             if pool not in self._beside:
                 theirs: dict[str, Any] = pool.connection_kwargs
-                ours = {name: theirs[name] for name in theirs if name in _ADDRESS or name.startswith("ssl_")}
+                kept = (*_ADDRESS, *_FAKEREDIS)
+                ours = {name: theirs[name] for name in theirs if name in kept or name.startswith("ssl_")}
                 if "connection_pool" in theirs:  # Sentinel's, which leads to another server after a failover
                     raise InvalidArgumentError(
                         "store", "RQ's connection comes from Sentinel: call configure(lambda: sentinel.master_for(…))"

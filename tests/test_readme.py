@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 from servers import find_binary
 
+import squidstep_redis.rq
 from squidstep_redis.embedded import EmbeddedServer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -31,16 +34,27 @@ def url() -> Iterator[str]:
         yield server.url
 
 
+@pytest.fixture
+def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The page, as a module that others can import its functions from."""
+    module = ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(squidstep_redis.rq, "_stores", type(squidstep_redis.rq._stores)())  # what a page configures
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield module
+    for number, handler in handlers.items():  # an RQ worker leaves its own
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_blocks_of_a_page_run_in_order(page: Path, url: str) -> None:
-    namespace: dict[str, Any] = {"__name__": page.stem}
+def test_the_python_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: str) -> None:
     found = blocks(page, "python")
     assert found
     for line, code in found:
         # The blank lines in front make a traceback point into the page.
         source = "\n" * (line - 1) + code.replace(DEFAULT_URL, url)
-        exec(compile(source, str(page), "exec"), namespace)
-    namespace["store"].close()
+        exec(compile(source, str(page), "exec"), module.__dict__)
+    module.store.close()
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
