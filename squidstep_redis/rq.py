@@ -97,7 +97,8 @@ class _Stores:
         self._connect: str | Callable[[], Any] | None = os.environ.get("SQUIDSTEP_REDIS_URL")
         self._settings: dict[str, Any] = {}
         self._forget()
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+            os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         self._own: StepRunStore | None = None
