@@ -408,4 +408,7 @@ _heartbeats: WeakKeyDictionary[Any, _Heartbeat] = WeakKeyDictionary()
 
 
 def _heartbeat_of(client: Any) -> _Heartbeat:
-    return _heartbeats.setdefault(client, _Heartbeat())
+    heartbeat = _heartbeats.get(client)
+    if heartbeat is None:
+        heartbeat = _heartbeats[client] = _Heartbeat()
+    return heartbeat

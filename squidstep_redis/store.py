@@ -402,7 +402,10 @@ _heartbeats_lock = threading.Lock()
 
 def _heartbeat_of(client: Any) -> _Heartbeat:
     with _heartbeats_lock:
-        return _heartbeats.setdefault(client, _Heartbeat())
+        heartbeat = _heartbeats.get(client)
+        if heartbeat is None:
+            heartbeat = _heartbeats[client] = _Heartbeat()
+        return heartbeat
 
 
 def _after_fork() -> None:
