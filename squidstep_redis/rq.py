@@ -11,12 +11,11 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
-from inspect import BoundArguments, Parameter, Signature, iscoroutinefunction, signature
-from string import Formatter
+from inspect import BoundArguments, iscoroutinefunction, signature
 from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -33,6 +32,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.arguments import Seconds, Step, StepInputs
 from squidstep_redis.claims import DEFAULT_LEASE, default_owner
+from squidstep_redis.functions import RunIdOf, bind, run_id_of, stored_arguments
 from squidstep_redis.signals import AlarmHeldBack
 
 OLDEST: Final = (2, 1)
@@ -60,7 +60,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 OnBusy = Literal["reschedule", "raise", "wait"]
-RunIdOf = str | Callable[..., str]
 
 # RQ counts how often a job answered Retry and fails it beyond the maximum. A busy step is no failure.
 MAX_RESCHEDULES: Final = 1_000_000
@@ -200,7 +199,7 @@ class Run:
         """
         if self.id is None:
             return fn(*args, **kwargs)
-        bound = _bind(signature(fn), args, kwargs)
+        bound = bind(signature(fn), args, kwargs)
         return _execute(self.id, step, fn, bound, self._lease, self._max_attempts, self._on_busy)
 
     def __repr__(self) -> str:
@@ -269,10 +268,10 @@ def step(
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = signature(fn)
-        id_of = _run_id_of(run_id, parameters)
+        id_of = run_id_of(run_id, parameters)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-            bound = _bind(parameters, args, kwargs)
+            bound = bind(parameters, args, kwargs)
             id = id_of(bound) if id_of is not None else current_run().id
             if id is None:
                 return fn(*bound.args, **bound.kwargs)
@@ -307,10 +306,10 @@ def steps(
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = signature(fn)
-        id_of = _run_id_of(run_id, parameters)
+        id_of = run_id_of(run_id, parameters)
 
         def open_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-            id = id_of(_bind(parameters, args, kwargs)) if id_of is not None else None
+            id = id_of(bind(parameters, args, kwargs)) if id_of is not None else None
             waits = "wait" if on_busy == "wait" else "raise"
             return current_run(id, lease=lease, max_attempts=max_attempts, on_busy=waits)
 
@@ -407,7 +406,7 @@ def _execute(
     settings: Any = {"lease": lease, "max_attempts": max_attempts, "on_busy": on_busy, "owner": owner(job)}
 
     def work(stored: dict[str, Any]) -> dict[str, Any]:
-        arguments = _stored(bound, stored)
+        arguments = stored_arguments(bound, stored)
         return {"result": fn(*arguments.args, **arguments.kwargs)}
 
     async def work_async() -> Any:
@@ -417,7 +416,7 @@ def _execute(
             try:
                 with claim:
                     if claim.decision == "execute":
-                        arguments = _stored(bound, claim.input)
+                        arguments = stored_arguments(bound, claim.input)
                         result = await cast("Any", fn)(*arguments.args, **arguments.kwargs)
                         if not claim.ended:
                             claim.complete({"result": result})
@@ -433,53 +432,6 @@ def _execute(
 def _result(output: dict[str, Any]) -> Any:
     """What the function answered; or the whole output, of a step that was completed in another way."""
     return output["result"] if output.keys() == {"result"} else output
-
-
-def _bind(parameters: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundArguments:
-    bound = parameters.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound
-
-
-def _stored(bound: BoundArguments, stored: dict[str, Any]) -> BoundArguments:
-    """The arguments to call with: those given, unless the step was scheduled with others."""
-    if stored == _as_kept(bound.arguments):
-        return bound
-    parameters = bound.signature
-    unknown = stored.keys() - parameters.parameters.keys()
-    if unknown:
-        raise InvalidArgumentError(
-            "input", f"the step was scheduled with {sorted(unknown)}, which its function does not take: {parameters}"
-        )
-    scheduled = BoundArguments(parameters, cast("Any", {**bound.arguments, **stored}))
-    for name, parameter in parameters.parameters.items():
-        if parameter.kind is Parameter.VAR_POSITIONAL:
-            scheduled.arguments[name] = tuple(scheduled.arguments[name])
-    return scheduled
-
-
-def _as_kept(value: Any) -> Any:
-    """A value as it comes back from a payload: a tuple as a list."""
-    if isinstance(value, Mapping):
-        return {key: _as_kept(item) for key, item in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_as_kept(item) for item in cast("Sequence[Any]", value)]
-    return value
-
-
-def _run_id_of(run_id: RunIdOf | None, parameters: Signature) -> Callable[[BoundArguments], str] | None:
-    if run_id is None:
-        return None
-    if not isinstance(run_id, str):
-        return lambda bound: run_id(*bound.args, **bound.kwargs)
-    try:
-        fields = [field for _, field, _, _ in Formatter().parse(run_id) if field is not None]
-    except ValueError as error:
-        raise InvalidArgumentError("run_id", f"{run_id!r} is no format string: {error}") from error
-    for field in fields:
-        if re.split(r"[.\[]", field)[0] not in parameters.parameters:
-            raise InvalidArgumentError("run_id", f"{run_id!r} names {field!r}, no parameter of the function")
-    return lambda bound: run_id.format(**bound.arguments)
 
 
 # What becomes of a job whose step is busy

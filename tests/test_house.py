@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedded": set(),
     "cli": {"", "demo"},
     "demo": {"", "embedded"},
-    "rq": {"", "arguments", "claims", "signals"},
+    "functions": {"errors"},
+    "rq": {"", "arguments", "claims", "functions", "signals"},
 }
 
 
