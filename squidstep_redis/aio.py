@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from inspect import isawaitable
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from redis import RedisError
@@ -28,6 +28,8 @@ from squidstep_redis.wire import OPTIONS, Call, Command, Exchange
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PATIENCE_WHEN_CANCELLED: Final = 1.0  # seconds to give a claim back; after that its lease does
 
 
 def _operation(
@@ -288,8 +290,9 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             raise
         except BaseException:  # the task was cancelled: the work has not begun
             self._stop()
-            with suppress(RedisError, SquidstepError):
-                await self._carry_out(self._abandoning())
+            with suppress(RedisError, SquidstepError, TimeoutError):
+                async with asyncio.timeout(PATIENCE_WHEN_CANCELLED):
+                    await self._carry_out(self._abandoning())
             raise
         return self
 

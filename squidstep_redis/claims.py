@@ -273,17 +273,17 @@ class BaseClaim(Generic[E]):
         call = self._calls.complete_step(self.step_run, output, schedule=schedule)
         return (yield from self._ending(call))
 
-    def _failing(self, error: Mapping[str, Any] | BaseException) -> Plan[StepRun]:
-        return (yield from self._ending(self._calls.fail_step(self.step_run, error)))
+    def _failing(self, error: Mapping[str, Any] | BaseException, patience: float = MAX_PATIENCE) -> Plan[StepRun]:
+        return (yield from self._ending(self._calls.fail_step(self.step_run, error), patience))
 
     def _releasing(self) -> Plan[StepRun]:
         return (yield from self._ending(self._calls.release_step(self.step_run)))
 
-    def _ending(self, call: Call[StepRun]) -> Plan[StepRun]:
+    def _ending(self, call: Call[StepRun], patience: float = MAX_PATIENCE) -> Plan[StepRun]:
         """Ends the claim, and does not give up lightly: the work is done, and would be done again."""
         before, self._state = self._state, "ending"
         try:
-            self._step_run = yield from _insistently(call, min(self._lease_seconds or MAX_PATIENCE, MAX_PATIENCE))
+            self._step_run = yield from _insistently(call, min(self._lease_seconds or patience, patience))
             self._state = "ended"
         except (StaleStepRunError, StepRunNotFoundError) as error:
             self._state, self._loss = "ended", error
@@ -338,7 +338,7 @@ class BaseClaim(Generic[E]):
                 "output", "the block ended without complete(), fail() or release(); the step is recorded as failed"
             )
         try:
-            yield from self._failing(error)
+            yield from self._failing(error, patience=0)  # what was raised should not wait: the lease ends by itself
         except (RedisError, SquidstepError) as problem:
             error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing
