@@ -162,6 +162,8 @@ def store() -> StepRunStore:
 
 # Runs and steps
 
+# Set within the `try` whose end sets back what was there before: a time-out that struck between the setting and the
+# keeping of a token would leave it to the next job of the process.
 _run: ContextVar[Run | None] = ContextVar("squidstep_rq_run", default=None)
 
 
@@ -314,21 +316,23 @@ def steps(
             return current_run(id, lease=lease, max_attempts=max_attempts, on_busy=waits)
 
         async def call_async(run: Run, args: Any, kwargs: Any) -> Any:
-            token = _run.set(run)
+            before = _run.get()
             try:
+                _run.set(run)
                 return await cast("Any", fn)(*args, **kwargs)
             finally:
-                _run.reset(token)
+                _run.set(before)
 
         def call(args: Any, kwargs: Any) -> T:
             run = open_run(args, kwargs)
             if iscoroutinefunction(fn):
                 return cast("T", call_async(run, args, kwargs))
-            token = _run.set(run)
+            before = _run.get()
             try:
+                _run.set(run)
                 return cast("Any", fn)(*args, **kwargs)
             finally:
-                _run.reset(token)
+                _run.set(before)
 
         return _rescheduling(fn, call, lease, on_busy)
 
@@ -463,23 +467,25 @@ def _rescheduling(
 
     @wraps(fn)
     def sync(*args: P.args, **kwargs: P.kwargs) -> T:
-        outermost, token = not _inside.get(), _inside.set(True)
+        outermost = not _inside.get()
         try:
+            _inside.set(True)
             return call(args, kwargs)
         except StepBusyError as error:
             return busy(error, outermost)
         finally:
-            _inside.reset(token)
+            _inside.set(not outermost)
 
     @wraps(fn)
     async def coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
-        outermost, token = not _inside.get(), _inside.set(True)
+        outermost = not _inside.get()
         try:
+            _inside.set(True)
             return await cast("Any", call(args, kwargs))
         except StepBusyError as error:
             return busy(error, outermost)
         finally:
-            _inside.reset(token)
+            _inside.set(not outermost)
 
     decorated = cast("Callable[P, T]", coroutine) if iscoroutinefunction(fn) else sync
     return decorated
