@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
 from hypothesis import HealthCheck, settings
+from servers import find_binary
 
 from squidstep_redis import StepRunStore
 
@@ -25,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=",".join(DEFAULT_SERVERS),
         help=f"comma-separated, of {', '.join(ALL_SERVERS)}, or 'all'. One that is named and not there is an error.",
     )
+    parser.addoption("--soak-seconds", default=300, type=int, help="how long -m soak lasts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +56,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with running(request.param) as backend:
         yield backend
+
+
+@pytest.fixture
+def binary(request: pytest.FixtureRequest) -> Path:
+    """The server binary, of each real server that was asked for."""
+    return find_binary(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -14,18 +14,12 @@ from typing import Any
 
 import pytest
 import redis
-from servers import EmbeddedCluster, find_binary, wait_until
+from servers import EmbeddedCluster, wait_until
 
 from squidstep_redis.embedded import EmbeddedServer, ServerStartError
 
 REPOSITORY = Path(__file__).parents[1]
 Redis: Any = redis.Redis  # its own annotations are not complete
-
-
-@pytest.fixture
-def binary(request: pytest.FixtureRequest) -> Path:
-    """Of each server that was asked for."""
-    return find_binary(request.param)
 
 
 def client_of(server: EmbeddedServer, **options: Any) -> Any:
