@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     import click
 
-_EXTRA: Final = ("click", "rich")
+_COMMANDS: Final = {"demo": "squidstep_redis.demo", "demo rq": "squidstep_redis.demo_rq"}
+_EXTRA: Final = ("click", "rich", "rq")
 _ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -24,9 +26,11 @@ def main() -> None:
             signal.signal(number, _end)
     try:
         group()()
-    except ModuleNotFoundError as missing:
-        name = str(missing.name).partition(".")[0]
-        if name not in _EXTRA:
+    except ImportError as error:
+        if error.name is None:  # nothing that Python says: an RQ that is too old
+            sys.exit(f"squidstep: {error}")
+        name = error.name.partition(".")[0]
+        if name not in _EXTRA or not isinstance(error, ModuleNotFoundError):
             raise
         sys.exit(f"squidstep: {name} is not installed: pip install 'squidstep_redis[demo]'")
     except _Ended as ended:
@@ -43,9 +47,22 @@ def group() -> click.Group:
     """
     import click  # noqa: PLC0415 -- `main` says so when it is missing
 
-    from squidstep_redis import demo  # noqa: PLC0415 -- likewise
+    class Group(click.Group):
+        """Knows commands of two words beside those of one, and loads what is asked for alone."""
 
-    made = click.Group("squidstep", commands=[demo.command], help="Tools for squidstep_redis.")
+        def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+            return list(_COMMANDS)
+
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 -- likewise
+            return import_module(_COMMANDS[cmd_name]).command if cmd_name in _COMMANDS else None
+
+        def resolve_command(
+            self, ctx: click.Context, args: list[str]
+        ) -> tuple[str | None, click.Command | None, list[str]]:
+            words = " ".join(args[:2])
+            return super().resolve_command(ctx, [words, *args[2:]] if words in _COMMANDS else args)
+
+    made = Group("squidstep", help="Tools for squidstep_redis.")
     return click.version_option(package_name="squidstep-redis", prog_name="squidstep")(made)
 
 

@@ -37,8 +37,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aio": {"arguments", "base", "calls", "claims", "errors", "model", "wire"},
     "__init__": {"aio", "calls", "claims", "codec", "errors", "model", "store", "wire"},
     "embedded": set(),
-    "cli": {"", "demo"},
-    "demo": {"", "embedded"},
+    "cli": set(),  # it loads its commands by name
+    "demo_work": {""},
+    "demo_process": set(),
+    "demo_stage": {"", "demo_work", "embedded"},
+    "demo_broker": {"", "demo_process", "demo_work"},
+    "demo": {"", "demo_broker", "demo_stage", "demo_work"},
+    "demo_rq_worker": {"", "demo_process", "demo_work", "rq"},
+    "demo_rq_supervisor": {"demo_process", "demo_rq_worker", "demo_stage", "demo_work"},
+    "demo_rq": {"", "demo_rq_supervisor", "demo_stage", "demo_work"},
     "functions": {"errors"},
     "rq": {"", "arguments", "claims", "functions", "signals"},
 }
