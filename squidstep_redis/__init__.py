@@ -4,6 +4,7 @@ from squidstep_redis.aio import AsyncClaim, AsyncStepRunStore
 from squidstep_redis.calls import Calls
 from squidstep_redis.claims import current_claim
 from squidstep_redis.codec import Codec, MsgpackCodec
+from squidstep_redis.doctor import Diagnosis, Finding, Level
 from squidstep_redis.errors import (
     CorruptRunError,
     InvalidArgumentError,
@@ -34,7 +35,10 @@ __all__ = [
     "Claim",
     "Codec",
     "CorruptRunError",
+    "Diagnosis",
+    "Finding",
     "InvalidArgumentError",
+    "Level",
     "MsgpackCodec",
     "NewerFormatError",
     "Outcome",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from inspect import isawaitable
+from itertools import product
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,10 +22,11 @@ from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import RETRIES, BaseStore, documented
 from squidstep_redis.calls import Calls
-from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy, Plan
+from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy
+from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.model import StepRun
-from squidstep_redis.wire import OPTIONS, Call, Command, Exchange
+from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -189,6 +191,10 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         """
         return AsyncClaim(self, run_id, step, input, lease, max_attempts, on_busy, owner, cancel_when_lost)
 
+    async def doctor(self) -> Diagnosis:
+        """Examines the server and the client: see `StepRunStore.doctor`."""
+        return await _carry_out(self, examine(self.calls, self._connection_options()))
+
     async def close(self) -> None:
         """Closes the client, if `from_url` made it."""
         if self._owns_client:
@@ -258,6 +264,43 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             return error
 
 
+async def _carry_out(store: AsyncStepRunStore, plan: Plan[T]) -> T:
+    """Does what a plan says."""
+    try:
+        wanted = next(plan)
+        while True:
+            answer: Any = None
+            try:
+                if isinstance(wanted, Call):
+                    answer = await store.send(wanted)
+                elif isinstance(wanted, list):
+                    answer = await _ask(store.client, wanted)
+                else:
+                    await asyncio.sleep(wanted)
+            except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
+                wanted = plan.throw(error)
+            else:
+                wanted = plan.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+async def _ask(client: Any, commands: list[Command]) -> dict[str, list[Any]]:
+    """Sends commands to every server: by server, their replies or errors."""
+    if isinstance(client, redis.RedisCluster):
+        cluster: Any = await client.initialize()
+        servers = {node.name: node for node in cluster.get_primaries()}
+    else:
+        servers = {"": client}
+    answers: dict[str, list[Any]] = {name: [] for name in servers}
+    for name, command in product(servers, commands):
+        try:
+            answers[name].append(await servers[name].execute_command(*command))
+        except RedisError as error:
+            answers[name].append(error)
+    return answers
+
+
 class AsyncClaim(BaseClaim[asyncio.Event]):
     """A step to be executed by this delivery or skipped: the `async with` block that `claim_step` makes."""
 
@@ -281,7 +324,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
 
     async def __aenter__(self) -> Self:
         try:
-            await self._carry_out(self._claiming())
+            await _carry_out(self.store, self._claiming())
             self._enter()
             self._task, self._has_cancelled = asyncio.current_task(), False
             if self._state == "held" and self._lease is not None:
@@ -292,7 +335,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             self._stop()
             with suppress(RedisError, SquidstepError, TimeoutError):
                 async with asyncio.timeout(PATIENCE_WHEN_CANCELLED):
-                    await self._carry_out(self._abandoning())
+                    await _carry_out(self.store, self._abandoning())
             raise
         return self
 
@@ -300,7 +343,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         try:
-            missing = await self._carry_out(self._leaving(error))
+            missing = await _carry_out(self.store, self._leaving(error))
         finally:
             self._stop()
         if missing is not None:
@@ -310,43 +353,26 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             if isinstance(error, asyncio.CancelledError) and not others:
                 if not isinstance(self._loss, StaleStepRunError):
                     raise self._loss
-                await self._carry_out(self._resolving())
+                await _carry_out(self.store, self._resolving())
                 return True
         return False
 
     async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
         """Ends the claim with an output; returns and raises as `Claim.complete`."""
-        return await self._carry_out(self._completing(output, schedule))
+        return await _carry_out(self.store, self._completing(output, schedule))
 
     async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
         """Ends the claim with an error, see `fail_step`; otherwise as `complete`."""
-        return await self._carry_out(self._failing(error))
+        return await _carry_out(self.store, self._failing(error))
 
     async def release(self) -> StepRun:
         """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`."""
-        return await self._carry_out(self._releasing())
+        return await _carry_out(self.store, self._releasing())
 
     def _tell(self) -> None:
         super()._tell()
         if self._cancels and self._task is not None:
             self._has_cancelled = self._task.cancel("the claim on the step was lost")
-
-    async def _carry_out(self, plan: Plan[T]) -> T:
-        try:
-            wanted = next(plan)
-            while True:
-                answer = None
-                try:
-                    if isinstance(wanted, Call):
-                        answer = await self.store.send(wanted)
-                    else:
-                        await asyncio.sleep(wanted)
-                except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
-                    wanted = plan.throw(error)
-                else:
-                    wanted = plan.send(answer)
-        except StopIteration as end:
-            return end.value
 
     def _stop(self) -> None:
         if self._lease is not None:

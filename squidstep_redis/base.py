@@ -119,6 +119,10 @@ class BaseStore(ABC, Generic[C]):
         """
         return wire.queue(pipeline, call)
 
+    def _connection_options(self) -> dict[str, Any]:
+        client = self._untyped_client
+        return (getattr(client, "connection_pool", None) or client.nodes_manager).connection_kwargs
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.client!r}, prefix={self.calls.prefix!r})"
 

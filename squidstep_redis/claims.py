@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
@@ -42,15 +42,13 @@ from squidstep_redis.errors import (
     described,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
-from squidstep_redis.wire import Call, Queued, queue
+from squidstep_redis.wire import Call, Plan, Queued, queue
 
 E = TypeVar("E", threading.Event, asyncio.Event)
 T = TypeVar("T")
 C = TypeVar("C", bound="BaseClaim[Any]")
 
 OnBusy = Literal["raise", "wait"]
-Plan = Generator[Call[Any] | float, Any, T]
-"""What to do, in order: a call is to be sent, its answer or error is wanted; a number is seconds to pause."""
 
 DEFAULT_LEASE: Final = 30.0
 BEATS_PER_LEASE: Final = 3

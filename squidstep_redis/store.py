@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,11 +22,12 @@ from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import RETRIES, BaseStore, documented
 from squidstep_redis.calls import Calls
-from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy, Plan
+from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy
+from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.model import StepRun
 from squidstep_redis.signals import AlarmHeldBack
-from squidstep_redis.wire import OPTIONS, Call, Exchange
+from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -179,6 +181,14 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         """
         return Claim(self, run_id, step, input, lease, max_attempts, on_busy, owner)
 
+    def doctor(self) -> Diagnosis:
+        """Examines the server and the client: can the promises be kept here, and what limits them?
+
+        A scratch run of its own is taken through every transition, and deleted. Some fifteen round trips, and one per
+        node of a cluster. What goes wrong is a finding, not an exception.
+        """
+        return _carry_out(self, examine(self.calls, self._connection_options()))
+
     def close(self) -> None:
         """Closes the client, if `from_url` made it."""
         if self._owns_client:
@@ -242,6 +252,43 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             return error
 
 
+def _carry_out(store: StepRunStore, plan: Plan[T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """Does what a plan says."""
+    try:
+        wanted = next(plan)
+        while True:
+            answer: Any = None
+            try:
+                if isinstance(wanted, Call):
+                    answer = store.send(wanted)
+                elif isinstance(wanted, list):
+                    answer = _ask(store.client, wanted)
+                else:
+                    sleep(wanted)
+            except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
+                wanted = plan.throw(error)
+            else:
+                wanted = plan.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+def _ask(client: Any, commands: list[Command]) -> dict[str, list[Any]]:
+    """Sends commands to every server: by server, their replies or errors."""
+    if isinstance(client, redis.RedisCluster):
+        cluster: Any = client
+        servers = {node.name: cluster.get_redis_connection(node) for node in cluster.get_primaries()}
+    else:
+        servers = {"": client}
+    answers: dict[str, list[Any]] = {name: [] for name in servers}
+    for name, command in product(servers, commands):
+        try:
+            answers[name].append(servers[name].execute_command(*command))
+        except RedisError as error:
+            answers[name].append(error)
+    return answers
+
+
 class Claim(BaseClaim[threading.Event]):
     """A step to be executed by this delivery or skipped: the `with` block that `claim_step` makes."""
 
@@ -262,7 +309,7 @@ class Claim(BaseClaim[threading.Event]):
     def __enter__(self) -> Self:
         try:
             with AlarmHeldBack() as alarm:
-                self._carry_out(self._claiming(), alarm.sleep)
+                _carry_out(self.store, self._claiming(), alarm.sleep)
                 self._enter()
                 if self._state == "held" and self._lease is not None:
                     _heartbeat_of(self.store.client).add(self)
@@ -271,7 +318,7 @@ class Claim(BaseClaim[threading.Event]):
         except BaseException:  # a signal handler raised: the work has not begun
             with AlarmHeldBack(), suppress(RedisError, SquidstepError):
                 self._stop()
-                self._carry_out(self._abandoning())
+                _carry_out(self.store, self._abandoning())
             raise
         return self
 
@@ -280,7 +327,7 @@ class Claim(BaseClaim[threading.Event]):
     ) -> None:
         with AlarmHeldBack():
             try:
-                missing = self._carry_out(self._leaving(error))
+                missing = _carry_out(self.store, self._leaving(error))
             finally:
                 self._stop()
         if missing is not None:
@@ -299,12 +346,12 @@ class Claim(BaseClaim[threading.Event]):
             redis.RedisError: the server could not be told in time; the claim ends with its lease.
         """
         with AlarmHeldBack():
-            return self._carry_out(self._completing(output, schedule))
+            return _carry_out(self.store, self._completing(output, schedule))
 
     def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
         """Ends the claim with an error, see `fail_step`; round trips and errors as for `complete`."""
         with AlarmHeldBack():
-            return self._carry_out(self._failing(error))
+            return _carry_out(self.store, self._failing(error))
 
     def release(self) -> StepRun:
         """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`.
@@ -312,24 +359,7 @@ class Claim(BaseClaim[threading.Event]):
         For a worker that is told to stop (SIGTERM): the attempt does not count, and the step can be claimed at once.
         """
         with AlarmHeldBack():
-            return self._carry_out(self._releasing())
-
-    def _carry_out(self, plan: Plan[T], sleep: Callable[[float], None] = time.sleep) -> T:
-        try:
-            wanted = next(plan)
-            while True:
-                answer = None
-                try:
-                    if isinstance(wanted, Call):
-                        answer = self.store.send(wanted)
-                    else:
-                        sleep(wanted)
-                except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
-                    wanted = plan.throw(error)
-                else:
-                    wanted = plan.send(answer)
-        except StopIteration as end:
-            return end.value
+            return _carry_out(self.store, self._releasing())
 
     def _stop(self) -> None:
         if self._lease is not None:

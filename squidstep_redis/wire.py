@@ -136,6 +136,10 @@ _NOT_RUN: Final = (NoScriptError, MovedError, AskError, TryAgainError, ClusterDo
 Exchange = Generator[Sequence[Call[Any]], list[Any], T]
 """An operation that takes several batches: yields calls, is sent a result or an exception for each, returns."""
 
+Plan = Generator[Call[Any] | float | list[Command], Any, T]
+"""What to do, in order, for what takes more than calls. Of a call the result is sent back, or its error thrown in; a
+number is seconds to pause; a list of commands goes to every server, and replies or errors come back by server."""
+
 
 def commands(calls: Sequence[Call[Any]]) -> list[Command]:
     """The commands of a batch for one server: first those that load the scripts, then one for each call.

@@ -33,9 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "base": {"arguments", "calls", "codec", "errors", "wire"},
     "signals": set(),
     "claims": {"arguments", "calls", "errors", "model", "wire"},
-    "store": {"arguments", "base", "calls", "claims", "errors", "model", "signals", "wire"},
-    "aio": {"arguments", "base", "calls", "claims", "errors", "model", "wire"},
-    "__init__": {"aio", "calls", "claims", "codec", "errors", "model", "store", "wire"},
+    "doctor": {"calls", "errors", "wire"},
+    "store": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "signals", "wire"},
+    "aio": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "wire"},
+    "__init__": {"aio", "calls", "claims", "codec", "doctor", "errors", "model", "store", "wire"},
     "embedded": set(),
     "cli": set(),  # it loads its commands by name
     "demo_work": {""},
@@ -173,7 +174,7 @@ class TestTheTwoStores:
             return {name for name in dir(store) if not name.startswith("_")}
 
         assert names(StepRunStore) == names(AsyncStepRunStore)
-        assert names(StepRunStore) - names(BaseStore) == {*self.OPERATIONS, "run_step", "claim_step", "send", "close"}
+        assert names(StepRunStore) - names(BaseStore) == {*self.OPERATIONS, "run_step", "claim_step", "doctor", "send", "close"}
 
     @pytest.mark.parametrize("name", [*OPERATIONS, "__init__", "from_url", "queue"])
     def test_every_argument_is_documented(self, name: str) -> None:
