@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple, cast
 
 from redis import RedisError
+from redis.exceptions import NoPermissionError
 
 from squidstep_redis.calls import Calls
 from squidstep_redis.errors import SquidstepError
@@ -115,7 +116,8 @@ def _self_test(calls: Calls) -> Plan[Finding]:
 
 
 def _advice(error: Exception) -> str:
-    if "NOPERM" in str(error).upper() or "no permissions" in str(error):
+    # NOPERM comes with a text of its own for what a script may not do, a different one from each server.
+    if isinstance(error, NoPermissionError) or re.search(r"NOPERM|can't (run|access)", str(error)):
         return ". Its user needs the keys ~<prefix>:* and the commands +@read +@write +@scripting +time"
     return ""
 
