@@ -108,7 +108,7 @@ class Supervisor:
 
     def _enqueue(self, number: int, name: str) -> None:
         fates = {step: fate for (run_id, step), fate in self.fates.items() if run_id == name}
-        kept_for = -1 if self._stage.keep else FORGOTTEN_AFTER
+        kept_for = -1 if self._stage.keep else FORGOTTEN_AFTER  # should this process be killed
         self.queue.enqueue_call(
             work_on,
             args=(number, name, str(self._stage.files[name]), fates),
@@ -120,27 +120,22 @@ class Supervisor:
         )
 
     def _is_done(self) -> bool:
-        """Whether nothing is left to deliver. Jobs that have finished, and are to be requeued, are."""
+        """Whether nothing is left to deliver. Requeues what is to be, once it has finished."""
         if time.monotonic() - self._looked_at < LOOK_EVERY:
             return False
         self._looked_at = time.monotonic()
-        lists = [self.queue.key, self.queue.intermediate_queue_key]
-        sets = [self.queue.started_job_registry.key, self.queue.scheduled_job_registry.key]
-        finished_key = self.queue.finished_job_registry.key
-        with self._client.pipeline() as pipeline:  # a transaction, in which no job is just between two of them
-            for key in lists:
-                pipeline.llen(key)
-            for key in sets:
-                pipeline.zcard(key)
-            pipeline.zrange(finished_key, 0, -1)
+        queue = self.queue
+        with self._client.pipeline() as pipeline:  # a transaction: no job is just between two of these
+            pipeline.llen(queue.key)
+            pipeline.llen(queue.intermediate_queue_key)
+            pipeline.zcard(queue.started_job_registry.key)
+            pipeline.zcard(queue.scheduled_job_registry.key)
+            pipeline.zrange(queue.finished_job_registry.key, 0, -1)
             *left, finished = pipeline.execute()
-        if not self._stage.keep:
-            for key in (*lists, *sets, finished_key, rq.worker_registration.WORKERS_BY_QUEUE_KEY % self.queue.name):
-                self._client.expire(key, FORGOTTEN_AFTER)  # should this process be killed
         self.finished = len(finished)
         again = self._to_requeue & {id.decode() for id in finished}
-        for job in filter(None, map(self.queue.fetch_job, again)):
-            self.queue.enqueue_job(job)
+        for job in filter(None, map(queue.fetch_job, again)):
+            queue.enqueue_job(job)
         self._to_requeue -= again
         return not any(left) and not again
 
@@ -250,7 +245,7 @@ class Supervisor:
         horse = f"work-horse {orphan.horse}"
         if report.kind == "busy" and report.step == orphan.step and not self._gate.closed:
             self._say(f"{what} was delivered again, to {worker.name}, which was told to wait for {horse}")
-            self._gate.close()
+            self._gate.close()  # it may go on
         elif report.kind == "completed" and report.horse == orphan.horse:
             self._say(f"{horse}, whose worker is dead, completed {what}")
             self._orphan = None

@@ -2,7 +2,7 @@
 
 RQ's processes fork others, and some outlive the one that forked them. Three pipes reach all of them alike, for each
 is inherited: `reports` leads to the parent, which sees its end when the last of them is gone; `line` has its end when
-the parent lets go, or is gone; and from `gate` reads the one horse that outlives its worker, until it may go on.
+the parent lets go, or is gone; and at the `gate`, until its end, waits the one horse that outlives its worker.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from squidstep_redis.rq import configure, current_run, release_dead_horse, steps
 LEASE: Final = 2.0
 GIVEN_UP_AFTER: Final = 2  # seconds without a word from its worker, and RQ takes a job for abandoned
 
-
 Fate = Literal["horse", "worker", "worker and horse"]
 """What is killed inside a step. A horse whose worker alone is killed lives on."""
 
 
-class Report(NamedTuple):
-    """What is told of a job. Pickled, it is below any system's PIPE_BUF: one write, which no other tears."""
+Kind = Literal["ready", "delivered", "began", "ended", "completed", "skipped", "busy", "returned"]
 
-    kind: Literal["ready", "delivered", "began", "ended", "completed", "skipped", "busy", "returned"]
+
+class Report(NamedTuple):
+    """What is told. Pickled, it is shorter than any system's PIPE_BUF: one write, which no other tears."""
+
+    kind: Kind
     worker: str
     horse: int
     number: int = -1
@@ -58,11 +60,16 @@ class _Teller:
     pipes: Pipes
     worker: str
 
-    def tell(self, kind: Any, number: int = -1, step: str = "", attempt: int = 0) -> None:
+    def tell(self, kind: Kind, number: int = -1, step: str = "", attempt: int = 0) -> None:
         self.pipes.reports.send(Report(kind, self.worker, os.getpid(), number, step, attempt))
 
-    def wait_at_gate(self) -> None:
-        os.read(self.pipes.gate.fileno(), 1)
+    def stand_still(self, fate: Fate) -> None:
+        """Until this horse is killed; or, of a worker to be killed alone, may go on."""
+        if fate == "worker":
+            os.read(self.pipes.gate.fileno(), 1)
+            return
+        while True:
+            signal.pause()
 
     def hang_on(self) -> None:
         """Ends this process at the end of the line, and likewise each that it forks."""
@@ -119,10 +126,8 @@ def _effect(effects: list[str], number: int, step: str, fate: Fate | None, known
     claim = current_claim()
     attempt = claim.step_run.attempt if claim is not None else 0
     _parent.tell("began", number, step, attempt)
-    if fate == "worker" and attempt == 1:
-        _parent.wait_at_gate()
-    while fate != "worker" and fate is not None and attempt == 1:
-        signal.pause()  # until it is killed
+    if fate is not None and attempt == 1:
+        _parent.stand_still(fate)
     output = execute(step, known)
     effects.append(step)
     _parent.tell("ended", number, step)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from click import ClickException
 from demos import SQUIDSTEP, plant, run, running_in, until_line
 from rich.console import Console
 from rq import Queue, Worker
 from rq.job import JobStatus
 from servers import wait_until
 
-from squidstep_redis import StepRunStore, demo_rq, demo_work
+from squidstep_redis import StepRunStore, demo_rq, demo_rq_supervisor, demo_work
 from squidstep_redis.demo_rq_supervisor import Supervisor
+from squidstep_redis.demo_rq_worker import Report
 from squidstep_redis.demo_stage import Stage
 from squidstep_redis.embedded import EmbeddedServer
 
@@ -163,6 +167,39 @@ def test_what_the_check_finds(tree: Path, server: EmbeddedServer) -> None:
         store.delete_run("b/two.txt")
         problems = demo_rq.check(stage, supervisor)
         assert "b/two.txt: the attempts at count, when a worker was killed, are []" in problems
+
+
+class TestWhenNothingWorks:
+    @pytest.fixture
+    def stage(self, tree: Path, server: EmbeddedServer) -> Iterator[Stage]:
+        settings = {"url": server.url, "prefix": "idle"}
+        with StepRunStore.from_url(**settings) as store:
+            yield Stage({"a.py": tree / "a.py"}, 2, "idle", settings, True, store, Console(quiet=True), "here")
+
+    def test_workers_that_end_again_and_again(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(demo_rq_supervisor, "work", end_at_once)
+        monkeypatch.setattr(demo_rq_supervisor, "MAX_RESTARTS", 1)
+        with pytest.raises(ClickException, match=r"again and again; worker-\d pid \d+ ended by itself, .* code 7"):
+            Supervisor(stage).run()
+
+    def test_workers_that_do_nothing(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(demo_rq_supervisor, "work", do_nothing)
+        monkeypatch.setattr(demo_rq_supervisor, "PATIENCE", 0.5)
+        with pytest.raises(ClickException, match="no RQ worker has done anything for"):
+            Supervisor(stage).run()
+
+
+def end_at_once(*_: object) -> None:
+    sys.exit(7)
+
+
+def do_nothing(*_: object) -> None:
+    time.sleep(100)
+
+
+def test_a_report_is_one_write() -> None:
+    report = Report("completed", "worker-9999", 2**31, 2**31, "compress", 2**31)
+    assert len(pickle.dumps(report)) < 512 - 8  # what POSIX promises, and what multiprocessing adds
 
 
 @pytest.mark.parametrize(
