@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 if TYPE_CHECKING:
     import click
 
-_COMMANDS: Final = {"demo": "squidstep_redis.demo", "demo rq": "squidstep_redis.demo_rq"}
+_COMMANDS: Final = {"demo": "squidstep_redis.demo.plain", "demo rq": "squidstep_redis.demo.rq"}
 _EXTRA: Final = ("click", "rich", "rq")
 _ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from squidstep_redis import demo_work
+from squidstep_redis.demo import work as demo_work
 
 SQUIDSTEP = str(Path(sysconfig.get_path("scripts"), "squidstep"))
 

@@ -18,7 +18,10 @@ import redis
 from demos import SQUIDSTEP, plant, result_of, run, running_in, until_line
 from servers import wait_until
 
-from squidstep_redis import StepRunStore, demo, demo_broker, demo_work
+from squidstep_redis import StepRunStore
+from squidstep_redis.demo import broker as demo_broker
+from squidstep_redis.demo import plain as demo
+from squidstep_redis.demo import work as demo_work
 from squidstep_redis.embedded import EmbeddedServer
 
 

@@ -23,10 +23,13 @@ from rq import Queue, Worker
 from rq.job import JobStatus
 from servers import wait_until
 
-from squidstep_redis import StepRunStore, demo_rq, demo_rq_supervisor, demo_work
-from squidstep_redis.demo_rq_supervisor import Supervisor
-from squidstep_redis.demo_rq_worker import Report
-from squidstep_redis.demo_stage import Stage
+from squidstep_redis import StepRunStore
+from squidstep_redis.demo import rq as demo_rq
+from squidstep_redis.demo import rq_supervisor as demo_rq_supervisor
+from squidstep_redis.demo import work as demo_work
+from squidstep_redis.demo.rq_supervisor import Supervisor
+from squidstep_redis.demo.rq_worker import Report
+from squidstep_redis.demo.stage import Stage
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

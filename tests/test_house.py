@@ -39,22 +39,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"aio", "calls", "claims", "codec", "doctor", "errors", "model", "store", "wire"},
     "embedded": set(),
     "cli": set(),  # it loads its commands by name
-    "demo_work": {""},
-    "demo_process": set(),
-    "demo_stage": {"", "demo_work", "embedded"},
-    "demo_broker": {"", "demo_process", "demo_work"},
-    "demo": {"", "demo_broker", "demo_stage", "demo_work"},
-    "demo_rq_worker": {"", "demo_process", "demo_work", "rq"},
-    "demo_rq_supervisor": {"demo_process", "demo_rq_worker", "demo_stage", "demo_work"},
-    "demo_rq": {"", "demo_rq_supervisor", "demo_stage", "demo_work"},
+    "demo": set(),
+    "demo.work": {""},
+    "demo.process": set(),
+    "demo.stage": {"", "demo.work", "embedded"},
+    "demo.broker": {"", "demo.process", "demo.work"},
+    "demo.plain": {"", "demo.broker", "demo.stage", "demo.work"},
+    "demo.rq_worker": {"", "demo.process", "demo.work", "rq"},
+    "demo.rq_supervisor": {"demo.process", "demo.rq_worker", "demo.stage", "demo.work"},
+    "demo.rq": {"", "demo.rq_supervisor", "demo.stage", "demo.work"},
     "functions": {"errors"},
     "rq": {"", "arguments", "claims", "functions", "signals"},
 }
 
 
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
 def imported(module: str) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -65,11 +72,11 @@ def imported(module: str) -> set[str]:
         for name in names:
             top, _, inner = name.partition(".")
             if top == "squidstep_redis":
-                found.add(inner if (PACKAGE / f"{inner}.py").exists() else "")
+                found.add(inner if inner in MODULES else "")
     return found
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
     assert imported(module) <= MAY_IMPORT[module]
 
@@ -174,7 +181,14 @@ class TestTheTwoStores:
             return {name for name in dir(store) if not name.startswith("_")}
 
         assert names(StepRunStore) == names(AsyncStepRunStore)
-        assert names(StepRunStore) - names(BaseStore) == {*self.OPERATIONS, "run_step", "claim_step", "doctor", "send", "close"}
+        assert names(StepRunStore) - names(BaseStore) == {
+            *self.OPERATIONS,
+            "run_step",
+            "claim_step",
+            "doctor",
+            "send",
+            "close",
+        }
 
     @pytest.mark.parametrize("name", [*OPERATIONS, "__init__", "from_url", "queue"])
     def test_every_argument_is_documented(self, name: str) -> None:

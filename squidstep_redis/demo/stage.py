@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from squidstep_redis import SquidstepError, StepRunStore
-from squidstep_redis.demo_work import EFFECTS, Payload, Tally, find_files
+from squidstep_redis.demo.work import EFFECTS, Payload, Tally, find_files
 from squidstep_redis.embedded import EmbeddedServer, ServerStartError
 
 FORGOTTEN_AFTER: Final = 3_600  # seconds: by a server of the user's, should the demo be killed

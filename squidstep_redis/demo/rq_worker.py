@@ -21,8 +21,8 @@ from rq import Worker
 from rq.job import Job
 
 from squidstep_redis import StepBusyError, current_claim
-from squidstep_redis.demo_process import take_signals
-from squidstep_redis.demo_work import EFFECTS, Payload, execute
+from squidstep_redis.demo.process import take_signals
+from squidstep_redis.demo.work import EFFECTS, Payload, execute
 from squidstep_redis.rq import configure, current_run, release_dead_horse, steps
 
 LEASE: Final = 2.0

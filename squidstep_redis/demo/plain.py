@@ -14,9 +14,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from squidstep_redis import Outcome, StepRunStore
-from squidstep_redis.demo_broker import Broker
-from squidstep_redis.demo_stage import Options, Stage, options, perform, progress, screen
-from squidstep_redis.demo_work import check_runs
+from squidstep_redis.demo.broker import Broker
+from squidstep_redis.demo.stage import Options, Stage, options, perform, progress, screen
+from squidstep_redis.demo.work import check_runs
 
 
 @click.command("demo")

@@ -17,9 +17,9 @@ from rich.text import Text
 from rq.job import JobStatus
 
 from squidstep_redis import Outcome
-from squidstep_redis.demo_rq_supervisor import Supervisor
-from squidstep_redis.demo_stage import Options, Stage, options, perform, progress, screen
-from squidstep_redis.demo_work import check_runs, sequential
+from squidstep_redis.demo.rq_supervisor import Supervisor
+from squidstep_redis.demo.stage import Options, Stage, options, perform, progress, screen
+from squidstep_redis.demo.work import check_runs, sequential
 
 
 @click.command("demo rq")

@@ -19,10 +19,10 @@ import rq.scheduler
 import rq.worker_registration
 from rq import Queue, Retry, Worker
 
-from squidstep_redis.demo_process import signals_held_back
-from squidstep_redis.demo_rq_worker import Fate, Pipes, Report, work, work_on
-from squidstep_redis.demo_stage import FORGOTTEN_AFTER, Stage
-from squidstep_redis.demo_work import SEED, Key, Tally
+from squidstep_redis.demo.process import signals_held_back
+from squidstep_redis.demo.rq_worker import Fate, Pipes, Report, work, work_on
+from squidstep_redis.demo.stage import FORGOTTEN_AFTER, Stage
+from squidstep_redis.demo.work import SEED, Key, Tally
 
 LOOK_EVERY: Final = 0.1  # seconds
 PATIENCE: Final = 60.0  # seconds without a word from any worker

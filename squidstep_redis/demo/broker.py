@@ -21,8 +21,8 @@ import click
 import redis
 
 from squidstep_redis import SquidstepError, StepRunStore
-from squidstep_redis.demo_process import signals_held_back, take_signals
-from squidstep_redis.demo_work import EFFECTS, SEED, Key, Payload, Tally, execute
+from squidstep_redis.demo.process import signals_held_back, take_signals
+from squidstep_redis.demo.work import EFFECTS, SEED, Key, Payload, Tally, execute
 
 LEASE: Final = 1.0
 
