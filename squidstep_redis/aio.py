@@ -198,6 +198,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     async def close(self) -> None:
         """Closes the client, if `from_url` made it."""
         if self._owns_client:
+            await _heartbeat_of(self.client).stop()
             await self.client.aclose()
 
     async def __aenter__(self) -> Self:
@@ -401,6 +402,12 @@ class _Heartbeat:
         if not self._beats and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    async def stop(self) -> None:
+        """Ends a beat that is under way."""
+        if self._task is not None and self._loop is asyncio.get_running_loop():
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     def _wind(self) -> None:
         """Sets the timer to the next beat, unless one is under way or it is set to an earlier time."""

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
@@ -42,6 +43,7 @@ from squidstep_redis.errors import (
     described,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
+from squidstep_redis.signals import AlarmHeldBack
 from squidstep_redis.wire import Call, Plan, Queued, queue
 
 E = TypeVar("E", threading.Event, asyncio.Event)
@@ -127,6 +129,7 @@ class BaseClaim(Generic[E]):
         self._sent: Call[BeginResult] | None = None
         self._loss: StaleStepRunError | StepRunNotFoundError | None = None
         self._step_run: StepRun | None = None
+        self._claim: StepRun | None = None  # the step run that carries the claim
         self._sent_at = 0.0
         self._state: Literal["out", "held", "ending", "ended"] = "out"
         self._context: Token[ref[BaseClaim[Any]] | None] | None = None
@@ -145,12 +148,14 @@ class BaseClaim(Generic[E]):
     @property
     def input(self) -> dict[str, Any]:
         """What the step is given: the input that is stored, which may be one that it was scheduled with."""
-        return self.step_run.input
+        with AlarmHeldBack():  # or it would be taken for a failure of the codec
+            return self.step_run.input
 
     @property
     def output(self) -> dict[str, Any] | None:
         """What the step gave, once completed, by whomever."""
-        return self.step_run.output
+        with AlarmHeldBack():
+            return self.step_run.output
 
     @property
     def ended(self) -> bool:
@@ -188,7 +193,9 @@ class BaseClaim(Generic[E]):
             self._step_run, self._state = call.parse(reply), "ended"
             return self._step_run
 
-        return queue(pipeline, call._replace(parse=parse))
+        queued = queue(pipeline, call._replace(parse=parse))
+        self._state = "ending"  # a beat that comes before the reply is read finds no loss
+        return queued
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._step_run!r} {self.decision}>"
@@ -201,13 +208,18 @@ class BaseClaim(Generic[E]):
         return self._lease_seconds / BEATS_PER_LEASE
 
     @property
+    def is_live(self) -> bool:
+        """Whether it is still to be extended."""
+        return self._state in ("held", "ending")
+
+    @property
     def beats_at(self) -> float:
         """When to extend it, by the monotonic clock."""
         return self._sent_at + self.interval
 
     def extension(self) -> Call[StepRun]:
         """The call that extends it."""
-        return self._calls.extend_claim(self.step_run, self._lease)
+        return self._calls.extend_claim(self._claim or self.step_run, self._lease)
 
     def told(self, result: object, sent_at: float) -> bool:
         """Takes in what an extension answered.
@@ -245,6 +257,7 @@ class BaseClaim(Generic[E]):
             begun = yield self._sent
             self._step_run = cast("StepRun", begun.step_run)
             if begun.decision == "execute" or begun.reason == "completed":
+                self._claim = self._step_run
                 self._state = "held" if begun.decision == "execute" else "ended"
                 self.decision = begun.decision
                 return
@@ -297,8 +310,12 @@ class BaseClaim(Generic[E]):
     def _resolving(self) -> Plan[StepRun]:
         """Looks what became of the step that was lost: the winner's result stands, whatever came of the work here."""
         current = yield self._calls.get_step_run(self.step_run.run_id, self.step_run.step)
-        if current is None or self._loss is None:
-            raise self._loss or StepRunNotFoundError(self.step_run.run_id, self.step_run.step, "was deleted")
+        if current is None:
+            if isinstance(self._loss, StepRunNotFoundError):
+                raise self._loss
+            raise StepRunNotFoundError(
+                self.step_run.run_id, self.step_run.step, "the claim was lost, and there is no such step run any more"
+            )
         self._loss = StaleStepRunError(current, "the claim was lost while the work was done. Nothing was written")
         return self._yield_to(self._loss)
 
@@ -311,9 +328,10 @@ class BaseClaim(Generic[E]):
 
     def result(self) -> dict[str, Any]:
         """What `run_step` answers; raises StaleStepRunError if the work ended its claim without a result."""
-        if self.output is None:
+        output = self.output
+        if output is None:
             raise StaleStepRunError(self.step_run, f"the work ended its own claim: the step is {self.step_run.status}")
-        return self.output
+        return output
 
     def may_ask_again(self, error: StaleStepRunError) -> None:
         """Returns if the claim was lost to a worker that is to be waited for; else raises what `run_step` raises."""
@@ -347,7 +365,8 @@ class BaseClaim(Generic[E]):
     def _exit(self) -> None:
         self._state = "ended"
         if self._context is not None:
-            _current.reset(self._context)
+            with suppress(ValueError):  # a block may be left in another context than it was entered in
+                _current.reset(self._context)
             self._context = None
 
 
@@ -400,6 +419,8 @@ class Beats(Generic[C]):
         now = time.monotonic()
         if not any(due <= now for due in self._due.values()):
             return []
+        for claim in [claim for claim in self._due if not claim.is_live]:
+            del self._due[claim]
         return [claim for claim, due in self._due.items() if due - claim.interval / 2 <= now]
 
     def told(self, claims: Sequence[C], results: Sequence[object] | Exception, sent_at: float) -> None:

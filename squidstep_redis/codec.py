@@ -18,6 +18,7 @@ from squidstep_redis.errors import (
     UndecodablePayloadError,
     described,
 )
+from squidstep_redis.signals import AlarmHeldBack
 
 Payload = dict[str, Any]
 
@@ -142,6 +143,11 @@ class Payloads:
 
 def error_payload(error: BaseException) -> Payload:
     """Makes a map of an exception: `type`, `message` and a bounded `traceback`, the end of it first to be kept."""
+    with AlarmHeldBack():  # or it would be taken for an exception of the exception's
+        return _error_payload(error)
+
+
+def _error_payload(error: BaseException) -> Payload:
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 -- a message that cannot be made must not hide the failure

@@ -404,16 +404,18 @@ class _Heartbeat:
             del claims  # nothing here keeps a claim alive that nobody else holds
 
     def _wait(self) -> Sequence[Claim] | None:
-        """Waits for the next beat; None if there is nothing left to wait for."""
+        """Waits for the next beat; None if there has been nothing to wait for."""
         idle_since = time.monotonic()
         while True:
-            due = self._beats.next_at()
-            now = time.monotonic()
+            due, now = self._beats.next_at(), time.monotonic()
             if due is not None and due <= now:
                 return self._beats.take()
-            if due is None and now >= idle_since + self.IDLE:
+            if due is not None:
+                idle_since = now
+            elif now >= idle_since + self.IDLE:
                 return None
-            self._wakes_at = idle_since + self.IDLE if due is None else due
+            # Who ends the last claim does not wake it: that would cost each short step more than this does.
+            self._wakes_at = min(due or now + self.IDLE, now + self.IDLE)
             self._changed.wait(self._wakes_at - now)
 
     def _beat(self, claims: Sequence[Claim]) -> None:

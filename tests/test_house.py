@@ -23,7 +23,7 @@ SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"model"},  # for type checkers only
     "arguments": {"errors"},
-    "codec": {"errors"},
+    "codec": {"errors", "signals"},
     "keys": set(),
     "model": set(),
     "scripts": set(),
@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calls": {"arguments", "codec", "errors", "keys", "model", "records", "scripts", "wire"},
     "base": {"arguments", "calls", "codec", "errors", "wire"},
     "signals": set(),
-    "claims": {"arguments", "calls", "errors", "model", "wire"},
+    "claims": {"arguments", "calls", "errors", "model", "signals", "wire"},
     "doctor": {"calls", "errors", "wire"},
     "store": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "signals", "wire"},
     "aio": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "wire"},
