@@ -7,7 +7,15 @@ from backends import Bench
 from servers import wait_until
 from test_contract import begun, stored
 
-from squidstep_redis import InvalidArgumentError, Outcome, RunDeletedError, StepRunStore, StepStatus
+from squidstep_redis import (
+    InvalidArgumentError,
+    Outcome,
+    RunDeletedError,
+    StaleStepRunError,
+    StepRunNotFoundError,
+    StepRunStore,
+    StepStatus,
+)
 
 
 class TestReading:
@@ -157,7 +165,7 @@ class TestDeletion:
         assert store.attempts("run", "pay") == []
         assert store.delete_pending_steps("run", ["pay"]) == ["pay"]
         assert store.expire_run("run", 60) is False
-        assert store.failed_steps() == store.lapsed_claims() == []
+        assert store.failed_steps() == store.lapsed_claims() == store.live_claims() == []
         for write in (
             lambda: store.complete_step(running, {}),
             lambda: store.complete_step(running.id, {}),
@@ -224,6 +232,7 @@ class TestExpiry:
             lambda store: store.fail_step(begun(store.begin_step("run", "pay", {})), {}),
             lambda store: store.release_step(begun(store.begin_step("run", "pay", {}))),
             lambda store: store.extend_claim(begun(store.begin_step("run", "pay", {})), 1),
+            lambda store: store.expire_claim(begun(store.begin_step("run", "pay", {}))),
         ],
     )
     def test_each_write_renews_it_on_both_keys(self, bench: Bench, write: object) -> None:
@@ -310,6 +319,211 @@ class TestExpiry:
 
         assert store.lapsed_claims() == store.failed_steps() == []
         assert bench.backend.keys(bench.prefix) == set()
+
+
+class TestLiveClaims:
+    def test_they_come_soonest_over_first(self, bench: Bench, store: StepRunStore) -> None:
+        begun(store.begin_step("unleased", "pay", {}))
+        store.schedule_step("pending", "pay", {})
+        store.complete_step(begun(store.begin_step("completed", "pay", {}, lease=60)), {})
+        store.fail_step(begun(store.begin_step("failed", "pay", {}, lease=60)), {})
+        store.release_step(begun(store.begin_step("released", "pay", {}, lease=60)))
+        bench.lapse(begun(store.begin_step("lapsed", "pay", {}, lease=0.01)))
+        for run, lease in (("b", 70), ("c", 80), ("a", 60)):
+            begun(store.begin_step(run, "pay", {"of": run}, lease=lease, owner=f"worker {run}"))
+
+        live = store.live_claims()
+
+        assert live == [stored(store, run) for run in "abc"]
+        assert [(each.input, each.owner) for each in live] == [({"of": run}, f"worker {run}") for run in "abc"]
+        assert store.live_claims(limit=2) == live[:2]
+        assert [each.run_id for each in store.lapsed_claims()] == ["lapsed"]
+
+    def test_they_carry_no_claim(self, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "pay", {}, lease=60))
+
+        (live,) = store.live_claims()
+
+        with pytest.raises(StaleStepRunError, match="carries no claim"):
+            store.complete_step(live, {})
+
+    def test_an_extended_claim_moves_back(self, store: StepRunStore) -> None:
+        first = begun(store.begin_step("first", "pay", {}, lease=60))
+        begun(store.begin_step("second", "pay", {}, lease=70))
+
+        store.extend_claim(first, 80)
+
+        assert [each.run_id for each in store.live_claims()] == ["second", "first"]
+
+    def test_those_of_one_owner(self, store: StepRunStore) -> None:
+        for number in range(12):
+            begun(store.begin_step(f"run-{number}", "pay", {}, lease=60 + number, owner=f"w{number % 3}"))
+        begun(store.begin_step("nobodys", "pay", {}, lease=60))
+
+        assert [each.run_id for each in store.live_claims(owner="w1")] == ["run-1", "run-4", "run-7", "run-10"]
+        assert [each.run_id for each in store.live_claims(2, owner="w2")] == ["run-2", "run-5"]
+        assert store.live_claims(owner="w") == store.live_claims(owner="w1 ") == []
+
+    def test_the_owner_is_of_the_latest_claim(self, bench: Bench, store: StepRunStore) -> None:
+        bench.lapse(begun(store.begin_step("run", "pay", {}, lease=0.01, owner="w1")))
+        taken_over = begun(store.begin_step("run", "pay", {}, lease=60, owner="w2"))
+
+        assert (store.live_claims(owner="w1"), store.live_claims(owner="w2")) == ([], [taken_over])
+
+    def test_entries_without_their_record_do_not_hide_good_ones(self, bench: Bench, store: StepRunStore) -> None:
+        good = begun(store.begin_step("run", "good", {}, lease=60))
+        claims = bench.keys("run")[2]
+        soon = bench.backend.now() * 1000 + 30_000
+        bench.backend.raw.zadd(claims, {f"3:run{number}".encode(): soon + number for number in range(10)})
+
+        assert store.live_claims(limit=3) == [good]
+        assert bench.backend.raw.zcard(claims) == 1
+
+    def test_an_entry_with_another_end_of_the_lease_is_mended(self, bench: Bench, store: StepRunStore) -> None:
+        step_run = begun(store.begin_step("run", "pay", {}, lease=60))
+        claims = bench.keys("run")[2]
+        bench.backend.raw.zadd(claims, {b"3:runpay": 9e12})
+
+        assert store.live_claims() == [step_run]
+
+        assert step_run.lease_ends_at is not None
+        assert bench.backend.raw.zscore(claims, b"3:runpay") == round(step_run.lease_ends_at.timestamp() * 1000)
+
+    @pytest.mark.parametrize("owner", ["", "a\nb", 7, "w" * 257])
+    def test_absurd_owners_are_refused(self, store: StepRunStore, owner: object) -> None:
+        with pytest.raises(InvalidArgumentError, match="owner: must be"):
+            store.live_claims(owner=owner)  # pyright: ignore[reportArgumentType]: what is refused is the point
+
+
+class TestExpireClaim:
+    def test_the_claim_can_be_taken_over_at_once(self, store: StepRunStore) -> None:
+        holder = begun(store.begin_step("run", "pay", {"amount": 1}, lease=60, owner="w1"))
+        (live,) = store.live_claims()
+
+        expired = store.expire_claim(live)
+
+        assert (expired.status, expired.input, expired.attempt) == (StepStatus.RUNNING, {"amount": 1}, 1)
+        assert expired == stored(store)
+        assert store.live_claims() == []
+        assert store.lapsed_claims() == [expired]
+        winner = begun(store.begin_step("run", "pay", {"amount": 2}, owner="w2"))
+        assert [(each.owner, each.outcome) for each in store.attempts("run", "pay")] == [
+            ("w1", Outcome.LEASE_EXPIRED),
+            ("w2", Outcome.RUNNING),
+        ]
+        with pytest.raises(StaleStepRunError, match="was taken over: attempt 2"):
+            store.complete_step(holder, {})
+        assert stored(store) == winner
+
+    @pytest.mark.parametrize("observed", ["get_step_run", "get_run", "begin_step", "the claim", "id"])
+    def test_however_it_was_observed(self, store: StepRunStore, observed: str) -> None:
+        claim = begun(store.begin_step("run", "pay", {}, lease=60))
+        step_run = {
+            "get_step_run": lambda: stored(store),
+            "get_run": lambda: store.get_run("run")[0],
+            "begin_step": lambda: store.begin_step("run", "pay", {}).step_run,
+            "the claim": lambda: claim,
+            "id": lambda: claim.id,
+        }[observed]()
+
+        store.expire_claim(step_run)
+
+        assert begun(store.begin_step("run", "pay", {})).attempt == 2
+
+    def test_a_claim_without_lease_is_ended_too(self, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "pay", {}))
+
+        store.expire_claim(stored(store))
+
+        assert begun(store.begin_step("run", "pay", {})).attempt == 2
+
+    def test_it_uses_the_attempt_up(self, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "pay", {}, lease=60))
+        store.expire_claim(stored(store))
+
+        assert store.begin_step("run", "pay", {}, max_attempts=1).exhausted
+        assert stored(store).last_error is not None
+
+    def test_a_holder_that_is_alive_after_all_goes_on_unless_it_was_taken_over(self, store: StepRunStore) -> None:
+        claim = begun(store.begin_step("run", "pay", {}, lease=60))
+        store.expire_claim(stored(store))
+
+        assert store.extend_claim(claim, 60) == stored(store)
+        assert store.live_claims() == [stored(store)]
+        assert store.complete_step(claim, {}).status is StepStatus.COMPLETED
+
+    @pytest.mark.parametrize("since", ["taken over", "failed", "released", "begun again", "completed"])
+    def test_a_later_claim_is_never_touched(self, bench: Bench, store: StepRunStore, since: str) -> None:
+        first = begun(store.begin_step("run", "pay", {}, lease=60))
+        observed = stored(store)
+        match since:
+            case "taken over":
+                store.expire_claim(observed)
+                begun(store.begin_step("run", "pay", {}, lease=60))
+            case "failed":
+                store.fail_step(first, {})
+            case "released":
+                store.release_step(first)
+            case "begun again":
+                store.release_step(first)
+                begun(store.begin_step("run", "pay", {}, lease=60))
+            case _:
+                store.complete_step(first, {})
+        before = bench.dump()
+
+        with pytest.raises(StaleStepRunError) as caught:
+            store.expire_claim(observed)
+
+        assert caught.value.current == stored(store)
+        assert bench.dump() == before
+
+    @pytest.mark.parametrize("losing", [1, 11])
+    def test_sent_again_it_ends_no_later_claim(self, bench: Bench, losing: int) -> None:
+        begun(bench.store().begin_step("run", "pay", {}, lease=60))
+        observed = stored(bench.store())
+        bench.store(losing=losing).expire_claim(observed)
+        winner = begun(bench.store().begin_step("run", "pay", {}, lease=60))
+
+        with pytest.raises(StaleStepRunError):
+            bench.store().expire_claim(observed)
+
+        assert stored(bench.store()) == winner
+
+    def test_a_step_that_was_never_claimed_is_stale(self, bench: Bench, store: StepRunStore) -> None:
+        scheduled = store.schedule_step("run", "pay", {}).step_run
+        before = bench.dump()
+
+        for step_run in (scheduled, scheduled.id):
+            with pytest.raises(StaleStepRunError):
+                store.expire_claim(step_run)
+
+        assert bench.dump() == before
+
+    def test_a_run_of_another_prefix_is_refused(self, bench: Bench, store: StepRunStore) -> None:
+        other = bench.store(prefix=f"{bench.prefix}-other")
+        begun(store.begin_step("run", "pay", {}, lease=60))
+        theirs = begun(other.begin_step("run", "pay", {}, lease=60))
+        before = bench.dump()
+
+        for step_run in (theirs, stored(other), theirs.id):
+            with pytest.raises(InvalidArgumentError, match="prefix"):
+                store.expire_claim(step_run)
+
+        assert bench.dump() == before
+        assert stored(other) == theirs
+
+    def test_without_a_record_it_is_not_found(self, bench: Bench, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "pay", {}, lease=60))
+        observed = stored(store)
+        bench.backend.raw.delete(*bench.keys("run")[:2])
+        begun(store.begin_step("gone", "pay", {}, lease=60))
+        deleted = stored(store, "gone")
+        store.delete_run("gone")
+
+        with pytest.raises(StepRunNotFoundError):
+            store.expire_claim(observed)
+        with pytest.raises(RunDeletedError):
+            store.expire_claim(deleted)
 
 
 class TestIndexes:
@@ -424,6 +638,6 @@ class TestIndexes:
 
     @pytest.mark.parametrize("limit", [0, -1, 1_001, 2.0, True, "10", None])
     def test_absurd_limits_are_refused(self, store: StepRunStore, limit: object) -> None:
-        for read in (store.lapsed_claims, store.failed_steps):
+        for read in (store.lapsed_claims, store.live_claims, store.failed_steps):
             with pytest.raises(InvalidArgumentError, match="limit: must be an int from 1 to 1,000"):
                 read(limit)  # pyright: ignore[reportArgumentType]: what is refused is the point

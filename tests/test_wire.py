@@ -60,6 +60,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "complete_step": lambda store, claim: (claim, PAYLOAD),
     "fail_step": lambda store, claim: (claim, PAYLOAD),
     "extend_claim": lambda store, claim: (claim, 120),
+    "expire_claim": lambda store, claim: (claim,),
     "release_step": lambda store, claim: (claim,),
     "delete_pending_steps": lambda store, claim: (claim.run_id, ["pending", "running", "unknown"]),
     "get_step_run": lambda store, claim: (claim.run_id, "completed"),
@@ -72,8 +73,10 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "delete_run": lambda store, claim: (claim.run_id,),
     "batch": lambda store, claim: (mixed(store, 7),),
     "lapsed_claims": lambda store, claim: (),
+    "live_claims": lambda store, claim: (),
     "failed_steps": lambda store, claim: (),
 }
+ACROSS_RUNS = {"lapsed_claims": "lapsed", "live_claims": "running", "failed_steps": "failed"}  # and what each finds
 
 
 def prepare(bench: Bench, store: StepRunStore, run_id: str = "run") -> StepRun:
@@ -239,7 +242,7 @@ class TestRoundTrips:
         assert proxy.round_trips == 1
         assert len(answers) == 100
 
-    @pytest.mark.parametrize("operation", ["lapsed_claims", "failed_steps"])
+    @pytest.mark.parametrize("operation", ACROSS_RUNS)
     def test_a_list_across_runs_costs_two(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, operation: str
     ) -> None:
@@ -250,10 +253,23 @@ class TestRoundTrips:
             (found,) = perform(proxied, operation, claim)
 
         assert proxy.round_trips == 2
-        assert found.step == operation.partition("_")[0]
+        assert found.step == ACROSS_RUNS[operation]
 
     def test_every_operation_is_counted(self) -> None:
-        assert set(OPERATIONS) == set(EXAMPLES) == {*CALLS, "batch", "lapsed_claims", "failed_steps"}
+        assert set(OPERATIONS) == set(EXAMPLES) == {*CALLS, "batch", *ACROSS_RUNS}
+
+    def test_the_live_claims_of_one_owner_cost_one_more_for_each_page_of_others(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
+    ) -> None:
+        for number in range(5):
+            begun(proxied.begin_step("run", f"others-{number}", {}, lease=60 + number, owner="other"))
+        own = begun(proxied.begin_step("run", "own", {}, lease=120, owner="own"))
+        proxy.clear()
+
+        with proxy.batches(1024, 2, 2, 2):
+            assert proxied.live_claims(2, owner="own") == [own]
+
+        assert proxy.round_trips == 4
 
 
 class TestLostReplies:
@@ -937,7 +953,8 @@ class TestRepliesToAnotherCall:
         claim = prepare(bench, proxied)
         proxy.answer(OTHERS["of another call"])
 
-        with pytest.raises(ReplyMismatchError, match=f"^{operation} "):
+        name = "extend_claim" if operation == "expire_claim" else operation  # which shares its script
+        with pytest.raises(ReplyMismatchError, match=f"^{name} "):
             perform(proxied, operation, claim)
 
     def test_a_reply_left_on_the_connection_answers_nobody(

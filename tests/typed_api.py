@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import threading
+from datetime import timedelta
 from typing import Any, Literal, assert_type
 
 from squidstep_redis import (
+    AsyncClaim,
     AsyncStepRunStore,
     Attempt,
     BeginResult,
     Call,
+    Claim,
+    Queued,
     ScheduleResult,
+    StepBusyError,
+    StepExhaustedError,
     StepRun,
     StepRunStore,
     StepStatus,
+    current_claim,
 )
 
 
@@ -40,9 +49,46 @@ def blocking(store: StepRunStore) -> None:
     assert_type(store.completed_outputs("run"), list[dict[str, Any]])
     assert_type(store.attempts("run", "pay"), list[Attempt])
     assert_type(store.lapsed_claims(limit=10), list[StepRun])
+    assert_type(store.live_claims(10, owner="worker"), list[StepRun])
+    assert_type(store.expire_claim(step_run.id), StepRun)
     assert_type(store.delete_run("run"), bool)
     assert_type(step_run.input, dict[str, Any])
     assert_type(step_run.output, dict[str, Any] | None)
+
+
+def charge(input: dict[str, Any]) -> dict[str, int]:
+    return {"charged": input["amount"]}
+
+
+def executing(store: StepRunStore) -> None:
+    assert_type(store.run_step("run", Step.PAY, charge, {"amount": 1}), dict[str, Any])
+    options = store.run_step(
+        "run", "pay", lambda _: {}, {}, lease=timedelta(minutes=1), max_attempts=3, on_busy="wait", owner="worker"
+    )
+    assert_type(options, dict[str, Any])
+    with store.claim_step("run", "pay", {}, lease=None, on_busy="raise") as claim:
+        assert_type(claim, Claim)
+        assert_type(claim.decision, Literal["execute", "skip"] | None)
+        assert_type(claim.input, dict[str, Any])
+        assert_type(claim.output, dict[str, Any] | None)
+        assert_type(claim.step_run, StepRun)
+        assert_type(claim.lost, threading.Event)
+        assert_type(claim.lease_left, float)
+        assert_type(claim.ended, bool)
+        assert_type(claim.queue_completion(object(), {}, schedule={Step.PAY: {}}), Queued[StepRun])
+        assert_type(claim.complete({}, schedule={Step.PAY: {}}), StepRun)
+        assert_type(claim.fail(ValueError("no")), StepRun)
+        assert_type(claim.release(), StepRun)
+    current = current_claim()
+    if current is not None:
+        assert_type(current.lost.is_set(), bool)
+        assert_type(current.step_run, StepRun)
+
+
+def refused(busy: StepBusyError, exhausted: StepExhaustedError) -> None:
+    assert_type(busy.retry_in, float | None)
+    assert_type(busy.current, StepRun)
+    assert_type(exhausted.current.last_error, dict[str, Any] | None)
 
 
 def as_data(store: StepRunStore) -> None:
@@ -62,10 +108,28 @@ async def for_asyncio(store: AsyncStepRunStore) -> None:
         assert_type(own, AsyncStepRunStore)
 
 
+async def charge_later(input: dict[str, Any]) -> dict[str, int]:
+    return {"charged": input["amount"]}
+
+
+async def executing_for_asyncio(store: AsyncStepRunStore) -> None:
+    assert_type(await store.run_step("run", Step.PAY, charge, {"amount": 1}, on_busy="wait"), dict[str, Any])
+    assert_type(await store.run_step("run", "pay", charge_later, {}, cancel_when_lost=True), dict[str, Any])
+    async with store.claim_step("run", "pay", {}, cancel_when_lost=True) as claim:
+        assert_type(claim, AsyncClaim)
+        assert_type(claim.lost, asyncio.Event)
+        assert_type(await claim.complete({}, schedule={"mail": {"to": "a"}}), StepRun)
+        assert_type(await claim.fail({"reason": "declined"}), StepRun)
+        assert_type(await claim.release(), StepRun)
+
+
 def what_is_wrong_is_seen(store: StepRunStore, step_run: StepRun) -> None:
     store.begin_step("run", "pay")  # pyright: ignore[reportCallIssue]: an input is missing
     store.begin_step("run", "pay", {}, leese=30)  # pyright: ignore[reportCallIssue]: no such argument
     store.begin_step("run", "pay", {}, lease="30")  # pyright: ignore[reportArgumentType]: not seconds
     store.begin_step(7, "pay", {})  # pyright: ignore[reportArgumentType]: not a run id
+    store.run_step("run", "pay", charge_later, {})  # pyright: ignore[reportArgumentType]: the blocking store awaits nothing
+    store.run_step("run", "pay", charge, {}, on_busy="skip")  # pyright: ignore[reportArgumentType]: no such thing to do
+    store.claim_step("run", "pay", {}, cancel_when_lost=True)  # pyright: ignore[reportCallIssue]: for asyncio alone
     store.complete_step(None, {})  # pyright: ignore[reportArgumentType]: neither a step run nor an id
     step_run.status = StepStatus.FAILED  # pyright: ignore[reportAttributeAccessIssue]: a snapshot is not to be changed
