@@ -9,9 +9,11 @@ import os
 import re
 import signal
 import socket
+import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -55,13 +57,39 @@ if hasattr(rq.worker, "SpawnWorker"):
 
 def _work(kind: str, url: str, queue: str, log: Path, environment: Mapping[str, str], options: dict[str, Any]) -> None:
     os.setsid()  # by which all that it forks is found again
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     multiprocessing.set_start_method("fork", force=True)  # not that of this process, for RQ's scheduler
-    os.environ.update(environment)
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join(sys.path))  # a horse that is spawned has no other
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     how = {name: options.pop(name) for name in ("with_scheduler", "burst")}
     WORKERS[kind]([queue], connection=redis.Redis.from_url(url), **options).work(**how)
+
+
+def _end_with(parent: Any) -> None:
+    """Leaves nothing of a worker alive when the test was killed itself."""
+    parent.join()
+    _kill_sessions({os.getsid(0)})
+
+
+def _kill_sessions(sessions: Collection[int]) -> None:
+    while pids := [pid for pid, session in _sessions().items() if session in sessions]:
+        for pid in sorted(pids, key=lambda pid: pid == os.getpid()):  # this process last
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _sessions() -> dict[int, int]:
+    """The session of each process that is alive."""
+    found: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                found[int(path.parent.name)] = int(session)
+    return found
 
 
 class WorkerProcess:
@@ -90,34 +118,13 @@ class WorkerProcess:
         self._process.kill()
         self._process.join(DEADLINE)
 
-    def wait(self) -> None:
-        """Waits until it has quit by itself."""
-        self.wanted = False
-        self._process.join(DEADLINE)
-        assert not self._process.is_alive()
-
     def kill_all(self) -> None:
         """Leaves nothing of it alive."""
         self.wanted = False
-        while pids := [pid for pid, session in _sessions().items() if session in self._sessions]:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.005)
+        _kill_sessions(self._sessions)
         self._process.kill()  # it may not have come to make a session
         self._process.join(DEADLINE)
         self._process.close()
-
-
-def _sessions() -> dict[int, int]:
-    """The session of each process that is alive."""
-    found: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            if state != "Z":
-                found[int(path.parent.name)] = int(session)
-    return found
 
 
 class Visitor:
