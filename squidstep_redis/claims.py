@@ -43,7 +43,6 @@ from squidstep_redis.errors import (
     described,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
-from squidstep_redis.signals import AlarmHeldBack
 from squidstep_redis.wire import Call, Plan, Queued, queue
 
 E = TypeVar("E", threading.Event, asyncio.Event)
@@ -148,14 +147,12 @@ class BaseClaim(Generic[E]):
     @property
     def input(self) -> dict[str, Any]:
         """What the step is given: the input that is stored, which may be one that it was scheduled with."""
-        with AlarmHeldBack():  # or it would be taken for a failure of the codec
-            return self.step_run.input
+        return self.step_run.input
 
     @property
     def output(self) -> dict[str, Any] | None:
         """What the step gave, once completed, by whomever."""
-        with AlarmHeldBack():
-            return self.step_run.output
+        return self.step_run.output
 
     @property
     def ended(self) -> bool:

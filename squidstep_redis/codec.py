@@ -135,10 +135,19 @@ class Payloads:
         try:
             payload = self.codec.decode(data)
         except Exception as error:  # whatever a codec raises: the caller needs to know which payload it was
+            if self._can_decode(data):
+                raise  # a signal handler raised it, an alarm's as a rule
             raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__) from error
         if not isinstance(cast("object", payload), dict):
             raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__)
         return payload
+
+    def _can_decode(self, data: bytes) -> bool:
+        try:
+            self.codec.decode(data)
+        except Exception:  # noqa: BLE001 -- as above
+            return False
+        return True
 
 
 def error_payload(error: BaseException) -> Payload:

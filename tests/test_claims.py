@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -968,6 +969,7 @@ class TestHeartbeat:
             with worker.claim(lease=SHORT) as short:
                 worker.wait_for_a_beat(short)
                 short.complete({})
+            wait_until(lambda: time.monotonic() > short.beats_at + 0.05)  # now it waits for the long one
             long.complete({})
 
         wait_until(lambda: not heartbeat_threads(), timeout=2)

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calls": {"arguments", "codec", "errors", "keys", "model", "records", "scripts", "wire"},
     "base": {"arguments", "calls", "codec", "errors", "wire"},
     "signals": set(),
-    "claims": {"arguments", "calls", "errors", "model", "signals", "wire"},
+    "claims": {"arguments", "calls", "errors", "model", "wire"},
     "doctor": {"calls", "errors", "wire"},
     "store": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "signals", "wire"},
     "aio": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "wire"},
