@@ -899,6 +899,13 @@ class TestHeartbeat:
             assert (held.lost.is_set(), over.lost.is_set()) == (False, False)
             held.complete({})
 
+    @in_the_client
+    def test_a_claim_that_ends_while_a_beat_is_made_up_still_has_its_part_in_it(self, worker: Worker) -> None:
+        with worker.claim(lease=SHORT) as claim:
+            claim.complete({})
+
+            assert isinstance(claim.extension(), Call)
+
     def test_a_claim_that_is_lost_takes_no_other_with_it(self, worker: Worker, others: StepRunStore) -> None:
         with worker.claim("ship", lease=SHORT) as held, worker.claim(lease=SHORT) as lost:
             take_over(others)
@@ -1329,14 +1336,20 @@ class TestCancelWhenLost:
         assert self.run(bench, main) == {"by": "winner"}
 
     def test_without_it_the_work_goes_on(self, bench: Bench, store: AsyncStepRunStore, others: StepRunStore) -> None:
+        seen: list[str] = []
+
         async def work(input: dict[str, Any]) -> dict[str, Any]:
             others.complete_step(take_over(others), {"by": "winner"})
             claim = current_claim()
             assert claim is not None
             await until(claim.lost.is_set)
+            await asyncio.sleep(0)
+            seen.append("went on")
             return {"by": "zombie"}
 
-        assert self.run(bench, lambda: store.run_step("run", "pay", work, {}, lease=SHORT)) == {"by": "winner"}
+        answer = self.run(bench, lambda: store.run_step("run", "pay", work, {}, lease=SHORT))
+
+        assert (answer, seen) == ({"by": "winner"}, ["went on"])
 
     @pytest.mark.parametrize("cancel_when_lost", [False, True])
     def test_a_cancellation_of_ones_own_is_raised_and_recorded(
@@ -1480,8 +1493,12 @@ class TestInterruptedClaiming:
         monkeypatch.setattr("squidstep_redis.aio.PATIENCE_WHEN_CANCELLED", 0.01)
 
         async def main() -> None:
+            sent: list[Call[Any]] = []
+
             async def send(call: Call[Any]) -> None:
-                task.cancel()
+                sent.append(call)
+                if len(sent) == 1:
+                    task.cancel()
                 await asyncio.Event().wait()
 
             worker.plain_store.send = send
@@ -1489,6 +1506,7 @@ class TestInterruptedClaiming:
             async with asyncio.timeout(10):
                 with pytest.raises(asyncio.CancelledError):
                     await task
+            assert len(sent) == 2
 
         cast("asyncio.Runner", worker.runner).run(main())
 
@@ -1665,6 +1683,19 @@ class TestServerAway:
             claim.complete({"receipt": 7})
 
         assert others.completed_outputs("run") == [{"receipt": 7}]
+
+    def test_a_loss_is_told_also_after_a_completion_that_did_not_get_through(
+        self, worker: Worker, others: StepRunStore
+    ) -> None:
+        client = worker.store.client
+        with worker.claim(lease=SHORT) as claim:
+            worker.plain_store._untyped_client = Away(client, redis.ConnectionError("down"))
+            with pytest.raises(redis.ConnectionError):
+                claim.complete({"by": "zombie"})
+            worker.plain_store._untyped_client = client
+            take_over(others)
+
+            worker.wait(claim.lost.is_set)
 
 
 def when_it_fails(worker: Worker, operation: str, act: Callable[[Exception], object]) -> None:
