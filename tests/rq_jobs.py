@@ -51,7 +51,7 @@ def this_attempt() -> int:
 # One step
 
 
-@step("charge", lease=2)
+@step("charge", lease=3)
 def charge(amount: int) -> dict[str, int]:
     meet("charging")
     effect("charge")

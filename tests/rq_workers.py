@@ -38,7 +38,7 @@ class Impatient:
     """Lets others notice within seconds that it was killed, where RQ takes a minute more."""
 
     def get_heartbeat_ttl(self: Any, *_args: Any, **_options: Any) -> int:
-        return self.job_monitoring_interval + 2
+        return self.job_monitoring_interval + 3
 
 
 class ImpatientWorker(Impatient, rq.Worker):
@@ -264,7 +264,9 @@ class Site:
         return self.queue.enqueue(function, *args, **options)
 
     def is_scheduled(self, job: Job) -> bool:
-        return self.connection.zscore(self.queue.scheduled_job_registry.key, job.id) is not None
+        # RQ 2 writes the one before the other.
+        in_registry = self.connection.zscore(self.queue.scheduled_job_registry.key, job.id) is not None
+        return in_registry and job.get_status() == JobStatus.SCHEDULED
 
     def hurry(self, job: Job) -> None:
         """Brings forward to now what is scheduled for later."""

@@ -75,7 +75,6 @@ class TestAKilledWorkHorse:
         site.visitor("charging").kill()
 
         site.until(lambda: site.is_scheduled(job))  # RQ ran it again, at once where it can; it found the step busy
-        assert job.get_status() == JobStatus.SCHEDULED
         job.refresh()
         assert job.retries_left == 2  # RQ's own count: for the horse, not for the busy step
         site.visitor("charging").go()
@@ -344,11 +343,12 @@ class TestRedisAway:
 
 
 class TestAStormOfAlarms:
+    @pytest.mark.timeout(300)
     def test_tears_no_call_and_leaks_no_connection(self, site: Site) -> None:
         """RQ's time-out is an alarm whose handler raises, at any instruction: here by thousands."""
         site.start(with_scheduler=False)
-        job = site.enqueue(rq_jobs.storm, 7_000, job_timeout=100)
-        site.until(lambda: site.is_at_rest(job) and job.get_status() != JobStatus.QUEUED, timeout=100)
+        job = site.enqueue(rq_jobs.storm, 7_000, job_timeout=240)
+        site.until(lambda: site.is_at_rest(job) and job.get_status() != JobStatus.QUEUED, timeout=240)
 
         assert job.is_finished, site.failed(job)
         found = job.return_value()
