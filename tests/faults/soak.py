@@ -43,6 +43,7 @@ PREFIX: Final = "soak"
 RUNS: Final = 3
 STEPS: Final = 6
 GENERATION: Final = 1.0  # seconds after which new runs begin: completed steps are of no more interest
+CALL_BYTES: Final = 150  # that a call takes in a log, about
 TASKS: Final = 4  # of a worker on asyncio
 
 Life = Generator["Call[Any] | float", Any, None]
@@ -223,12 +224,17 @@ class Crew:
         kind = ("blocking", "asyncio")[number % 2]
         url = self.urls[number % len(self.urls)]
         args = (url, str(self.directory), f"w{number}", self.seed + 100 * number, kind, self.lua and str(self.lua))
-        worker = get_context("spawn").Process(target=work, args=args, daemon=True)
+        worker = get_context("spawn").Process(target=work, args=args, name=f"w{number}", daemon=True)
         worker.start()
         self.workers.append(worker)
 
     def kill_one(self, dice: random.Random) -> None:
-        worker = self.workers.pop(dice.randrange(len(self.workers)))
+        """Kills a worker that is at work: one that is yet to start would never get to it on a slow machine."""
+        at_work = [worker for worker in self.workers if (self.directory / f"{worker.name}.log").exists()]
+        if not at_work:
+            return
+        worker = dice.choice(at_work)
+        self.workers.remove(worker)
         worker.kill()
         worker.join()
         self.killed += 1
@@ -241,6 +247,10 @@ class Verdict:
 
     problems: list[str]
     counts: Counter[str]
+
+
+def _written(logs: Path) -> int:
+    return sum(path.stat().st_size for path in logs.iterdir())
 
 
 def judge(directory: Path) -> Verdict:
@@ -279,8 +289,13 @@ def judge(directory: Path) -> Verdict:
     return Verdict(problems + check(ops, orders), counts)
 
 
-def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = None, seed: int = 0) -> Verdict:
-    """Lets a crew work for so long, while it is killed, its replies are lost and its server restarts."""
+def soak(
+    seconds: float, directory: Path, *, binary: Path, lua: Path | None = None, seed: int = 0, calls: int = 1_500
+) -> Verdict:
+    """Lets a crew work, while it is killed, its replies are lost and its server restarts.
+
+    For so long, and then on until about so many calls were made, but for a minute more at most.
+    """
     dice = random.Random(seed)
     options = {"appendonly": "yes", "appendfsync": "always"}  # everysec may put a write off while the disk is busy
     logs = directory / "logs"
@@ -305,7 +320,7 @@ def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = No
         }
         weights = (4, 20, 2, 1)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or (time.monotonic() < end + 60 and _written(logs) < calls * CALL_BYTES):
             time.sleep(dice.uniform(0, 0.2))
             name = dice.choices(list(acts), weights)[0]
             acts[name]()
