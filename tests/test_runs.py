@@ -364,6 +364,18 @@ class TestLiveClaims:
         assert [each.run_id for each in store.live_claims(2, owner="w2")] == ["run-2", "run-5"]
         assert store.live_claims(owner="w") == store.live_claims(owner="w1 ") == []
 
+    def test_the_limit_counts_those_of_the_owner(self, store: StepRunStore) -> None:
+        for number, owner in enumerate(["own", "other", "own", "own"]):
+            begun(store.begin_step("run", f"step-{number}", {}, lease=60 + number, owner=owner))
+
+        assert [each.step for each in store.live_claims(2, owner="own")] == ["step-0", "step-2"]
+
+    def test_lapsed_ones_do_not_hide_them(self, bench: Bench, store: StepRunStore) -> None:
+        bench.lapse(begun(store.begin_step("run", "lapsed", {}, lease=0.01)))
+        live = begun(store.begin_step("run", "live", {}, lease=60))
+
+        assert store.live_claims(limit=1) == [live]
+
     def test_the_owner_is_of_the_latest_claim(self, bench: Bench, store: StepRunStore) -> None:
         bench.lapse(begun(store.begin_step("run", "pay", {}, lease=0.01, owner="w1")))
         taken_over = begun(store.begin_step("run", "pay", {}, lease=60, owner="w2"))
