@@ -17,7 +17,7 @@ from contextlib import suppress
 from contextvars import ContextVar, Token
 from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from redis import RedisError
 from redis.exceptions import (
@@ -393,32 +393,40 @@ class Beats(Generic[C]):
     """
 
     def __init__(self) -> None:
-        self._due: WeakKeyDictionary[C, float] = WeakKeyDictionary()
+        # By id, each with when it is due. Not a WeakKeyDictionary: it has a callback for each claim that dies, and an
+        # exception that a signal handler raises in there is lost.
+        self._due: dict[int, tuple[ref[C], float]] = {}
 
     def __len__(self) -> int:
-        return len(self._due)
+        return sum(reference() is not None for reference, _ in self._due.values())
 
     def add(self, claim: C) -> float:
         """Looks after a claim; answers when it is to be extended, by the monotonic clock."""
-        due = self._due[claim] = claim.beats_at
-        return due
+        self._due[id(claim)] = ref(claim), claim.beats_at
+        return claim.beats_at
 
     def discard(self, claim: C) -> None:
         """Looks after a claim no more."""
-        self._due.pop(claim, None)
+        self._due.pop(id(claim), None)
 
     def next_at(self) -> float | None:
         """When to `take` next; None if there is no claim."""
-        return min(self._due.values(), default=None)
+        return min((due for reference, due in self._due.values() if reference() is not None), default=None)
 
     def take(self) -> list[C]:
         """The claims to extend now: if one is due, also those that will be soon, so that they fall into step."""
         now = time.monotonic()
-        if not any(due <= now for due in self._due.values()):
+        earliest = self.next_at()
+        if earliest is None or earliest > now:
             return []
-        for claim in [claim for claim in self._due if not claim.is_live]:
-            del self._due[claim]
-        return [claim for claim, due in self._due.items() if due - claim.interval / 2 <= now]
+        found: list[C] = []
+        for key, (reference, due) in list(self._due.items()):
+            claim = reference()
+            if claim is None or not claim.is_live:
+                del self._due[key]
+            elif due - claim.interval / 2 <= now:
+                found.append(claim)
+        return found
 
     def told(self, claims: Sequence[C], results: Sequence[object] | Exception, sent_at: float) -> None:
         """Takes in what the batch answered, or why it did not."""
@@ -426,11 +434,11 @@ class Beats(Generic[C]):
             results = [results] * len(claims)
         now = time.monotonic()
         for claim, result in zip(claims, results, strict=True):
-            if claim not in self._due:  # it has ended meanwhile
+            if id(claim) not in self._due:  # it has ended meanwhile
                 continue
             if not claim.told(result, sent_at):
-                del self._due[claim]
-            elif isinstance(result, Exception):
-                self._due[claim] = now + min(_LAST_PAUSE, claim.interval / 2)
-            else:
-                self._due[claim] = claim.beats_at
+                self.discard(claim)
+                continue
+            failed = isinstance(result, Exception)
+            due = now + min(_LAST_PAUSE, claim.interval / 2) if failed else claim.beats_at
+            self._due[id(claim)] = ref(claim), due
