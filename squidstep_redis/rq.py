@@ -23,7 +23,6 @@ from squidstep_redis import (
     Call,
     InvalidArgumentError,
     Queued,
-    SquidstepError,
     StaleStepRunError,
     StepBusyError,
     StepRun,
@@ -51,7 +50,7 @@ def _check_version() -> None:
 
 _check_version()
 
-from redis import Redis, RedisError  # noqa: E402 -- after the check, whose errors say more
+from redis import Redis  # noqa: E402 -- after the check, whose errors say more
 from rq import Retry, get_current_job  # noqa: E402 -- likewise
 from rq.job import Job  # noqa: E402 -- likewise
 from rq.scheduler import RQScheduler  # noqa: E402 -- likewise
@@ -381,7 +380,7 @@ def release_dead_horse(job: Job, pid: int | None, status: int | None, usage: obj
             for result in store.batch([store.calls.expire_claim(claim) for claim in claims]):
                 if isinstance(result, Exception) and not isinstance(result, StaleStepRunError):
                     raise result
-    except (RedisError, SquidstepError) as error:
+    except Exception as error:  # noqa: BLE001 -- RQ's worker would end with it, over what the leases mend anyway
         _log.warning("the claims of work-horse %s, job %s, could not be freed: %s", pid, job.id, error)
 
 

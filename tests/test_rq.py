@@ -888,6 +888,13 @@ class TestReleaseDeadHorse:
         (record,) = caplog.records
         assert_notes(record.getMessage(), "the claims of work-horse 7, job the-job, could not be freed: ", ":1.")
 
+    def test_not_even_what_nobody_thought_of(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(StepRunStore, "live_claims", lambda *_args, **_options: 1 / 0)
+        release_dead_horse(Job("the-job", connection=redis.Redis(port=1)), 7, 9, None)
+        assert "could not be freed: division by zero" in caplog.text
+
     def test_has_nothing_to_do_for_no_horse(self, caplog: pytest.LogCaptureFixture) -> None:
         release_dead_horse(Job("the-job", connection=redis.Redis(port=1)), None, None, None)
         assert caplog.records == []
