@@ -1537,6 +1537,54 @@ class TestInterruptedClaiming:
             assert status in ((StepStatus.COMPLETED, StepStatus.FAILED) if step in done else (StepStatus.PENDING,))
 
 
+class TestInterruptedCompletion:
+    """What interrupts a completion is raised; the step is completed if the server got to know of it, else failed."""
+
+    @blocking
+    @pytest.mark.parametrize(("moment", "outcome"), [("before", Outcome.FAILED), ("after", Outcome.COMPLETED)])
+    @pytest.mark.parametrize("error", [SystemExit(143), DeclinedError("told to stop")], ids=repr)
+    def test_by_a_signal(
+        self, worker: Worker, others: StepRunStore, error: BaseException, moment: str, outcome: Outcome
+    ) -> None:
+        def work(input: dict[str, Any]) -> dict[str, Any]:
+            worker.store._untyped_client = Signalled(worker.store.client, moment)
+            return receipt(input)
+
+        with raising(error), pytest.raises(type(error)) as caught:
+            worker.execute(work)
+
+        assert caught.value is error
+        assert outcomes(others) == [outcome]
+        assert current_claim() is None
+
+    @for_asyncio
+    @pytest.mark.parametrize(("moment", "outcome"), [("before", Outcome.FAILED), ("after", Outcome.COMPLETED)])
+    def test_by_a_cancellation(self, worker: Worker, others: StepRunStore, moment: str, outcome: Outcome) -> None:
+        store: AsyncStepRunStore = worker.plain_store
+        send = store.send
+
+        async def main() -> None:
+            async def send_and_cancel(call: Call[Any]) -> Any:
+                is_completion = call.script.name == "complete_step"
+                if is_completion and moment == "before":
+                    task.cancel()
+                    await asyncio.sleep(0)
+                answer = await send(call)
+                if is_completion:
+                    task.cancel()
+                    await asyncio.sleep(0)
+                return answer
+
+            cast("Any", store).send = send_and_cancel
+            task = asyncio.create_task(store.run_step("run", "pay", receipt, {"amount": 1}))
+            await asyncio.wait([task], timeout=10)
+            assert task.cancelled()
+
+        cast("asyncio.Runner", worker.runner).run(main())
+
+        assert outcomes(others) == [outcome]
+
+
 class Signalled:
     """A client at whose first call a signal arrives: before the server has it, or after the script was run."""
 
