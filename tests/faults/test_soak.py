@@ -61,6 +61,7 @@ def test_a_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureRequ
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_store_is_caught(name: str, tmp_path: Path) -> None:
     file, right, wrong = MUTANTS[name]
@@ -69,7 +70,13 @@ def test_a_broken_store_is_caught(name: str, tmp_path: Path) -> None:
     source = (lua / file).read_text("utf-8")
     assert source.count(right) == 1
     (lua / file).write_text(source.replace(right, wrong), "utf-8")
-    assert soak(6, tmp_path, binary=find_binary("valkey"), lua=lua).problems
+    # Some need a coincidence, such as a lost reply between two begins: it may take a few soaks.
+    assert any(caught(lua, tmp_path / f"{seed}", seed) for seed in range(6))
+
+
+def caught(lua: Path, directory: Path, seed: int) -> list[str]:
+    directory.mkdir()
+    return soak(6, directory, binary=find_binary("valkey"), lua=lua, seed=seed).problems
 
 
 def assert_thorough(counts: Counter[str]) -> None:
