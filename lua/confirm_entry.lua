@@ -9,7 +9,7 @@
 --       4 wanted  "failed", or of the claims "lapsed" or "live"
 --       5 owner   whose live claims alone are wanted, or ""  anybody's
 -- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error} | {"other", nonce} | {"dropped", nonce}
--- Writes only when it replies "dropped", or of a live claim whose entry had another end of the lease.
+-- Writes hints alone: when it replies "dropped", or of a live claim whose entry had another end of the lease.
 
 -- include record
 -- include reply

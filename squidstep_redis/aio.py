@@ -15,17 +15,18 @@ from weakref import WeakKeyDictionary
 from redis import RedisError
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoScriptError
+from redis.backoff import NoBackoff
+from redis.exceptions import AskError, NoScriptError
 
 from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
-from squidstep_redis.base import RETRIES, BaseStore, documented
+from squidstep_redis.base import BaseStore, documented
 from squidstep_redis.calls import Calls
 from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy
 from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.model import StepRun
+from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome
 from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
 
 P = ParamSpec("P")
@@ -209,60 +210,116 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     @classmethod
     def _connect(cls, url: str, options: dict[str, Any]) -> redis.Redis:
-        retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES)
         client: Any = redis.Redis
-        return client.from_url(url, **{"retry": retry, **options})
+        return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
 
     async def send(self, call: Call[T]) -> T:
-        """Sends one call made by `calls`; what the operation's own method does."""
+        """Sends one call made by `calls`; what the operation's own method does.
+
+        The same call can be sent again, by any store of the same prefix: it takes effect once.
+        """
+        began = time.monotonic()
+        try:
+            return await self._send_once(call)
+        except FAILURES as error:
+            return await self._insist(lambda: self._send_once(call), Sending(call, began, self._patience), error)
+
+    async def _send_once(self, call: Call[T]) -> T:
+        if self._durability is not None and call.script.is_transition:
+            return await self._send_and_wait(call)
+        return call.answer(await self._execute(call))
+
+    async def _execute(self, call: Call[Any]) -> Any:
         if isinstance(self.client, redis.RedisCluster):
             # Left to itself, redis-py lets many first calls each find out by a MOVED where their slot is.
             await self.client.initialize()
         try:
-            reply = await self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
+            return await self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:
-            reply = await self._untyped_client.execute_command(*call.eval(), **OPTIONS)
-        return call.answer(reply)
+            return await self._untyped_client.execute_command(*call.eval(), **OPTIONS)
+
+    async def _send_and_wait(self, call: Call[T]) -> T:
+        (reply,) = await self._send_to(await self._node(call), [call], load_scripts=False)
+        if isinstance(reply, NoScriptError):
+            (reply,) = await self._send_to(await self._node(call), [call])
+        if isinstance(reply, AskError) and isinstance(self.client, redis.RedisCluster):
+            # The slot is elsewhere, or on its way. redis-py knows to follow it, but not to wait on that connection.
+            result = call.answer(await self._execute(call))
+            (reply,) = await self._send_to(await self._node(call), [call])
+            if isinstance(reply, AskError):
+                raise wire.not_replicated(call, result, "its slot is moving to another node")
+        return wire.read(call, reply)
+
+    async def _insist(self, attempt: Callable[[], Awaitable[T]], sending: Sending, error: Exception) -> T:
+        """Tries again until it succeeds, or `sending` raises what has become of it."""
+        while True:
+            await asyncio.sleep(sending.failed(error))
+            try:
+                return await attempt()
+            except FAILURES as failure:
+                error = failure
 
     async def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        if isinstance(self.client, redis.Redis):
-            pipeline = self._untyped_client.pipeline(transaction=False)
-            for command in wire.commands(calls):
-                pipeline.execute_command(*command, **OPTIONS)
-            replies = (await pipeline.execute(raise_on_error=False))[-len(calls) :]
-        else:
-            replies = await self._send_to_nodes(self.client, calls)
+        began = time.monotonic()
+        send = self._send_to_server if isinstance(self.client, redis.Redis) else self._send_to_nodes
+        try:
+            replies = await send(calls)
+        except FAILURES as error:
+            replies = await self._insist(lambda: send(calls), Sending(None, began, self._patience), error)
+        results = [outcome(call, reply) for call, reply in zip(calls, replies, strict=True)]
         return [
-            await self._resend(call) if wire.must_resend(reply) else wire.answer_or_error(call, reply)
-            for call, reply in zip(calls, replies, strict=True)
+            await self._resend(call, result.error, began) if isinstance(result, Unsettled) else result
+            for call, result in zip(calls, results, strict=True)
         ]
 
-    async def _send_to_nodes(self, cluster: Any, calls: Sequence[Call[Any]]) -> list[Any]:
-        await cluster.initialize()
+    async def _send_to_server(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        return await self._send_to(self.client, calls)
+
+    async def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
+        commands = wire.commands(calls, self._durability, load_scripts=load_scripts)
+        if isinstance(client, redis.Redis):
+            pipeline: Any = client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command, **OPTIONS)
+            replies = await pipeline.execute(raise_on_error=False)
+        else:
+            sent = [_NodeCommand(command) for command in commands]
+            await client.execute_pipeline(sent)
+            replies = [command.result for command in sent]
+        return wire.replies_to(calls, replies, self._durability)
+
+    async def _send_to_nodes(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
-        nodes: dict[str, tuple[Any, list[int]]] = {}
+        nodes: dict[int, tuple[Any, list[int]]] = {}
         for index, call in enumerate(calls):
-            node = cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0]))
-            nodes.setdefault(node.name, (node, []))[1].append(index)
+            node = await self._node(call)
+            nodes.setdefault(id(node), (node, []))[1].append(index)
 
         async def send(node: Any, indexes: list[int]) -> None:
-            commands = [_NodeCommand(command) for command in wire.commands([calls[index] for index in indexes])]
             try:
-                await node.execute_pipeline(commands)
-            except wire.UNANSWERED as error:
-                for command in commands:
-                    command.result = error
-            for index, command in zip(indexes, commands[-len(indexes) :], strict=True):
-                replies[index] = command.result
+                answered = await self._send_to(node, [calls[index] for index in indexes])
+            except UNANSWERED as error:
+                answered = [error] * len(indexes)
+            for index, reply in zip(indexes, answered, strict=True):
+                replies[index] = reply
 
         await asyncio.gather(*(send(node, indexes) for node, indexes in nodes.values()))
         return replies
 
-    async def _resend(self, call: Call[Any]) -> Any:
+    async def _node(self, call: Call[Any]) -> Any:
+        """What sends to the server that has the call's slot: the client, or a node of the cluster's."""
+        if isinstance(self.client, redis.Redis):
+            return self.client
+        cluster: Any = await self.client.initialize()
+        return cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0]))
+
+    async def _resend(self, call: Call[Any], error: Exception, began: float) -> Any:
         try:
-            return await self.send(call)
-        except Exception as error:  # noqa: BLE001 -- each call of a batch answers for itself
-            return error
+            if isinstance(error, (NoScriptError, AskError)):  # it has not run, and a single call finds the way
+                return await self.send(call)
+            return await self._insist(lambda: self._send_once(call), Sending(call, began, self._patience), error)
+        except Exception as failure:  # noqa: BLE001 -- each call of a batch answers for itself
+            return failure
 
 
 async def _carry_out(store: AsyncStepRunStore, plan: Plan[T]) -> T:
@@ -330,11 +387,11 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             self._task, self._has_cancelled = asyncio.current_task(), False
             if self._state == "held" and self._lease is not None:
                 _heartbeat_of(self.store.client).add(self)
-        except (RedisError, SquidstepError):
+        except SquidstepError:
             raise
         except BaseException:  # the task was cancelled: the work has not begun
             self._stop()
-            with suppress(RedisError, SquidstepError, TimeoutError):
+            with suppress(SquidstepError, TimeoutError):
                 async with asyncio.timeout(PATIENCE_WHEN_CANCELLED):
                     await _carry_out(self.store, self._abandoning())
             raise

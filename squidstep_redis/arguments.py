@@ -22,6 +22,8 @@ MAX_PREFIX_BYTES: Final = 128
 MAX_OWNER_BYTES: Final = 256
 MAX_LEASE: Final = timedelta(days=366)
 MAX_TTL: Final = timedelta(days=3_660)
+MAX_TIMEOUT: Final = timedelta(hours=1)
+MAX_REPLICAS: Final = 100
 
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 
@@ -89,28 +91,25 @@ def owner(value: object) -> bytes:
     return data
 
 
-def integer(argument: str, value: object, most: int) -> int:
-    """An int of 1 to `most`."""
-    if type(value) is not int or not 1 <= value <= most:
-        raise InvalidArgumentError(argument, f"must be an int from 1 to {most:,}, not {described(value)}")
+def integer(argument: str, value: object, most: int, least: int = 1) -> int:
+    """An int of `least` to `most`."""
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidArgumentError(argument, f"must be an int from {least} to {most:,}, not {described(value)}")
     return value
 
 
 def milliseconds(argument: str, value: object, most: timedelta = MAX_TTL) -> bytes:
     """A span of time in whole milliseconds; empty for None."""
-    return b"" if value is None else b"%d" % round(_seconds(argument, value, most) * 1_000)
+    return b"" if value is None else b"%d" % round(seconds(argument, value, most) * 1_000)
 
 
-def _seconds(argument: str, value: object, most: timedelta) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+def seconds(argument: str, value: object, most: timedelta) -> float:
+    """A span of time from a millisecond to `most`, in seconds."""
+    span = value.total_seconds() if isinstance(value, timedelta) else value
     # NaN fails every comparison, and so is refused.
-    if (
-        isinstance(seconds, bool)
-        or not isinstance(seconds, int | float)
-        or not 0.001 <= seconds <= most.total_seconds()
-    ):
+    if isinstance(span, bool) or not isinstance(span, int | float) or not 0.001 <= span <= most.total_seconds():
         raise InvalidArgumentError(
             argument,
             f"must be seconds from 0.001 to {most.total_seconds():,.0f} or a timedelta, not {described(value)}",
         )
-    return seconds
+    return span

@@ -8,13 +8,12 @@ from functools import wraps
 from inspect import signature
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
-from redis.exceptions import ConnectionError, TimeoutError
-
-from squidstep_redis import wire
+from squidstep_redis import arguments, wire
 from squidstep_redis.arguments import Seconds
 from squidstep_redis.calls import Calls
 from squidstep_redis.codec import Codec
-from squidstep_redis.errors import UnsupportedClientError, described
+from squidstep_redis.errors import InvalidArgumentError, UnsupportedClientError, described
+from squidstep_redis.sending import Patience
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,15 +22,12 @@ T = TypeVar("T")
 DEFAULT_PREFIX: Final = "squidstep"
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 4 * 1024 * 1024
 
-# What a store's own client is made with. All operations can be re-sent: each knows itself again by its nonce or
-# token. RESP2, because with RESP3 a reply left over by an interrupted command may be handed to the next one.
-RETRIES: Final = 3
-CLIENT_OPTIONS: Final[dict[str, Any]] = {
-    "protocol": 2,
-    "socket_timeout": 5.0,
-    "socket_connect_timeout": 5.0,
-    "retry_on_error": [ConnectionError, TimeoutError],
-}
+DEFAULT_TIMEOUT: Final = 10.0
+DEFAULT_WAIT_TIMEOUT: Final = 1.0
+
+# Of the time-out of a call, what a store's own client waits: a call that gets no answer is sent twice.
+_ANSWER_SHARE: Final = 0.3
+_CONNECT_SHARE: Final = 0.15
 
 
 class BaseStore(ABC, Generic[C]):
@@ -57,6 +53,10 @@ class BaseStore(ABC, Generic[C]):
         codec: Codec | None = None,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         run_ttl: Seconds | None = None,
+        timeout: Seconds = DEFAULT_TIMEOUT,
+        wait_replicas: int = 0,
+        wait_aof: bool = False,
+        wait_timeout: Seconds = DEFAULT_WAIT_TIMEOUT,
     ) -> None:
         """Makes a store on a client of yours, which stays yours to close; nothing is sent.
 
@@ -68,6 +68,12 @@ class BaseStore(ABC, Generic[C]):
             max_payload_bytes: what a payload may take, encoded.
             run_ttl: seconds after its last write at which a run that this store starts expires; see `expire_run`. A run
                 keeps the one that it was started with: give the same to every store.
+            timeout: seconds for a call, in all. What may pass (a lost connection, a server that is loading, …) is sent
+                again until then, as long as the client's own time-outs and retries leave the time for one more.
+            wait_replicas: of how many replicas each transition waits to hear that they have it (WAIT).
+            wait_aof: whether each transition waits until the server's AOF is on its disk (WAITAOF: Redis 7.2,
+                Valkey). Both cost no round trip, but the time it takes.
+            wait_timeout: seconds for which to wait; after them, NotReplicatedError.
 
         Raises:
             InvalidArgumentError: a setting is refused; UnsupportedClientError for the client.
@@ -76,6 +82,10 @@ class BaseStore(ABC, Generic[C]):
         self.client = client
         self._untyped_client: Any = client  # redis-py leaves parts of its types unknown
         self.calls = Calls(prefix, codec, max_payload_bytes, run_ttl)
+        options = self._connection_options()
+        limit = arguments.seconds("timeout", timeout, arguments.MAX_TIMEOUT)
+        self._patience = Patience.of(limit, options, is_cluster=not hasattr(client, "connection_pool"))
+        self._durability = _durability(wait_replicas, wait_aof, wait_timeout, options.get("socket_timeout"))
         self._owns_client = False
 
     @classmethod
@@ -87,20 +97,45 @@ class BaseStore(ABC, Generic[C]):
         codec: Codec | None = None,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         run_ttl: Seconds | None = None,
+        timeout: Seconds = DEFAULT_TIMEOUT,
+        wait_replicas: int = 0,
+        wait_aof: bool = False,
+        wait_timeout: Seconds = DEFAULT_WAIT_TIMEOUT,
         **options: Any,
     ) -> Self:
-        """Makes a store with a client of its own: RESP2, time-outs of five seconds, three re-sends with a pause.
+        """Makes a store with a client of its own: RESP2, no retries but the store's, time-outs to fit its `timeout`.
 
         Args:
             url: such as `redis://localhost:6379/0`; see redis-py's `Redis.from_url`.
-            prefix: as in the constructor, like the next three.
+            prefix: as in the constructor, like all up to `options`.
             codec: see there.
             max_payload_bytes: see there.
             run_ttl: see there.
+            timeout: see there; the client waits 0.3 of it for a reply, and 0.15 for a connection.
+            wait_replicas: see there.
+            wait_aof: see there.
+            wait_timeout: see there.
             options: for redis-py's `Redis.from_url`, over what is said above.
         """
-        client = cls._connect(url, {**CLIENT_OPTIONS, **options})
-        store = cls(client, prefix=prefix, codec=codec, max_payload_bytes=max_payload_bytes, run_ttl=run_ttl)
+        limit = arguments.seconds("timeout", timeout, arguments.MAX_TIMEOUT)
+        # RESP2, because with RESP3 a reply left over by an interrupted command may be handed to the next one. No
+        # retries of its own: the store re-sends by its deadline, and knows then what may have been written.
+        ours: dict[str, Any] = {
+            "protocol": 2,
+            "socket_timeout": _ANSWER_SHARE * limit,
+            "socket_connect_timeout": _CONNECT_SHARE * limit,
+        }
+        store = cls(
+            cls._connect(url, {**ours, **options}),
+            prefix=prefix,
+            codec=codec,
+            max_payload_bytes=max_payload_bytes,
+            run_ttl=run_ttl,
+            timeout=limit,
+            wait_replicas=wait_replicas,
+            wait_aof=wait_aof,
+            wait_timeout=wait_timeout,
+        )
         store._owns_client = True
         return store
 
@@ -140,6 +175,22 @@ class BaseStore(ABC, Generic[C]):
             raise UnsupportedClientError(
                 "client", "has a single connection, which threads and forked processes would share: use a pooled client"
             )
+
+
+def _durability(
+    replicas: int, aof: object, wait_timeout: Seconds, socket_timeout: float | None
+) -> wire.Durability | None:
+    replicas = arguments.integer("wait_replicas", replicas, arguments.MAX_REPLICAS, least=0)
+    if not isinstance(aof, bool):
+        raise InvalidArgumentError("wait_aof", f"must be a bool, not {described(aof)}")
+    seconds = arguments.seconds("wait_timeout", wait_timeout, arguments.MAX_TIMEOUT)
+    if not replicas and not aof:
+        return None
+    if socket_timeout is not None and seconds >= socket_timeout:
+        raise InvalidArgumentError(
+            "wait_timeout", f"must be less than the client's socket_timeout of {socket_timeout:g} s, not {seconds:g} s"
+        )
+    return wire.Durability(replicas, aof, round(seconds * 1_000))
 
 
 def documented(method: F, make: Callable[..., Any], store: str) -> F:

@@ -104,7 +104,7 @@ class Calls:
             return ScheduleResult(self._records.record(run.text, name.text, values, keys.steps), decision)
 
         args = (nonce, self._ttl_ms, name.data, data)
-        return Call(run.text, script("schedule_step"), keys[:2], args, parse)
+        return Call(run.text, script("schedule_step"), keys[:2], args, parse, step=name.text)
 
     def schedule_steps(self, run_id: RunId, steps: StepInputs) -> Call[list[str]]:
         """Makes pending records for those of many steps that have none, all of them or, if refused, none.
@@ -182,7 +182,7 @@ class Calls:
         while rest and not rest[-1]:
             rest.pop()  # what is sent costs time, above all in redis-py's packing
         args = (token, name.data, member_prefix(run.data), data, lease_ms, *rest)
-        return Call(run.text, script("begin_step"), keys, args, parse)
+        return Call(run.text, script("begin_step"), keys, args, parse, step=name.text)
 
     def complete_step(
         self,
@@ -335,7 +335,8 @@ class Calls:
         def parse(reply: Reply) -> StepRun | None:
             return self._records.record(run.text, name.text, reply[2:], keys.steps) if reply[0] == b"found" else None
 
-        return Call(run.text, script("get_step_run"), keys[:2], (_nonce(), name.data), parse, lambda: None)
+        args = (_nonce(), name.data)
+        return Call(run.text, script("get_step_run"), keys[:2], args, parse, lambda: None, name.text)
 
     def get_run(self, run_id: RunId) -> Call[list[StepRun]]:
         """Reads all step runs of a run, in the order they came to be. One round trip.
@@ -372,7 +373,7 @@ class Calls:
         def parse(reply: Reply) -> list[Attempt]:
             return [self._records.attempt(run.text, name.text, entry, keys.steps) for entry in reply[2:]]
 
-        return Call(run.text, script("attempts"), keys[:2], (_nonce(), name.data), parse, list)
+        return Call(run.text, script("attempts"), keys[:2], (_nonce(), name.data), parse, list, name.text)
 
     def completed_steps(self, run_id: RunId) -> Call[list[str]]:
         """Lists the completed steps of a run, in the order of their completion. One round trip.
@@ -492,8 +493,8 @@ class Calls:
 
         Raises:
             InvalidArgumentError: one of the items is no call; nothing was sent.
-            redis.ConnectionError: the connection failed and re-sending did not help. Any of the operations may have
-                taken effect; sending the same calls again is safe.
+            ServerError: the server could not be reached, or did not answer, before the store's `timeout`. After an
+                OutcomeUnknownError any of the operations may have taken effect; sending the same calls again is safe.
         """
         items = check_calls(calls)
         return (yield items) if items else []
@@ -617,7 +618,7 @@ class Calls:
             return self._records.record(run, name, [line, rest[0], output, last_error], keys.steps)
 
         sent = (_nonce(), name.encode(), member_prefix(run_data), token, *args)
-        return Call(run, script(operation), keys[:key_count], sent, parse)
+        return Call(run, script(operation), keys[:key_count], sent, parse, step=name)
 
     def _parse_id(self, id: object) -> tuple[str, str]:
         if not isinstance(id, str):

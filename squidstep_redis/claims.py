@@ -19,22 +19,11 @@ from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 from weakref import ref
 
-from redis import RedisError
-from redis.exceptions import (
-    AuthenticationError,
-    ClusterDownError,
-    ConnectionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    TimeoutError,
-    TryAgainError,
-)
-
 from squidstep_redis.arguments import MAX_LEASE, RunId, Seconds, Step, StepInputs, milliseconds
 from squidstep_redis.calls import Calls
 from squidstep_redis.errors import (
     InvalidArgumentError,
-    ReplyMismatchError,
+    ServerError,
     SquidstepError,
     StaleStepRunError,
     StepBusyError,
@@ -57,17 +46,6 @@ MAX_PATIENCE: Final = 60.0  # seconds for which a result that cannot get through
 
 _FIRST_PAUSE: Final = 0.05
 _LAST_PAUSE: Final = 1.0
-
-# After these the same call may get through a little later, and sending it again is always safe.
-_PASSING: Final = (
-    ConnectionError,
-    TimeoutError,
-    ReadOnlyError,
-    ClusterDownError,
-    TryAgainError,
-    OutOfMemoryError,
-    ReplyMismatchError,
-)
 
 _current: ContextVar[ref[BaseClaim[Any]] | None] = ContextVar("squidstep_claim", default=None)
 
@@ -281,17 +259,19 @@ class BaseClaim(Generic[E]):
         call = self._calls.complete_step(self.step_run, output, schedule=schedule)
         return (yield from self._ending(call))
 
-    def _failing(self, error: Mapping[str, Any] | BaseException, patience: float = MAX_PATIENCE) -> Plan[StepRun]:
-        return (yield from self._ending(self._calls.fail_step(self.step_run, error), patience))
+    def _failing(self, error: Mapping[str, Any] | BaseException, insist: bool = True) -> Plan[StepRun]:
+        call = self._calls.fail_step(self.step_run, error)
+        return (yield from self._ending(call if insist else call._replace(again=False)))
 
     def _releasing(self) -> Plan[StepRun]:
         return (yield from self._ending(self._calls.release_step(self.step_run)))
 
-    def _ending(self, call: Call[StepRun], patience: float = MAX_PATIENCE) -> Plan[StepRun]:
+    def _ending(self, call: Call[StepRun]) -> Plan[StepRun]:
         """Ends the claim, and does not give up lightly: the work is done, and would be done again."""
         before, self._state = self._state, "ending"
         try:
-            self._step_run = yield from _insistently(call, min(self._lease_seconds or patience, patience))
+            patience = min(self._lease_seconds or MAX_PATIENCE, MAX_PATIENCE) if call.again else 0
+            self._step_run = yield from _insistently(call, patience)
             self._state = "ended"
         except (StaleStepRunError, StepRunNotFoundError) as error:
             self._state, self._loss = "ended", error
@@ -351,8 +331,8 @@ class BaseClaim(Generic[E]):
                 "output", "the block ended without complete(), fail() or release(); the step is recorded as failed"
             )
         try:
-            yield from self._failing(error, patience=0)  # what was raised should not wait: the lease ends by itself
-        except (RedisError, SquidstepError) as problem:
+            yield from self._failing(error, insist=False)  # what was raised should not wait: the lease ends by itself
+        except SquidstepError as problem:
             error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing
 
@@ -368,14 +348,14 @@ class BaseClaim(Generic[E]):
 
 
 def _insistently(call: Call[T], patience: float) -> Plan[T]:
-    """Sends a call, and again for so many seconds after errors that may pass."""
+    """Sends a call, and again for so many seconds after errors that may pass: beyond the store's own time-out."""
     deadline = time.monotonic() + patience
     pause = _FIRST_PAUSE
     while True:
         try:
             return (yield call)
-        except _PASSING as error:
-            if isinstance(error, AuthenticationError) or time.monotonic() + pause > deadline:
+        except ServerError as error:
+            if not error.may_pass or time.monotonic() + pause > deadline:
                 raise
         yield _spread(pause)
         pause = min(2 * pause, _LAST_PAUSE)

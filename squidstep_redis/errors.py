@@ -1,7 +1,6 @@
 """Everything that squidstep_redis raises, in one tree.
 
-Each error says what happened, to which run and step, and what to do next. Errors of the connection itself
-(refused, timed out, out of memory, …) are redis-py's own and pass through untouched.
+Each error says what happened, to which run and step, and what to do next.
 
     SquidstepError
     ├── InvalidArgumentError      refused before anything was sent
@@ -16,7 +15,12 @@ Each error says what happened, to which run and step, and what to do next. Error
     ├── CorruptRunError           what is stored cannot be trusted; nothing was written
     │   └── NewerFormatError          … because a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
-    └── ReplyMismatchError        the connection handed over the answer to another call
+    └── ServerError               the server, or the way to it, failed; its __cause__ is redis-py's error
+        ├── NotSentError              nothing was sent: no connection was to be had
+        ├── RefusedError              the server refused, and nothing was written
+        └── OutcomeUnknownError       sent, and not answered: send it again, or look
+            ├── NotReplicatedError        done, and not confirmed by as many replicas, or the AOF, as was asked for
+            └── ReplyMismatchError        the connection handed over the answer to another call
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from squidstep_redis.model import StepRun
+    from squidstep_redis.wire import Call
 
 
 class SquidstepError(Exception):
@@ -172,11 +177,105 @@ class UndecodablePayloadError(SquidstepError):
         return f"{_where(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}"
 
 
-class ReplyMismatchError(SquidstepError):
+class ServerError(SquidstepError):
+    """The server did not do what it was asked, or did not say so. redis-py's own error is the `__cause__`.
+
+    Attributes:
+        operation: the name of the operation, or "batch".
+        run_id: the run it was about; None if it spans runs.
+        step: the step, if it was about one.
+        may_pass: whether the same call may get through later, without anybody changing a setting.
+    """
+
+    def __init__(self, operation: str, run_id: str | None, step: str | None, problem: str, may_pass: bool) -> None:
+        super().__init__(operation, run_id, step, problem, may_pass)
+        self.operation = operation
+        self.run_id = run_id
+        self.step = step
+        self.problem = problem
+        self.may_pass = may_pass
+
+    def __str__(self) -> str:
+        where = "" if self.run_id is None else f", {_where(self.run_id, self.step)}"
+        return f"{self.operation}{where}: {self.problem}"
+
+
+class NotSentError(ServerError):
+    """No connection was to be had: the server is away, refuses connections, or the client's pool is exhausted.
+
+    Nothing was sent, so nothing was written.
+    """
+
+
+class RefusedError(ServerError):
+    """The server refused the operation before it wrote anything: read-only, loading, out of memory, no rights, …."""
+
+
+class OutcomeUnknownError(ServerError):
+    """The operation was sent, and whether it took effect is not known.
+
+    `store.send(error.call)` sends the very same call again: it takes effect once in all, and answers what it would
+    have answered. Calling the method again makes another call, which `begin_step` does not take for the same: it finds
+    the first one's claim busy. Or look, with `get_step_run`.
+
+    Attributes:
+        call: what was sent; None for a batch, and after pickling.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        run_id: str | None,
+        step: str | None,
+        problem: str,
+        may_pass: bool,
+        call: Call[Any] | None = None,
+    ) -> None:
+        super().__init__(operation, run_id, step, problem, may_pass)
+        self.call = call
+
+    def __str__(self) -> str:
+        again = "each of its calls" if self.operation == "batch" else "the same call, error.call,"
+        return f"{super().__str__()}. Whether it took effect is unknown: {again} can safely be sent again"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args  # a call is made of functions, which do not travel
+
+
+class NotReplicatedError(OutcomeUnknownError):
+    """The master did it, but fewer replicas (or its AOF) confirmed it in time than the store was told to wait for.
+
+    It stands, unless the master is lost before it has passed it on. Send it again to wait once more.
+
+    Attributes:
+        result: what the operation answered; None after pickling.
+        replicas: how many confirmed it; None if the server did not say.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        run_id: str | None,
+        step: str | None,
+        problem: str,
+        may_pass: bool,
+        call: Call[Any] | None = None,
+        result: Any = None,
+        replicas: int | None = None,
+    ) -> None:
+        super().__init__(operation, run_id, step, problem, may_pass, call)
+        self.result = result
+        self.replicas = replicas
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, None, None, self.replicas)
+
+
+class ReplyMismatchError(OutcomeUnknownError):
     """The connection answered with the reply to another call.
 
     It happens when something (a signal handler that raises, as a rule) interrupted an earlier call on the same
-    connection. Whether this call took effect is unknown; sending it again is safe.
+    connection.
     """
 
 

@@ -145,7 +145,7 @@ def configure(connect: str | Callable[[], Redis], **settings: Any) -> None:
 
     Args:
         connect: a URL; or what makes a client, called once in each process, after RQ has forked it.
-        settings: `prefix`, `codec`, `max_payload_bytes`, `run_ttl`, as for `StepRunStore`.
+        settings: `prefix`, `codec`, `run_ttl`, `timeout`, `wait_replicas`, … as for `StepRunStore`.
     """
     _stores.configure(connect, settings)
 

@@ -10,15 +10,20 @@ from typing import Final, NamedTuple
 
 _PACKAGE: Final = Path(__file__).parent
 _INCLUDE: Final = re.compile(r"^\s*-- include (\w+)$", re.MULTILINE)
+_NO_TRANSITION: Final = re.compile(r"^-- Writes (nothing|hints alone)\b", re.MULTILINE)
 _NOT_CODE: Final = re.compile(r"^\s*(--.*)?\n", re.MULTILINE)
 
 
 class Script(NamedTuple):
-    """One script: `name` is its file's stem, `source` what EVAL takes, `sha` what EVALSHA takes."""
+    """One script: `name` is its file's stem, `source` what EVAL takes, `sha` what EVALSHA takes.
+
+    `is_transition` is what its header says: whether it writes more than hints.
+    """
 
     name: str
     source: bytes
     sha: bytes
+    is_transition: bool
 
 
 def directory() -> Path:
@@ -35,6 +40,7 @@ def script(name: str) -> Script:
     def included(match: re.Match[str]) -> str:
         return (lua / "lib" / f"{match[1]}.lua").read_text("utf-8")
 
-    text = _INCLUDE.sub(included, (lua / f"{name}.lua").read_text("utf-8"))
-    source = _NOT_CODE.sub("", text).encode()
-    return Script(name, source, sha1(source, usedforsecurity=False).hexdigest().encode())
+    text = (lua / f"{name}.lua").read_text("utf-8")
+    source = _NOT_CODE.sub("", _INCLUDE.sub(included, text)).encode()
+    sha = sha1(source, usedforsecurity=False).hexdigest().encode()
+    return Script(name, source, sha, is_transition=not _NO_TRANSITION.search(text))

@@ -14,18 +14,19 @@ from weakref import WeakKeyDictionary
 
 import redis
 from redis import RedisError
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoScriptError
+from redis.backoff import NoBackoff
+from redis.exceptions import AskError, NoScriptError
 from redis.retry import Retry
 
 from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
-from squidstep_redis.base import RETRIES, BaseStore, documented
+from squidstep_redis.base import BaseStore, documented
 from squidstep_redis.calls import Calls
 from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy
 from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.model import StepRun
+from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome
 from squidstep_redis.signals import AlarmHeldBack
 from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
 
@@ -132,7 +133,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
             StaleStepRunError: the claim was lost, and nobody has completed the step or is at it.
             PayloadError: what `fn` answered cannot be kept; the step is recorded as failed.
             InvalidArgumentError: refused before anything was sent.
-            redis.RedisError: the server could not be asked, or not be told of the result.
+            ServerError: the server could not be asked, or not be told of the result.
         """
         if not callable(fn):
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
@@ -202,54 +203,103 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     @classmethod
     def _connect(cls, url: str, options: dict[str, Any]) -> redis.Redis:
-        retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES)
         client: Any = redis.Redis
-        return client.from_url(url, **{"retry": retry, **options})
+        return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
 
     def send(self, call: Call[T]) -> T:
-        """Sends one call made by `calls`; what the operation's own method does."""
+        """Sends one call made by `calls`; what the operation's own method does.
+
+        The same call can be sent again, by any store of the same prefix: it takes effect once.
+        """
+        began = time.monotonic()
         try:
-            reply = self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
+            return self._send_once(call)
+        except FAILURES as error:
+            return self._insist(lambda: self._send_once(call), Sending(call, began, self._patience), error)
+
+    def _send_once(self, call: Call[T]) -> T:
+        if self._durability is not None and call.script.is_transition:
+            return self._send_and_wait(call)
+        return call.answer(self._execute(call))
+
+    def _execute(self, call: Call[Any]) -> Any:
+        try:
+            return self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:
-            reply = self._untyped_client.execute_command(*call.eval(), **OPTIONS)
-        return call.answer(reply)
+            return self._untyped_client.execute_command(*call.eval(), **OPTIONS)
+
+    def _send_and_wait(self, call: Call[T]) -> T:
+        (reply,) = self._send_to(self._node(call), [call], load_scripts=False)
+        if isinstance(reply, NoScriptError):
+            (reply,) = self._send_to(self._node(call), [call])
+        if isinstance(reply, AskError) and isinstance(self.client, redis.RedisCluster):
+            # The slot is elsewhere, or on its way. redis-py knows to follow it, but not to wait on that connection.
+            result = call.answer(self._execute(call))
+            (reply,) = self._send_to(self._node(call), [call])
+            if isinstance(reply, AskError):
+                raise wire.not_replicated(call, result, "its slot is moving to another node")
+        return wire.read(call, reply)
+
+    def _insist(self, attempt: Callable[[], T], sending: Sending, error: Exception) -> T:
+        """Tries again until it succeeds, or `sending` raises what has become of it."""
+        while True:
+            time.sleep(sending.failed(error))
+            try:
+                return attempt()
+            except FAILURES as failure:
+                error = failure
 
     def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        if isinstance(self.client, redis.Redis):
-            replies = self._send_to(self.client, calls)
-        else:
-            replies = self._send_to_nodes(self.client, calls)
+        began = time.monotonic()
+        send = self._send_to_server if isinstance(self.client, redis.Redis) else self._send_to_nodes
+        try:
+            replies = send(calls)
+        except FAILURES as error:
+            replies = self._insist(lambda: send(calls), Sending(None, began, self._patience), error)
+        results = [outcome(call, reply) for call, reply in zip(calls, replies, strict=True)]
         return [
-            self._resend(call) if wire.must_resend(reply) else wire.answer_or_error(call, reply)
-            for call, reply in zip(calls, replies, strict=True)
+            self._resend(call, result.error, began) if isinstance(result, Unsettled) else result
+            for call, result in zip(calls, results, strict=True)
         ]
 
-    def _send_to(self, client: Any, calls: Sequence[Call[Any]]) -> list[Any]:
-        pipeline = client.pipeline(transaction=False)
-        for command in wire.commands(calls):
-            pipeline.execute_command(*command, **OPTIONS)
-        return pipeline.execute(raise_on_error=False)[-len(calls) :]
+    def _send_to_server(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        return self._send_to(self.client, calls)
 
-    def _send_to_nodes(self, cluster: Any, calls: Sequence[Call[Any]]) -> list[Any]:
+    def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        for command in wire.commands(calls, self._durability, load_scripts=load_scripts):
+            pipeline.execute_command(*command, **OPTIONS)
+        return wire.replies_to(calls, pipeline.execute(raise_on_error=False), self._durability)
+
+    def _send_to_nodes(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
-        nodes: dict[str, tuple[Any, list[int]]] = {}
+        nodes: dict[int, tuple[Any, list[int]]] = {}
         for index, call in enumerate(calls):
-            node = cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0]))
-            nodes.setdefault(node.name, (node, []))[1].append(index)
+            node = self._node(call)
+            nodes.setdefault(id(node), (node, []))[1].append(index)
         for node, indexes in nodes.values():
             try:
-                answered = self._send_to(cluster.get_redis_connection(node), [calls[index] for index in indexes])
-            except wire.UNANSWERED as error:
+                answered = self._send_to(node, [calls[index] for index in indexes])
+            except UNANSWERED as error:
                 answered = [error] * len(indexes)
             for index, reply in zip(indexes, answered, strict=True):
                 replies[index] = reply
         return replies
 
-    def _resend(self, call: Call[Any]) -> Any:
+    def _node(self, call: Call[Any]) -> Any:
+        """The client of the server that has the call's slot."""
+        if isinstance(self.client, redis.Redis):
+            return self.client
+        cluster: Any = self.client
+        return cluster.get_redis_connection(cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0])))
+
+    def _resend(self, call: Call[Any], error: Exception, began: float) -> Any:
         try:
-            return self.send(call)
-        except Exception as error:  # noqa: BLE001 -- each call of a batch answers for itself
-            return error
+            if isinstance(error, (NoScriptError, AskError)):  # it has not run, and a single call finds the way
+                return self.send(call)
+            return self._insist(lambda: self._send_once(call), Sending(call, began, self._patience), error)
+        except Exception as failure:  # noqa: BLE001 -- each call of a batch answers for itself
+            return failure
 
 
 def _carry_out(store: StepRunStore, plan: Plan[T], sleep: Callable[[float], None] = time.sleep) -> T:
@@ -313,10 +363,10 @@ class Claim(BaseClaim[threading.Event]):
                 self._enter()
                 if self._state == "held" and self._lease is not None:
                     _heartbeat_of(self.store.client).add(self)
-        except (RedisError, SquidstepError):
+        except SquidstepError:
             raise
         except BaseException:  # a signal handler raised: the work has not begun
-            with AlarmHeldBack(), suppress(RedisError, SquidstepError):
+            with AlarmHeldBack(), suppress(SquidstepError):
                 self._stop()
                 _carry_out(self.store, self._abandoning())
             raise
@@ -343,7 +393,7 @@ class Claim(BaseClaim[threading.Event]):
             StaleStepRunError: the claim was lost, and the step is not completed.
             StepRunNotFoundError: the run was deleted.
             PayloadError: the output cannot be kept; the claim is still held.
-            redis.RedisError: the server could not be told in time; the claim ends with its lease.
+            ServerError: the server could not be told in time; the claim ends with its lease.
         """
         with AlarmHeldBack():
             return _carry_out(self.store, self._completing(output, schedule))

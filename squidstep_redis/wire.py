@@ -12,20 +12,12 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from redis import RedisError
 from redis.client import NEVER_DECODE
-from redis.exceptions import (
-    AskError,
-    ClusterDownError,
-    ConnectionError,
-    MovedError,
-    NoScriptError,
-    TimeoutError,
-    TryAgainError,
-)
 
 from squidstep_redis.errors import (
     CorruptRunError,
     InvalidArgumentError,
     NewerFormatError,
+    NotReplicatedError,
     ReplyMismatchError,
     RunDeletedError,
     SquidstepError,
@@ -53,6 +45,8 @@ class Call(NamedTuple, Generic[T]):
         args: the first is the nonce, which the script echoes.
         parse: reads the reply, once it is known to be this call's and no refusal.
         deleted: what to answer of a run that was deleted; None: RunDeletedError.
+        step: the step it is about, for error messages.
+        again: whether a store may send it again when it does not get through.
     """
 
     run_id: str | None
@@ -61,6 +55,8 @@ class Call(NamedTuple, Generic[T]):
     args: tuple[bytes, ...]
     parse: Callable[[Reply], T]
     deleted: Callable[[], T] | None = None
+    step: str | None = None
+    again: bool = True
 
     def evalsha(self) -> Command:
         """The command to send."""
@@ -79,10 +75,9 @@ class Call(NamedTuple, Generic[T]):
         """
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if not isinstance(reply, list) or cast("Reply", reply)[1:2] != [self.args[0]]:
-            raise ReplyMismatchError(
-                f"{self.script.name} got the reply to another call, {described(cast('object', reply))}: "
-                "the connection was interrupted; whether this call took effect is unknown, send it again"
-            )
+            other = described(cast("object", reply))
+            problem = f"the connection was interrupted before, and gave the reply to another call, {other}"
+            raise ReplyMismatchError(self.script.name, self.run_id, self.step, problem, True, self)
         reply = cast("Reply", reply)
         refuse = _REFUSALS.get(reply[0])
         if refuse is not None:
@@ -130,9 +125,6 @@ _REFUSALS: Final[dict[bytes, Callable[..., SquidstepError]]] = {
 }
 
 
-UNANSWERED: Final = (ConnectionError, TimeoutError)
-_NOT_RUN: Final = (NoScriptError, MovedError, AskError, TryAgainError, ClusterDownError)
-
 Exchange = Generator[Sequence[Call[Any]], list[Any], T]
 """An operation that takes several batches: yields calls, is sent a result or an exception for each, returns."""
 
@@ -141,33 +133,109 @@ Plan = Generator[Call[Any] | float | list[Command], Any, T]
 number is seconds to pause; a list of commands goes to every server, and replies or errors come back by server."""
 
 
-def commands(calls: Sequence[Call[Any]]) -> list[Command]:
-    """The commands of a batch for one server: first those that load the scripts, then one for each call.
+class Durability(NamedTuple):
+    """What a transition is to wait for, on the connection that it was sent on: WAIT counts for no other.
+
+    Attributes:
+        replicas: how many are to have it.
+        aof: whether the server's own AOF is to be on its disk.
+        timeout_ms: for how long to wait.
+    """
+
+    replicas: int
+    aof: bool
+    timeout_ms: int
+
+    def commands(self, key: bytes) -> list[Command]:
+        """What to send behind the transitions.
+
+        The server waits for what this connection wrote last. A call that is sent again may write nothing, so that
+        there is always something to wait for, and all that came before it, a mark is written.
+        """
+        mark = key[: key.index(b"}") + 1] + b":wait"  # in the slot of the keys
+        return [("SET", mark, "", "PX", 1_000), *self._waits()]
+
+    def _waits(self) -> list[Command]:
+        waits: list[Command] = []
+        if self.replicas:
+            waits.append(("WAIT", self.replicas, self.timeout_ms))
+        if self.aof:
+            waits.append(("WAITAOF", 1, 0, self.timeout_ms))
+        return waits
+
+    def unmet(self, replies: Sequence[Any]) -> tuple[str, int | None] | None:
+        """Reads the replies to `commands`: what is missing, and how many replicas have it; None if nothing is."""
+        replicas: int | None = None
+        for (name, *_), reply in zip(self._waits(), replies[1:], strict=True):
+            if isinstance(reply, Exception):
+                return f"{name} was answered {reply}", replicas
+            if name == "WAIT":
+                replicas = int(reply)
+                if replicas < self.replicas:
+                    return f"{replicas} of {self.replicas} replicas confirmed it within {self.timeout_ms} ms", replicas
+            elif not int(reply[0]):
+                return f"the AOF was not on disk within {self.timeout_ms} ms", replicas
+        return None
+
+
+def commands(
+    calls: Sequence[Call[Any]], durability: Durability | None = None, *, load_scripts: bool = True
+) -> list[Command]:
+    """The commands of a batch for one server: the scripts are loaded, then each call, then what it is to wait for.
 
     The scripts are loaded all at once. If the server forgets them before the last call, all calls from there on fail
     alike, and can be sent once more without any of them coming after one that should have followed it.
     """
-    load = [("SCRIPT LOAD", source) for source in dict.fromkeys(call.script.source for call in calls)]
-    return [("MULTI",), *load, ("EXEC",), *(call.evalsha() for call in calls)]
+    sources = dict.fromkeys(call.script.source for call in calls)
+    load = [("MULTI",), *(("SCRIPT LOAD", source) for source in sources), ("EXEC",)] if load_scripts else []
+    return [*load, *(call.evalsha() for call in calls), *_waits(calls, durability)]
 
 
-def must_resend(reply: object) -> bool:
-    """Whether this call of a batch is to be sent once more, by itself.
+def replies_to(calls: Sequence[Call[Any]], replies: list[Any], durability: Durability | None = None) -> list[Any]:
+    """What the server answered to each call, out of what it answered to `commands`."""
+    end = len(replies) - len(_waits(calls, durability))
+    answered = replies[end - len(calls) : end]
+    unmet = durability.unmet(replies[end:]) if durability and end < len(replies) else None
+    if unmet is None:
+        return answered
+    return [
+        _NotConfirmed(reply, *unmet) if call.script.is_transition and not isinstance(reply, Exception) else reply
+        for call, reply in zip(calls, answered, strict=True)
+    ]
 
-    It was not run, because the scripts were flushed between two commands or the slot is elsewhere; or a node of a
-    cluster did not answer, and the call may have run or not. A cluster client finds the way by itself.
+
+def _waits(calls: Sequence[Call[Any]], durability: Durability | None) -> list[Command]:
+    if durability is None or not any(call.script.is_transition for call in calls):
+        return []
+    return durability.commands(calls[0].keys[0])
+
+
+class _NotConfirmed(NamedTuple):
+    """A reply that stands on the master, but not where it was to stand."""
+
+    reply: Any
+    problem: str
+    replicas: int | None
+
+
+def read(call: Call[T], reply: object) -> T:
+    """Reads one of what `replies_to` answered.
+
+    Raises:
+        NotReplicatedError: it stands on the master, but not where it was to stand.
+        SquidstepError: as `Call.answer`.
+        Exception: the reply itself, if it is one.
     """
-    return isinstance(reply, _NOT_RUN + UNANSWERED)
-
-
-def answer_or_error(call: Call[T], reply: object) -> T | Exception:
-    """Reads one reply of a batch."""
     if isinstance(reply, Exception):
-        return reply
-    try:
-        return call.answer(reply)
-    except SquidstepError as error:
-        return error
+        raise reply
+    if isinstance(reply, _NotConfirmed):
+        raise not_replicated(call, call.answer(reply.reply), reply.problem, reply.replicas)
+    return call.answer(reply)
+
+
+def not_replicated(call: Call[T], result: T, problem: str, replicas: int | None = None) -> NotReplicatedError:
+    """The error for a transition of which it is not known whether it is where it was to be."""
+    return NotReplicatedError(call.script.name, call.run_id, call.step, problem, True, call, result, replicas)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,10 @@ class Proxy:
         """Lets the server run the next commands, and delivers these replies in place of its own."""
         self._faults.extend((lambda _reply, reply=reply: reply) for reply in replies)
 
+    def heal(self) -> None:
+        """No more faults."""
+        self._faults.clear()
+
     def after(self, count: int, hook: Callable[[], object]) -> None:
         """Calls the hook once the server has run that many more commands, before it is given the next."""
         self._hooks[len(self.commands) + count] = hook

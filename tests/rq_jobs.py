@@ -19,7 +19,7 @@ from rq.timeouts import JobTimeoutException
 
 import squidstep_redis.rq
 from squidstep_redis import StepBusyError, StepStatus, UndecodablePayloadError, current_claim
-from squidstep_redis.rq import current_run, queue_completion, step, steps, store
+from squidstep_redis.rq import configure, current_run, queue_completion, step, steps, store
 
 
 def effect(name: str) -> None:
@@ -181,6 +181,16 @@ def announce(parcel: str) -> str:
 def ship(amount: int) -> list[str]:
     run = current_run()
     parcel = run.call("reserve", reserve, amount)
+    meet("between")
+    return [parcel, announce(parcel)]
+
+
+@steps(lease=60)
+def ship_impatiently(amount: int) -> list[str]:
+    """With a store that gives up on a server which is away for a second."""
+    where = this_job().connection.connection_pool.connection_kwargs
+    configure(f"redis://{where['host']}:{where['port']}", timeout=1)
+    parcel = current_run().call("reserve", reserve, amount)
     meet("between")
     return [parcel, announce(parcel)]
 

@@ -44,8 +44,10 @@ from squidstep_redis import (
     InvalidArgumentError,
     MsgpackCodec,
     Outcome,
+    OutcomeUnknownError,
     PayloadError,
     RunDeletedError,
+    ServerError,
     StaleStepRunError,
     StepBusyError,
     StepExhaustedError,
@@ -1628,6 +1630,11 @@ class Away:
         self.error = error
         self.asked = 0
 
+    def takes_over(self, store: Any) -> None:
+        """From now on the store asks it, and not for long."""
+        store._untyped_client = self
+        store._patience = store._patience._replace(timeout=0.05, last_send=0)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.client, name)
 
@@ -1682,14 +1689,14 @@ class TestServerAway:
         away = Away(worker.store.client, redis.ConnectionError("down"))
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
-            worker.plain_store._untyped_client = away
+            away.takes_over(worker.plain_store)
             return receipt(input)
 
-        with pytest.raises(redis.ConnectionError, match="down") as caught:
+        with pytest.raises(OutcomeUnknownError, match="down") as caught:
             worker.execute(work, lease=SHORT)
 
         assert away.asked >= 3
-        assert any("could not record this failure: ConnectionError: down" in note for note in caught.value.__notes__)
+        assert any("could not record this failure: OutcomeUnknownError" in note for note in caught.value.__notes__)
         assert outcomes(others) == [Outcome.RUNNING]
         wait_until(lambda: others.begin_step("run", "pay", {}).decision == "execute")
 
@@ -1697,23 +1704,25 @@ class TestServerAway:
         away = Away(worker.store.client, redis.TimeoutError("slow"))
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
-            worker.plain_store._untyped_client = away
+            away.takes_over(worker.plain_store)
             raise DeclinedError
 
         with pytest.raises(DeclinedError) as caught:
             worker.execute(work)
 
         assert away.asked == 1
-        assert caught.value.__notes__ == ["squidstep_redis could not record this failure: TimeoutError: slow"]
+        (note,) = caught.value.__notes__
+        assert "could not record this failure: OutcomeUnknownError: fail_step, run 'run', step 'pay'" in note
 
     @pytest.mark.parametrize("error", [redis.ResponseError("no"), redis.AuthenticationError("no")], ids=repr)
     def test_what_will_not_pass_is_not_tried_again(self, worker: Worker, error: Exception) -> None:
         away = Away(worker.store.client, error)
 
         with worker.claim() as claim:
-            worker.plain_store._untyped_client = away
-            with pytest.raises(type(error), match="no"):
+            away.takes_over(worker.plain_store)
+            with pytest.raises(ServerError, match="no") as caught:
                 claim.complete({})
+            assert caught.value.__cause__ is error
             assert away.asked == 1
             worker.plain_store._untyped_client = worker.store.client
             claim.complete({})
@@ -1723,8 +1732,8 @@ class TestServerAway:
     ) -> None:
         client = worker.store.client
         with worker.claim(lease=SHORT) as claim:
-            worker.plain_store._untyped_client = Away(client, redis.ConnectionError("down"))
-            with pytest.raises(redis.ConnectionError):
+            Away(client, redis.ConnectionError("down")).takes_over(worker.plain_store)
+            with pytest.raises(OutcomeUnknownError):
                 claim.complete({"receipt": 7})
             worker.plain_store._untyped_client = client
             worker.wait_for_a_beat(claim)
@@ -1737,8 +1746,8 @@ class TestServerAway:
     ) -> None:
         client = worker.store.client
         with worker.claim(lease=SHORT) as claim:
-            worker.plain_store._untyped_client = Away(client, redis.ConnectionError("down"))
-            with pytest.raises(redis.ConnectionError):
+            Away(client, redis.ConnectionError("down")).takes_over(worker.plain_store)
+            with pytest.raises(OutcomeUnknownError):
                 claim.complete({"by": "zombie"})
             worker.plain_store._untyped_client = client
             take_over(others)
@@ -1754,7 +1763,7 @@ def when_it_fails(worker: Worker, operation: str, act: Callable[[Exception], obj
     def watched(call: Call[Any]) -> Iterator[None]:
         try:
             yield
-        except redis.RedisError as error:
+        except ServerError as error:
             if call.script.name == operation:
                 act(error)
             raise

@@ -305,7 +305,7 @@ class TestRedisAway:
         charged = [begin(rq_jobs.charge_and_meet, interval, "charged", interval) for interval in (1, 30)]
         # Here the next step does not get through; there the job's own end. Both jobs run again.
         shipped = [
-            begin(rq_jobs.ship, 7, "between", 1),
+            begin(rq_jobs.ship_impatiently, 7, "between", 1),
             begin(rq_jobs.ship_and_meet, 8, "shipped", 1),
         ]
 
@@ -487,7 +487,7 @@ class TestEveryKindOfWorker:
         assert found.pop("RQ's time-out") in ((415, None) if kind == "SpawnWorker" else (415,))
         assert found == {
             "is RQ's": False,
-            "time-out": 5.0,
+            "time-out": 3.0,
             "protocol": 2,
             "the same in this process": True,
             "another in a fork": True,
@@ -824,7 +824,7 @@ class TestTheStoreBesideRQ:
         assert issubclass(pool.connection_class, redis.SSLConnection)
         assert pool.connection_kwargs["ssl_ca_certs"] == "/etc/ours.pem"
         assert pool.connection_kwargs["ssl_check_hostname"] is True
-        assert pool.connection_kwargs["socket_timeout"] == 5
+        assert pool.connection_kwargs["socket_timeout"] == 3
 
     def test_is_not_made_by_guess_where_sentinel_decides(self, beside: Callable[[Any], StepRunStore]) -> None:
         sentinel = redis.sentinel.Sentinel([("127.0.0.1", 1)])

@@ -1,0 +1,326 @@
+"""What is sent again, for how long, and what the errors say when a call does not get through."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import redis
+from backends import Bench, Driven
+from proxy import Proxy
+from redis import exceptions
+from servers import wait_until
+from test_contract import begun
+from test_wire import finish
+
+from squidstep_redis import (
+    AsyncStepRunStore,
+    InvalidArgumentError,
+    NotReplicatedError,
+    NotSentError,
+    OutcomeUnknownError,
+    RefusedError,
+    ServerError,
+    SquidstepError,
+    StepRunStore,
+)
+from squidstep_redis.calls import Calls
+from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.sending import Patience, Sending
+
+on_a_real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+CALL = Calls("squidstep", None, 1_000, None).begin_step("run", "pay", {})
+
+# What redis-py raises for the words of each server; and Redis 6.2 for what a script was refused.
+REFUSALS: dict[str, tuple[Exception, bool]] = {
+    "loading": (exceptions.BusyLoadingError("Redis is loading the dataset in memory"), True),
+    "read-only": (exceptions.ReadOnlyError("You can't write against a read only replica."), True),
+    "a script on a replica": (
+        exceptions.ResponseError("Error running script (call to f_0): @user_script:3: -READONLY You can't write"),
+        True,
+    ),
+    "busy": (exceptions.ResponseError("BUSY Redis is busy running a script. You can only call SCRIPT KILL"), True),
+    "try again": (exceptions.TryAgainError("Multiple keys request during rehashing of slot"), True),
+    "cluster down": (exceptions.ClusterDownError("Hash slot not served"), True),
+    "master down": (exceptions.MasterDownError("Link with MASTER is down"), True),
+    "too few replicas": (exceptions.ResponseError("NOREPLICAS Not enough good replicas to write."), True),
+    "out of memory": (exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), True),
+    "a script out of memory": (
+        exceptions.ResponseError("Error running script (call to f_0): @user_script:3: -OOM command not allowed"),
+        True,
+    ),
+    "a disk that is full": (exceptions.ResponseError("MISCONF Errors writing to the AOF file"), True),
+    "no user": (exceptions.AuthenticationError("invalid username-password pair"), False),
+    "no rights": (exceptions.NoPermissionError("User x has no permissions to run the 'evalsha' command"), False),
+    "a node of a cluster": (exceptions.MovedError("1 127.0.0.1:7000"), False),
+}
+UNANSWERED: dict[str, Exception] = {
+    "cut": exceptions.ConnectionError("Connection closed by server."),
+    "slow": exceptions.TimeoutError("Timeout reading from socket"),
+    "reset": ConnectionResetError(104, "Connection reset by peer"),
+    "no cluster": exceptions.RedisClusterException("Redis Cluster cannot be connected."),
+}
+OTHERS: dict[str, Exception] = {
+    "half-way": exceptions.ResponseError("ACL failure in script: User has no permissions to run the 'zadd' command"),
+    "whatever": exceptions.ResponseError("unknown command 'EVALSHA'"),
+}
+
+
+def raised(error: Exception, *before: Exception, timeout: float = 0.0) -> ServerError:
+    """What becomes of a call that met these errors, one after the other."""
+    sending = Sending(CALL, time.monotonic(), Patience(60, 1, 0))
+    for earlier in before:
+        sending.failed(earlier)
+    sending._patience = Patience(timeout, 1, 0)
+    with pytest.raises(ServerError) as caught:
+        sending.failed(error)
+    return caught.value
+
+
+class TestWhatTheErrorsSay:
+    @pytest.mark.parametrize("name", REFUSALS)
+    def test_a_refusal_wrote_nothing(self, name: str) -> None:
+        cause, may_pass = REFUSALS[name]
+        error = raised(cause)
+        assert type(error) is RefusedError
+        assert (error.may_pass, error.__cause__) == (may_pass, cause)
+        assert (error.operation, error.run_id, error.step) == ("begin_step", "run", "pay")
+        assert "nothing was written" in str(error)
+        assert "What to do: " in str(error)
+
+    @pytest.mark.parametrize("name", [*UNANSWERED, *OTHERS])
+    def test_what_was_not_answered_may_have_happened(self, name: str) -> None:
+        error = raised({**UNANSWERED, **OTHERS}[name])
+        assert type(error) is OutcomeUnknownError
+        assert error.may_pass is (name in UNANSWERED)
+        assert error.call is CALL
+        assert "unknown" in str(error)
+
+    @pytest.mark.parametrize("name", REFUSALS)
+    def test_a_refusal_of_the_second_sending_says_nothing_of_the_first(self, name: str) -> None:
+        assert type(raised(REFUSALS[name][0], UNANSWERED["cut"])) is OutcomeUnknownError
+
+    @pytest.mark.parametrize("error", [raised(UNANSWERED["cut"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"])
+    def test_they_travel_by_pickle(self, error: ServerError) -> None:
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), copy.may_pass) == (type(error), str(error), error.may_pass)
+
+    def test_one_that_was_not_replicated_travels_too(self) -> None:
+        error = NotReplicatedError("begin_step", "run", "pay", "0 of 1 replicas", True, CALL, object(), 0)
+        copy = pickle.loads(pickle.dumps(error))
+        assert (str(copy), copy.call, copy.result, copy.replicas) == (str(error), None, None, 0)
+
+    def test_all_are_errors_of_this_library(self) -> None:
+        assert issubclass(ServerError, SquidstepError)
+
+
+class TestPatience:
+    @pytest.mark.parametrize("name", [*UNANSWERED, *(name for name in REFUSALS if REFUSALS[name][1])])
+    def test_what_may_pass_is_sent_again_but_for_what_needs_somebody(self, name: str) -> None:
+        error = UNANSWERED.get(name) or REFUSALS[name][0]
+        sending = Sending(CALL, time.monotonic(), Patience(60, 1, 0))
+        if name in ("out of memory", "a script out of memory", "a disk that is full"):
+            with pytest.raises(RefusedError):
+                sending.failed(error)
+        else:
+            pauses = [sending.failed(error) for _ in range(12)]
+            assert all(0 < pause <= 0.5 for pause in pauses)
+            assert pauses[-1] > pauses[0]
+
+    def test_a_call_may_be_sent_but_once(self) -> None:
+        sending = Sending(CALL._replace(again=False), time.monotonic(), Patience(60, 1, 0))
+        with pytest.raises(OutcomeUnknownError):
+            sending.failed(UNANSWERED["cut"])
+
+    def test_time_is_left_for_the_last_one(self) -> None:
+        sending = Sending(CALL, time.monotonic() - 6, Patience.of(10, OURS, is_cluster=False))
+        with pytest.raises(OutcomeUnknownError):
+            sending.failed(UNANSWERED["slow"])
+
+    def test_a_client_that_is_slower_than_that_still_gets_half(self) -> None:
+        slow = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": redis.retry.Retry(cast("Any", None), 10)}
+        assert Patience.of(10, slow, is_cluster=False) == (10, 11, 5)
+
+    @pytest.mark.parametrize("name", ["timeout", "wait_timeout"])
+    @pytest.mark.parametrize("value", [0, -1, float("nan"), 3_601, "1", True])
+    def test_spans_that_are_refused(self, name: str, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: must be seconds"):
+            StepRunStore(redis.Redis(), **{name: value})
+
+    @pytest.mark.parametrize(
+        ("settings", "argument"),
+        [
+            ({"wait_replicas": -1}, "wait_replicas"),
+            ({"wait_replicas": True}, "wait_replicas"),
+            ({"wait_replicas": 101}, "wait_replicas"),
+            ({"wait_aof": 1}, "wait_aof"),
+            ({"wait_replicas": 1, "wait_timeout": 5}, "wait_timeout"),  # as long as the client's own
+        ],
+    )
+    def test_durabilities_that_are_refused(self, settings: dict[str, Any], argument: str) -> None:
+        with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):
+            StepRunStore(redis.Redis(socket_timeout=5), **settings)
+
+
+OURS = {"socket_timeout": 3.0, "socket_connect_timeout": 1.5}
+
+
+def opened(bench: Bench, url: str, **options: Any) -> StepRunStore:
+    """A store made by `from_url`; closed by `finish`."""
+    options = {"prefix": bench.prefix, **options}
+    if bench.runner is None:
+        return StepRunStore.from_url(url, **options)
+    return cast("StepRunStore", Driven(AsyncStepRunStore.from_url(url, **options), bench.runner))
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[int]:
+    """A server that accepts connections and never answers: its port."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.servers("valkey")
+class TestNobodyThere:
+    """One deadline for a call, whatever is wrong."""
+
+    def test_nobody_listens(self, bench: Bench) -> None:
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            with contextlib.closing(opened(bench, f"redis://127.0.0.1:{bound.getsockname()[1]}", timeout=0.2)) as store:
+                with pytest.raises(NotSentError, match="nothing was sent"):
+                    store.begin_step("run", "pay", {})
+                with pytest.raises(NotSentError, match="^batch: "):
+                    store.batch([store.calls.begin_step("run", "pay", {})])
+
+    @pytest.mark.parametrize("batch", [False, True])
+    def test_nobody_answers(self, bench: Bench, batch: bool) -> None:
+        """It does not come to the call: redis-py says hello first."""
+        with deaf() as port, contextlib.closing(opened(bench, f"redis://127.0.0.1:{port}", timeout=1)) as store:
+            call = store.calls.begin_step("run", "pay", {})
+            began = time.monotonic()
+            with pytest.raises(NotSentError):
+                _ = store.batch([call, call]) if batch else store.send(call)
+            # No test of speed: this would be a time-out for each time that it is sent again.
+            assert time.monotonic() - began < 4
+
+    def test_a_pool_that_is_exhausted(self, bench: Bench) -> None:
+        with (
+            Proxy.to(bench.backend.raw) as proxy,
+            contextlib.closing(
+                opened(bench, f"redis://127.0.0.1:{proxy.port}", timeout=0.3, max_connections=1)
+            ) as store,
+        ):
+            client: Any = store.client
+            pipeline = client.pipeline()
+            finish(bench, pipeline.watch("key"))  # which holds a connection
+            with pytest.raises(NotSentError, match="nothing was sent"):
+                store.begin_step("run", "pay", {})
+            finish(bench, pipeline.reset())
+            assert begun(store.begin_step("run", "pay", {})).attempt == 1
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[EmbeddedServer, EmbeddedServer]]:
+    options = {"appendonly": "yes", "appendfsync": "everysec", "repl-diskless-sync-delay": "0"}
+    with (
+        EmbeddedServer(options=options, port=0) as master,
+        EmbeddedServer(port=0) as replica,
+        redis.Redis.from_url(replica.url) as client,
+    ):
+        client.replicaof(master.host, master.port)
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up", 30)
+        yield master, replica
+
+
+class TestDurability:
+    """WAIT and WAITAOF, on the connection of the transition."""
+
+    @pytest.mark.servers("valkey")
+    def test_what_is_acknowledged_is_on_the_replica(
+        self, bench: Bench, pair: tuple[EmbeddedServer, EmbeddedServer]
+    ) -> None:
+        master, replica = pair
+        with (
+            contextlib.closing(opened(bench, master.url, wait_replicas=1, wait_aof=True)) as store,
+            StepRunStore.from_url(replica.url, prefix=bench.prefix) as reader,
+        ):
+            claim = begun(store.begin_step("run", "pay", {}, lease=60))
+            assert reader.step_statuses("run") == {"pay": "running"}
+            store.complete_step(claim, {"charged": 1})
+            assert reader.step_statuses("run") == {"pay": "completed"}
+            results = store.batch([store.calls.schedule_step("run", f"step-{number}", {}) for number in range(5)])
+            assert not [result for result in results if isinstance(result, Exception)]
+            assert len(reader.get_run("run")) == 6
+
+    @pytest.mark.servers("valkey")
+    def test_a_replica_that_hangs_leaves_the_outcome_unknown_and_it_can_be_waited_for_again(
+        self, bench: Bench, pair: tuple[EmbeddedServer, EmbeddedServer]
+    ) -> None:
+        master, replica = pair
+        with contextlib.closing(opened(bench, master.url, wait_replicas=1, wait_timeout=0.05)) as store:
+            replica.pause()
+            try:
+                with pytest.raises(NotReplicatedError, match="0 of 1 replicas confirmed it within 50 ms") as caught:
+                    store.begin_step("run", "hang", {}, lease=60)
+                error = caught.value
+                assert (error.replicas, error.result.decision, error.step) == (0, "execute", "hang")
+                assert error.call is not None
+                # The same call writes nothing now. On a new connection there would be nothing to wait for.
+                another = opened(bench, master.url, wait_replicas=1, wait_timeout=0.05)
+                with contextlib.closing(another), pytest.raises(NotReplicatedError):
+                    another.send(error.call)
+                calls = [store.calls.schedule_step("run", "later", {}), store.calls.get_step_run("run", "hang")]
+                scheduled, read = store.batch(cast("Any", calls))
+                assert isinstance(scheduled, NotReplicatedError)
+                assert cast("Any", read).status == "running"
+            finally:
+                replica.resume()
+            patient = opened(bench, master.url, wait_replicas=1, wait_timeout=2)
+            with contextlib.closing(patient):
+                assert patient.send(error.call).step_run.attempt == 1
+
+    @pytest.mark.servers("valkey")
+    def test_a_read_waits_for_nobody(self, bench: Bench) -> None:
+        with Proxy.to(bench.backend.raw) as proxy:
+            store = opened(bench, f"redis://127.0.0.1:{proxy.port}", wait_replicas=1, wait_timeout=0.01)
+            with contextlib.closing(store):
+                assert store.get_run("run") == []
+                assert store.batch([store.calls.get_run("run")]) == [[]]
+            assert "WAIT" not in proxy.names()
+
+    @on_a_real_server
+    def test_without_replicas_the_master_still_did_it(self, bench: Bench) -> None:
+        store = bench.store(wait_replicas=1, wait_timeout=0.01)
+        with pytest.raises(NotReplicatedError) as caught:
+            store.schedule_step("run", "pay", {})
+        assert caught.value.result.decision == "schedule"
+        assert bench.store().schedule_step("run", "pay", {}).decision == "skip"
+
+    @pytest.mark.servers("cluster")
+    def test_on_a_cluster_it_is_waited_for_on_the_node(self, bench: Bench) -> None:
+        store = bench.store(wait_replicas=1, wait_timeout=0.01)
+        for number in range(6):
+            with pytest.raises(NotReplicatedError):
+                store.begin_step(f"run-{number}", "pay", {})
+        results = store.batch([store.calls.begin_step(f"other-{number}", "pay", {}) for number in range(6)])
+        assert [type(result) for result in results] == [NotReplicatedError] * 6
+
+    @pytest.mark.servers("valkey")
+    def test_a_server_that_cannot_wait_for_its_aof_says_so(self, bench: Bench) -> None:
+        store = bench.store(wait_aof=True)  # this server has none
+        with pytest.raises(NotReplicatedError, match="WAITAOF was answered"):
+            store.schedule_step("run", "pay", {})
+
+    @pytest.mark.servers("valkey")
+    def test_the_mark_is_in_the_slot_of_the_run_and_does_not_stay(self, bench: Bench) -> None:
+        with contextlib.suppress(NotReplicatedError):
+            bench.store(wait_replicas=1, wait_timeout=0.01).schedule_step("run", "pay", {})
+        mark = bench.keys("run")[2].removesuffix(b"claims") + b"wait"
+        assert 0 < bench.backend.raw.pttl(mark) <= 1_000
