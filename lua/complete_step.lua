@@ -38,18 +38,13 @@ if holds(state, token) then
     end
   end
   local now = now_ms()
-  unhold(run, state)
-  run.completed = run.completed + 1
-  redis.call("ZADD", done, run.completed, step)
   if ARGV[SUCCESSORS] then
     -- include schedule
     local missing = without_record(steps, SUCCESSORS, "")
     write_pending(run, steps, missing, "", now)
   end
-  end_attempt(state, COMPLETED, now)
-  local line = format_state(state)
-  redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "o" .. step, output)
-  renew_expiry(run, steps, done, now)
+  -- include complete
+  local line = complete(run, state, steps, done, step, output, now)
   return { "completed", nonce, line, token == "" and redis.call("HGET", steps, "i" .. step) or nil }
 end
 

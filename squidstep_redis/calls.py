@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any, Final, TypeVar, cast
 
@@ -159,30 +159,12 @@ class Calls:
         Raises:
             As `schedule_step`.
         """
-        token = _token()
         run, keys = self._run(run_id)
         name = arguments.step(step)
-        data = self.payloads.encode("input", input)
-        limit = lapse_error = b""
-        if max_attempts is not None:
-            limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
-            lapse_error = self._lapse()
-
-        def parse(reply: Reply) -> BeginResult:
-            if reply[0] == b"execute":
-                payloads = (reply[3] if len(reply) > 3 else data, None, None)
-                claimed = self._records.step_run(run.text, name.text, reply[2], payloads, keys.steps, token)
-                return BeginResult(claimed, None, None)
-            step_run = self._records.record(run.text, name.text, reply[2:6], keys.steps)
-            retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
-            return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)
-
-        lease_ms = arguments.milliseconds("lease", lease, arguments.MAX_LEASE)
-        rest = [arguments.owner(owner), self._ttl_ms, limit, lapse_error]
-        while rest and not rest[-1]:
-            rest.pop()  # what is sent costs time, above all in redis-py's packing
-        args = (token, name.data, member_prefix(run.data), data, lease_ms, *rest)
-        return Call(run.text, script("begin_step"), keys, args, parse, step=name.text)
+        args, parse = self._claiming(run, name, keys, self.payloads.encode("input", input), lease, max_attempts, owner)
+        while len(args) > 5 and not args[-1]:
+            args.pop()  # what is sent costs time, above all in redis-py's packing
+        return Call(run.text, script("begin_step"), keys, tuple(args), parse, step=name.text)
 
     def complete_step(
         self,
@@ -214,6 +196,52 @@ class Calls:
         data = self.payloads.encode("output", output)
         successors = self._inputs("schedule", schedule) if schedule is not None else []
         return self._ending("complete_step", step_run, 3, (data, *successors), output=data)
+
+    def advance_step(
+        self,
+        step_run: StepRun | str,
+        output: Mapping[str, Any],
+        step: Step,
+        input: Mapping[str, Any],
+        *,
+        lease: Seconds | None = None,
+        max_attempts: int | None = None,
+        owner: str | None = None,
+    ) -> Call[BeginResult]:
+        """Completes a step and begins the next one of its run: `complete_step` and `begin_step` in one atomic step.
+
+        One round trip: a chain of ten steps by one worker costs eleven. If the completion is refused, nothing is
+        begun. If the next step is another's, or was completed before, the first is completed all the same.
+
+        Args:
+            step_run: what to complete, as for `complete_step`.
+            output: what it gave.
+            step: what to begin, another step of the same run.
+            input: as for `begin_step`, like the rest.
+            lease: see there.
+            max_attempts: see there.
+            owner: see there.
+
+        Returns:
+            What `begin_step` answers, of the next step.
+
+        Raises:
+            As `complete_step`.
+        """
+        data = self.payloads.encode("output", output)
+        run_id, from_step, held = self._held("advance_step", step_run)
+        run, keys = self._run(run_id)
+        name = arguments.step(step)
+        if name.text == from_step:
+            raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step!r}")
+        args, parse = self._claiming(run, name, keys, self.payloads.encode("input", input), lease, max_attempts, owner)
+
+        def parse_either(reply: Reply) -> BeginResult:
+            self._check_held("advance_step", run_id, from_step, held, keys.steps, reply)
+            return parse(reply)
+
+        sent = (*args, from_step.encode(), held, data)
+        return Call(run_id, script("advance_step"), keys, sent, parse_either, step=from_step)
 
     def fail_step(self, step_run: StepRun | str, error: Mapping[str, Any] | BaseException) -> Call[StepRun]:
         """Ends a claim with an error; the step can be begun again.
@@ -268,8 +296,13 @@ class Calls:
         Raises:
             As `complete_step`.
         """
-        observed = isinstance(step_run, StepRun)
-        return self._ending("extend_claim", step_run, 3, (b"0",), token=step_run.observed_token if observed else b"")
+        if not isinstance(step_run, StepRun):
+            return self._ending("extend_claim", step_run, 3, (b"0",))
+        self._check_prefix(step_run)
+        token = step_run.token or step_run.observed_token
+        if not token:
+            raise StaleStepRunError(step_run, "expire_claim was refused, the step was never claimed. Nothing was sent")
+        return self._on_claim("extend_claim", step_run, step_run.run_id, step_run.step, token, 3, (b"0",))
 
     def release_step(self, step_run: StepRun | str) -> Call[StepRun]:
         """Gives a claim back before its work took effect: the step is pending again, with the input it had.
@@ -578,6 +611,62 @@ class Calls:
         name = arguments.run_id(run_id)
         return name, self.keys.run(name.data)
 
+    def _claiming(
+        self,
+        run: Name,
+        step: Name,
+        keys: RunKeys,
+        input: bytes,
+        lease: Seconds | None,
+        max_attempts: int | None,
+        owner: str | None,
+    ) -> tuple[list[bytes], Callable[[Reply], BeginResult]]:
+        """What begin_step is sent, all nine arguments, and what reads its reply."""
+        token = _token()
+        limit = lapse_error = b""
+        if max_attempts is not None:
+            limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
+            lapse_error = self._lapse()
+
+        def parse(reply: Reply) -> BeginResult:
+            if reply[0] == b"execute":
+                payloads = (reply[3] if len(reply) > 3 else input, None, None)
+                claimed = self._records.step_run(run.text, step.text, reply[2], payloads, keys.steps, token)
+                return BeginResult(claimed, None, None)
+            step_run = self._records.record(run.text, step.text, reply[2:6], keys.steps)
+            retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
+            return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)
+
+        lease_ms = arguments.milliseconds("lease", lease, arguments.MAX_LEASE)
+        rest = (arguments.owner(owner), self._ttl_ms, limit, lapse_error)
+        return [token, step.data, member_prefix(run.data), input, lease_ms, *rest], parse
+
+    def _held(self, operation: str, step_run: StepRun | str) -> tuple[str, str, bytes]:
+        """Run, step and token of the claim that is to be ended."""
+        if not isinstance(step_run, StepRun):
+            return *self._parse_id(step_run), b""
+        self._check_prefix(step_run)
+        if not step_run.token:
+            raise StaleStepRunError(
+                step_run,
+                f"{operation} takes the step run that begin_step answered with 'execute'; this one carries no "
+                "claim (an operator may pass its id). Nothing was sent",
+            )
+        return step_run.run_id, step_run.step, step_run.token
+
+    def _check_prefix(self, step_run: StepRun) -> None:
+        if step_run.prefix != self.prefix:
+            raise InvalidArgumentError(
+                "step_run", f"belongs to a store with prefix {step_run.prefix!r}, this one has {self.prefix!r}"
+            )
+
+    def _check_held(self, operation: str, run: str, step: str, token: bytes, key: bytes, reply: Reply) -> None:
+        """Raises what the script found, if it is not the claim."""
+        if reply[0] == b"missing":
+            raise StepRunNotFoundError(run, step, "there is no such step run; nothing was written")
+        if reply[0] == b"stale":
+            raise self._stale(self._records.record(run, step, reply[2:], key), operation, token)
+
     def _ending(
         self,
         operation: str,
@@ -586,39 +675,35 @@ class Calls:
         args: tuple[bytes, ...],
         output: bytes | None = None,
         last_error: bytes | None = None,
-        token: bytes = b"",
     ) -> Call[StepRun]:
         """The transitions of a claim in hand, which differ in their script and in what they leave on the step run."""
-        if isinstance(step_run, StepRun):
-            if step_run.prefix != self.prefix:
-                raise InvalidArgumentError(
-                    "step_run", f"belongs to a store with prefix {step_run.prefix!r}, this one has {self.prefix!r}"
-                )
-            token = token or step_run.token
-            if not token:
-                raise StaleStepRunError(
-                    step_run,
-                    f"{operation} takes the step run that begin_step answered with 'execute'; this one carries no "
-                    "claim (an operator may pass its id). Nothing was sent",
-                )
-            run, name = step_run.run_id, step_run.step
-        else:
-            run, name = self._parse_id(step_run)
+        run, name, token = self._held(operation, step_run)
+        return self._on_claim(operation, step_run, run, name, token, key_count, args, output, last_error)
+
+    def _on_claim(
+        self,
+        operation: str,
+        step_run: StepRun | str,
+        run: str,
+        step: str,
+        token: bytes,
+        key_count: int,
+        args: tuple[bytes, ...],
+        output: bytes | None = None,
+        last_error: bytes | None = None,
+    ) -> Call[StepRun]:
         run_data = run.encode()
         keys = self.keys.run(run_data)
 
         def parse(reply: Reply) -> StepRun:
-            word, _, line, *rest = reply if len(reply) > 2 else (*reply, b"")
-            if word == b"missing":
-                raise StepRunNotFoundError(run, name, "there is no such step run; nothing was written")
-            if word == b"stale":
-                raise self._stale(self._records.record(run, name, [line, *rest], keys.steps), operation, token)
+            self._check_held(operation, run, step, token, keys.steps, reply)
+            line, *rest = reply[2:]
             if isinstance(step_run, StepRun):
                 return step_run.moved(line, output, last_error)
-            return self._records.record(run, name, [line, rest[0], output, last_error], keys.steps)
+            return self._records.record(run, step, [line, rest[0], output, last_error], keys.steps)
 
-        sent = (_nonce(), name.encode(), member_prefix(run_data), token, *args)
-        return Call(run, script(operation), keys[:key_count], sent, parse, step=name)
+        sent = (_nonce(), step.encode(), member_prefix(run_data), token, *args)
+        return Call(run, script(operation), keys[:key_count], sent, parse, step=step)
 
     def _parse_id(self, id: object) -> tuple[str, str]:
         if not isinstance(id, str):

@@ -36,9 +36,13 @@ def directory() -> Path:
 def script(name: str) -> Script:
     """Reads a script, once. Whole-line comments are left out of what is sent: it travels with batches."""
     lua = directory()
+    there: set[str] = set()
 
     def included(match: re.Match[str]) -> str:
-        return (lua / "lib" / f"{match[1]}.lua").read_text("utf-8")
+        if match[1] in there:
+            return ""
+        there.add(match[1])
+        return _INCLUDE.sub(included, (lua / "lib" / f"{match[1]}.lua").read_text("utf-8"))
 
     text = (lua / f"{name}.lua").read_text("utf-8")
     source = _NOT_CODE.sub("", _INCLUDE.sub(included, text)).encode()

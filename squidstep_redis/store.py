@@ -71,6 +71,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     schedule_steps = _operation(Calls.schedule_steps)
     begin_step = _operation(Calls.begin_step)
     complete_step = _operation(Calls.complete_step)
+    advance_step = _operation(Calls.advance_step)
     fail_step = _operation(Calls.fail_step)
     extend_claim = _operation(Calls.extend_claim)
     expire_claim = _operation(Calls.expire_claim)

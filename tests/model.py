@@ -198,6 +198,21 @@ class Model:
                 self._make(claim.run, step, input, None)
         return completed
 
+    def advance_step(
+        self,
+        claim: Claim,
+        output: Payload,
+        step: str,
+        input: Payload,
+        *,
+        call: CallId,
+        lease: int | None = None,
+        max_attempts: int | None = None,
+        owner: str | None = None,
+    ) -> tuple[Shown, str | None, float | None]:
+        self.complete_step(claim, output, call=call)
+        return self.begin_step(claim.run, step, input, call=call, lease=lease, max_attempts=max_attempts, owner=owner)
+
     def fail_step(self, claim: Claim, error: Payload, *, call: CallId) -> Shown:
         return self._end(claim, "failed", error=error)
 

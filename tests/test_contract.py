@@ -7,6 +7,7 @@ from backends import Bench
 
 from squidstep_redis import (
     BeginResult,
+    InvalidArgumentError,
     Outcome,
     StaleStepRunError,
     StepRun,
@@ -312,6 +313,61 @@ class TestCompleteStep:
             store.complete_step(step_run, {}, schedule={"ship": {}})
 
         assert bench.dump() == before
+
+
+class TestAdvanceStep:
+    def test_it_completes_a_step_and_begins_the_next(self, store: StepRunStore) -> None:
+        first = begun(store.begin_step("run", "pay", {}, lease=60))
+        result = store.advance_step(first, {"receipt": 7}, "ship", {"to": "Bergen"}, lease=60, owner="worker-1")
+        step_run, decision = result
+        assert (decision, step_run.step, step_run.attempt, step_run.owner) == ("execute", "ship", 1, "worker-1")
+        assert step_run == stored(store, step="ship")
+        assert stored(store).output == {"receipt": 7}
+        store.complete_step(step_run, {})
+        assert store.completed_steps("run") == ["pay", "ship"]
+        assert store.live_claims() == []
+
+    def test_it_begins_as_begin_step_does(self, store: StepRunStore) -> None:
+        first = begun(store.begin_step("run", "pay", {}))
+        store.schedule_step("run", "ship", {"to": "Oslo"})
+        assert begun(store.advance_step(first, {}, "ship", {"to": "Bergen"})).input == {"to": "Oslo"}
+
+    @pytest.mark.parametrize("reason", ["busy", "completed", "exhausted"])
+    def test_where_there_is_nothing_to_begin_the_first_is_completed_all_the_same(
+        self, store: StepRunStore, reason: str
+    ) -> None:
+        first = begun(store.begin_step("run", "pay", {}))
+        other = begun(store.begin_step("run", "ship", {}))
+        if reason == "completed":
+            store.complete_step(other, {"by": "another"})
+        elif reason == "exhausted":
+            store.fail_step(other, {})
+        result = store.advance_step(first, {"receipt": 7}, "ship", {}, max_attempts=1)
+        assert (result.decision, result.reason) == ("skip", reason)
+        assert stored(store).output == {"receipt": 7}
+
+    @pytest.mark.parametrize("losing", [1, 3])
+    def test_sent_again_it_answers_the_same_claim_and_holds_one_place(self, bench: Bench, losing: int) -> None:
+        store = bench.store(losing=losing)
+        first = begun(store.begin_step("run", "pay", {}))
+        step_run = begun(store.advance_step(first, {}, "ship", {}, lease=60))
+        assert store.completed_steps("run") == ["pay"]
+        assert [attempt.number for attempt in store.attempts("run", "ship")] == [1]
+        store.complete_step(step_run, {})
+
+    def test_a_zombie_is_refused_and_begins_nothing(self, bench: Bench, store: StepRunStore) -> None:
+        zombie = begun(store.begin_step("run", "pay", {}, lease=0.01))
+        bench.lapse(zombie)
+        begun(store.begin_step("run", "pay", {}, lease=60))
+        before = bench.dump()
+        with pytest.raises(StaleStepRunError, match="taken over"):
+            store.advance_step(zombie, {}, "ship", {})
+        assert bench.dump() == before
+
+    def test_the_next_step_is_another(self, store: StepRunStore) -> None:
+        first = begun(store.begin_step("run", "pay", {}))
+        with pytest.raises(InvalidArgumentError, match="^step: must be another step"):
+            store.advance_step(first, {}, "pay", {})
 
 
 class TestFailStep:

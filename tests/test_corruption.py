@@ -24,6 +24,8 @@ def writes(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
         calls.begin_step("run", "lapsed", {}, max_attempts=1),
         calls.complete_step(step_run, {}),
         calls.complete_step(step_run, {}, schedule={"new": {}}),
+        calls.advance_step(step_run, {}, "new", {}, lease=60),
+        calls.advance_step(step_run, {}, "lapsed", {}),
         calls.fail_step(step_run, {}),
         calls.extend_claim(step_run, 60),
         calls.release_step(step_run),

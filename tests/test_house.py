@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import typing
 from binascii import crc32
@@ -97,13 +98,23 @@ class TestScripts:
         text = (LUA / f"{request.param}.lua").read_text("utf-8")
         header = re.match(r"(--[^\n]*\n)+", text)
         assert header is not None
-        included = [(LUA / "lib" / f"{name}.lua").read_text("utf-8") for name in self.includes(text)]
-        code = "\n".join([text[header.end() :], *included])
+        code = "\n".join([text[header.end() :], *(self.library(name) for name in self.all_includes(text))])
         return request.param, header[0], re.sub(r"^\s*--.*$", "", code, flags=re.MULTILINE)
 
     @staticmethod
     def includes(text: str) -> list[str]:
         return re.findall(r"^\s*-- include (\w+)$", text, re.MULTILINE)
+
+    @staticmethod
+    def library(name: str) -> str:
+        return (LUA / "lib" / f"{name}.lua").read_text("utf-8")
+
+    @classmethod
+    def all_includes(cls, text: str) -> list[str]:
+        """Those of what is included, too."""
+        found = cls.includes(text)
+        inner = [cls.all_includes(cls.library(name)) for name in found]
+        return list(dict.fromkeys([*found, *itertools.chain(*inner)]))
 
     def test_the_header_has_its_form(self, source: tuple[str, str, str]) -> None:
         name, header, _ = source

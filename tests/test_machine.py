@@ -188,14 +188,10 @@ def order(name: str, *args: st.SearchStrategy[Any], **kwargs: st.SearchStrategy[
     return st.builds(Order, st.just(name), st.tuples(*args), st.fixed_dictionaries(kwargs))
 
 
-BEGIN_STEP = order(
-    "begin_step",
-    runs,
-    steps,
-    payloads,
-    lease=leases,
-    max_attempts=limits,
-    owner=st.sampled_from([None, "worker 1", "worker 2"]),
+CLAIMS = {"lease": leases, "max_attempts": limits, "owner": st.sampled_from([None, "worker 1", "worker 2"])}
+BEGIN_STEP = order("begin_step", runs, steps, payloads, **CLAIMS)
+ADVANCE_STEP = order("advance_step", holders(), payloads, steps, payloads, **CLAIMS).filter(
+    lambda order: order.args[0].claim.step != order.args[2]
 )
 COMPLETE_STEP = order("complete_step", holders(), payloads, schedule=st.none() | inputs)
 FAIL_STEP = order("fail_step", holders(), payloads)
@@ -208,6 +204,7 @@ DELETE_RUN = order("delete_run", runs)
 ANY = st.one_of(
     BEGIN_STEP,
     COMPLETE_STEP,
+    ADVANCE_STEP,
     FAIL_STEP,
     EXTEND_CLAIM,
     RELEASE_STEP,
@@ -250,6 +247,7 @@ class Machine(RuleBasedStateMachine):
 
     begin_step = rule_for("begin_step", BEGIN_STEP)
     complete_step = rule_for("complete_step", COMPLETE_STEP)
+    advance_step = rule_for("advance_step", ADVANCE_STEP)
     fail_step = rule_for("fail_step", FAIL_STEP)
     extend_claim = rule_for("extend_claim", EXTEND_CLAIM)
     release_step = rule_for("release_step", RELEASE_STEP)
@@ -388,8 +386,8 @@ class Machine(RuleBasedStateMachine):
         if isinstance(answer, BeginResult):
             assert bool(answer.step_run.token) == (answer.decision == "execute")
             if answer.step_run.token and sent.id not in self.granted:
-                run, step, *_ = sent.order.args
-                self.holders.append(Holder(answer.step_run, Claim(run, step, sent.id)))
+                claim = Claim(answer.step_run.run_id, answer.step_run.step, sent.id)
+                self.holders.append(Holder(answer.step_run, claim))
                 self.granted.add(sent.id)
 
     def look_closely(self, answer: Any) -> None:

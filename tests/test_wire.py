@@ -60,6 +60,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "schedule_steps": lambda store, claim: (claim.run_id, {"new": PAYLOAD, "pending": {}, "newer": {}}),
     "begin_step": lambda store, claim: (claim.run_id, "pending", {}),
     "complete_step": lambda store, claim: (claim, PAYLOAD),
+    "advance_step": lambda store, claim: (claim, PAYLOAD, "pending", {}),
     "fail_step": lambda store, claim: (claim, PAYLOAD),
     "extend_claim": lambda store, claim: (claim, 120),
     "expire_claim": lambda store, claim: (claim,),
