@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -57,9 +58,17 @@ def run_id(value: object) -> Name:
 
 def step(value: object, argument: str = "step") -> Name:
     """A step's name: an identifier, or an enum member, which stands for its value if that is a str, else its name."""
+    if type(value) is str and argument == "step":
+        return _known_step(value)
     if isinstance(value, Enum):
         value = value.value if isinstance(value.value, str) else value.name
     return identifier(argument, value)
+
+
+@lru_cache(1_024)
+def _known_step(value: str) -> Name:
+    """A program has few names for its steps, and uses them again and again."""
+    return identifier("step", value)
 
 
 def distinct(argument: str, names: Iterable[Name]) -> list[Name]:

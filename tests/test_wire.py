@@ -50,7 +50,7 @@ pytestmark = [
 
 PAYLOAD = {"bytes": bytes(range(256)), "text": "naïve ☃ 𝄞 \r\n\0", "int": 2**64 - 1, "list": [None, True, 1.5, {}]}
 
-OPERATIONS = {name: make for name, make in vars(Calls).items() if inspect.isfunction(make) and name[0] != "_"}
+OPERATIONS = {name: make for name, make in inspect.getmembers(Calls, inspect.isfunction) if name[0] != "_"}
 EXCHANGES = [name for name, make in OPERATIONS.items() if str(make.__annotations__["return"]).startswith("Exchange[")]
 CALLS = [name for name in OPERATIONS if name not in EXCHANGES]
 

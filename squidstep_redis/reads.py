@@ -1,0 +1,222 @@
+"""The operations that read: of one step, of one run, and across runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from squidstep_redis import arguments
+from squidstep_redis.arguments import RunId, Step
+from squidstep_redis.errors import CorruptRunError
+from squidstep_redis.keys import member_prefix, parse_member
+from squidstep_redis.model import Attempt, StepRun, StepStatus
+from squidstep_redis.operations import Operations, nonce
+from squidstep_redis.scripts import script
+from squidstep_redis.wire import Call, Exchange, Reply
+
+MAX_LIMIT: Final = 1_000
+
+# The parts of a record beside its state line, by the first byte of their field.
+_KINDS: Final = (b"i", b"o", b"e")
+
+
+class Reads(Operations):
+    """Makes the call for each operation that reads."""
+
+    def get_step_run(self, run_id: RunId, step: Step) -> Call[StepRun | None]:
+        """Reads one step run; it carries no claim. None if there is no record. One round trip.
+
+        Raises:
+            InvalidArgumentError: refused before anything was sent.
+            CorruptRunError: what is stored cannot be trusted.
+        """
+        run = self._run(run_id)
+        name = arguments.step(step)
+
+        def parse(reply: Reply) -> StepRun | None:
+            found = reply[0] == b"found"
+            return self._records.record(run.text, name.text, reply[2:], run.keys.steps) if found else None
+
+        args = (nonce(), name.data)
+        return Call(run.text, script("get_step_run"), run.keys[:2], args, parse, lambda: None, name.text)
+
+    def get_run(self, run_id: RunId) -> Call[list[StepRun]]:
+        """Reads all step runs of a run, in the order they came to be. One round trip.
+
+        Raises:
+            As `get_step_run`.
+        """
+        run = self._run(run_id)
+
+        def parse(reply: Reply) -> list[StepRun]:
+            fields = dict(_pairs(reply[2]))
+            found = [
+                self._records.record(
+                    run.text,
+                    field[1:].decode(),
+                    [line, *(fields.get(kind + field[1:]) for kind in _KINDS)],
+                    run.keys.steps,
+                )
+                for field, line in fields.items()
+                if field[:1] == b"s"
+            ]
+            return sorted(found, key=_nth)
+
+        return Call(run.text, script("get_run"), run.keys[:2], (nonce(),), parse, list)
+
+    def attempts(self, run_id: RunId, step: Step) -> Call[list[Attempt]]:
+        """Reads what is known of a step's attempts, oldest first: the latest and up to eight before it.
+
+        One round trip.
+
+        Raises:
+            As `get_step_run`.
+        """
+        run = self._run(run_id)
+        name = arguments.step(step)
+
+        def parse(reply: Reply) -> list[Attempt]:
+            return [self._records.attempt(run.text, name.text, entry, run.keys.steps) for entry in reply[2:]]
+
+        return Call(run.text, script("attempts"), run.keys[:2], (nonce(), name.data), parse, list, name.text)
+
+    def completed_steps(self, run_id: RunId) -> Call[list[str]]:
+        """Lists the completed steps of a run, in the order of their completion. One round trip.
+
+        Raises:
+            As `get_step_run`.
+        """
+        run = self._run(run_id)
+
+        def parse(reply: Reply) -> list[str]:
+            return [step.decode() for step in reply[2]]
+
+        return Call(run.text, script("completed_steps"), run.keys[:2], (nonce(),), parse, list)
+
+    def completed_outputs(self, run_id: RunId) -> Call[list[dict[str, Any]]]:
+        """Lists the outputs of a run's completed steps, in the order of their completion. One round trip.
+
+        Raises:
+            As `get_step_run`, and UndecodablePayloadError.
+        """
+        run = self._run(run_id)
+
+        def parse(reply: Reply) -> list[dict[str, Any]]:
+            return [
+                self.payloads.decode(output, run.text, step.decode(), "output")
+                for step, output in zip(reply[2], reply[3], strict=True)
+            ]
+
+        return Call(run.text, script("completed_outputs"), run.keys[:2], (nonce(),), parse, list)
+
+    def step_statuses(self, run_id: RunId) -> Call[dict[str, StepStatus]]:
+        """Reads where each step of a run stands, in the order the steps came to be. One round trip.
+
+        Raises:
+            As `get_step_run`.
+        """
+        run = self._run(run_id)
+
+        def parse(reply: Reply) -> dict[str, StepStatus]:
+            found = [
+                self._records.step_run(run.text, field[1:].decode(), line, (None, None, None), run.keys.steps)
+                for field, line in zip(reply[2], reply[3], strict=True)
+            ]
+            return {step_run.step: step_run.status for step_run in sorted(found, key=_nth)}
+
+        return Call(run.text, script("step_statuses"), run.keys[:2], (nonce(),), parse, dict)
+
+    # Across runs
+
+    def lapsed_claims(self, limit: int = 100) -> Exchange[list[StepRun]]:
+        """Lists step runs whose lease is over and that nobody has taken over, longest over first.
+
+        Two round trips per server as a rule: one reads the index of each of 1,024 buckets, one holds what was found
+        against its record. An entry without its record is dropped from the index.
+
+        Args:
+            limit: how many at most, up to 1,000.
+
+        Raises:
+            InvalidArgumentError: refused before anything was sent.
+        """
+        return self._scan("lapsed_claims", self.keys.claims(), limit)
+
+    def live_claims(self, limit: int = 100, *, owner: str | None = None) -> Exchange[list[StepRun]]:
+        """Lists step runs that are being executed under a lease, soonest over first.
+
+        Round trips and errors as for `lapsed_claims`; with an `owner`, one more for each `limit` of live claims that
+        are not its own, out of the thousand or so soonest over of each of 1,024 buckets.
+
+        Args:
+            limit: how many at most, up to 1,000.
+            owner: whose claims alone, as it was given to `begin_step`; None: anybody's.
+        """
+        return self._scan("live_claims", self.keys.claims(), limit, arguments.owner(owner))
+
+    def failed_steps(self, limit: int = 100) -> Exchange[list[StepRun]]:
+        """Lists failed step runs, newest first, out of the newest thousand or so of each of 1,024 buckets.
+
+        Round trips, `limit` and errors as for `lapsed_claims`.
+        """
+        return self._scan("failed_steps", self.keys.failed(), limit)
+
+    def _scan(self, name: str, indexes: list[bytes], limit: int, owner: bytes = b"") -> Exchange[list[StepRun]]:
+        wanted = arguments.integer("limit", limit, MAX_LIMIT)
+        page_size = MAX_LIMIT if owner else wanted
+        newest_first = name == "failed_steps"
+        while True:
+            args = b"%d" % page_size
+            pages = yield [Call(None, script(name), (key,), (nonce(), args), _entries) for key in indexes]
+            entries = sorted((entry for page in _all(pages) for entry in page), reverse=newest_first)
+            found: list[StepRun] = []
+            gone = 0
+            for start in range(0, len(entries), wanted):
+                confirmed = yield [self._confirm(name, member, owner) for _, member in entries[start : start + wanted]]
+                for answer in confirmed:
+                    if isinstance(answer, StepRun):
+                        found.append(answer)
+                    elif isinstance(answer, bool):
+                        gone += answer
+                    elif not isinstance(answer, CorruptRunError):  # a corrupt run must not hide the others
+                        raise answer
+                if len(found) >= wanted:
+                    break
+            # Entries that are gone may have kept good ones off their page.
+            if len(found) >= wanted or not gone or all(len(page) < page_size for page in pages):
+                return found[:wanted]
+
+    def _confirm(self, name: str, member: bytes, owner: bytes) -> Call[StepRun | bool]:
+        """Reads the step run that an entry stands for; or answers whether the entry has left its place in the index."""
+        run, step = parse_member(member)
+        keys = self.keys.run(run)
+        wanted = {"failed_steps": b"failed", "lapsed_claims": b"lapsed", "live_claims": b"live"}[name]
+
+        def parse(reply: Reply) -> StepRun | bool:
+            if len(reply) > 2:
+                return self._records.record(run.decode(), step.decode(), reply[2:], keys.steps)
+            return reply[0] == b"dropped" or wanted == b"lapsed"  # what is live has been put where it belongs
+
+        index = keys.failed if wanted == b"failed" else keys.claims
+        args = (nonce(), step, member_prefix(run), wanted, owner)
+        return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
+
+
+def _entries(reply: Reply) -> list[tuple[float, bytes]]:
+    return [(float(score), member) for member, score in _pairs(reply[2])]
+
+
+def _nth(step_run: StepRun) -> int:
+    return step_run.nth
+
+
+def _pairs(flat: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _all(results: list[Any]) -> list[Any]:
+    """The results of a batch whose calls all have to succeed."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
