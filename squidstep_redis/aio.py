@@ -428,6 +428,10 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`."""
         return await _carry_out(self.store, self._releasing())
 
+    def is_of_this_code(self, step_run: StepRun) -> bool:
+        """Likewise; another task may inherit its context, and may well wait for it."""
+        return self._task is asyncio.current_task() and super().is_of_this_code(step_run)
+
     def _tell(self) -> None:
         super()._tell()
         if self._cancels and self._task is not None:
@@ -462,10 +466,11 @@ class _Heartbeat:
             self._timer = None
 
     async def stop(self) -> None:
-        """Ends a beat that is under way."""
+        """Ends a beat that is under way; if a claim is live yet, another makes up for it."""
         if self._task is not None and self._loop is asyncio.get_running_loop():
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._wind()
 
     def _wind(self) -> None:
         """Sets the timer to the next beat, unless one is under way or it is set to an earlier time."""

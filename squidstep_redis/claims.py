@@ -12,9 +12,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from contextvars import ContextVar, Token
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 from weakref import ref
@@ -47,13 +46,20 @@ MAX_PATIENCE: Final = 60.0  # seconds for which a result that cannot get through
 _FIRST_PAUSE: Final = 0.05
 _LAST_PAUSE: Final = 1.0
 
-_current: ContextVar[ref[BaseClaim[Any]] | None] = ContextVar("squidstep_claim", default=None)
+_current: ContextVar[tuple[ref[BaseClaim[Any]], ...]] = ContextVar("squidstep_claims", default=())
 
 
 def current_claim() -> BaseClaim[threading.Event] | BaseClaim[asyncio.Event] | None:
     """The claim under which this code runs, inside `run_step` or a `claim_step` block; None outside."""
-    claim = _current.get()
-    return None if claim is None else claim()
+    return next(_current_claims(), None)
+
+
+def _current_claims() -> Iterator[BaseClaim[Any]]:
+    """All those under which this code runs, the innermost first."""
+    for reference in _current.get():
+        claim = reference()
+        if claim is not None:
+            yield claim
 
 
 @cache
@@ -109,7 +115,7 @@ class BaseClaim(Generic[E]):
         self._claim: StepRun | None = None  # the step run that carries the claim
         self._sent_at = 0.0
         self._state: Literal["out", "held", "ending", "ended"] = "out"
-        self._context: Token[ref[BaseClaim[Any]] | None] | None = None
+        self._entered_by: int | None = None  # the process that is in its block
         self.lost = lost
         self.decision = None
 
@@ -187,6 +193,11 @@ class BaseClaim(Generic[E]):
         """Whether it is still to be extended."""
         return self._state in ("held", "ending")
 
+    def is_of_this_code(self, step_run: StepRun) -> bool:
+        """Whether it is this claim under which the step is executed, by the code that now runs."""
+        mine = self.step_run
+        return self.is_live and (mine.id, mine.attempt) == (step_run.id, step_run.attempt)
+
     @property
     def beats_at(self) -> float:
         """When to extend it, by the monotonic clock."""
@@ -223,7 +234,10 @@ class BaseClaim(Generic[E]):
         Raises:
             StepBusyError: it is another's, and waiting was not asked for.
             StepExhaustedError: it has failed for good.
+            InvalidArgumentError: this very code is executing it, and was to wait for itself.
         """
+        if self._entered_by is not None:
+            raise InvalidArgumentError("claim", "is one block's at a time, and has one: make another by claim_step")
         self.lost.clear()
         self._loss = None
         pause = _FIRST_PAUSE
@@ -242,6 +256,12 @@ class BaseClaim(Generic[E]):
                 self._sent = None
                 if self._on_busy == "raise":
                     raise StepBusyError(self._step_run, begun.retry_in)
+                if any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
+                    raise InvalidArgumentError(
+                        "on_busy",
+                        f"'wait' would be for ever: step {self._step_run.step!r} of run {self._step_run.run_id!r} is "
+                        "being executed by this very code. What is executed within a step wants a name of its own",
+                    )
                 yield min(_spread(pause), begun.retry_in or pause)
                 pause = min(2 * pause, _LAST_PAUSE)
 
@@ -323,7 +343,7 @@ class BaseClaim(Generic[E]):
         Returns:
             What is to be raised, if the block itself raised nothing.
         """
-        if self._state == "ended":
+        if self._state == "ended" or self._entered_by != os.getpid():  # a forked child leaves it to its parent
             return None
         missing = None
         if error is None:
@@ -337,14 +357,14 @@ class BaseClaim(Generic[E]):
         return missing
 
     def _enter(self) -> None:
-        self._context = _current.set(ref(self))
+        self._entered_by = os.getpid()
+        _current.set((ref(self), *map(ref, _current_claims())))
 
     def _exit(self) -> None:
-        self._state = "ended"
-        if self._context is not None:
-            with suppress(ValueError):  # a block may be left in another context than it was entered in
-                _current.reset(self._context)
-            self._context = None
+        # A block may be left in another context than it was entered in, and not be the innermost: of two generators the
+        # first may end first.
+        self._state, self._entered_by = "ended", None
+        _current.set(tuple(ref(claim) for claim in _current_claims() if claim is not self))
 
 
 def _insistently(call: Call[T], patience: float) -> Plan[T]:

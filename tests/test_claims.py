@@ -396,6 +396,48 @@ class TestRunStep:
 
         assert bench.dump() == {}
 
+    @pytest.mark.timeout(30)
+    @pytest.mark.parametrize(
+        ("on_busy", "error", "problem"),
+        [
+            ("raise", StepBusyError, "step 'pay': is being executed by"),
+            ("wait", InvalidArgumentError, "for ever: step 'pay' of run 'run' is being executed by this very code"),
+        ],
+    )
+    def test_work_that_asks_for_itself_does_not_wait(
+        self, worker: Worker, others: StepRunStore, on_busy: Any, error: type[Exception], problem: str
+    ) -> None:
+        store = worker.plain_store
+
+        def notify(_: dict[str, Any]) -> Any:
+            return store.run_step("run", "pay", receipt, {}, on_busy=on_busy)
+
+        def pay(_: dict[str, Any]) -> Any:
+            return store.run_step("run", "notify", notify, {})
+
+        with pytest.raises(error, match=problem):
+            worker.store.run_step("run", "pay", pay, {})
+
+        assert outcomes(others) == outcomes(others, "notify") == [Outcome.FAILED]
+
+    @for_asyncio
+    def test_a_task_that_the_work_has_started_may_wait_for_it(self, worker: Worker) -> None:
+        store: AsyncStepRunStore = worker.plain_store
+        waits = asyncio.Event()
+        when(worker, is_busy, waits.set)
+
+        async def main() -> list[dict[str, Any]]:
+            others: list[asyncio.Task[dict[str, Any]]] = []
+
+            async def work(input: dict[str, Any]) -> dict[str, Any]:
+                others.append(asyncio.create_task(store.run_step("run", "pay", decline, {}, on_busy="wait")))
+                await waits.wait()
+                return receipt(input)
+
+            return [await store.run_step("run", "pay", work, {"amount": 1}), await others[0]]
+
+        assert cast("asyncio.Runner", worker.runner).run(main()) == [{"charged": 1}] * 2
+
     def test_the_errors_travel_by_pickle(self, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}, lease=60))
 
@@ -639,6 +681,16 @@ class TestClaimStep:
         with pytest.raises(StepBusyError), worker.claim():
             pytest.fail("it was entered")
 
+    def test_it_is_one_blocks_at_a_time(self, worker: Worker, others: StepRunStore) -> None:
+        claim = worker.claim()
+        with claim:
+            with pytest.raises(InvalidArgumentError, match="claim: is one block's at a time"), claim:
+                pytest.fail("it was entered")
+            claim.complete({"receipt": 7})
+        with claim:
+            assert (claim.decision, claim.output) == ("skip", {"receipt": 7})
+        assert outcomes(others) == [Outcome.COMPLETED]
+
     def test_it_knows_how_long_nobody_else_can_have_taken_over(self, worker: Worker) -> None:
         with worker.claim(lease=None) as claim:
             assert claim.lease_left == math.inf
@@ -793,6 +845,24 @@ class TestCurrentClaim:
             with worker.claim("ship") as inner:
                 assert current_claim() is inner.claim
                 inner.complete({})
+            assert current_claim() is outer.claim
+            outer.complete({})
+        assert current_claim() is None
+
+    @blocking
+    def test_of_two_generators_the_first_may_end_first(self, worker: Worker) -> None:
+        def generate(step: str) -> Iterator[Any]:
+            with worker.claim(step) as claim:
+                yield claim.claim
+                claim.complete({})
+
+        with worker.claim() as outer:
+            first, second = generate("first"), generate("second")
+            next(first)
+            inner = next(second)
+            assert list(first) == []
+            assert current_claim() is inner
+            assert list(second) == []
             assert current_claim() is outer.claim
             outer.complete({})
         assert current_claim() is None
@@ -1036,6 +1106,31 @@ class TestHeartbeat:
                     await under_way.wait()
                     await claim.complete({})
             assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(main())
+
+    @on_a_real_server
+    @for_asyncio
+    def test_one_that_is_under_way_when_the_store_is_closed_is_made_up_for(self, bench: Bench) -> None:
+        path = bench.backend.raw.connection_pool.connection_kwargs["path"]
+
+        async def main() -> None:
+            under_way = asyncio.Event()
+            async with AsyncStepRunStore.from_url(f"unix://{path}", prefix=bench.prefix) as store:
+                batch = store.batch
+
+                async def batch_later(calls: list[Call[Any]]) -> Any:
+                    cast("Any", store).batch = batch
+                    under_way.set()
+                    await asyncio.Event().wait()
+
+                cast("Any", store).batch = batch_later
+                async with store.claim_step("run", "pay", {}, lease=3) as claim:
+                    due = claim.beats_at
+                    await under_way.wait()
+                    await store.close()
+                    await until(lambda: claim.beats_at > due)
+                    await claim.complete({})
 
         asyncio.run(main())
 
@@ -1882,6 +1977,21 @@ os._exit(0)
 """
 
 
+FORKING = """
+def work(input):
+    child = os.fork()
+    if child == 0:
+        sys.exit()  # by way of all blocks that its parent is in
+    os.waitpid(child, 0)
+    say("working")
+    sys.stdin.readline()
+    return {"by": "parent"}
+
+with StepRunStore.from_url(url, prefix=prefix) as store:
+    say(store.run_step("run", "pay", work, {}))
+"""
+
+
 @contextlib.contextmanager
 def process(bench: Bench, script: str) -> Iterator[subprocess.Popen[str]]:
     """A process that uses the bench's prefix, and has said that it is at work."""
@@ -1959,6 +2069,16 @@ class TestProcesses:
         assert stored(others, step="childs").output == {"lost": False}
         assert outcomes(others, "childs") == [Outcome.COMPLETED]
         assert outcomes(others, "parents") == [Outcome.LEASE_EXPIRED, Outcome.RUNNING]
+
+    @blocking
+    def test_a_forked_child_that_leaves_its_parents_block_leaves_the_claim_to_it(
+        self, bench: Bench, others: StepRunStore
+    ) -> None:
+        with process(bench, FORKING) as parent:
+            assert stored(others).status is StepStatus.RUNNING
+            tell(parent)
+            assert says(parent) == "{'by': 'parent'}"
+        assert outcomes(others) == [Outcome.COMPLETED]
 
 
 class AlarmError(Exception):
