@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 from squidstep_redis import (
     Call,
     InvalidArgumentError,
+    PayloadError,
     Queued,
     StaleStepRunError,
     StepBusyError,
@@ -31,7 +32,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.arguments import Seconds, Step, StepInputs
 from squidstep_redis.claims import DEFAULT_LEASE, default_owner
-from squidstep_redis.functions import RunIdOf, bind, run_id_of, stored_arguments
+from squidstep_redis.functions import RunIdOf, explain, result_of, run_id_of, stored_arguments
 from squidstep_redis.signals import AlarmHeldBack
 
 OLDEST: Final = (2, 1)
@@ -171,12 +172,19 @@ class Run:
 
     Attributes:
         id: the run's id; None outside a job, where nothing is kept and functions are just called.
+        job: that works on it; None outside. A thread of the job's own, in which RQ knows of none, may use the run, too.
     """
 
     def __init__(
-        self, id: str | None, lease: Seconds | None, max_attempts: int | None, on_busy: Literal["raise", "wait"]
+        self,
+        id: str | None,
+        job: Job | None,
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: Literal["raise", "wait"],
     ) -> None:
         self.id = id
+        self.job = job
         self._lease = lease
         self._max_attempts = max_attempts
         self._on_busy: Literal["raise", "wait"] = on_busy
@@ -187,7 +195,7 @@ class Run:
         Round trips as for `StepRunStore.run_step`.
 
         Args:
-            step: the step's name.
+            step: the step's name: another for each call, or it is the same step, and answers the same.
             fn: does the work, also as a coroutine function. What it answers is kept as `{"result": …}`.
             args: kept as the step's input, by the names of `fn`'s parameters; so must be what a payload can hold.
             kwargs: likewise.
@@ -200,8 +208,8 @@ class Run:
         """
         if self.id is None:
             return fn(*args, **kwargs)
-        bound = bind(signature(fn), args, kwargs)
-        return _execute(self.id, step, fn, bound, self._lease, self._max_attempts, self._on_busy)
+        bound = signature(fn).bind(*args, **kwargs)
+        return _execute(self, step, fn, bound, self._lease, self._max_attempts, self._on_busy)
 
     def __repr__(self) -> str:
         return f"<Run {self.id!r}>"
@@ -223,11 +231,11 @@ def current_run(
         on_busy: likewise. To have the job rescheduled when a step is busy, decorate it with `steps`.
     """
     run, job = _run.get(), get_current_job()
-    if run_id is None and run is not None:
+    if run_id is None and run is not None and (job is None or run.job == job):  # else within an enqueue() of that job
         return run
     if run_id is None and job is not None:
         run_id = default_run_id(job)
-    return Run(run_id, lease, max_attempts, on_busy)
+    return Run(run_id, job, lease, max_attempts, on_busy)
 
 
 def default_run_id(job: Job) -> str:
@@ -272,11 +280,11 @@ def step(
         id_of = run_id_of(run_id, parameters)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-            bound = bind(parameters, args, kwargs)
-            id = id_of(bound) if id_of is not None else current_run().id
-            if id is None:
-                return fn(*bound.args, **bound.kwargs)
-            return _execute(id, name, fn, bound, lease, max_attempts, "wait" if on_busy == "wait" else "raise")
+            bound = parameters.bind(*args, **kwargs)
+            run = current_run(id_of(bound) if id_of is not None else None)
+            if run.id is None:
+                return fn(*args, **kwargs)
+            return _execute(run, name, fn, bound, lease, max_attempts, "wait" if on_busy == "wait" else "raise")
 
         return _rescheduling(fn, call, lease, on_busy)
 
@@ -310,7 +318,7 @@ def steps(
         id_of = run_id_of(run_id, parameters)
 
         def open_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-            id = id_of(bind(parameters, args, kwargs)) if id_of is not None else None
+            id = id_of(parameters.bind(*args, **kwargs)) if id_of is not None else None
             waits = "wait" if on_busy == "wait" else "raise"
             return current_run(id, lease=lease, max_attempts=max_attempts, on_busy=waits)
 
@@ -396,7 +404,7 @@ def owner(job: Job | None, pid: int | None = None) -> str:
 
 
 def _execute(
-    run_id: str,
+    run: Run,
     step: Step,
     fn: Callable[..., T],
     bound: BoundArguments,
@@ -404,13 +412,11 @@ def _execute(
     max_attempts: int | None,
     on_busy: Literal["raise", "wait"],
 ) -> T:
-    job = get_current_job()
-    store, input = _stores.get(job), dict(bound.arguments)
-    settings: Any = {"lease": lease, "max_attempts": max_attempts, "on_busy": on_busy, "owner": owner(job)}
+    store, run_id, input = _stores.get(run.job), cast("str", run.id), dict(bound.arguments)
+    settings: Any = {"lease": lease, "max_attempts": max_attempts, "on_busy": on_busy, "owner": owner(run.job)}
 
     def work(stored: dict[str, Any]) -> dict[str, Any]:
-        arguments = stored_arguments(bound, stored)
-        return {"result": fn(*arguments.args, **arguments.kwargs)}
+        return {"result": result_of(fn, stored_arguments(bound, stored))}
 
     async def work_async() -> Any:
         # RQ gives a coroutine a loop, and a process, of its own: the blocking store holds up nobody else.
@@ -426,10 +432,17 @@ def _execute(
                 return _result(claim.result())
             except StaleStepRunError as error:
                 claim.may_ask_again(error)
+            except PayloadError as error:
+                explain(error)
+                raise
 
     if iscoroutinefunction(fn):
         return cast("T", work_async())
-    return _result(store.run_step(run_id, step, work, input, **settings))
+    try:
+        return _result(store.run_step(run_id, step, work, input, **settings))
+    except PayloadError as error:
+        explain(error)
+        raise
 
 
 def _result(output: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,6 +136,37 @@ def charge_order_of(order: dict[str, int], amount: int = 1) -> int:
     return order["number"]
 
 
+@step("charge", run_id=lambda order: order["id"])
+def charge_nobody(order: dict[str, Any]) -> None:
+    effect("charge")
+
+
+@step("measure", run_id="measured-{length}-{unit.stem}")
+def measure(length: int, *more: int, unit: Any = Path("cm"), **others: int) -> str:
+    return f"{length} {unit.stem}"
+
+
+def passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapped
+
+
+@step("charge")
+@passed_on
+async def charge_wrapped(amount: int) -> None:
+    effect("charge")
+
+
+@passed_on
+@step("charge")
+async def wrapped_charge(amount: int) -> dict[str, int]:
+    effect("charge")
+    return {"charged": amount}
+
+
 @step("mix")
 def mix(first: int, /, second: int, *rest: int, named: int = 4, **others: int) -> list[Any]:
     effect("mix")
@@ -224,6 +257,56 @@ def ship_at_once(amount: int) -> str:
 def without_decorator(amount: int) -> list[str]:
     """Its steps are the job's; but who would reschedule it?"""
     return [current_run().call("reserve", reserve, amount), str(charge_at_once(amount))]
+
+
+@steps(run_id=lambda order: order["id"])
+def ship_to_nobody(order: dict[str, Any]) -> None:
+    effect("ship")
+
+
+@steps(lease=1)
+def ship_several(amounts: list[int]) -> list[Any]:
+    queue = Queue("others", is_async=False, connection=this_job().connection)
+    return [queue.enqueue(charge_at_once, amount).return_value() for amount in amounts]
+
+
+@steps()
+def reserve_in_threads(amounts: list[int]) -> list[str]:
+    run = current_run()
+    with ThreadPoolExecutor(len(amounts)) as pool:
+        return list(pool.map(lambda amount: run.call(f"reserve {amount}", reserve, amount), amounts))
+
+
+def reserve_for_ever(amount: int) -> str:
+    return current_run(on_busy="wait").call("reserve", reserve_for_ever, amount)
+
+
+class Shop:
+    """Its methods are jobs, too."""
+
+    def __init__(self, region: str) -> None:
+        self.region = region
+
+    @steps()
+    def sell(self, amount: int) -> str:
+        return current_run().call("sell", self._sell, amount)
+
+    def _sell(self, amount: int) -> str:
+        effect("sell")
+        return f"{amount} {self.region}"
+
+    @step("sell")
+    def sell_at_once(self, amount: int) -> str:
+        return self._sell(amount)
+
+    @step("sell")
+    def __call__(self, amount: int) -> str:
+        return self._sell(amount)
+
+    @classmethod
+    @step("open")
+    def open(cls, amount: int) -> None:
+        effect("open")
 
 
 # The outbox

@@ -648,7 +648,7 @@ class TestAQueueThatIsNotAsync:
 
     def test_records_that_a_result_cannot_be_kept(self, site: Site, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.answer_what_cannot_be_kept)
-        assert_notes(failure(job), "PayloadError", "output['result']")
+        assert_notes(failure(job), "PayloadError", "output['result']", "Hand over plain data, such as an id")
         assert_notes(failure(queue.enqueue_job(job)), "PayloadError", "output['result']")
         (step_run,) = StepRunStore(queue.connection).get_run(job.id)
         assert (step_run.status, step_run.attempt) == ("failed", 2)
@@ -698,6 +698,35 @@ class TestAQueueThatIsNotAsync:
         assert site.effects() == {"charge": 1}
         assert StepRunStore(queue.connection).completed_steps("order-7") == ["charge"]
 
+    @pytest.mark.parametrize("function", [rq_jobs.charge_nobody, rq_jobs.ship_to_nobody])
+    def test_refuses_a_function_of_the_arguments_that_names_no_run(
+        self, site: Site, queue: Queue, function: Callable[..., Any]
+    ) -> None:
+        error = failure(queue.enqueue(function, {"id": None}))
+        assert_notes(error, "InvalidArgumentError: run_id: must be a non-empty str, and its function answered None")
+        assert site.effects() == {}
+
+    @pytest.mark.parametrize(
+        ("number", "problem"),
+        [
+            ("7" * 512, "must be 1 to 512 bytes of UTF-8"),
+            ("\ud800", "has a lone surrogate"),
+            ("", None),
+            ("}{0}\0\n", None),
+        ],
+        ids=["long", "surrogate", "empty", "odd"],
+    )
+    def test_takes_whatever_the_arguments_hold_into_the_name_of_a_run_or_refuses_it(
+        self, site: Site, queue: Queue, number: str, problem: str | None
+    ) -> None:
+        job = queue.enqueue(rq_jobs.charge_order, number)
+        if problem is not None:
+            assert_notes(failure(job), "InvalidArgumentError: run_id:", problem)
+            assert site.effects() == {}
+        else:
+            assert answer(job) == answer(queue.enqueue(rq_jobs.charge_order, number)) == f"{number} eu"
+            assert StepRunStore(queue.connection).completed_steps(f"order-{number}-eu") == ["charge"]
+
     def test_makes_a_decorated_function_that_another_calls_a_step_of_the_same_run(
         self, site: Site, queue: Queue
     ) -> None:
@@ -715,6 +744,58 @@ class TestAQueueThatIsNotAsync:
         assert answer(job) == answer(queue.enqueue_job(job)) == ["parcel of 7", "{'charged': 7}"]
         assert StepRunStore(queue.connection).completed_steps(job.id) == ["reserve", "charge"]
         assert site.effects() == {"reserve": 1, "charge": 1}
+
+    def test_keeps_the_run_of_a_job_apart_from_those_of_jobs_that_run_as_it_enqueues_them(
+        self, site: Site, queue: Queue
+    ) -> None:
+        job = queue.enqueue(rq_jobs.ship_several, [1, 2])
+        assert answer(job) == [{"charged": 1}, {"charged": 2}]
+        assert StepRunStore(queue.connection).get_run(job.id) == []
+        assert site.effects() == {"charge": 2}
+
+    def test_lets_the_threads_of_a_job_work_on_its_run(self, site: Site, queue: Queue) -> None:
+        job = queue.enqueue(rq_jobs.reserve_in_threads, [1, 2])
+        assert answer(job) == ["parcel of 1", "parcel of 2"]
+        steps = StepRunStore(queue.connection).get_run(job.id)
+        assert {(each.step, each.status, each.owner) for each in steps} == {
+            (f"reserve {amount}", "completed", squidstep_redis.rq.owner(job)) for amount in (1, 2)
+        }
+
+    def test_is_also_for_methods_whose_steps_are_of_their_run(self, site: Site, queue: Queue) -> None:
+        job = queue.enqueue(rq_jobs.Shop("eu").sell, 7)
+        assert answer(job) == answer(queue.enqueue_job(job)) == "7 eu"
+        assert site.effects() == {"sell": 1}
+
+    @pytest.mark.parametrize("of", ["sell_at_once", "__call__", "open"])
+    def test_says_what_to_do_about_a_method_that_is_a_step(self, site: Site, queue: Queue, of: str) -> None:
+        shop = rq_jobs.Shop("eu")
+        error = failure(queue.enqueue(shop if of == "__call__" else getattr(shop, of), 7))
+        kept = "input['cls']" if of == "open" else "input['self']"
+        assert_notes(error, f"PayloadError: {kept}", "use a function, or current_run().call(name, self.method, …)")
+        assert site.effects() == {}
+
+    def test_keeps_the_arguments_that_were_given_and_leaves_defaults_to_the_function(
+        self, site: Site, queue: Queue
+    ) -> None:
+        job = queue.enqueue(rq_jobs.measure, 7)
+        assert answer(job) == answer(queue.enqueue_job(job)) == "7 cm"
+        (step_run,) = StepRunStore(queue.connection).get_run("measured-7-cm")
+        assert step_run.input == {"length": 7}
+
+    def test_refuses_a_function_that_answers_a_coroutine_and_is_no_coroutine_function(
+        self, site: Site, queue: Queue
+    ) -> None:
+        error = failure(queue.enqueue(rq_jobs.charge_wrapped, 7))
+        assert_notes(error, "InvalidArgumentError: fn:", "charge_wrapped", "make the step of what it wraps")
+        assert site.effects() == {}
+        job = queue.enqueue(rq_jobs.wrapped_charge, 7)
+        assert answer(job) == answer(queue.enqueue_job(job)) == {"charged": 7}
+        assert site.effects() == {"charge": 1}
+
+    @pytest.mark.timeout(30)
+    def test_refuses_a_step_that_would_wait_for_itself(self, site: Site, queue: Queue) -> None:
+        error = failure(queue.enqueue(rq_jobs.reserve_for_ever, 7))
+        assert_notes(error, "InvalidArgumentError: on_busy: 'wait' would be for ever: step 'reserve' of run ")
 
     def test_grants_so_many_attempts(self, site: Site, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.stumble, 7, 9)
