@@ -191,6 +191,14 @@ def owner() -> str | None:
     return claim.step_run.owner
 
 
+def succeeded(job: Job, connection: object, result: object) -> None:
+    effect(f"succeeded with {result}")
+
+
+def failed(job: Job, connection: object, *error: object) -> None:
+    effect("failed")
+
+
 # Several steps
 
 

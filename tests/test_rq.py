@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,12 +241,16 @@ class TestAJobThatIsEnqueuedAgain:
         assert site.outcomes(job, "charge") == ["failed"] * 2
         assert site.effects() == {}
 
-    def test_while_it_runs_is_rescheduled_and_answers_what_the_first_gave(self, site: Site) -> None:
+    @pytest.mark.parametrize("as_new", [False, True])
+    def test_while_it_runs_is_rescheduled_and_answers_what_the_first_gave(self, site: Site, as_new: bool) -> None:
         site.start()
         site.start()
-        job = site.enqueue(rq_jobs.charge, 7)
+        job = site.enqueue(rq_jobs.charge, 7, job_id="the-job")
         first = site.visitor("charging")
-        site.queue.enqueue_job(job)
+        if as_new:
+            site.enqueue(rq_jobs.charge, 7, job_id="the-job")
+        else:
+            site.queue.enqueue_job(job)
         site.until(lambda: site.is_scheduled(job))
         first.go()
         site.until(lambda: site.answers(job))
@@ -254,6 +259,14 @@ class TestAJobThatIsEnqueuedAgain:
         site.finished(job, times=2)
         assert site.answers(job) == [{"charged": 7}] * 2
         assert site.outcomes(job, "charge") == ["completed"]
+        assert site.effects() == {"charge": 1}
+
+    def test_before_it_runs_takes_effect_once(self, site: Site) -> None:
+        job, _ = (site.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job") for _ in range(2))
+        site.start()
+
+        site.finished(job, times=2)
+        assert site.answers(job) == [{"charged": 7}] * 2
         assert site.effects() == {"charge": 1}
 
     def test_while_it_runs_may_wait_for_what_the_first_gives(self, site: Site) -> None:
@@ -501,6 +514,55 @@ class TestEveryKindOfWorker:
         site.finished(job, times=2)
         assert site.answers(job) == [{"charged": 7}] * 2
         assert site.effects() == {"charge": 1}
+
+
+class TestAJobThatIsRescheduled:
+    """Because its step was busy."""
+
+    def test_has_neither_succeeded_nor_failed_to_those_who_wait_for_that(self, site: Site) -> None:
+        held, _ = site.store.begin_step("the-job", "charge", {"amount": 7}, lease=60)
+        callbacks: Any = {"on_success": rq.Callback(rq_jobs.succeeded), "on_failure": rq.Callback(rq_jobs.failed)}
+        job = site.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", **callbacks)
+        dependent = site.enqueue(rq_jobs.charge_at_once, 8, depends_on=job)
+        site.start()
+        site.until(lambda: site.is_scheduled(job))
+        assert dependent.get_status() == JobStatus.DEFERRED
+        assert site.effects() == {}
+        site.store.complete_step(held, {"result": 9})
+        site.hurry(job)
+
+        site.finished(job)
+        site.finished(dependent)
+        assert (job.return_value(), dependent.return_value()) == (9, {"charged": 8})
+        site.until(lambda: site.effects() == {"succeeded with 9": 1, "charge": 1})
+
+    def test_comes_back_when_the_lease_is_over(self, site: Site) -> None:
+        before = time.time()
+        site.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
+        job = site.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job")
+        site.start()
+        site.until(lambda: site.is_scheduled(job))
+
+        at = site.connection.zscore(site.queue.scheduled_job_registry.key, job.id)
+        assert isinstance(at, float)
+        spent = time.time() - before
+        assert 600 - spent - 1 <= at - before <= 600 + 60 + spent + 1  # RQ keeps whole seconds
+
+    @pytest.mark.parametrize(
+        ("rest", "lease", "seconds"),
+        [
+            (60.0, 1, range(60, 67)),
+            (59.01, 1, range(60, 67)),
+            (0.2, 1, range(1, 3)),
+            (0.0, 1, range(1, 3)),
+            (None, 20, range(20, 23)),
+            (None, timedelta(seconds=20), range(20, 23)),
+            (None, None, range(30, 34)),
+        ],
+    )
+    def test_does_not_come_back_with_all_others_at_once(self, rest: float | None, lease: Any, seconds: range) -> None:
+        busy: Any = SimpleNamespace(retry_in=rest)
+        assert {squidstep_redis.rq._interval(busy, lease) for _ in range(1_000)} == set(seconds)
 
 
 class TestABusyStepThatIsNotRescheduled:
