@@ -25,6 +25,7 @@ import redis.sentinel
 import rq
 import rq_jobs
 from rq import Queue, Retry
+from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
@@ -95,6 +96,21 @@ class TestAKilledWorkHorse:
         site.finished(job)
         assert job.return_value() == {"charged": 7}
         assert site.outcomes(job, "charge") == ["lease_expired", "lease_expired", "completed"]
+        assert site.effects() == {"charge": 1}
+
+    def test_by_ones_own_command_is_followed_by_another_when_its_lease_is_over(self, site: Site) -> None:
+        site.start(release_dead_horses=True)  # which RQ does not ask here
+        job = site.enqueue(rq_jobs.charge, 7, retry=Retry(max=3))
+        site.visitor("charging")
+        send_stop_job_command(site.connection, job.id)
+        site.until(lambda: job.get_status() == JobStatus.STOPPED and site.is_at_rest(job))
+        assert site.outcomes(job, "charge") == ["running"]
+        job.requeue()
+        site.visitor("charging").go()
+
+        site.finished(job)
+        assert job.return_value() == {"charged": 7}
+        assert site.outcomes(job, "charge") == ["lease_expired", "completed"]
         assert site.effects() == {"charge": 1}
 
     def test_gives_up_its_own_claims_and_no_others(self, site: Site) -> None:
