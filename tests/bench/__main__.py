@@ -1,0 +1,154 @@
+"""Measures squidstep_redis against the wire, against its peers, and at scale: prints one table.
+
+    python tests/bench [--quick] [--only ROW] [--json FILE] [--svg FILE]
+
+It starts the servers that it needs, and stops them. What is not on this machine is shown as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `bench` is a package beside the tests, whose servers it uses
+
+from bench import rows, scale
+from bench.databases import POSTGRES_VERSION
+from bench.measure import FULL, QUICK, Pace, Result
+from bench.plot import plot
+from servers import find_binary
+
+ROWS: dict[str, rows.Row] = {
+    "wire": rows.against_the_wire,
+    "asyncio": rows.on_asyncio,
+    "payloads": rows.payload_sizes,
+    "successors": rows.successors,
+    "reads": rows.reads,
+    "import": rows.import_time,
+    "peers": rows.against_peers,
+    "databases": rows.against_databases,
+    "long-run": scale.long_run,
+    "many-steps": scale.many_steps,
+    "processes": scale.many_processes,
+    "cluster": scale.cluster,
+    "indexes": scale.indexes,
+}
+PACKAGES = ("squidstep-redis", "redis", "hiredis", "msgpack", "aws-lambda-powertools", "psycopg", "dbos")
+COLUMNS = "{:<72} {:>9}  {:>24}  {:<8}"
+
+
+def main() -> int:
+    """Returns the exit status: 1 if a row failed, 0 whatever was measured."""
+    asked = _arguments()
+    pace = QUICK if asked.quick else FULL
+    about = machine()
+    for name, value in about.items():
+        print(f"{name:<10} {value}")
+    print(f"\n{COLUMNS.format('what', 'budget', 'measured (middle half)', '')}".rstrip())
+    results: list[Result] = []
+    start = time.monotonic()
+    for result in measured(asked.only or list(ROWS), pace):
+        results.append(result)
+        budget = str(result.budget or "")
+        print(COLUMNS.format(result.what, budget, result.measured, result.verdict).rstrip(), flush=True)
+        if result.note:
+            print(textwrap.indent(textwrap.fill(result.note, 110), "    "), flush=True)
+    verdicts = [result.verdict for result in results]
+    counts = ", ".join(f"{verdicts.count(word)} {word.lower()}" for word in ("met", "MISSED", "missing", "FAILED"))
+    took, load = time.monotonic() - start, _load()
+    print(f"\n{counts}; took {took:.0f} s; load average at the end {load}")
+    if asked.json:
+        kept = {"machine": about, "quick": asked.quick, "seconds": round(took), "load_at_end": load}
+        asked.json.write_text(
+            json.dumps({**kept, "results": [result.as_json() for result in results]}, indent=2) + "\n"
+        )
+    if asked.svg:
+        asked.svg.write_text(plot([result.bars for result in results if result.bars], _plot_note(about)))
+    return int("FAILED" in verdicts)
+
+
+def measured(names: list[str], pace: Pace) -> Iterator[Result]:
+    """Measures row after row; one that fails does not keep the others from being measured."""
+    for name in names:
+        try:
+            yield from ROWS[name](pace)
+        except Exception as error:  # noqa: BLE001 -- whatever went wrong there
+            traceback.print_exc()
+            yield Result(f"row {name}", None, note=f"{type(error).__name__}: {error}", failed=True)
+
+
+def machine() -> dict[str, str]:
+    """What was measured on."""
+    return {
+        "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "load": f"{_load()} when it began: what else the machine was doing",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+        "servers": ", ".join(_server_versions()),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _load() -> str:
+    return " ".join(f"{load:.1f}" for load in os.getloadavg())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _server_versions() -> Iterator[str]:
+    for name in rows.SERVERS:
+        try:
+            words = subprocess.run([find_binary(name), "--version"], capture_output=True, text=True, check=True).stdout
+            yield f"{words.split()[0]} {words.partition('v=')[2].split()[0]}"
+        except LookupError:
+            yield f"{name} missing"
+    found = shutil.which("postgres", path=f"/usr/lib/postgresql/{POSTGRES_VERSION}/bin:{os.environ.get('PATH', '')}")
+    if found is None:
+        yield "PostgreSQL missing"
+    else:
+        words = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+        yield f"PostgreSQL {words.split()[2]}"
+
+
+def _plot_note(about: dict[str, str]) -> str:
+    where = about["machine"].partition(f", {platform.system()}")[0]
+    return f"200 B payloads, medians of interleaved turns. {where}, {about['when'][:10]}"
+
+
+def _arguments() -> Any:
+    parser = argparse.ArgumentParser(prog="python tests/bench", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only", action="append", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}; repeatable"
+    )
+    parser.add_argument("--quick", action="store_true", help="about a minute in all: fewer turns, smaller stores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the peers (rows peers and databases)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Our side of every comparison, and the yardstick: what both do, one step being one operation.
+
+A step is begun under a lease and completed: two transitions. Its yardstick is two calls of a script with a single HSET,
+with the same payloads, through the same kind of client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import redis
+import redis.asyncio
+
+from squidstep_redis import AsyncStepRunStore, StepRunStore
+
+HSET = "return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
+STEPS_OF_A_RUN = 10
+BATCH = 100
+LEASE = 30
+PAYLOAD: dict[str, Any] = {"order": 123456, "items": ["a" * 20] * 6, "note": "x" * 40}  # about 200 bytes
+
+Name = tuple[str, str]
+
+_numbers = itertools.count()
+
+
+def payload_of(size: int) -> dict[str, Any]:
+    """A payload that takes about so many bytes, in strings of up to 1 kB."""
+    pieces, rest = divmod(max(0, size - 10), 1_000)
+    return {"note": "x" * rest, "rows": ["y" * 997] * pieces}
+
+
+def new_names(count: int) -> Iterator[Name]:
+    """Runs and steps that nobody has used yet, ten steps to a run."""
+    for number in itertools.islice(_numbers, count):
+        yield f"run-{number // STEPS_OF_A_RUN}", f"step-{number % STEPS_OF_A_RUN}"
+
+
+class Blocking:
+    """The store on a blocking client."""
+
+    def __init__(
+        self,
+        client: redis.Redis | redis.RedisCluster,
+        payload: dict[str, Any] = PAYLOAD,
+        names: Callable[[int], Iterator[Name]] = new_names,
+    ) -> None:
+        self.client: Any = client
+        self.store = StepRunStore(client)
+        self.payload = payload
+        self.names = names
+        self.sha = self.client.script_load(HSET)
+
+    def steps(self, count: int) -> None:
+        for run, step in self.names(count):
+            claim, _ = self.store.begin_step(run, step, self.payload, lease=LEASE)
+            self.store.complete_step(claim, self.payload)
+
+    def batched_steps(self, count: int) -> None:
+        """In batches of 100 calls."""
+        calls = self.store.calls
+        names = self.names(count)
+        while chunk := list(itertools.islice(names, BATCH)):
+            begun = self.store.batch([calls.begin_step(*name, self.payload, lease=LEASE) for name in chunk])
+            self.store.batch([calls.complete_step(result.step_run, self.payload) for result in begun])
+
+    def yardsticks(self, count: int) -> None:
+        for run, step in self.names(count):
+            for _ in range(2):
+                self.client.evalsha(self.sha, 1, "y:" + run, step, msgpack.packb(self.payload))
+
+    def piped_yardsticks(self, count: int) -> None:
+        """In pipelines of 100 calls."""
+        names = self.names(count)
+        while chunk := list(itertools.islice(names, BATCH)):
+            for _ in range(2):
+                with self.client.pipeline(transaction=False) as pipeline:
+                    for run, step in chunk:
+                        pipeline.evalsha(self.sha, 1, "y:" + run, step, msgpack.packb(self.payload))
+                    pipeline.execute()
+
+
+class Asyncio:
+    """The store on an asyncio client, with so many tasks at once on one pool."""
+
+    def __init__(self, runner: asyncio.Runner, url: str, tasks: int) -> None:
+        self.runner = runner
+        self.tasks = tasks
+        self.client: Any = redis.asyncio.Redis.from_url(url, protocol=2)
+        self.store = AsyncStepRunStore(self.client)
+        self.sha = runner.run(self.client.script_load(HSET))
+
+    def steps(self, count: int) -> None:
+        async def task(names: list[Name]) -> None:
+            for run, step in names:
+                claim, _ = await self.store.begin_step(run, step, PAYLOAD, lease=LEASE)
+                await self.store.complete_step(claim, PAYLOAD)
+
+        self._share(count, task)
+
+    def yardsticks(self, count: int) -> None:
+        async def task(names: list[Name]) -> None:
+            for run, step in names:
+                for _ in range(2):
+                    await self.client.evalsha(self.sha, 1, "y:" + run, step, msgpack.packb(PAYLOAD))
+
+        self._share(count, task)
+
+    def _share(self, count: int, task: Callable[[list[Name]], Any]) -> None:
+        async def share() -> None:
+            names = list(new_names(count))
+            await asyncio.gather(*(task(names[first :: self.tasks]) for first in range(self.tasks)))
+
+        self.runner.run(share())
+
+    def close(self) -> None:
+        self.runner.run(self.client.aclose())

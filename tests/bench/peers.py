@@ -1,0 +1,182 @@
+"""What else could be used: each peer does one step per operation, with the least that its own way asks for.
+
+Where a peer keeps less than we do (no input, no claim, no order), it is left at that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator
+from itertools import count as numbers
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import redis
+from bench.measure import MissingError, Work
+from bench.ours import LEASE, PAYLOAD, STEPS_OF_A_RUN, new_names
+
+_RUNS = 100_000
+
+
+def set_nx_and_set(client: redis.Redis) -> Work:
+    """The least that anyone could do: whoever sets the key first works, and then sets the result."""
+
+    def steps(count: int) -> None:
+        for run, step in new_names(count):
+            key = f"nx:{run}:{step}"
+            if client.set(key, msgpack.packb(PAYLOAD), nx=True, px=LEASE * 1_000):
+                client.set(key, msgpack.packb(PAYLOAD))
+
+    return steps
+
+
+def lock_around_hset(client: redis.Redis) -> Work:
+    """What people write by hand: under redis-py's own lock, look for a result in a hash, else put it there.
+
+    Without the look, a delivery that comes later would do the work again.
+    """
+
+    def steps(count: int) -> None:
+        for run, step in new_names(count):
+            with client.lock(f"lock:{run}:{step}", timeout=LEASE):
+                if client.hget("locked:" + run, step) is None:
+                    client.hset("locked:" + run, step, msgpack.packb(PAYLOAD))
+
+    return steps
+
+
+def powertools(client: redis.Redis) -> Work:
+    """Powertools for AWS Lambda: its idempotency decorator on Redis. It keeps the result, and no input."""
+    try:
+        from aws_lambda_powertools.utilities.idempotency import idempotent_function
+        from aws_lambda_powertools.utilities.idempotency.persistence.cache import CachePersistenceLayer
+    except ImportError as error:
+        raise MissingError("Powertools: pip install 'aws-lambda-powertools[aws-sdk,redis]'") from error
+
+    warnings.filterwarnings("ignore", "Couldn't determine the remaining time")  # there is no Lambda here
+    layer: Any = CachePersistenceLayer(client=client)
+
+    @idempotent_function(data_keyword_argument="key", persistence_store=layer)
+    def work(key: str) -> dict[str, Any]:
+        return PAYLOAD
+
+    def steps(count: int) -> None:
+        for run, step in new_names(count):
+            work(key=f"{run}:{step}")
+
+    return steps
+
+
+@contextlib.contextmanager
+def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
+    """The source's own way on PostgreSQL: its columns and indexes, its statements, each committed by itself.
+
+    To begin: insert unless it is there, and read the row. To complete: update it while it is running, and read it
+    again. Four round trips, prepared, as its driver does.
+    """
+    try:
+        import psycopg
+        from psycopg.types.json import Jsonb
+    except ImportError as error:
+        raise MissingError("psycopg: pip install 'psycopg[binary]'") from error
+
+    insert = """insert into step_runs (id, run_id, step, status, input, inserted_at, updated_at)
+        values (%s, %s, %s, 'running', %s, now(), now()) on conflict (run_id, step) do nothing"""
+    columns = "id, run_id, step, status, input, output, last_error, recovery, resume, manual, inserted_at, updated_at"
+    read = f"select {columns} from step_runs where run_id = %s and step = %s"
+    update = """update step_runs set status = 'completed', output = %s, last_error = null, resume = null, manual = null,
+        updated_at = now() where id = %s and status = 'running'"""
+    read_by_id = f"select {columns} from step_runs where id = %s"
+
+    options = f"-c synchronous_commit={synchronous_commit}"
+    with psycopg.connect(url, autocommit=True, prepare_threshold=0, options=options) as connection:
+        runs = _source_tables(connection)
+        steps_begun = numbers()
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                number = next(steps_begun)
+                run, step = runs[number // STEPS_OF_A_RUN % _RUNS], f"step-{number % STEPS_OF_A_RUN}"
+                if connection.execute(insert, (uuid.uuid4(), run, step, Jsonb(PAYLOAD))).rowcount != 1:
+                    raise RuntimeError(f"{run} {step} was there already")
+                row = connection.execute(read, (run, step)).fetchone()
+                assert row is not None
+                if connection.execute(update, (Jsonb(PAYLOAD), row[0])).rowcount != 1:
+                    raise RuntimeError(f"{run} {step} was not running")
+                connection.execute(read_by_id, (row[0],)).fetchone()
+
+        yield steps
+
+
+def _source_tables(connection: Any) -> list[uuid.UUID]:
+    """Makes the tables, and the runs that the steps belong to, which are not what is measured."""
+    connection.execute("drop table if exists step_runs, runs")
+    connection.execute("create table runs (id uuid primary key)")
+    connection.execute(
+        """create table step_runs (
+            id uuid primary key,
+            run_id uuid not null references runs on delete cascade,
+            step varchar(255) not null,
+            status varchar(255) not null,
+            input jsonb not null default '{}',
+            output jsonb, last_error jsonb, recovery jsonb, resume jsonb, manual jsonb,
+            inserted_at timestamp not null,
+            updated_at timestamp not null
+        )"""
+    )
+    connection.execute("create index on step_runs (run_id)")
+    connection.execute("create index on step_runs (status)")
+    connection.execute("create unique index on step_runs (run_id, step)")
+    connection.execute("insert into runs select gen_random_uuid() from generate_series(1, %s)", (_RUNS,))
+    connection.execute("analyze runs")
+    return [row[0] for row in connection.execute("select id from runs")]
+
+
+@contextlib.contextmanager
+def dbos(url: str) -> Iterator[Work]:
+    """DBOS Transact: ten-step workflows, to be asked for in tens of steps. In a process of its own, for its threads."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("dbos_workflows.py")), url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the benchmark alone: the end of its input ends it
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said, asked = process.stdout, process.stdin
+
+    def steps(count: int) -> None:
+        asked.write(f"{count // STEPS_OF_A_RUN}\n")
+        asked.flush()
+        if said.readline() != "done\n":
+            raise RuntimeError(f"DBOS ended: {process.stderr and process.stderr.read()[-2_000:]}")
+
+    with process:
+        try:
+            if said.readline() != "ready\n":
+                problem = process.stderr.read()
+                if "No module named 'dbos'" in problem:
+                    raise MissingError("DBOS Transact: pip install dbos")
+                raise RuntimeError(f"DBOS did not start: {problem[-2_000:]}")
+            yield steps
+        finally:
+            asked.close()
+
+
+@contextlib.contextmanager
+def dbos_on_sqlite() -> Iterator[Work]:
+    """The same on a file, as DBOS opens it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="squidstep-bench-") as directory,
+        dbos(f"sqlite:///{directory}/db") as steps,
+    ):
+        yield steps

@@ -1,0 +1,278 @@
+"""The rows that need much of something: steps, runs, processes, nodes, live claims."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgpack
+import redis
+from bench.databases import connect, die_with_parent, server
+from bench.measure import Budget, Pace, Result, Side, Spread, Turns, figure, take_turns
+from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
+from servers import EmbeddedCluster
+
+from squidstep_redis import StepRunStore
+
+_CORES = multiprocessing.cpu_count()
+_processes = multiprocessing.get_context("fork")
+_LONG_RUN = "long"
+_TRIES = 5  # of what is done once, not in turns
+
+
+def long_run(pace: Pace) -> Iterator[Result]:
+    """A transition in a run of 10,000 steps against one in a small run, and how long each call blocks the server."""
+    size = pace.of(10_000, least=1_000)
+    with server() as full, server() as empty, connect(full) as full_client, connect(empty) as empty_client:
+        numbers = itertools.count()
+
+        def in_the_long_run(count: int) -> Iterator[Name]:
+            return ((_LONG_RUN, f"step-{number}") for number in itertools.islice(numbers, count))
+
+        long = Blocking(full_client, names=in_the_long_run)
+        long.batched_steps(size)
+        turns = take_turns(pace, {"long": long.steps, "small": Blocking(empty_client).steps})
+        yield _slowdown(f"a transition in a run of {size:,} steps, against a small store", turns, "long", "small")
+        yield from _blocking(StepRunStore(full_client), full_client, size)
+
+
+def _slowdown(what: str, turns: Turns, side: str, other: str) -> Result:
+    taken = turns.times(other, side)  # times the rate, that is to say: how many times the time
+    note = turns.rates(side, other, "steps")
+    return Result(what, taken, "x the time", Budget.at_most(1.3), note)
+
+
+def _blocking(store: StepRunStore, client: redis.Redis, size: int) -> Iterator[Result]:
+    """How long the server is busy with the longest single command of each call."""
+    following = {f"step-{number}": PAYLOAD for number in range(size)}
+    claims = [store.begin_step(f"fan-out-{turn}", "first", PAYLOAD, lease=LEASE).step_run for turn in range(_TRIES)]
+    calls: dict[str, Callable[[int], Any]] = {
+        "schedule_steps": lambda turn: store.schedule_steps(f"many-{turn}", following),
+        "complete_step(schedule=)": lambda turn: store.complete_step(claims[turn], PAYLOAD, schedule=following),
+        "completed_outputs": lambda _: store.completed_outputs(_LONG_RUN),
+        "step_statuses": lambda _: store.step_statuses(_LONG_RUN),
+        "get_run": lambda _: store.get_run(_LONG_RUN),
+        "delete_pending_steps": lambda turn: store.delete_pending_steps(f"many-{turn}", list(following)),
+        "delete_run": lambda turn: store.delete_run(f"fan-out-{turn}"),
+    }
+    for name, call in calls.items():
+        longest = [_longest_ms(client, functools.partial(call, turn)) for turn in range(_TRIES)]
+        yield Result(f"{size:,} steps: {name} blocks the server for", Spread.of(longest), "ms")
+
+
+def _longest_ms(client: Any, call: Callable[[], Any]) -> float:
+    """The slowest of the commands that a call sends, by the server's SLOWLOG."""
+    client.config_set("slowlog-max-len", 100_000)
+    client.config_set("slowlog-log-slower-than", 0)
+    client.slowlog_reset()
+    call()
+    client.config_set("slowlog-log-slower-than", -1)
+    return max(entry["duration"] for entry in client.slowlog_get(-1)) / 1_000
+
+
+def many_steps(pace: Pace) -> Iterator[Result]:
+    """A store of 1,000,000 steps in 100,000 runs against an empty one."""
+    runs = pace.of(100_000)
+    steps = runs * STEPS_OF_A_RUN
+    with server() as full, server() as empty, connect(full) as client, connect(empty) as empty_client:
+        before = client.info("memory")["used_memory"]
+        start = time.monotonic()
+        _filled(full.url, runs)
+        filling = time.monotonic() - start
+        used = (client.info("memory")["used_memory"] - before) / steps
+        yield Result(
+            f"memory of a step among {steps:,}, with its 200 B payloads",
+            used,
+            "bytes",
+            note=f"{figure(used - 2 * len(msgpack.packb(PAYLOAD)))} beyond them; filled at {figure(steps / filling)}/s",
+        )
+        chance = random.Random(1)
+        added = itertools.count()
+
+        def scattered(count: int) -> Iterator[Name]:
+            return ((f"full-{chance.randrange(runs)}", f"more-{next(added)}") for _ in range(count))
+
+        sides = {
+            "full": Blocking(client).steps,
+            "scattered": Blocking(client, names=scattered).steps,
+            "empty": Blocking(empty_client).steps,
+        }
+        turns = take_turns(pace, sides)
+        what = f"a transition among {steps:,} steps, against an empty store"
+        yield _slowdown(f"{what}: in new runs", turns, "full", "empty")
+        yield _slowdown(f"{what}: in any of its runs", turns, "scattered", "empty")
+
+
+def _filled(url: str, runs: int) -> None:
+    """Takes all steps of so many runs to their end, with as many processes as there are cores."""
+    workers = [
+        _processes.Process(target=_fill, args=(url, range(part, runs, _CORES)), daemon=True) for part in range(_CORES)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            raise RuntimeError(f"a process that fills the store ended with {worker.exitcode}")
+
+
+def _fill(url: str, runs: range) -> None:
+    names = ((f"full-{run}", f"step-{step}") for run in runs for step in range(STEPS_OF_A_RUN))
+    with redis.Redis.from_url(url, protocol=2) as client:
+        ours = Blocking(client, names=functools.partial(itertools.islice, names))
+        ours.batched_steps(len(runs) * STEPS_OF_A_RUN)
+
+
+class Crew:
+    """Client processes that all work at once, and tell how much they did and how long each step took."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._pipes: list[Connection] = []
+        self._members = []
+        for _ in range(size):
+            pipe, end = _processes.Pipe()
+            member = _processes.Process(target=_work_along, args=(url, end), daemon=True)
+            member.start()
+            end.close()
+            self._pipes.append(pipe)
+            self._members.append(member)
+        for pipe in self._pipes:
+            pipe.recv()  # it is ready
+
+    def rate(self, what: str, seconds: float) -> tuple[float, float]:
+        """Lets all work for so many seconds; answers steps per second, and the 99th percentile of their ms."""
+        start = time.monotonic() + 0.1
+        for pipe in self._pipes:
+            pipe.send((what, start, seconds))
+        taken = sorted(itertools.chain.from_iterable(pipe.recv() for pipe in self._pipes))
+        return len(taken) / seconds, 1_000 * taken[int(len(taken) * 0.99)]
+
+    def dismiss(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)  # to close it would not tell: the members that came later hold it, too
+        for member in self._members:
+            member.join()
+
+
+def _work_along(url: str, pipe: Connection) -> None:
+    die_with_parent()
+    with redis.Redis.from_url(url, protocol=2) as client:
+        me = multiprocessing.current_process().pid
+        numbers = itertools.count()
+
+        def names(count: int) -> Iterator[Name]:
+            for number in itertools.islice(numbers, count):
+                yield f"run-{me}-{number // STEPS_OF_A_RUN}", f"step-{number % STEPS_OF_A_RUN}"
+
+        ours = Blocking(client, names=names)
+        ours.steps(1)
+        pipe.send("ready")
+        while asked := pipe.recv():
+            what, start, seconds = asked
+            work = getattr(ours, what)
+            time.sleep(max(0.0, start - time.monotonic()))
+            taken = []
+            while (now := time.monotonic()) < start + seconds:
+                work(1)
+                taken.append(time.monotonic() - now)
+            pipe.send(taken)
+
+
+def many_processes(pace: Pace) -> Iterator[Result]:
+    """64 client processes on one server."""
+    with server() as started:
+        size = pace.of(64, least=4)
+        crew = Crew(started.url, size)
+        alone = Crew(started.url, 1)
+        seconds = max(0.1, pace.seconds / 24)
+        rounds = [
+            (crew.rate("steps", seconds), crew.rate("yardsticks", seconds), alone.rate("steps", seconds))
+            for _ in range(5)
+        ]
+        crew.dismiss()
+        alone.dismiss()
+        ours, yardstick, single = (
+            [statistics.median(measured[side][part] for measured in rounds) for part in (0, 1)] for side in range(3)
+        )
+        yield Result(
+            f"{size} processes: begin + complete, against as many yardsticks",
+            Spread.of([mine[0] / theirs[0] for mine, theirs, _ in rounds]),
+            note=f"{figure(ours[0])} against {figure(yardstick[0])} steps/s; "
+            f"99% of steps within {figure(ours[1])} against {figure(yardstick[1])} ms",
+        )
+        yield Result(
+            f"{size} processes, against one",
+            Spread.of([mine[0] / one[0] for mine, _, one in rounds]),
+            note=f"{figure(ours[0])} against {figure(single[0])} steps/s, on {_CORES} cores, the server's included",
+        )
+
+
+def cluster(pace: Pace) -> Iterator[Result]:
+    """A cluster of three nodes against one node, for one blocking client."""
+    with (
+        EmbeddedCluster() as nodes,
+        redis.RedisCluster.from_url(nodes.url, protocol=2) as cluster_client,
+        server() as one,
+        connect(one) as client,
+    ):
+        three, single = Blocking(cluster_client), Blocking(client)
+        sides = {
+            "three": three.steps,
+            "one": single.steps,
+            "yardstick": three.yardsticks,
+            "three, batch": Side(three.batched_steps, BATCH),
+            "one, batch": Side(single.batched_steps, BATCH),
+        }
+        turns = take_turns(pace, sides)
+        for what, side, other in (
+            ("a cluster of three: begin + complete, against one node", "three", "one"),
+            ("a cluster of three: begin + complete, against as many yardsticks on it", "three", "yardstick"),
+            ("a cluster of three: batches of 100, against one node", "three, batch", "one, batch"),
+        ):
+            yield Result(what, turns.times(side, other), note=turns.rates(side, other, "steps"))
+
+
+def indexes(pace: Pace) -> Iterator[Result]:
+    """Reading across runs while 100,000 claims are live: for the caller, and for the server."""
+    count = pace.of(100_000)
+    with server() as started, connect(started) as client:
+        store = StepRunStore(client)
+        for first in range(0, count, 1_000):
+            numbers = range(first, min(first + 1_000, count))
+            store.batch(
+                [
+                    store.calls.begin_step(
+                        f"live-{number // STEPS_OF_A_RUN}",
+                        f"step-{number}",
+                        {},
+                        lease=3_600,
+                        owner=f"host:{number % 97}",
+                    )
+                    for number in numbers
+                ]
+            )
+        calls: dict[str, Callable[[], list[Any]]] = {
+            "live_claims()": store.live_claims,
+            "live_claims(owner=)": lambda: store.live_claims(owner="host:7"),
+            "lapsed_claims()": store.lapsed_claims,
+            "failed_steps()": store.failed_steps,
+        }
+        for name, call in calls.items():
+            times = []
+            for _ in range(pace.of(10, least=3)):
+                start = time.perf_counter()
+                found = call()
+                times.append(1_000 * (time.perf_counter() - start))
+            yield Result(
+                f"{count:,} live claims: {name}",
+                Spread.of(times),
+                "ms",
+                note=f"{len(found)} found; the slowest command takes the server {figure(_longest_ms(client, call))} ms",
+            )
