@@ -36,6 +36,7 @@ ROWS: dict[str, rows.Row] = {
     "asyncio": rows.on_asyncio,
     "payloads": rows.payload_sizes,
     "successors": rows.successors,
+    "chains": rows.chains,
     "reads": rows.reads,
     "import": rows.import_time,
     "peers": rows.against_peers,

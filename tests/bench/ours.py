@@ -68,6 +68,14 @@ class Blocking:
             begun = self.store.batch([calls.begin_step(*name, self.payload, lease=LEASE) for name in chunk])
             self.store.batch([calls.complete_step(result.step_run, self.payload) for result in begun])
 
+    def chained_steps(self, count: int) -> None:
+        """In runs of ten steps by one worker, each of which is begun as the one before is completed."""
+        for number in itertools.islice(_numbers, count // STEPS_OF_A_RUN):
+            claim, _ = self.store.begin_step(f"chain-{number}", "step-0", self.payload, lease=LEASE)
+            for step in range(1, STEPS_OF_A_RUN):
+                claim, _ = self.store.advance_step(claim, self.payload, f"step-{step}", self.payload, lease=LEASE)
+            self.store.complete_step(claim, self.payload)
+
     def yardsticks(self, count: int) -> None:
         for run, step in self.names(count):
             for _ in range(2):

@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 from bench.measure import figure
 
 _WIDTH = 760
-_LABELS = 230  # what is left of the bars
+_LABELS = 190  # what is left of the bars
 _BAR = 22
 _STEP = 30
 _PANEL = 52  # above the first bar of a panel
@@ -24,7 +24,11 @@ text { font-size: 14px; fill: #374151 }
 .times, .note { fill: #6b7280 }
 .note { font-size: 12px }
 """
-_OURS = ("squidstep", "in batches")
+_OURS = {
+    "squidstep": "squidstep_redis",
+    "chain": "with advance_step",
+    "in batches": "in batches of 100",
+}
 
 
 def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
@@ -40,7 +44,7 @@ def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
             ours = name in _OURS
             length = max(2, rate * unit)
             middle = y + _BAR / 2 + 5
-            label = "squidstep_redis" if name == "squidstep" else "squidstep_redis, in batches" if ours else name
+            label = _OURS.get(name, name)
             parts.append(
                 f'<text class="{"ours" if ours else "name"}" x="{_LABELS - 10}" y="{middle}">{escape(label)}</text>'
             )

