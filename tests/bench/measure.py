@@ -52,7 +52,7 @@ class Pace:
 
 
 FULL = Pace(seconds=6, turn=0.04, scale=1)
-QUICK = Pace(seconds=0.6, turn=0.02, scale=0.02)
+QUICK = Pace(seconds=0.4, turn=0.02, scale=0.02)
 
 
 class Spread(NamedTuple):
