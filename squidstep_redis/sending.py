@@ -44,10 +44,11 @@ from squidstep_redis.wire import Call, read
 
 T = TypeVar("T")
 
-FAILURES: Final = (RedisError, RedisClusterException, OSError, ReplyMismatchError)
+# No OSError: redis-py makes ConnectionErrors of them, and the TimeoutError of a signal handler is not ours to catch.
+FAILURES: Final = (RedisError, RedisClusterException, ReplyMismatchError)
 """What sending a call may raise, beside the refusals of its script."""
 
-UNANSWERED: Final = (ConnectionError, TimeoutError, RedisClusterException, OSError)
+UNANSWERED: Final = (ConnectionError, TimeoutError, RedisClusterException)
 
 _FIRST_PAUSE: Final = 0.02
 _LAST_PAUSE: Final = 0.5

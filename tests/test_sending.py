@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import pickle
 import socket
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -63,7 +65,6 @@ REFUSALS: dict[str, tuple[Exception, bool]] = {
 UNANSWERED: dict[str, Exception] = {
     "cut": exceptions.ConnectionError("Connection closed by server."),
     "slow": exceptions.TimeoutError("Timeout reading from socket"),
-    "reset": ConnectionResetError(104, "Connection reset by peer"),
     "no cluster": exceptions.RedisClusterException("Redis Cluster cannot be connected."),
 }
 OTHERS: dict[str, Exception] = {
@@ -184,6 +185,24 @@ def deaf() -> Iterator[int]:
     """A server that accepts connections and never answers: its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
         yield listener.getsockname()[1]
+
+
+@pytest.mark.servers("fakeredis")
+@pytest.mark.parametrize("error", [builtins.TimeoutError("alarm"), builtins.ConnectionError("alarm")], ids=repr)
+def test_what_a_signal_handler_raises_is_not_taken_for_the_servers(bench: Bench, error: Exception) -> None:
+    """Many a handler raises Python's own TimeoutError."""
+    asked: list[Any] = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        asked.append(args)
+        raise error
+
+    store: Any = bench.store()
+    made = store if bench.runner is None else store.store
+    made._untyped_client = SimpleNamespace(execute_command=interrupted)
+    with pytest.raises(type(error), match="^alarm$"):
+        store.begin_step("run", "pay", {})
+    assert len(asked) == 1
 
 
 @pytest.mark.servers("valkey")
