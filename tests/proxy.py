@@ -8,10 +8,34 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
+
+from squidstep_redis.scripts import script as find_script
 
 # What clients say by themselves when they connect: passed on, neither counted nor lost.
 HANDSHAKE = frozenset({b"AUTH", b"CLIENT", b"CLUSTER", b"COMMAND", b"HELLO", b"INFO", b"PING", b"READONLY", b"SELECT"})
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What happens to one command.
+
+    Attributes:
+        request: what the server is given of it; after less than the whole, the connection is cut.
+        reply: what the client is given of its reply; after nothing, the connection is cut.
+        script: strikes the next call of this script; None: the next command, whatever it is.
+    """
+
+    request: Callable[[bytes], bytes] = bytes
+    reply: Callable[[bytes], bytes] = bytes
+    script: str | None = None
+
+    def strikes(self, command: list[bytes]) -> bool:
+        if self.script is None:
+            return True
+        wanted = find_script(self.script)
+        return command[1:2] in ([wanted.sha], [wanted.source])
 
 
 class Proxy:
@@ -28,7 +52,8 @@ class Proxy:
         self.server = server  # the path of a unix socket, or host and port
         self.clear()
         self._batches: deque[int] = deque()
-        self._faults: deque[Callable[[bytes], bytes | None] | None] = deque()
+        self._faults: deque[Fault] = deque()
+        self._held: list[threading.Event] = []
         self._hooks: dict[int, Callable[[], object]] = {}
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -47,17 +72,37 @@ class Proxy:
     def names(self) -> list[str]:
         return [command[0].decode().upper() for command in self.commands]
 
-    def drop(self, times: int = 1) -> None:
+    def drop(self, times: int = 1, script: str | None = None) -> None:
         """Lets the server run the next commands, and cuts the connection where their replies were due."""
-        self._faults.extend([lambda _reply: None] * times)
+        self._faults.extend([Fault(reply=lambda _: b"", script=script)] * times)
 
-    def cut(self, times: int = 1) -> None:
+    def cut(self, times: int = 1, script: str | None = None) -> None:
         """Cuts the connection where the next commands arrive; the server never hears of them."""
-        self._faults.extend([None] * times)
+        self._faults.extend([Fault(request=lambda _: b"", script=script)] * times)
+
+    def tear(self, times: int = 1, script: str | None = None) -> None:
+        """Cuts the connection when the server has had half of the next commands."""
+        self._faults.extend([Fault(request=lambda request: request[: len(request) // 2], script=script)] * times)
 
     def answer(self, *replies: bytes) -> None:
         """Lets the server run the next commands, and delivers these replies in place of its own."""
-        self._faults.extend((lambda _reply, reply=reply: reply) for reply in replies)
+        self._faults.extend(Fault(reply=lambda _, reply=reply: reply) for reply in replies)
+
+    def hold_requests(self, times: int = 1, script: str | None = None) -> threading.Event:
+        """Keeps the next commands from the server until the event is set: late if it is, a black hole if not."""
+        released = self._hold()
+        self._faults.extend([Fault(request=lambda it: it if released.wait() else it, script=script)] * times)
+        return released
+
+    def hold_replies(self, times: int = 1, script: str | None = None) -> threading.Event:
+        """Lets the server run the next commands, and keeps their replies until the event is set."""
+        released = self._hold()
+        self._faults.extend([Fault(reply=lambda it: it if released.wait() else it, script=script)] * times)
+        return released
+
+    def _hold(self) -> threading.Event:
+        self._held.append(threading.Event())
+        return self._held[-1]
 
     def heal(self) -> None:
         """No more faults."""
@@ -88,6 +133,8 @@ class Proxy:
         for each in self._sockets:
             with contextlib.suppress(OSError):  # it is closed already
                 each.shutdown(socket.SHUT_RDWR)
+        for released in self._held:
+            released.set()
         for thread in self._threads:
             thread.join()
 
@@ -117,10 +164,10 @@ class Proxy:
                     self.round_trips += not held
                     self.commands.append(command)
                     last = self._is_last(command)
-                    fault = self._faults.popleft() if last and self._faults else bytes
-                    if fault is not None:
-                        server.sendall(request)
-                    if fault is None or (reply := fault(frame(replies))) is None:
+                    strikes = last and self._faults and self._faults[0].strikes(command)
+                    fault = self._faults.popleft() if strikes else Fault()
+                    server.sendall(given := fault.request(request))
+                    if given != request or not (reply := fault.reply(frame(replies))):
                         return
                     held.append(reply)
                     if last:

@@ -86,7 +86,7 @@ def _executable_copy(binary: Path) -> Path:
 
 
 class EmbeddedCluster:
-    """A cluster of primaries on loopback ports, for as long as the `with` block.
+    """A cluster on loopback ports, for as long as the `with` block: primaries, and a replica of each if asked for.
 
     It takes a little over two seconds to start: that long a primary waits by itself, on any
     version, before it turns writable, and no option changes that.
@@ -96,6 +96,7 @@ class EmbeddedCluster:
         self,
         *,
         nodes: int = 3,
+        replicated: bool = False,
         binary: str | os.PathLike[str] | None = None,
         options: Mapping[str, str] = {},
     ) -> None:
@@ -103,6 +104,7 @@ class EmbeddedCluster:
 
         Args:
             nodes: How many primaries share the slots.
+            replicated: Each has a replica.
             binary: The server binary, as for `EmbeddedServer`.
             options: Further configuration of every node.
         """
@@ -112,9 +114,12 @@ class EmbeddedCluster:
             "cluster-node-timeout": "5000",
             # A node that is never told its address leaves it out of CLUSTER SLOTS.
             "cluster-announce-ip": "127.0.0.1",
+            "repl-diskless-sync-delay": "0",
             **options,
         }
-        self.nodes = [EmbeddedServer(binary=binary, options=config, port=0) for _ in range(nodes)]
+        self.primaries = nodes  # so many of the nodes; the rest replicate one of these each
+        count = nodes * (2 if replicated else 1)
+        self.nodes = [EmbeddedServer(binary=binary, options=config, port=0) for _ in range(count)]
         self._stack = contextlib.ExitStack()
 
     @property
@@ -134,28 +139,46 @@ class EmbeddedCluster:
         self._stack.close()
 
     def is_ready(self) -> bool:
-        """Whether every node knows every other and serves."""
+        """Whether every node knows every other and serves, and every replica follows its primary."""
         expected = {
             "cluster_state": "ok",
             "cluster_slots_ok": str(SLOTS),
             "cluster_known_nodes": str(len(self.nodes)),
-            "cluster_size": str(len(self.nodes)),
+            "cluster_size": str(self.primaries),
         }
-        return all(expected.items() <= client.execute_command("CLUSTER INFO").items() for client in self._clients())
+        holders = len(self.nodes) // self.primaries  # of each range of slots
+        return all(
+            expected.items() <= client.execute_command("CLUSTER INFO").items()
+            and client.info("replication").get("master_link_status", "up") == "up"
+            and all(len(slots) == 2 + holders for slots in client.execute_command("CLUSTER SLOTS"))
+            for client in self._clients()
+        )
 
     def _join(self) -> None:
-        count = len(self.nodes)
+        ids: list[str] = []
         for index, client in enumerate(self._clients()):
-            # A range each and an epoch of its own: else they would have to settle on it first.
-            slots = range(SLOTS * index // count, SLOTS * (index + 1) // count)
-            client.execute_command("CLUSTER ADDSLOTS", *slots)
-            client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
+            ids.append(client.execute_command("CLUSTER MYID"))
+            if index < self.primaries:
+                # A range each and an epoch of its own: else they would have to settle on it first.
+                slots = range(SLOTS * index // self.primaries, SLOTS * (index + 1) // self.primaries)
+                client.execute_command("CLUSTER ADDSLOTS", *slots)
+                client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
             # Every pair meets, so that nobody waits for gossip.
             for other in self.nodes[:index]:
                 client.execute_command("CLUSTER MEET", other.host, other.port)
+        for index, client in enumerate(self._clients()):
+            if index >= self.primaries:
+                primary = ids[index % self.primaries]
+                wait_until(lambda client=client, primary=primary: _has_met(client, primary), timeout=30)
+                client.execute_command("CLUSTER REPLICATE", primary)
         wait_until(self.is_ready, timeout=30)
 
     def _clients(self) -> Iterator[Any]:
         for node in self.nodes:
             with redis.Redis(host=node.host, port=node.port, decode_responses=True) as client:
                 yield client
+
+
+def _has_met(client: Any, node_id: str) -> bool:
+    known = client.execute_command("CLUSTER NODES").values()
+    return any(node["node_id"] == node_id and "handshake" not in node["flags"] for node in known)

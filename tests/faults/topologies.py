@@ -1,0 +1,199 @@
+"""Servers that stand in for each other: a master with two replicas under three sentinels, and a cluster of six."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Self
+
+import redis
+import redis.sentinel
+from redis.crc import key_slot
+from servers import EmbeddedCluster, wait_until
+
+from squidstep_redis.embedded import EmbeddedServer
+
+SERVICE: Final = "main"
+REPLICATION: Final = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1"}
+
+
+@contextlib.contextmanager
+def connected(server: EmbeddedServer) -> Iterator[Any]:
+    """A client of one server, without retries: what a test asks is to be true at that moment."""
+    options: dict[str, Any] = {"decode_responses": True, "socket_timeout": 5, "retry": None}
+    with redis.Redis(host=server.host, port=server.port, **options) as client:
+        yield client
+
+
+def role(server: EmbeddedServer) -> str:
+    with connected(server) as client:
+        return client.info("replication")["role"]
+
+
+def follow(replica: EmbeddedServer, master: EmbeddedServer) -> None:
+    """Makes one server the replica of another, and waits until it has all its data."""
+    with connected(replica) as client:
+        client.execute_command("REPLICAOF", master.host, master.port)
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=30)
+
+
+class Sentinels:
+    """A master, two replicas and three sentinels that watch them, for as long as the `with` block."""
+
+    def __init__(self, binary: Path, scratch: Path, options: dict[str, str] | None = None) -> None:
+        """Prepares them.
+
+        Args:
+            binary: of the server; it is the sentinel's, too.
+            scratch: a directory for what starts a sentinel, which wants a file to write down what it knows.
+            options: further configuration of the three servers.
+        """
+        launcher = scratch / "sentinel"
+        launcher.write_text(f'#!/bin/sh\n: > sentinel.conf\nexec "{binary}" sentinel.conf --sentinel "$@"\n')
+        launcher.chmod(0o700)
+        settings = {**REPLICATION, **(options or {})}
+        self.servers = [EmbeddedServer(binary=binary, port=0, options=settings) for _ in range(3)]
+        self.sentinels = [EmbeddedServer(binary=launcher, port=0) for _ in range(3)]
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        return [(sentinel.host, sentinel.port) for sentinel in self.sentinels]
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for server in (*self.servers, *self.sentinels):
+                stack.enter_context(server)
+            master, *replicas = self.servers
+            for replica in replicas:
+                follow(replica, master)
+            for sentinel in self.sentinels:
+                with connected(sentinel) as client:
+                    client.execute_command("SENTINEL", "MONITOR", SERVICE, master.host, master.port, 2)
+                    settings = {"down-after-milliseconds": 500, "failover-timeout": 3000, "parallel-syncs": 2}
+                    for name, value in settings.items():
+                        client.execute_command("SENTINEL", "SET", SERVICE, name, value)
+            wait_until(self._know_each_other, timeout=30)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def master(self) -> EmbeddedServer:
+        """Who is the master, as a sentinel tells it."""
+        options: dict[str, Any] = {"socket_timeout": 5}
+        found = redis.sentinel.Sentinel(self.addresses, **options)
+        try:
+            _, port = found.discover_master(SERVICE)
+        finally:
+            for client in found.sentinels:
+                client.close()
+        return next(server for server in self.servers if server.port == port)
+
+    def wait_for_another_master(self, old: EmbeddedServer) -> EmbeddedServer:
+        """Waits for the failover, and until who is promoted takes writes."""
+
+        def promoted() -> bool:
+            with contextlib.suppress(redis.RedisError):
+                return self.master() is not old and role(self.master()) == "master"
+            return False
+
+        wait_until(promoted, timeout=60)
+        return self.master()
+
+    def _know_each_other(self) -> bool:
+        for sentinel in self.sentinels:
+            with connected(sentinel) as client:
+                told = client.info("sentinel")["master0"]
+                if (told["status"], told["slaves"], told["sentinels"]) != ("ok", 2, 3):
+                    return False
+        return True
+
+
+class Cluster(EmbeddedCluster):
+    """Three primaries and a replica of each, that soon take over from each other."""
+
+    def __init__(self, binary: Path) -> None:
+        options = {**REPLICATION, "cluster-node-timeout": "1500", "cluster-replica-validity-factor": "0"}
+        super().__init__(binary=binary, replicated=True, options=options)
+
+    def holders(self, slot: int) -> list[EmbeddedServer]:
+        """Who serves the slot, and its replica, as most of the living tell it."""
+        answers: list[tuple[int, ...]] = []
+        for node in self.nodes:
+            with contextlib.suppress(redis.RedisError), connected(node) as client:
+                for first, last, *nodes in client.execute_command("CLUSTER SLOTS"):
+                    if first <= slot <= last:
+                        answers.append(tuple(node[1] for node in nodes))
+        ports = max(set(answers), key=answers.count)
+        return [next(node for node in self.nodes if node.port == port) for port in ports]
+
+    def fail_over(self, slot: int) -> None:
+        """Has the replica take over in agreement with its primary; nothing is lost."""
+        primary, replica = self.holders(slot)
+        with connected(replica) as client:
+            client.execute_command("CLUSTER FAILOVER")
+        wait_until(lambda: self.holders(slot)[0] is replica, timeout=30)
+        wait_until(self.is_ready, timeout=30)
+        assert role(primary) != "master"
+
+    def wait_for_another_primary(self, slot: int, old: EmbeddedServer) -> EmbeddedServer:
+        """Waits until another serves the slot, and all the living know it."""
+
+        def promoted() -> bool:
+            for node in self.nodes:
+                if node is not old:
+                    with connected(node) as client:
+                        if client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+                            return False
+            return self.holders(slot)[0] is not old
+
+        wait_until(promoted, timeout=60)
+        return self.holders(slot)[0]
+
+
+class Migration:
+    """A slot on its way from one primary to another, key by key, as a resharding moves it."""
+
+    def __init__(self, cluster: Cluster, slot: int) -> None:
+        self.cluster = cluster
+        self.slot = slot
+        self.source = cluster.holders(slot)[0]
+        primaries = {cluster.holders(other)[0].port: cluster.holders(other)[0] for other in range(0, 16_384, 5_000)}
+        self.target = next(node for port, node in primaries.items() if port != self.source.port)
+        self._ids = {node: self._id(node) for node in (self.source, self.target)}
+
+    @staticmethod
+    def _id(node: EmbeddedServer) -> str:
+        with connected(node) as client:
+            return client.execute_command("CLUSTER MYID")
+
+    def __enter__(self) -> Self:
+        with connected(self.target) as client:
+            client.execute_command("CLUSTER SETSLOT", self.slot, "IMPORTING", self._ids[self.source])
+        with connected(self.source) as client:
+            client.execute_command("CLUSTER SETSLOT", self.slot, "MIGRATING", self._ids[self.target])
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.finish()
+
+    def move(self, *keys: bytes) -> None:
+        """Moves some keys, of those that exist."""
+        assert all(key_slot(key) == self.slot for key in keys)
+        with connected(self.source) as client:
+            client.execute_command(
+                "MIGRATE", self.target.host, self.target.port, "", 0, 5_000, "KEYS", *keys
+            )
+
+    def finish(self) -> None:
+        """Moves the rest, and tells everyone; does nothing the second time."""
+        with connected(self.source) as client:
+            while keys := client.execute_command("CLUSTER GETKEYSINSLOT", self.slot, 100):
+                self.move(*(key.encode() for key in keys))
+        for node in (self.target, self.source, *self.cluster.nodes):
+            with connected(node) as client, contextlib.suppress(redis.ResponseError):  # a replica is told by its own
+                client.execute_command("CLUSTER SETSLOT", self.slot, "NODE", self._ids[self.target])
+        wait_until(lambda: self.cluster.holders(self.slot)[0] is self.target)
