@@ -37,7 +37,7 @@ class Backend:
         return seconds + microseconds / 1_000_000
 
     def keys(self, prefix: str) -> set[bytes]:
-        return set(self.raw.scan_iter(match=f"{prefix}:*", count=1000))
+        return keys_of(self.raw, prefix)
 
     def flush_scripts(self) -> None:
         if self.name == "cluster":
@@ -71,6 +71,16 @@ def running(name: str) -> Iterator[Backend]:
                 functools.partial(redis.Redis.from_url, server.url, protocol=2),
                 functools.partial(redis.asyncio.Redis.from_url, server.url, protocol=2),
             )
+
+
+def keys_of(raw: Any, prefix: str) -> set[bytes]:
+    return set(raw.scan_iter(match=f"{prefix}:*", count=1000))
+
+
+def contents(raw: Any, prefix: str) -> dict[bytes, Any]:
+    """All that is stored under a prefix."""
+    read = {b"hash": raw.hgetall, b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True), b"string": raw.get}
+    return {key: read[raw.type(key)](key) for key in keys_of(raw, prefix)}
 
 
 class Driven:
@@ -158,9 +168,7 @@ class Bench:
 
     def dump(self) -> dict[bytes, Any]:
         """All that the store has written, to show that nothing was."""
-        raw = self.backend.raw
-        read = {b"hash": raw.hgetall, b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True), b"string": raw.get}
-        return {key: read[raw.type(key)](key) for key in self.backend.keys(self.prefix)}
+        return contents(self.backend.raw, self.prefix)
 
     def close(self) -> None:
         for client in self._clients:

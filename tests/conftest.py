@@ -42,14 +42,13 @@ SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    only = metafunc.definition.get_closest_marker("servers")
+    wanted = [name for name in metafunc.config.stash[SERVERS] if only is None or name in only.args]
     if "backend" in metafunc.fixturenames:
-        only = metafunc.definition.get_closest_marker("servers")
-        wanted = metafunc.config.stash[SERVERS]
-        names = [name for name in wanted if only is None or name in only.args]
-        metafunc.parametrize("backend", names, indirect=True, scope="session")
+        metafunc.parametrize("backend", wanted, indirect=True, scope="session")
     if "binary" in metafunc.fixturenames:
-        names = [name for name in metafunc.config.stash[SERVERS] if name in ("valkey", "redis-7", "redis-6")]
-        metafunc.parametrize("binary", names, indirect=True)
+        names = [name for name in wanted if name in ("valkey", "redis-7", "redis-6")]
+        metafunc.parametrize("binary", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +57,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield backend
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def binary(request: pytest.FixtureRequest) -> Path:
     """The server binary, of each real server that was asked for."""
     return find_binary(request.param)

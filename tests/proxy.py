@@ -72,6 +72,10 @@ class Proxy:
     def names(self) -> list[str]:
         return [command[0].decode().upper() for command in self.commands]
 
+    def strike(self, fault: Fault) -> None:
+        """Lets a fault strike, after those that are waiting to."""
+        self._faults.append(fault)
+
     def drop(self, times: int = 1, script: str | None = None) -> None:
         """Lets the server run the next commands, and cuts the connection where their replies were due."""
         self._faults.extend([Fault(reply=lambda _: b"", script=script)] * times)

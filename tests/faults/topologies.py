@@ -184,9 +184,7 @@ class Migration:
         """Moves some keys, of those that exist."""
         assert all(key_slot(key) == self.slot for key in keys)
         with connected(self.source) as client:
-            client.execute_command(
-                "MIGRATE", self.target.host, self.target.port, "", 0, 5_000, "KEYS", *keys
-            )
+            client.execute_command("MIGRATE", self.target.host, self.target.port, "", 0, 5_000, "KEYS", *keys)
 
     def finish(self) -> None:
         """Moves the rest, and tells everyone; does nothing the second time."""
