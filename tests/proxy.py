@@ -94,19 +94,24 @@ class Proxy:
 
     def hold_requests(self, times: int = 1, script: str | None = None) -> threading.Event:
         """Keeps the next commands from the server until the event is set: late if it is, a black hole if not."""
-        released = self._hold()
-        self._faults.extend([Fault(request=lambda it: it if released.wait() else it, script=script)] * times)
+        released = threading.Event()
+        self._faults.extend([Fault(request=self._gate(released), script=script)] * times)
         return released
 
     def hold_replies(self, times: int = 1, script: str | None = None) -> threading.Event:
         """Lets the server run the next commands, and keeps their replies until the event is set."""
-        released = self._hold()
-        self._faults.extend([Fault(reply=lambda it: it if released.wait() else it, script=script)] * times)
+        released = threading.Event()
+        self._faults.extend([Fault(reply=self._gate(released), script=script)] * times)
         return released
 
-    def _hold(self) -> threading.Event:
-        self._held.append(threading.Event())
-        return self._held[-1]
+    def _gate(self, released: threading.Event) -> Callable[[bytes], bytes]:
+        self._held.append(released)
+
+        def wait(data: bytes) -> bytes:
+            released.wait()
+            return data
+
+        return wait
 
     def heal(self) -> None:
         """No more faults."""

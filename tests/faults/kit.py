@@ -35,9 +35,9 @@ FLAVOURS: Final = ("blocking", "asyncio")
 class Stores:
     """Makes stores of one flavour, and closes them and their clients."""
 
-    def __init__(self, flavour: str, runner: asyncio.Runner) -> None:
+    def __init__(self, flavour: str, runner: asyncio.Runner | None) -> None:
         self.flavour = flavour
-        self.runner = runner
+        self.runner: Any = runner  # asyncio's alone
         self._opened = contextlib.ExitStack()
 
     def from_url(self, url: str, **options: Any) -> StepRunStore:

@@ -131,7 +131,7 @@ def test_during_a_completion_that_does_not_arrive_none_of_it_takes_effect(scene:
         "half of it": lambda request: len(request) // 2,
         "all but the last byte": lambda _: 1,
     }
-    killed_completing(scene, lambda request: request[: len(request) - bytes_short[arrives](request)])
+    killed_completing(scene, lambda it: it[: len(it) - bytes_short[arrives](it)])
 
     assert scene.deliver_again() == {"by": "successor"}
     assert_taken_over(scene)

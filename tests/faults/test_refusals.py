@@ -1,0 +1,229 @@
+"""A server that is up, and refuses: retried to the deadline, then a typed error, and nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+from backends import contents
+from proxy import Proxy
+from servers import wait_until
+from test_contract import begun
+
+from squidstep_redis import BeginResult, RefusedError, StepRun, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+
+from .kit import Stores
+from .topologies import REPLICATION, connected, follow
+
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+PREFIX: Final = "squidstep"
+Heal = Callable[[], object]
+
+
+@contextlib.contextmanager
+def busy(server: EmbeddedServer) -> Iterator[Heal]:
+    """Another client's script runs, and does not end by itself."""
+
+    def run_for_ever() -> None:
+        with contextlib.suppress(redis.ResponseError), redis.Redis.from_url(server.url) as client:
+            client.eval("while true do end", 0)
+
+    thread = threading.Thread(target=run_for_ever)
+    with connected(server) as client:
+        client.config_set("lua-time-limit", 1)
+        thread.start()
+        try:
+            wait_until(lambda: "BUSY" in answer_of(client))
+            yield client.script_kill
+        finally:
+            with contextlib.suppress(redis.ResponseError):
+                client.script_kill()
+            thread.join()
+
+
+@contextlib.contextmanager
+def read_only(server: EmbeddedServer) -> Iterator[Heal]:
+    """It has become a replica."""
+    with EmbeddedServer(binary=server.binary, port=0, options=REPLICATION) as master:
+        # It takes over what the master has, so that has to have it.
+        follow(master, server)
+        with connected(master) as client:
+            client.execute_command("REPLICAOF NO ONE")
+        follow(server, master)
+        with connected(server) as client:
+            yield lambda: client.execute_command("REPLICAOF NO ONE")
+
+
+@contextlib.contextmanager
+def master_down(server: EmbeddedServer) -> Iterator[Heal]:
+    """It is a replica that has lost its master, and does not answer out of its memory."""
+    with connected(server) as client:
+        client.config_set("replica-serve-stale-data", "no")
+        client.execute_command("REPLICAOF", "127.0.0.1", 1)
+        yield lambda: client.execute_command("REPLICAOF NO ONE")
+
+
+@contextlib.contextmanager
+def too_few_replicas(server: EmbeddedServer) -> Iterator[Heal]:
+    with connected(server) as client:
+        client.config_set("min-replicas-to-write", 1)
+        yield lambda: client.config_set("min-replicas-to-write", 0)
+
+
+@contextlib.contextmanager
+def loading(server: EmbeddedServer) -> Iterator[Heal]:
+    """It comes back with many keys, and is slow to read them."""
+    with connected(server) as client:
+        for number in range(400):
+            client.set(f"filler-{number}", "x" * 1_000)
+        client.save()
+    server.kill()
+    starting = threading.Thread(target=server.start)
+    starting.start()
+
+    def answers() -> bool:
+        with contextlib.suppress(redis.ConnectionError), connected(server) as client:
+            return "LOADING" in answer_of(client)
+        return False
+
+    try:
+        wait_until(answers)
+        yield starting.join
+    finally:
+        starting.join()
+
+
+def answer_of(client: Any) -> str:
+    """What a server answers to a read, as text."""
+    try:
+        return str(client.get("key"))
+    except redis.BusyLoadingError:
+        return "LOADING"
+    except redis.ResponseError as error:
+        return str(error)
+
+
+TROUBLES: Final = {
+    "BUSY": busy,
+    "READONLY": read_only,
+    "MASTERDOWN": master_down,
+    "NOREPLICAS": too_few_replicas,
+    "LOADING": loading,
+}
+
+
+@pytest.fixture
+def server(binary: Path) -> Iterator[EmbeddedServer]:
+    options = {**REPLICATION, "key-load-delay": "4000", "loading-process-events-interval-bytes": "1024"}
+    with EmbeddedServer(binary=binary, port=0, options=options) as server:
+        yield server
+
+
+@pytest.fixture
+def held(server: EmbeddedServer) -> StepRun:
+    with StepRunStore.from_url(server.url) as store:
+        store.begin_step("run", "pay", {})
+        return begun(store.begin_step("run", "mail", {}, lease=600))
+
+
+class TestWhatPasses:
+    @pytest.mark.parametrize("word", TROUBLES)
+    def test_at_the_deadline_it_is_refused_and_nothing_was_written(
+        self, server: EmbeddedServer, stores: Stores, held: StepRun, word: str
+    ) -> None:
+        with Proxy((server.host, server.port)) as proxy, redis.Redis.from_url(server.url) as client:
+            store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.3)
+            before = contents(client, PREFIX)
+            with TROUBLES[word](server) as heal:
+                for make, arguments in (
+                    (store.calls.begin_step, ("run", "ship", {})),
+                    (store.calls.complete_step, (held, {})),
+                ):
+                    call = make(*arguments)
+                    proxy.clear()
+                    with pytest.raises(RefusedError, match="nothing was written.*What to do") as caught:
+                        store.send(call)
+                    assert len(proxy.commands) > 1  # it was tried again
+                    assert caught.value.may_pass
+                    (answer,) = store.batch([call])
+                    assert isinstance(answer, RefusedError)
+                heal()
+            assert contents(client, PREFIX) == before
+
+    @pytest.mark.parametrize("batch", [False, True])
+    @pytest.mark.parametrize("word", TROUBLES)
+    def test_before_the_deadline_nobody_notices(
+        self, server: EmbeddedServer, stores: Stores, held: StepRun, word: str, batch: bool
+    ) -> None:
+        with Proxy((server.host, server.port)) as proxy, TROUBLES[word](server) as heal:
+            store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=60)
+            begin, complete = store.calls.begin_step("run", "ship", {}), store.calls.complete_step(held, {"to": 7})
+            proxy.after(9 if batch else 3, heal)  # a batch loads its scripts first: two tries of it and one more
+
+            answers = store.batch([begin, complete]) if batch else [store.send(begin), store.send(complete)]
+
+        assert isinstance(answers[0], BeginResult)
+        assert begun(answers[0]).attempt == 1
+        assert isinstance(answers[1], StepRun)
+        assert answers[1].output == {"to": 7}
+
+
+class TestOutOfMemory:
+    def test_what_would_add_is_refused_and_reads_work_and_a_completion_can_be_tried_again(
+        self, server: EmbeddedServer, stores: Stores
+    ) -> None:
+        store = stores.from_url(server.url, timeout=60)
+        store.complete_step(begun(store.begin_step("run", "done", {})), {"receipt": 7})
+        claim = begun(store.begin_step("run", "pay", {}))
+        store.schedule_step("run", "later", {})
+        with redis.Redis.from_url(server.url) as client:
+            free = fill(client)
+            before = contents(client, PREFIX)
+            calls = [
+                store.calls.begin_step("run", "new", {}),
+                store.calls.begin_step("run", "later", {}),
+                store.calls.begin_step("new", "pay", {}, lease=60),
+                store.calls.schedule_step("run", "new", {}),
+                store.calls.schedule_steps("run", {"new": {}, "newer": {}}),
+                store.calls.complete_step(claim, {"receipt": 8}),
+                store.calls.fail_step(claim, {"why": "not"}),
+            ]
+            for call in calls:
+                with pytest.raises(RefusedError, match="OOM|maxmemory") as caught:
+                    store.send(call)
+                assert caught.value.may_pass
+                assert "nothing was written" in str(caught.value)
+            assert {type(answer) for answer in store.batch(calls)} == {RefusedError}
+            assert contents(client, PREFIX) == before
+
+            # Reads, and what only reads.
+            assert store.step_statuses("run") == {"done": "completed", "pay": "running", "later": "pending"}
+            assert store.completed_outputs("run") == [{"receipt": 7}]
+            assert store.begin_step("run", "done", {}).step_run.output == {"receipt": 7}
+            assert store.begin_step("run", "pay", {}).busy
+
+            free()
+            assert store.complete_step(claim, {"receipt": 8}).output == {"receipt": 8}
+            assert store.completed_steps("run") == ["done", "pay"]
+
+
+def fill(client: Any) -> Heal:
+    """Writes until the server has no memory left; answers what frees it."""
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", client.info("memory")["used_memory"] + 1_000_000)
+    with contextlib.suppress(redis.OutOfMemoryError):
+        while True:
+            client.append("filler", "x" * 50_000)
+
+    def free() -> None:
+        client.delete("filler")
+        client.config_set("maxmemory", 0)
+
+    return free

@@ -1,0 +1,196 @@
+"""Replies are lost, or late, or never come; and what was sent before arrives after all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from backends import Bench, contents
+from proxy import Proxy
+from servers import wait_until
+from test_contract import begun
+from test_wire import CALLS, EXCHANGES, perform, prepare, seen, state
+
+from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.scripts import directory, script
+
+from .kit import Stores
+
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+
+def like(bench: Bench) -> Stores:
+    return Stores("asyncio" if bench.runner else "blocking", bench.runner)
+
+
+class TestLost:
+    """Eleven times: a client that sends again ten times by itself gives up, and the store goes on with the same call.
+
+    Once and three times: `TestLostReplies` in test_wire.py.
+    """
+
+    @pytest.mark.parametrize("operation", [*CALLS, *EXCHANGES])
+    def test_the_answer_is_the_same_and_it_takes_effect_once(self, bench: Bench, operation: str) -> None:
+        twin = bench.store(prefix=f"{bench.prefix}-twin")
+        expected = perform(twin, operation, prepare(bench, twin))
+        with Proxy.to(bench.backend.raw) as proxy, like(bench) as stores:
+            store = stores.retrying(f"redis://127.0.0.1:{proxy.port}", 10, prefix=bench.prefix)
+            claim = prepare(bench, store)
+            proxy.clear()
+            proxy.drop(11)
+
+            answer = perform(store, operation, claim)
+
+            assert len(proxy.commands) >= 12
+            assert seen(answer) == seen(expected)
+            assert state(store) == state(twin)
+
+    def test_eleven_times_with_the_client_that_from_url_makes(self, bench: Bench) -> None:
+        with Proxy.to(bench.backend.raw) as proxy, like(bench) as stores:
+            store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=bench.prefix, timeout=60)
+            proxy.drop(11)
+
+            claim = begun(store.begin_step("run", "pay", {}, lease=60))
+
+            assert len(proxy.commands) >= 12
+            assert [attempt.number for attempt in store.attempts("run", "pay")] == [1]
+            assert store.complete_step(claim, {"receipt": 7}).output == {"receipt": 7}
+
+
+@pytest.fixture
+def server(binary: Path) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary=binary, port=0) as server:
+        yield server
+
+
+class TestLate:
+    """What the network held back arrives after the lease was taken over."""
+
+    @pytest.fixture
+    def scene(self, server: EmbeddedServer, stores: Stores) -> Iterator[Scene]:
+        with Proxy((server.host, server.port)) as proxy, redis.Redis.from_url(server.url) as client:
+            store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=1)
+            others = stores.from_url(server.url)
+            for path in directory().glob("*.lua"):
+                client.script_load(script(path.stem).source)
+            yield Scene(proxy, store, others, client)
+
+    def test_the_first_copy_of_a_begin(self, scene: Scene) -> None:
+        """The second was granted the claim, which has lapsed and been taken over since."""
+        release = scene.proxy.hold_requests(script="begin_step")
+        claim = begun(scene.store.begin_step("run", "pay", {}, lease=0.01))
+        scene.assert_nothing_changes(claim, release)
+
+    @pytest.mark.parametrize("operation", ["complete_step", "fail_step", "extend_claim", "release_step"])
+    def test_all_copies_of_what_a_zombie_sent(self, scene: Scene, operation: str) -> None:
+        claim = begun(scene.store.begin_step("run", "pay", {}, lease=0.01))
+        arguments = {"extend_claim": (claim, 60), "release_step": (claim,)}.get(operation, (claim, {"by": "zombie"}))
+        release = scene.proxy.hold_requests(1_000, script=operation)
+        with pytest.raises(OutcomeUnknownError):
+            getattr(scene.store, operation)(*arguments)
+        scene.proxy.heal()
+        scene.assert_nothing_changes(claim, release)
+
+
+@dataclass
+class Scene:
+    """A store behind a proxy, and others that have a way of their own."""
+
+    proxy: Proxy
+    store: StepRunStore
+    others: StepRunStore
+    client: Any
+
+    def assert_nothing_changes(self, claim: StepRun, release: threading.Event) -> None:
+        """Lets another take the step over, then the late copies through."""
+        assert claim.lease_ends_at is not None
+        end = claim.lease_ends_at.timestamp()
+        wait_until(lambda: self.client.time()[0] + self.client.time()[1] / 1e6 >= end)
+        winner = begun(self.others.begin_step("run", "pay", {}, lease=60))
+        assert winner.attempt == 2
+        before, ran = contents(self.client, "squidstep"), self.scripts_run()
+        release.set()
+        wait_until(lambda: self.scripts_run() > ran)
+        assert contents(self.client, "squidstep") == before
+        assert self.others.complete_step(winner, {"by": "winner"}).output == {"by": "winner"}
+
+    def scripts_run(self) -> int:
+        return self.client.info("commandstats")["cmdstat_evalsha"]["calls"]
+
+
+class TestNever:
+    """A server, or what is between, that takes what is sent to it and never answers."""
+
+    @pytest.mark.parametrize("batch", [False, True])
+    def test_one_deadline_for_the_call(self, server: EmbeddedServer, stores: Stores, batch: bool) -> None:
+        with Proxy((server.host, server.port)) as proxy:
+            store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=1)
+            assert store.get_run("run") == []  # is connected
+            proxy.clear()
+            proxy.hold_requests(1_000)
+            call = store.calls.begin_step("run", "pay", {})
+
+            began = time.monotonic()
+            with pytest.raises(OutcomeUnknownError, match="no answer came within") as caught:
+                _ = store.batch([call]) if batch else store.send(call)
+
+            # By default redis-py would go on for its time-out, times its retries. No test of speed.
+            assert time.monotonic() - began < 5
+            assert 1 < len(proxy.commands) <= 3
+            assert caught.value.may_pass
+            proxy.heal()
+            assert begun(store.send(call)).attempt == 1
+
+    def test_a_client_with_ten_retries_is_not_tried_again_after_them(
+        self, server: EmbeddedServer, stores: Stores
+    ) -> None:
+        with Proxy((server.host, server.port)) as proxy:
+            url = f"redis://127.0.0.1:{proxy.port}?socket_timeout=0.05"
+            store = stores.retrying(url, 10, timeout=1)
+            assert store.get_run("run") == []
+            proxy.clear()
+            proxy.hold_requests(1_000)
+
+            with pytest.raises(OutcomeUnknownError):
+                store.begin_step("run", "pay", {})
+
+            # Twice at most: 11 time-outs fill half of the deadline.
+            assert 11 <= len(proxy.commands) <= 22
+
+    def test_a_server_that_is_stopped(self, server: EmbeddedServer, stores: Stores) -> None:
+        store = stores.from_url(server.url, timeout=1)
+        assert store.get_run("run") == []
+        server.pause()
+        with pytest.raises(OutcomeUnknownError) as caught:
+            store.begin_step("run", "pay", {})
+        server.resume()
+
+        assert caught.value.call is not None
+        assert begun(store.send(caught.value.call)).attempt == 1
+        assert len(store.attempts("run", "pay")) == 1
+
+
+def test_an_exhausted_pool_sends_nothing(server: EmbeddedServer, stores: Stores) -> None:
+    with Proxy((server.host, server.port)) as proxy:
+        store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.5, max_connections=1)
+        assert store.get_run("run") == []
+        client: Any = store.client
+        pipeline = client.pipeline()
+        stores.wait(pipeline.watch("key"))  # which holds the one connection
+        proxy.clear()
+
+        with pytest.raises(NotSentError, match="nothing was sent"):
+            store.begin_step("run", "pay", {})
+        with pytest.raises(NotSentError, match="nothing was sent"):
+            store.batch([store.calls.begin_step("run", "pay", {})])
+
+        assert proxy.commands == []
+        stores.wait(pipeline.reset())
+        assert begun(store.begin_step("run", "pay", {})).attempt == 1
