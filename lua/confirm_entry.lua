@@ -27,7 +27,8 @@ end
 if state and wanted ~= "failed" and state.status == RUNNING and state.lease ~= "" then
   local lease_end = state.created + state.started + state.lease
   local lapsed = lease_end <= now_ms()
-  if not lapsed then
+  -- A write that changes nothing is refused, too, when memory is full or the server is a replica.
+  if not lapsed and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
     redis.call("ZADD", index, lease_end, member)
   end
   if lapsed ~= (wanted == "lapsed") or (owner ~= "" and owner ~= string.match(state.rest, "^%d+ %S* (.*)$")) then

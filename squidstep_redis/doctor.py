@@ -118,7 +118,7 @@ def _self_test(calls: Calls) -> Plan[Finding]:
 def _advice(error: Exception) -> str:
     # NOPERM comes with a text of its own for what a script may not do, a different one from each server.
     if isinstance(error, NoPermissionError) or re.search(r"NOPERM|ACL|can't run", str(error)):
-        return ". Its user needs the keys ~<prefix>:* and the commands +@read +@write +@scripting +time"
+        return ". Its user needs the keys ~<prefix>:* and the commands +@read +@write +@scripting +@transaction +time"
     return ""
 
 

@@ -75,7 +75,7 @@ _REFUSALS: Final[Mapping[str, _Refusal]] = {
     "OOM": _Refusal(True, False, "its memory is full; raise maxmemory, or delete runs"),
     "MISCONF": _Refusal(True, False, "it cannot save to its disk; see to that"),
     "NOAUTH": _Refusal(False, False, "name a user and a password that it knows"),
-    "NOPERM": _Refusal(False, False, "grant the user ~<prefix>:* and +@read +@write +@scripting +time"),
+    "NOPERM": _Refusal(False, False, "grant the user ~<prefix>:* and +@read +@write +@scripting +@transaction +time"),
     "MOVED": _Refusal(False, False, "it is a node of a cluster; use a redis.RedisCluster client"),
     "ASK": _Refusal(False, False, "it is a node of a cluster; use a redis.RedisCluster client"),
 }

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import fakeredis
 import redis
@@ -31,6 +31,15 @@ class Backend:
         self.connect = connect
         self.connect_asyncio = connect_asyncio
         self.raw: Any = connect()
+
+    @classmethod
+    def of_url(cls, name: str, url: str) -> Self:
+        """A single server that is there already."""
+        return cls(
+            name,
+            functools.partial(redis.Redis.from_url, url, protocol=2),
+            functools.partial(redis.asyncio.Redis.from_url, url, protocol=2),
+        )
 
     def now(self) -> float:
         seconds, microseconds = self.raw.time(target_nodes="random") if self.name == "cluster" else self.raw.time()
@@ -66,11 +75,7 @@ def running(name: str) -> Iterator[Backend]:
             )
     else:
         with EmbeddedServer(binary=find_binary(name)) as server:
-            yield Backend(
-                name,
-                functools.partial(redis.Redis.from_url, server.url, protocol=2),
-                functools.partial(redis.asyncio.Redis.from_url, server.url, protocol=2),
-            )
+            yield Backend.of_url(name, server.url)
 
 
 def keys_of(raw: Any, prefix: str) -> set[bytes]:

@@ -82,7 +82,7 @@ def loading(server: EmbeddedServer) -> Iterator[Heal]:
     """It comes back with many keys, and is slow to read them."""
     with connected(server) as client:
         # It answers once in two megabytes, and sleeps with each key.
-        client.mset({f"filler-{number}": "x" * 200_000 for number in range(200)})
+        client.mset({f"filler-{number}": "x" * 200_000 for number in range(300)})
         client.save()
     server.kill()
     starting = threading.Thread(target=server.start)
@@ -126,7 +126,7 @@ TROUBLES: Final = {
 
 @pytest.fixture
 def server(binary: Path) -> Iterator[EmbeddedServer]:
-    options = {**REPLICATION, "key-load-delay": "25000", "rdbcompression": "no"}
+    options = {**REPLICATION, "key-load-delay": "10000", "rdbcompression": "no"}
     with EmbeddedServer(binary=binary, port=0, options=options) as server:
         yield server
 
@@ -170,8 +170,6 @@ class TestWhatPasses:
             with TROUBLES[trouble](server) as heal:
                 with pytest.raises(RefusedError, match="nothing was written.*What to do") as caught:
                     store.send(begin)
-                with pytest.raises(RefusedError, match="nothing was written.*What to do"):
-                    store.send(complete)
                 try:
                     answers = store.batch([begin, complete])
                 except RefusedError:  # as a whole: redis-py takes LOADING for a broken connection
@@ -208,6 +206,7 @@ class TestOutOfMemory:
         store.complete_step(begun(store.begin_step("run", "done", {})), {"receipt": 7})
         claim = begun(store.begin_step("run", "pay", {}))
         store.schedule_step("run", "later", {})
+        store.begin_step("other", "leased", {}, lease=600)
         with redis.Redis.from_url(server.url) as client:
             free = fill(client)
             before = contents(client, PREFIX)
@@ -233,6 +232,7 @@ class TestOutOfMemory:
             assert store.completed_outputs("run") == [{"receipt": 7}]
             assert store.begin_step("run", "done", {}).step_run.output == {"receipt": 7}
             assert store.begin_step("run", "pay", {}).busy
+            assert [step_run.step for step_run in store.live_claims()] == ["leased"]
 
             free()
             assert store.complete_step(claim, {"receipt": 8}).output == {"receipt": 8}

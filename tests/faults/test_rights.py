@@ -1,0 +1,134 @@
+"""Users whose rights do not suffice: the server says no, and nothing is written; the store never widens its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+from backends import Backend, Bench, contents
+from test_contract import begun
+from test_wire import CALLS, EXCHANGES, perform, prepare
+
+from squidstep_redis import Level, OutcomeUnknownError, RefusedError, ServerError, StepRunNotFoundError, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+
+from .kit import Stores
+
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+OWN: Final = "own"
+COMMANDS: Final = "+@read +@write +@scripting +@transaction +time"  # as the errors advise
+RIGHTS: Final = f"~{OWN}:* {COMMANDS}"
+OPERATIONS: Final = [*CALLS, *EXCHANGES]
+# What a user may be denied as a whole.
+DENIALS: Final = ["-@write", "-@hash", "-@sortedset", "-@read", "-@scripting", "resetkeys", f"resetkeys ~{OWN}-2:*"]
+
+
+@pytest.fixture(scope="module")
+def server(binary: Path) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary=binary, port=0) as server:
+        yield server
+
+
+@pytest.fixture
+def admin(server: EmbeddedServer) -> Iterator[Any]:
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+        client.acl_log_reset()
+        yield client
+
+
+def user(admin: Any, server: EmbeddedServer, rights: str) -> str:
+    """Makes a user, in place of the last; answers the URL by which it connects."""
+    admin.execute_command("ACL", "SETUSER", "worker", "reset", "on", ">secret", *rights.split())
+    return f"redis://worker:secret@{server.host}:{server.port}/0"
+
+
+@pytest.fixture
+def bench(server: EmbeddedServer, stores: Stores) -> Iterator[Bench]:
+    """Stores of an operator, who may do all."""
+    made = Bench(Backend.of_url("valkey", server.url), stores.runner if stores.flavour == "asyncio" else None, OWN)
+    yield made
+    made.close()
+
+
+def is_read(operation: str) -> bool:
+    reads = {"get_step_run", "get_run", "attempts", "completed_steps", "completed_outputs", "step_statuses"}
+    return operation in reads | {"lapsed_claims", "live_claims", "failed_steps"}
+
+
+def live_through(store: StepRunStore) -> None:
+    """Fails once, and completes a step then."""
+    store.fail_step(begun(store.begin_step("run", "pay", {}, lease=60)), {})
+    store.complete_step(begun(store.begin_step("run", "pay", {}, lease=60)), {})
+
+
+class TestTooFew:
+    @pytest.mark.parametrize("denial", DENIALS)
+    def test_of_a_kind_every_operation_is_refused_and_writes_nothing(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench, denial: str
+    ) -> None:
+        claim = prepare(bench, bench.store())
+        store = stores.from_url(user(admin, server, f"{RIGHTS} {denial}"), prefix=OWN)
+        before = contents(admin, OWN)
+
+        for operation in OPERATIONS:
+            if operation == "batch":
+                refused = [result for result in perform(store, operation, claim) if isinstance(result, Exception)]
+                assert len(refused) >= 4  # all but its reads, and what is refused anyway
+                assert all(isinstance(error, ServerError | StepRunNotFoundError) for error in refused)
+            elif denial == "-@write" and is_read(operation):
+                perform(store, operation, claim)
+            else:
+                with pytest.raises((RefusedError, OutcomeUnknownError)) as caught:
+                    perform(store, operation, claim)
+                assert not caught.value.may_pass, operation
+                if isinstance(caught.value, RefusedError):
+                    assert COMMANDS in str(caught.value)
+            assert contents(admin, OWN) == before, operation
+
+    @pytest.mark.parametrize("command", ["hset", "hdel", "zadd", "zrem"])
+    def test_of_one_command_it_is_said_that_it_may_be_half_done_and_doctor_had_said_so(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, command: str
+    ) -> None:
+        """Nobody denies just that by accident, and no script can ask beforehand on Redis 6."""
+        store = stores.from_url(user(admin, server, f"{RIGHTS} -{command}"), prefix=OWN)
+
+        findings = {finding.check: finding.level for finding in store.doctor().findings}
+        assert findings["self-test"] is Level.FAILURE
+        with pytest.raises(OutcomeUnknownError, match="half-way"):
+            live_through(store)
+
+
+class TestJustEnough:
+    def test_what_the_errors_advise_suffices_for_every_operation(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
+    ) -> None:
+        """And all keys that are touched are of the prefix: the server would not let the user touch others."""
+        store = stores.from_url(user(admin, server, RIGHTS), prefix=OWN, run_ttl=3600)
+        for operation in OPERATIONS:
+            perform(store, operation, prepare(bench, store, run_id=operation))
+        denied = {entry["object"] for entry in admin.acl_log()}
+        assert denied <= {"client", "client|setinfo"}  # redis-py says who it is, and does not mind
+        assert all(key.startswith(f"{OWN}:".encode()) for key in admin.keys("*"))
+
+
+class TestAnotherPrefix:
+    def test_is_neither_read_nor_written(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
+    ) -> None:
+        """Not even one that begins as one's own does."""
+        other = f"{OWN}-2"
+        claim = prepare(bench, bench.store(prefix=other))
+        store = stores.from_url(user(admin, server, RIGHTS), prefix=other)
+        before = contents(admin, "*")
+        for operation in OPERATIONS:
+            if operation == "batch":
+                assert all(isinstance(result, ServerError) for result in perform(store, operation, claim))
+            else:
+                with pytest.raises((RefusedError, OutcomeUnknownError)):
+                    perform(store, operation, claim)
+        assert contents(admin, "*") == before
