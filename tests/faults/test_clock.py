@@ -77,7 +77,7 @@ def test_back_is_a_late_takeover(clock: MovedClock, store: StepRunStore) -> None
     assert busy.retry_in > HOUR / 2
     assert store.complete_step(held, {"by": "holder"}).output == {"by": "holder"}
     clock.move(HOUR)
-    wait_until(lambda: store.lapsed_claims())
+    wait_until(store.lapsed_claims)
     successor = begun(store.begin_step("run", "mail", {}, lease=60))
     assert successor.attempt == 2
     with pytest.raises(StaleStepRunError):

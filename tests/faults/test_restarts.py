@@ -1,0 +1,122 @@
+"""The server is killed and comes back: with its data, as its AOF has it, or without; and always without its scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxy import Proxy
+from test_contract import begun
+from test_wire import mixed, seen
+
+from squidstep_redis import Level, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+
+from .kit import FLAVOURS, Load, Stores, assert_a_legal_loss, stores_of
+
+AOF = {
+    "always": {"appendonly": "yes", "appendfsync": "always"},
+    "everysec": {"appendonly": "yes", "appendfsync": "everysec"},
+    "none": {"appendonly": "no"},
+}
+
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+
+@contextlib.contextmanager
+def running(binary: Path, aof: str) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary=binary, port=0, options=AOF[aof]) as server:
+        yield server
+
+
+@pytest.mark.parametrize("aof", AOF)
+def test_a_kill_under_load_loses_what_doctor_had_said_it_would(binary: Path, aof: str) -> None:
+    """`everysec` leaves to the disk what only a power cut takes; but while the disk is busy, it puts off for up to two
+    seconds what a kill takes, too.
+    """
+
+    @contextlib.contextmanager
+    def connect(flavour: str) -> Iterator[StepRunStore]:
+        with stores_of(flavour) as stores:
+            yield stores.from_url(server.url, timeout=30)
+
+    with running(binary, aof) as server, stores_of("blocking") as stores:
+        store = stores.from_url(server.url)
+        warned = {finding.check for finding in store.doctor().findings if finding.level is Level.WARNING}
+        assert ("persistence" in warned) is (aof != "always")
+        with Load(lambda flavour=flavour: connect(flavour) for flavour in FLAVOURS) as load:
+            before = list(load.completions)
+            server.kill()
+            killed = time.monotonic()
+            server.start()
+            load.wait_for_more()
+
+        lost = load.lost(store)
+        assert load.errors == []  # all were sent again until the server was there
+        assert_a_legal_loss(load, lost, killed)
+        if aof == "always":
+            assert lost == []
+            assert load.forgotten == []
+        elif aof == "everysec":
+            assert [completion for completion in lost if completion.answered < killed - 2] == []
+        else:
+            assert set(before) <= set(lost)
+
+
+class TestNoScript:
+    """A restart forgets the scripts, as SCRIPT FLUSH does (`TestScriptFlush` in test_wire.py)."""
+
+    @pytest.fixture
+    def server(self, binary: Path) -> Iterator[EmbeddedServer]:
+        with running(binary, "always") as server:
+            yield server
+
+    @staticmethod
+    def restart(server: EmbeddedServer) -> None:
+        server.kill()
+        server.start()
+
+    def test_single_calls(self, server: EmbeddedServer, stores: Stores) -> None:
+        store = stores.from_url(server.url)
+        claim = begun(store.begin_step("run", "pay", {}))
+        self.restart(server)
+        assert store.complete_step(claim, {"receipt": 7}).output == {"receipt": 7}
+        self.restart(server)
+        assert store.begin_step("run", "pay", {}).step_run.output == {"receipt": 7}
+        assert len(store.attempts("run", "pay")) == 1
+
+    def test_a_batch(self, server: EmbeddedServer, stores: Stores) -> None:
+        store, twin = (stores.from_url(server.url, prefix=prefix) for prefix in ("one", "two"))
+        expected = twin.batch(mixed(twin, 40))
+        assert store.get_run("run") == []
+        self.restart(server)
+        assert seen(store.batch(mixed(store, 40))) == seen(expected)
+
+    @pytest.mark.parametrize("after", range(4))
+    def test_in_the_middle_of_single_calls_nothing_runs_twice(
+        self, server: EmbeddedServer, stores: Stores, after: int
+    ) -> None:
+        with Proxy((server.host, server.port)) as proxy:
+            store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=30)
+            assert store.get_run("run") == []
+            proxy.clear()
+            proxy.after(after, lambda: self.restart(server))
+            claim = begun(store.begin_step("run", "pay", {}))
+            store.complete_step(claim, {"receipt": 7})
+            assert [attempt.number for attempt in store.attempts("run", "pay")] == [1]
+            assert store.completed_steps("run") == ["pay"]
+
+    @pytest.mark.parametrize("transaction", [True, False])
+    def test_a_pipeline_of_the_users_own(self, server: EmbeddedServer, stores: Stores, transaction: bool) -> None:
+        store = stores.from_url(server.url)
+        pipeline: Any = store.client.pipeline(transaction=transaction)
+        pipeline.set("own", "1")
+        began = store.queue(pipeline, store.calls.begin_step("run", "pay", {}))
+        self.restart(server)
+        replies = stores.wait(pipeline.execute())
+        assert begun(began.result(replies)).attempt == 1
+        assert replies[0] is True
