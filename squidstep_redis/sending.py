@@ -19,6 +19,7 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     ClusterDownError,
+    ClusterError,
     ConnectionError,
     MasterDownError,
     MovedError,
@@ -87,6 +88,7 @@ _WORDS: Final[Mapping[type[Exception], str]] = {
     MasterDownError: "MASTERDOWN",
     ClusterDownError: "CLUSTERDOWN",
     TryAgainError: "TRYAGAIN",
+    ClusterError: "TRYAGAIN",  # "TTL exhausted": it was sent here, there and everywhere, and refused each time
     OutOfMemoryError: "OOM",
     NoPermissionError: "NOPERM",
     AuthenticationError: "NOAUTH",

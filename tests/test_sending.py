@@ -49,6 +49,7 @@ REFUSALS: dict[str, tuple[Exception, bool]] = {
     ),
     "busy": (exceptions.ResponseError("BUSY Redis is busy running a script. You can only call SCRIPT KILL"), True),
     "try again": (exceptions.TryAgainError("Multiple keys request during rehashing of slot"), True),
+    "try again, and again": (exceptions.ClusterError("TTL exhausted."), True),
     "cluster down": (exceptions.ClusterDownError("Hash slot not served"), True),
     "master down": (exceptions.MasterDownError("Link with MASTER is down"), True),
     "too few replicas": (exceptions.ResponseError("NOREPLICAS Not enough good replicas to write."), True),
