@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown := set(wanted) - set(ALL_SERVERS):
         raise pytest.UsageError(f"--servers: unknown {sorted(unknown)}; there are {', '.join(ALL_SERVERS)}")
     config.stash[SERVERS] = wanted
+    if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
+        # When the run is killed, its workers would go on with what they have been given.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
