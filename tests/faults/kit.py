@@ -219,14 +219,14 @@ def launcher(path: Path, script: str) -> Path:
     return path
 
 
-LIBFAKETIME: Final = ("/usr/lib", "/usr/local/lib")
+LIBRARIES: Final = ("/usr/lib", "/usr/local/lib")
 
 
 class MovedClock:
     """A server whose clock can be moved, by libfaketime (Debian's package of that name)."""
 
     def __init__(self, binary: Path, scratch: Path) -> None:
-        libraries = sorted(path for root in LIBFAKETIME for path in Path(root).glob("**/libfaketime.so.1"))
+        libraries = sorted(path for root in LIBRARIES for path in Path(root).glob("**/libfaketime.so.1"))
         if not libraries:
             raise LookupError("libfaketime is not on this machine: apt-get install libfaketime")
         self._offset = scratch / "offset"

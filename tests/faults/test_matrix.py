@@ -23,7 +23,7 @@ NAMED = re.compile(r"`((?:\w+/)?\w+\.py)`|`((?:Test|test_)\w+)`")
 
 def rows() -> list[list[str]]:
     """The rows of the table, each as its cells."""
-    lines = (HERE / "README.md").read_text("utf-8").splitlines()
+    lines = (HERE / "README.md").read_text("utf-8").partition("\n## ")[0].splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     return [row for row in table if row[0] != "fault"]
 
@@ -58,7 +58,7 @@ def test_what_a_row_names_is_there(row: list[str]) -> None:
 def test_every_test_of_a_fault_is_in_the_table() -> None:
     named = {find(file).name for row in rows() for file, _ in NAMED.findall(row[2]) if file}
     of_the_kit = {"test_matrix.py", "test_history.py"}
-    assert {path.name for path in HERE.glob("test_*.py")} - of_the_kit - named == {"test_soak.py"}
+    assert {path.name for path in HERE.glob("test_*.py")} - of_the_kit <= named
 
 
 @pytest.fixture
