@@ -27,7 +27,7 @@ from test_contract import begun
 from squidstep_redis import AsyncStepRunStore, ServerError, StepRunNotFoundError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
-from .topologies import SERVICE, Sentinels
+from .topologies import SERVICE, Sentinels, connected
 
 FLAVOURS: Final = ("blocking", "asyncio")
 
@@ -230,7 +230,7 @@ class MovedClock:
         if not libraries:
             raise LookupError("libfaketime is not on this machine: apt-get install libfaketime")
         self._offset = scratch / "offset"
-        self.move(0)
+        self._set(0)
         settings = {
             "LD_PRELOAD": libraries[0],
             "FAKETIME_TIMESTAMP_FILE": self._offset,
@@ -243,7 +243,12 @@ class MovedClock:
         )
 
     def move(self, seconds: int) -> None:
-        """Sets the clock to so many seconds after the true time."""
+        """Sets the clock to so many seconds after the true time, and waits until scripts go by it."""
+        self._set(seconds)
+        with connected(self.server) as client:
+            wait_until(lambda: abs(int(client.eval("return redis.call('TIME')[1]", 0)) - time.time() - seconds) < 60)
+
+    def _set(self, seconds: int) -> None:
         new = self._offset.with_suffix(".new")
         new.write_text(f"{seconds:+}")
         new.replace(self._offset)  # as a whole: the server reads it at any time

@@ -68,14 +68,15 @@ def scratch() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
-def test_a_test_run_that_is_killed_leaves_no_process_port_or_directory(processes: str, scratch: Path) -> None:
+@pytest.mark.parametrize(("processes", "test"), [("0", "test_sentinel.py"), ("2", "test_cluster.py")])
+def test_a_test_run_that_is_killed_leaves_no_process_port_or_directory(
+    processes: str, test: str, scratch: Path
+) -> None:
     mark = f"SQUIDSTEP_TEST_RUN={scratch}"
     environment = {**os.environ, "TMPDIR": str(scratch), "SQUIDSTEP_TEST_RUN": str(scratch)}
     command = [sys.executable, "-m", "pytest", "-q", "-n", processes, "-p", "no:cacheprovider", "--servers=valkey"]
-    tests = ["test_sentinel.py", "test_cluster.py", "test_workers.py"]
     with subprocess.Popen(
-        [*command, *(str(HERE / name) for name in tests)],
+        [*command, str(HERE / test)],
         env=environment,
         cwd=TESTS.parent,
         stdout=subprocess.DEVNULL,
