@@ -6,7 +6,7 @@ linearizability). The search is Wing and Gong's, with Lowe's memory of states th
 by the order of completion alone, so each is searched by itself, and the order is checked for the whole run.
 
 A call whose answer is not known (its worker was killed, the server went away) may have taken effect at any time after
-it was sent, or never.
+it was sent, or never. So may each further copy of a call that its client sent more than once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Final, NamedTuple
 
 TOLERANCE: Final = 0.005  # the server's clock is cut to milliseconds, and read before the script runs
-SEARCH_LIMIT: Final = 200_000
+SEARCH_LIMIT: Final = 500_000  # states; a right store's histories take about one for each call
 REMEMBERED: Final = 8  # past attempts whose calls are known again
 
 Claim = str  # its owner, as given to begin_step: each claim has its own
@@ -32,14 +33,16 @@ class Op:
     Attributes:
         kind: the operation; "read" for get_step_run.
         claim: whose it is, or whom it would make.
-        value: the output of a completion.
-        lease: seconds, of begin and extend.
-        resent: whether the client may have sent it more than once, because it had to connect anew.
         sent: when, by the wall clock that the server on the same machine has too.
         answered: when; inf if it never was.
-        answer: None if it is not known. "execute", attempt, end of the lease; "busy", attempt, holder; "completed",
-            attempt, output; "lost"; or for others "done", "stale" with status, attempt and holder; of a read status,
-            attempt, holder and output.
+        answer: None if it is not known. "execute", attempt, whose input, end of the lease; "busy" or "exhausted",
+            attempt, holder; "completed", attempt, holder, output; "lost"; "schedule" or "skip"; of an extension "done",
+            end of the lease; of the rest "done"; of a refused one "stale" with status, attempt and holder, or
+            "missing"; of a read status, attempt, holder and payload.
+        value: the output of a completion, the error of a failure.
+        lease: seconds, of begin and extend.
+        limit: max_attempts of a begin; inf for any number.
+        copies: how often the client may have sent it beside the once that was answered, because it connected anew.
     """
 
     kind: str
@@ -51,7 +54,8 @@ class Op:
     answer: tuple[Any, ...] | None = None
     value: int | None = None
     lease: float = 0.0
-    resent: bool = False
+    limit: float = math.inf
+    copies: int = 0
 
 
 class State(NamedTuple):
@@ -59,50 +63,85 @@ class State(NamedTuple):
 
     status: str = "none"
     attempt: int = 0
+    released: int = 0
     holder: Claim = NOBODY
-    output: int | None = None
+    payload: int | None = None  # the output, or the last error
+    input_by: Claim = NOBODY
+    scheduled_by: Claim = NOBODY
     over_from: float = math.inf
     over_until: float = math.inf
-    past: tuple[tuple[Claim, str], ...] = ()
+    past: tuple[tuple[Claim, str, int | None], ...] = ()
 
     def is_held_by(self, claim: Claim) -> bool:
         return self.status == "running" and self.holder == claim
 
 
-def outcomes(state: State, op: Op) -> Iterator[tuple[State, tuple[Any, ...]]]:
+Outcome = tuple[State, tuple[Any, ...]]
+
+
+def outcomes(state: State, op: Op) -> Iterable[Outcome]:
     """The sequential contract: what the call may do to a step in that state, and what it then answers."""
-    if op.kind == "begin":
-        yield from _begin(state, op)
-    elif op.kind == "read":
-        yield state, (state.status, state.attempt, state.holder, state.output)
-    elif op.kind == "extend":
-        yield (_leased(state, op), ("done",)) if state.is_held_by(op.claim) else (state, _stale(state))
-    else:
-        yield _end(state, op, {"complete": "completed", "fail": "failed", "release": "pending"}[op.kind])
+    match op.kind:
+        case "begin":
+            return _begin(state, op)
+        case "read":
+            return [(state, (state.status, state.attempt, state.holder, state.payload))]
+        case "schedule":
+            return [_schedule(state, op)]
+        case "extend" | "expire":
+            return [(_leased(state, op), ("done",)) if state.is_held_by(op.claim) else (state, _stale(state))]
+        case kind:
+            return [_end(state, op, {"complete": "completed", "fail": "failed", "release": "pending"}[kind])]
 
 
-def _begin(state: State, op: Op) -> Iterator[tuple[State, tuple[Any, ...]]]:
+def _begin(state: State, op: Op) -> Iterator[Outcome]:
     if state.status == "completed":
-        yield state, ("completed", state.attempt, state.output)
+        yield state, ("completed", state.attempt, state.holder, state.payload)
     elif state.is_held_by(op.claim):
-        yield state, ("execute", state.attempt)
+        yield state, ("execute", state.attempt, state.input_by)
     else:
         if state.status == "running" and state.over_until > op.sent - TOLERANCE:
             yield state, ("busy", state.attempt, state.holder)
         if state.status != "running" or state.over_from <= op.answered + TOLERANCE:
-            if op.claim == state.holder or any(claim == op.claim for claim, _ in state.past):
-                yield state, ("lost",)
-                return
-            past = (*state.past, (state.holder, state.status))[-REMEMBERED:] if state.holder else state.past
-            granted = State("running", state.attempt + 1, op.claim, past=past)
-            yield _leased(granted, op), ("execute", granted.attempt)
+            yield _grant(state, op)
 
 
-def _end(state: State, op: Op, status: str) -> tuple[State, tuple[Any, ...]]:
+def _grant(state: State, op: Op) -> Outcome:
+    if op.claim == state.holder or any(claim == op.claim for claim, _, _ in state.past):
+        return state, ("lost",)
+    if state.status in ("running", "failed") and state.attempt - state.released >= op.limit:
+        if state.status == "running":
+            state = state._replace(status="failed", payload=None, over_from=math.inf, over_until=math.inf)
+        return state, ("exhausted", state.attempt, state.holder)
+    past = state.past
+    if state.holder:
+        past = (*past, (state.holder, state.status, state.payload))[-REMEMBERED:]
+    granted = State(
+        "running",
+        state.attempt + 1,
+        state.released,
+        op.claim,
+        None,
+        state.input_by if state.status == "pending" else op.claim,
+        state.scheduled_by,
+        past=past,
+    )
+    return _leased(granted, op), ("execute", granted.attempt, granted.input_by)
+
+
+def _schedule(state: State, op: Op) -> Outcome:
+    if state.status == "none":
+        return State("pending", input_by=op.claim, scheduled_by=op.claim), ("schedule",)
+    return state, ("schedule" if state.scheduled_by == op.claim else "skip",)
+
+
+def _end(state: State, op: Op, status: str) -> Outcome:
     if state.is_held_by(op.claim):
-        return state._replace(status=status, output=op.value, over_from=math.inf, over_until=math.inf), ("done",)
-    sent_again = (state.holder, state.status, state.output) == (op.claim, status, op.value)
-    if sent_again or (status != "completed" and (op.claim, status) in state.past):
+        released = state.released + (status == "pending")
+        ended = state._replace(status=status, released=released, payload=op.value)
+        return ended._replace(over_from=math.inf, over_until=math.inf), ("done",)
+    ended = (op.claim, status, op.value)
+    if (state.holder, state.status, state.payload) == ended or ended in state.past:
         return state, ("done",)
     return state, _stale(state)
 
@@ -113,80 +152,9 @@ def _stale(state: State) -> tuple[Any, ...]:
 
 def _leased(state: State, op: Op) -> State:
     """The state with the lease that the call gave; its end is exact where the answer tells it."""
-    if op.kind == "begin" and op.answer is not None and op.answer[0] == "execute":
-        return state._replace(over_from=op.answer[2], over_until=op.answer[2])
+    if op.answer is not None and isinstance(op.answer[-1], float):
+        return state._replace(over_from=op.answer[-1], over_until=op.answer[-1])
     return state._replace(over_from=op.sent + op.lease, over_until=op.answered + op.lease)
-
-
-def check(ops: Sequence[Op], orders: Iterable[Order] = ()) -> list[str]:
-    """What is wrong with a history: nothing, if a right store may have made it."""
-    problems: list[str] = []
-    by_step: dict[tuple[str, str], list[Op]] = defaultdict(list)
-    for op in ops:
-        by_step[op.run, op.step].append(op)
-    for (run, step), history in by_step.items():
-        problem = _one_execute_per_attempt(history) or _linearize(history)
-        if problem:
-            problems.append(f"run {run}, step {step}: {problem}")
-    by_run: dict[str, list[Order]] = defaultdict(list)
-    for order in orders:
-        by_run[order.run].append(order)
-    for run, seen in by_run.items():
-        completions = [op for op in ops if op.run == run and op.kind == "complete"]
-        problems += [f"run {run}: {problem}" for problem in _check_order(seen, completions)]
-    return problems
-
-
-def _one_execute_per_attempt(history: list[Op]) -> str | None:
-    """Follows from the search, but says more plainly what is wrong."""
-    executed: dict[int, Claim] = {}
-    for op in history:
-        if op.kind == "begin" and op.answer is not None and op.answer[0] == "execute":
-            other = executed.setdefault(op.answer[1], op.claim)
-            if other != op.claim:
-                return f"attempt {op.answer[1]} was executed twice, by {other} and {op.claim}"
-    return None
-
-
-def _linearize(history: list[Op]) -> str | None:
-    """Searches for an order; None if there is one."""
-    # Of a call that was sent twice, the first copy may have taken effect, and the second been refused. One that is
-    # granted tells of both.
-    refused = [op for op in history if op.resent and op.kind in ("begin", "extend") and op.answer is not None]
-    history = history + [replace(op, answer=None) for op in refused if op.answer[:1] not in (("execute",), ("done",))]
-    history.sort(key=lambda op: (op.answer is None, op.answered, op.sent))
-    known = sum(op.answer is not None for op in history)
-    # Which calls may be the next to take effect, if this is the first whose answer is still to be explained.
-    next_after = [
-        [index for index in range(first, len(history)) if history[index].sent <= history[first].answered]
-        for first in range(known)
-    ]
-    seen: set[tuple[int, State]] = set()
-    # The calls that have taken effect, as bits; what they led to; when the last of them was sent.
-    stack: list[tuple[int, State, float]] = [(0, State(), -math.inf)]
-    furthest = 0
-    while stack:
-        taken, state, now = stack.pop()
-        first = (~taken & (taken + 1)).bit_length() - 1
-        if first >= known:
-            return None
-        if (taken, state) in seen:
-            continue
-        seen.add((taken, state))
-        if len(seen) > SEARCH_LIMIT:
-            return f"undecided after {len(seen)} states"
-        furthest = max(furthest, first)
-        further: list[tuple[int, State, float]] = []
-        for index in next_after[first]:
-            op = history[index]
-            if not taken >> index & 1 and op.answered >= now:
-                for after, answer in outcomes(state, op):
-                    if op.answer[: len(answer)] == answer if op.answer is not None else after != state:
-                        further.append((taken | 1 << index, after, max(now, op.sent)))
-        stack += reversed(further)  # what was answered first is tried first, the unanswered last
-    return (
-        f"no order of the {known} answered calls explains them all; the first {furthest} fit, not {history[furthest]}"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,22 +167,219 @@ class Order:
     steps: tuple[str, ...]
 
 
+@dataclass
+class Findings:
+    """What is wrong with a history: nothing, if a right store may have made it.
+
+    Attributes:
+        doubly_executed: attempts that two claims were told to execute.
+        lost: completions that were acknowledged, and that a later answer does not know.
+        impossible: what no order of the calls explains, in whatever way; not searched for after any other finding.
+        undecided: what was too much to search: neither right nor wrong.
+    """
+
+    doubly_executed: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    impossible: list[str] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        return self.doubly_executed + self.lost + self.impossible
+
+    def add(self, other: Findings) -> None:
+        self.doubly_executed += other.doubly_executed
+        self.lost += other.lost
+        self.impossible += other.impossible
+        self.undecided += other.undecided
+
+
+def check(ops: Sequence[Op], orders: Iterable[Order] = ()) -> Findings:
+    """Holds a history against the contract, in each way that there is."""
+    found = Findings()
+    by_run: dict[str, dict[str, list[Op]]] = defaultdict(lambda: defaultdict(list))
+    seen: dict[str, list[Order]] = defaultdict(list)
+    for op in ops:
+        by_run[op.run][op.step].append(op)
+    for order in orders:
+        seen[order.run].append(order)
+    for run, steps in by_run.items():
+        for step, history in steps.items():
+            where = f"run {run}, step {step}: "
+            found.doubly_executed += [where + problem for problem in _doubly_executed(history)]
+        completions = [op for history in steps.values() for op in history if op.kind == "complete"]
+        found.impossible += [f"run {run}: {problem}" for problem in _check_order(seen[run], completions)]
+    found.lost += lost(ops, [order for each in seen.values() for order in each])
+    for run, step, history in (
+        (run, step, history) for run, steps in by_run.items() for step, history in steps.items()
+    ):
+        if found.problems:
+            break  # one will do, and to find that there is no order takes long
+        verdict, problem = _linearize(history)
+        if not verdict:
+            (found.undecided if verdict is None else found.impossible).append(f"run {run}, step {step}: {problem}")
+    return found
+
+
+def _doubly_executed(history: list[Op]) -> Iterator[str]:
+    executed: dict[int, Claim] = {}
+    for op in history:
+        if op.kind == "begin" and op.answer is not None and op.answer[0] == "execute":
+            other = executed.setdefault(op.answer[1], op.claim)
+            if other != op.claim:
+                yield f"attempt {op.answer[1]} was executed twice, by {other} and {op.claim}"
+
+
+def lost(ops: Iterable[Op], orders: Iterable[Order]) -> list[str]:
+    """The acknowledged completions that something sent later did not find: the search finds them, too, in its way."""
+    done: dict[tuple[str, str], Op] = {}
+    for op in ops:
+        if op.kind == "complete" and op.answer == ("done",):
+            first = done.setdefault((op.run, op.step), op)
+            if op.answered < first.answered:
+                done[op.run, op.step] = op
+    forgotten: dict[tuple[str, str], Any] = {}
+    for op in ops:
+        completion = done.get((op.run, op.step))
+        if completion is None or op.sent <= completion.answered or op.answer is None:
+            continue
+        known = ("completed", completion.value)
+        if (op.kind in ("begin", "read") and (op.answer[0], op.answer[-1]) != known) or (
+            op.kind == "complete" and op.answer == ("done",) and op.value != completion.value
+        ):
+            forgotten[op.run, op.step] = op
+    by_run: dict[str, list[tuple[str, Op]]] = defaultdict(list)
+    for (run, step), completion in done.items():
+        by_run[run].append((step, completion))
+    for order in orders:
+        for step, completion in by_run[order.run]:
+            if completion.answered < order.sent and step not in order.steps:
+                forgotten[order.run, step] = order
+    return [f"{done[place]} was acknowledged, and then not known to {what}" for place, what in forgotten.items()]
+
+
+def _linearize(history: list[Op]) -> tuple[bool | None, str]:
+    """Searches for an order: True if there is one, None if that is too much to find out; and what is the matter."""
+    search = _Search(history)
+    # The calls that have taken effect, as bits, and what they led to.
+    stack: list[tuple[int, State]] = [(0, State())]
+    seen: set[tuple[int, State]] = set()
+    furthest = 0
+    while stack:
+        taken, state = stack.pop()
+        taken, first, further = search.step(taken, state)
+        if first >= search.known:
+            return True, ""
+        furthest = max(furthest, first)
+        for node in reversed(further):  # what was answered first is tried first, the unanswered last
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+        if len(seen) > SEARCH_LIMIT:
+            return None, f"undecided after {len(seen)} states of {search.known} calls; the first {furthest} fit"
+    culprit = search.ops[furthest]
+    return False, f"no order of the {search.known} answered calls explains them all: {furthest} fit, not {culprit}"
+
+
+class _Search:
+    """What the search of one step looks up: its calls, the answered ones first, by when they were."""
+
+    def __init__(self, history: list[Op]) -> None:
+        # Copies are known to nobody: each may have taken effect, before or after the one that was answered.
+        copies = [copy for op in history for copy in [replace(op, answered=math.inf, answer=None)] * op.copies]
+        answered = sorted((op for op in history if op.answer is not None), key=lambda op: (op.answered, op.sent))
+        unanswered = [op for op in history if op.answer is None and op.kind != "read"]
+        self.ops = answered + sorted(unanswered + copies, key=lambda op: op.sent)
+        self.known = len(answered)
+        self._told = [_attempt_told(op) for op in answered]
+        # Of each answered call and those after it: when the first was sent, and the lowest attempt that is told.
+        self._earliest = [math.inf] * (self.known + 1)
+        self._lowest = [math.inf] * (self.known + 1)
+        for index in reversed(range(self.known)):
+            self._earliest[index] = min(self.ops[index].sent, self._earliest[index + 1])
+            self._lowest[index] = min(self._told[index], self._lowest[index + 1])
+        self._begins: dict[Claim, int] = defaultdict(int)  # as bits
+        for index, op in enumerate(self.ops):
+            if op.kind == "begin":
+                self._begins[op.claim] |= 1 << index
+
+    def step(self, taken: int, state: State) -> tuple[int, int, list[tuple[int, State]]]:
+        """Which calls may be the next to take effect.
+
+        Answers the calls that had, with those added that change nothing; the first whose answer is still to be
+        explained; and what the others may lead to.
+        """
+        while True:
+            first = (~taken & (taken + 1)).bit_length() - 1
+            if first >= self.known:
+                return taken, first, []
+            further: list[tuple[int, State]] = []
+            idle = 0
+            end = self.ops[first].answered  # whatever was sent before that may be next
+            bound = math.inf  # attempts only grow: none may be reached above what is still told
+            index = first
+            while index < self.known and self._earliest[index] <= end:
+                op = self.ops[index]
+                if not taken >> index & 1 and op.sent <= end:
+                    bound = min(bound, self._told[index])
+                    for after, answer in outcomes(state, op):
+                        if op.answer[: len(answer)] == answer:
+                            if after == state and self._is_idle(op, taken | 1 << index):
+                                idle |= 1 << index
+                            further.append((taken | 1 << index, after))
+                index += 1
+            if not idle:
+                break
+            # Where a call changes nothing, and never will, it can as well be there at once.
+            taken |= idle
+        bound = min(bound, self._lowest[index])
+        previous = None
+        for index in range(self.known, len(self.ops)):
+            op = self.ops[index]
+            if op.sent > end:
+                break
+            if not taken >> index & 1 and op != previous:  # of copies the first will do
+                further += [(taken | 1 << index, after) for after, _ in outcomes(state, op) if after != state]
+                previous = op
+        return taken, first, [node for node in further if node[1].attempt <= bound]
+
+    def _is_idle(self, op: Op, taken: int) -> bool:
+        """Whether a call that changes nothing where it is would do so anywhere later.
+
+        The end of a claim could matter yet if the claim was forgotten and granted once more.
+        """
+        if op.answer != ("done",):
+            return op.kind != "extend" or op.answer[0] != "done"
+        return op.kind != "expire" and not self._begins[op.claim] & ~taken
+
+
+def _attempt_told(op: Op) -> float:
+    """The attempt that an answer tells of: the step was at it then."""
+    if op.answer is None:
+        return math.inf
+    word, *rest = op.answer
+    if op.kind == "read":
+        return rest[0]
+    if word == "stale":
+        return rest[1]
+    return rest[0] if word in ("execute", "busy", "completed", "exhausted") else math.inf
+
+
 def _check_order(seen: list[Order], completions: list[Op]) -> Iterator[str]:
     """Every reading is the beginning of one and the same order, which agrees with what happened before what."""
     longest = max((order.steps for order in seen), key=len, default=())
-    place = {step: index for index, step in enumerate(longest)}
-    first_done: dict[str, float] = {}
-    first_sent: dict[str, float] = {}
-    for op in completions:
-        first_sent[op.step] = min(op.sent, first_sent.get(op.step, math.inf))
-        if op.answer == ("done",):
-            first_done[op.step] = min(op.answered, first_done.get(op.step, math.inf))
     for order in seen:
         if order.steps != longest[: len(order.steps)]:
             yield f"two orders of completion: {order.steps} and {longest}"
-        for step, done in first_done.items():
-            if done < order.sent and step not in order.steps:
-                yield f"{step} was completed before {order.steps} was read"
-    for step, other in ((a, b) for a in first_done for b in first_done if first_done[a] < first_sent[b]):
-        if step in place and other in place and place[step] > place[other]:
-            yield f"{step} was completed before {other} was begun to be, and comes after it in {longest}"
+    done: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    for op in completions:
+        sent[op.step] = min(op.sent, sent.get(op.step, math.inf))
+        if op.answer == ("done",):
+            done[op.step] = min(op.answered, done.get(op.step, math.inf))
+    for step in longest:
+        if step not in sent:
+            yield f"{step} is among the completed {longest}, and nobody completed it"
+    for earlier, step in combinations(longest, 2):
+        if done.get(step, math.inf) < sent.get(earlier, -math.inf):
+            yield f"{step} was completed before {earlier} was begun to be, and comes after it in {longest}"
