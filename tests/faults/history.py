@@ -89,7 +89,9 @@ def outcomes(state: State, op: Op) -> Iterable[Outcome]:
         case "schedule":
             return [_schedule(state, op)]
         case "extend" | "expire":
-            return [(_leased(state, op), ("done",)) if state.is_held_by(op.claim) else (state, _stale(state))]
+            return [
+                (_leased(state, op), ("done", *_end_told(op))) if state.is_held_by(op.claim) else (state, _stale(state))
+            ]
         case kind:
             return [_end(state, op, {"complete": "completed", "fail": "failed", "release": "pending"}[kind])]
 
@@ -98,7 +100,7 @@ def _begin(state: State, op: Op) -> Iterator[Outcome]:
     if state.status == "completed":
         yield state, ("completed", state.attempt, state.holder, state.payload)
     elif state.is_held_by(op.claim):
-        yield state, ("execute", state.attempt, state.input_by)
+        yield state, ("execute", state.attempt, state.input_by, *_end_told(op, state))
     else:
         if state.status == "running" and state.over_until > op.sent - TOLERANCE:
             yield state, ("busy", state.attempt, state.holder)
@@ -126,7 +128,7 @@ def _grant(state: State, op: Op) -> Outcome:
         state.scheduled_by,
         past=past,
     )
-    return _leased(granted, op), ("execute", granted.attempt, granted.input_by)
+    return _leased(granted, op), ("execute", granted.attempt, granted.input_by, *_end_told(op))
 
 
 def _schedule(state: State, op: Op) -> Outcome:
@@ -152,9 +154,23 @@ def _stale(state: State) -> tuple[Any, ...]:
 
 def _leased(state: State, op: Op) -> State:
     """The state with the lease that the call gave; its end is exact where the answer tells it."""
-    if op.answer is not None and isinstance(op.answer[-1], float):
-        return state._replace(over_from=op.answer[-1], over_until=op.answer[-1])
+    told = _end_told(op)
+    if told:
+        return state._replace(over_from=told[0], over_until=told[0])
     return state._replace(over_from=op.sent + op.lease, over_until=op.answered + op.lease)
+
+
+def _end_told(op: Op, state: State | None = None) -> tuple[float, ...]:
+    """The end of the lease that a right answer tells, if this answer tells one.
+
+    Of the lease that the call gives, or of the one that the state has: any end within the bounds is right.
+    """
+    if op.answer is None or not isinstance(op.answer[-1], float):
+        return ()
+    over_from, over_until = op.sent + op.lease, op.answered + op.lease
+    if state is not None:
+        over_from, over_until = state.over_from, state.over_until
+    return (min(max(op.answer[-1], over_from - TOLERANCE), over_until + TOLERANCE),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class TestTheOrderOfCompletion:
     @staticmethod
     def problems(*orders: Order) -> list[str]:
         begun = [
-            Op("begin", "run", op.step, op.step, -2, -1, ("execute", 1, op.step, 99.0), None, 99.0)
+            Op("begin", "run", op.step, op.step, -2, -1, ("execute", 1, op.step, 97.5), None, 99.0)
             for op in TestTheOrderOfCompletion.DONE
         ]
         return check([*begun, *TestTheOrderOfCompletion.DONE], orders).problems
