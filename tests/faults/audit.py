@@ -85,9 +85,10 @@ class Generation:
 
     def add(self, deeds: list[list[Any]], sent: float, answered: float, answers: list[Any], copies: int = 0) -> None:
         for (kind, run, step, claim, value, lease, limit), answer in zip(deeds, answers, strict=True):
-            if kind == "order":
-                if answer is not None:
-                    self.orders.append(Order(run, sent, answered, tuple(answer)))
+            if kind == "order" and answer is None:
+                continue
+            if kind == "order" and answer[:1] != ["error"]:
+                self.orders.append(Order(run, sent, answered, tuple(answer)))
                 continue
             until, told = (math.inf, None) if answer is None else (answered, tuple(answer))
             self.ops.append(Op(kind, run, step, claim, sent, until, told, value, lease, limit, copies))

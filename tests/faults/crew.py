@@ -103,7 +103,7 @@ class Log:
     def _answer(self, deed: Deed, result: Any) -> list[Any] | None:
         try:
             return answer_to(deed, result)
-        except (SquidstepError, redis.RedisError) as error:
+        except redis.RedisError as error:
             self.write("error", f"{deed.kind} of {deed.claim} in {deed.run}: {type(error).__name__}: {error}")
             return None
 
@@ -117,6 +117,8 @@ def answer_to(deed: Deed, result: Any) -> list[Any] | None:
             return ["missing"]
         case redis.ConnectionError() | redis.TimeoutError() | OSError():
             return None  # not known
+        case SquidstepError():
+            return ["error", f"{type(result).__name__}: {result}"]  # which no right store answers
         case Exception():
             raise result
         case BeginResult():
@@ -190,11 +192,13 @@ class Hand:
             yield from log.do(*self._look(begins, results))
         yield dice.choice((0, 0, 0, 0.005, 0.02, 0.2) if held else (0, 0.01))  # the last outlasts most leases: a zombie
         yield from log.do(*(self._extend(*claim) for claim in held if dice.random() < 0.2))
+        yield from log.do(*(begin for begin, _ in held if dice.random() < 0.1))  # it is told so once more
         ends = [self._end(*claim) for claim in held]
         yield from log.do(*ends)
         self._said += ends
         if dice.random() < 0.1:  # and another end, which must not be had
-            yield from log.do(*(self._end(*claim) for claim in held))
+            kinds = [end.kind if dice.random() < 0.5 else None for end in ends]
+            yield from log.do(*(self._end(*claim, kind) for claim, kind in zip(held, kinds, strict=True)))
         if dice.random() < 0.2:  # as a client does after a lost reply, or the network with a late copy
             yield dice.choice((0, 0.01, 0.05))
             yield from log.do(*dice.sample(self._said, min(4, len(self._said))))
@@ -212,16 +216,16 @@ class Hand:
         lease = self.dice.choice((0.01, 0.1))
         return begin._replace(call=self.calls.extend_claim(step_run, lease), kind="extend", lease=lease)
 
-    def _end(self, begin: Deed, step_run: StepRun) -> Deed:
+    def _end(self, begin: Deed, step_run: StepRun, kind: str | None = None) -> Deed:
         value = self.dice.randrange(1_000_000)
-        end = self.dice.random()
-        if end < 0.15:
-            return begin._replace(call=self.calls.release_step(step_run), kind="release")
-        if end < 0.20:
-            return begin._replace(
-                call=self.calls.complete_step(step_run, {"value": value}), kind="complete", value=value
-            )
-        return begin._replace(call=self.calls.fail_step(step_run, {"value": value}), kind="fail", value=value)
+        match kind or self.dice.choices(("fail", "release", "complete"), (16, 3, 1))[0]:
+            case "release":
+                return begin._replace(call=self.calls.release_step(step_run), kind="release")
+            case "fail":
+                return begin._replace(call=self.calls.fail_step(step_run, {"value": value}), kind="fail", value=value)
+            case _:
+                call = self.calls.complete_step(step_run, {"value": value})
+                return begin._replace(call=call, kind="complete", value=value)
 
     def _look(self, begins: list[Deed], results: list[Any]) -> list[Deed]:
         """Readings, and now and then the end of a claim that was seen: as whoever knows its holder to be dead."""

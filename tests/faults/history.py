@@ -84,7 +84,7 @@ def outcomes(state: State, op: Op) -> Iterable[Outcome]:
     match op.kind:
         case "begin":
             return _begin(state, op)
-        case "read":
+        case "read" | "order":  # the latter, if it was an error
             return [(state, (state.status, state.attempt, state.holder, state.payload))]
         case "schedule":
             return [_schedule(state, op)]
@@ -373,12 +373,8 @@ def _attempt_told(op: Op) -> float:
     """The attempt that an answer tells of: the step was at it then."""
     if op.answer is None:
         return math.inf
-    word, *rest = op.answer
-    if op.kind == "read":
-        return rest[0]
-    if word == "stale":
-        return rest[1]
-    return rest[0] if word in ("execute", "busy", "completed", "exhausted") else math.inf
+    attempts = [part for part in op.answer[1:3] if isinstance(part, int)]
+    return attempts[0] if attempts else math.inf
 
 
 def _check_order(seen: list[Order], completions: list[Op]) -> Iterator[str]:
