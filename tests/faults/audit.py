@@ -91,7 +91,7 @@ class Generation:
                 self.orders.append(Order(run, sent, answered, tuple(answer)))
                 continue
             until, told = (math.inf, None) if answer is None else (answered, tuple(answer))
-            self.ops.append(Op(kind, run, step, claim, sent, until, told, value, lease, limit, copies))
+            self.ops.append(Op(kind, run, step, claim, sent, until, told, value, lease, limit, copies > 0))
 
 
 class Audit:
@@ -205,7 +205,7 @@ class Audit:
                 counts["answers never got"] += 1
                 continue
             counts["operations"] += 1
-            counts["sent more than once"] += op.copies > 0
+            counts["sent more than once"] += op.resent
             word = op.answer[0]
             counts[f"{op.kind}: {word}"] += 1
             if word == "execute":

@@ -6,7 +6,8 @@ linearizability). The search is Wing and Gong's, with Lowe's memory of states th
 by the order of completion alone, so each is searched by itself, and the order is checked for the whole run.
 
 A call whose answer is not known (its worker was killed, the server went away) may have taken effect at any time after
-it was sent, or never. So may each further copy of a call that its client sent more than once.
+it was sent, or never, or more than once: its client may have sent it again, and the network keeps copies. So may the
+copies of a call that was answered, if it had to be sent again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Op:
         value: the output of a completion, the error of a failure.
         lease: seconds, of begin and extend.
         limit: max_attempts of a begin; inf for any number.
-        copies: how often the client may have sent it beside the once that was answered, because it connected anew.
+        resent: whether the client may have sent it more than once, because it connected anew.
     """
 
     kind: str
@@ -55,7 +56,7 @@ class Op:
     value: int | None = None
     lease: float = 0.0
     limit: float = math.inf
-    copies: int = 0
+    resent: bool = False
 
 
 class State(NamedTuple):
@@ -298,19 +299,19 @@ def _linearize(history: list[Op]) -> tuple[bool | None, str]:
 
 
 class _Search:
-    """What the search of one step looks up: its calls, the answered ones first, by when they were."""
+    """What the search of one step looks up: its answered calls, by when they were, and those that nobody knows of."""
 
     def __init__(self, history: list[Op]) -> None:
-        # Copies are known to nobody: each may have taken effect, before or after the one that was answered.
-        copies = [copy for op in history for copy in [replace(op, answered=math.inf, answer=None)] * op.copies]
-        answered = sorted((op for op in history if op.answer is not None), key=lambda op: (op.answered, op.sent))
-        unanswered = [op for op in history if op.answer is None and op.kind != "read"]
-        self.ops = answered + sorted(unanswered + copies, key=lambda op: op.sent)
-        self.known = len(answered)
-        self._told = [_attempt_told(op) for op in answered]
-        # Of each answered call and those after it: when the first was sent, and the lowest attempt that is told.
+        self.ops = sorted((op for op in history if op.answer is not None), key=lambda op: (op.answered, op.sent))
+        self.known = len(self.ops)
+        unknown = [op for op in history if (op.answer is None or op.resent) and op.kind != "read"]
+        self._unknown = sorted((replace(op, answered=math.inf, answer=None) for op in unknown), key=lambda op: op.sent)
+        self._told = [_attempt_told(op) for op in self.ops]
+        # Of each call and those after it: when the first was sent, and the lowest attempt that is told.
         self._earliest = [math.inf] * (self.known + 1)
-        self._lowest = [math.inf] * (self.known + 1)
+        self._lowest = [max([told for told in self._told if told < math.inf], default=0) + len(unknown)] * (
+            self.known + 1
+        )
         for index in reversed(range(self.known)):
             self._earliest[index] = min(self.ops[index].sent, self._earliest[index + 1])
             self._lowest[index] = min(self._told[index], self._lowest[index + 1])
@@ -318,12 +319,15 @@ class _Search:
         for index, op in enumerate(self.ops):
             if op.kind == "begin":
                 self._begins[op.claim] |= 1 << index
+        for op in self._unknown:
+            if op.kind == "begin":
+                self._begins[op.claim] |= 1 << self.known  # which is never taken
 
     def step(self, taken: int, state: State) -> tuple[int, int, list[tuple[int, State]]]:
         """Which calls may be the next to take effect.
 
-        Answers the calls that had, with those added that change nothing; the first whose answer is still to be
-        explained; and what the others may lead to.
+        Answers the answered calls that had, with those added that change nothing; the first of the rest; and what each
+        of the calls that may be next leads to.
         """
         while True:
             first = (~taken & (taken + 1)).bit_length() - 1
@@ -348,15 +352,11 @@ class _Search:
                 break
             # Where a call changes nothing, and never will, it can as well be there at once.
             taken |= idle
-        bound = min(bound, self._lowest[index])
-        previous = None
-        for index in range(self.known, len(self.ops)):
-            op = self.ops[index]
+        for op in self._unknown:
             if op.sent > end:
                 break
-            if not taken >> index & 1 and op != previous:  # of copies the first will do
-                further += [(taken | 1 << index, after) for after, _ in outcomes(state, op) if after != state]
-                previous = op
+            further += [(taken, after) for after, _ in outcomes(state, op) if after != state]
+        bound = min(bound, self._lowest[index])
         return taken, first, [node for node in further if node[1].attempt <= bound]
 
     def _is_idle(self, op: Op, taken: int) -> bool:
