@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from servers import find_binary
+from servers import find_binary, wait_until
 
 from squidstep_redis import scripts
 
@@ -135,6 +137,28 @@ MUTANTS = {
 @pytest.mark.servers("valkey", "redis-7", "redis-6")
 def test_a_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
     assert_right(soak(5, tmp_path, binary=binary))
+
+
+def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from faults.soak import soak; from servers import find_binary\n"
+    code += "soak(100, Path(sys.argv[1]), binary=find_binary('valkey'))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.Popen(command, env=path, start_new_session=True)
+    try:
+        wait_until(lambda: sum(log.stat().st_size > 1_000 for log in tmp_path.glob("logs/*")) >= 6, timeout=60)
+    finally:
+        killed.kill()
+        killed.wait()
+
+    def is_gone() -> bool:
+        try:
+            os.killpg(killed.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    wait_until(is_gone, timeout=30)
 
 
 @pytest.mark.soak
