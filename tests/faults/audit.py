@@ -17,9 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-import redis
-
-from squidstep_redis import StepRunStore, scripts
+from squidstep_redis import ServerError, StepRunStore, scripts
 
 from .crew import GENERATION, PREFIX, STEPS, Deed, answer_to
 from .history import Findings, Op, Order, check, lost
@@ -83,15 +81,17 @@ class Generation:
     ops: list[Op] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
 
-    def add(self, deeds: list[list[Any]], sent: float, answered: float, answers: list[Any], copies: int = 0) -> None:
+    def add(
+        self, deeds: list[list[Any]], sent: float, answered: float, answers: list[Any], resent: bool = False
+    ) -> None:
         for (kind, run, step, claim, value, lease, limit), answer in zip(deeds, answers, strict=True):
-            if kind == "order" and answer is None:
+            if answer == ["unwritten"] or (kind == "order" and answer is None):
                 continue
             if kind == "order" and answer[:1] != ["error"]:
                 self.orders.append(Order(run, sent, answered, tuple(answer)))
                 continue
             until, told = (math.inf, None) if answer is None else (answered, tuple(answer))
-            self.ops.append(Op(kind, run, step, claim, sent, until, told, value, lease, limit, copies > 0))
+            self.ops.append(Op(kind, run, step, claim, sent, until, told, value, lease, limit, resent))
 
 
 class Audit:
@@ -137,9 +137,9 @@ class Audit:
                 number, when, deeds = rest
                 diary.sent[number] = when, deeds
             else:
-                number, answered, answers, copies = rest
+                number, answered, answers, resent = rest
                 sent, deeds = diary.sent.pop(number)
-                self._generation(deeds).add(deeds, sent, answered, answers, copies)
+                self._generation(deeds).add(deeds, sent, answered, answers, resent)
         if diary.is_closed:
             self._give_up(diary, math.inf)
 
@@ -182,7 +182,10 @@ class Audit:
             sent = time.time()
             try:
                 results = self._store.batch([deed.call for deed in deeds])
-            except redis.RedisError:
+                for error in results:
+                    if isinstance(error, ServerError):
+                        raise error
+            except ServerError:
                 if time.monotonic() > deadline:
                     raise
                 continue

@@ -24,12 +24,17 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import redis
+import redis.asyncio
 
 from squidstep_redis import (
     AsyncStepRunStore,
     BeginResult,
     Call,
     Calls,
+    NotSentError,
+    OutcomeUnknownError,
+    RefusedError,
+    ReplyMismatchError,
     ScheduleResult,
     SquidstepError,
     StaleStepRunError,
@@ -66,13 +71,23 @@ class Deed(NamedTuple):
     limit: float = math.inf
 
 
-_connects: ContextVar[list[int]] = ContextVar("connects")  # how often this life's calls had to
+_sends: ContextVar[int] = ContextVar("sends", default=0)  # of this life: more than one for a call, if it was sent again
 
 
-def _connected() -> None:
-    count = _connects.get(None)
-    if count is not None:
-        count[0] += 1
+class Connection(redis.Connection):
+    """Counts what is sent."""
+
+    def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        _sends.set(_sends.get() + 1)
+        super().send_packed_command(*args, **kwargs)
+
+
+class AsyncConnection(redis.asyncio.Connection):
+    """Likewise."""
+
+    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        _sends.set(_sends.get() + 1)
+        await super().send_packed_command(*args, **kwargs)
 
 
 @dataclass
@@ -92,18 +107,18 @@ class Log:
         """Sends calls, in one round trip, and writes them down before and after. Answers their results."""
         if not deeds:
             return []
-        number, connects = next(self._numbers), _connects.get()[0]
+        number, sends = next(self._numbers), _sends.get()
         self.write("sent", number, time.time(), [deed[1:] for deed in deeds])
         results = yield [deed.call for deed in deeds]
         when = time.time()
         answers = [self._answer(*each) for each in zip(deeds, results, strict=True)]
-        self.write("answered", number, when, answers, _connects.get()[0] - connects)
+        self.write("answered", number, when, answers, _sends.get() - sends > 1)
         return results
 
     def _answer(self, deed: Deed, result: Any) -> list[Any] | None:
         try:
             return answer_to(deed, result)
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError, OutcomeUnknownError) as error:
             self.write("error", f"{deed.kind} of {deed.claim} in {deed.run}: {type(error).__name__}: {error}")
             return None
 
@@ -111,16 +126,8 @@ class Log:
 def answer_to(deed: Deed, result: Any) -> list[Any] | None:
     """A result in the words of the history; None if it is not known."""
     match result:
-        case StaleStepRunError():
-            return ["stale", result.current.status, result.current.attempt, result.current.owner or ""]
-        case StepRunNotFoundError():
-            return ["missing"]
-        case redis.ConnectionError() | redis.TimeoutError() | OSError():
-            return None  # not known
-        case SquidstepError():
-            return ["error", f"{type(result).__name__}: {result}"]  # which no right store answers
         case Exception():
-            raise result
+            return _refused(result)
         case BeginResult():
             return _begun(result)
         case ScheduleResult():
@@ -135,6 +142,24 @@ def answer_to(deed: Deed, result: Any) -> list[Any] | None:
             return result
         case _:
             return ["done"]
+
+
+def _refused(error: Exception) -> list[Any] | None:
+    match error:
+        case StaleStepRunError():
+            return ["stale", error.current.status, error.current.attempt, error.current.owner or ""]
+        case StepRunNotFoundError():
+            return ["missing"]
+        case NotSentError() | RefusedError():
+            return ["unwritten"]
+        case ReplyMismatchError():
+            return ["error", str(error)]
+        case OutcomeUnknownError() if error.may_pass:
+            return None
+        case SquidstepError() if not isinstance(error, OutcomeUnknownError):
+            return ["error", f"{type(error).__name__}: {error}"]  # which no right store answers
+        case _:
+            raise error  # a script that fails, or an error of redis-py's own
 
 
 def _begun(result: BeginResult) -> list[Any]:
@@ -166,7 +191,6 @@ class Hand:
     life: int
 
     def live(self) -> Life:
-        _connects.set([0])
         self._claims = (f"{self.name}-{self.life}-{number}" for number in itertools.count())
         while True:
             generation = int(time.time() / GENERATION)
@@ -263,11 +287,7 @@ def _hands(calls: Calls, log: Log, seed: int) -> list[Hand]:
 
 
 def _work_blocking(url: str, log: Log, seed: int) -> None:
-    def connected(connection: Any) -> None:
-        _connected()
-        connection.on_connect()
-
-    store = StepRunStore.from_url(url, prefix=PREFIX, redis_connect_func=connected)
+    store = StepRunStore.from_url(url, prefix=PREFIX, connection_class=Connection)
 
     def send(calls: list[Call[Any]]) -> list[Any]:
         try:
@@ -292,11 +312,7 @@ def _work_blocking(url: str, log: Log, seed: int) -> None:
 
 
 async def _work_asyncio(url: str, log: Log, seed: int) -> None:
-    async def connected(connection: Any) -> None:
-        _connected()
-        await connection.on_connect()
-
-    store = AsyncStepRunStore.from_url(url, prefix=PREFIX, redis_connect_func=connected)
+    store = AsyncStepRunStore.from_url(url, prefix=PREFIX, connection_class=AsyncConnection)
 
     async def send(calls: list[Call[Any]]) -> list[Any]:
         try:

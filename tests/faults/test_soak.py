@@ -54,8 +54,8 @@ MUTANTS = {
         "if holds(state, token) and state.created + state.started + state.lease > now_ms() then",
     ),
     # The lease
-    "the lease is not looked at": Mutant("begin_step.lua", "not remaining or remaining > 0", "false"),
-    "a lease never ends": Mutant("begin_step.lua", "not remaining or remaining > 0", "true"),
+    "the lease is not looked at": Mutant("lib/begin.lua", "not remaining or remaining > 0", "false"),
+    "a lease never ends": Mutant("lib/begin.lua", "not remaining or remaining > 0", "true"),
     "leases go by the caller's clock": Mutant(
         "begin_step.lua",
         "local now = now_ms()",
@@ -66,15 +66,15 @@ MUTANTS = {
         "extend_claim.lua", "math.max(0, now + lease - started)", "math.min(state.lease, now + lease - started)"
     ),
     "a begin that is sent again renews the lease": Mutant(
-        "begin_step.lua",
+        "lib/begin.lua",
         "if holds(state, token) then",
         "if holds(state, token) then\n  state.lease = now - state.created - state.started + lease\n"
         '  redis.call("HSET", steps, "s" .. step, format_state(state))',
     ),
     # Attempts
-    "attempts are left out": Mutant("begin_step.lua", "state.attempt + 1\n", "state.attempt + 2\n"),
+    "attempts are left out": Mutant("lib/begin.lua", "state.attempt + 1\n", "state.attempt + 2\n"),
     "attempts do not grow with a takeover": Mutant(
-        "begin_step.lua", "state.attempt = state.attempt + 1", "state.attempt = state.attempt + (lapsed and 0 or 1)"
+        "lib/begin.lua", "state.attempt = state.attempt + 1", "state.attempt = state.attempt + (lapsed and 0 or 1)"
     ),
     "a release gives its number back": Mutant(
         "release_step.lua",
@@ -82,20 +82,18 @@ MUTANTS = {
         "end_attempt(state, PENDING, now)\nstate.attempt = state.attempt - 1",
     ),
     "a release counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
-    "one attempt too many": Mutant("begin_step.lua", "used >= tonumber", "used > tonumber"),
+    "one attempt too many": Mutant("lib/begin.lua", "used >= tonumber", "used > tonumber"),
     "a lapsed claim is left running when no attempt is left": Mutant(
-        "begin_step.lua", "  if lapsed then\n    redis.call", "  if false then\n    redis.call"
+        "lib/begin.lua", "  if lapsed then\n    redis.call", "  if false then\n    redis.call"
     ),
     # What is sent again
     "a begin that is sent again is a second one": Mutant(
-        "begin_step.lua", "if holds(state, token) then", "if false then"
+        "lib/begin.lua", "if holds(state, token) then", "if false then"
     ),
     "the history forgets the begin of a past attempt": Mutant(
-        "begin_step.lua", "state.token == token or past_attempt(steps, step, state, token)", "state.token == token"
+        "lib/begin.lua", "state.token == token or past_attempt(steps, step, state, token)", "state.token == token"
     ),
-    "an ended claim forgets its begin": Mutant(
-        "begin_step.lua", "state.token == token or past_attempt", "past_attempt"
-    ),
+    "an ended claim forgets its begin": Mutant("lib/begin.lua", "state.token == token or past_attempt", "past_attempt"),
     "the history forgets how a past attempt failed": Mutant(
         "fail_step.lua", "if past and past.status == FAILED", "if false"
     ),
@@ -113,10 +111,10 @@ MUTANTS = {
     ),
     # Completion
     "a completed step is executed again": Mutant(
-        "begin_step.lua", "if state.status == COMPLETED then", "if state.status == COMPLETED and now % 20 > 0 then"
+        "lib/begin.lua", "if state.status == COMPLETED then", "if state.status == COMPLETED and now % 20 > 0 then"
     ),
     "completions are ordered by time": Mutant(
-        "complete_step.lua", '"ZADD", done, run.completed, step', '"ZADD", done, math.floor(now / 250), step'
+        "lib/complete.lua", '"ZADD", done, run.completed, step', '"ZADD", done, math.floor(now / 250), step'
     ),
     "a completion writes before it checks": Mutant(
         "complete_step.lua",
@@ -129,7 +127,7 @@ MUTANTS = {
         "if not holds(state, token) and not (state.status == COMPLETED and state.token == token) then",
     ),
     "the scheduled input is replaced": Mutant(
-        "begin_step.lua", "if not scheduled then\n  fields", "if true then\n  fields"
+        "lib/begin.lua", "if not scheduled then\n  fields", "if true then\n  fields"
     ),
 }
 
