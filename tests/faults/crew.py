@@ -212,7 +212,7 @@ class Hand:
             for deed, result in zip(begins, results, strict=True)
             if isinstance(result, BeginResult) and result.decision == "execute"
         ]
-        if len(held) < len(begins) and dice.random() < 0.2:
+        if len(held) < len(begins) and dice.random() < 0.3:
             yield from log.do(*self._look(begins, results))
         yield dice.choice((0, 0, 0, 0.005, 0.02, 0.2) if held else (0, 0.01))  # the last outlasts most leases: a zombie
         yield from log.do(*(self._extend(*claim) for claim in held if dice.random() < 0.2))
