@@ -2,9 +2,10 @@
 
 from squidstep_redis.aio import AsyncClaim, AsyncStepRunStore
 from squidstep_redis.calls import Calls
+from squidstep_redis.checks import Level
 from squidstep_redis.claims import current_claim
 from squidstep_redis.codec import Codec, MsgpackCodec
-from squidstep_redis.doctor import Diagnosis, Finding, Level
+from squidstep_redis.doctor import Diagnosis, Finding
 from squidstep_redis.errors import (
     CorruptRunError,
     InvalidArgumentError,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from inspect import isawaitable
-from itertools import product
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,7 +15,7 @@ from redis import RedisError
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, NoScriptError
+from redis.exceptions import AskError, ConnectionError, NoScriptError, TimeoutError
 
 from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
@@ -193,9 +192,9 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         """
         return AsyncClaim(self, run_id, step, input, lease, max_attempts, on_busy, owner, cancel_when_lost)
 
-    async def doctor(self) -> Diagnosis:
+    async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Examines the server and the client: see `StepRunStore.doctor`."""
-        return await _carry_out(self, examine(self.calls, self._connection_options()))
+        return await _carry_out(self, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     async def close(self) -> None:
         """Closes the client, if `from_url` made it."""
@@ -334,6 +333,8 @@ async def _carry_out(store: AsyncStepRunStore, plan: Plan[T]) -> T:
                     answer = await store.send(wanted)
                 elif isinstance(wanted, list):
                     answer = await _ask(store.client, wanted)
+                elif isinstance(wanted, tuple):
+                    answer = await store._send_all(wanted)  # pyright: ignore[reportPrivateUsage]: of this module
                 else:
                     await asyncio.sleep(wanted)
             except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
@@ -351,13 +352,18 @@ async def _ask(client: Any, commands: list[Command]) -> dict[str, list[Any]]:
         servers = {node.name: node for node in cluster.get_primaries()}
     else:
         servers = {"": client}
-    answers: dict[str, list[Any]] = {name: [] for name in servers}
-    for name, command in product(servers, commands):
+    return {name: [answer async for answer in _answers(server, commands)] for name, server in servers.items()}
+
+
+async def _answers(server: Any, commands: list[Command]) -> AsyncIterator[Any]:
+    unanswered: Exception | None = None
+    for command in commands:
         try:
-            answers[name].append(await servers[name].execute_command(*command))
-        except RedisError as error:
-            answers[name].append(error)
-    return answers
+            yield unanswered or await server.execute_command(*command)
+        except (RedisError, OSError) as error:
+            yield error
+            if isinstance(error, (ConnectionError, TimeoutError, OSError)):
+                unanswered = error  # nor will it answer the rest
 
 
 class AsyncClaim(BaseClaim[asyncio.Event]):

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 from squidstep_redis import arguments, wire
 from squidstep_redis.arguments import Seconds
 from squidstep_redis.calls import Calls
+from squidstep_redis.checks import Client
 from squidstep_redis.codec import Codec
+from squidstep_redis.doctor import a_connection, client_facts
 from squidstep_redis.errors import InvalidArgumentError, UnsupportedClientError, described
 from squidstep_redis.sending import Patience
 
@@ -155,8 +157,20 @@ class BaseStore(ABC, Generic[C]):
         return wire.queue(pipeline, call)
 
     def _connection_options(self) -> dict[str, Any]:
-        client = self._untyped_client
-        return (getattr(client, "connection_pool", None) or client.nodes_manager).connection_kwargs
+        connection = a_connection(self.client)
+        return {name: getattr(connection, name) for name in ("socket_timeout", "socket_connect_timeout", "retry")}
+
+    def _client_facts(self, lease: Seconds | None, job_timeout: Seconds | None) -> Client:
+        """What the doctor is to know of the client and the store."""
+        durability, longest = self._durability, arguments.MAX_TTL
+        return client_facts(
+            self.client,
+            timeout=self._patience.timeout,
+            wait_replicas=durability.replicas if durability else 0,
+            wait_aof=durability is not None and durability.aof,
+            lease=None if lease is None else arguments.seconds("lease", lease, longest),
+            job_timeout=None if job_timeout is None else arguments.seconds("job_timeout", job_timeout, longest),
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.client!r}, prefix={self.calls.prefix!r})"

@@ -1,6 +1,7 @@
-"""Is this server, seen by this client, one on which a store can keep its promises? The rules, without any waiting.
+"""Is this server, seen by this client, one on which a store can keep its promises? The examination, without waiting.
 
-`examine` is a plan, which says what to send and is told the replies; the two stores' `doctor` carries it out.
+`examine` is a plan, which says what to send and is told the replies; the two stores' `doctor` carries it out. What it
+holds against the replies stands in checks.py.
 """
 
 from __future__ import annotations
@@ -8,33 +9,22 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from enum import IntEnum
-from typing import Any, Final, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
-from redis import RedisError
-from redis.exceptions import NoPermissionError
+from redis.crc import key_slot
+from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisClusterException, TimeoutError
 
 from squidstep_redis.calls import Calls
+from squidstep_redis.checks import CHECKS_OF_CLIENTS, CHECKS_OF_SERVERS, SETTINGS, Client, Found, Level, Server
 from squidstep_redis.errors import SquidstepError
+from squidstep_redis.sending import RIGHTS
 from squidstep_redis.wire import Command, Plan
 
-OLDEST_SERVER: Final = (6, 2)
-NEARLY_FULL: Final = 0.9  # of maxmemory
-SKEW: Final = 1.0  # seconds between this machine's clock and the server's
-LONG_TIMEOUT: Final = 60.0  # seconds
+S = TypeVar("S")
 
-
-class Level(IntEnum):
-    """How bad it is; the numbers are the exit codes that monitoring knows."""
-
-    OK = 0
-    WARNING = 1
-    """A promise has a limit here that you should know of."""
-    FAILURE = 2
-    """A promise cannot be kept here."""
-    UNKNOWN = 3
-    """The server does not say: a managed one that refuses CONFIG, as a rule."""
+_SEVERITY: Final = (Level.OK, Level.UNKNOWN, Level.WARNING, Level.FAILURE)
 
 
 class Finding(NamedTuple):
@@ -44,7 +34,7 @@ class Finding(NamedTuple):
         check: a word for it, the same each time: "eviction", "persistence", …
         level: how bad it is.
         message: what was found, and what to do about it.
-        server: "host:port" of a node of a cluster; "" for the only server.
+        server: "host:port" of a node of a cluster; "" for the only server, and for what concerns the client.
     """
 
     check: str
@@ -60,41 +50,159 @@ class Diagnosis(NamedTuple):
 
     @property
     def level(self) -> Level:
-        """The worst that was found. What is unknown is not held against the server."""
-        levels = [finding.level for finding in self.findings if finding.level is not Level.UNKNOWN]
-        return max(levels, default=Level.UNKNOWN)
+        """The worst that was found: a failure, else a warning, else what is unknown."""
+        return max((finding.level for finding in self.findings), key=_SEVERITY.index)
 
 
+# redis-py leaves the replies to these as they are: it knows INFO and CONFIG GET by other names.
 _COMMANDS: Final[list[Command]] = [
-    ("INFO",),
     ("TIME",),
-    ("CONFIG", "GET", "appendfsync"),
-    ("CONFIG", "GET", "min-replicas-to-write"),
+    ("INFO default",),
+    ("CLUSTER", "INFO"),
+    ("CLUSTER", "NODES"),
+    *(("CONFIG", "GET", name) for name in SETTINGS),
 ]
+_UNREACHED: Final = (ConnectionError, TimeoutError, RedisClusterException, OSError)
 
 
-def examine(calls: Calls, client_options: Mapping[str, Any]) -> Plan[Diagnosis]:
+def a_connection(client: Any) -> Any:
+    """A connection such as a redis-py client makes, not connected.
+
+    What has become of an option that was not given depends on redis-py's version: this knows.
+    """
+    pool = _a_pool(client)
+    return pool.connection_class(**pool.connection_kwargs)
+
+
+def client_facts(client: Any, **of_store: Any) -> Client:
+    """Looks at a redis-py client, without sending anything.
+
+    Args:
+        client: of a store.
+        of_store: the fields of `Client` that the store knows.
+    """
+    pool, connection, is_cluster = _a_pool(client), a_connection(client), not hasattr(client, "connection_pool")
+    retry = connection.retry
+    if is_cluster:
+        retry = getattr(client, "retry", None)  # before redis-py 6, a number of attempts
+    # From version 7 on, redis-py does not look whether a connection has something left to be read where that may be a
+    # notice: with RESP3, its default from version 8 on. On asyncio that does no harm, for what interrupts a command
+    # there is a cancellation, which closes the connection.
+    does_not_look = getattr(pool, "maint_notifications_enabled", bool)() or getattr(pool, "cache", None) is not None
+    return Client(
+        is_cluster=is_cluster,
+        socket_timeout=connection.socket_timeout,
+        connect_timeout=connection.socket_connect_timeout,
+        sends=1 + getattr(retry, "_retries", getattr(client, "cluster_error_retry_attempts", 0)),
+        decodes=connection.encoder.decode_responses,
+        mixes=bool(does_not_look) and not type(connection).__module__.startswith("redis.asyncio"),
+        **of_store,
+    )
+
+
+def _a_pool(client: Any) -> Any:
+    """The pool of a client, or of one node of a cluster."""
+    if hasattr(client, "connection_pool"):
+        return client.connection_pool
+    node = next(iter({**client.nodes_manager.startup_nodes, **client.nodes_manager.nodes_cache}.values()))
+    # asyncio's node is its own pool.
+    return node if hasattr(node, "connection_class") else client.get_redis_connection(node).connection_pool
+
+
+def examine(calls: Calls, client: Client) -> Plan[Diagnosis]:
     """The examination of one store.
 
     Args:
         calls: of the store.
-        client_options: what its connections are made with.
+        client: what is known of its client.
     """
-    findings = [*_client(client_options), (yield from _self_test(calls))]
+    findings = list(_findings(CHECKS_OF_CLIENTS, client))
     asked_at = time.time()
-    replies: Mapping[str, list[Any]] = yield _COMMANDS
-    answered_at = time.time()
-    for server, (info, clock, fsync, replicas) in replies.items():
-        found = _server(info, _setting(fsync), _setting(replicas), clock, asked_at, answered_at)
-        findings += [finding._replace(server=server) for finding in found]
+    try:
+        replies: Mapping[str, list[Any]] = yield _COMMANDS
+    except _UNREACHED as error:  # a cluster of which no node answers
+        replies = {"": [error]}
+    elapsed = time.time() - asked_at
+    for name, (clock, *told) in replies.items():
+        found = [_connection(clock)]
+        if found[0].level is Level.OK:
+            info, cluster, nodes, *settings = told
+            found += yield from _self_test(calls, _slots(nodes) if client.is_cluster else None)
+            found += _server(info, cluster, settings, _skew(clock, asked_at, elapsed), client)
+        findings += [finding._replace(server=name) for finding in found]
     return Diagnosis(findings)
 
 
-def _self_test(calls: Calls) -> Plan[Finding]:
+def _findings(checks: Mapping[str, Callable[[S], Found]], subject: S) -> Iterator[Finding]:
+    for name, check in checks.items():
+        if (found := check(subject)) is not None:
+            yield Finding(name, *found)
+
+
+# What a server tells
+
+
+def _connection(clock: Any) -> Finding:
+    """Whether the server can be reached at all."""
+    if not isinstance(clock, _UNREACHED):
+        return Finding("connection", Level.OK, "the server answers")
+    if isinstance(clock, AuthenticationError):
+        advice = "Give a user and a password that the server knows: redis://user:password@host:port"
+    elif isinstance(clock, BusyLoadingError):
+        advice = "It is reading its data from disk: wait. INFO persistence says how far it is"
+    elif isinstance(clock, TimeoutError):
+        advice = "The server hangs, or a firewall swallows what is sent to it"
+    else:
+        advice = "Is the server running, and are host, port and TLS (rediss://) right?"
+    return Finding("connection", Level.FAILURE, f"{str(clock).rstrip('.')}. {advice}")
+
+
+def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: Client) -> Iterator[Finding]:
+    told = _lines(info)
+    if told:
+        values = {name: value for name, reply in zip(SETTINGS, settings, strict=True) for value in _setting(reply)}
+        yield from _findings(CHECKS_OF_SERVERS, Server(told, values, _lines(cluster), skew, client))
+    else:
+        yield Finding("server", Level.UNKNOWN, f"it refuses INFO, on which all further checks rest: {info}")
+
+
+def _lines(reply: Any) -> dict[str, str]:
+    """What INFO and its like answer; empty if they were refused."""
+    return dict(re.findall(r"^(\w+):(.*?)\r?$", _text(reply), re.MULTILINE))
+
+
+def _setting(reply: Any) -> Iterator[str]:
+    """The value of a CONFIG GET, unless it was refused or the server does not know the setting."""
+    if isinstance(reply, Mapping):  # RESP3
+        reply = [part for pair in cast("Mapping[Any, Any]", reply).items() for part in pair]
+    for value in cast("list[Any]", reply)[1:2] if isinstance(reply, list) else []:
+        yield _text(value)
+
+
+def _text(reply: Any) -> str:
+    """A reply, whether or not the client decodes; empty for an error."""
+    return reply.decode(errors="replace") if isinstance(reply, bytes) else reply if isinstance(reply, str) else ""
+
+
+def _skew(clock: Any, asked_at: float, elapsed: float) -> float:
+    if not isinstance(clock, list | tuple):
+        return 0.0  # it refuses TIME, of which the self-test will tell
+    seconds, microseconds = (int(part) for part in cast("list[Any]", clock))
+    now = seconds + microseconds / 1_000_000
+    return max(asked_at - now, now - asked_at - elapsed, 0.0)
+
+
+# The scratch run
+
+
+def _self_test(calls: Calls, slots: list[range] | None) -> Plan[list[Finding]]:
     """Takes a scratch step through every transition: rights, types and the scripts themselves."""
-    run = f"doctor-{secrets.token_hex(8)}"
+    run = _scratch_run(calls, slots)
+    if run is None:  # no key of a store lies on this node
+        return []
     try:
         yield calls.schedule_step(run, "step", {})
+        yield calls.expire_run(run, 60)  # should nothing after this get through
         begun = yield calls.begin_step(run, "step", {}, lease=60, max_attempts=3)
         yield calls.release_step(begun.step_run)
         begun = yield calls.begin_step(run, "step", {}, lease=60, max_attempts=3)
@@ -103,159 +211,38 @@ def _self_test(calls: Calls) -> Plan[Finding]:
         yield calls.extend_claim(begun.step_run, 60)
         yield calls.complete_step(begun.step_run, {}, schedule={"next": {}})
         yield calls.delete_pending_steps(run, ["next"])
-        yield calls.expire_run(run, 60)
-        outputs = yield calls.completed_outputs(run)
-        yield calls.delete_run(run, tombstone=0.001)
-    except (RedisError, SquidstepError) as error:
-        return Finding(
-            "self-test", Level.FAILURE, f"a scratch run failed with {type(error).__name__}: {error}{_advice(error)}"
-        )
-    if outputs != [{}]:
-        return Finding("self-test", Level.FAILURE, f"a scratch run kept {outputs}, not what it was given")
-    return Finding("self-test", Level.OK, "a scratch run went through every transition")
+        answers = yield (calls.completed_outputs(run), calls.delete_run(run, tombstone=0.001))  # a batch
+    except SquidstepError as error:
+        with suppress(SquidstepError):
+            yield calls.delete_run(run, tombstone=0.001)
+        problem = f"a scratch run failed with {type(error).__name__}: {error}{_advice(error)}"
+        return [Finding("self-test", Level.FAILURE, problem)]
+    if answers != [[{}], True]:
+        problem = f"a batch on a scratch run answered {answers}{_advice(answers)}"
+        return [Finding("self-test", Level.FAILURE, problem)]
+    return [Finding("self-test", Level.OK, "a scratch run went through every transition")]
 
 
-def _advice(error: Exception) -> str:
-    # NOPERM comes with a text of its own for what a script may not do, a different one from each server.
-    if isinstance(error, NoPermissionError) or re.search(r"NOPERM|ACL|can't run", str(error)):
-        return ". Its user needs the keys ~<prefix>:* and the commands +@read +@write +@scripting +@transaction +time"
-    return ""
-
-
-def _client(options: Mapping[str, Any]) -> Iterator[Finding]:
-    timeout = options.get("socket_timeout")
-    if timeout is None or timeout > LONG_TIMEOUT:
-        span = "no socket_timeout" if timeout is None else f"a socket_timeout of {timeout:g} s"
-        yield Finding(
-            "client time-out", Level.WARNING, f"the client has {span}: a server that hangs holds its callers up as long"
-        )
-    else:
-        yield Finding("client time-out", Level.OK, f"{timeout:g} s")
-    if str(options.get("protocol")) == "3":
-        yield Finding(
-            "client protocol",
-            Level.WARNING,
-            "RESP3: a reply left over by an interrupted command can reach the next one (it is noticed, and raises "
-            "ReplyMismatchError). Use protocol=2",
-        )
-    if options.get("decode_responses"):
-        yield Finding(
-            "client decoding", Level.WARNING, "decode_responses=True: transactions of your own cannot take operations"
-        )
-
-
-def _setting(reply: Any) -> str | None:
-    """The value of a CONFIG GET, None if it was refused."""
-    if isinstance(reply, Mapping):
-        values: list[Any] = list(cast("Mapping[Any, Any]", reply).values())
-    else:
-        values = cast("list[Any]", reply)[1:2] if isinstance(reply, list) else []
-    return _text(values[0]) if values else None
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _server(
-    info: Any, fsync: str | None, replicas: str | None, clock: Any, asked_at: float, answered_at: float
-) -> Iterator[Finding]:
-    if isinstance(clock, list | tuple):
-        seconds, microseconds = (int(part) for part in cast("list[Any]", clock))
-        yield _skew(seconds + microseconds / 1_000_000, asked_at, answered_at)
-    facts = _facts(info)
-    if facts is None:
-        yield Finding("server", Level.UNKNOWN, f"it refuses INFO: {info!r}")
-        return
-    yield _version(facts)
-    if facts.get("role") in ("slave", "replica"):
-        yield Finding("role", Level.FAILURE, "this is a replica: it refuses writes. Connect to the master")
-    yield from _memory(facts)
-    yield _persistence(facts, fsync)
-    if int(facts.get("connected_slaves", "0")):
-        yield _replication(replicas)
-
-
-def _facts(info: Any) -> dict[str, str] | None:
-    """INFO as a dict of str, however the client read it."""
-    if isinstance(info, Mapping):
-        return {_text(name): _text(value) for name, value in cast("Mapping[Any, Any]", info).items()}
-    if isinstance(info, bytes | str):
-        return dict(re.findall(r"^(\w+):(.*?)\r?$", _text(info), re.MULTILINE))
+def _scratch_run(calls: Calls, slots: list[range] | None) -> str | None:
+    """A run whose keys lie in one of these slots, if there is such a run; None: in any."""
+    for _ in range(20_000):  # each of 1,024 buckets comes up
+        run = f"doctor-{secrets.token_hex(8)}"
+        if slots is None or any(key_slot(calls.keys.run(run.encode()).steps) in some for some in slots):
+            return run
     return None
 
 
-def _version(facts: Mapping[str, str]) -> Finding:
-    name = "Valkey" if facts.get("server_name") == "valkey" else "Redis"
-    text = facts.get("valkey_version") or facts.get("redis_version", "")
-    version = tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-    if version < OLDEST_SERVER:
-        oldest = ".".join(map(str, OLDEST_SERVER))
-        return Finding("version", Level.FAILURE, f"{name} {text} is not supported: the oldest is {oldest}")
-    return Finding("version", Level.OK, f"{name} {text}")
+def _slots(nodes: Any) -> list[range] | None:
+    """The slots of the node that answered CLUSTER NODES; None if it did not."""
+    own = re.search(r"^\S+ \S+ \S*myself\S* .*$", _text(nodes), re.MULTILINE)
+    if own is None:
+        return None
+    found = [word.partition("-") for word in own[0].split()[8:] if word[0] != "["]  # a slot that is on its way
+    return [range(int(first), int(last or first) + 1) for first, _, last in found]
 
 
-def _memory(facts: Mapping[str, str]) -> Iterator[Finding]:
-    policy = facts.get("maxmemory_policy")
-    if policy is None:
-        yield Finding("eviction", Level.UNKNOWN, "the server does not tell its maxmemory-policy: it must be noeviction")
-    elif policy != "noeviction":
-        yield Finding(
-            "eviction",
-            Level.FAILURE,
-            f"maxmemory-policy is {policy}: runs can vanish, and be executed again. Set it to noeviction",
-        )
-    else:
-        yield Finding("eviction", Level.OK, "maxmemory-policy is noeviction")
-    if evicted := int(facts.get("evicted_keys", "0")):
-        yield Finding("evicted keys", Level.WARNING, f"{evicted:,} keys were evicted since the server started")
-    used, most = int(facts.get("used_memory", "0")), int(facts.get("maxmemory", "0"))
-    if most and used > NEARLY_FULL * most:
-        yield Finding(
-            "memory",
-            Level.WARNING,
-            f"{used / most:.0%} of maxmemory is used: when it is full, nothing can be begun or completed",
-        )
-
-
-def _persistence(facts: Mapping[str, str], fsync: str | None) -> Finding:
-    if facts.get("aof_enabled") != "1":
-        lost = "all since the last snapshot" if facts.get("rdb_last_save_time") else "everything"
-        return Finding(
-            "persistence", Level.WARNING, f"appendonly is off: a restart forgets {lost}, and steps are executed again"
-        )
-    if fsync is None:
-        return Finding("persistence", Level.UNKNOWN, "appendonly is on; the server does not tell its appendfsync")
-    if fsync == "always":
-        return Finding("persistence", Level.OK, "appendonly with appendfsync always: what was acknowledged stays")
-    lost = "a second or two" if fsync == "everysec" else "half a minute"
-    return Finding(
-        "persistence",
-        Level.WARNING,
-        f"appendfsync is {fsync}: a power cut can take {lost} of claims and completions, and so can a crash of the "
-        "server while its disk is busy",
-    )
-
-
-def _replication(replicas: str | None) -> Finding:
-    if replicas is None:
-        return Finding("replication", Level.UNKNOWN, "the server does not tell its min-replicas-to-write")
-    if int(replicas) == 0:
-        return Finding(
-            "replication",
-            Level.WARNING,
-            "there are replicas, and min-replicas-to-write is 0: an old master that was cut off goes on accepting "
-            "writes, which are then lost. Set it to 1",
-        )
-    return Finding("replication", Level.OK, f"min-replicas-to-write is {replicas}")
-
-
-def _skew(clock: float, asked_at: float, answered_at: float) -> Finding:
-    skew = max(asked_at - clock, clock - answered_at, 0.0)
-    if skew > SKEW:
-        return Finding(
-            "clock",
-            Level.WARNING,
-            f"the server's clock and this machine's differ by {skew:.1f} s: leases are right, times may mislead",
-        )
-    return Finding("clock", Level.OK, f"agrees with this machine's to {max(answered_at - asked_at, skew):.3f} s")
+def _advice(error: object) -> str:
+    # What a script may not do, each server says in its own words; what a command may not, `RefusedError` advises on.
+    if re.search(r"ACL|can't run", text := str(error)) and RIGHTS not in text:
+        return f". What to do: grant the user {RIGHTS}"
+    return ""

@@ -49,6 +49,9 @@ T = TypeVar("T")
 FAILURES: Final = (RedisError, RedisClusterException, ReplyMismatchError)
 """What sending a call may raise, beside the refusals of its script."""
 
+RIGHTS: Final = "~<prefix>:* +@read +@write +@scripting -@dangerous +time"
+"""What a user needs for all that a store does on one server."""
+
 UNANSWERED: Final = (ConnectionError, TimeoutError, RedisClusterException)
 
 _FIRST_PAUSE: Final = 0.02
@@ -76,7 +79,7 @@ _REFUSALS: Final[Mapping[str, _Refusal]] = {
     "OOM": _Refusal(True, False, "its memory is full; raise maxmemory, or delete runs"),
     "MISCONF": _Refusal(True, False, "it cannot save to its disk; see to that"),
     "NOAUTH": _Refusal(False, False, "name a user and a password that it knows"),
-    "NOPERM": _Refusal(False, False, "grant the user ~<prefix>:* and +@read +@write +@scripting +@transaction +time"),
+    "NOPERM": _Refusal(False, False, f"grant the user {RIGHTS}"),
     "MOVED": _Refusal(False, False, "it is a node of a cluster; use a redis.RedisCluster client"),
     "ASK": _Refusal(False, False, "it is a node of a cluster; use a redis.RedisCluster client"),
 }

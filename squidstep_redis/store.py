@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import product
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 import redis
 from redis import RedisError
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, NoScriptError
+from redis.exceptions import AskError, ConnectionError, NoScriptError, TimeoutError
 from redis.retry import Retry
 
 from squidstep_redis import wire
@@ -183,13 +182,20 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         """
         return Claim(self, run_id, step, input, lease, max_attempts, on_busy, owner)
 
-    def doctor(self) -> Diagnosis:
+    def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Examines the server and the client: can the promises be kept here, and what limits them?
 
-        A scratch run of its own is taken through every transition, and deleted. Some fifteen round trips, and one per
-        node of a cluster. What goes wrong is a finding, not an exception.
+        A scratch run of its own is taken through every transition, and deleted; on a cluster, one on each primary.
+        Twenty round trips per server. What goes wrong is a finding, not an exception.
+
+        Args:
+            lease: seconds of the leases that you give `begin_step` and that nothing extends, to be examined too.
+            job_timeout: seconds that the work under such a lease may take.
+
+        Raises:
+            InvalidArgumentError: refused before anything was sent.
         """
-        return _carry_out(self, examine(self.calls, self._connection_options()))
+        return _carry_out(self, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     def close(self) -> None:
         """Closes the client, if `from_url` made it."""
@@ -314,6 +320,8 @@ def _carry_out(store: StepRunStore, plan: Plan[T], sleep: Callable[[float], None
                     answer = store.send(wanted)
                 elif isinstance(wanted, list):
                     answer = _ask(store.client, wanted)
+                elif isinstance(wanted, tuple):
+                    answer = store._send_all(wanted)  # pyright: ignore[reportPrivateUsage]: of this module
                 else:
                     sleep(wanted)
             except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
@@ -331,13 +339,18 @@ def _ask(client: Any, commands: list[Command]) -> dict[str, list[Any]]:
         servers = {node.name: cluster.get_redis_connection(node) for node in cluster.get_primaries()}
     else:
         servers = {"": client}
-    answers: dict[str, list[Any]] = {name: [] for name in servers}
-    for name, command in product(servers, commands):
+    return {name: list(_answers(server, commands)) for name, server in servers.items()}
+
+
+def _answers(server: Any, commands: list[Command]) -> Iterator[Any]:
+    unanswered: Exception | None = None
+    for command in commands:
         try:
-            answers[name].append(servers[name].execute_command(*command))
-        except RedisError as error:
-            answers[name].append(error)
-    return answers
+            yield unanswered or server.execute_command(*command)
+        except (RedisError, OSError) as error:
+            yield error
+            if isinstance(error, (ConnectionError, TimeoutError, OSError)):
+                unanswered = error  # nor will it answer the rest
 
 
 class Claim(BaseClaim[threading.Event]):

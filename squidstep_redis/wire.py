@@ -128,9 +128,10 @@ _REFUSALS: Final[dict[bytes, Callable[..., SquidstepError]]] = {
 Exchange = Generator[Sequence[Call[Any]], list[Any], T]
 """An operation that takes several batches: yields calls, is sent a result or an exception for each, returns."""
 
-Plan = Generator[Call[Any] | float | list[Command], Any, T]
-"""What to do, in order, for what takes more than calls. Of a call the result is sent back, or its error thrown in; a
-number is seconds to pause; a list of commands goes to every server, and replies or errors come back by server."""
+Plan = Generator[Call[Any] | tuple[Call[Any], ...] | float | list[Command], Any, T]
+"""What to do, in order, for what takes more than calls. Of a call the result is sent back, or its error thrown in; of a
+tuple of calls, which is a batch, a result or error for each; a number is seconds to pause; a list of commands goes to
+every server, and replies or errors come back by server."""
 
 
 class Durability(NamedTuple):

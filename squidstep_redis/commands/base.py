@@ -1,0 +1,127 @@
+"""What the commands share: the options that name a store, the store itself, and how they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import click
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException, RedisError
+from redis.retry import Retry
+from rich.console import Console, RenderableType
+
+from squidstep_redis import InvalidArgumentError, StepRunStore
+
+UNREACHED: Final = (RedisError, RedisClusterException, OSError)
+"""What `opened` raises where no server answers."""
+
+# Of a cluster's client, as `from_url` has it for a single server: the store sends again by itself.
+_OPTIONS: Final[dict[str, Any]] = {
+    "protocol": 2,
+    "socket_timeout": 3.0,
+    "socket_connect_timeout": 1.5,
+    **(
+        {"retry": Retry(NoBackoff(), 0)}
+        if int(redis.__version__.partition(".")[0]) >= 6
+        else {"cluster_error_retry_attempts": 0}
+    ),
+}
+_PLENTY: Final = 10_000  # columns: what reads a pipe does not want its lines folded
+
+
+class Where(NamedTuple):
+    """The store that a command is about."""
+
+    url: str
+    prefix: str
+
+    def shown(self) -> dict[str, str]:
+        """What may be shown of it: no password."""
+        return {"url": _without_password(self.url), "prefix": self.prefix}
+
+
+def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options that name a store; it takes `url` and `prefix`."""
+    url = click.option(
+        "-u",
+        "--url",
+        envvar=["SQUIDSTEP_REDIS_URL", "RQ_REDIS_URL"],
+        default="redis://localhost:6379",
+        show_default=True,
+        show_envvar=True,
+        help="The server, or any node of a cluster: redis://, rediss:// or unix://.",
+    )
+    prefix = click.option(
+        "--prefix",
+        envvar="SQUIDSTEP_PREFIX",
+        default="squidstep",
+        show_default=True,
+        show_envvar=True,
+        help="The prefix of the store's keys.",
+    )
+    return url(prefix(command))
+
+
+def as_json(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that reads the option `--json`; it takes `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+@contextmanager
+def opened(where: Where) -> Generator[StepRunStore]:
+    """The store, for as long as the block. A cluster is known by its answer, and then all its nodes are used.
+
+    Raises:
+        click.UsageError: the URL or the prefix is malformed.
+        UNREACHED: a cluster of which no node can be reached. A single server is not looked for yet.
+    """
+    try:
+        store = StepRunStore.from_url(where.url, prefix=where.prefix)
+        is_cluster = _is_cluster(store.client)
+    except InvalidArgumentError as error:
+        raise click.BadParameter(str(error), param_hint="--prefix") from error
+    except (ValueError, TypeError) as error:  # an option in the URL that redis-py does not know
+        raise click.BadParameter(f"{_without_password(where.url)}: {error}", param_hint="--url") from error
+    with store:
+        if not is_cluster:
+            yield store
+            return
+    connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
+    with connect(where.url, **_OPTIONS) as cluster:
+        yield StepRunStore(cluster, prefix=where.prefix)
+
+
+def _is_cluster(client: Any) -> bool:
+    """Whether it answers what a cluster's client asks first. Any other server refuses, and so may its ACL."""
+    try:
+        client.execute_command("CLUSTER SLOTS")
+    except UNREACHED:
+        return False
+    return True
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^/@]*:)[^@/]*@", r"\1***@", url))
+
+
+def show(*renderables: RenderableType) -> None:
+    """Prints for people: coloured and folded on a terminal; into a pipe plain, a row a line, for grep."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PLENTY
+    with console.capture() as shown:
+        console.print(*renderables, sep="\n")
+    for line in shown.get().splitlines():
+        sys.stdout.write(f"{line.rstrip()}\n")
+
+
+def show_json(value: Any) -> None:
+    """Prints for programs."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
