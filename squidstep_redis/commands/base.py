@@ -88,7 +88,8 @@ def opened(where: Where) -> Generator[StepRunStore]:
     except InvalidArgumentError as error:
         raise click.BadParameter(str(error), param_hint="--prefix") from error
     except (ValueError, TypeError) as error:  # an option in the URL that redis-py does not know
-        raise click.BadParameter(f"{_without_password(where.url)}: {error}", param_hint="--url") from error
+        problem = str(error).partition(" as ")[0]  # what may be a part of the password
+        raise click.BadParameter(f"{_without_password(where.url)}: {problem}", param_hint="--url") from error
     with store:
         if not is_cluster:
             yield store
@@ -108,7 +109,7 @@ def _is_cluster(client: Any) -> bool:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^/@]*:)[^@/]*@", r"\1***@", url))
+    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^/@:]*:).*@", r"\1***@", url))
 
 
 def show(*renderables: RenderableType) -> None:
