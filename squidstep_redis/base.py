@@ -168,6 +168,7 @@ class BaseStore(ABC, Generic[C]):
             timeout=self._patience.timeout,
             wait_replicas=durability.replicas if durability else 0,
             wait_aof=durability is not None and durability.aof,
+            wait_timeout=durability.timeout_ms / 1_000 if durability else 0,
             lease=None if lease is None else arguments.seconds("lease", lease, longest),
             job_timeout=None if job_timeout is None else arguments.seconds("job_timeout", job_timeout, longest),
         )

@@ -17,6 +17,7 @@ FIRST_THAT_HOLDS_SCRIPTS: Final = (7, 0)  # to min-replicas-to-write
 NEARLY_FULL: Final = 0.9  # of maxmemory
 SKEW: Final = 1.0  # seconds between this machine's clock and the server's
 LONG_TIMEOUT: Final = 60.0  # seconds
+EVERYSEC: Final = 2.0  # seconds: what appendfsync everysec leaves between two, at most
 SLOTS: Final = 16_384
 
 
@@ -49,6 +50,7 @@ class Client(NamedTuple):
         timeout: seconds that the store allows a call.
         wait_replicas: of how many replicas the store waits to hear.
         wait_aof: whether the store waits for the AOF.
+        wait_timeout: seconds for which it waits for these two.
         lease: seconds of the claims that nothing extends; None: not told.
         job_timeout: seconds that the work may take; None: not told.
     """
@@ -62,6 +64,7 @@ class Client(NamedTuple):
     timeout: float
     wait_replicas: int
     wait_aof: bool
+    wait_timeout: float
     lease: float | None
     job_timeout: float | None
 
@@ -237,7 +240,7 @@ def _memory(server: Server) -> Found:
             "writes. Set it to what the machine can spare"
         )
     if used > NEARLY_FULL * most:
-        return WARNING, f"{used / most:.0%} of maxmemory is used: when it is full, nothing can be begun or completed"
+        return WARNING, f"{used / most:.0%} of maxmemory is used: when it is full, nothing can be begun"
     return OK, f"{used / most:.0%} of maxmemory is used"
 
 
@@ -250,7 +253,12 @@ def _persistence(server: Server) -> Found:
             return FAILURE, "appendonly is off, and the store is to wait for it: each call raises NotReplicatedError"
         lost = "everything" if server.settings.get("save") == "" else "all since the last snapshot"
         return WARNING, f"appendonly is off: a restart forgets {lost}, and steps are executed again. Turn it on"
-    if server.client.wait_aof:
+    if (wait := server.client).wait_aof:
+        if fsync == "everysec" and wait.wait_timeout < EVERYSEC:
+            return WARNING, (
+                f"the store waits {wait.wait_timeout:g} s for an AOF that is written once a second: a slow disk makes "
+                f"calls raise NotReplicatedError. Set wait_timeout to {EVERYSEC:g} s or more, or appendfsync to always"
+            )
         return OK, "appendonly, and the store waits for it: what was acknowledged stays"
     if fsync is None:
         return UNKNOWN, "appendonly is on; the server does not tell its appendfsync"

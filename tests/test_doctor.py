@@ -213,6 +213,16 @@ class TestOnARealServer:
         assert findings["persistence"].level is Level.OK
         assert wrong(findings) == ({} if knows_waitaof else {"version": Level.FAILURE, "self-test": Level.FAILURE})
 
+    @pytest.mark.parametrize(
+        ("fsync", "wait_timeout", "level"),
+        [("everysec", 1.9, Level.WARNING), ("everysec", 2, Level.OK), ("always", 1, Level.OK)],
+    )
+    def test_waiting_for_the_aof_for_too_short_a_while(
+        self, binary: Path, fsync: str, wait_timeout: float, level: Level
+    ) -> None:
+        findings = examined(binary, {**SOUND, "appendfsync": fsync}, wait_aof=True, wait_timeout=wait_timeout)
+        assert findings["persistence"].level is level
+
     def test_nothing_is_left_where_the_scratch_run_failed(self, binary: Path) -> None:
         waiting = {"timeout": 1, "wait_replicas": 1, "wait_timeout": 0.01}
         with (
@@ -363,6 +373,7 @@ CLIENT = Client(
     timeout=10,
     wait_replicas=0,
     wait_aof=False,
+    wait_timeout=0,
     lease=None,
     job_timeout=None,
 )

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import redis
 from servers import find_binary
 
 import squidstep_redis.rq
+from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "tests" / "guide").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DEFAULT_URL = "redis://localhost:6379/0"
 
 
-def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
+def blocks(page: Path, *languages: str) -> list[tuple[int, str, str]]:
     """The blocks in those languages, each with the number of its first line."""
     text = page.read_text("utf-8")
     found = [(text.count("\n", 0, match.start(2)) + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
-    return [(line, code) for line, language, code in found if language in languages]
+    return [(line, language, code) for line, language, code in found if language in languages]
 
 
 @pytest.fixture
@@ -47,18 +51,60 @@ def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: str) -> None:
-    found = blocks(page, "python")
+def test_the_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: str) -> None:
+    address = url.removeprefix("redis://")
+    run = {"python": run_python, "redis": run_redis, "console": run_console}
+    if page == PAGES[0]:
+        del run["console"]  # they install: CI runs them
+    found = blocks(page, *run)
     assert found
-    for line, code in found:
-        # The blank lines in front make a traceback point into the page.
-        source = "\n" * (line - 1) + code.replace(DEFAULT_URL, url)
-        exec(compile(source, str(page), "exec"), module.__dict__)
+    for line, language, code in found:
+        run[language](code.replace("localhost:6379/0", address), page, line, module, url)
     module.store.close()
 
 
+def run_python(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
+    # The blank lines in front make a traceback point into the page.
+    exec(compile("\n" * (line - 1) + code, str(page), "exec"), module.__dict__)
+
+
+def run_redis(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
+    """Commands as they are typed into redis-cli."""
+    with redis.Redis.from_url(url) as client:
+        for command in code.splitlines():
+            client.execute_command(*command.split())
+
+
+def run_console(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
+    """Each command, and what it prints; "…" stands for what is different each time, or of no interest here."""
+    environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    for command, wanted in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", code, re.MULTILINE):
+        ended = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        pattern = re.escape(wanted).replace("…", ".*")
+        assert re.fullmatch(pattern, ended.stdout + ended.stderr), f"{page.name}:{line}: {ended}"
+
+
+@pytest.mark.parametrize(
+    ("page", "options"),
+    [
+        (page, dict(line.split(maxsplit=1) for line in code.splitlines()))
+        for page in PAGES
+        for _, _, code in blocks(page, "conf")
+    ],
+)
+def test_the_doctor_is_content_with_a_configuration(page: Path, options: dict[str, str]) -> None:
+    with (
+        EmbeddedServer(binary=find_binary("valkey"), options=options) as server,
+        StepRunStore.from_url(server.url) as store,
+    ):
+        findings = store.doctor().findings
+    assert [finding for finding in findings if finding.level is not Level.OK] == []
+
+
 def test_ci_runs_the_commands_of_the_readme() -> None:
-    lines = [line for _, code in blocks(PAGES[0], "console") for line in code.splitlines()]
+    lines = [line for _, _, code in blocks(PAGES[0], "console") for line in code.splitlines()]
     assert len(lines) == 2
     assert all(line.startswith("$ python3 -m venv .venv && .venv/bin/pip install -e ") for line in lines)
     assert r"sed -n 's/^\$ //p' README.md" in (REPOSITORY / ".ci" / "run").read_text("utf-8")
@@ -66,7 +112,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 def test_no_block_is_in_a_language_that_nothing_runs() -> None:
     for page in PAGES:
-        assert len(blocks(page, "python", "console")) == len(BLOCK.findall(page.read_text("utf-8")))
+        assert len(blocks(page, "python", "redis", "console", "conf")) == len(BLOCK.findall(page.read_text("utf-8")))
 
 
 def test_links_lead_somewhere() -> None:
