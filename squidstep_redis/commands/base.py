@@ -102,9 +102,11 @@ def opened(where: Where) -> Generator[StepRunStore]:
 def _is_cluster(client: Any) -> bool:
     """Whether it answers what a cluster's client asks first. Any other server refuses, and so may its ACL."""
     try:
-        client.execute_command("CLUSTER SLOTS")
+        slots = client.execute_command("CLUSTER SLOTS")
     except UNREACHED:
         return False
+    if not slots:
+        raise RedisClusterException("none of its slots is served: see CLUSTER NODES")
     return True
 
 
