@@ -30,7 +30,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "SQUIDSTEP_REDIS_URL", "RQ_REDIS_URL", "SQUIDSTEP_PREFIX"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "SQUIDSTEP_REDIS_URL", "RQ_REDIS_URL", "SQUIDSTEP_PREFIX"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -102,7 +102,10 @@ class TestDoctor:
             assert finding.keys() == {"check", "level", "message", "server"}
             assert finding["level"] == "ok"
 
-    def test_in_a_pipe_a_finding_is_a_line_without_colours(self, server: EmbeddedServer) -> None:
+    def test_in_a_pipe_a_finding_is_a_line_without_colours(
+        self, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")  # which some shells export
         ended = run("doctor", "-u", server.url, "--lease", 30, "--job-timeout", 180)
         head, *findings, counts = ended.stdout.splitlines()
         assert head == f"{server.url}, prefix squidstep"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Generator
@@ -117,7 +116,7 @@ def _without_password(url: str) -> str:
 def show(*renderables: RenderableType) -> None:
     """Prints for people: coloured and folded on a terminal; into a pipe plain, a row a line, for grep."""
     console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.is_terminal:
         console.width = _PLENTY
     with console.capture() as shown:
         console.print(*renderables, sep="\n")
