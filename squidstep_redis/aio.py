@@ -15,7 +15,7 @@ from redis import RedisError
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, ConnectionError, NoScriptError, TimeoutError
+from redis.exceptions import AskError, NoScriptError
 
 from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
@@ -360,9 +360,9 @@ async def _answers(server: Any, commands: list[Command]) -> AsyncIterator[Any]:
     for command in commands:
         try:
             yield unanswered or await server.execute_command(*command)
-        except (RedisError, OSError) as error:
+        except RedisError as error:
             yield error
-            if isinstance(error, (ConnectionError, TimeoutError, OSError)):
+            if isinstance(error, UNANSWERED):
                 unanswered = error  # nor will it answer the rest
 
 

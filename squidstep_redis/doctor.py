@@ -14,12 +14,12 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from redis.crc import key_slot
-from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisClusterException, TimeoutError
+from redis.exceptions import AuthenticationError, BusyLoadingError, TimeoutError
 
 from squidstep_redis.calls import Calls
 from squidstep_redis.checks import CHECKS_OF_CLIENTS, CHECKS_OF_SERVERS, SETTINGS, Client, Found, Level, Server
 from squidstep_redis.errors import SquidstepError
-from squidstep_redis.sending import RIGHTS
+from squidstep_redis.sending import RIGHTS, UNANSWERED
 from squidstep_redis.wire import Command, Plan
 
 S = TypeVar("S")
@@ -62,7 +62,6 @@ _COMMANDS: Final[list[Command]] = [
     ("CLUSTER", "NODES"),
     *(("CONFIG", "GET", name) for name in SETTINGS),
 ]
-_UNREACHED: Final = (ConnectionError, TimeoutError, RedisClusterException, OSError)
 
 
 def a_connection(client: Any) -> Any:
@@ -120,7 +119,7 @@ def examine(calls: Calls, client: Client) -> Plan[Diagnosis]:
     asked_at = time.time()
     try:
         replies: Mapping[str, list[Any]] = yield _COMMANDS
-    except _UNREACHED as error:  # a cluster of which no node answers
+    except UNANSWERED as error:  # a cluster of which no node answers
         replies = {"": [error]}
     elapsed = time.time() - asked_at
     for name, (clock, *told) in replies.items():
@@ -144,7 +143,7 @@ def _findings(checks: Mapping[str, Callable[[S], Found]], subject: S) -> Iterato
 
 def _connection(clock: Any) -> Finding:
     """Whether the server can be reached at all."""
-    if not isinstance(clock, _UNREACHED):
+    if not isinstance(clock, UNANSWERED):
         return Finding("connection", Level.OK, "the server answers")
     if isinstance(clock, AuthenticationError):
         advice = "Give a user and a password that the server knows: redis://user:password@host:port"

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import redis
 from redis import RedisError
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, ConnectionError, NoScriptError, TimeoutError
+from redis.exceptions import AskError, NoScriptError
 from redis.retry import Retry
 
 from squidstep_redis import wire
@@ -347,9 +347,9 @@ def _answers(server: Any, commands: list[Command]) -> Iterator[Any]:
     for command in commands:
         try:
             yield unanswered or server.execute_command(*command)
-        except (RedisError, OSError) as error:
+        except RedisError as error:
             yield error
-            if isinstance(error, (ConnectionError, TimeoutError, OSError)):
+            if isinstance(error, UNANSWERED):
                 unanswered = error  # nor will it answer the rest
 
 

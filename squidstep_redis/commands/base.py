@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 
 from squidstep_redis import InvalidArgumentError, StepRunStore
 
-UNREACHED: Final = (RedisError, RedisClusterException, OSError)
+UNREACHED: Final = (RedisError, RedisClusterException)
 """What `opened` raises where no server answers."""
 
 # Of a cluster's client, as `from_url` has it for a single server: the store sends again by itself.
