@@ -26,7 +26,7 @@ if state and wanted == "failed" and (state.status == FAILED or state.status == E
 end
 if state and wanted ~= "failed" and state.status == RUNNING and state.lease ~= "" then
   local lease_end = state.created + state.started + state.lease
-  local lapsed = lease_end <= now_ms()
+  local lapsed = lease_end - now_ms() <= 0
   -- A write that changes nothing is refused, too, when memory is full or the server is a replica.
   if not lapsed and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
     redis.call("ZADD", index, lease_end, member)

@@ -32,7 +32,7 @@ if run.ttl then
         return unreadable(steps, field, line)
       end
       if state.status == RUNNING then
-        hold(run, state)
+        hold(run, state.lease, state.created + state.started)
       end
     end
   end

@@ -47,7 +47,7 @@ else
   state.lease = math.max(0, now + lease - started)
   redis.call("ZADD", claims, started + state.lease, member)
 end
-hold(run, state)
+hold(run, state.lease, state.created + state.started)
 local line = format_state(state)
 redis.call("HSET", steps, "r", format_run(run), "s" .. step, line)
 renew_expiry(run, steps, done, now)

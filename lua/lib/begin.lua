@@ -13,20 +13,9 @@ if not state then
   if not run.exists then
     set_ttl(run, ARGV[7] or "")
   end
-  run.created = run.created + 1
-  state = {
-    status = RUNNING,
-    attempt = 1,
-    released = "",
-    token = token,
-    lease = lease,
-    started = 0,
-    ended = "",
-    created = now,
-    rest = run.created .. "  " .. owner,
-  }
-  hold(run, state)
-  local line = format_state(state)
+  run.created = run.created + 1 .. ""
+  hold(run, lease, now)
+  local line = first_line(token, lease, now, run.created, owner)
   redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "i" .. step, input)
   renew_expiry(run, steps, done, now)
   return { "execute", nonce, line }
@@ -90,7 +79,7 @@ state.lease = lease
 state.started = math.max(0, now - state.created)
 state.ended = ""
 state.rest = string.match(state.rest, "^%d+ %S* ") .. owner
-hold(run, state)
+hold(run, lease, state.created + state.started)
 local line = format_state(state)
 local count = #fields
 fields[count + 1], fields[count + 2] = "r", format_run(run)

@@ -3,7 +3,7 @@
 -- Writes the run's line too. Answers the state line.
 local function complete(run, state, steps, done, step, output, now)
   unhold(run, state)
-  run.completed = run.completed + 1
+  run.completed = run.completed + 1 .. ""
   redis.call("ZADD", done, run.completed, step)
   end_attempt(state, COMPLETED, now)
   local line = format_state(state)

@@ -16,14 +16,14 @@ local function set_ttl(run, ttl)
 end
 
 -- A claim of the step begins or is renewed: the run must outlive it.
-local function hold(run, state)
+local function hold(run, lease, started)
   if not run.ttl then
     return
   end
-  if state.lease == "" then
+  if lease == "" then
     run.unleased = run.unleased + 1
   else
-    run.hold = math.max(run.hold, state.created + state.started + state.lease)
+    run.hold = math.max(run.hold, started + lease)
   end
 end
 
