@@ -305,12 +305,15 @@ class TestClients:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
             assert "client protocol" not in asyncio.run(main(server.url))
 
-    def test_redis_pys_defaults_are_told_as_they_are(self, binary: Path) -> None:
+    def test_redis_pys_defaults_are_taken_as_they_are(self, binary: Path) -> None:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server, redis.Redis.from_url(server.url) as client:
             pool: Any = client.connection_pool
-            timeout = pool.connection_class(**pool.connection_kwargs).socket_timeout
-            level = found(StepRunStore(client))["client time-out"].level
+            made = pool.connection_class(**pool.connection_kwargs)
+            timeout, connect = made.socket_timeout, made.socket_connect_timeout
+            store = StepRunStore(client)
+            level = found(store)["client time-out"].level
         assert (level is Level.WARNING) == (timeout is None)
+        assert store._patience.last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
 
 
 def mixes_replies(client: Any) -> bool:
