@@ -49,7 +49,7 @@ T = TypeVar("T")
 FAILURES: Final = (RedisError, RedisClusterException, ReplyMismatchError)
 """What sending a call may raise, beside the refusals of its script."""
 
-RIGHTS: Final = "~<prefix>:* +@read +@write +@scripting -@dangerous +time"
+RIGHTS: Final = "~<prefix>:* +@read +@write +@scripting +@transaction -@dangerous +time"
 """What a user needs for all that a store does on one server."""
 
 UNANSWERED: Final = (ConnectionError, TimeoutError, RedisClusterException)

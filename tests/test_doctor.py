@@ -241,9 +241,9 @@ class TestOnARealServer:
         [
             (f"~squidstep:* +@all -zadd {SETTINGS}", {"self-test": Level.FAILURE}),
             (f"~elsewhere:* +@all {SETTINGS}", {"self-test": Level.FAILURE}),
-            (f"~squidstep:* +@read +@write +@scripting -@dangerous +time {SETTINGS}", {}),
-            ("~squidstep:* +@read +@write +@scripting -@dangerous +time +info", {"persistence": Level.UNKNOWN}),
-            ("~squidstep:* +@read +@write +@scripting -@dangerous +time", {"server": Level.UNKNOWN}),
+            (f"~squidstep:* +@read +@write +@scripting +@transaction -@dangerous +time {SETTINGS}", {}),
+            ("~squidstep:* +@read +@write +@scripting +@transaction -@dangerous +time +info", {"persistence": Level.UNKNOWN}),
+            ("~squidstep:* +@read +@write +@scripting +@transaction -@dangerous +time", {"server": Level.UNKNOWN}),
         ],
     )
     def test_a_user_with_these_rights(self, binary: Path, rights: str, expected: dict[str, Level]) -> None:
@@ -254,7 +254,7 @@ class TestOnARealServer:
                 findings = found(store)
         assert wrong(findings) == expected
         if "self-test" in expected:
-            advice = "grant the user ~<prefix>:* +@read +@write +@scripting -@dangerous +time"
+            advice = "grant the user ~<prefix>:* +@read +@write +@scripting +@transaction -@dangerous +time"
             assert findings["self-test"].message.count(advice) == 1
 
     def test_a_store_whose_lease_is_too_short(self, binary: Path) -> None:

@@ -20,7 +20,7 @@ from .kit import Stores
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 OWN: Final = "own"
-COMMANDS: Final = "+@read +@write +@scripting +@transaction +time"  # as the errors advise
+COMMANDS: Final = "+@read +@write +@scripting +@transaction -@dangerous +time"  # as the errors advise
 RIGHTS: Final = f"~{OWN}:* {COMMANDS}"
 OPERATIONS: Final = [*CALLS, *EXCHANGES]
 # What a user may be denied as a whole.
