@@ -59,7 +59,7 @@ def test_a_master_that_hangs_and_comes_back(binary: Path, tmp_path: Path) -> Non
             assert_it_takes_nothing(old, stores.from_url(old.url, timeout=0.2, socket_timeout=5))
 
         # There were two replicas, and now there may be one: nothing is confirmed by two before the old one is back.
-        assert {type(error) for error in load.errors} <= {NotSentError, OutcomeUnknownError, NotReplicatedError}
+        assert {type(error) for error in load.errors} <= {NotSentError, RefusedError, OutcomeUnknownError, NotReplicatedError}
         assert all(error.may_pass for error in load.errors)
         assert load.lost(stores.behind(sentinels)) == []
 
