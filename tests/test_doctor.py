@@ -21,6 +21,7 @@ from squidstep_redis.checks import CHECKS_OF_SERVERS, Client, Server
 from squidstep_redis.embedded import EmbeddedServer
 
 SOUND = {"appendonly": "yes", "appendfsync": "always", "maxmemory": "100mb"}
+RIGHTS = "+@read +@write +@scripting +@transaction -@dangerous +time"
 SETTINGS = "+config|get +info +cluster|info +cluster|nodes"  # beyond what a store needs
 
 
@@ -241,9 +242,9 @@ class TestOnARealServer:
         [
             (f"~squidstep:* +@all -zadd {SETTINGS}", {"self-test": Level.FAILURE}),
             (f"~elsewhere:* +@all {SETTINGS}", {"self-test": Level.FAILURE}),
-            (f"~squidstep:* +@read +@write +@scripting +@transaction -@dangerous +time {SETTINGS}", {}),
-            ("~squidstep:* +@read +@write +@scripting +@transaction -@dangerous +time +info", {"persistence": Level.UNKNOWN}),
-            ("~squidstep:* +@read +@write +@scripting +@transaction -@dangerous +time", {"server": Level.UNKNOWN}),
+            (f"~squidstep:* {RIGHTS} {SETTINGS}", {}),
+            (f"~squidstep:* {RIGHTS} +info", {"persistence": Level.UNKNOWN}),
+            (f"~squidstep:* {RIGHTS}", {"server": Level.UNKNOWN}),
         ],
     )
     def test_a_user_with_these_rights(self, binary: Path, rights: str, expected: dict[str, Level]) -> None:
@@ -254,7 +255,7 @@ class TestOnARealServer:
                 findings = found(store)
         assert wrong(findings) == expected
         if "self-test" in expected:
-            advice = "grant the user ~<prefix>:* +@read +@write +@scripting +@transaction -@dangerous +time"
+            advice = f"grant the user ~<prefix>:* {RIGHTS}"
             assert findings["self-test"].message.count(advice) == 1
 
     def test_a_store_whose_lease_is_too_short(self, binary: Path) -> None:

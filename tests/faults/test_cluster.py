@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -23,7 +24,11 @@ from squidstep_redis.keys import Keys
 from .kit import FLAVOURS, Load, Stores, assert_a_legal_loss, stores_of
 from .topologies import Cluster, Migration, connected
 
-pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+pytestmark = [
+    pytest.mark.servers("valkey", "redis-7", "redis-6"),
+    # On asyncio redis-py forgets a node that is gone, and does not close its connections.
+    pytest.mark.filterwarnings("ignore:[Uu]nclosed:ResourceWarning"),
+]
 
 _runs = (f"run-{number}" for number in itertools.count())
 
@@ -35,12 +40,13 @@ def started(binary: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(started: Cluster) -> Cluster:
+def cluster(started: Cluster) -> Iterator[Cluster]:
     """All six are up and follow each other, whoever is primary by now."""
     for node in started.nodes:
         node.start()
     wait_until(started.is_ready, timeout=60)
-    return started
+    yield started
+    gc.collect()  # here, where the warnings are filtered
 
 
 @pytest.fixture
@@ -91,9 +97,8 @@ class TestFailover:
     def test_in_agreement_loses_nothing(self, cluster: Cluster) -> None:
         with stores_of("blocking") as stores:
             with load_on(cluster, runs=1, timeout=60) as load:
-                for _ in range(2):  # there and back
-                    cluster.fail_over(slot_of(load.runs[0]))
-                    load.wait_for_more()
+                cluster.fail_over(slot_of(load.runs[0]))
+                load.wait_for_more()
             assert load.errors == []
             assert load.lost(stores.on_cluster(cluster.url)) == []
 
