@@ -9,7 +9,6 @@ from contextlib import suppress
 from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
-from weakref import WeakKeyDictionary
 
 from redis import RedisError
 from redis import asyncio as redis
@@ -21,9 +20,10 @@ from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import BaseStore, documented
 from squidstep_redis.calls import Calls
-from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy
+from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, OnBusy
 from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.heartbeats import async_heartbeat_of
 from squidstep_redis.model import StepRun
 from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome
 from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
@@ -199,7 +199,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     async def close(self) -> None:
         """Closes the client, if `from_url` made it."""
         if self._owns_client:
-            await _heartbeat_of(self.client).stop()
+            await async_heartbeat_of(self.client).stop()
             await self.client.aclose()
 
     async def __aenter__(self) -> Self:
@@ -369,6 +369,8 @@ async def _answers(server: Any, commands: list[Command]) -> AsyncIterator[Any]:
 class AsyncClaim(BaseClaim[asyncio.Event]):
     """A step to be executed by this delivery or skipped: the `async with` block that `claim_step` makes."""
 
+    store: AsyncStepRunStore
+
     def __init__(
         self,
         store: AsyncStepRunStore,
@@ -393,7 +395,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             self._enter()
             self._task, self._has_cancelled = asyncio.current_task(), False
             if self._state == "held" and self._lease is not None:
-                _heartbeat_of(self.store.client).add(self)
+                async_heartbeat_of(self.store.client).add(self)
         except SquidstepError:
             raise
         except BaseException:  # the task was cancelled: the work has not begun
@@ -445,75 +447,5 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
 
     def _stop(self) -> None:
         if self._lease is not None:
-            _heartbeat_of(self.store.client).discard(self)
+            async_heartbeat_of(self.store.client).discard(self)
         self._exit()
-
-
-class _Heartbeat:
-    """Extends the claims of one client, by timers of the event loop: no task lives while there is nothing to send."""
-
-    def __init__(self) -> None:
-        self._beats: Beats[AsyncClaim] = Beats()
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def add(self, claim: AsyncClaim) -> None:
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # a client may serve one loop after another
-            self._loop, self._timer, self._task = loop, None, None
-        self._beats.add(claim)
-        self._wind()
-
-    def discard(self, claim: AsyncClaim) -> None:
-        self._beats.discard(claim)
-        if not self._beats and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    async def stop(self) -> None:
-        """Ends a beat that is under way; if a claim is live yet, another makes up for it."""
-        if self._task is not None and self._loop is asyncio.get_running_loop():
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._wind()
-
-    def _wind(self) -> None:
-        """Sets the timer to the next beat, unless one is under way or it is set to an earlier time."""
-        due = self._beats.next_at()
-        if due is None or self._loop is None or self._task is not None:
-            return
-        when = self._loop.time() + due - time.monotonic()
-        if self._timer is not None:
-            if self._timer.when() <= when:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._start)
-
-    def _start(self) -> None:
-        self._timer = None
-        if self._loop is not None:
-            self._task = self._loop.create_task(self._beat())
-
-    async def _beat(self) -> None:
-        try:
-            if claims := self._beats.take():
-                sent_at = time.monotonic()
-                try:
-                    results: Any = await claims[0].store.batch([claim.extension() for claim in claims])
-                except Exception as error:  # noqa: BLE001 -- whatever it was, the next beat may get through
-                    results = error
-                self._beats.told(claims, results, sent_at)
-        finally:
-            self._task = None
-        self._wind()
-
-
-_heartbeats: WeakKeyDictionary[Any, _Heartbeat] = WeakKeyDictionary()
-
-
-def _heartbeat_of(client: Any) -> _Heartbeat:
-    heartbeat = _heartbeats.get(client)
-    if heartbeat is None:
-        heartbeat = _heartbeats[client] = _Heartbeat()
-    return heartbeat

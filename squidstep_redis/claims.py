@@ -1,7 +1,7 @@
 """Claims that keep themselves: the rules of `run_step`, without any waiting.
 
-`BaseClaim` says, as generators, what to send and how long to pause; `Beats` says when to extend which claims. `Claim`
-and `AsyncClaim`, beside their stores, only do as told.
+`BaseClaim` says, as generators, what to send and how long to pause; `Claim` and `AsyncClaim`, beside their stores, do
+as told. What extends the leases meanwhile is in `heartbeats`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
@@ -44,7 +44,7 @@ BEATS_PER_LEASE: Final = 3
 MAX_PATIENCE: Final = 60.0  # seconds for which a result that cannot get through is sent again
 
 _FIRST_PAUSE: Final = 0.05
-_LAST_PAUSE: Final = 1.0
+LAST_PAUSE: Final = 1.0
 
 _current: ContextVar[tuple[ref[BaseClaim[Any]], ...]] = ContextVar("squidstep_claims", default=())
 
@@ -81,6 +81,7 @@ class BaseClaim(Generic[E]):
         lost: an event, set when the claim is found to be taken over or deleted; look at it in long work, and stop.
     """
 
+    store: Any
     lost: E
     decision: Literal["execute", "skip"] | None
 
@@ -263,7 +264,7 @@ class BaseClaim(Generic[E]):
                         "being executed by this very code. What is executed within a step wants a name of its own",
                     )
                 yield min(_spread(pause), begun.retry_in or pause)
-                pause = min(2 * pause, _LAST_PAUSE)
+                pause = min(2 * pause, LAST_PAUSE)
 
     def _abandoning(self) -> Plan[None]:
         """Gives back what `_claiming` may have claimed: it was interrupted, and the step's work has not begun."""
@@ -378,67 +379,9 @@ def _insistently(call: Call[T], patience: float) -> Plan[T]:
             if not error.may_pass or time.monotonic() + pause > deadline:
                 raise
         yield _spread(pause)
-        pause = min(2 * pause, _LAST_PAUSE)
+        pause = min(2 * pause, LAST_PAUSE)
 
 
 def _spread(seconds: float) -> float:
     """A little more or less, so that those who wait for the same do not all come at once."""
     return seconds * random.uniform(0.75, 1.25)  # noqa: S311 -- nothing secret
-
-
-class Beats(Generic[C]):
-    """When to extend which claims: those of one client, in as few batches as can be.
-
-    A claim that nobody else holds is forgotten: whatever tore its block down, its lease shall end.
-    """
-
-    def __init__(self) -> None:
-        # By id, each with when it is due. Not a WeakKeyDictionary: it has a callback for each claim that dies, and an
-        # exception that a signal handler raises in there is lost.
-        self._due: dict[int, tuple[ref[C], float]] = {}
-
-    def __len__(self) -> int:
-        return sum(reference() is not None for reference, _ in self._due.values())
-
-    def add(self, claim: C) -> float:
-        """Looks after a claim; answers when it is to be extended, by the monotonic clock."""
-        self._due[id(claim)] = ref(claim), claim.beats_at
-        return claim.beats_at
-
-    def discard(self, claim: C) -> None:
-        """Looks after a claim no more."""
-        self._due.pop(id(claim), None)
-
-    def next_at(self) -> float | None:
-        """When to `take` next; None if there is no claim."""
-        return min((due for reference, due in self._due.values() if reference() is not None), default=None)
-
-    def take(self) -> list[C]:
-        """The claims to extend now: if one is due, also those that will be soon, so that they fall into step."""
-        now = time.monotonic()
-        earliest = self.next_at()
-        if earliest is None or earliest > now:
-            return []
-        found: list[C] = []
-        for key, (reference, due) in list(self._due.items()):
-            claim = reference()
-            if claim is None or not claim.is_live:
-                del self._due[key]
-            elif due - claim.interval / 2 <= now:
-                found.append(claim)
-        return found
-
-    def told(self, claims: Sequence[C], results: Sequence[object] | Exception, sent_at: float) -> None:
-        """Takes in what the batch answered, or why it did not."""
-        if isinstance(results, Exception):
-            results = [results] * len(claims)
-        now = time.monotonic()
-        for claim, result in zip(claims, results, strict=True):
-            if id(claim) not in self._due:  # it has ended meanwhile
-                continue
-            if not claim.told(result, sent_at):
-                self.discard(claim)
-                continue
-            failed = isinstance(result, Exception)
-            due = now + min(_LAST_PAUSE, claim.interval / 2) if failed else claim.beats_at
-            self._due[id(claim)] = ref(claim), due

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import redis
 from redis import RedisError
@@ -21,9 +19,10 @@ from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import BaseStore, documented
 from squidstep_redis.calls import Calls
-from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, Beats, OnBusy
+from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, OnBusy
 from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.heartbeats import heartbeat_of
 from squidstep_redis.model import StepRun
 from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome
 from squidstep_redis.signals import AlarmHeldBack
@@ -356,6 +355,8 @@ def _answers(server: Any, commands: list[Command]) -> Iterator[Any]:
 class Claim(BaseClaim[threading.Event]):
     """A step to be executed by this delivery or skipped: the `with` block that `claim_step` makes."""
 
+    store: StepRunStore
+
     def __init__(
         self,
         store: StepRunStore,
@@ -376,7 +377,7 @@ class Claim(BaseClaim[threading.Event]):
                 _carry_out(self.store, self._claiming(), alarm.sleep)
                 self._enter()
                 if self._state == "held" and self._lease is not None:
-                    _heartbeat_of(self.store.client).add(self)
+                    heartbeat_of(self.store.client).add(self)
         except SquidstepError:
             raise
         except BaseException:  # a signal handler raised: the work has not begun
@@ -427,89 +428,5 @@ class Claim(BaseClaim[threading.Event]):
 
     def _stop(self) -> None:
         if self._lease is not None:
-            _heartbeat_of(self.store.client).discard(self)
+            heartbeat_of(self.store.client).discard(self)
         self._exit()
-
-
-class _Heartbeat:
-    """Extends the claims of one client from a thread of its own, which ends when it has had none for a while."""
-
-    IDLE: Final = 5.0  # seconds
-
-    def __init__(self) -> None:
-        self._beats: Beats[Claim] = Beats()
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._wakes_at = 0.0
-
-    def add(self, claim: Claim) -> None:
-        with self._changed:
-            due = self._beats.add(claim)
-            if self._thread is None:
-                self._wakes_at = due
-                thread = threading.Thread(target=self._run, name="squidstep-heartbeat", daemon=True)
-                thread.start()
-                self._thread = thread
-            elif due < self._wakes_at:
-                self._changed.notify()
-
-    def discard(self, claim: Claim) -> None:
-        with self._changed:
-            self._beats.discard(claim)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                claims = self._wait()
-                if claims is None:
-                    self._thread = None
-                    return
-            self._beat(claims)
-            del claims  # nothing here keeps a claim alive that nobody else holds
-
-    def _wait(self) -> Sequence[Claim] | None:
-        """Waits for the next beat; None if there has been nothing to wait for."""
-        idle_since = time.monotonic()
-        while True:
-            due, now = self._beats.next_at(), time.monotonic()
-            if due is not None and due <= now:
-                return self._beats.take()
-            if due is not None:
-                idle_since = now
-            elif now >= idle_since + self.IDLE:
-                return None
-            # Who ends the last claim does not wake it: that would cost each short step more than this does.
-            self._wakes_at = min(due or now + self.IDLE, now + self.IDLE)
-            self._changed.wait(self._wakes_at - now)
-
-    def _beat(self, claims: Sequence[Claim]) -> None:
-        sent_at = time.monotonic()
-        try:
-            results: Any = claims[0].store.batch([claim.extension() for claim in claims])
-        except Exception as error:  # noqa: BLE001 -- whatever it was, the next beat may get through
-            results = error
-        with self._changed:
-            self._beats.told(claims, results, sent_at)
-
-
-_heartbeats: WeakKeyDictionary[Any, _Heartbeat] = WeakKeyDictionary()
-_heartbeats_lock = threading.Lock()
-
-
-def _heartbeat_of(client: Any) -> _Heartbeat:
-    with _heartbeats_lock:
-        heartbeat = _heartbeats.get(client)
-        if heartbeat is None:
-            heartbeat = _heartbeats[client] = _Heartbeat()
-        return heartbeat
-
-
-def _after_fork() -> None:
-    """The claims stay with the parent, as do the threads."""
-    global _heartbeats_lock  # noqa: PLW0603 -- the old one may be held for ever
-    _heartbeats_lock = threading.Lock()
-    _heartbeats.clear()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_after_fork)

@@ -55,14 +55,14 @@ from squidstep_redis import (
     StepRunNotFoundError,
     StepRunStore,
     StepStatus,
-    aio,
     current_claim,
+    heartbeats,
 )
-from squidstep_redis.claims import BaseClaim, Beats
+from squidstep_redis.claims import BaseClaim
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.heartbeats import Beats
 from squidstep_redis.scripts import directory, script
 from squidstep_redis.signals import AlarmHeldBack
-from squidstep_redis.store import _Heartbeat, _heartbeats
 
 Work = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -146,7 +146,7 @@ class Worker:
 
     def settle(self) -> None:
         """Waits for the beat that is under way, if there is one: it would open connections that were closed."""
-        heartbeat = aio._heartbeats.get(self.store.client)
+        heartbeat = heartbeats._async_heartbeats.get(self.store.client)
         self.wait(lambda: heartbeat is None or heartbeat._task is None)
 
     def wait_for_a_beat(self, *claims: Any) -> None:
@@ -178,9 +178,9 @@ def others(bench: Bench) -> Iterator[StepRunStore]:
 @pytest.fixture(autouse=True)
 def no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A heartbeat that idles on would be in the way of tests that fork."""
-    monkeypatch.setattr(_Heartbeat, "IDLE", 0.02)
+    monkeypatch.setattr(heartbeats.Heartbeat, "IDLE", 0.02)
     yield
-    for heartbeat in list(_heartbeats.values()):
+    for heartbeat in list(heartbeats._heartbeats.values()):
         with heartbeat._changed:
             heartbeat._changed.notify_all()
     wait_until(lambda: not heartbeat_threads())

@@ -20,6 +20,8 @@ PACKAGE = Path(inspect.getfile(model)).parent
 LUA = directory()
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 
+STORES = {"arguments", "base", "calls", "claims", "doctor", "errors", "heartbeats", "model", "sending", "wire"}
+
 # design: the ground floor knows errors alone, the roof the public API alone.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"model", "wire"},  # for type checkers only
@@ -37,11 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calls": {"arguments", "errors", "operations", "reads", "scripts", "transitions", "wire"},
     "base": {"arguments", "calls", "checks", "codec", "doctor", "errors", "sending", "wire"},
     "signals": set(),
+    "heartbeats": {"claims"},
     "claims": {"arguments", "calls", "errors", "model", "wire"},
     "checks": set(),
     "doctor": {"calls", "checks", "errors", "sending", "wire"},
-    "store": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "sending", "signals", "wire"},
-    "aio": {"arguments", "base", "calls", "claims", "doctor", "errors", "model", "sending", "wire"},
+    "store": {*STORES, "signals"},
+    "aio": STORES,
     "__init__": {"aio", "calls", "checks", "claims", "codec", "doctor", "errors", "model", "store", "wire"},
     "embedded": set(),
     "cli": set(),  # it loads its commands by name
