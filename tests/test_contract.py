@@ -332,6 +332,16 @@ class TestAdvanceStep:
         store.schedule_step("run", "ship", {"to": "Oslo"})
         assert begun(store.advance_step(first, {}, "ship", {"to": "Bergen"})).input == {"to": "Oslo"}
 
+    @pytest.mark.parametrize("ended", ["failed", "lapsed", "released"])
+    def test_it_begins_a_step_that_was_begun_before(self, store: StepRunStore, ended: str) -> None:
+        first = begun(store.begin_step("run", "pay", {}))
+        other = begun(store.begin_step("run", "ship", {}))
+        end = {"failed": lambda: store.fail_step(other, {}), "lapsed": lambda: store.expire_claim(other)}
+        end["released"] = lambda: store.release_step(other)
+        end[ended]()
+        step_run = begun(store.advance_step(first, {}, "ship", {}))
+        assert (step_run.attempt, stored(store).status) == (2, "completed")
+
     @pytest.mark.parametrize("reason", ["busy", "completed", "exhausted"])
     def test_where_there_is_nothing_to_begin_the_first_is_completed_all_the_same(
         self, store: StepRunStore, reason: str

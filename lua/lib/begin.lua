@@ -57,7 +57,8 @@ if lapsed then
   state.status, state.ended, state.lease = EXPIRED, state.lease, ""
 end
 local used = state.attempt - (tonumber(state.released) or 0)
-if not scheduled and used >= tonumber(ARGV[8] or math.huge) then
+local limit = tonumber(ARGV[8] or "") or math.huge
+if not scheduled and used >= limit then
   if lapsed then
     redis.call("HSET", steps, "s" .. step, format_state(state), "e" .. step, ARGV[9])
     redis.call("ZREM", claims, member)

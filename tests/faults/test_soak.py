@@ -82,7 +82,7 @@ MUTANTS = {
         "end_attempt(state, PENDING, now)\nstate.attempt = state.attempt - 1",
     ),
     "a release counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
-    "one attempt too many": Mutant("lib/begin.lua", "used >= tonumber", "used > tonumber"),
+    "one attempt too many": Mutant("lib/begin.lua", "used >= limit", "used > limit"),
     "a lapsed claim is left running when no attempt is left": Mutant(
         "lib/begin.lua", "  if lapsed then\n    redis.call", "  if false then\n    redis.call"
     ),
