@@ -30,7 +30,7 @@ import redis
 from backends import Bench, Driven
 from hypothesis import given
 from hypothesis import strategies as st
-from proxy import Proxy
+from proxy import Fault, Proxy
 from servers import find_binary, wait_until
 from test_contract import begun, stored
 
@@ -1536,7 +1536,7 @@ class TestInterruptedClaiming:
                 assert raised.wait(10)
                 return reply
 
-            proxy._faults.append(interrupt)
+            proxy.strike(Fault(reply=interrupt))
             with pytest.raises(DeclinedError) as caught:
                 worker.execute(decline)
 
@@ -2356,7 +2356,8 @@ moments = st.floats(0, 40)
 class TestBeats:
     @pytest.fixture
     def clock(self) -> Iterator[Clock]:
-        with mock.patch("squidstep_redis.claims.time", Clock()) as clock:
+        clock = Clock()
+        with mock.patch("squidstep_redis.claims.time", clock), mock.patch("squidstep_redis.heartbeats.time", clock):
             yield clock
 
     @given(
