@@ -51,7 +51,7 @@ MUTANTS = {
     "late is wrong": Mutant(
         "complete_step.lua",
         "if holds(state, token) then",
-        "if holds(state, token) and state.created + state.started + state.lease > now_ms() then",
+        "if holds(state, token) and state.created + state.started + state.lease - now_ms() > 0 then",
     ),
     # The lease
     "the lease is not looked at": Mutant("lib/begin.lua", "not remaining or remaining > 0", "false"),
