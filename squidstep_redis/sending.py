@@ -128,15 +128,20 @@ class Patience(NamedTuple):
 
 
 class Sending:
-    """One call, or a batch, that did not get through at the first go."""
+    """One call, or a batch, that did not get through at the first go.
 
-    def __init__(self, call: Call[Any] | None, began: float, patience: Patience) -> None:
-        """`call` is None for a batch; `began` is when it was first sent, by the monotonic clock."""
+    Attributes:
+        began: when it was first sent, by the monotonic clock.
+        may_have_run: whether one of the times that it was sent may have taken effect.
+    """
+
+    def __init__(self, call: Call[Any] | None, began: float, patience: Patience, *, may_have_run: bool = False) -> None:
+        """`call` is None for a batch."""
         self._call = call
-        self._began = began
+        self.began = began
         self._patience = patience
         self._pause = _FIRST_PAUSE
-        self._may_have_run = False
+        self.may_have_run = may_have_run
 
     def failed(self, error: Exception) -> float:
         """Takes in why it did not get through.
@@ -149,16 +154,16 @@ class Sending:
         """
         refusal = _refusal(error)
         if refusal is None and not self._is_unsent(error):
-            self._may_have_run = True
+            self.may_have_run = True
         again = refusal.again if refusal is not None else isinstance(error, (*UNANSWERED, ReplyMismatchError))
         if self._call is not None and not self._call.again:
             again = False
-        elapsed = time.monotonic() - self._began
+        elapsed = time.monotonic() - self.began
         pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 -- nothing secret
         if not again or elapsed + pause + self._patience.last_send > self._patience.timeout:
             if isinstance(error, ReplyMismatchError):
                 raise error
-            raise _explained(error, self._call, self._may_have_run, elapsed) from error
+            raise _explained(error, self._call, self.may_have_run, elapsed) from error
         self._pause = min(2 * self._pause, _LAST_PAUSE)
         return pause
 
@@ -178,11 +183,16 @@ class Unsettled(NamedTuple):
     error: Exception
 
 
-def outcome(call: Call[T], reply: object) -> T | Exception | Unsettled:
+def outcome(call: Call[T], reply: object, may_have_run: bool) -> T | Exception | Unsettled:
     """Reads one reply of a batch: the result, the error that the operation would have raised, or that it is unsettled.
 
     Unsettled is a call that was not run, because the scripts were flushed between two commands, the slot is elsewhere,
     or the server could not just then; and one that was not answered, or with another call's reply.
+
+    Args:
+        call: what was sent.
+        reply: what came back.
+        may_have_run: whether the batch was sent before, to an unknown effect: of that a refusal says nothing.
     """
     try:
         return read(call, reply)
@@ -194,7 +204,7 @@ def outcome(call: Call[T], reply: object) -> T | Exception | Unsettled:
         refusal = _refusal(error)
         if refusal is not None and refusal.again:
             return Unsettled(error)
-        explained = _explained(error, call, refusal is None, 0.0)
+        explained = _explained(error, call, may_have_run or refusal is None, 0.0)
         explained.__cause__ = error
         return explained
 

@@ -256,15 +256,15 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
                 error = failure
 
     def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        began = time.monotonic()
+        sending = Sending(None, time.monotonic(), self._patience)
         send = self._send_to_server if isinstance(self.client, redis.Redis) else self._send_to_nodes
         try:
             replies = send(calls)
         except FAILURES as error:
-            replies = self._insist(lambda: send(calls), Sending(None, began, self._patience), error)
-        results = [outcome(call, reply) for call, reply in zip(calls, replies, strict=True)]
+            replies = self._insist(lambda: send(calls), sending, error)
+        results = [outcome(call, reply, sending.may_have_run) for call, reply in zip(calls, replies, strict=True)]
         return [
-            self._resend(call, result.error, began) if isinstance(result, Unsettled) else result
+            self._resend(call, result.error, sending) if isinstance(result, Unsettled) else result
             for call, result in zip(calls, results, strict=True)
         ]
 
@@ -299,11 +299,15 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         cluster: Any = self.client
         return cluster.get_redis_connection(cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0])))
 
-    def _resend(self, call: Call[Any], error: Exception, began: float) -> Any:
+    def _resend(self, call: Call[Any], error: Exception, batch: Sending) -> Any:
+        sending = Sending(call, batch.began, self._patience, may_have_run=batch.may_have_run)
         try:
             if isinstance(error, (NoScriptError, AskError)):  # it has not run, and a single call finds the way
-                return self.send(call)
-            return self._insist(lambda: self._send_once(call), Sending(call, began, self._patience), error)
+                try:
+                    return self._send_once(call)
+                except FAILURES as failure:
+                    error = failure
+            return self._insist(lambda: self._send_once(call), sending, error)
         except Exception as failure:  # noqa: BLE001 -- each call of a batch answers for itself
             return failure
 

@@ -188,6 +188,20 @@ def deaf() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+@pytest.mark.servers("valkey")
+@pytest.mark.parametrize("word", ["OOM", "NOPERM"])
+def test_of_a_batch_that_was_sent_before_a_refusal_says_nothing(bench: Bench, word: str) -> None:
+    """The first time its reply was lost; the second time the server refused: what the first one did is not known."""
+    with Proxy.to(bench.backend.raw) as proxy:
+        store = opened(bench, f"redis://127.0.0.1:{proxy.port}")
+        with contextlib.closing(store), proxy.batches(1, 1):
+            proxy.drop()
+            proxy.answer(f"-{word} no\r\n".encode())
+            (result,) = store.batch([store.calls.begin_step("run", "pay", {})])
+    assert type(result) is OutcomeUnknownError
+    assert bench.store().step_statuses("run") == {"pay": "running"}
+
+
 @pytest.mark.servers("fakeredis")
 @pytest.mark.parametrize("error", [builtins.TimeoutError("alarm"), builtins.ConnectionError("alarm")], ids=repr)
 def test_what_a_signal_handler_raises_is_not_taken_for_the_servers(bench: Bench, error: Exception) -> None:
