@@ -216,7 +216,9 @@ def _explained(error: Exception, call: Call[Any] | None, may_have_run: bool, ela
     refusal = _refusal(error)
     if may_have_run:
         may_pass = isinstance(error, UNANSWERED) if refusal is None else refusal.may_pass
-        if isinstance(error, UNANSWERED) or refusal is not None:
+        if refusal is not None:
+            problem = f"it was sent before, without an answer, and refused now: {text}. What to do: {refusal.advice}"
+        elif isinstance(error, UNANSWERED):
             problem = f"no answer came within {elapsed:.1f} s: {text}"
         elif _HALFWAY.search(text):
             problem = f"the server's ACL stopped it half-way, see doctor(): {text}"

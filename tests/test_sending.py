@@ -106,7 +106,9 @@ class TestWhatTheErrorsSay:
 
     @pytest.mark.parametrize("name", REFUSALS)
     def test_a_refusal_of_the_second_sending_says_nothing_of_the_first(self, name: str) -> None:
-        assert type(raised(REFUSALS[name][0], UNANSWERED["cut"])) is OutcomeUnknownError
+        error = raised(REFUSALS[name][0], UNANSWERED["cut"])
+        assert type(error) is OutcomeUnknownError
+        assert "without an answer, and refused now" in str(error)
 
     @pytest.mark.parametrize("error", [raised(UNANSWERED["cut"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"])
     def test_they_travel_by_pickle(self, error: ServerError) -> None:
