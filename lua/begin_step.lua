@@ -13,16 +13,32 @@
 --       7 ttl_ms        or ""  for a run that this call makes
 --       8 max_attempts  or ""  any number
 --       9 lapse_error   last error of a step whose claim lapsed with no attempt left; comes with max_attempts
--- REPLY {"execute", nonce, state} | {"execute", nonce, state, input}  where the input kept is not the caller's
+-- REPLY "execute nonce state" | {"execute", nonce, state, input}  where the input kept is not the caller's
 --       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 -- Writes only when it replies "execute" for the first time, or turns a lapsed claim into a failure ("exhausted").
 
--- include record
--- include run
-
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
+
+-- The common case: a new step of a run that does not expire. What follows does the same, at greater cost, and all else.
+local lines = redis.pcall("HMGET", steps, "r", "s" .. step)
+if not lines.err and lines[1] and not lines[2] then
+  local created, completed = string.match(lines[1], "^1 (%d+) (%d+)$")
+  if created and redis.pcall("ZCARD", done) == tonumber(completed) then
+    local time = redis.call("TIME")
+    local now = time[1] .. string.sub("00000" .. time[2], -6, -4)
+    if lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)) == "number" then
+      created = created + 1 .. ""
+      local line = "1r 1  " .. token .. " " .. lease .. " 0  " .. now .. " " .. created .. "  " .. owner
+      redis.call("HSET", steps, "r", "1 " .. created .. " " .. completed, "s" .. step, line, "i" .. step, input)
+      return "execute " .. token .. " " .. line
+    end
+  end
+end
+
+-- include record
+-- include run
 
 local run, state, refusal = load(steps, done, step)
 if refusal then

@@ -14,13 +14,14 @@ from redis import RedisError
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, NoScriptError
+from redis.exceptions import AskError, NoScriptError, ResponseError
 
 from squidstep_redis import wire
 from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import BaseStore, documented
 from squidstep_redis.calls import Calls
 from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, OnBusy
+from squidstep_redis.connections import AsyncLender
 from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.heartbeats import async_heartbeat_of
@@ -77,6 +78,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     """Decides which delivery of a step executes, and keeps what came of it: the store, for asyncio."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
+    _lender_type = AsyncLender
 
     schedule_step = _operation(Calls.schedule_step)
     schedule_steps = _operation(Calls.schedule_steps)
@@ -233,6 +235,13 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         if isinstance(self.client, redis.RedisCluster):
             # Left to itself, redis-py lets many first calls each find out by a MOVED where their slot is.
             await self.client.initialize()
+        if self._lender.lends():
+            (reply,) = await self._lender.send(call.evalsha())
+            if isinstance(reply, NoScriptError):
+                (reply,) = await self._lender.send(call.eval())
+            if isinstance(reply, ResponseError):
+                raise reply
+            return reply
         try:
             return await self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:
@@ -277,7 +286,9 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     async def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
         commands = wire.commands(calls, self._durability, load_scripts=load_scripts)
-        if isinstance(client, redis.Redis):
+        if client is self.client and self._lender.lends():
+            replies = await self._lender.send(*commands)
+        elif isinstance(client, redis.Redis):
             pipeline: Any = client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command, **OPTIONS)

@@ -94,6 +94,16 @@ def owner(value: object) -> bytes:
     """Who claims: None, or an identifier without control characters, for it is shown in terminals."""
     if value is None:
         return b""
+    return _known_owner(value) if type(value) is str else _owner(value)
+
+
+@lru_cache(64)
+def _known_owner(value: str) -> bytes:
+    """A process has few names for itself."""
+    return _owner(value)
+
+
+def _owner(value: object) -> bytes:
     data = identifier("owner", value, MAX_OWNER_BYTES).data
     if _CONTROL.search(data):
         raise InvalidArgumentError("owner", f"must be without control characters, not {described(value)}")
@@ -110,6 +120,19 @@ def integer(argument: str, value: object, most: int, least: int = 1) -> int:
 def milliseconds(argument: str, value: object, most: timedelta = MAX_TTL) -> bytes:
     """A span of time in whole milliseconds; empty for None."""
     return b"" if value is None else b"%d" % round(seconds(argument, value, most) * 1_000)
+
+
+def lease_ms(value: object) -> bytes:
+    """How long a claim is to hold, in whole milliseconds; empty for None."""
+    if value is None:
+        return b""
+    return _known_lease(value) if type(value) in (int, float) else milliseconds("lease", value, MAX_LEASE)
+
+
+@lru_cache(256, typed=True)  # True is no 1
+def _known_lease(value: object) -> bytes:
+    """A program has few leases, and a call is made for each step."""
+    return milliseconds("lease", value, MAX_LEASE)
 
 
 def seconds(argument: str, value: object, most: timedelta) -> float:

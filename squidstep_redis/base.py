@@ -13,6 +13,7 @@ from squidstep_redis.arguments import Seconds
 from squidstep_redis.calls import Calls
 from squidstep_redis.checks import Client
 from squidstep_redis.codec import Codec
+from squidstep_redis.connections import BaseLender
 from squidstep_redis.doctor import a_connection, client_facts
 from squidstep_redis.errors import InvalidArgumentError, UnsupportedClientError, described
 from squidstep_redis.sending import Patience
@@ -46,6 +47,8 @@ class BaseStore(ABC, Generic[C]):
     client: C
     calls: Calls
     _client_types: ClassVar[tuple[type, ...]]
+    _lender_type: ClassVar[type[BaseLender]]
+    _lender: Any  # the blocking one of a blocking store, else the other
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class BaseStore(ABC, Generic[C]):
         self._check_client(client)
         self.client = client
         self._untyped_client: Any = client  # redis-py leaves parts of its types unknown
+        self._lender = self._lender_type(client)
         self.calls = Calls(prefix, codec, max_payload_bytes, run_ttl)
         options = self._connection_options()
         limit = arguments.seconds("timeout", timeout, arguments.MAX_TIMEOUT)
@@ -139,6 +143,8 @@ class BaseStore(ABC, Generic[C]):
             wait_timeout=wait_timeout,
         )
         store._owns_client = True
+        if "max_connections" not in options:  # a pool that somebody has measured has none to spare
+            store._lender = cls._lender_type(store.client, keeps=True)
         return store
 
     def queue(self, pipeline: Any, call: wire.Call[T]) -> wire.Queued[T]:

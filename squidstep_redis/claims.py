@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 from weakref import ref
 
-from squidstep_redis.arguments import MAX_LEASE, RunId, Seconds, Step, StepInputs, milliseconds
+from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs, lease_ms
 from squidstep_redis.calls import Calls
 from squidstep_redis.errors import (
     InvalidArgumentError,
@@ -102,7 +102,7 @@ class BaseClaim(Generic[E]):
             raise InvalidArgumentError("on_busy", f"must be 'raise' or 'wait', not {described(on_busy)}")
         self._calls = calls
         self._lease = lease
-        self._lease_seconds = int(milliseconds("lease", lease, MAX_LEASE) or 0) / 1_000
+        self._lease_seconds = int(lease_ms(lease) or 0) / 1_000
         self._on_busy = on_busy
 
         def begin() -> Call[BeginResult]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import traceback
+from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, cast, runtime_checkable
@@ -26,6 +27,7 @@ msgpack: Any = untyped_msgpack  # it ships no types
 
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
 _MAX_DEPTH: Final = 500  # of the search for a culprit; msgpack gives up at 511 or 1,024, by its version
+_PACKER_BYTES: Final = 64 * 1024
 _KEY_CHARS: Final = 500
 _MESSAGE_CHARS: Final = 2_000
 _TRACEBACK_CHARS: Final = 8_000
@@ -65,9 +67,9 @@ class MsgpackCodec:
         """
         try:
             try:
-                data = msgpack.packb(payload, strict_types=True, datetime=True)
+                data = _pack(payload)
             except TypeError:  # tuples, or nothing that can be carried
-                data = msgpack.packb(_as_carried(payload), strict_types=True, datetime=True)
+                data = _pack(_as_carried(payload))
             # NaN, odd map keys, far-off dates: what msgpack packs but does not give back shows up here.
             decoded = self.decode(data)
             faithful = decoded == payload or decoded == _as_carried(payload)
@@ -111,15 +113,16 @@ class Payloads:
         """
         if not isinstance(payload, dict):
             raise PayloadError(argument, f"must be a dict, not {described(payload)}")
-        codec = type(self.codec).__name__
         try:
             data = self.codec.encode(cast("Payload", payload))
         except InvalidArgumentError as error:
             raise PayloadError(error.argument.replace("payload", argument, 1), error.problem) from error.__cause__
         except (ValueError, TypeError) as error:
-            raise PayloadError(argument, f"refused by {codec}: {error}") from error
+            raise PayloadError(argument, f"refused by {type(self.codec).__name__}: {error}") from error
         if type(data) is not bytes or not data:
-            raise PayloadError(argument, f"{codec} must encode to non-empty bytes, not {described(data)}")
+            raise PayloadError(
+                argument, f"{type(self.codec).__name__} must encode to non-empty bytes, not {described(data)}"
+            )
         if len(data) > self.max_bytes:
             raise PayloadTooLargeError(
                 argument, f"takes {len(data):,} bytes, over the store's max_payload_bytes of {self.max_bytes:,}"
@@ -148,6 +151,21 @@ class Payloads:
         except Exception:  # noqa: BLE001 -- as above
             return False
         return True
+
+
+# At rest between two calls, for to make one takes longer than to pack with it. Any thread may take one.
+_packers: deque[Any] = deque()
+
+
+def _pack(value: object) -> bytes:
+    try:
+        packer = _packers.pop()
+    except IndexError:
+        packer = msgpack.Packer(strict_types=True, datetime=True)
+    data = packer.pack(value)  # if it raises, the packer is not used again
+    if len(data) < _PACKER_BYTES:  # it keeps its memory
+        _packers.append(packer)
+    return data
 
 
 def error_payload(error: BaseException) -> Payload:

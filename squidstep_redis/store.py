@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import redis
 from redis import RedisError
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, NoScriptError
+from redis.exceptions import AskError, NoScriptError, ResponseError
 from redis.retry import Retry
 
 from squidstep_redis import wire
@@ -20,6 +20,7 @@ from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
 from squidstep_redis.base import BaseStore, documented
 from squidstep_redis.calls import Calls
 from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, OnBusy
+from squidstep_redis.connections import Lender
 from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.heartbeats import heartbeat_of
@@ -64,6 +65,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     """Decides which delivery of a step executes, and keeps what came of it: the store, blocking."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
+    _lender_type = Lender
 
     schedule_step = _operation(Calls.schedule_step)
     schedule_steps = _operation(Calls.schedule_steps)
@@ -229,6 +231,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         return call.answer(self._execute(call))
 
     def _execute(self, call: Call[Any]) -> Any:
+        if self._lender.lends():
+            (reply,) = self._lender.send(call.evalsha())
+            if isinstance(reply, NoScriptError):
+                (reply,) = self._lender.send(call.eval())
+            if isinstance(reply, ResponseError):
+                raise reply
+            return reply
         try:
             return self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:
@@ -272,8 +281,12 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
         return self._send_to(self.client, calls)
 
     def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
+        commands = wire.commands(calls, self._durability, load_scripts=load_scripts)
+        lender = self._lender if client is self.client else Lender(client)
+        if lender.lends():
+            return wire.replies_to(calls, lender.send(*commands), self._durability)
         pipeline = client.pipeline(transaction=False)
-        for command in wire.commands(calls, self._durability, load_scripts=load_scripts):
+        for command in commands:
             pipeline.execute_command(*command, **OPTIONS)
         return wire.replies_to(calls, pipeline.execute(raise_on_error=False), self._durability)
 

@@ -5,8 +5,8 @@ The rules themselves are the Lua scripts, one per operation, of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from typing import Any, Final, cast
 
 from squidstep_redis import arguments
@@ -110,10 +110,11 @@ class Transitions(Operations):
         """
         run = self._run(run_id)
         name = arguments.step(step)
-        args, parse = self._claiming(run, name, self.payloads.encode("input", input), lease, max_attempts, owner)
+        args = self._claiming(run, name, self.payloads.encode("input", input), lease, max_attempts, owner)
+        parse = partial(self._begun, run, name, args[0], args[3])
         while len(args) > 5 and not args[-1]:
-            args.pop()  # what is sent costs time, above all in redis-py's packing
-        return Call(run.text, script("begin_step"), run.keys, tuple(args), parse, step=name.text)
+            args.pop()  # what is sent takes time
+        return Call(run.text, script("begin_step"), run.keys, tuple(args), parse, None, name.text)
 
     def complete_step(
         self,
@@ -182,11 +183,11 @@ class Transitions(Operations):
         name = arguments.step(step)
         if name == from_step:
             raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
-        args, parse = self._claiming(run, name, self.payloads.encode("input", input), lease, max_attempts, owner)
+        args = self._claiming(run, name, self.payloads.encode("input", input), lease, max_attempts, owner)
 
         def parse_either(reply: Reply) -> BeginResult:
             self._check_held("advance_step", run, from_step, held, reply)
-            return parse(reply)
+            return self._begun(run, name, args[0], args[3], reply)
 
         sent = (*args, from_step.data, held, data)
         return Call(run.text, script("advance_step"), run.keys, sent, parse_either, step=from_step.text)
@@ -227,7 +228,7 @@ class Transitions(Operations):
         Raises:
             As `complete_step`.
         """
-        return self._ending("extend_claim", step_run, 3, (arguments.milliseconds("lease", lease, arguments.MAX_LEASE),))
+        return self._ending("extend_claim", step_run, 3, (arguments.lease_ms(lease),))
 
     def expire_claim(self, step_run: StepRun | str) -> Call[StepRun]:
         """Ends the lease of a claim whose holder is known to be dead: it can be taken over at once.
@@ -312,26 +313,25 @@ class Transitions(Operations):
         lease: Seconds | None,
         max_attempts: int | None,
         owner: str | None,
-    ) -> tuple[list[bytes], Callable[[Reply], BeginResult]]:
-        """What begin_step is sent, all nine arguments, and what reads its reply."""
-        claim = token()
+    ) -> list[bytes]:
+        """What begin_step is sent, all nine arguments."""
         limit = lapse_error = b""
         if max_attempts is not None:
             limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
             lapse_error = self._lapse
+        made_by = arguments.owner(owner)
+        lease_ms = arguments.lease_ms(lease)
+        return [token(), step.data, run.member, input, lease_ms, made_by, self._ttl_ms, limit, lapse_error]
 
-        def parse(reply: Reply) -> BeginResult:
-            if reply[0] == b"execute":
-                payloads = (reply[3] if len(reply) > 3 else input, None, None)
-                claimed = self._records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, claim)
-                return BeginResult(claimed, None, None)
-            step_run = self._records.record(run.text, step.text, reply[2:6], run.keys.steps)
-            retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
-            return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)
-
-        lease_ms = arguments.milliseconds("lease", lease, arguments.MAX_LEASE)
-        rest = (arguments.owner(owner), self._ttl_ms, limit, lapse_error)
-        return [claim, step.data, run.member, input, lease_ms, *rest], parse
+    def _begun(self, run: Run, step: Name, claim: bytes, input: bytes, reply: Reply) -> BeginResult:
+        """Reads what begin_step replies."""
+        if reply[0] == b"execute":
+            payloads = (reply[3] if len(reply) > 3 else input, None, None)
+            claimed = self._records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, claim)
+            return BeginResult(claimed, None, None)
+        step_run = self._records.record(run.text, step.text, reply[2:6], run.keys.steps)
+        retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
+        return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)
 
     def _held(self, operation: str, step_run: StepRun | str) -> tuple[Run, Name, bytes]:
         """Run, step and token of the claim that is to be ended."""
@@ -385,15 +385,26 @@ class Transitions(Operations):
         output: bytes | None = None,
         last_error: bytes | None = None,
     ) -> Call[StepRun]:
-        def parse(reply: Reply) -> StepRun:
-            self._check_held(operation, run, step, held, reply)
-            line, *rest = reply[2:]
-            if isinstance(step_run, StepRun):
-                return step_run.moved(line, output, last_error)
-            return self._records.record(run.text, step.text, [line, rest[0], output, last_error], run.keys.steps)
-
         sent = (nonce(), step.data, run.member, held, *args)
-        return Call(run.text, script(operation), run.keys[:key_count], sent, parse, step=step.text)
+        parse = partial(self._ended, operation, step_run, run, step, held, output, last_error)
+        return Call(run.text, script(operation), run.keys[:key_count], sent, parse, None, step.text)
+
+    def _ended(
+        self,
+        operation: str,
+        step_run: StepRun | str,
+        run: Run,
+        step: Name,
+        held: bytes,
+        output: bytes | None,
+        last_error: bytes | None,
+        reply: Reply,
+    ) -> StepRun:
+        """Reads what such a transition replies."""
+        self._check_held(operation, run, step, held, reply)
+        if isinstance(step_run, StepRun):
+            return step_run.moved(reply[2], output, last_error)
+        return self._records.record(run.text, step.text, [*reply[2:4], output, last_error], run.keys.steps)
 
     def _parse_id(self, id: object) -> tuple[str, str]:
         if not isinstance(id, str):

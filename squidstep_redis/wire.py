@@ -66,25 +66,25 @@ class Call(NamedTuple, Generic[T]):
         """The command to send to a server that may not know the script."""
         return ("EVAL", self.script.source, len(self.keys), *self.keys, *self.args)
 
-    def answer(self, reply: object) -> T:
+    def answer(self, reply: Any) -> T:
         """Reads the server's reply.
 
         Raises:
             ReplyMismatchError: it is the reply to another call.
             SquidstepError: the script refused; nothing was written.
         """
+        # A reply without payloads is one string, which saves the server a table.
+        parts: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
-        if not isinstance(reply, list) or cast("Reply", reply)[1:2] != [self.args[0]]:
-            other = described(cast("object", reply))
-            problem = f"the connection was interrupted before, and gave the reply to another call, {other}"
+        if type(parts) is not list or len(parts) < 2 or parts[1] != self.args[0]:
+            problem = f"the connection was interrupted before, and gave the reply to another call, {described(reply)}"
             raise ReplyMismatchError(self.script.name, self.run_id, self.step, problem, True, self)
-        reply = cast("Reply", reply)
-        refuse = _REFUSALS.get(reply[0])
+        refuse = _REFUSALS.get(parts[0])
         if refuse is not None:
             if refuse is _deleted and self.deleted is not None:
                 return self.deleted()
-            raise refuse(self.run_id or "", *(text.decode(errors="backslashreplace") for text in reply[2:]))
-        return self.parse(reply)
+            raise refuse(self.run_id or "", *(text.decode(errors="backslashreplace") for text in parts[2:]))
+        return self.parse(parts)
 
 
 def _deleted(run_id: str, _: str) -> SquidstepError:
@@ -188,7 +188,7 @@ def commands(
     alike, and can be sent once more without any of them coming after one that should have followed it.
     """
     sources = dict.fromkeys(call.script.source for call in calls)
-    load = [("MULTI",), *(("SCRIPT LOAD", source) for source in sources), ("EXEC",)] if load_scripts else []
+    load = [("MULTI",), *(("SCRIPT", "LOAD", source) for source in sources), ("EXEC",)] if load_scripts else []
     return [*load, *(call.evalsha() for call in calls), *_waits(calls, durability)]
 
 

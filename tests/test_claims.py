@@ -27,7 +27,7 @@ from unittest import mock
 
 import pytest
 import redis
-from backends import Bench, Driven
+from backends import Bench, Driven, ask_instead
 from hypothesis import given
 from hypothesis import strategies as st
 from proxy import Fault, Proxy
@@ -1513,7 +1513,7 @@ class TestInterruptedClaiming:
     ) -> None:
         if scheduled:
             others.schedule_step("run", "pay", {"amount": 7})
-        worker.store._untyped_client = Signalled(worker.store.client, moment)
+        ask_instead(worker.store, Signalled(worker.store.client, moment))
 
         with raising(error), pytest.raises(type(error)) as caught:
             worker.execute(decline)
@@ -1644,7 +1644,7 @@ class TestInterruptedCompletion:
         self, worker: Worker, others: StepRunStore, error: BaseException, moment: str, outcome: Outcome
     ) -> None:
         def work(input: dict[str, Any]) -> dict[str, Any]:
-            worker.store._untyped_client = Signalled(worker.store.client, moment)
+            ask_instead(worker.store, Signalled(worker.store.client, moment))
             return receipt(input)
 
         with raising(error), pytest.raises(type(error)) as caught:
@@ -1727,7 +1727,7 @@ class Away:
 
     def takes_over(self, store: Any) -> None:
         """From now on the store asks it, and not for long."""
-        store._untyped_client = self
+        ask_instead(store, self)
         store._patience = store._patience._replace(timeout=0.05, last_send=0)
 
     def __getattr__(self, name: str) -> Any:
@@ -1819,7 +1819,7 @@ class TestServerAway:
                 claim.complete({})
             assert caught.value.__cause__ is error
             assert away.asked == 1
-            worker.plain_store._untyped_client = worker.store.client
+            ask_instead(worker.plain_store, worker.store.client)
             claim.complete({})
 
     def test_a_completion_that_did_not_get_through_can_be_tried_again(
@@ -1830,7 +1830,7 @@ class TestServerAway:
             Away(client, redis.ConnectionError("down")).takes_over(worker.plain_store)
             with pytest.raises(OutcomeUnknownError):
                 claim.complete({"receipt": 7})
-            worker.plain_store._untyped_client = client
+            ask_instead(worker.plain_store, client)
             worker.wait_for_a_beat(claim)
             claim.complete({"receipt": 7})
 
@@ -1844,7 +1844,7 @@ class TestServerAway:
             Away(client, redis.ConnectionError("down")).takes_over(worker.plain_store)
             with pytest.raises(OutcomeUnknownError):
                 claim.complete({"by": "zombie"})
-            worker.plain_store._untyped_client = client
+            ask_instead(worker.plain_store, client)
             take_over(others)
 
             worker.wait(claim.lost.is_set)

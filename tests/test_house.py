@@ -20,7 +20,19 @@ PACKAGE = Path(inspect.getfile(model)).parent
 LUA = directory()
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 
-STORES = {"arguments", "base", "calls", "claims", "doctor", "errors", "heartbeats", "model", "sending", "wire"}
+STORES = {
+    "arguments",
+    "base",
+    "calls",
+    "claims",
+    "connections",
+    "doctor",
+    "errors",
+    "heartbeats",
+    "model",
+    "sending",
+    "wire",
+}
 
 # design: the ground floor knows errors alone, the roof the public API alone.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transitions": {"arguments", "codec", "errors", "model", "operations", "scripts", "wire"},
     "reads": {"arguments", "errors", "keys", "model", "operations", "scripts", "wire"},
     "calls": {"arguments", "errors", "operations", "reads", "scripts", "transitions", "wire"},
-    "base": {"arguments", "calls", "checks", "codec", "doctor", "errors", "sending", "wire"},
+    "connections": {"wire"},
+    "base": {"arguments", "calls", "checks", "codec", "connections", "doctor", "errors", "sending", "wire"},
     "signals": set(),
     "heartbeats": {"claims"},
     "claims": {"arguments", "calls", "errors", "model", "wire"},

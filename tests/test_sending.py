@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 import redis
-from backends import Bench, Driven
+from backends import Bench, Driven, ask_instead
 from proxy import Proxy
 from redis import exceptions
 from servers import wait_until
@@ -216,7 +216,7 @@ def test_what_a_signal_handler_raises_is_not_taken_for_the_servers(bench: Bench,
 
     store: Any = bench.store()
     made = store if bench.runner is None else store.store
-    made._untyped_client = SimpleNamespace(execute_command=interrupted)
+    ask_instead(made, SimpleNamespace(execute_command=interrupted))
     with pytest.raises(type(error), match="^alarm$"):
         store.begin_step("run", "pay", {})
     assert len(asked) == 1

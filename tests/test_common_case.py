@@ -1,0 +1,148 @@
+"""Two scripts begin with a shortcut for the common case. Without it they must do the same, only slower."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from hashlib import sha1
+from typing import Any
+
+import pytest
+import redis
+from backends import contents
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from squidstep_redis import SquidstepError, scripts
+from squidstep_redis.calls import Calls
+from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.model import BeginResult, StepRun, step_run_id
+from squidstep_redis.scripts import Script
+from squidstep_redis.wire import Call
+
+SHORTCUT = re.compile(r"^-- The common case.*?(?=^-- include record)", re.MULTILINE | re.DOTALL)
+SHORTENED = ("begin_step", "complete_step")
+
+CALLS = Calls("squidstep", None, 10_000, None)
+KEYS = CALLS._run("run").keys
+
+
+def without_shortcut(name: str, tmp_path_factory: pytest.TempPathFactory) -> Script:
+    """The script as it would be sent if the file did not have it."""
+    lua = tmp_path_factory.mktemp("lua")
+    (lua / "lib").symlink_to(scripts.directory() / "lib")
+    text, cut = SHORTCUT.subn("", (scripts.directory() / f"{name}.lua").read_text("utf-8"))
+    assert cut == 1
+    (lua / f"{name}.lua").write_text(text, "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts, "directory", lambda: lua)
+        made = scripts.script.__wrapped__(name)
+    assert made.sha == sha1(made.source, usedforsecurity=False).hexdigest().encode() != scripts.script(name).sha
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
+    return {name: without_shortcut(name, tmp_path_factory) for name in SHORTENED}
+
+
+@pytest.fixture(scope="module")
+def databases(binary: Any) -> Iterator[tuple[redis.Redis, redis.Redis]]:
+    """Two of one server, so that both scripts find the same keys."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(EmbeddedServer(binary=binary, port=0))
+        first, second = (redis.Redis(host=server.host, port=server.port, db=db, protocol=2) for db in (0, 1))
+        yield stack.enter_context(first), stack.enter_context(second)
+
+
+STEPS = st.sampled_from(["a", "b"])
+PAYLOADS = st.sampled_from([{"n": 1}, {"n": 2}])
+OPERATIONS = st.one_of(
+    st.tuples(st.just("begin"), STEPS, PAYLOADS, st.sampled_from([None, 60]), st.sampled_from([None, 1, 2])),
+    st.tuples(st.just("complete"), st.integers(0, 3), PAYLOADS, st.sampled_from([None, {"c": {}}])),
+    st.tuples(st.just("complete by id"), STEPS, PAYLOADS),
+    st.tuples(st.sampled_from(["release", "fail", "expire"]), st.integers(0, 3)),
+    st.tuples(st.just("schedule"), STEPS, PAYLOADS),
+    st.tuples(st.sampled_from(["again", "ttl", "delete"])),
+    st.tuples(st.just("spoil"), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["gone", "string"])),
+)
+
+
+def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[Any]]) -> Call[Any] | None:
+    kind, *rest = operation
+    if kind == "begin":
+        step, payload, lease, most = rest
+        return CALLS.begin_step("run", step, payload, lease=lease, max_attempts=most, owner="worker-1")
+    if kind == "schedule":
+        return CALLS.schedule_step("run", *rest)
+    if kind == "complete by id":
+        step, payload = rest
+        return CALLS.complete_step(step_run_id("squidstep", "run", step), payload)
+    if kind == "ttl":
+        return CALLS.expire_run("run", 60)
+    if kind == "delete":
+        return CALLS.delete_run("run")
+    if kind == "again":
+        return sent[-1] if sent else None
+    if not claims:
+        return None
+    claim = claims[-1 - rest[0] % len(claims)]  # an old one, too
+    if kind == "complete":
+        return CALLS.complete_step(claim, rest[1], schedule=rest[2])
+    if kind == "release":
+        return CALLS.release_step(claim)
+    return CALLS.fail_step(claim, {"why": "test"}) if kind == "fail" else CALLS.expire_claim(claim)
+
+
+def timeless(value: Any) -> Any:
+    """What is stored or replied, without the times, which differ between two calls."""
+    if isinstance(value, list | tuple):
+        return [timeless(item) for item in value]
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        value = re.sub(rb"\b1\d{12}\b", b"time", value)
+        # Before it, in a state line, when it started and when it ended.
+        return re.sub(
+            rb" (\d*) (\d*) time",
+            lambda line: b" " + b" ".join(b"span" if span else b"" for span in line.groups()),
+            value,
+        )
+    return "time" if isinstance(value, float) and value > 1e12 else value
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=st.lists(OPERATIONS, min_size=1, max_size=12))
+def test_the_shortcut_changes_nothing(
+    databases: tuple[redis.Redis, redis.Redis], plain: dict[str, Script], operations: list[tuple[Any, ...]]
+) -> None:
+    for database in databases:
+        database.flushall()
+    claims: list[StepRun] = []
+    sent: list[Call[Any]] = []
+    for operation in operations:
+        if operation[0] == "spoil":
+            for database in databases:
+                database.delete(KEYS[operation[1]])
+                if operation[2] == "string":
+                    database.set(KEYS[operation[1]], "other")
+            continue
+        call = call_of(operation, claims, sent)
+        if call is None:
+            continue
+        sent.append(call)
+        slow = call._replace(script=plain.get(call.script.name, call.script))
+        quick, thorough = (
+            database.execute_command(*asked.eval()) for database, asked in zip(databases, (call, slow), strict=True)
+        )
+        quick = quick.split(b" ", 2) if isinstance(quick, bytes) else quick
+        if quick[0] == b"busy":
+            del quick[6], thorough[6]  # how long the lease has yet to run
+        assert timeless(quick) == timeless(thorough)
+        ours, theirs = (contents(database, "squidstep") for database in databases)
+        assert timeless(ours) == timeless(theirs)
+        with contextlib.suppress(SquidstepError):
+            result = call.answer(quick)
+            if isinstance(result, BeginResult) and result.decision == "execute":
+                claims.append(result.step_run)

@@ -1,0 +1,228 @@
+"""When a store sends over a connection that its client lends, and when it asks the client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+import redis.asyncio
+from backends import Backend, Bench
+from proxy import Proxy
+from servers import find_binary
+from test_contract import begun
+from test_sending import opened
+
+from squidstep_redis import AsyncStepRunStore, StepRunStore, connections
+from squidstep_redis.embedded import EmbeddedServer
+
+
+class Counting(redis.Redis):
+    """A client of a user's own, that looks at what is sent."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sent: list[Any] = []
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        self.sent.append(args[0])
+        return super().execute_command(*args, **options)
+
+
+@pytest.fixture(params=[redis.Redis, redis.asyncio.Redis])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def lends(client: Any) -> bool:
+    made: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
+    return made(client)._lender.lends()
+
+
+class TestWhoLends:
+    @pytest.mark.parametrize("protocol", [2, 3])
+    @pytest.mark.parametrize("decode_responses", [False, True])
+    def test_every_plain_client(self, kind: Any, protocol: int, decode_responses: bool) -> None:
+        assert lends(kind(protocol=protocol, decode_responses=decode_responses))
+
+    def test_fakeredis(self) -> None:
+        assert lends(fakeredis.FakeRedis())
+        assert lends(fakeredis.FakeAsyncRedis())
+
+    def test_no_client_that_overrides_what_sends(self, kind: Any) -> None:
+        for name in ("execute_command", "parse_response"):
+            assert not lends(type("Own", (kind,), {name: lambda *_: None})())
+
+    def test_no_client_with_a_method_put_in_its_place(self, kind: Any) -> None:
+        client = kind()
+        lent = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)._lender
+        assert lent.lends()
+        client.execute_command = lambda *_: None
+        assert not lent.lends()
+
+    def test_no_client_of_a_class_that_is_instrumented(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As OpenTelemetry's and others' instrumentations do it, under the method's own name; now or later."""
+        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())._lender
+        original = kind.execute_command
+
+        @functools.wraps(original)
+        def traced(*args: Any, **options: Any) -> Any:
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "execute_command", traced)
+            assert not before.lends()
+            assert not lends(kind())
+        assert before.lends()
+
+    def test_no_client_while_redis_py_measures_by_itself(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        providers = pytest.importorskip("redis.observability.providers", reason="redis-py measures since 7.2")
+        assert lends(kind())
+        monkeypatch.setattr(providers.get_observability_instance(), "get_provider_manager", object)
+        assert not lends(kind())
+
+
+@pytest.mark.servers("valkey")
+def test_an_overridden_method_sees_all_that_is_sent(backend: Backend, bench: Bench) -> None:
+    options = backend.raw.connection_pool.connection_kwargs
+    pool: Any = redis.ConnectionPool(connection_class=backend.raw.connection_pool.connection_class, **options)
+    with contextlib.closing(Counting(connection_pool=pool)) as client:
+        store = StepRunStore(client, prefix=bench.prefix)
+        store.complete_step(begun(store.begin_step("run", "pay", {})), {})
+        assert [name for name in client.sent if name == "EVALSHA"] == ["EVALSHA"] * 2
+
+
+@pytest.fixture
+def proxy(backend: Backend) -> Iterator[Proxy]:
+    with Proxy.to(backend.raw) as proxy:
+        yield proxy
+
+
+@pytest.mark.servers("valkey")
+class TestKept:
+    """The store's own client: a connection stays in hand for a moment."""
+
+    def test_a_call_takes_the_connection_of_the_one_before(self, bench: Bench, proxy: Proxy) -> None:
+        with contextlib.closing(opened(bench, f"redis://127.0.0.1:{proxy.port}")) as store:
+            store.begin_step("run", "first", {})
+            pool: Any = store.client.connection_pool
+            pool.get_connection = None  # not to be asked again
+            for number in range(20):
+                assert begun(store.begin_step("run", f"step-{number}", {}))
+            del pool.get_connection
+
+    def test_one_that_the_server_closed_meanwhile_costs_a_second_send(self, bench: Bench, proxy: Proxy) -> None:
+        with contextlib.closing(opened(bench, f"redis://127.0.0.1:{proxy.port}")) as store:
+            store.begin_step("run", "first", {})
+            proxy.cut()
+            assert begun(store.begin_step("run", "second", {})).attempt == 1
+            proxy.drop()
+            assert begun(store.begin_step("run", "third", {})).attempt == 1
+            assert store.step_statuses("run") == dict.fromkeys(["first", "second", "third"], "running")
+
+    def test_after_a_rest_it_is_looked_at_first(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So a server that closes idle connections causes no failure, not even one that is sent again."""
+        with (
+            EmbeddedServer(binary=find_binary("valkey"), port=0) as server,
+            redis.Redis.from_url(server.url) as admin,
+            contextlib.closing(opened(bench, server.url)) as store,
+        ):
+            store.begin_step("run", "first", {})
+            admin.client_kill_filter(_type="normal", skipme=True)
+            if bench.runner is not None:
+                bench.runner.run(asyncio.sleep(0.01))  # its loop hears of it
+            monkeypatch.setattr(connections, "_FRESH_SECONDS", 0.0)
+            sent_once = store.calls.begin_step("run", "pay", {})._replace(again=False)
+            assert begun(store.send(sent_once))
+
+    def test_what_is_interrupted_leaves_no_reply_behind(self, bench: Bench, proxy: Proxy) -> None:
+        class Alarm(BaseException):
+            pass
+
+        def alarm(**_: Any) -> Any:
+            raise Alarm
+
+        with contextlib.closing(opened(bench, f"redis://127.0.0.1:{proxy.port}")) as store:
+            store.begin_step("run", "first", {})
+            pool: Any = store.client.connection_pool
+            (connection,) = pool._in_use_connections
+            connection.read_response = alarm
+            with pytest.raises(Alarm):
+                store.begin_step("run", "second", {})
+            del connection.read_response
+            assert not connection.is_connected
+            assert not pool._in_use_connections
+            assert begun(store.begin_step("run", "third", {})).step == "third"
+
+    @pytest.mark.parametrize("most", [1, 50])
+    def test_none_of_a_pool_that_is_bounded_by_the_user(self, bench: Bench, proxy: Proxy, most: int) -> None:
+        url = f"redis://127.0.0.1:{proxy.port}"
+        with contextlib.closing(opened(bench, url, max_connections=most)) as store:
+            store.begin_step("run", "pay", {})
+            pool: Any = store.client.connection_pool
+            assert not pool._in_use_connections
+
+    def test_none_of_a_client_of_the_users(self, bench: Bench) -> None:
+        store = bench.store()
+        store.begin_step("run", "pay", {})
+        pool: Any = store.client.connection_pool
+        assert not pool._in_use_connections
+
+    def test_closed_with_the_store(self, bench: Bench, proxy: Proxy) -> None:
+        store = opened(bench, f"redis://127.0.0.1:{proxy.port}")
+        store.begin_step("run", "pay", {})
+        pool: Any = store.client.connection_pool
+        (connection,) = pool._in_use_connections
+        store.close()
+        assert not connection.is_connected
+
+
+@pytest.mark.servers("valkey")
+def test_threads_share_what_is_kept(proxy: Proxy, tmp_path: Path) -> None:
+    """More threads than connections are kept: none is used by two at once, and the others go back."""
+    store = StepRunStore.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=tmp_path.name)
+    ready = threading.Barrier(30)
+
+    def work(thread: int) -> int:
+        ready.wait(10)
+        runs = [begun(store.begin_step(f"run-{thread}", f"step-{number}", {"n": number})) for number in range(30)]
+        return sum(
+            store.complete_step(claim, {"of": claim.input["n"]}).output == {"of": claim.input["n"]} for claim in runs
+        )
+
+    with contextlib.closing(store), ThreadPoolExecutor(30) as threads:
+        assert sum(threads.map(work, range(30))) == 900
+        pool: Any = store.client.connection_pool
+        assert len(pool._in_use_connections) <= 16
+
+
+@pytest.mark.servers("valkey")
+def test_a_child_does_not_use_its_parents(proxy: Proxy, tmp_path: Path) -> None:
+    store = StepRunStore.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=tmp_path.name)
+    with contextlib.closing(store):
+        store.begin_step("run", "before", {})
+        children: list[int] = []
+        for child in range(4):
+            if not (pid := os.fork()):
+                status = 1
+                with contextlib.suppress(BaseException):
+                    for number in range(25):
+                        claim = begun(store.begin_step(f"child-{child}", f"step-{number}", {"n": number}))
+                        store.complete_step(claim, {"n": number})
+                    status = 0
+                os._exit(status)
+            children.append(pid)
+        for number in range(25):
+            assert begun(store.begin_step("run", f"step-{number}", {"n": number})).input == {"n": number}
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+        for child in range(4):
+            assert store.completed_outputs(f"child-{child}") == [{"n": number} for number in range(25)]
