@@ -26,7 +26,7 @@ from squidstep_redis.doctor import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
 from squidstep_redis.heartbeats import async_heartbeat_of
 from squidstep_redis.model import StepRun
-from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome
+from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome, outcomes
 from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
 
 P = ParamSpec("P")
@@ -270,19 +270,23 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     async def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
         sending = Sending(None, time.monotonic(), self._patience)
-        send = self._send_to_server if isinstance(self.client, redis.Redis) else self._send_to_nodes
         try:
-            replies = await send(calls)
+            results = await self._send_together(calls, sending)
         except FAILURES as error:
-            replies = await self._insist(lambda: send(calls), sending, error)
-        results = [outcome(call, reply, sending.may_have_run) for call, reply in zip(calls, replies, strict=True)]
+            results = await self._insist(lambda: self._send_together(calls, sending), sending, error)
         return [
             await self._resend(call, result.error, sending) if isinstance(result, Unsettled) else result
             for call, result in zip(calls, results, strict=True)
         ]
 
-    async def _send_to_server(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        return await self._send_to(self.client, calls)
+    async def _send_together(self, calls: Sequence[Call[Any]], sending: Sending) -> list[Any]:
+        if self._durability is None and self._lender.lends():
+            commands = wire.commands(calls)
+            read = outcomes(calls, len(commands) - len(calls), sending.may_have_run)
+            return (await self._lender.send(*commands, read=read))[-len(calls) :]  # each is read while the next is made
+        is_one = isinstance(self.client, redis.Redis)
+        replies = await self._send_to(self.client, calls) if is_one else await self._send_to_nodes(calls)
+        return [outcome(call, reply, sending.may_have_run) for call, reply in zip(calls, replies, strict=True)]
 
     async def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
         commands = wire.commands(calls, self._durability, load_scripts=load_scripts)

@@ -81,8 +81,12 @@ class BaseLender:
 class Lender(BaseLender):
     """A client of redis."""
 
-    def send(self, *commands: Command) -> list[Any]:
+    def send(self, *commands: Command, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
         """Sends commands at once and reads their replies, of which an error is one, too.
+
+        Args:
+            commands: as redis-py takes them, but each word by itself.
+            read: what is made of a reply, given its place and the reply, while the server is at the next ones.
 
         Raises:
             redis.ConnectionError: from connecting, sending or reading, like its TimeoutError.
@@ -90,7 +94,10 @@ class Lender(BaseLender):
         connection = self._take()
         try:
             connection.send_packed_command(_packed(commands))
-            replies = [_read(connection) for _ in commands]
+            if read is None:
+                replies = [_read(connection) for _ in commands]
+            else:
+                replies = [read(index, _read(connection)) for index in range(len(commands))]
         except BaseException:
             connection.disconnect()  # what is left on it would answer the next command
             self._pool.release(connection)
@@ -114,8 +121,12 @@ class Lender(BaseLender):
 class AsyncLender(BaseLender):
     """A client of redis.asyncio."""
 
-    async def send(self, *commands: Command) -> list[Any]:
+    async def send(self, *commands: Command, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
         """Sends commands at once and reads their replies, of which an error is one, too.
+
+        Args:
+            commands: as redis-py takes them, but each word by itself.
+            read: what is made of a reply, given its place and the reply, while the server is at the next ones.
 
         Raises:
             redis.ConnectionError: from connecting, sending or reading, like its TimeoutError.
@@ -123,7 +134,10 @@ class AsyncLender(BaseLender):
         connection = await self._take()
         try:
             await connection.send_packed_command(_packed(commands))
-            replies = [await _read_async(connection) for _ in commands]
+            if read is None:
+                replies = [await _read_async(connection) for _ in commands]
+            else:
+                replies = [read(index, await _read_async(connection)) for index in range(len(commands))]
         except BaseException:
             await connection.disconnect(nowait=True)
             await self._pool.release(connection)

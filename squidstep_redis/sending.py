@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -183,6 +183,15 @@ class Unsettled(NamedTuple):
     error: Exception
 
 
+def outcomes(calls: Sequence[Call[Any]], behind: int, may_have_run: bool) -> Callable[[int, Any], Any]:
+    """What reads the replies to a batch one by one, by their places, of which the first are not the calls'."""
+
+    def read_one(index: int, reply: Any) -> Any:
+        return outcome(calls[index - behind], reply, may_have_run) if index >= behind else reply
+
+    return read_one
+
+
 def outcome(call: Call[T], reply: object, may_have_run: bool) -> T | Exception | Unsettled:
     """Reads one reply of a batch: the result, the error that the operation would have raised, or that it is unsettled.
 
@@ -195,7 +204,7 @@ def outcome(call: Call[T], reply: object, may_have_run: bool) -> T | Exception |
         may_have_run: whether the batch was sent before, to an unknown effect: of that a refusal says nothing.
     """
     try:
-        return read(call, reply)
+        return call.answer(reply) if type(reply) in (bytes, list) else read(call, reply)
     except (NoScriptError, AskError, ReplyMismatchError, *UNANSWERED) as error:  # MovedError is an AskError
         return Unsettled(error)
     except SquidstepError as error:

@@ -200,6 +200,21 @@ class TestDeletion:
         assert bench.store(losing=losing).delete_run("run") is True
         assert bench.store().delete_run("run") is False
 
+    @pytest.mark.parametrize("steps", [10, 700])
+    def test_no_entry_of_a_deleted_run_stays_in_the_indexes(
+        self, store: StepRunStore, bench: Bench, steps: int
+    ) -> None:
+        """Those of a long run go when somebody reads the indexes: looking for them would hold up the server."""
+        calls = store.calls
+        begun_steps = store.batch([calls.begin_step("run", f"step-{number}", {}, lease=60) for number in range(steps)])
+        store.batch([calls.fail_step(result.step_run, {}) for result in begun_steps[::2]])
+        store.batch([calls.expire_claim(result.step_run) for result in begun_steps[1::4]])
+
+        assert store.delete_run("run") is True
+
+        assert store.failed_steps(1_000) == store.live_claims(1_000) == store.lapsed_claims(1_000) == []
+        assert bench.backend.keys(bench.prefix) == {bench.keys("run")[0]}  # the tombstone
+
     def test_other_runs_stay(self, store: StepRunStore) -> None:
         begun(store.begin_step("run", "pay", {}))
         begun(store.begin_step("other", "pay", {}))

@@ -40,8 +40,16 @@ def new_names(count: int) -> Iterator[Name]:
         yield f"run-{number // STEPS_OF_A_RUN}", f"step-{number % STEPS_OF_A_RUN}"
 
 
+def own_store(client: redis.Redis | redis.RedisCluster) -> StepRunStore:
+    """A store with a client of its own, of the server that the yardstick's client speaks to."""
+    if isinstance(client, redis.RedisCluster):
+        return StepRunStore(client)
+    options: dict[str, Any] = client.connection_pool.connection_kwargs
+    return StepRunStore.from_url(f"redis://{options['host']}:{options['port']}")
+
+
 class Blocking:
-    """The store on a blocking client."""
+    """The store as `from_url` makes it, or on the cluster's client; and the yardstick on redis-py's."""
 
     def __init__(
         self,
@@ -50,7 +58,7 @@ class Blocking:
         names: Callable[[int], Iterator[Name]] = new_names,
     ) -> None:
         self.client: Any = client
-        self.store = StepRunStore(client)
+        self.store = own_store(client)
         self.payload = payload
         self.names = names
         self.sha = self.client.script_load(HSET)
@@ -59,6 +67,12 @@ class Blocking:
         for run, step in self.names(count):
             claim, _ = self.store.begin_step(run, step, self.payload, lease=LEASE)
             self.store.complete_step(claim, self.payload)
+
+    def steps_on_the_users_client(self, count: int) -> None:
+        store = StepRunStore(self.client)
+        for run, step in self.names(count):
+            claim, _ = store.begin_step(run, step, self.payload, lease=LEASE)
+            store.complete_step(claim, self.payload)
 
     def batched_steps(self, count: int) -> None:
         """In batches of 100 calls."""
@@ -99,7 +113,7 @@ class Asyncio:
         self.runner = runner
         self.tasks = tasks
         self.client: Any = redis.asyncio.Redis.from_url(url, protocol=2)
-        self.store = AsyncStepRunStore(self.client)
+        self.store = AsyncStepRunStore.from_url(url)
         self.sha = runner.run(self.client.script_load(HSET))
 
     def steps(self, count: int) -> None:
@@ -126,4 +140,5 @@ class Asyncio:
         self.runner.run(share())
 
     def close(self) -> None:
+        self.runner.run(self.store.close())
         self.runner.run(self.client.aclose())

@@ -17,9 +17,7 @@ import msgpack
 from bench import peers
 from bench.databases import connect, postgres, server
 from bench.measure import Budget, MissingError, Pace, Result, Side, Spread, Turns, Work, figure, take_turns
-from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Asyncio, Blocking, new_names, payload_of
-
-from squidstep_redis import StepRunStore
+from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Asyncio, Blocking, new_names, own_store, payload_of
 
 Row = Callable[[Pace], Iterator[Result]]
 
@@ -42,12 +40,18 @@ def _against_the_wire(pace: Pace, ours: Blocking, title: str) -> Iterator[Result
     calls = ours.client.info("commandstats")["cmdstat_evalsha"]["calls"]
     yield Result(f"{title}: round trips per transition", calls / 200, "", Budget.at_most(1), "EVALSHA calls counted")
 
-    turns = take_turns(pace, {"ours": ours.steps, "yardstick": ours.yardsticks})
+    sides = {"ours": ours.steps, "yardstick": ours.yardsticks, "on a client": ours.steps_on_the_users_client}
+    turns = take_turns(pace, sides)
     yield Result(
         f"{title}: begin + complete, against as many yardsticks",
         turns.times("ours", "yardstick"),
         budget=Budget.at_least(0.80),
         note=f"{turns.rates('ours', 'yardstick', 'steps')}; {turns.client_cpu('ours', 'yardstick')}",
+    )
+    yield Result(
+        f"{title}: the same by a store on a client of the user's",
+        turns.times("on a client", "yardstick"),
+        note=f"{turns.rates('on a client', 'yardstick', 'steps')}; {turns.client_cpu('on a client', 'yardstick')}",
     )
     turns = take_turns(
         pace,
@@ -132,7 +136,7 @@ def payload_sizes(pace: Pace) -> Iterator[Result]:
 def successors(pace: Pace) -> Iterator[Result]:
     """Completing a step and scheduling three more: in one call, and in two."""
     with server() as started, connect(started) as client:
-        store = StepRunStore(client)
+        store = own_store(client)
 
         def work(count: int, in_one: bool) -> None:
             for run, step in new_names(count):
@@ -177,7 +181,7 @@ def reads(pace: Pace) -> Iterator[Result]:
 
 
 def _reads(pace: Pace, client: Any, size: int) -> Iterator[Result]:
-    store, run = StepRunStore(client), f"read-{size}"
+    store, run = own_store(client), f"read-{size}"
     Blocking(client, names=lambda count: ((run, f"step-{number}") for number in range(count))).batched_steps(size)
     key = store.calls.keys.run(run.encode()).steps
     sides: dict[str, Work] = {
