@@ -13,32 +13,42 @@
 
 local steps, done = KEYS[1], KEYS[2]
 local FIRST = 2
+local CHUNK = 1000 -- arguments of one redis.call; Lua's stack takes about 8,000
 
 local run, _, refusal = load(steps, done)
 if refusal then
   return refusal
 end
-local reply, pending = { "gone", nonce }, {}
-for position = FIRST, #ARGV do
-  local line = redis.call("HGET", steps, "s" .. ARGV[position])
-  local state = line and parse_state(line)
-  if line and not state then
-    return unreadable(steps, "s" .. ARGV[position], line)
+local reply, fields = { "gone", nonce }, {}
+for first = FIRST, #ARGV, CHUNK do
+  local names = {}
+  for position = first, math.min(first + CHUNK - 1, #ARGV) do
+    names[position - first + 1] = "s" .. ARGV[position]
   end
-  if state and state.status == PENDING then
-    pending[ARGV[position]] = state
-  end
-  if not state or state.status == PENDING then
-    reply[#reply + 1] = position - FIRST
-  end
-end
-if next(pending) then
-  for step, state in pairs(pending) do
-    redis.call("HDEL", steps, "s" .. step, "i" .. step, "e" .. step)
-    for number = math.max(1, state.attempt - HISTORY), state.attempt do
-      redis.call("HDEL", steps, "a" .. number .. ":" .. step)
+  for index, line in ipairs(redis.call("HMGET", steps, unpack(names))) do
+    local position = first + index - 1
+    local state = line and parse_state(line)
+    if line and not state then
+      return unreadable(steps, names[index], line)
+    end
+    if state and state.status == PENDING then
+      local step = ARGV[position]
+      fields[#fields + 1] = "s" .. step
+      fields[#fields + 1] = "i" .. step
+      fields[#fields + 1] = "e" .. step
+      for number = math.max(1, state.attempt - HISTORY), state.attempt do
+        fields[#fields + 1] = "a" .. number .. ":" .. step
+      end
+    end
+    if not state or state.status == PENDING then
+      reply[#reply + 1] = position - FIRST
     end
   end
+end
+for first = 1, #fields, CHUNK do
+  redis.call("HDEL", steps, unpack(fields, first, math.min(first + CHUNK - 1, #fields)))
+end
+if fields[1] then
   renew_expiry(run, steps, done, now_ms())
 end
 return reply

@@ -9,20 +9,22 @@
 -- include record
 
 local steps = KEYS[1]
+local STATE = string.byte("s")
 local CHUNK = 1000 -- arguments of one redis.call; Lua's stack takes about 8,000
 
 local _, _, refusal = load(steps, KEYS[2])
 if refusal then
   return refusal
 end
-local fields, lines = {}, {}
+local fields, lines, count = {}, {}, 0
 for _, field in ipairs(redis.call("HKEYS", steps)) do
-  if string.sub(field, 1, 1) == "s" then
-    fields[#fields + 1] = field
+  if string.byte(field) == STATE then
+    count = count + 1
+    fields[count] = field
   end
 end
-for first = 1, #fields, CHUNK do
-  local last = math.min(first + CHUNK - 1, #fields)
+for first = 1, count, CHUNK do
+  local last = math.min(first + CHUNK - 1, count)
   for _, line in ipairs(redis.call("HMGET", steps, unpack(fields, first, last))) do
     lines[#lines + 1] = line
   end
