@@ -3,6 +3,7 @@
 -- KEYS  1 steps   hash        the run's records
 --       2 done    sorted set  its completed steps, in order
 --       3 claims  sorted set  leased claims of the bucket, by the end of their lease
+--       4 wake    stream      what those who wait for a step are told by
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
@@ -14,14 +15,14 @@
 --       {"missing", nonce}
 -- Writes only when it replies "completed" for the first time.
 
-local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
+local steps, done, claims, waiters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local step, token, output = ARGV[2], ARGV[4], ARGV[5]
 local SUCCESSORS = 6
 
--- The common case: a claim in hand, no successors, in a run that does not expire. What follows does the same, at
+-- The common case: a claim in hand, no successors, nobody waiting, in a run that does not expire. What follows does the same, at
 -- greater cost, and all else.
-local lines = redis.pcall("HMGET", steps, "r", "s" .. step)
-if lines[1] and lines[2] and not ARGV[SUCCESSORS] then
+local lines = redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step)
+if lines[1] and lines[2] and not lines[3] and not ARGV[SUCCESSORS] then
   local created, completed = string.match(lines[1], "^1 (%d+) (%d+)$")
   local claim, holder, lease, started, made, rest =
     string.match(lines[2], "^1r (%d+ %d* (%S+)) (%d*) (%d*)  (%d+)( %d+ %S* .*)$")
@@ -69,6 +70,8 @@ if holds(state, token) then
   end
   -- include complete
   local line = complete(run, state, steps, done, step, output, now)
+  -- include wake
+  wake(state, steps, waiters, step)
   return { "completed", nonce, line, token == "" and redis.call("HGET", steps, "i" .. step) or nil }
 end
 

@@ -36,6 +36,7 @@ for first = FIRST, #ARGV, CHUNK do
       fields[#fields + 1] = "s" .. step
       fields[#fields + 1] = "i" .. step
       fields[#fields + 1] = "e" .. step
+      fields[#fields + 1] = "w" .. step
       for number = math.max(1, state.attempt - HISTORY), state.attempt do
         fields[#fields + 1] = "a" .. number .. ":" .. step
       end

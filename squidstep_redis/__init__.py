@@ -26,6 +26,7 @@ from squidstep_redis.errors import (
     StepRunNotFoundError,
     UndecodablePayloadError,
     UnsupportedClientError,
+    WaitTimeoutError,
 )
 from squidstep_redis.model import Attempt, BeginResult, Outcome, ScheduleResult, StepRun, StepStatus
 from squidstep_redis.store import Claim, StepRunStore
@@ -69,5 +70,6 @@ __all__ = [
     "StepStatus",
     "UndecodablePayloadError",
     "UnsupportedClientError",
+    "WaitTimeoutError",
     "current_claim",
 ]

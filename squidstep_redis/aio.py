@@ -27,7 +27,7 @@ from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleSt
 from squidstep_redis.heartbeats import async_heartbeat_of
 from squidstep_redis.model import StepRun
 from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome, outcomes
-from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
+from squidstep_redis.wire import OPTIONS, Call, Command, Doze, Exchange, Plan
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,6 +74,17 @@ class _NodeCommand:
         self.result: Any = None
 
 
+def _planned(
+    make: Callable[Concatenate[Calls, P], Plan[T]],
+) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
+    """The method that carries a plan out."""
+
+    async def planned(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await _carry_out(self, make(self.calls, *args, **kwargs))
+
+    return documented(planned, make, "AsyncStepRunStore")
+
+
 class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     """Decides which delivery of a step executes, and keeps what came of it: the store, for asyncio."""
 
@@ -97,6 +108,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     completed_steps = _operation(Calls.completed_steps)
     completed_outputs = _operation(Calls.completed_outputs)
     step_statuses = _operation(Calls.step_statuses)
+    wait_for_step = _planned(Calls.wait_for_step)
 
     expire_run = _operation(Calls.expire_run)
     delete_run = _operation(Calls.delete_run)
@@ -352,6 +364,8 @@ async def _carry_out(store: AsyncStepRunStore, plan: Plan[T]) -> T:
                     answer = await store.send(wanted)
                 elif isinstance(wanted, list):
                     answer = await _ask(store.client, wanted)
+                elif isinstance(wanted, Doze):
+                    await _doze(store, wanted)
                 elif isinstance(wanted, tuple):
                     answer = await store._send_all(wanted)  # pyright: ignore[reportPrivateUsage]: of this module
                 else:
@@ -362,6 +376,15 @@ async def _carry_out(store: AsyncStepRunStore, plan: Plan[T]) -> T:
                 wanted = plan.send(answer)
     except StopIteration as end:
         return end.value
+
+
+async def _doze(store: AsyncStepRunStore, doze: Doze) -> None:
+    longest = store._longest_read / 2  # pyright: ignore[reportPrivateUsage]: of this module
+    client: Any = store.client
+    try:
+        await client.execute_command(*doze.command(longest))
+    except RedisError:  # the next look will tell
+        await asyncio.sleep(min(doze.seconds, 0.1))
 
 
 async def _ask(client: Any, commands: list[Command]) -> dict[str, list[Any]]:

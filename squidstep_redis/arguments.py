@@ -23,6 +23,7 @@ MAX_PREFIX_BYTES: Final = 128
 MAX_OWNER_BYTES: Final = 256
 MAX_LEASE: Final = timedelta(days=366)
 MAX_TTL: Final = timedelta(days=3_660)
+MAX_WAIT: Final = timedelta(days=1)
 MAX_TIMEOUT: Final = timedelta(hours=1)
 MAX_REPLICAS: Final = 100
 

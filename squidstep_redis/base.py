@@ -92,6 +92,7 @@ class BaseStore(ABC, Generic[C]):
         limit = arguments.seconds("timeout", timeout, arguments.MAX_TIMEOUT)
         self._patience = Patience.of(limit, options, is_cluster=not hasattr(client, "connection_pool"))
         self._durability = _durability(wait_replicas, wait_aof, wait_timeout, options.get("socket_timeout"))
+        self._longest_read: float = options.get("socket_timeout") or 60
         self._owns_client = False
 
     @classmethod

@@ -11,6 +11,7 @@ Each error says what happened, to which run and step, and what to do next.
     │   └── RunDeletedError           … because the run was deleted a short while ago
     ├── StaleStepRunError         the claim is not yours (any more); nothing was written
     ├── StepBusyError             run_step: another worker holds the step; try again later
+    ├── WaitTimeoutError          wait_for_step: the step was not over in time
     ├── StepExhaustedError        run_step: max_attempts are used up; the step has failed for good
     ├── CorruptRunError           what is stored cannot be trusted; nothing was written
     │   └── NewerFormatError          … because a later version of this library wrote it
@@ -122,6 +123,27 @@ class StepBusyError(SquidstepError):
             f"{_where(self.current.run_id, self.current.step)}: is being executed{holder}, as attempt "
             f"{self.current.attempt}{until}. Nothing was executed here: try again later"
         )
+
+
+class WaitTimeoutError(SquidstepError, TimeoutError):
+    """The step that was waited for was not over in time; wait again, or look who is at it.
+
+    Attributes:
+        run_id: the run.
+        step: the step's name.
+        current: the step run as it was last seen; None: nobody has scheduled or begun it yet.
+    """
+
+    def __init__(self, run_id: str, step: str, timeout: float, current: StepRun | None) -> None:
+        super().__init__(run_id, step, timeout, current)
+        self.run_id = run_id
+        self.step = step
+        self.timeout = timeout
+        self.current = current
+
+    def __str__(self) -> str:
+        found = "there is no such step run yet" if self.current is None else f"it is {self.current.status}"
+        return f"{_where(self.run_id, self.step)}: was not over after {self.timeout:g} s, {found}"
 
 
 class StepExhaustedError(SquidstepError):

@@ -29,6 +29,10 @@ class Keys:
         run = bucket + run_id
         return RunKeys(run + b":steps", run + b":done", bucket + b"claims", bucket + b"failed")
 
+    def wake(self, run_id: bytes) -> bytes:
+        """The stream that tells those who wait for a step of the run; it is there for a minute after it told."""
+        return self._buckets[crc32(run_id) % BUCKETS] + run_id + b":wake"
+
     def claims(self) -> list[bytes]:
         """The claims index of every bucket."""
         return [bucket + b"claims" for bucket in self._buckets]

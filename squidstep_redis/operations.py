@@ -38,11 +38,13 @@ class Run(NamedTuple):
         text: the id.
         keys: those of the run, and of its bucket.
         member: what begins the members of its steps in the two indexes.
+        wake: the key by which those who wait for one of its steps are told.
     """
 
     text: str
     keys: RunKeys
     member: bytes
+    wake: bytes
 
 
 class Operations:
@@ -65,4 +67,4 @@ class Operations:
 
     def _checked_run(self, run_id: RunId) -> Run:
         text, data = arguments.run_id(run_id)
-        return Run(text, self.keys.run(data), member_prefix(data))
+        return Run(text, self.keys.run(data), member_prefix(data), self.keys.wake(data))

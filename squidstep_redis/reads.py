@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 from squidstep_redis import arguments
-from squidstep_redis.arguments import RunId, Step
-from squidstep_redis.errors import CorruptRunError
+from squidstep_redis.arguments import Name, RunId, Seconds, Step
+from squidstep_redis.errors import CorruptRunError, WaitTimeoutError
 from squidstep_redis.keys import member_prefix, parse_member
 from squidstep_redis.model import Attempt, StepRun, StepStatus
-from squidstep_redis.operations import Operations, nonce
+from squidstep_redis.operations import Operations, Run, nonce
 from squidstep_redis.scripts import script
-from squidstep_redis.wire import Call, Exchange, Reply
+from squidstep_redis.wire import Call, Doze, Exchange, Plan, Reply
 
 MAX_LIMIT: Final = 1_000
+
+_FIRST_LOOK: Final = 0.02  # seconds until a waiter looks again for a record that is not there yet
+_LAST_LOOK: Final = 1.0
 
 # The parts of a record beside its state line, by the first byte of their field.
 _KINDS: Final = (b"i", b"o", b"e")
@@ -125,6 +129,62 @@ class Reads(Operations):
             return {step_run.step: step_run.status for step_run in sorted(found, key=_nth)}
 
         return Call(run.text, script("step_statuses"), run.keys[:2], (nonce(),), parse, dict)
+
+    def wait_for_step(self, run_id: RunId, step: Step, timeout: Seconds) -> Plan[StepRun]:
+        """Waits until a step is completed or has failed; so a skipped duplicate can answer with the winner's output.
+
+        Woken by the script that ends the step. It looks again each second all the same, for a wake-up may be lost, and
+        more often while nobody has scheduled or begun the step: one round trip for each look, one for each pause. A
+        connection is in use meanwhile.
+
+        Args:
+            run_id: as for `get_step_run`.
+            step: likewise.
+            timeout: seconds to wait at most, from 0.001.
+
+        Returns:
+            The completed or failed step run. Who retries a failed step makes it running again: wait again then.
+
+        Raises:
+            WaitTimeoutError: the step was not over in time.
+            RunDeletedError: the run was deleted.
+            InvalidArgumentError: refused before anything was sent.
+            CorruptRunError: what is stored cannot be trusted.
+            ServerError: the server could not be asked.
+        """
+        run = self._run(run_id)
+        name = arguments.step(step)
+        limit = arguments.seconds("timeout", timeout, arguments.MAX_WAIT)
+        return self._waiting(run, name, limit)
+
+    def _waiting(self, run: Run, step: Name, limit: float) -> Plan[StepRun]:
+        end = time.monotonic() + limit
+        pause = _FIRST_LOOK
+        while True:
+            step_run, last = yield self._await_step(run, step)
+            if step_run is not None and last is None:
+                return step_run
+            left = end - time.monotonic()
+            if left <= 0:
+                raise WaitTimeoutError(run.text, step.text, limit, step_run)
+            if last is None:
+                yield min(pause, left)
+                pause = min(2 * pause, _LAST_LOOK)
+            else:
+                yield Doze(run.wake, last, min(left, _LAST_LOOK))
+
+    def _await_step(self, run: Run, step: Name) -> Call[tuple[StepRun | None, bytes | None]]:
+        """Answers the step run and, if it is not over, behind which entry of the run's stream to wait for that."""
+
+        def parse(reply: Reply) -> tuple[StepRun | None, bytes | None]:
+            if reply[0] == b"missing":
+                return None, None
+            values = [value or None for value in reply[2:6]]
+            last = reply[6] if reply[0] == b"waiting" else None
+            return self._records.record(run.text, step.text, values, run.keys.steps), last
+
+        keys = (*run.keys[:2], run.wake)
+        return Call(run.text, script("await_step"), keys, (nonce(), step.data), parse, None, step.text)
 
     # Across runs
 

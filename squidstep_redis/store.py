@@ -27,7 +27,7 @@ from squidstep_redis.heartbeats import heartbeat_of
 from squidstep_redis.model import StepRun
 from squidstep_redis.sending import FAILURES, UNANSWERED, Sending, Unsettled, outcome, outcomes
 from squidstep_redis.signals import AlarmHeldBack
-from squidstep_redis.wire import OPTIONS, Call, Command, Exchange, Plan
+from squidstep_redis.wire import OPTIONS, Call, Command, Doze, Exchange, Plan
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,6 +61,17 @@ def _exchange(
     return documented(carried, make, "StepRunStore")
 
 
+def _planned(
+    make: Callable[Concatenate[Calls, P], Plan[T]],
+) -> Callable[Concatenate[StepRunStore, P], T]:
+    """The method that carries a plan out."""
+
+    def planned(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+        return _carry_out(self, make(self.calls, *args, **kwargs))
+
+    return documented(planned, make, "StepRunStore")
+
+
 class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     """Decides which delivery of a step executes, and keeps what came of it: the store, blocking."""
 
@@ -84,6 +95,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     completed_steps = _operation(Calls.completed_steps)
     completed_outputs = _operation(Calls.completed_outputs)
     step_statuses = _operation(Calls.step_statuses)
+    wait_for_step = _planned(Calls.wait_for_step)
 
     expire_run = _operation(Calls.expire_run)
     delete_run = _operation(Calls.delete_run)
@@ -340,6 +352,8 @@ def _carry_out(store: StepRunStore, plan: Plan[T], sleep: Callable[[float], None
                     answer = store.send(wanted)
                 elif isinstance(wanted, list):
                     answer = _ask(store.client, wanted)
+                elif isinstance(wanted, Doze):
+                    _doze(store, wanted)
                 elif isinstance(wanted, tuple):
                     answer = store._send_all(wanted)  # pyright: ignore[reportPrivateUsage]: of this module
                 else:
@@ -350,6 +364,15 @@ def _carry_out(store: StepRunStore, plan: Plan[T], sleep: Callable[[float], None
                 wanted = plan.send(answer)
     except StopIteration as end:
         return end.value
+
+
+def _doze(store: StepRunStore, doze: Doze) -> None:
+    longest = store._longest_read / 2  # pyright: ignore[reportPrivateUsage]: of this module
+    client: Any = store.client
+    try:
+        client.execute_command(*doze.command(longest))
+    except RedisError:  # the next look will tell
+        time.sleep(min(doze.seconds, 0.1))
 
 
 def _ask(client: Any, commands: list[Command]) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ The rules themselves are the Lua scripts, one per operation, of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any, Final, cast
 
@@ -19,6 +19,14 @@ from squidstep_redis.scripts import script
 from squidstep_redis.wire import Call, Reply
 
 MAX_ATTEMPTS: Final = 1_000_000
+
+# The keys that a transition of a claim in hand touches.
+_KEYS: Final[Mapping[str, Callable[[Run], tuple[bytes, ...]]]] = {
+    "complete_step": lambda run: (*run.keys[:3], run.wake),
+    "fail_step": lambda run: (*run.keys, run.wake),
+    "extend_claim": lambda run: run.keys[:3],
+    "release_step": lambda run: run.keys[:3],
+}
 
 
 class Transitions(Operations):
@@ -145,7 +153,7 @@ class Transitions(Operations):
         """
         data = self.payloads.encode("output", output)
         successors = self._inputs("schedule", schedule) if schedule is not None else []
-        return self._ending("complete_step", step_run, 3, (data, *successors), output=data)
+        return self._ending("complete_step", step_run, (data, *successors), output=data)
 
     def advance_step(
         self,
@@ -190,7 +198,7 @@ class Transitions(Operations):
             return self._begun(run, name, args[0], args[3], reply)
 
         sent = (*args, from_step.data, held, data)
-        return Call(run.text, script("advance_step"), run.keys, sent, parse_either, step=from_step.text)
+        return Call(run.text, script("advance_step"), (*run.keys, run.wake), sent, parse_either, step=from_step.text)
 
     def fail_step(self, step_run: StepRun | str, error: Mapping[str, Any] | BaseException) -> Call[StepRun]:
         """Ends a claim with an error; the step can be begun again.
@@ -211,7 +219,7 @@ class Transitions(Operations):
             data = self.payloads.encode_own(error_payload(error))
         else:
             data = self.payloads.encode("error", error)
-        return self._ending("fail_step", step_run, 4, (data,), last_error=data)
+        return self._ending("fail_step", step_run, (data,), last_error=data)
 
     def extend_claim(self, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
         """Lets the lease of a claim run from now, by the server's clock.
@@ -228,7 +236,7 @@ class Transitions(Operations):
         Raises:
             As `complete_step`.
         """
-        return self._ending("extend_claim", step_run, 3, (arguments.lease_ms(lease),))
+        return self._ending("extend_claim", step_run, (arguments.lease_ms(lease),))
 
     def expire_claim(self, step_run: StepRun | str) -> Call[StepRun]:
         """Ends the lease of a claim whose holder is known to be dead: it can be taken over at once.
@@ -246,13 +254,13 @@ class Transitions(Operations):
             As `complete_step`.
         """
         if not isinstance(step_run, StepRun):
-            return self._ending("extend_claim", step_run, 3, (b"0",))
+            return self._ending("extend_claim", step_run, (b"0",))
         self._check_prefix(step_run)
         held = step_run.token or step_run.observed_token
         if not held:
             raise StaleStepRunError(step_run, "expire_claim was refused, the step was never claimed. Nothing was sent")
         run, name = self._run(step_run.run_id), arguments.step(step_run.step)
-        return self._on_claim("extend_claim", step_run, run, name, held, 3, (b"0",))
+        return self._on_claim("extend_claim", step_run, run, name, held, (b"0",))
 
     def release_step(self, step_run: StepRun | str) -> Call[StepRun]:
         """Gives a claim back before its work took effect: the step is pending again, with the input it had.
@@ -269,7 +277,7 @@ class Transitions(Operations):
         Raises:
             As `complete_step`.
         """
-        return self._ending("release_step", step_run, 3, ())
+        return self._ending("release_step", step_run, ())
 
     def delete_pending_steps(self, run_id: RunId, steps: Iterable[Step]) -> Call[list[str]]:
         """Forgets those of the given steps that are pending; all others stay as they are.
@@ -364,14 +372,13 @@ class Transitions(Operations):
         self,
         operation: str,
         step_run: StepRun | str,
-        key_count: int,
         args: tuple[bytes, ...],
         output: bytes | None = None,
         last_error: bytes | None = None,
     ) -> Call[StepRun]:
         """The transitions of a claim in hand, which differ in their script and in what they leave on the step run."""
         run, name, held = self._held(operation, step_run)
-        return self._on_claim(operation, step_run, run, name, held, key_count, args, output, last_error)
+        return self._on_claim(operation, step_run, run, name, held, args, output, last_error)
 
     def _on_claim(
         self,
@@ -380,14 +387,13 @@ class Transitions(Operations):
         run: Run,
         step: Name,
         held: bytes,
-        key_count: int,
         args: tuple[bytes, ...],
         output: bytes | None = None,
         last_error: bytes | None = None,
     ) -> Call[StepRun]:
         sent = (nonce(), step.data, run.member, held, *args)
         parse = partial(self._ended, operation, step_run, run, step, held, output, last_error)
-        return Call(run.text, script(operation), run.keys[:key_count], sent, parse, None, step.text)
+        return Call(run.text, script(operation), _KEYS[operation](run), sent, parse, None, step.text)
 
     def _ended(
         self,

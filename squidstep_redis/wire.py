@@ -128,7 +128,27 @@ _REFUSALS: Final[dict[bytes, Callable[..., SquidstepError]]] = {
 Exchange = Generator[Sequence[Call[Any]], list[Any], T]
 """An operation that takes several batches: yields calls, is sent a result or an exception for each, returns."""
 
-Plan = Generator[Call[Any] | tuple[Call[Any], ...] | float | list[Command], Any, T]
+
+class Doze(NamedTuple):
+    """A pause that ends when a stream has an entry behind `last`; or earlier, for it is a hint.
+
+    Attributes:
+        stream: its key.
+        last: the last entry that is known.
+        seconds: how long at most.
+    """
+
+    stream: bytes
+    last: bytes
+    seconds: float
+
+    def command(self, longest: float) -> Command:
+        """What blocks until then, at most for so many seconds."""
+        milliseconds = max(1, round(1_000 * min(self.seconds, longest)))
+        return ("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", self.stream, self.last)
+
+
+Plan = Generator[Call[Any] | tuple[Call[Any], ...] | float | list[Command] | Doze, Any, T]
 """What to do, in order, for what takes more than calls. Of a call the result is sent back, or its error thrown in; of a
 tuple of calls, which is a batch, a result or error for each; a number is seconds to pause; a list of commands goes to
 every server, and replies or errors come back by server."""

@@ -103,13 +103,15 @@ def timeless(value: Any) -> Any:
         return {key: timeless(item) for key, item in value.items()}
     if isinstance(value, bytes):
         value = re.sub(rb"\b1\d{12}\b", b"time", value)
-        # Before it, in a state line, when it started and when it ended.
-        return re.sub(
-            rb" (\d*) (\d*) time",
-            lambda line: b" " + b" ".join(b"span" if span else b"" for span in line.groups()),
-            value,
-        )
+        # Before it, in a state line, how long the lease is, when it started and when it ended.
+        return re.sub(rb" (\d*) (\d*) (\d*) time", without_spans, value)
     return "time" if isinstance(value, float) and value > 1e12 else value
+
+
+def without_spans(found: re.Match[bytes]) -> bytes:
+    lease, *spans = found.groups()
+    known = lease if lease in (b"", b"60000") else b"expired"
+    return b" ".join([b"", known, *(b"span" if span else b"" for span in spans), b"time"])
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

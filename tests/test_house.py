@@ -181,9 +181,9 @@ class TestScripts:
         assert b"-- include" not in script(source[0]).source
 
     def test_every_script_has_its_call(self) -> None:
-        inner = {"confirm_entry"}  # of lapsed_claims and failed_steps
+        inner = {"confirm_entry", "await_step"}  # of lapsed_claims and failed_steps, of wait_for_step
         exchanges = {"batch"}
-        shared = {"expire_claim"}  # extend_claim with no lease
+        shared = {"expire_claim", "wait_for_step"}  # extend_claim with no lease, await_step
         operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
         assert set(SCRIPTS) - inner == operations - exchanges - shared
 
@@ -208,7 +208,9 @@ class TestTheTwoStores:
         assert method.__doc__ == call.__doc__
         assert inspect.signature(method).parameters == inspect.signature(call).parameters
         returned = inspect.signature(call).return_annotation
-        assert returned in {f"{kind}[{inspect.signature(method).return_annotation}]" for kind in ("Call", "Exchange")}
+        assert returned in {
+            f"{kind}[{inspect.signature(method).return_annotation}]" for kind in ("Call", "Exchange", "Plan")
+        }
         typing.get_type_hints(method)
 
     def test_they_have_the_same_public_names(self) -> None:

@@ -7,6 +7,7 @@
 --     r            "1x mUx2Ttq5g3vA"                                     a tombstone
 --     s<step>      "1r 2 1 Tk9wZ2xhc3Nl 30000 125  1790000000000 3  "    state line of a step
 --     i, o, e      input, output, last error of a step: bytes that no script looks into
+--     w<step>      "1"                                                   somebody waits for the step
 --     a<n>:<step>  a past attempt: its state line as it ended, "\n", its error
 --
 -- What is parsed stays text until it is reckoned with: a script that rewrites a line pays for what it changes.
@@ -88,7 +89,7 @@ end
 -- of which one key was evicted or overwritten is refused, never half believed.
 -- Answers run, state (nil: no record), or nil, nil and what to reply.
 local function load(steps, done, step)
-  local lines = step and redis.pcall("HMGET", steps, "r", "s" .. step) or redis.pcall("HMGET", steps, "r")
+  local lines = step and redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step) or redis.pcall("HMGET", steps, "r")
   if lines.err then
     return nil, nil, failed_call(steps, lines)
   end
@@ -134,5 +135,6 @@ local function load(steps, done, step)
   if not state then
     return nil, nil, unreadable(steps, "s" .. step, lines[2])
   end
+  state.awaited = lines[3]
   return run, state
 end

@@ -1,0 +1,223 @@
+"""wait_for_step: woken by the script that ends the step, and right when the wake-up is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+from backends import Bench
+from servers import wait_until
+from test_contract import begun
+
+from squidstep_redis import (
+    InvalidArgumentError,
+    RunDeletedError,
+    StepRun,
+    StepRunStore,
+    StepStatus,
+    WaitTimeoutError,
+    reads,
+)
+
+LONG = 30
+
+
+@contextmanager
+def waiting(bench: Bench, store: StepRunStore, *steps: str, timeout: float = LONG) -> Iterator[list[Future[StepRun]]]:
+    """Inside, somebody waits for each of the steps, and the server knows."""
+    with ThreadPoolExecutor(len(steps)) as threads:
+        yield [threads.submit(waiter(bench), step, timeout) for step in steps]
+
+
+def waiter(bench: Bench) -> Callable[[str, float], StepRun]:
+    """What waits in a thread of its own: on a client of its own, for the runner has one thread."""
+    other = Bench(bench.backend, None, bench.prefix)
+
+    def wait(step: str, timeout: float) -> StepRun:
+        try:
+            return other.store().wait_for_step("run", step, timeout)
+        finally:
+            other.close()
+
+    return wait
+
+
+def is_awaited(bench: Bench, step: str = "pay") -> bool:
+    return bench.field("run", f"w{step}") is not None
+
+
+@pytest.fixture
+def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiter that is not woken up is not heard of again."""
+    monkeypatch.setattr(reads, "_LAST_LOOK", 2 * LONG)
+
+
+ENDS: dict[str, Callable[[StepRunStore, StepRun], Any]] = {
+    "complete_step": lambda store, claim: store.complete_step(claim, {"receipt": 7}),
+    "complete_step by id": lambda store, claim: store.complete_step(claim.id, {"receipt": 7}),
+    "complete_step, with successors": lambda store, claim: store.complete_step(
+        claim, {"receipt": 7}, schedule={"b": {}}
+    ),
+    "advance_step": lambda store, claim: store.advance_step(claim, {"receipt": 7}, "next", {}),
+    "fail_step": lambda store, claim: store.fail_step(claim, {"reason": "declined"}),
+    "batch": lambda store, claim: store.batch([store.calls.complete_step(claim, {"receipt": 7})]),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_the_script_that_ends_the_step_wakes_who_waits(
+    bench: Bench, store: StepRunStore, never_looks_again: None, how: str
+) -> None:
+    claim = begun(store.begin_step("run", "pay", {"amount": 1}, lease=60))
+    with waiting(bench, store, "pay", "pay", "pay") as waiters:
+        wait_until(lambda: is_awaited(bench))
+        ENDS[how](store, claim)
+        for each in waiters:
+            assert each.result(LONG) == store.get_step_run("run", "pay")
+    assert not is_awaited(bench)
+
+
+@pytest.mark.parametrize("ttl", [None, 60])
+def test_each_step_has_its_own(bench: Bench, never_looks_again: None, ttl: float | None) -> None:
+    store = bench.store(run_ttl=ttl)
+    claims = {step: begun(store.begin_step("run", step, {})) for step in ("a", "b")}
+    with waiting(bench, store, "a", "b") as (a, b):
+        wait_until(lambda: is_awaited(bench, "a") and is_awaited(bench, "b"))
+        store.complete_step(claims["a"], {"of": "a"})
+        assert a.result(LONG).output == {"of": "a"}
+        assert not b.done()
+        store.complete_step(claims["b"], {"of": "b"})
+        assert b.result(LONG).output == {"of": "b"}
+
+
+@pytest.mark.parametrize("status", ["completed", "failed"])
+def test_what_is_over_is_answered_at_once(store: StepRunStore, status: str) -> None:
+    claim = begun(store.begin_step("run", "pay", {}))
+    ended = store.complete_step(claim, {"receipt": 7}) if status == "completed" else store.fail_step(claim, {"no": 1})
+    assert store.wait_for_step("run", "pay", LONG) == ended
+
+
+def test_a_wake_up_that_is_lost_does_no_harm(
+    bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "_LAST_LOOK", 0.1)
+    claim = begun(store.begin_step("run", "pay", {}))
+    with waiting(bench, store, "pay") as (waiter,):
+        wait_until(lambda: is_awaited(bench))
+        bench.backend.raw.hdel(bench.keys("run")[0], "wpay")
+        store.complete_step(claim, {"receipt": 7})
+        assert waiter.result(LONG).output == {"receipt": 7}
+
+
+def test_a_waiter_may_come_before_the_step(bench: Bench, store: StepRunStore) -> None:
+    with waiting(bench, store, "pay") as (waiter,):
+        store.complete_step(begun(store.begin_step("run", "pay", {})), {"receipt": 7})
+        assert waiter.result(LONG).output == {"receipt": 7}
+
+
+def test_a_takeover_is_waited_out(bench: Bench, store: StepRunStore, never_looks_again: None) -> None:
+    lost = begun(store.begin_step("run", "pay", {}, lease=60))
+    with waiting(bench, store, "pay") as (waiter,):
+        wait_until(lambda: is_awaited(bench))
+        store.expire_claim(lost)
+        store.complete_step(begun(store.begin_step("run", "pay", {})), {"by": 2})
+        assert waiter.result(LONG).output == {"by": 2}
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_the_timeout(store: StepRunStore, begin: bool) -> None:
+    if begin:
+        store.begin_step("run", "pay", {})
+    started = time.monotonic()
+    with pytest.raises(WaitTimeoutError) as caught:
+        store.wait_for_step("run", "pay", 0.15)
+    assert time.monotonic() - started >= 0.15
+    assert (caught.value.run_id, caught.value.step) == ("run", "pay")
+    if begin:
+        assert caught.value.current is not None
+        assert caught.value.current.status is StepStatus.RUNNING
+        assert str(caught.value) == "run 'run', step 'pay': was not over after 0.15 s, it is running"
+    else:
+        assert caught.value.current is None
+        assert str(caught.value) == "run 'run', step 'pay': was not over after 0.15 s, there is no such step run yet"
+    assert isinstance(caught.value, TimeoutError)
+
+
+def test_a_run_that_is_deleted_is_not_waited_for(
+    bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "_LAST_LOOK", 0.1)
+    store.begin_step("run", "pay", {})
+    with waiting(bench, store, "pay") as (waiter,):
+        wait_until(lambda: is_awaited(bench))
+        store.delete_run("run")
+        with pytest.raises(RunDeletedError):
+            waiter.result(LONG)
+
+
+def test_nothing_is_written_where_nobody_waits(bench: Bench, store: StepRunStore) -> None:
+    store.complete_step(begun(store.begin_step("run", "pay", {})), {})
+    store.wait_for_step("run", "pay", 1)
+    assert {key.rpartition(b":")[2] for key in bench.backend.keys(bench.prefix)} == {b"steps", b"done"}
+
+
+def test_what_is_left_behind_goes_by_itself(bench: Bench, store: StepRunStore) -> None:
+    claim = begun(store.begin_step("run", "pay", {}))
+    with pytest.raises(WaitTimeoutError):
+        store.wait_for_step("run", "pay", 0.01)
+    store.complete_step(claim, {})
+    (wake,) = (key for key in bench.backend.keys(bench.prefix) if key.endswith(b":wake"))
+    assert 0 < bench.backend.raw.pttl(wake) <= 60_000
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "1", None])
+def test_a_timeout_that_is_none_is_refused(store: StepRunStore, timeout: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="^timeout: "):
+        store.wait_for_step("run", "pay", timeout)
+
+
+@pytest.mark.servers("valkey")
+def test_a_key_of_another_type_in_its_place_keeps_no_completion_back(bench: Bench, store: StepRunStore) -> None:
+    claim = begun(store.begin_step("run", "pay", {}))
+    wake = bench.keys("run")[0].replace(b":steps", b":wake")
+    bench.backend.raw.set(wake, "other")
+    with pytest.raises(WaitTimeoutError):
+        store.wait_for_step("run", "pay", 0.05)
+    assert store.complete_step(claim, {"receipt": 7}).status is StepStatus.COMPLETED
+    assert store.wait_for_step("run", "pay", 1).output == {"receipt": 7}
+
+
+@pytest.mark.servers("valkey", "cluster")
+def test_a_short_socket_timeout_is_no_failure(bench: Bench, store: StepRunStore) -> None:
+    """What blocks for longer than the client waits for an answer would be cut off."""
+    claim = begun(store.begin_step("run", "pay", {}))
+    impatient = bench.store(client_options={"socket_timeout": 0.2})
+    other = Bench(bench.backend, None, bench.prefix)
+    timer = threading.Timer(0.5, lambda: other.store().complete_step(claim, {"n": 1}))
+    timer.start()
+    assert impatient.wait_for_step("run", "pay", LONG).output == {"n": 1}
+    timer.join()
+    other.close()
+
+
+def test_many_tasks_wait_on_one_client(bench: Bench, never_looks_again: None) -> None:
+    """Of asyncio: each has a connection of its own meanwhile, and none holds up the loop."""
+    if bench.runner is None:
+        pytest.skip("of the asyncio store")
+    store: Any = cast("Any", bench.store()).store
+
+    async def main() -> list[StepRun]:
+        claim = (await store.begin_step("run", "pay", {})).step_run
+        waiters = [asyncio.ensure_future(store.wait_for_step("run", "pay", LONG)) for _ in range(20)]
+        while not is_awaited(bench):
+            await asyncio.sleep(0.01)
+        await store.complete_step(claim, {"receipt": 7})
+        return await asyncio.gather(*waiters)
+
+    assert [step_run.output for step_run in bench.runner.run(main())] == [{"receipt": 7}] * 20
