@@ -11,7 +11,7 @@
 --       11 held    token of the claim on it, or ""  for whoever holds it
 --       12 output  of it
 -- REPLY as begin_step, about the next step, once the first is completed:
---       {"execute", nonce, state} | {"execute", nonce, state, input}
+--       {"execute" | "takeover", nonce, state} | {"execute", nonce, state, input}
 --       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete

@@ -14,9 +14,10 @@
 --       8 max_attempts  or ""  any number
 --       9 lapse_error   last error of a step whose claim lapsed with no attempt left; comes with max_attempts
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  where the input kept is not the caller's
+--       {"takeover", nonce, state, input}  likewise, of a claim whose lease had ended
 --       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
--- Writes only when it replies "execute" for the first time, or turns a lapsed claim into a failure ("exhausted").
+-- Writes only when it replies "execute" for the first time, or "takeover", or turns a lapsed claim into a failure ("exhausted").
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""

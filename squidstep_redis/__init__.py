@@ -28,7 +28,8 @@ from squidstep_redis.errors import (
     UnsupportedClientError,
     WaitTimeoutError,
 )
-from squidstep_redis.model import Attempt, BeginResult, Outcome, ScheduleResult, StepRun, StepStatus
+from squidstep_redis.events import Event
+from squidstep_redis.model import Attempt, BeginResult, ClaimCounts, Outcome, ScheduleResult, StepRun, StepStatus
 from squidstep_redis.store import Claim, StepRunStore
 from squidstep_redis.wire import Call, Queued
 
@@ -40,9 +41,11 @@ __all__ = [
     "Call",
     "Calls",
     "Claim",
+    "ClaimCounts",
     "Codec",
     "CorruptRunError",
     "Diagnosis",
+    "Event",
     "Finding",
     "InvalidArgumentError",
     "Level",

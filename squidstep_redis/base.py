@@ -16,10 +16,12 @@ from squidstep_redis.codec import Codec
 from squidstep_redis.connections import BaseLender
 from squidstep_redis.doctor import a_connection, client_facts
 from squidstep_redis.errors import InvalidArgumentError, UnsupportedClientError, described
+from squidstep_redis.events import Listener, Watch
 from squidstep_redis.sending import Patience
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
+L = TypeVar("L", bound=Listener)
 T = TypeVar("T")
 
 DEFAULT_PREFIX: Final = "squidstep"
@@ -94,6 +96,20 @@ class BaseStore(ABC, Generic[C]):
         self._durability = _durability(wait_replicas, wait_aof, wait_timeout, options.get("socket_timeout"))
         self._longest_read: float = options.get("socket_timeout") or 60
         self._owns_client = False
+        self._watch = Watch(prefix)
+
+    def on_event(self, listener: L) -> L:
+        """Has a function told of every decision of this store, after the call; usable as a decorator.
+
+        It is called in the thread or task of the call, so it must be quick. What it raises is logged, and goes no
+        further. The same events go to the log: logger `squidstep_redis`, at INFO what an operator wants to know of
+        (takeovers, refusals, failures, errors), at DEBUG the rest. See `squidstep_redis.metrics` for Prometheus.
+
+        Args:
+            listener: is given an `Event`.
+        """
+        self._watch.listeners.append(listener)
+        return listener
 
     @classmethod
     def from_url(

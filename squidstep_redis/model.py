@@ -227,20 +227,26 @@ class BeginResult(_Began):
     Attributes:
         reason: why to skip: "busy", "completed", "exhausted" or "lost"; None when the decision is "execute".
         retry_in: seconds until the live lease that is in the way ends, if there is one.
+        takeover: whether the claim was granted over one whose lease had ended: what its holder did may be half done.
+            A call that is sent again after a lost reply is not told.
     """
 
     reason: SkipReason | None
     retry_in: float | None
+    takeover: bool
 
-    def __new__(cls, step_run: StepRun, reason: SkipReason | None, retry_in: float | None) -> BeginResult:
+    def __new__(
+        cls, step_run: StepRun, reason: SkipReason | None, retry_in: float | None, takeover: bool = False
+    ) -> BeginResult:
         """Made by the store alone."""
         self = super().__new__(cls, step_run, "execute" if reason is None else "skip")
         self.reason = reason
         self.retry_in = retry_in
+        self.takeover = takeover
         return self
 
-    def __reduce__(self) -> tuple[type[BeginResult], tuple[StepRun, SkipReason | None, float | None]]:
-        return BeginResult, (self.step_run, self.reason, self.retry_in)
+    def __reduce__(self) -> tuple[type[BeginResult], tuple[StepRun, SkipReason | None, float | None, bool]]:
+        return BeginResult, (self.step_run, self.reason, self.retry_in, self.takeover)
 
     @property
     def busy(self) -> bool:
@@ -259,6 +265,15 @@ class BeginResult(_Began):
 
 
 SkipReason = Literal["busy", "completed", "exhausted", "lost"]
+
+
+class ClaimCounts(NamedTuple):
+    """How many leased claims there are, by the indexes."""
+
+    live: int
+    """Under a lease that has not ended."""
+    lapsed: int
+    """Whose lease is over, and that nobody has taken over."""
 
 
 class ScheduleResult(NamedTuple):

@@ -10,7 +10,7 @@ from squidstep_redis import arguments
 from squidstep_redis.arguments import Name, RunId, Seconds, Step
 from squidstep_redis.errors import CorruptRunError, WaitTimeoutError
 from squidstep_redis.keys import member_prefix, parse_member
-from squidstep_redis.model import Attempt, StepRun, StepStatus
+from squidstep_redis.model import Attempt, ClaimCounts, StepRun, StepStatus
 from squidstep_redis.operations import Operations, Run, nonce
 from squidstep_redis.scripts import script
 from squidstep_redis.wire import Call, Doze, Exchange, Plan, Reply
@@ -213,6 +213,24 @@ class Reads(Operations):
             owner: whose claims alone, as it was given to `begin_step`; None: anybody's.
         """
         return self._scan("live_claims", self.keys.claims(), limit, arguments.owner(owner))
+
+    def count_claims(self) -> Exchange[ClaimCounts]:
+        """Counts the claims under a lease, and those whose lease is over, across all runs.
+
+        One round trip per server, of 1,024 small calls. Entries of runs that have expired or were deleted are counted
+        until `lapsed_claims` or `live_claims` come upon them and drop them.
+
+        Raises:
+            ServerError: the server could not be asked.
+            CorruptRunError: a key of the index holds something else.
+        """
+
+        def parse(reply: Reply) -> ClaimCounts:
+            return ClaimCounts(int(reply[2]), int(reply[3]))
+
+        counted = yield [Call(None, script("count_claims"), (key,), (nonce(),), parse) for key in self.keys.claims()]
+        counts: list[ClaimCounts] = _all(counted)
+        return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
 
     def failed_steps(self, limit: int = 100) -> Exchange[list[StepRun]]:
         """Lists failed step runs, newest first, out of the newest thousand or so of each of 1,024 buckets.

@@ -104,6 +104,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     lapsed_claims = _exchange(Calls.lapsed_claims)
     live_claims = _exchange(Calls.live_claims)
     failed_steps = _exchange(Calls.failed_steps)
+    count_claims = _exchange(Calls.count_claims)
 
     def run_step(
         self,
@@ -231,6 +232,18 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
         The same call can be sent again, by any store of the same prefix: it takes effect once.
         """
+        if not self._watch:
+            return self._send(call)
+        began = time.monotonic()
+        try:
+            result = self._send(call)
+        except Exception as error:
+            self._watch.tell(call, error, time.monotonic() - began)
+            raise
+        self._watch.tell(call, result, time.monotonic() - began)
+        return result
+
+    def _send(self, call: Call[T]) -> T:
         began = time.monotonic()
         try:
             return self._send_once(call)
@@ -277,6 +290,18 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
                 error = failure
 
     def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        if not self._watch:
+            return self._send_batch(calls)
+        began = time.monotonic()
+        try:
+            results = self._send_batch(calls)
+        except Exception as error:
+            self._watch.tell_all(calls, [error] * len(calls), time.monotonic() - began)
+            raise
+        self._watch.tell_all(calls, results, time.monotonic() - began)
+        return results
+
+    def _send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
         sending = Sending(None, time.monotonic(), self._patience)
         try:
             results = self._send_together(calls, sending)

@@ -333,10 +333,10 @@ class Transitions(Operations):
 
     def _begun(self, run: Run, step: Name, claim: bytes, input: bytes, reply: Reply) -> BeginResult:
         """Reads what begin_step replies."""
-        if reply[0] == b"execute":
+        if reply[0] in (b"execute", b"takeover"):
             payloads = (reply[3] if len(reply) > 3 else input, None, None)
             claimed = self._records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, claim)
-            return BeginResult(claimed, None, None)
+            return BeginResult(claimed, None, None, reply[0] == b"takeover")
         step_run = self._records.record(run.text, step.text, reply[2:6], run.keys.steps)
         retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
         return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)

@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reads": {"arguments", "errors", "keys", "model", "operations", "scripts", "wire"},
     "calls": {"arguments", "errors", "operations", "reads", "scripts", "transitions", "wire"},
     "connections": {"wire"},
-    "base": {"arguments", "calls", "checks", "codec", "connections", "doctor", "errors", "sending", "wire"},
+    "events": {"errors", "model", "wire"},
+    "base": {"arguments", "calls", "checks", "codec", "connections", "doctor", "errors", "events", "sending", "wire"},
     "signals": set(),
     "heartbeats": {"claims"},
     "claims": {"arguments", "calls", "errors", "model", "wire"},
@@ -58,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"calls", "checks", "errors", "sending", "wire"},
     "store": {*STORES, "signals"},
     "aio": STORES,
-    "__init__": {"aio", "calls", "checks", "claims", "codec", "doctor", "errors", "model", "store", "wire"},
+    "__init__": {"aio", "calls", "checks", "claims", "codec", "doctor", "errors", "events", "model", "store", "wire"},
     "embedded": set(),
     "cli": set(),  # it loads its commands by name
     "commands": set(),
@@ -73,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo.rq_worker": {"", "demo.process", "demo.work", "rq"},
     "demo.rq_supervisor": {"demo.process", "demo.rq_worker", "demo.stage", "demo.work"},
     "demo.rq": {"", "demo.rq_supervisor", "demo.stage", "demo.work"},
+    "metrics": {""},
     "functions": {"errors"},
     "rq": {"", "arguments", "claims", "functions", "signals"},
 }

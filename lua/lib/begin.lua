@@ -97,4 +97,4 @@ else
   redis.call("ZADD", claims, now + lease, member)
 end
 renew_expiry(run, steps, done, now)
-return { "execute", nonce, line, scheduled and redis.call("HGET", steps, "i" .. step) or nil }
+return { lapsed and "takeover" or "execute", nonce, line, scheduled and redis.call("HGET", steps, "i" .. step) or nil }

@@ -1,0 +1,17 @@
+-- count_claims: counts the leased claims of a bucket, those whose lease is over by themselves.
+--
+-- KEYS  1 claims  sorted set  leased claims of the bucket, by the end of their lease
+-- ARGV  1 nonce   of this call, echoed
+-- REPLY {"counts", nonce, live, lapsed}
+-- Writes nothing.
+
+-- include record
+
+local claims = KEYS[1]
+
+local all = redis.pcall("ZCARD", claims)
+if type(all) == "table" then
+  return failed_call(claims, all)
+end
+local lapsed = all > 0 and redis.call("ZCOUNT", claims, "-inf", now_ms()) or 0
+return { "counts", nonce, all - lapsed, lapsed }

@@ -1,0 +1,271 @@
+"""What a store tells of its decisions: to listeners, the log, Prometheus, and to OpenTelemetry through redis-py."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from backends import Bench
+from opentelemetry.instrumentation.redis import RedisInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
+from test_contract import begun
+from test_wire import finish
+
+from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
+from squidstep_redis.metrics import observe
+
+
+@pytest.fixture
+def told(store: StepRunStore) -> list[Event]:
+    events: list[Event] = []
+    store.on_event(events.append)
+    return events
+
+
+def kinds(events: list[Event]) -> list[tuple[str, str | None, str | None]]:
+    return [(event.kind, event.step, event.reason) for event in events]
+
+
+def test_each_decision_is_told_once(store: StepRunStore, told: list[Event]) -> None:
+    claim = begun(store.begin_step("run", "pay", {"card": "secret"}, lease=60, owner="worker-1"))
+    store.begin_step("run", "pay", {})
+    store.extend_claim(claim, 60)
+    store.release_step(claim)
+    store.schedule_step("run", "mail", {})
+    claim = begun(store.begin_step("run", "mail", {}))
+    store.fail_step(claim, {"why": "no paper"})
+    claim = begun(store.begin_step("run", "mail", {}))
+    store.complete_step(claim, {})
+    store.begin_step("run", "mail", {})
+    assert kinds(told) == [
+        ("execute", "pay", None),
+        ("skip", "pay", "busy"),
+        ("extend", "pay", None),
+        ("release", "pay", None),
+        ("schedule", "mail", None),
+        ("execute", "mail", None),
+        ("fail", "mail", None),
+        ("execute", "mail", None),
+        ("complete", "mail", None),
+        ("skip", "mail", "completed"),
+    ]
+    first = told[0]
+    assert (first.run_id, first.operation, first.attempt, first.owner) == ("run", "begin_step", 1, "worker-1")
+    assert 0 < first.seconds < 10
+    assert pickle.loads(pickle.dumps(first)) == first
+
+
+def test_a_takeover_and_the_zombie_that_it_refuses(store: StepRunStore, told: list[Event]) -> None:
+    zombie = begun(store.begin_step("run", "pay", {}, lease=60, owner="old"))
+    store.expire_claim(zombie)
+    result = store.begin_step("run", "pay", {}, lease=60, owner="new")
+    assert result.takeover
+    with pytest.raises(StaleStepRunError):
+        store.complete_step(zombie, {})
+    taken, refused = told[-2:]
+    assert (taken.kind, taken.takeover, taken.attempt, taken.owner) == ("execute", True, 2, "new")
+    assert (refused.kind, refused.reason, refused.owner) == ("refuse", "StaleStepRunError", "new")
+    assert "run 'run', step 'pay': execute, attempt 2, a takeover by new (begin_step, " in str(taken)
+
+
+@pytest.mark.parametrize("how", ["failed", "released", "scheduled"])
+def test_another_attempt_is_no_takeover(store: StepRunStore, how: str) -> None:
+    if how == "scheduled":
+        store.schedule_step("run", "pay", {})
+    else:
+        claim = begun(store.begin_step("run", "pay", {}))
+        _ = store.fail_step(claim, {}) if how == "failed" else store.release_step(claim)
+    result = store.begin_step("run", "pay", {})
+    assert (result.decision, result.takeover) == ("execute", False)
+    assert pickle.loads(pickle.dumps(result)).takeover is False
+
+
+def test_a_takeover_by_advance_step(store: StepRunStore, told: list[Event]) -> None:
+    store.expire_claim(begun(store.begin_step("run", "b", {}, lease=60)))
+    claim = begun(store.begin_step("run", "a", {}))
+    assert store.advance_step(claim, {}, "b", {}).takeover
+    assert [(event.kind, event.step, event.takeover) for event in told[-2:]] == [
+        ("complete", "a", False),
+        ("execute", "b", True),
+    ]
+
+
+def test_a_batch_tells_of_each_call(store: StepRunStore, told: list[Event]) -> None:
+    calls = store.calls
+    missing = begun(store.begin_step("gone", "pay", {}))
+    store.delete_run("gone")
+    told.clear()
+    store.batch(
+        [
+            calls.begin_step("run", "a", {}),
+            calls.complete_step(missing, {}),
+            calls.step_statuses("run"),
+            calls.schedule_steps("run", {"b": {}, "c": {}}),
+        ]
+    )
+    assert kinds(told) == [("execute", "a", None), ("refuse", "pay", "RunDeletedError"), ("schedule", None, None)]
+    assert all(event.batched for event in told)
+
+
+def test_what_was_never_sent_and_what_is_read_is_not_told(store: StepRunStore, told: list[Event]) -> None:
+    with pytest.raises(PayloadError):
+        store.begin_step("run", "pay", {"price": object()})
+    store.get_run("run")
+    store.lapsed_claims()
+    store.step_statuses("run")
+    assert told == []
+
+
+def test_a_run_that_was_deleted(store: StepRunStore, told: list[Event]) -> None:
+    claim = begun(store.begin_step("run", "pay", {}))
+    store.delete_run("run")
+    told.clear()
+    with pytest.raises(RunDeletedError):
+        store.complete_step(claim, {})
+    assert kinds(told) == [("refuse", "pay", "RunDeletedError")]
+
+
+def test_a_listener_that_fails_changes_nothing(
+    store: StepRunStore, told: list[Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    @store.on_event
+    def broken(event: Event) -> None:
+        raise RuntimeError(event.kind)
+
+    later: list[Event] = []
+    store.on_event(later.append)
+    assert begun(store.begin_step("run", "pay", {})).attempt == 1
+    assert kinds(told) == kinds(later) == [("execute", "pay", None)]
+    assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
+
+
+@pytest.mark.servers("valkey")
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_server_that_is_away(bench: Bench, batch: bool) -> None:
+    made = bench.store(timeout=0.05)
+    client: Any = made.client
+    client.connection_pool.connection_kwargs["path"] += ".gone"
+    events: list[Event] = []
+    made.on_event(events.append)
+    call = made.calls.begin_step("run", "pay", {})
+    with pytest.raises(ServerError):
+        _ = made.batch([call]) if batch else made.send(call)
+    assert kinds(events) == [("error", "pay", "NotSentError")]
+
+
+class TestLog:
+    def test_a_line_for_each_decision_and_never_a_payload(
+        self, store: StepRunStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, "squidstep_redis")
+        store.complete_step(begun(store.begin_step("run", "pay", {"card": "secret"})), {"receipt": "secret"})
+        claim = begun(store.begin_step("run", "mail", {"to": "secret"}))
+        store.fail_step(claim, {"why": "secret"})
+        lines = [(record.levelname, record.getMessage().partition(" (")[0]) for record in caplog.records]
+        assert lines == [
+            ("DEBUG", "run 'run', step 'pay': execute, attempt 1"),
+            ("DEBUG", "run 'run', step 'pay': complete, attempt 1"),
+            ("DEBUG", "run 'run', step 'mail': execute, attempt 1"),
+            ("INFO", "run 'run', step 'mail': fail, attempt 1"),
+        ]
+        assert "secret" not in caplog.text
+
+    def test_nothing_by_default(self, store: StepRunStore, capfd: pytest.CaptureFixture[str]) -> None:
+        made: Any = store
+        assert not made._watch
+        store.fail_step(begun(store.begin_step("run", "pay", {})), {})
+        assert capfd.readouterr() == ("", "")
+
+
+def test_live_and_lapsed_claims_are_counted(store: StepRunStore) -> None:
+    assert store.count_claims() == (0, 0)
+    claims = [begun(store.begin_step(f"run-{number}", "pay", {}, lease=60)) for number in range(5)]
+    store.begin_step("run-0", "without a lease", {})
+    store.expire_claim(claims[0])
+    store.expire_claim(claims[1])
+    store.complete_step(claims[2], {})
+    counts = store.count_claims()
+    assert (counts.live, counts.lapsed) == (2, 2)
+
+
+def plain(bench: Bench, store: Any) -> Any:
+    return store if bench.runner is None else store.store
+
+
+class TestPrometheus:
+    def test_what_is_counted(self, bench: Bench, store: StepRunStore) -> None:
+        registry = CollectorRegistry()
+        observe(plain(bench, store), registry)
+        zombie = begun(store.begin_step("run", "pay", {}, lease=60))
+        store.begin_step("run", "pay", {}, lease=60)
+        store.expire_claim(zombie)
+        claim = begun(store.begin_step("run", "pay", {}, lease=60))
+        with pytest.raises(StaleStepRunError):
+            store.complete_step(zombie, {})
+        store.complete_step(claim, {})
+        store.fail_step(begun(store.begin_step("run", "mail", {}, lease=60)), {})
+        store.begin_step("run", "live", {}, lease=60)
+
+        def value(name: str, **labels: str) -> float | None:
+            return registry.get_sample_value(f"squidstep_{name}", {"prefix": bench.prefix, **labels})
+
+        assert value("executes_total") == 4
+        assert value("takeovers_total") == 1
+        assert value("skips_total", reason="busy") == 1
+        assert value("completions_total") == 1
+        assert value("failures_total") == 1
+        assert value("refused_zombies_total", operation="complete_step") == 1
+        assert value("transition_seconds_count", operation="begin_step") == 5
+        if bench.runner is None:
+            assert (value("live_claims"), value("lapsed_claims")) == (1, 0)
+
+    def test_two_stores_in_one_registry(self, bench: Bench) -> None:
+        registry = CollectorRegistry()
+        for number in range(2):
+            store = bench.store(prefix=f"{bench.prefix}-{number}")
+            observe(plain(bench, store), registry)
+            store.begin_step("run", "pay", {})
+        for number in range(2):
+            labels = {"prefix": f"{bench.prefix}-{number}"}
+            assert registry.get_sample_value("squidstep_executes_total", labels) == 1
+
+    @pytest.mark.servers("valkey")
+    def test_a_server_that_is_away_hides_no_other_metric(self, bench: Bench) -> None:
+        registry = CollectorRegistry()
+        store = bench.store(timeout=0.05)
+        observe(plain(bench, store), registry)
+        store.begin_step("run", "pay", {})
+        client: Any = store.client
+        client.connection_pool.connection_kwargs["path"] += ".gone"
+        finish(bench, client.connection_pool.reset())
+        assert registry.get_sample_value("squidstep_executes_total", {"prefix": bench.prefix}) == 1
+        assert registry.get_sample_value("squidstep_live_claims", {"prefix": bench.prefix}) is None
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    RedisInstrumentor().instrument(tracer_provider=provider)
+    yield exporter
+    RedisInstrumentor().uninstrument()
+
+
+@pytest.mark.servers("valkey")
+def test_open_telemetrys_instrumentation_sees_every_call(bench: Bench, spans: InMemorySpanExporter) -> None:
+    store = bench.store()
+    store.begin_step("run", "first", {})  # the scripts are known
+    spans.clear()
+    store.complete_step(begun(store.begin_step("run", "pay", {"card": "secret"})), {"receipt": "secret"})
+    assert [span.name for span in spans.get_finished_spans()][-1] == "EVALSHA"
+    before = len(spans.get_finished_spans())
+    store.batch([store.calls.begin_step("run", "mail", {})])
+    assert len(spans.get_finished_spans()) == before + 1
+    assert not any("secret" in str(span.attributes) for span in spans.get_finished_spans())
