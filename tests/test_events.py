@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import Bench
+from backends import Backend, Bench
 from opentelemetry.instrumentation.redis import RedisInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from test_contract import begun
-from test_wire import finish
 
 from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
 from squidstep_redis.metrics import observe
@@ -236,16 +236,17 @@ class TestPrometheus:
             assert registry.get_sample_value("squidstep_executes_total", labels) == 1
 
     @pytest.mark.servers("valkey")
-    def test_a_server_that_is_away_hides_no_other_metric(self, bench: Bench) -> None:
-        registry = CollectorRegistry()
-        store = bench.store(timeout=0.05)
-        observe(plain(bench, store), registry)
-        store.begin_step("run", "pay", {})
-        client: Any = store.client
-        client.connection_pool.connection_kwargs["path"] += ".gone"
-        finish(bench, client.connection_pool.reset())
-        assert registry.get_sample_value("squidstep_executes_total", {"prefix": bench.prefix}) == 1
-        assert registry.get_sample_value("squidstep_live_claims", {"prefix": bench.prefix}) is None
+    def test_a_server_that_is_away_hides_no_other_metric(self, backend: Backend, tmp_path: Path) -> None:
+        registry, prefix = CollectorRegistry(), tmp_path.name
+        with backend.connect() as client:
+            store = StepRunStore(client, prefix=prefix, timeout=0.05)
+            observe(store, registry)
+            store.begin_step("run", "pay", {})
+            client.connection_pool.connection_kwargs["path"] += ".gone"
+            client.connection_pool.disconnect()
+            client.connection_pool.reset()
+            assert registry.get_sample_value("squidstep_executes_total", {"prefix": prefix}) == 1
+            assert registry.get_sample_value("squidstep_live_claims", {"prefix": prefix}) is None
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from backends import Bench
+from backends import Backend, Bench
 from servers import wait_until
 from test_contract import begun
 
@@ -206,10 +207,11 @@ def test_a_short_socket_timeout_is_no_failure(bench: Bench, store: StepRunStore)
     other.close()
 
 
-def test_many_tasks_wait_on_one_client(bench: Bench, never_looks_again: None) -> None:
-    """Of asyncio: each has a connection of its own meanwhile, and none holds up the loop."""
-    if bench.runner is None:
-        pytest.skip("of the asyncio store")
+def test_many_tasks_wait_on_one_client(
+    backend: Backend, runner: asyncio.Runner, never_looks_again: None, tmp_path: Path
+) -> None:
+    """Each has a connection of its own meanwhile, and none holds up the loop."""
+    bench = Bench(backend, runner, tmp_path.name)
     store: Any = cast("Any", bench.store()).store
 
     async def main() -> list[StepRun]:
@@ -220,4 +222,5 @@ def test_many_tasks_wait_on_one_client(bench: Bench, never_looks_again: None) ->
         await store.complete_step(claim, {"receipt": 7})
         return await asyncio.gather(*waiters)
 
-    assert [step_run.output for step_run in bench.runner.run(main())] == [{"receipt": 7}] * 20
+    assert [step_run.output for step_run in runner.run(main())] == [{"receipt": 7}] * 20
+    bench.close()
