@@ -50,8 +50,15 @@ MUTANTS = {
     ),
     "late is wrong": Mutant(
         "complete_step.lua",
-        "if holds(state, token) then",
-        "if holds(state, token) and state.created + state.started + state.lease - now_ms() > 0 then",
+        "local SUCCESSORS = 6\n",
+        "local SUCCESSORS = 6\n"
+        'local held = redis.call("HGET", steps, "s" .. step) or ""\n'
+        'local lease, started, created = string.match(held, "^1r %d+ %d* %S* (%d+) (%d*) %d* (%d+)")\n'
+        'if lease and created + started + lease < redis.call("TIME")[1] * 1000 then\n'
+        '  return { "missing", ARGV[1] }\nend\n',
+    ),
+    "a completion by another than the holder, in the common case": Mutant(
+        "complete_step.lua", "    and holder == token\n", ""
     ),
     # The lease
     "the lease is not looked at": Mutant("lib/begin.lua", "not remaining or remaining > 0", "false"),
@@ -114,7 +121,7 @@ MUTANTS = {
         "lib/begin.lua", "if state.status == COMPLETED then", "if state.status == COMPLETED and now % 20 > 0 then"
     ),
     "completions are ordered by time": Mutant(
-        "lib/complete.lua", '"ZADD", done, run.completed, step', '"ZADD", done, math.floor(now / 250), step'
+        "complete_step.lua", '"ZADD", done, completed, step', '"ZADD", done, math.floor(now / 250), step'
     ),
     "a completion writes before it checks": Mutant(
         "complete_step.lua",
