@@ -1,6 +1,6 @@
 """What a store decided, told to whoever asked: a line in the log, a function of the user's, a metric.
 
-Nobody is told of payloads. Where nobody asked, a call costs a tenth of a microsecond more.
+Nobody is told of payloads. Where nobody asked, a call takes 0.2 µs more.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ ROWS: dict[str, rows.Row] = {
     "payloads": rows.payload_sizes,
     "successors": rows.successors,
     "chains": rows.chains,
+    "events": rows.events,
     "reads": rows.reads,
     "import": rows.import_time,
     "peers": rows.against_peers,

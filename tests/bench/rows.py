@@ -10,6 +10,7 @@ import contextlib
 import statistics
 import subprocess
 import sys
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from bench import peers
 from bench.databases import connect, postgres, server
 from bench.measure import Budget, MissingError, Pace, Result, Side, Spread, Turns, Work, figure, take_turns
 from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Asyncio, Blocking, new_names, own_store, payload_of
+
+from squidstep_redis import Event
 
 Row = Callable[[Pace], Iterator[Result]]
 
@@ -170,6 +173,28 @@ def chains(pace: Pace) -> Iterator[Result]:
             "ten-step runs with advance_step, against begin + complete",
             turns.times("chain", "single"),
             note=f"{turns.rates('chain', 'single', 'steps')}; {calls} round trips for ten steps",
+        )
+
+
+def events(pace: Pace) -> Iterator[Result]:
+    """What it costs that a store's decisions can be watched."""
+    with server() as started, connect(started) as client:
+        quiet, watched = Blocking(client), Blocking(client)
+        count = 0
+
+        def listener(_: Event) -> None:
+            nonlocal count
+            count += 1
+
+        watched.store.on_event(listener)
+        unused = min(timeit.repeat(quiet.store._watch.__bool__, number=10_000)) / 10_000
+        turns = take_turns(pace, {"watched": watched.steps, "quiet": quiet.steps})
+        share = figure(100 * unused / statistics.median(turns.seconds["quiet"]) * 2)
+        yield Result("events nobody asked for", 1e6 * unused, "µs a call", note=f"{share} % of begin + complete")
+        yield Result(
+            "begin + complete with a listener, against none",
+            turns.times("watched", "quiet"),
+            note=f"{turns.rates('watched', 'quiet', 'steps')}; {turns.client_cpu('watched', 'quiet')}",
         )
 
 
