@@ -78,6 +78,8 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "lapsed_claims": lambda store, claim: (),
     "live_claims": lambda store, claim: (),
     "failed_steps": lambda store, claim: (),
+    "count_claims": lambda store, claim: (),
+    "wait_for_step": lambda store, claim: (claim.run_id, "completed", 10),
 }
 ACROSS_RUNS = {"lapsed_claims": "lapsed", "live_claims": "running", "failed_steps": "failed"}  # and what each finds
 
@@ -259,7 +261,7 @@ class TestRoundTrips:
         assert found.step == ACROSS_RUNS[operation]
 
     def test_every_operation_is_counted(self) -> None:
-        assert set(OPERATIONS) == set(EXAMPLES) == {*CALLS, "batch", *ACROSS_RUNS}
+        assert set(OPERATIONS) == set(EXAMPLES) == {*CALLS, "batch", "count_claims", *ACROSS_RUNS}
 
     def test_the_live_claims_of_one_owner_cost_one_more_for_each_page_of_others(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None

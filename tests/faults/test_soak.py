@@ -58,7 +58,7 @@ MUTANTS = {
         '  return { "missing", ARGV[1] }\nend\n',
     ),
     "a completion by another than the holder, in the common case": Mutant(
-        "complete_step.lua", "    and holder == token\n", ""
+        "complete_step.lua", "    and holder == token\n", "    and holder\n"
     ),
     # The lease
     "the lease is not looked at": Mutant("lib/begin.lua", "not remaining or remaining > 0", "false"),
