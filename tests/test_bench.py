@@ -17,7 +17,8 @@ BENCH = Path(__file__).with_name("bench")
 
 def test_the_command_prints_its_table_and_keeps_it(tmp_path: Path) -> None:
     kept, drawn = tmp_path / "results.json", tmp_path / "peers.svg"
-    options = ["--quick", "--only", "peers", "--only", "import", "--json", kept, "--svg", drawn]
+    written = tmp_path / "results.md"
+    options = ["--quick", "--only", "peers", "--only", "import", "--json", kept, "--svg", drawn, "--markdown", written]
     ran = subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True, check=True)
     results = json.loads(kept.read_text())["results"]
     assert [line.split() for line in ran.stdout.splitlines() if line.startswith("what ")] == [
@@ -31,6 +32,9 @@ def test_the_command_prints_its_table_and_keeps_it(tmp_path: Path) -> None:
     assert {"against redis-py's Lock around an HSET", "import squidstep_redis, beyond import redis"} <= {
         result["what"] for result in results
     }
+    rows = [line for line in written.read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(results)
+    assert all(row.count(" | ") == 3 for row in rows)
     texts = [element.text for element in ElementTree.parse(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert {"squidstep_redis", "Lock + HSET"} <= set(texts)
 

@@ -1,6 +1,6 @@
 """Measures squidstep_redis against the wire, against its peers, and at scale: prints one table.
 
-    python tests/bench [--quick] [--only ROW] [--json FILE] [--svg FILE]
+    python tests/bench [--quick] [--only ROW] [--json FILE] [--svg FILE] [--markdown FILE]
 
 It starts the servers that it needs, and stops them. What is not on this machine is shown as missing.
 """
@@ -79,6 +79,8 @@ def main() -> int:
         )
     if asked.svg:
         asked.svg.write_text(plot([result.bars for result in results if result.bars], _plot_note(about)))
+    if asked.markdown:
+        asked.markdown.write_text("".join(_markdown(about, results)))
     return int("FAILED" in verdicts)
 
 
@@ -141,6 +143,21 @@ def _plot_note(about: dict[str, str]) -> str:
     return f"200 B payloads, medians of interleaved turns. {where}, {about['when'][:10]}"
 
 
+def _markdown(about: dict[str, str], results: list[Result]) -> Iterator[str]:
+    yield "# What was measured\n\nWritten by `python tests/bench --markdown`. Medians, and where the middle half lies.\n\n"
+    yield from (f"- {name}: {value}\n" for name, value in about.items())
+    yield "\n| what | measured | budget | |\n|---|---|---|---|\n"
+    for result in results:
+        verdict = f"**{result.verdict}**" if result.verdict == "MISSED" else result.verdict
+        cells = (
+            f"{result.what}{f'<br>{result.note}' if result.note else ''}",
+            result.measured,
+            result.budget or "",
+            verdict,
+        )
+        yield f"| {' | '.join(map(str, cells))} |\n"
+
+
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(prog="python tests/bench", description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -149,6 +166,7 @@ def _arguments() -> Any:
     parser.add_argument("--quick", action="store_true", help="about a minute in all: fewer turns, smaller stores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the peers (rows peers and databases)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the whole table as Markdown")
     return parser.parse_args()
 
 
