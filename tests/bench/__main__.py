@@ -144,7 +144,7 @@ def _plot_note(about: dict[str, str]) -> str:
 
 
 def _markdown(about: dict[str, str], results: list[Result]) -> Iterator[str]:
-    yield "# What was measured\n\nWritten by `python tests/bench --markdown`. Medians, and where the middle half lies.\n\n"
+    yield "# What was measured\n\nBy `python tests/bench --markdown`. Medians, and where the middle half lies.\n\n"
     yield from (f"- {name}: {value}\n" for name, value in about.items())
     yield "\n| what | measured | budget | |\n|---|---|---|---|\n"
     for result in results:
