@@ -1,37 +1,66 @@
 """Decides, atomically in Redis, which delivery of a step executes. Start at `StepRunStore` or `AsyncStepRunStore`."""
 
-from squidstep_redis.aio import AsyncClaim, AsyncStepRunStore
-from squidstep_redis.calls import Calls
-from squidstep_redis.checks import Level
-from squidstep_redis.claims import current_claim
-from squidstep_redis.codec import Codec, MsgpackCodec
-from squidstep_redis.doctor import Diagnosis, Finding
-from squidstep_redis.errors import (
-    CorruptRunError,
-    InvalidArgumentError,
-    NewerFormatError,
-    NotReplicatedError,
-    NotSentError,
-    OutcomeUnknownError,
-    PayloadError,
-    PayloadTooLargeError,
-    RefusedError,
-    ReplyMismatchError,
-    RunDeletedError,
-    ServerError,
-    SquidstepError,
-    StaleStepRunError,
-    StepBusyError,
-    StepExhaustedError,
-    StepRunNotFoundError,
-    UndecodablePayloadError,
-    UnsupportedClientError,
-    WaitTimeoutError,
-)
-from squidstep_redis.events import Event
-from squidstep_redis.model import Attempt, BeginResult, ClaimCounts, Outcome, ScheduleResult, StepRun, StepStatus
-from squidstep_redis.store import Claim, StepRunStore
-from squidstep_redis.wire import Call, Queued
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from squidstep_redis.aio import AsyncClaim, AsyncStepRunStore
+    from squidstep_redis.calls import Calls
+    from squidstep_redis.checks import Level
+    from squidstep_redis.claims import current_claim
+    from squidstep_redis.codec import Codec, MsgpackCodec
+    from squidstep_redis.doctor import Diagnosis, Finding
+    from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, NewerFormatError, NotReplicatedError, NotSentError, OutcomeUnknownError, PayloadError, PayloadTooLargeError, RefusedError, ReplyMismatchError, RunDeletedError, ServerError, SquidstepError, StaleStepRunError, StepBusyError, StepExhaustedError, StepRunNotFoundError, UndecodablePayloadError, UnsupportedClientError, WaitTimeoutError
+    from squidstep_redis.events import Event
+    from squidstep_redis.model import Attempt, BeginResult, ClaimCounts, Outcome, ScheduleResult, StepRun, StepStatus
+    from squidstep_redis.store import Claim, StepRunStore
+    from squidstep_redis.wire import Call, Queued
+
+# Where each name comes from, when it is first asked for: pytest loads this package's plugin in every project, and shall
+# not load redis-py with it.
+_HOMES = {
+    "AsyncClaim": "aio",
+    "AsyncStepRunStore": "aio",
+    "Attempt": "model",
+    "BeginResult": "model",
+    "Call": "wire",
+    "Calls": "calls",
+    "Claim": "store",
+    "ClaimCounts": "model",
+    "Codec": "codec",
+    "CorruptRunError": "errors",
+    "Diagnosis": "doctor",
+    "Event": "events",
+    "Finding": "doctor",
+    "InvalidArgumentError": "errors",
+    "Level": "checks",
+    "MsgpackCodec": "codec",
+    "NewerFormatError": "errors",
+    "NotReplicatedError": "errors",
+    "NotSentError": "errors",
+    "Outcome": "model",
+    "OutcomeUnknownError": "errors",
+    "PayloadError": "errors",
+    "PayloadTooLargeError": "errors",
+    "Queued": "wire",
+    "RefusedError": "errors",
+    "ReplyMismatchError": "errors",
+    "RunDeletedError": "errors",
+    "ScheduleResult": "model",
+    "ServerError": "errors",
+    "SquidstepError": "errors",
+    "StaleStepRunError": "errors",
+    "StepBusyError": "errors",
+    "StepExhaustedError": "errors",
+    "StepRun": "model",
+    "StepRunNotFoundError": "errors",
+    "StepRunStore": "store",
+    "StepStatus": "model",
+    "UndecodablePayloadError": "errors",
+    "UnsupportedClientError": "errors",
+    "WaitTimeoutError": "errors",
+    "current_claim": "claims",
+}
 
 __all__ = [
     "AsyncClaim",
@@ -76,3 +105,14 @@ __all__ = [
     "WaitTimeoutError",
     "current_claim",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -28,6 +28,7 @@ class Backend:
 
     def __init__(self, name: str, connect: Callable[..., Any], connect_asyncio: Callable[..., Any]) -> None:
         self.name = name
+        self.url: str | None = getattr(connect, "args", (None,))[0] if name != "fakeredis" else None
         self.connect = connect
         self.connect_asyncio = connect_asyncio
         self.raw: Any = connect()

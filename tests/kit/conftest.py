@@ -1,0 +1,24 @@
+"""Kits on each server; the store that is looked at is their blocking one, or their asyncio one, driven."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+from backends import Backend, Driven
+
+from squidstep_redis import StepRunStore
+from squidstep_redis.testing import StepKit
+
+
+@pytest.fixture
+def kit(backend: Backend) -> Iterator[StepKit]:
+    with StepKit(backend.url or "fakeredis") as kit:
+        yield kit
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def store(request: pytest.FixtureRequest, kit: StepKit, runner: asyncio.Runner) -> StepRunStore:
+    return cast("StepRunStore", kit.store if request.param == "blocking" else Driven(kit.async_store, runner))
