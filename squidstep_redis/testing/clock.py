@@ -1,7 +1,7 @@
 """A clock that tests move: what a script of the store takes for the server's time, and for a key that has expired.
 
 The scripts are sent as they are, behind a prelude which stands between them and the server. A script with a prelude is
-another script, with a digest of its own; a store that is not of a kit never sends one.
+another script; a store that is not of a kit never sends one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
-from hashlib import sha1
 from typing import Final
 
 from squidstep_redis.scripts import directory, script
@@ -60,10 +59,9 @@ def script_of(command: list[bytes]) -> str | None:
 
 
 @lru_cache(1_024)
-def _moved(name: str, ahead_ms: int) -> tuple[bytes, bytes]:
-    """A script behind the prelude, and its digest."""
-    source = (_PRELUDE % ahead_ms).encode() + script(name).source
-    return source, sha1(source, usedforsecurity=False).hexdigest().encode()
+def _source(name: str, ahead_ms: int) -> bytes:
+    """A script, behind the prelude if the clock is ahead."""
+    return (_PRELUDE % ahead_ms).encode() + script(name).source if ahead_ms else script(name).source
 
 
 class StepClock:
@@ -113,13 +111,14 @@ class StepClock:
         return server + timedelta(milliseconds=self._ahead_ms)
 
     def moved(self, command: list[bytes]) -> list[bytes]:
-        """What to send in place of a command; for the kit's own connections."""
-        ahead, name = self._ahead_ms, script_of(command)
-        if not ahead or name is None:
+        """What to send in place of a command, for the kit's own connections: a script always in full.
+
+        So that an operation is one command: a fault is not to strike a first one that the server answers NOSCRIPT.
+        """
+        name = script_of(command)
+        if name is None:
             return command
-        source, sha = _moved(name, ahead)
-        if command[0].upper() == b"EVALSHA":
-            return [command[0], sha, *command[2:]]
-        if command[0].upper() == b"EVAL":
-            return [command[0], source, *command[2:]]
-        return [*command[:2], source]
+        source = _source(name, self._ahead_ms)
+        if command[0].upper() == b"SCRIPT":
+            return [*command[:2], source]
+        return [b"EVAL", source, *command[2:]]
