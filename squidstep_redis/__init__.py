@@ -10,7 +10,28 @@ if TYPE_CHECKING:
     from squidstep_redis.claims import current_claim
     from squidstep_redis.codec import Codec, MsgpackCodec
     from squidstep_redis.doctor import Diagnosis, Finding
-    from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, NewerFormatError, NotReplicatedError, NotSentError, OutcomeUnknownError, PayloadError, PayloadTooLargeError, RefusedError, ReplyMismatchError, RunDeletedError, ServerError, SquidstepError, StaleStepRunError, StepBusyError, StepExhaustedError, StepRunNotFoundError, UndecodablePayloadError, UnsupportedClientError, WaitTimeoutError
+    from squidstep_redis.errors import (
+        CorruptRunError,
+        InvalidArgumentError,
+        NewerFormatError,
+        NotReplicatedError,
+        NotSentError,
+        OutcomeUnknownError,
+        PayloadError,
+        PayloadTooLargeError,
+        RefusedError,
+        ReplyMismatchError,
+        RunDeletedError,
+        ServerError,
+        SquidstepError,
+        StaleStepRunError,
+        StepBusyError,
+        StepExhaustedError,
+        StepRunNotFoundError,
+        UndecodablePayloadError,
+        UnsupportedClientError,
+        WaitTimeoutError,
+    )
     from squidstep_redis.events import Event
     from squidstep_redis.model import Attempt, BeginResult, ClaimCounts, Outcome, ScheduleResult, StepRun, StepStatus
     from squidstep_redis.store import Claim, StepRunStore

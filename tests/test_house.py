@@ -74,9 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo.rq_worker": {"", "demo.process", "demo.work", "rq"},
     "demo.rq_supervisor": {"demo.process", "demo.rq_worker", "demo.stage", "demo.work"},
     "demo.rq": {"", "demo.rq_supervisor", "demo.stage", "demo.work"},
-<<<<<<< HEAD
     "metrics": {""},
-=======
     "testing.clock": {"scripts"},
     "testing.tap": set(),
     "testing.faults": {"", "arguments", "scripts", "testing.clock", "testing.tap"},
@@ -84,7 +82,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing.asserts": {"", "arguments", "testing.kit"},
     "testing": {"testing.asserts", "testing.clock", "testing.faults", "testing.kit"},
     "pytest_plugin": {"", "embedded", "testing"},
->>>>>>> 173fe4a (A testing kit: stores on fakeredis or a real server, and a clock that tests move)
     "functions": {"errors"},
     "rq": {"", "arguments", "claims", "functions", "signals"},
 }

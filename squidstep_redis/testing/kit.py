@@ -25,7 +25,7 @@ FAKEREDIS: Final = "fakeredis"
 EMBEDDED: Final = "embedded"
 
 # A server that is away shall not hold up a test for ten seconds; one that is slow, as in CI, shall be waited for.
-_TIMEOUT: Final = 0.5
+_TIMEOUT: Final = 1.0
 _CLIENT: Final[dict[str, Any]] = {"socket_timeout": 10, "socket_connect_timeout": 10, "protocol": 2}
 
 
@@ -60,7 +60,7 @@ class StepKit:
         Args:
             server: "fakeredis"; "embedded", for a Valkey of the kit's own; or the URL of a server, of which a cluster
                 is recognised.
-            settings: of the stores, see `StepRunStore`; all but `prefix`. `timeout` is half a second if not given.
+            settings: of the stores, see `StepRunStore`; all but `prefix`. `timeout` is a second if not given.
 
         Raises:
             TypeError: a `prefix` is given. All that has the kit's prefix is deleted in the end.

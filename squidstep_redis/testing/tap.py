@@ -103,6 +103,7 @@ class _Tapped(_Taps):
         cast("Any", super()).disconnect(*args, **kwargs)
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        command = command if isinstance(command, str | bytes) else list(command)  # a generator can be read but once
         commands = split(command)
         for hook in self.line.hooks(commands):
             if isawaitable(hook()):
@@ -142,6 +143,7 @@ class _TappedAsyncio(_Taps):
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         await self.guard.attach()
+        command = command if isinstance(command, str | bytes) else list(command)
         commands = split(command)
         for hook in self.line.hooks(commands):
             answer = hook()

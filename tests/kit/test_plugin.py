@@ -1,0 +1,124 @@
+"""The fixtures, as somebody meets them who has installed the library: in a pytest of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+from servers import find_binary
+
+from squidstep_redis.embedded import EmbeddedServer
+
+from .test_guide import ran
+
+
+def written(directory: Path, source: str, *options: str) -> str:
+    (directory / "test_it.py").write_text(source, "utf-8")
+    return ran(directory, *options)
+
+
+def test_each_test_has_a_store_of_its_own(tmp_path: Path) -> None:
+    source = """
+import pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_it(step_store, number):
+    assert step_store.get_run("run") == []
+    assert step_store.begin_step("run", "pay", {}).decision == "execute"
+"""
+    assert "3 passed" in written(tmp_path, source)
+
+
+ASYNC = """
+import asyncio
+import pytest
+
+async def no_work(input):
+    raise AssertionError(input)
+
+async def work(store):
+    claim, decision = await store.begin_step("run", "pay", {"n": 1}, lease=30)
+    assert decision == "execute"
+    await store.complete_step(claim, {"n": 2})
+    return await store.run_step("run", "pay", no_work, {"n": 1})
+
+def test_by_asyncio_run(async_step_store, step_store):
+    assert asyncio.run(work(async_step_store)) == {"n": 2}
+    assert step_store.step_statuses("run") == {"pay": "completed"}
+
+def test_in_one_loop_after_another(async_step_store):
+    asyncio.run(work(async_step_store))
+    assert asyncio.run(async_step_store.completed_steps("run")) == ["pay"]
+
+@pytest.mark.asyncio
+async def test_by_pytest_asyncio(async_step_store):
+    assert await work(async_step_store) == {"n": 2}
+
+@pytest.mark.anyio
+async def test_by_anyio(async_step_store, anyio_backend):
+    assert await work(async_step_store) == {"n": 2}
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--squidstep-server", "embedded")], ids=["fakeredis", "embedded"])
+def test_asyncio_however_it_is_run(tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert "4 passed" in written(tmp_path, ASYNC, *options)
+
+
+def test_a_server_of_ones_own_is_left_as_it_was(tmp_path: Path) -> None:
+    with EmbeddedServer(binary=find_binary("valkey"), port=0) as server, redis.Redis.from_url(server.url) as client:
+        client.set("mine", 1)
+        source = """
+def test_it(step_store, step_clock):
+    claim = step_store.begin_step("run", "pay", {}, lease=3600).step_run
+    step_clock.advance(3600)
+    assert step_store.begin_step("run", "pay", {}).takeover
+    assert step_store.client.keys("squidstep-test-*")
+"""
+        (tmp_path / "pytest.ini").write_text(f"[pytest]\nsquidstep_server = {server.url}\n", "utf-8")
+        assert "1 passed" in written(tmp_path, source)
+        assert client.keys() == [b"mine"]
+
+
+def test_settings_are_overridden_in_a_conftest(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n\n@pytest.fixture\ndef step_settings():\n    return {'max_payload_bytes': 10}\n", "utf-8"
+    )
+    source = """
+import pytest
+from squidstep_redis import PayloadTooLargeError
+
+def test_it(step_store):
+    with pytest.raises(PayloadTooLargeError):
+        step_store.begin_step("run", "pay", {"text": "x" * 20})
+"""
+    assert "1 passed" in written(tmp_path, source)
+
+
+def test_a_fault_that_never_struck_is_an_error(tmp_path: Path) -> None:
+    source = """
+def test_it(step_store, step_faults):
+    step_faults.lose_reply("complete_step")
+    step_store.begin_step("run", "pay", {})
+
+def test_called_off(step_store, step_faults):
+    step_faults.lose_reply("complete_step")
+    step_faults.heal()
+"""
+    output = written(tmp_path, source)
+    assert "2 passed, 1 error" in output
+    assert "faults that the test asked for never struck: lose_reply('complete_step')" in output
+
+
+def test_it_costs_nothing_where_nobody_uses_it() -> None:
+    """pytest loads it in every project: neither redis-py nor fakeredis come with it."""
+    code = "import sys, squidstep_redis.pytest_plugin; print({'redis', 'fakeredis', 'msgpack'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
