@@ -18,6 +18,7 @@ from squidstep_redis.errors import (
     RefusedError,
     ReplyMismatchError,
     RunDeletedError,
+    RunExistsError,
     ServerError,
     SquidstepError,
     StaleStepRunError,
@@ -29,7 +30,17 @@ from squidstep_redis.errors import (
     WaitTimeoutError,
 )
 from squidstep_redis.events import Event
-from squidstep_redis.model import Attempt, BeginResult, ClaimCounts, Outcome, ScheduleResult, StepRun, StepStatus
+from squidstep_redis.model import (
+    Attempt,
+    BeginResult,
+    ClaimCounts,
+    Outcome,
+    RunPage,
+    RunSummary,
+    ScheduleResult,
+    StepRun,
+    StepStatus,
+)
 from squidstep_redis.store import Claim, StepRunStore
 from squidstep_redis.wire import Call, Queued
 
@@ -61,6 +72,9 @@ __all__ = [
     "RefusedError",
     "ReplyMismatchError",
     "RunDeletedError",
+    "RunExistsError",
+    "RunPage",
+    "RunSummary",
     "ScheduleResult",
     "ServerError",
     "SquidstepError",
