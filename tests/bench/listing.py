@@ -72,13 +72,12 @@ def fill(store: StepRunStore, runs: int) -> None:
         begun: list[Any] = store.batch(
             [calls.begin_step(run, "step", {"of": run}, lease=lease[place]) for place, run in enumerate(names)]
         )
-        claims = [each.step_run for each in begun]
-        ends: list[Any] = [calls.complete_step(claim, {}) for number, claim in enumerate(claims) if number % 10 < 4]
-        ends += [
-            calls.fail_step(claim, ValueError("declined"))
-            for number, claim in enumerate(claims)
-            if 4 <= number % 10 < 6
-        ]
+        ends: list[Any] = []
+        for number, claim in enumerate(each.step_run for each in begun):
+            if number % 10 < 4:
+                ends.append(calls.complete_step(claim, {}))
+            elif number % 10 < 6:
+                ends.append(calls.fail_step(claim, ValueError("declined")))
         store.batch(ends)
     store.schedule_steps("large", {f"step-{number}": {} for number in range(10_000)})
 
