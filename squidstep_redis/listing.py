@@ -133,8 +133,9 @@ class Listing(Operations):
         found: list[RunSummary] = []
         looked_at = 0
         progress = 1.0
-        count = min(_KEYS_AT_ONCE, max(100, 2 * full))
+        count = max(10, full)  # a run has two keys, as a rule
         for _ in range(_STRETCHES):
+            count = min(2 * count, _KEYS_AT_ONCE)
             stretch = yield from self._stretch(places, position, prefix, count)
             looked_at += len(stretch.walked)
             found += [

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import time
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from servers import find_binary
@@ -94,7 +96,20 @@ def screenshot(name: str, title: str, *shown: Any) -> str:
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # fonts from elsewhere
     svg = svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace")
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<text class="([^"]*)" x="([^"]*)" ([^>]*?) textLength="([^"]*)"([^>]*)>([^<]*)</text>', _placed, svg)
     return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
+
+
+def _placed(match: re.Match[str]) -> str:
+    """Places each word group by itself: not every viewer keeps spaces, or the length that a text is to have."""
+    style, x, before, length, after, escaped = match.groups()
+    text = unescape(escaped).replace("\xa0", " ")
+    width = float(length) / max(cell_len(text), 1)
+    return "".join(
+        f'<text class="{style}" x="{float(x) + width * cell_len(text[: part.start()]):g}" {before} '
+        f'textLength="{width * cell_len(part[0]):g}"{after}>{escape(part[0], quote=False)}</text>'
+        for part in re.finditer(r"\S+(?: \S+)*", text)
+    )
 
 
 def screenshots(store: StepRunStore) -> dict[str, str]:

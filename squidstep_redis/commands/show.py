@@ -24,6 +24,7 @@ from squidstep_redis.commands.texts import (
     span,
     step_run_as_dict,
     took,
+    traceback_of,
     width_of,
 )
 
@@ -99,9 +100,8 @@ def _payloads(step_run: StepRun, full: bool) -> Iterator[RenderableType]:
     if step_run.status is not StepStatus.FAILED:
         return
     yield _folded("error", brief_error(step_run), "red")
-    error = step_run.last_error or {}
-    if full and isinstance(error.get("traceback"), str):
-        for line in error["traceback"].splitlines():
+    if full:
+        for line in traceback_of(step_run):
             yield Padding(Text(clean(line), "red", overflow="fold"), (0, 0, 0, 10))
 
 

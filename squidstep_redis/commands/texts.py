@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, cast
 
@@ -126,6 +127,15 @@ def brief_error(step_run: StepRun) -> str:
     if "type" in error and "message" in error:
         return clean(f"{error['type']}: {error['message']}")
     return shown(error)
+
+
+def traceback_of(step_run: StepRun) -> list[str]:
+    """The lines of the traceback that `fail_step` kept of an exception; not clean yet."""
+    with suppress(UndecodablePayloadError):
+        traceback = (step_run.last_error or {}).get("traceback")
+        if isinstance(traceback, str):
+            return traceback.splitlines()
+    return []
 
 
 def counts_of(summary: RunSummary) -> Text:

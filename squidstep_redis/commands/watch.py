@@ -102,7 +102,7 @@ def run_screen(run: str, step_runs: list[StepRun], height: int) -> RenderableTyp
     room = max(height - 4, 3)
     shown = step_runs
     if len(step_runs) > room:
-        by_urgency = sorted(step_runs, key=lambda each: (_URGENT.index(each.status), -each.nth))
+        by_urgency = sorted(step_runs, key=_urgency)
         shown = sorted(by_urgency[: room - 1], key=lambda each: each.nth)
     names = width_of((each.step for each in shown), 30)
     owners = width_of((each.owner or "" for each in shown), 24)
@@ -116,6 +116,12 @@ def run_screen(run: str, step_runs: list[StepRun], height: int) -> RenderableTyp
     if len(shown) < len(step_runs):
         lines.append(Text(f"… and {len(step_runs) - len(shown)} more", "dim"))
     return Group(*lines)
+
+
+def _urgency(step_run: StepRun) -> tuple[int, int]:
+    """What is at work comes first; of what is pending, what comes next."""
+    is_next = step_run.status is StepStatus.PENDING
+    return _URGENT.index(step_run.status), step_run.nth if is_next else -step_run.nth
 
 
 def _watch_all(store: StepRunStore, console: Console, interval: float) -> None:
