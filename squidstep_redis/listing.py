@@ -25,10 +25,10 @@ Batches = Generator[tuple[Call[Any], ...], list[Any], T]
 
 MAX_LIMIT: Final = 1_000
 _KEYS_AT_ONCE: Final = 1_000  # passed by one SCAN: 0.5 ms of the server's
-_FIELDS_AT_ONCE: Final = 1_000  # of one run, likewise
+_FIELDS_AT_ONCE: Final = 500  # of one run: 1 to 2 ms
 _STRETCHES: Final = 100  # for one page
 _RUNS_LOOKED_AT: Final = 5_000  # likewise
-_MOST_FAILED: Final = 4_000  # steps of a run to be purged: they are held against their records in one script
+_MOST_FAILED: Final = 1_000  # steps of a run to be purged: they are held against their records in one script
 _CURSOR: Final = re.compile(r"(\d+)-(\d+)-(\w*)")
 
 
@@ -109,7 +109,7 @@ class Listing(Operations):
 
         There is no index of runs: this is a SCAN, which passes all keys of the server, bit by bit. A run that is there
         from the first page to the last is listed, unless a failover or a moving slot comes in between. Two round trips
-        for a thousand keys, one more where a run has a thousand fields or more.
+        for a thousand keys, one more for each 500 fields of a run that has more.
 
         Args:
             status: that at least one step of the run has; None: any run.
@@ -161,7 +161,7 @@ class Listing(Operations):
 
         It passes all keys of the server as `runs` does, in as many round trips and one more for each thousand keys
         with such runs among them. Each run goes at once, if it has not changed since it was looked at, whatever its
-        size: its memory is freed in the background. One with more than 4,000 failed steps stays; see `delete_run`.
+        size: its memory is freed in the background. One with more than 1,000 failed steps stays; see `delete_run`.
 
         Args:
             older_than: seconds since the last change, by the server's clock; up to ten years.

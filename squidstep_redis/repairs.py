@@ -58,7 +58,7 @@ class Repairs(Listing):
     def retry_run(self, run_id: RunId, *, owner: str | None = None) -> Exchange[list[StepRun]]:
         """Makes all failed steps of a run pending again, each as `retry_step` does.
 
-        Two round trips for a run of ordinary size, one more for each thousand fields and each thousand failed steps.
+        Two round trips for a run of ordinary size, one more for each 500 fields and each thousand failed steps.
         Each step by itself is atomic; one that is begun by somebody else meanwhile is left out.
 
         Args:

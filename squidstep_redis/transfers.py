@@ -19,8 +19,9 @@ class Transfers(Operations):
     def export_run(self, run_id: RunId) -> Call[Document]:
         """Reads a run whole, as a document that `json.dumps` takes and `import_run` makes the same run of.
 
-        One round trip. It has all that `get_run` and `attempts` show, and the claims with their tokens: keep it as safe
-        as the store. Payloads are in it decoded, so that a store with another codec can import them.
+        One round trip; a run of 10,000 steps holds the server up for about 0.05 s. The document has all that `get_run`
+        and `attempts` show, and the claims with their tokens: keep it as safe as the store. Payloads are in it decoded,
+        so that a store with another codec can import them.
 
         Args:
             run_id: as for `schedule_step`.
@@ -43,7 +44,7 @@ class Transfers(Operations):
     def import_run(self, document: Mapping[str, Any]) -> Call[str]:
         """Makes a run of what `export_run` answered: on any server, under any prefix, with any codec.
 
-        One round trip, all or nothing; a run of 10,000 steps holds the server up for about 30 ms. The run is the same
+        One round trip, all or nothing; a run of 10,000 steps holds the server up for about 0.15 s. The run is the same
         in all that `get_run` and `attempts` show. Its claims go with it: whoever holds one can complete it here, and
         on the old server too, as long as the run is there. Its `ttl` begins anew.
 

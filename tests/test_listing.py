@@ -218,8 +218,8 @@ class TestPurge:
         steps = {f"step-{number}": {} for number in range(1_500)}
         store.schedule_steps("large", steps)
         claims = store.batch([store.calls.begin_step("large", step, {}) for step in steps])
-        ends = [store.calls.fail_step(claim.step_run, {}) for claim in claims[:1_200]]  # pyright: ignore
-        ends += [store.calls.complete_step(claim.step_run, {}) for claim in claims[1_200:]]  # pyright: ignore
+        ends = [store.calls.fail_step(claim.step_run, {}) for claim in claims[:900]]  # pyright: ignore
+        ends += [store.calls.complete_step(claim.step_run, {}) for claim in claims[900:]]  # pyright: ignore
         store.batch(ends)
         age(bench)
 
@@ -227,6 +227,16 @@ class TestPurge:
 
         assert store.get_run("large") == []
         assert store.failed_steps() == []
+
+    def test_a_run_with_more_failed_steps_than_one_script_looks_at_stays(
+        self, bench: Bench, store: StepRunStore
+    ) -> None:
+        steps = {f"step-{number}": {} for number in range(1_001)}
+        claims = store.batch([store.calls.begin_step("large", step, {}) for step in steps])
+        store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])  # pyright: ignore
+        age(bench)
+
+        assert store.purge(0.001) == store.purge(0.001, dry_run=True) == []
 
     @pytest.mark.parametrize("change", ["begin", "schedule", "retry", "delete"])
     def test_a_run_that_changes_after_it_was_looked_at_stays(
