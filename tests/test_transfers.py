@@ -166,6 +166,15 @@ class TestTheSame:
         other.complete_step(other.get_run("held")[0].id, {})
         assert 190 < raw.ttl(keys.run(b"held").steps) <= 200
 
+    def test_who_waits_for_a_step_stays_behind(self, bench: Bench, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "a", {}))
+        bench.backend.raw.hset(bench.keys("run")[0], "wa", "1")  # as wait_for_step leaves it
+        other = bench.store(prefix=f"{bench.prefix}-other")
+
+        other.import_run(travelled(store.export_run("run")))
+
+        assert set(bench.backend.raw.hkeys(other.calls.keys.run(b"run").steps)) == {b"r", b"m", b"sa", b"ia"}
+
     def test_a_run_of_thousands_of_steps(self, bench: Bench, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(2_100)]
         claims = store.batch([store.calls.begin_step("run", step, {}) for step in steps])
