@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RefusedError,
         ReplyMismatchError,
         RunDeletedError,
+        RunExistsError,
         ServerError,
         SquidstepError,
         StaleStepRunError,
@@ -33,7 +34,17 @@ if TYPE_CHECKING:
         WaitTimeoutError,
     )
     from squidstep_redis.events import Event
-    from squidstep_redis.model import Attempt, BeginResult, ClaimCounts, Outcome, ScheduleResult, StepRun, StepStatus
+    from squidstep_redis.model import (
+        Attempt,
+        BeginResult,
+        ClaimCounts,
+        Outcome,
+        RunPage,
+        RunSummary,
+        ScheduleResult,
+        StepRun,
+        StepStatus,
+    )
     from squidstep_redis.store import Claim, StepRunStore
     from squidstep_redis.wire import Call, Queued
 
@@ -67,6 +78,9 @@ _HOMES = {
     "RefusedError": "errors",
     "ReplyMismatchError": "errors",
     "RunDeletedError": "errors",
+    "RunExistsError": "errors",
+    "RunPage": "model",
+    "RunSummary": "model",
     "ScheduleResult": "model",
     "ServerError": "errors",
     "SquidstepError": "errors",
@@ -111,6 +125,9 @@ __all__ = [
     "RefusedError",
     "ReplyMismatchError",
     "RunDeletedError",
+    "RunExistsError",
+    "RunPage",
+    "RunSummary",
     "ScheduleResult",
     "ServerError",
     "SquidstepError",

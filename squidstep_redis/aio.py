@@ -100,6 +100,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
     extend_claim = _operation(Calls.extend_claim)
     expire_claim = _operation(Calls.expire_claim)
     release_step = _operation(Calls.release_step)
+    retry_step = _operation(Calls.retry_step)
     delete_pending_steps = _operation(Calls.delete_pending_steps)
 
     get_step_run = _operation(Calls.get_step_run)
@@ -112,12 +113,17 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster]):
 
     expire_run = _operation(Calls.expire_run)
     delete_run = _operation(Calls.delete_run)
+    export_run = _operation(Calls.export_run)
+    import_run = _operation(Calls.import_run)
 
     batch = _exchange(Calls.batch)
     lapsed_claims = _exchange(Calls.lapsed_claims)
     live_claims = _exchange(Calls.live_claims)
     failed_steps = _exchange(Calls.failed_steps)
     count_claims = _exchange(Calls.count_claims)
+    retry_run = _exchange(Calls.retry_run)
+    runs = _planned(Calls.runs)
+    purge = _planned(Calls.purge)
 
     async def run_step(
         self,

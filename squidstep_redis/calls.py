@@ -14,14 +14,16 @@ from squidstep_redis.arguments import RunId, Seconds
 from squidstep_redis.errors import InvalidArgumentError
 from squidstep_redis.operations import nonce, token
 from squidstep_redis.reads import Reads
+from squidstep_redis.repairs import Repairs
 from squidstep_redis.scripts import script
+from squidstep_redis.transfers import Transfers
 from squidstep_redis.transitions import Transitions
 from squidstep_redis.wire import Call, Exchange, Reply, check_calls
 
 T = TypeVar("T")
 
 
-class Calls(Transitions, Reads):
+class Calls(Transitions, Reads, Repairs, Transfers):
     """Makes the call for each operation of one store; here those on whole runs, and the batch."""
 
     def expire_run(self, run_id: RunId, ttl: Seconds | None) -> Call[bool]:

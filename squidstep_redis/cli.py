@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -21,7 +22,24 @@ class _Place(NamedTuple):
 _COMMANDS: Final = {
     "demo": _Place("squidstep_redis.demo.plain", "demo"),
     "demo rq": _Place("squidstep_redis.demo.rq", "demo"),
-    "doctor": _Place("squidstep_redis.commands.doctor", "cli"),
+    **{
+        name: _Place(f"squidstep_redis.commands.{name}{'_' * iskeyword(name)}", "cli")
+        for name in (
+            "runs",
+            "show",
+            "timeline",
+            "watch",
+            "stuck",
+            "failed",
+            "retry",
+            "release",
+            "delete",
+            "purge",
+            "export",
+            "import",
+            "doctor",
+        )
+    },
 }
 _BROUGHT: Final = ("click", "rich", "rq")  # by extras
 _ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

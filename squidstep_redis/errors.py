@@ -13,6 +13,7 @@ Each error says what happened, to which run and step, and what to do next.
     ├── StepBusyError             run_step: another worker holds the step; try again later
     ├── WaitTimeoutError          wait_for_step: the step was not over in time
     ├── StepExhaustedError        run_step: max_attempts are used up; the step has failed for good
+    ├── RunExistsError            import_run: there is such a run already; nothing was written
     ├── CorruptRunError           what is stored cannot be trusted; nothing was written
     │   └── NewerFormatError          … because a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
@@ -162,6 +163,17 @@ class StepExhaustedError(SquidstepError):
             f"{_where(self.current.run_id, self.current.step)}: all attempts are used up, the last was number "
             f"{self.current.attempt}; see last_error. More are granted to a larger max_attempts"
         )
+
+
+class RunExistsError(SquidstepError):
+    """An import would overwrite a run; nothing was written."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"{_where(self.run_id, None)}: exists already, and nothing was written. To replace it, delete it first"
 
 
 class CorruptRunError(SquidstepError):

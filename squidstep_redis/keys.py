@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from binascii import crc32
 from typing import Final, NamedTuple
 
 BUCKETS: Final = 1024
+
+_GLOB: Final = re.compile(rb"[*?\[\]\\^-]")
 
 
 class RunKeys(NamedTuple):
@@ -21,6 +24,7 @@ class Keys:
     """The keys of one prefix."""
 
     def __init__(self, prefix: bytes) -> None:
+        self._prefix = prefix
         self._buckets = [b"%s:{%x}:" % (prefix, bucket) for bucket in range(BUCKETS)]
 
     def run(self, run_id: bytes) -> RunKeys:
@@ -40,6 +44,16 @@ class Keys:
     def failed(self) -> list[bytes]:
         """The index of failed steps of every bucket."""
         return [bucket + b"failed" for bucket in self._buckets]
+
+    def pattern(self, run_id_prefix: bytes) -> bytes:
+        """What SCAN is to match for the steps keys of runs whose id begins so."""
+        prefix, begins = (_GLOB.sub(rb"\\\g<0>", part) for part in (self._prefix, run_id_prefix))
+        return prefix + b":{*}:" + begins + b"*:steps"
+
+    def run_of(self, steps_key: bytes) -> bytes | None:
+        """The run whose steps lie under a key that `pattern` matches; None: it is no such key after all."""
+        run_id = steps_key[len(self._prefix) :].partition(b"}:")[2].removesuffix(b":steps")
+        return run_id if run_id and self.run(run_id).steps == steps_key else None
 
 
 def member_prefix(run_id: bytes) -> bytes:

@@ -145,12 +145,12 @@ class StepRun:
     @property
     def created_at(self) -> datetime:
         """When the record came to be: the server's clock, to the millisecond, in UTC."""
-        return _datetime(self._created_ms)
+        return moment(self._created_ms)
 
     @property
     def started_at(self) -> datetime | None:
         """When the latest attempt was claimed."""
-        return None if self._started_ms is None else _datetime(self._started_ms)
+        return None if self._started_ms is None else moment(self._started_ms)
 
     @property
     def ended_at(self) -> datetime | None:
@@ -177,7 +177,7 @@ class StepRun:
 
     def _after_start(self, span_ms: bytes) -> datetime | None:
         started = self._started_ms
-        return _datetime(started + int(span_ms)) if started is not None and span_ms else None
+        return moment(started + int(span_ms)) if started is not None and span_ms else None
 
     def _payload(self, index: int, name: str) -> dict[str, Any] | None:
         value = self._payloads[index]
@@ -276,6 +276,47 @@ class ClaimCounts(NamedTuple):
     """Whose lease is over, and that nobody has taken over."""
 
 
+class RunSummary(NamedTuple):
+    """What a list of runs says of one. Of a large run that is at work meanwhile, the counts may be a little off.
+
+    Attributes:
+        run_id: the run.
+        counts: how many steps have each status.
+        changed_at: when a step of it was last made, claimed or ended; None if that cannot be read.
+        problem: why its records cannot be trusted; None if they can. `delete_run` is the cure.
+    """
+
+    run_id: str
+    counts: dict[StepStatus, int]
+    changed_at: datetime | None
+    problem: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return sum(self.counts.values())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether each of its steps is completed or failed."""
+        unfinished = self.counts[StepStatus.PENDING] + self.counts[StepStatus.RUNNING]
+        return self.problem is None and not unfinished
+
+
+class RunPage(NamedTuple):
+    """A page of runs.
+
+    Attributes:
+        runs: newest change first.
+        cursor: for the next page; None: this is the last.
+        progress: how far through the keys of the server this page came, from 0 to 1; roughly.
+    """
+
+    runs: list[RunSummary]
+    cursor: str | None
+    progress: float
+
+
 class ScheduleResult(NamedTuple):
     """What `schedule_step` answers: the step run, and whether this call made it."""
 
@@ -304,5 +345,6 @@ def parse_step_run_id(prefix: str, id: str) -> tuple[str, str]:
     return run_id, step
 
 
-def _datetime(ms: int) -> datetime:
+def moment(ms: int) -> datetime:
+    """Milliseconds since 1970, as the records have them."""
     return _EPOCH + timedelta(milliseconds=ms)

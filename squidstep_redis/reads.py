@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from squidstep_redis import arguments
 from squidstep_redis.arguments import Name, RunId, Seconds, Step
@@ -241,28 +241,45 @@ class Reads(Operations):
 
     def _scan(self, name: str, indexes: list[bytes], limit: int, owner: bytes = b"") -> Exchange[list[StepRun]]:
         wanted = arguments.integer("limit", limit, MAX_LIMIT)
-        page_size = MAX_LIMIT if owner else wanted
-        newest_first = name == "failed_steps"
+        # The first of all are spread over the buckets: a few of each make a page, as a rule.
+        few = MAX_LIMIT if owner else 4 + wanted // 250
+        asked = buckets = [_Bucket(key, few) for key in indexes]
+        confirmed: dict[bytes, StepRun | None] = {}
         while True:
-            args = b"%d" % page_size
-            pages = yield [Call(None, script(name), (key,), (nonce(), args), _entries) for key in indexes]
-            entries = sorted((entry for page in _all(pages) for entry in page), reverse=newest_first)
+            if asked:
+                pages = yield [Call(None, script(name), (each.key,), each.args(), _entries) for each in asked]
+                for each, page in zip(asked, _all(pages), strict=True):
+                    each.take_in(page)
+            merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
+            merged.sort(key=_rank, reverse=name == "failed_steps")
+            # What ranks behind the last of a bucket that has more to tell may rank behind what that has to tell.
+            sure = next((place + 1 for place, each in enumerate(merged) if each.is_end), len(merged))
             found: list[StepRun] = []
-            gone = 0
-            for start in range(0, len(entries), wanted):
-                confirmed = yield [self._confirm(name, member, owner) for _, member in entries[start : start + wanted]]
-                for answer in confirmed:
-                    if isinstance(answer, StepRun):
-                        found.append(answer)
-                    elif isinstance(answer, bool):
-                        gone += answer
-                    elif not isinstance(answer, CorruptRunError):  # a corrupt run must not hide the others
-                        raise answer
+            for start in range(0, sure, wanted):
+                entries = merged[:sure][start : start + wanted]
+                unseen = [each for each in entries if each.member not in confirmed]
+                yield from self._confirm_all(name, unseen, owner, confirmed)
+                found += [step_run for each in entries if (step_run := confirmed[each.member])]
                 if len(found) >= wanted:
-                    break
-            # Entries that are gone may have kept good ones off their page.
-            if len(found) >= wanted or not gone or all(len(page) < page_size for page in pages):
-                return found[:wanted]
+                    return found[:wanted]
+            if sure == len(merged) and not (merged and merged[-1].is_end):
+                return found
+            # On with those buckets that may hold what is missing.
+            asked = [each.bucket for each in merged[: sure + wanted] if each.is_end and each.bucket.wants_more()]
+
+    def _confirm_all(
+        self, name: str, entries: list[_Entry], owner: bytes, confirmed: dict[bytes, StepRun | None]
+    ) -> Exchange[None]:
+        """Holds entries against their records, in one round trip."""
+        if not entries:
+            return
+        answers = yield [self._confirm(name, each.member, owner) for each in entries]
+        for each, answer in zip(entries, answers, strict=True):
+            confirmed[each.member] = answer if isinstance(answer, StepRun) else None
+            if isinstance(answer, bool):
+                each.bucket.gone += answer
+            elif not isinstance(answer, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
+                raise answer
 
     def _confirm(self, name: str, member: bytes, owner: bytes) -> Call[StepRun | bool]:
         """Reads the step run that an entry stands for; or answers whether the entry has left its place in the index."""
@@ -278,6 +295,58 @@ class Reads(Operations):
         index = keys.failed if wanted == b"failed" else keys.claims
         args = (nonce(), step, member_prefix(run), wanted, owner)
         return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
+
+
+class _Bucket:
+    """The index of one bucket, as far as it has been read.
+
+    Attributes:
+        entries: score and member, the first ones first.
+        size: how many it was asked for.
+        has_more: whether there may be others behind them.
+        gone: how many of them turned out to have left the index, and so made room for others.
+    """
+
+    __slots__ = ("entries", "gone", "has_more", "key", "size")
+
+    def __init__(self, key: bytes, size: int) -> None:
+        self.key = key
+        self.size = size
+        self.entries: list[tuple[float, bytes]] = []
+        self.has_more = True
+        self.gone = 0
+
+    def args(self) -> tuple[bytes, ...]:
+        return nonce(), b"%d" % self.size
+
+    def take_in(self, entries: list[tuple[float, bytes]]) -> None:
+        self.entries = entries
+        self.has_more = len(entries) >= self.size
+        self.gone = 0
+
+    def wants_more(self) -> bool:
+        """Sets how many to ask for next; answers whether to ask at all."""
+        if self.size >= MAX_LIMIT and not self.gone:
+            self.has_more = False
+        self.size = min(8 * self.size, MAX_LIMIT)
+        return self.has_more
+
+
+class _Entry(NamedTuple):
+    """An entry among those of all buckets."""
+
+    score: float
+    member: bytes
+    bucket: _Bucket
+
+    @property
+    def is_end(self) -> bool:
+        """Whether its bucket may hold others that come next after it."""
+        return self.bucket.has_more and self.member == self.bucket.entries[-1][1]
+
+
+def _rank(entry: _Entry) -> tuple[float, bytes]:
+    return entry[:2]
 
 
 def _entries(reply: Reply) -> list[tuple[float, bytes]]:

@@ -40,8 +40,8 @@ def server() -> Iterator[EmbeddedServer]:
         yield server
 
 
-def invoke(*arguments: str, **environment: str) -> Result:
-    result = CliRunner().invoke(group(), list(arguments), env=environment)
+def invoke(*arguments: str, input: str | None = None, **environment: str) -> Result:
+    result = CliRunner().invoke(group(), list(arguments), input=input, env=environment)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

@@ -45,6 +45,7 @@ def reads(store: StepRunStore) -> list[Call[Any]]:
         calls.completed_steps("run"),
         calls.completed_outputs("run"),
         calls.step_statuses("run"),
+        calls.export_run("run"),
     ]
 
 

@@ -48,7 +48,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "operations": {"arguments", "codec", "errors", "keys", "records"},
     "transitions": {"arguments", "codec", "errors", "model", "operations", "scripts", "wire"},
     "reads": {"arguments", "errors", "keys", "model", "operations", "scripts", "wire"},
-    "calls": {"arguments", "errors", "operations", "reads", "scripts", "transitions", "wire"},
+    "listing": {"arguments", "errors", "model", "operations", "scripts", "wire"},
+    "repairs": {"arguments", "errors", "listing", "model", "operations", "scripts", "wire"},
+    "documents": {"arguments", "codec", "errors", "model"},
+    "transfers": {"arguments", "documents", "errors", "operations", "scripts", "wire"},
+    "calls": {
+        "arguments",
+        "errors",
+        "operations",
+        "reads",
+        "repairs",
+        "scripts",
+        "transfers",
+        "transitions",
+        "wire",
+    },
     "connections": {"wire"},
     "events": {"errors", "model", "wire"},
     "base": {"arguments", "calls", "checks", "codec", "connections", "doctor", "errors", "events", "sending", "wire"},
@@ -65,6 +79,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": set(),
     "commands.base": {""},
     "commands.doctor": {"", "commands.base"},
+    "commands.texts": {"", "documents"},
+    "commands.bars": {"", "commands.texts"},
+    "commands.drawing": {"", "commands.bars", "commands.texts"},
+    "commands.runs": {"", "commands.base", "commands.texts"},
+    "commands.show": {"", "commands.base", "commands.texts"},
+    "commands.timeline": {"", "commands.bars", "commands.base", "commands.drawing", "commands.texts"},
+    "commands.watch": {"", "commands.base", "commands.show", "commands.texts"},
+    "commands.stuck": {"", "commands.base", "commands.texts"},
+    "commands.failed": {"", "commands.base", "commands.texts"},
+    "commands.retry": {"", "commands.base", "commands.texts"},
+    "commands.release": {"", "commands.base", "commands.texts"},
+    "commands.delete": {"", "commands.base", "commands.texts"},
+    "commands.purge": {"", "commands.base", "commands.texts"},
+    "commands.export": {"commands.base"},
+    "commands.import_": {"", "commands.base", "commands.texts", "documents"},
     "demo": set(),
     "demo.work": {""},
     "demo.process": set(),
@@ -190,8 +219,9 @@ class TestScripts:
         assert b"-- include" not in script(source[0]).source
 
     def test_every_script_has_its_call(self) -> None:
-        inner = {"confirm_entry", "await_step"}  # of lapsed_claims and failed_steps, of wait_for_step
-        exchanges = {"batch"}
+        # Of lapsed_claims and failed_steps; of wait_for_step; of runs, retry_run and purge.
+        inner = {"confirm_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
+        exchanges = {"batch", "runs", "retry_run", "purge"}
         shared = {"expire_claim", "wait_for_step"}  # extend_claim with no lease, await_step
         operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
         assert set(SCRIPTS) - inner == operations - exchanges - shared

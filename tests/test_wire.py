@@ -31,6 +31,7 @@ from squidstep_redis import (
     OutcomeUnknownError,
     RefusedError,
     ReplyMismatchError,
+    RunPage,
     ScheduleResult,
     StaleStepRunError,
     StepRun,
@@ -51,7 +52,9 @@ pytestmark = [
 PAYLOAD = {"bytes": bytes(range(256)), "text": "naïve ☃ 𝄞 \r\n\0", "int": 2**64 - 1, "list": [None, True, 1.5, {}]}
 
 OPERATIONS = {name: make for name, make in inspect.getmembers(Calls, inspect.isfunction) if name[0] != "_"}
+SCANS = ("runs", "purge")
 EXCHANGES = [name for name, make in OPERATIONS.items() if str(make.__annotations__["return"]).startswith("Exchange[")]
+EXCHANGES += SCANS
 CALLS = [name for name in OPERATIONS if name not in EXCHANGES]
 
 # One call of each operation on what `prepare` leaves behind. An operation that is missing here fails every test below.
@@ -74,12 +77,39 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "step_statuses": lambda store, claim: (claim.run_id,),
     "expire_run": lambda store, claim: (claim.run_id, 60),
     "delete_run": lambda store, claim: (claim.run_id,),
+    "retry_step": lambda store, claim: (claim.run_id, "failed"),
+    "retry_run": lambda store, claim: (claim.run_id,),
+    "export_run": lambda store, claim: (claim.run_id,),
+    "import_run": lambda store, claim: (EXPORTED,),
+    "runs": lambda store, claim: (),
+    "purge": lambda store, claim: (60,),
     "batch": lambda store, claim: (mixed(store, 7),),
     "lapsed_claims": lambda store, claim: (),
     "live_claims": lambda store, claim: (),
     "failed_steps": lambda store, claim: (),
     "count_claims": lambda store, claim: (),
     "wait_for_step": lambda store, claim: (claim.run_id, "completed", 10),
+}
+EXPORTED = {
+    "squidstep_run": 1,
+    "run_id": "imported",
+    "ttl": None,
+    "steps_made": 1,
+    "completed": [],
+    "steps": [
+        {
+            "step": "pending",
+            "nth": 1,
+            "state": "pending",
+            "created_at": "2026-01-01T00:00:00.000+00:00",
+            "attempt": 0,
+            "attempts_released": 0,
+            "token": "",
+            "scheduled_by": "",
+            "input": {},
+            "history": [],
+        }
+    ],
 }
 ACROSS_RUNS = {"lapsed_claims": "lapsed", "live_claims": "running", "failed_steps": "failed"}  # and what each finds
 
@@ -124,6 +154,10 @@ def seen(answer: Any) -> Any:
         return answer[:4]
     if isinstance(answer, BeginResult | ScheduleResult):
         return tuple(map(seen, answer))
+    if isinstance(answer, RunPage):
+        return [each._replace(changed_at=None) for each in answer.runs]
+    if isinstance(answer, dict) and "squidstep_run" in answer:
+        return [(each["step"], each["state"], each["input"], each["output"]) for each in answer["steps"]]
     if isinstance(answer, list):
         return [seen(each) for each in answer]
     return type(answer) if isinstance(answer, Exception) else answer
@@ -261,7 +295,8 @@ class TestRoundTrips:
         assert found.step == ACROSS_RUNS[operation]
 
     def test_every_operation_is_counted(self) -> None:
-        assert set(OPERATIONS) == set(EXAMPLES) == {*CALLS, "batch", "count_claims", *ACROSS_RUNS}
+        counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestTheCostOfLists.COSTS}
+        assert set(OPERATIONS) == set(EXAMPLES) == counted
 
     def test_the_live_claims_of_one_owner_cost_one_more_for_each_page_of_others(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
@@ -275,6 +310,24 @@ class TestRoundTrips:
             assert proxied.live_claims(2, owner="own") == [own]
 
         assert proxy.round_trips == 4
+
+
+class TestTheCostOfLists:
+    """On one small run; CLUSTER, by which `runs` and `purge` ask whether there are other servers, is not counted."""
+
+    COSTS = (*SCANS, "retry_run")
+
+    @pytest.mark.parametrize("operation", COSTS)
+    def test_two(self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str) -> None:
+        bench.backend.raw.flushdb()  # what other tests left would have to be passed, too
+        claim = prepare(bench, proxied)
+        proxied.runs()  # now the server knows the script that scans
+        proxy.clear()
+
+        with proxy.batches(1, 1):
+            perform(proxied, operation, claim)
+
+        assert proxy.round_trips == 2
 
 
 class TestLostReplies:

@@ -16,6 +16,8 @@ from squidstep_redis import (
     Call,
     Claim,
     Queued,
+    RunPage,
+    RunSummary,
     ScheduleResult,
     StepBusyError,
     StepExhaustedError,
@@ -52,6 +54,12 @@ def blocking(store: StepRunStore) -> None:
     assert_type(store.live_claims(10, owner="worker"), list[StepRun])
     assert_type(store.expire_claim(step_run.id), StepRun)
     assert_type(store.delete_run("run"), bool)
+    assert_type(store.retry_step("run", Step.PAY, owner="me"), StepRun)
+    assert_type(store.retry_run("run"), list[StepRun])
+    assert_type(store.runs(status=StepStatus.FAILED, limit=10), RunPage)
+    assert_type(store.runs(status="failed").runs, list[RunSummary])
+    assert_type(store.purge(timedelta(days=90), dry_run=True), list[RunSummary])
+    assert_type(store.import_run(store.export_run("run")), str)
     assert_type(step_run.input, dict[str, Any])
     assert_type(step_run.output, dict[str, Any] | None)
 
@@ -104,6 +112,7 @@ async def for_asyncio(store: AsyncStepRunStore) -> None:
     assert_type(result, BeginResult)
     assert_type(await store.complete_step(result.step_run, {}), StepRun)
     assert_type(await store.failed_steps(), list[StepRun])
+    assert_type(await store.runs(), RunPage)
     async with AsyncStepRunStore.from_url("redis://localhost") as own:
         assert_type(own, AsyncStepRunStore)
 

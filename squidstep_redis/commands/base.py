@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import click
 import redis
@@ -16,7 +16,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
 from rich.console import Console, RenderableType
 
-from squidstep_redis import InvalidArgumentError, StepRunStore
+from squidstep_redis import InvalidArgumentError, ServerError, SquidstepError, StepRunStore
 
 UNREACHED: Final = (RedisError, RedisClusterException)
 """What `opened` raises where no server answers."""
@@ -96,6 +96,53 @@ def opened(where: Where) -> Generator[StepRunStore]:
     connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
     with connect(where.url, **_OPTIONS) as cluster:
         yield StepRunStore(cluster, prefix=where.prefix)
+
+
+@contextmanager
+def reached(where: Where) -> Generator[StepRunStore]:
+    """The store, for as long as the block. What goes wrong inside is one line, and an exit code: see the guide."""
+    try:
+        with opened(where) as store:
+            yield store
+    except (ServerError, *UNREACHED) as error:
+        complain(str(error), 2)
+    except InvalidArgumentError as error:
+        raise click.UsageError(str(error)) from error
+    except SquidstepError as error:
+        complain(str(error), 1)
+
+
+def complain(problem: str, code: int) -> NoReturn:
+    """Ends the command with one line."""
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in problem)
+    sys.stderr.write(f"squidstep: {line}\n")
+    sys.exit(code)
+
+
+def may_change(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that changes something the option `--dry-run`; it takes `dry_run`."""
+    return click.option("--dry-run", is_flag=True, help="Only say what would be done.")(command)
+
+
+def destroys(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that destroys something `--dry-run` and `--yes`; it takes `dry_run` and `yes`."""
+    return may_change(click.option("-y", "--yes", is_flag=True, help="Do not ask first.")(command))
+
+
+def may_go_on(question: str, *, yes: bool, dry_run: bool) -> bool:
+    """Asks first, unless told not to. Answers whether to do it; on a dry run it says what would be done."""
+    if dry_run:
+        sys.stdout.write(f"would {question}\n")
+        return False
+    if not yes and not click.confirm(f"{question[0].upper()}{question[1:]}?", err=True):
+        sys.exit(1)
+    return True
+
+
+def console_width(otherwise: int = 100) -> int:
+    """The columns of the terminal; of what is no terminal, so many."""
+    console = Console()
+    return console.width if console.is_terminal else otherwise
 
 
 def _is_cluster(client: Any) -> bool:

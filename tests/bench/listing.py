@@ -1,0 +1,88 @@
+"""How fast a store of many runs tells what is in it, and how long each command of that holds the server up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import redis
+
+from squidstep_redis import StepRunStore
+
+RUNS = 100_000
+_BATCH = 1_000
+_SLOW_US = 5_000  # what a command may take of the server's time
+
+
+class Listed(NamedTuple):
+    """One measurement.
+
+    Attributes:
+        what: was asked.
+        seconds: until the first page was there.
+        slow: the commands that held the server up for longer than 5 ms meanwhile, and for how many ms.
+    """
+
+    what: str
+    seconds: float
+    slow: list[tuple[str, float]]
+
+
+def listing(port: int, runs: int = RUNS) -> list[Listed]:
+    """Fills a server that is empty with runs, and times the first page of each list, and a purge.
+
+    Of ten runs four are completed, two have failed, two have lapsed, and two are at work. One has 10,000 steps.
+
+    Args:
+        port: of the server, on loopback.
+        runs: how many.
+    """
+    with redis.Redis(port=port, protocol=2) as client, StepRunStore.from_url(f"redis://127.0.0.1:{port}") as store:
+        fill(store, runs)
+        asked: dict[str, Callable[[], Any]] = {
+            "runs": store.runs,
+            "runs(status='pending')": lambda: store.runs(status="pending"),
+            "lapsed_claims": store.lapsed_claims,
+            "live_claims": store.live_claims,
+            "failed_steps": store.failed_steps,
+            "failed_steps(1_000)": lambda: store.failed_steps(1_000),
+            "runs, every page": lambda: _every_page(store),
+            "purge": lambda: store.purge(0.001, tombstone=1),
+        }
+        client.config_set("slowlog-log-slower-than", _SLOW_US)
+        client.config_set("slowlog-max-len", 1_000)
+        found: list[Listed] = []
+        for what, ask in asked.items():
+            client.slowlog_reset()
+            start = time.monotonic()
+            ask()
+            seconds = time.monotonic() - start
+            slow = [(str(each["command"][:60]), each["duration"] / 1_000) for each in client.slowlog_get(100)]
+            found.append(Listed(what, seconds, slow))
+        return found
+
+
+def fill(store: StepRunStore, runs: int) -> None:
+    """Makes the runs."""
+    calls = store.calls
+    for first in range(0, runs, _BATCH):
+        names = [f"run-{number}" for number in range(first, min(first + _BATCH, runs))]
+        lease = [(None, 0.001, 3_600)[(number % 10 >= 6) + (number % 10 >= 8)] for number in range(len(names))]
+        begun: list[Any] = store.batch(
+            [calls.begin_step(run, "step", {"of": run}, lease=lease[place]) for place, run in enumerate(names)]
+        )
+        ends: list[Any] = []
+        for number, claim in enumerate(each.step_run for each in begun):
+            if number % 10 < 4:
+                ends.append(calls.complete_step(claim, {}))
+            elif number % 10 < 6:
+                ends.append(calls.fail_step(claim, ValueError("declined")))
+        store.batch(ends)
+    store.schedule_steps("large", {f"step-{number}": {} for number in range(10_000)})
+
+
+def _every_page(store: StepRunStore) -> None:
+    cursor = None
+    while (cursor := store.runs(limit=1_000, cursor=cursor).cursor) is not None:
+        pass

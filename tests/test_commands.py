@@ -1,0 +1,405 @@
+"""The commands that see and steer runs, as a user types them: on a store with failures and stuck claims."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import screenshots
+from demos import SQUIDSTEP, run
+from servers import EmbeddedCluster, find_binary
+from test_cli import ANSI, NOBODY, in_a_terminal, invoke, plain_environment  # noqa: F401 -- a fixture
+
+from squidstep_redis import StepRun, StepRunStore, StepStatus
+from squidstep_redis.cli import group
+from squidstep_redis.commands.bars import Timeline
+from squidstep_redis.commands.timeline import read
+from squidstep_redis.embedded import EmbeddedServer
+
+READING = [
+    ["runs"],
+    ["show", "order-7301"],
+    ["show", "order-7301", "charge"],
+    ["timeline", "order-7301"],
+    ["stuck"],
+    ["failed"],
+    ["failed", "--by-type"],
+]
+FOUND = {"stuck": 1, "failed": 1}  # exit codes where something is found; 0 for the rest
+EVIL = "\x1b]0;gotcha\x07\x1b[2J\u202e\n\r\0"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary=find_binary("valkey"), port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def filled(server: EmbeddedServer) -> Iterator[StepRunStore]:
+    with StepRunStore.from_url(server.url) as store:
+        screenshots.fill(store)
+        yield store
+
+
+@pytest.fixture
+def store(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[StepRunStore]:
+    """A store of its own, for what changes something."""
+    with StepRunStore.from_url(server.url, prefix=f"test-{abs(hash(request.node.nodeid))}") as store:
+        yield store
+
+
+def options_of(server: EmbeddedServer, store: StepRunStore) -> list[str]:
+    return ["-u", server.url, "--prefix", store.calls.prefix]
+
+
+def failed_step(store: StepRunStore, run: str = "run", step: str = "pay") -> None:
+    store.fail_step(store.begin_step(run, step, {"amount": 1}, owner="w").step_run, ValueError("declined"))
+
+
+class TestReading:
+    @pytest.mark.parametrize("columns", [80, 140])
+    @pytest.mark.parametrize("arguments", READING, ids=" ".join)
+    def test_on_a_terminal_it_fits(
+        self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str], columns: int
+    ) -> None:
+        shown = in_a_terminal(columns, *arguments, "-u", server.url)
+        assert "\x1b[3" in shown  # colours
+        lines = ANSI.sub("", shown).splitlines()
+        assert len(lines) > 3
+        assert max(map(len, lines)) <= columns
+        assert "\x07" not in shown
+
+    @pytest.mark.parametrize("arguments", READING, ids=" ".join)
+    def test_in_a_pipe_it_is_plain(self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]) -> None:
+        ended = run(*arguments, "-u", server.url)
+        assert ended.returncode == FOUND.get(arguments[0], 0)
+        assert ended.stderr == ("" if arguments != ["runs"] else ended.stderr)
+        assert not re.search(r"\x1b| $", ended.stdout, re.MULTILINE)
+
+    @pytest.mark.parametrize("arguments", READING, ids=" ".join)
+    def test_as_json(self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]) -> None:
+        result = invoke(*arguments, "-u", server.url, "--json")
+        assert result.exit_code == FOUND.get(arguments[0], 0)
+        assert json.loads(result.stdout)
+
+    @pytest.mark.parametrize("arguments", [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]], ids=" ".join)
+    def test_no_server_is_one_line(self, arguments: list[str]) -> None:
+        ended = run(*arguments, "-u", NOBODY)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
+
+    @pytest.mark.parametrize("command", ["show", "timeline", "watch", "export", "retry", "delete"])
+    def test_a_run_that_is_not_there_is_one_line(self, server: EmbeddedServer, command: str) -> None:
+        ended = run(command, f"none{EVIL[:-1]}", "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert re.fullmatch(r"squidstep: run 'none.*no.*\n", ended.stderr)
+        assert "\x1b" not in ended.stderr
+
+    def test_what_is_stored_tells_the_terminal_nothing(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        store.fail_step(store.begin_step(EVIL, EVIL, {"x": EVIL, EVIL: b""}, owner="w").step_run, {"type": EVIL})
+        store.begin_step("stuck", EVIL, {}, lease=0.001)
+        store.complete_step(store.begin_step("stuck", "done", {}).step_run, {EVIL: EVIL})
+        for arguments in (["runs"], ["stuck"], ["failed"], ["failed", "--by-type"], ["show", "stuck"], ["watch"]):
+            result = invoke(*arguments, *options_of(server, store))
+            assert result.exit_code in (0, 1)
+            assert not set(result.stdout) & set("\x1b\x07\x00\u202e\r"), arguments
+        for name in ("svg", "html"):
+            result = invoke("timeline", "stuck", f"--{name}", os.devnull, *options_of(server, store))
+            assert result.exit_code == 0
+
+    def test_a_store_with_nothing_in_it(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        for command in ("runs", "stuck", "failed"):
+            ended = run(command, *options_of(server, store))
+            assert (ended.returncode, ended.stdout) == (0, "")
+            assert json.loads(invoke(command, "--json", *options_of(server, store)).stdout) in (
+                [],
+                {"runs": [], "cursor": None},
+            )
+
+
+class TestRuns:
+    def test_pages_and_filters(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        for number in range(60):
+            store.schedule_step(f"run-{number:02}", "step", {})
+        failed_step(store, "other")
+
+        def listed(*arguments: str) -> dict[str, Any]:
+            return json.loads(invoke("runs", "--json", *arguments, *options_of(server, store)).stdout)
+
+        seen: list[str] = []
+        page = listed("--limit", "10")
+        assert 10 <= len(page["runs"]) < 60
+        while True:
+            seen += [each["run_id"] for each in page["runs"]]
+            if page["cursor"] is None:
+                break
+            page = listed("--limit", "10", "--cursor", page["cursor"])
+        assert sorted(seen) == ["other", *(f"run-{number:02}" for number in range(60))]
+        everything = listed("--all")["runs"]
+        assert everything[0]["run_id"] == "other"
+        changes = [each["changed_at"] for each in everything]
+        assert changes == sorted(changes, reverse=True)
+        assert [each["run_id"] for each in listed("--status", "failed", "--all")["runs"]] == ["other"]
+        assert len(listed("--run-prefix", "run-1", "--all")["runs"]) == 10
+        assert "more: --cursor" in run("runs", "--limit", "5", *options_of(server, store)).stderr
+
+    def test_on_a_cluster(self) -> None:
+        with EmbeddedCluster() as cluster:
+            store = StepRunStore.from_url(cluster.url)
+            store.close()
+            names = [f"run-{number}" for number in range(50)]
+            lines = "".join(json.dumps(exported(name)) + "\n" for name in names)
+            imported = subprocess.run(
+                [SQUIDSTEP, "import", "-u", cluster.url], input=lines, text=True, capture_output=True, check=True
+            )
+            assert len(imported.stdout.splitlines()) == 50
+            listed = json.loads(run("runs", "--all", "--json", "-u", cluster.nodes[1].url).stdout)
+        assert sorted(each["run_id"] for each in listed["runs"]) == sorted(names)
+
+
+def exported(run_id: str) -> dict[str, Any]:
+    step = {"step": "a", "nth": 1, "state": "pending", "created_at": "2026-01-01T00:00:00.000+00:00", "input": {}}
+    step |= {"attempt": 0, "attempts_released": 0, "token": "", "scheduled_by": "", "history": []}
+    return {"squidstep_run": 1, "run_id": run_id, "ttl": None, "steps_made": 1, "completed": [], "steps": [step]}
+
+
+class TestShow:
+    def test_long_payloads_are_cut_unless_asked_for(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        store.schedule_step("run", "step", {"text": "x" * 2_000})
+        failed_step(store)
+        brief, full = (invoke("show", "run", *more, *options_of(server, store)).stdout for more in ([], ["--full"]))
+        assert "all with --full" in brief
+        assert "x" * 2_000 in full
+        assert "Traceback" not in brief
+        assert "ValueError: declined" in brief
+
+    def test_payloads_of_another_codec(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        class Reversed:
+            def encode(self, payload: dict[str, Any]) -> bytes:
+                return json.dumps(payload).encode()[::-1]
+
+            def decode(self, data: bytes) -> dict[str, Any]:
+                return json.loads(data[::-1])
+
+        other = StepRunStore(store.client, prefix=store.calls.prefix, codec=Reversed())
+        failed_step(other)
+        for arguments in (["show", "run"], ["failed"], ["failed", "--by-type"], ["show", "run", "--json"]):
+            assert "decode" in invoke(*arguments, *options_of(server, store)).stdout
+
+
+class TestTimeline:
+    def test_its_files_stand_alone(self, server: EmbeddedServer, filled: StepRunStore, tmp_path: Path) -> None:
+        svg, html = tmp_path / "a.svg", tmp_path / "a.html"
+        result = invoke("timeline", "order-7301", "--svg", str(svg), "--html", str(html), "-u", server.url)
+        assert (result.exit_code, result.stdout) == (0, f"{svg}\n{html}\n")
+        root = ET.fromstring(svg.read_text("utf-8"))
+        space = "{http://www.w3.org/2000/svg}"
+        bars = [rect for rect in root.iter(f"{space}rect") if rect.get("class") != "p"]
+        assert len(bars) == 8
+        for file in (svg, html):
+            rest = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+            assert not re.search(r"https?:|src=|@import|url\(|<script", rest)
+            assert "lease expired" in rest
+
+    def test_bars_lie_where_the_attempts_did(self, filled: StepRunStore) -> None:
+        timeline = read(filled, "order-7301")
+        assert timeline is not None
+        now = max(bar.attempt.started_at for bar in timeline.bars if bar.attempt) + timedelta(seconds=0.2)
+        lines = [line.plain for line in Timeline(timeline.run, timeline.bars, now).lines(100)]
+        begins = {line.split("  ")[0]: re.split("[█▒░▓┄]", line) for line in lines[2:]}
+        starts = [len(begins[name][0]) for name in ("reserve", "charge", "pack", "ship")]
+        assert starts == sorted(set(starts))
+        assert len(begins["notify"]) == 1
+        assert len(lines) == 11
+
+    def test_a_file_that_cannot_be_written(self, server: EmbeddedServer, filled: StepRunStore) -> None:
+        ended = run("timeline", "order-7301", "--svg", "/none/x.svg", "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr == "squidstep: /none/x.svg: No such file or directory\n"
+
+
+class TestWatch:
+    @pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
+    def test_in_a_pipe_it_tells_each_change(
+        self, server: EmbeddedServer, store: StepRunStore, fails: bool, code: int
+    ) -> None:
+        claim = store.begin_step("run", "pay", {}, owner="w").step_run
+        command = [SQUIDSTEP, "watch", "run", "--interval", "0.05", *options_of(server, store)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+            assert watching.stdout is not None
+            assert re.match(r"\d\d:\d\d:\d\d  pay  running  attempt 1  w\n", watching.stdout.readline())
+            _ = store.fail_step(claim, ValueError("no")) if fails else store.complete_step(claim, {})
+            last = watching.stdout.read()
+        assert watching.returncode == code
+        assert re.match(r".*  pay  (failed  attempt 1  w  ValueError: no|completed  attempt 1  w)\n$", last)
+
+    @pytest.mark.parametrize("columns", [80, 140])
+    def test_on_a_terminal(self, server: EmbeddedServer, store: StepRunStore, columns: int) -> None:
+        screenshots.crawl(store, "crawl")
+        for step_run in store.get_run("crawl"):
+            if step_run.status is StepStatus.RUNNING:
+                store.complete_step(step_run.id, {})
+        store.delete_pending_steps("crawl", [each.step for each in store.get_run("crawl")])
+        shown = ANSI.sub("", in_a_terminal(columns, "watch", "crawl", *options_of(server, store), LINES="24"))
+        lines = shown.splitlines()
+        assert max(map(len, lines)) <= columns
+        lines = lines[max(place for place, line in enumerate(lines) if line.startswith("crawl  ")) :]  # drawn last
+        assert len(lines) <= 24
+        assert "4 failed, 150 completed" in lines[0]
+        assert sum("404 Not Found" in line for line in lines) == 4
+
+    def test_the_store(self, server: EmbeddedServer, filled: StepRunStore) -> None:
+        shown = run("watch", "-u", server.url).stdout
+        for part in ("at work", "stuck", "failed", "order-7301", "stuck-0", "Declined"):
+            assert part in shown
+
+
+class TestSteering:
+    def test_retry(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for step in ("one", "two", "three"):
+            failed_step(store, "run", step)
+
+        assert run("retry", "run", "one", "--dry-run", *options).stdout == "would retry one of run\n"
+        assert set(store.step_statuses("run").values()) == {StepStatus.FAILED}
+        assert run("retry", "run", "one", *options).stdout == "pending: one of run\n"
+        assert run("retry", "run", *options).stdout == "pending: two of run\npending: three of run\n"
+        assert set(store.step_statuses("run").values()) == {StepStatus.PENDING}
+        assert (store.attempts("run", "one")[-1].owner or "").startswith("retry by ")
+        again = run("retry", "run", *options)
+        assert (again.returncode, again.stderr) == (1, "squidstep: run 'run': nothing to retry\n")
+        store.begin_step("run", "one", {}, lease=60)
+        refused = run("retry", "run", "one", *options)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "is being executed" in refused.stderr
+
+    def test_release(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        store.begin_step("run", "pay", {}, owner="dead")
+
+        assert (
+            "would release pay of run from attempt 1 by dead, no lease"
+            in run("release", "run", "pay", "--dry-run", *options).stdout
+        )
+        assert run("release", "run", "pay", *options).returncode == 1  # nobody said yes
+        assert store.step_statuses("run") == {"pay": StepStatus.RUNNING}
+        assert run("release", "run", "pay", "--yes", *options).stdout == "released pay of run\n"
+        assert store.step_statuses("run") == {"pay": StepStatus.PENDING}
+        assert "is pending, not running" in run("release", "run", "pay", "--yes", *options).stderr
+        assert "no such step" in run("release", "run", "none", "--yes", *options).stderr
+
+    def test_delete(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        failed_step(store)
+
+        assert run("delete", "run", "--dry-run", *options).stdout == "would delete run (1 failed)\n"
+        refused = invoke("delete", "run", *options, input="n\n")
+        assert refused.exit_code == 1
+        assert "Delete run (1 failed)? [y/N]" in refused.stderr
+        assert store.get_run("run")
+        assert invoke("delete", "run", *options, input="y\n").stdout == "deleted run\n"
+        assert store.get_run("run") == []
+
+    def test_delete_is_the_cure_of_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        store.complete_step(store.begin_step("run", "pay", {}).step_run, {})
+        store.client.delete(store.calls.keys.run(b"run").done)
+        options = options_of(server, store)
+        assert "corrupt" in run("delete", "run", "--dry-run", *options).stdout
+        assert "evicted" in run("runs", *options).stdout
+        assert run("delete", "run", "--yes", *options).returncode == 0
+        assert run("runs", *options).stdout == ""
+
+    def test_purge(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for name in ("a", "b", "c", "d"):
+            failed_step(store, name)
+        store.schedule_step("pending", "pay", {})
+
+        assert run("purge", "--older-than", "1h", *options).stderr == "nothing to purge\n"
+        told = run("purge", "--older-than", "0.001", "--dry-run", *options).stdout
+        assert re.fullmatch(r"would delete 4 runs: ., ., ., …\n", told)
+        dry = json.loads(run("purge", "--older-than", "0.001", "--dry-run", "--json", *options).stdout)
+        assert {each["run_id"] for each in dry} == set("abcd")
+        assert run("purge", "--older-than", "0.001", *options).returncode == 1  # nobody said yes
+        assert len(store.runs().runs) == 5
+        assert run("purge", "--older-than", "0.001", "--yes", *options).stdout == "deleted 4 runs\n"
+        assert [each.run_id for each in store.runs().runs] == ["pending"]
+
+    @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0"])
+    def test_purge_refuses_an_age(self, server: EmbeddedServer, age: str) -> None:
+        ended = run("purge", "--older-than", age, "--yes", "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "older" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+class TestTransfer:
+    def test_export_and_import(self, server: EmbeddedServer, filled: StepRunStore, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        lines = run("export", "order-7301", "crawl-2026-11", "-u", server.url).stdout
+        assert len(lines.splitlines()) == 2
+
+        def piped(*arguments: str, text: str = lines) -> subprocess.CompletedProcess[str]:
+            command = [SQUIDSTEP, "import", *arguments, *options]
+            return subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+
+        assert piped("--dry-run").stdout == "would import order-7301\nwould import crawl-2026-11\n"
+        assert store.runs().runs == []
+        assert piped().stdout == "imported order-7301\nimported crawl-2026-11\n"
+        assert list(map(fields, store.get_run("order-7301"))) == list(map(fields, filled.get_run("order-7301")))
+        again = piped()
+        assert (again.returncode, again.stdout) == (1, "")
+        assert "line 1: run 'order-7301': exists already" in again.stderr
+        for broken in ("{", "[]", '{"squidstep_run": 2}', lines.splitlines()[0][:-1] + ', "run_id": ""}'):
+            ended = piped(text=broken + "\n")
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert ended.stderr.startswith("squidstep: line 1: ")
+            assert "Traceback" not in ended.stderr
+
+
+def fields(step_run: StepRun) -> list[Any]:
+    names = ("step", "status", "attempt", "owner", "input", "output", "last_error", "created_at", "started_at", "nth")
+    return [getattr(step_run, name) for name in (*names, "ended_at", "lease_ends_at")]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", [name for name in group().list_commands(None) if not name.startswith("demo")])  # pyright: ignore
+    def test_every_command_has_an_example_and_says_what_it_takes(self, command: str) -> None:
+        shown = invoke(command, "--help").stdout
+        assert f"Example: squidstep {command}" in shown or f"| squidstep {command}" in shown
+        assert "--url" in shown
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_shells_complete_commands_and_choices(self, shell: str) -> None:
+        def completed(words: str, position: int) -> str:
+            environment = {**os.environ, "_SQUIDSTEP_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
+            environment["COMP_CWORD"] = words.rsplit(" ", maxsplit=1)[-1] if shell == "fish" else str(position)
+            return subprocess.run([SQUIDSTEP], env=environment, capture_output=True, text=True, check=True).stdout
+
+        assert "timeline" in completed("squidstep tim", 1)
+        assert "failed" in completed("squidstep runs --status f", 3)
+
+
+def test_the_pictures_are_of_these_commands() -> None:
+    """They are made again and looked at when what they show changes: no address in them, and small."""
+    for name in ("show", "timeline", "watch"):
+        svg = (screenshots.IMAGES / f"{name}.svg").read_text("utf-8")
+        assert ET.fromstring(svg) is not None
+        assert len(svg) < 20_000
+        assert not re.search(r"https?:", svg.replace("http://www.w3.org/2000/svg", ""))
+        assert f"squidstep&#160;{name}" in svg
+
+
+def test_pictures_can_be_made(server: EmbeddedServer, store: StepRunStore) -> None:
+    made = screenshots.screenshots(store)
+    assert made.keys() == {"show", "timeline", "watch"}
+    assert all(len(svg) > 5_000 and "@font-face" not in svg for svg in made.values())

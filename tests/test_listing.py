@@ -1,0 +1,289 @@
+"""Lists of runs, and what clears them away: `runs` and `purge`, on every server and both stores."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from backends import Bench
+from servers import wait_until
+from test_contract import begun
+
+from squidstep_redis import (
+    InvalidArgumentError,
+    RunDeletedError,
+    RunSummary,
+    StepRunStore,
+    StepStatus,
+)
+
+
+def every_run(store: StepRunStore, **options: Any) -> list[RunSummary]:
+    found: list[RunSummary] = []
+    page = store.runs(**options)
+    pages = 1
+    while True:
+        found += page.runs
+        if page.cursor is None:
+            assert page.progress == 1.0
+            return found
+        assert 0 <= page.progress <= 1.0
+        page = store.runs(cursor=page.cursor, **options)
+        pages += 1
+        assert pages < 1_000
+
+
+def counts(**given: int) -> dict[StepStatus, int]:
+    return {status: given.get(status, 0) for status in StepStatus}
+
+
+def pause(bench: Bench) -> None:
+    """Until the server's clock, in milliseconds, has moved on."""
+    now = int(bench.backend.now() * 1_000)
+    wait_until(lambda: int(bench.backend.now() * 1_000) > now)
+
+
+def age(bench: Bench) -> None:
+    """Until what is there is more than a millisecond old."""
+    end = bench.backend.now() + 0.002
+    wait_until(lambda: bench.backend.now() > end)
+
+
+class TestRuns:
+    def test_none(self, store: StepRunStore) -> None:
+        assert store.runs() == ([], None, 1.0)
+
+    def test_each_is_told_with_its_counts_and_its_newest_change(self, bench: Bench, store: StepRunStore) -> None:
+        store.schedule_steps("scheduled", {"a": {}, "b": {}})
+        store.complete_step(begun(store.begin_step("done", "a", {})), {})
+        store.fail_step(begun(store.begin_step("mixed", "f", {})), {})
+        store.complete_step(begun(store.begin_step("mixed", "c", {})), {}, schedule={"p": {}})
+        begun(store.begin_step("mixed", "r", {}, lease=60))
+
+        found = {summary.run_id: summary for summary in every_run(store)}
+
+        assert {run: summary.counts for run, summary in found.items()} == {
+            "scheduled": counts(pending=2),
+            "done": counts(completed=1),
+            "mixed": counts(pending=1, running=1, completed=1, failed=1),
+        }
+        assert [found[run].steps for run in ("scheduled", "done", "mixed")] == [2, 1, 4]
+        assert [run for run, summary in found.items() if summary.is_over] == ["done"]
+        for run, summary in found.items():
+            changes = [each.ended_at or each.started_at or each.created_at for each in store.get_run(run)]
+            assert summary.changed_at == max(changes)
+
+    def test_a_page_has_the_newest_change_first(self, bench: Bench, store: StepRunStore) -> None:
+        for run in "bca":
+            store.schedule_step(run, "step", {})
+            pause(bench)
+        begun(store.begin_step("c", "step", {}))
+
+        assert [summary.run_id for summary in store.runs().runs] == ["c", "a", "b"]
+
+    def test_pages_hold_each_run_once(self, bench: Bench, store: StepRunStore) -> None:
+        names = {f"run-{number}" for number in range(300)}
+        store.batch([store.calls.schedule_step(run, "step", {}) for run in sorted(names)])
+        bench.store(prefix=f"{bench.prefix}-other").schedule_step("not ours", "step", {})
+
+        first = store.runs(limit=10)
+        found = [summary.run_id for summary in every_run(store, limit=10)]
+
+        assert 10 <= len(first.runs) < 300
+        assert first.cursor is not None
+        assert sorted(found) == sorted(names)
+
+    @pytest.mark.parametrize(
+        ("status", "found"), [("pending", {"p", "m"}), ("completed", {"m", "c"}), (StepStatus.FAILED, {"f"})]
+    )
+    def test_those_with_a_step_of_a_status(self, store: StepRunStore, status: Any, found: set[str]) -> None:
+        store.schedule_step("p", "step", {})
+        store.complete_step(begun(store.begin_step("m", "first", {})), {}, schedule={"next": {}})
+        store.complete_step(begun(store.begin_step("c", "step", {})), {})
+        store.fail_step(begun(store.begin_step("f", "step", {})), {})
+
+        assert {summary.run_id for summary in every_run(store, status=status)} == found
+
+    @pytest.mark.parametrize("prefix", ["order-", "a*", "a[b]", "a\\", "a?", "ø", "^-"])
+    def test_those_whose_id_begins_so_whatever_a_pattern_makes_of_it(self, store: StepRunStore, prefix: str) -> None:
+        ours = {f"{prefix}1", f"{prefix}:steps", prefix}
+        for run in (*ours, "order", "axx", "ab", "a", "b"):
+            store.schedule_step(run, "step", {})
+
+        assert {summary.run_id for summary in every_run(store, run_id_prefix=prefix)} == ours
+
+    def test_a_prefix_of_keys_is_no_pattern(self, bench: Bench) -> None:
+        for prefix in ("a*", "a?", "[a]"):
+            store = bench.store(prefix=bench.prefix + prefix)
+            bench.store(prefix=f"{bench.prefix}a!").schedule_step("another's", "step", {})
+            store.schedule_step("ours", "step", {})
+            assert [summary.run_id for summary in every_run(store)] == ["ours"]
+
+    def test_other_keys_are_not_taken_for_runs(self, bench: Bench, store: StepRunStore) -> None:
+        for key in (b"{0}:wrong bucket:steps", b"{}::steps", b"{0}:\xff:steps", b"{zz}:x:steps"):
+            bench.backend.raw.set(bench.prefix.encode() + b":" + key, "")
+        store.schedule_step("ours", "step", {})
+
+        assert [summary.run_id for summary in every_run(store)] == ["ours"]
+
+    def test_a_corrupt_run_is_told_and_a_deleted_one_is_not(self, bench: Bench, store: StepRunStore) -> None:
+        for run in ("torn", "typed", "line", "deleted", "sound"):
+            store.complete_step(begun(store.begin_step(run, "step", {})), {}, schedule={"next": {}})
+        raw = bench.backend.raw
+        raw.delete(bench.keys("torn")[1])
+        raw.delete(bench.keys("typed")[0])
+        raw.set(bench.keys("typed")[0], "x")
+        raw.hset(bench.keys("line")[0], "snext", "1p nonsense")
+        store.delete_run("deleted")
+
+        found = {summary.run_id: summary for summary in every_run(store)}
+
+        assert found.keys() == {"torn", "typed", "line", "sound"}
+        assert {run for run, summary in found.items() if summary.problem is None} == {"sound"}
+        assert bench.keys("torn")[1].decode() in (found["torn"].problem or "")
+        assert not any(summary.is_over for summary in found.values())
+
+    def test_a_large_run_is_read_in_stretches(self, store: StepRunStore) -> None:
+        steps = {f"step-{number}": {} for number in range(2_500)}
+        store.schedule_steps("large", steps)
+        store.batch(
+            [store.calls.complete_step(store.begin_step("large", f"step-{n}", {}).step_run, {}) for n in range(3)]
+        )
+
+        (summary,) = every_run(store)
+
+        assert summary.counts == counts(pending=2_497, completed=3)
+
+    def test_deleted_pending_steps_do_not_count(self, store: StepRunStore) -> None:
+        store.complete_step(begun(store.begin_step("run", "a", {})), {}, schedule={"b": {}, "c": {}})
+        store.delete_pending_steps("run", ["b", "c"])
+
+        assert [summary.counts for summary in every_run(store)] == [counts(completed=1)]
+
+    @pytest.mark.parametrize(
+        "refused",
+        [{"limit": 0}, {"limit": 1_001}, {"status": "done"}, {"cursor": "x"}, {"cursor": 3}, {"run_id_prefix": 7}],
+    )
+    def test_what_it_refuses(self, store: StepRunStore, refused: dict[str, Any]) -> None:
+        with pytest.raises(InvalidArgumentError, match=f"^{next(iter(refused))}: "):
+            store.runs(**refused)
+
+    def test_a_cursor_of_a_server_that_is_gone_goes_on_with_the_next(self, store: StepRunStore) -> None:
+        store.schedule_step("run", "step", {})
+
+        assert store.runs(cursor="0-0-zzzz") == ([], None, 1.0)
+
+
+class TestPurge:
+    @pytest.fixture
+    def old(self, bench: Bench, store: StepRunStore) -> set[str]:
+        """Runs of all kinds, and which of them are over."""
+        store.complete_step(begun(store.begin_step("completed", "a", {})), {})
+        store.fail_step(begun(store.begin_step("failed", "a", {})), {})
+        store.complete_step(begun(store.begin_step("failed", "b", {})), {})
+        store.schedule_step("pending", "a", {})
+        store.complete_step(begun(store.begin_step("running", "a", {})), {})
+        begun(store.begin_step("running", "b", {}))
+        bench.lapse(begun(store.begin_step("lapsed", "b", {}, lease=0.001)))
+        age(bench)
+        return {"completed", "failed"}
+
+    def test_what_is_over_and_old_goes(self, bench: Bench, store: StepRunStore, old: set[str]) -> None:
+        purged = store.purge(0.001, tombstone=60)
+
+        assert {summary.run_id for summary in purged} == old
+        assert {summary.run_id for summary in every_run(store)} == {"pending", "running", "lapsed"}
+        assert store.failed_steps() == []
+        assert bench.backend.raw.zcard(bench.keys("failed")[3]) == 0
+        with pytest.raises(RunDeletedError):
+            store.begin_step("completed", "a", {})
+        assert store.purge(0.001) == []
+
+    def test_a_dry_run_tells_the_same_and_does_nothing(self, bench: Bench, store: StepRunStore, old: set[str]) -> None:
+        before = bench.dump()
+
+        told = store.purge(0.001, dry_run=True)
+
+        assert bench.dump() == before
+        assert told == store.purge(0.001)
+
+    def test_what_changed_since_stays(self, store: StepRunStore, old: set[str]) -> None:
+        assert store.purge(3_600) == []
+
+    def test_those_whose_id_begins_so(self, store: StepRunStore, old: set[str]) -> None:
+        assert [summary.run_id for summary in store.purge(0.001, run_id_prefix="comp")] == ["completed"]
+
+    def test_a_run_of_thousands_of_steps_goes(self, store: StepRunStore, bench: Bench) -> None:
+        steps = {f"step-{number}": {} for number in range(1_500)}
+        store.schedule_steps("large", steps)
+        claims = store.batch([store.calls.begin_step("large", step, {}) for step in steps])
+        ends = [store.calls.fail_step(claim.step_run, {}) for claim in claims[:900]]  # pyright: ignore
+        ends += [store.calls.complete_step(claim.step_run, {}) for claim in claims[900:]]  # pyright: ignore
+        store.batch(ends)
+        age(bench)
+
+        assert [summary.steps for summary in store.purge(0.001, tombstone=0.001)] == [1_500]
+
+        assert store.get_run("large") == []
+        assert store.failed_steps() == []
+
+    def test_a_run_with_more_failed_steps_than_one_script_looks_at_stays(
+        self, bench: Bench, store: StepRunStore
+    ) -> None:
+        steps = {f"step-{number}": {} for number in range(1_001)}
+        claims = store.batch([store.calls.begin_step("large", step, {}) for step in steps])
+        store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])  # pyright: ignore
+        age(bench)
+
+        assert store.purge(0.001) == store.purge(0.001, dry_run=True) == []
+
+    @pytest.mark.parametrize("change", ["begin", "schedule", "retry", "delete"])
+    def test_a_run_that_changes_after_it_was_looked_at_stays(
+        self, bench: Bench, store: StepRunStore, change: str
+    ) -> None:
+        store.complete_step(begun(store.begin_step("run", "a", {})), {})
+        store.fail_step(begun(store.begin_step("run", "b", {})), {})
+        (walked,) = drive(store, store.calls._walk([b"run"]))
+        match change:
+            case "begin":
+                begun(store.begin_step("run", "b", {}))
+            case "schedule":
+                store.schedule_step("run", "c", {})
+            case "retry":
+                store.retry_step("run", "b")
+            case _:
+                store.delete_run("run")
+        before = bench.dump()
+
+        assert store.send(store.calls._purge(walked, b"60000")) is False
+
+        assert bench.dump() == before
+
+    @pytest.mark.parametrize("losing", [1, 11])
+    def test_sent_again_it_answers_the_same(self, bench: Bench, losing: int) -> None:
+        store = bench.store()
+        store.fail_step(begun(store.begin_step("run", "a", {})), {})
+        (walked,) = drive(store, store.calls._walk([b"run"]))
+
+        assert bench.store(losing=losing).send(store.calls._purge(walked, b"60000")) is True
+
+    @pytest.mark.parametrize("age", [0, -1, None, "1d", True])
+    def test_what_it_refuses(self, store: StepRunStore, age: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="older_than"):
+            store.purge(age)
+
+
+def drive(store: StepRunStore, batches: Any) -> Any:
+    try:
+        calls = next(batches)
+        while True:
+            calls = batches.send(store.batch(list(calls)))
+    except StopIteration as end:
+        return end.value
+
+
+def test_a_summary_is_json(store: StepRunStore) -> None:
+    store.schedule_step("run", "step", {})
+    (summary,) = store.runs().runs
+    assert json.loads(json.dumps(summary.counts)) == {"pending": 1, "running": 0, "completed": 0, "failed": 0}

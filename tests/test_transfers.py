@@ -1,0 +1,314 @@
+"""A run that is exported and imported is the same in all that it shows: across stores, prefixes and codecs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from backends import Bench, running
+from hypothesis import given
+from hypothesis import strategies as st
+from test_contract import begun
+
+from squidstep_redis import (
+    InvalidArgumentError,
+    MsgpackCodec,
+    PayloadError,
+    RunDeletedError,
+    RunExistsError,
+    StaleStepRunError,
+    StepRun,
+    StepRunNotFoundError,
+    StepRunStore,
+    UndecodablePayloadError,
+)
+from squidstep_redis.documents import from_json, to_json
+
+ODD: dict[Any, Any] = {
+    "bytes": bytes(range(256)),
+    "when": datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC),
+    "infinite": [float("inf"), float("-inf"), -0.0, 1e300, 2**64 - 1, -(2**63)],
+    "keys": {1: "int", b"b": "bytes", None: [], False: {}, 1.5: ""},
+    "$bytes": "no tag",
+    "a tag?": {"$bytes": "no tag either"},
+    "$dict": {"$dict": []},
+    "text": "☃ \x1b[31m \u2028 \0",
+    "nested": {"x": {"$encoded": b"\0"}},
+}
+
+PAYLOADS = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["$bytes", "$dict", "$x"]), inner),
+    max_leaves=12,
+)
+
+
+class Compressing:
+    def encode(self, payload: dict[str, Any]) -> bytes:
+        return zlib.compress(MsgpackCodec().encode(payload))
+
+    def decode(self, data: bytes) -> dict[str, Any]:
+        return MsgpackCodec().decode(zlib.decompress(data))
+
+
+def prepare(bench: Bench, store: StepRunStore, run: str = "run") -> StepRun:
+    """A run with a step in every state, and a history; the claim of the running one."""
+    store.schedule_steps(run, {"second": ODD, "deleted": {}, "scheduled ☃": {}})
+    store.delete_pending_steps(run, ["deleted"])
+    store.complete_step(begun(store.begin_step(run, "first", ODD, owner="w 1")), ODD)
+    store.complete_step(begun(store.begin_step(run, "second", {}, lease=60)), {"second": 2})
+    for number in range(11):
+        store.fail_step(begun(store.begin_step(run, "failed", {}, owner=f"w{number}")), {"of": number, "odd": ODD})
+    bench.lapse(begun(store.begin_step(run, "exhausted", {}, lease=0.001)))
+    assert store.begin_step(run, "exhausted", {}, max_attempts=1).exhausted
+    store.release_step(begun(store.begin_step(run, "released", {"x": 1}, owner="w")))
+    store.fail_step(begun(store.begin_step(run, "retried", {})), {"no": 1})
+    store.retry_step(run, "retried", owner="me")
+    bench.lapse(begun(store.begin_step(run, "lapsed", {}, lease=0.001)))
+    begun(store.begin_step(run, "unleased", {}))
+    return begun(store.begin_step(run, "running", ODD, lease=60, owner="w"))
+
+
+def shown(store: StepRunStore, run: str = "run") -> Any:
+    """Every field that the reads show."""
+    step_runs = store.get_run(run)
+    names = [name for name in dir(StepRun) if name[0] != "_" and name not in ("prefix", "id", "moved")]
+    fields = [{name: getattr(step_run, name) for name in names} for step_run in step_runs]
+    attempts = [store.attempts(run, step_run.step) for step_run in step_runs]
+    return fields, attempts, store.completed_steps(run), store.completed_outputs(run), store.step_statuses(run)
+
+
+def travelled(document: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(document, allow_nan=False))
+
+
+class TestTheSame:
+    def test_in_every_field(self, bench: Bench, store: StepRunStore) -> None:
+        prepare(bench, store)
+        other = bench.store(prefix=f"{bench.prefix}-other")
+
+        assert other.import_run(travelled(store.export_run("run"))) == "run"
+
+        assert shown(other) == shown(store)
+        assert len(shown(store)[0]) == 10
+        assert other.export_run("run") == store.export_run("run")
+        for read in ("failed_steps", "lapsed_claims", "live_claims"):
+            assert [(each.run_id, each.step) for each in getattr(other, read)()] == [
+                (each.run_id, each.step) for each in getattr(store, read)()
+            ]
+        assert other.runs().runs == store.runs().runs
+
+    @pytest.mark.servers("valkey", "redis-7")
+    def test_on_another_server(self, bench: Bench, store: StepRunStore) -> None:
+        prepare(bench, store)
+        with running("fakeredis") as elsewhere:
+            other = StepRunStore(elsewhere.raw)
+            other.import_run(travelled(store.export_run("run")))
+            assert shown(other) == shown(store)
+
+    def test_it_goes_on_where_it_was(self, bench: Bench, store: StepRunStore) -> None:
+        claim = prepare(bench, store)
+        document = travelled(store.export_run("run"))
+        store.delete_run("run", tombstone=0.001)
+        bench.backend.raw.delete(*bench.keys("run")[:2])
+
+        store.import_run(document)
+
+        assert store.begin_step("run", "running", {}).busy
+        completed = store.complete_step(claim, {"done": 1})
+        assert store.completed_steps("run") == ["first", "second", "running"]
+        assert store.complete_step(claim, {"done": 1}) == completed
+        assert begun(store.begin_step("run", "released", {})).input == {"x": 1}
+        assert begun(store.begin_step("run", "new", {})).nth == 12
+        for step in ("failed", "lapsed"):
+            begun(store.begin_step("run", step, {}))
+        assert store.begin_step("run", "exhausted", {}, max_attempts=1).exhausted
+        with pytest.raises(StaleStepRunError):
+            store.complete_step(claim, {"done": 2})
+
+    @pytest.mark.parametrize("into", [None, Compressing()])
+    def test_with_another_codec(self, bench: Bench, into: Any) -> None:
+        store = bench.store(codec=Compressing())
+        prepare(bench, store)
+        other = bench.store(prefix=f"{bench.prefix}-other", codec=into)
+
+        other.import_run(travelled(store.export_run("run")))
+
+        assert shown(other) == shown(store)
+
+    def test_what_the_codec_cannot_read_is_kept_as_it_is(self, bench: Bench, store: StepRunStore) -> None:
+        prepare(bench, bench.store(codec=Compressing()))
+        document = travelled(store.export_run("run"))
+
+        other = bench.store(prefix=f"{bench.prefix}-other", codec=Compressing())
+        other.import_run(document)
+
+        assert shown(other) == shown(bench.store(codec=Compressing()))
+        with pytest.raises(UndecodablePayloadError):
+            _ = store.get_run("run")[0].input
+
+    def test_the_ttl_begins_anew(self, bench: Bench) -> None:
+        store = bench.store(run_ttl=100)
+        store.complete_step(begun(store.begin_step("run", "a", {})), {})
+        held = bench.store(run_ttl=200)
+        begun(held.begin_step("held", "a", {}))
+        other = bench.store(prefix=f"{bench.prefix}-other")
+        for run in ("run", "held"):
+            other.import_run(travelled(store.export_run(run)))
+        raw, keys = bench.backend.raw, bench.store(prefix=other.calls.prefix).calls.keys
+
+        assert all(90 < raw.ttl(key) <= 100 for key in keys.run(b"run")[:2])
+        assert raw.ttl(keys.run(b"held").steps) == -1
+        other.complete_step(other.get_run("held")[0].id, {})
+        assert 190 < raw.ttl(keys.run(b"held").steps) <= 200
+
+    def test_who_waits_for_a_step_stays_behind(self, bench: Bench, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "a", {}))
+        bench.backend.raw.hset(bench.keys("run")[0], "wa", "1")  # as wait_for_step leaves it
+        other = bench.store(prefix=f"{bench.prefix}-other")
+
+        other.import_run(travelled(store.export_run("run")))
+
+        assert set(bench.backend.raw.hkeys(other.calls.keys.run(b"run").steps)) == {b"r", b"m", b"sa", b"ia"}
+
+    def test_a_run_of_thousands_of_steps(self, bench: Bench, store: StepRunStore) -> None:
+        steps = [f"step-{number}" for number in range(2_100)]
+        claims = store.batch([store.calls.begin_step("run", step, {}) for step in steps])
+        store.batch([store.calls.complete_step(claim.step_run, {}) for claim in reversed(claims)])  # pyright: ignore
+        other = bench.store(prefix=f"{bench.prefix}-other")
+
+        other.import_run(travelled(store.export_run("run")))
+
+        assert other.completed_steps("run") == steps[::-1]
+        assert list(other.step_statuses("run")) == steps
+
+    @given(st.dictionaries(st.text(), PAYLOADS))
+    def test_any_payload_comes_back_from_json(self, payload: dict[str, Any]) -> None:
+        assert from_json(json.loads(json.dumps(to_json(payload), allow_nan=False))) == payload
+
+    def test_odd_payloads_come_back_from_json(self) -> None:
+        assert repr(from_json(travelled(to_json(ODD)))) == repr(ODD)
+
+
+class TestRefused:
+    @pytest.fixture
+    def document(self, bench: Bench, store: StepRunStore) -> dict[str, Any]:
+        prepare(bench, store)
+        return travelled(store.export_run("run"))
+
+    def test_a_run_that_is_there(self, bench: Bench, store: StepRunStore, document: dict[str, Any]) -> None:
+        before = bench.dump()
+        with pytest.raises(RunExistsError, match="'run': exists already"):
+            store.import_run(document)
+        assert bench.dump() == before
+
+    def test_a_run_that_was_deleted(self, bench: Bench, store: StepRunStore, document: dict[str, Any]) -> None:
+        store.delete_run("run")
+        before = bench.dump()
+        with pytest.raises(RunDeletedError):
+            store.import_run(document)
+        assert bench.dump() == before
+        with pytest.raises(RunDeletedError):
+            store.export_run("run")
+
+    def test_no_run(self, store: StepRunStore) -> None:
+        with pytest.raises(StepRunNotFoundError, match="there is no such run"):
+            store.export_run("run")
+
+    @pytest.mark.parametrize("losing", [1, 11])
+    def test_sent_again_it_takes_effect_once(self, bench: Bench, losing: int) -> None:
+        begun(bench.store().begin_step("run", "a", {}))
+        document = bench.store().export_run("run")
+        other = f"{bench.prefix}-other"
+
+        assert bench.store(prefix=other, losing=losing).import_run(document) == "run"
+
+        with pytest.raises(RunExistsError):
+            bench.store(prefix=other).import_run(document)
+
+    @pytest.mark.parametrize("key", [2, 3])
+    def test_an_index_of_another_type(self, bench: Bench, store: StepRunStore, key: int) -> None:
+        begun(store.begin_step("run", "a", {}))
+        document = store.export_run("run")
+        store.delete_run("run", tombstone=0.001)
+        bench.backend.raw.delete(*bench.keys("run"))
+        bench.backend.raw.set(bench.keys("run")[key], "x")
+        before = bench.dump()
+        with pytest.raises(Exception, match="another type"):
+            store.import_run(document)
+        assert bench.dump() == before
+
+    @pytest.mark.servers("fakeredis")
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            (("squidstep_run",), 2),
+            (("run_id",), ""),
+            (("ttl",), -1),
+            (("steps_made",), "3"),
+            (("steps_made",), 2),
+            (("completed",), ["first"]),
+            (("completed",), ["first", "first"]),
+            (("completed",), "first"),
+            (("steps",), []),
+            (("steps",), {}),
+            (("steps", 0), 7),
+            (("steps", 0, "step"), None),
+            (("steps", 0, "step"), "first"),
+            (("steps", 0, "nth"), 3),
+            (("steps", 0, "state"), "done"),
+            (("steps", 0, "state"), "running"),
+            (("steps", 0, "token"), "a b"),
+            (("steps", 0, "token"), "a\n"),
+            (("steps", 0, "scheduled_by"), None),
+            (("steps", 0, "owner"), "a\nb"),
+            (("steps", 0, "created_at"), "yesterday"),
+            (("steps", 0, "created_at"), None),
+            (("steps", 0, "started_at"), "1999-01-01T00:00:00+00:00"),
+            (("steps", 0, "started_at"), "2026-01-01T00:00:00"),
+            (("steps", 0, "started_at"), None),
+            (("steps", 0, "attempts_released"), -1),
+            (("steps", 0, "input"), {"$nonsense": 1}),
+            (("steps", 0, "input"), {"x": {"$bytes": "#"}}),
+            (("steps", 0, "input"), None),
+            (("steps", 0, "output"), None),
+            (("steps", 3, "history", 0, "attempt"), 1),
+            (("steps", 3, "history", 0, "attempt"), 99),
+            (("steps", 3, "history"), None),
+        ],
+    )
+    def test_what_is_no_document(self, bench: Bench, document: dict[str, Any], path: Any, value: Any) -> None:
+        broken = copy.deepcopy(document)
+        part: Any = broken
+        for name in path[:-1]:
+            part = part[name]
+        part[path[-1]] = value
+        other = bench.store(prefix=f"{bench.prefix}-other")
+
+        with pytest.raises(InvalidArgumentError, match="^document"):
+            other.import_run(broken)
+
+        assert other.get_run("run") == []
+
+    @pytest.mark.servers("fakeredis")
+    @pytest.mark.parametrize("value", [None, [], "{}", 7, {}])
+    def test_what_is_nothing_of_the_kind(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^document"):
+            store.import_run(value)
+
+    @pytest.mark.servers("fakeredis")
+    def test_a_payload_that_the_store_does_not_take(self, bench: Bench, document: dict[str, Any]) -> None:
+        other = bench.store(prefix=f"{bench.prefix}-other", max_payload_bytes=100)
+        with pytest.raises(PayloadError, match=r"document\['steps'\]\[0\]\['input'\]"):
+            other.import_run(document)
+
+
+def test_times_are_exact(store: StepRunStore) -> None:
+    begun(store.begin_step("run", "a", {}, lease=timedelta(days=3, milliseconds=7)))
+    document = store.export_run("run")
+    (step,) = document["steps"]
+    assert datetime.fromisoformat(step["lease_ends_at"]) == store.get_run("run")[0].lease_ends_at
