@@ -91,6 +91,8 @@ class Record:
     input: Payload
     scheduled_by: CallId | None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
+    forgiven: int = 0
+    """So many attempts, from the first on, do not count against max_attempts: the step was retried after them."""
 
     @property
     def latest(self) -> Attempt:
@@ -176,7 +178,7 @@ class Model:
             # It was granted once, and that claim has ended: whatever became of it, no call is granted a second.
             return self._shown(run_id, step), "lost", None
         if status != "pending":
-            counted = sum(attempt.outcome != "released" for attempt in record.attempts)
+            counted = sum(attempt.outcome != "released" for attempt in record.attempts[record.forgiven :])
             exhausted = max_attempts is not None and counted >= max_attempts
             if status == "running":
                 record.latest.outcome = "lease_expired"
@@ -218,6 +220,21 @@ class Model:
 
     def release_step(self, claim: Claim, *, call: CallId) -> Shown:
         return self._end(claim, "released")
+
+    def retry_step(self, run_id: str, step: str, *, call: CallId, owner: str | None = None) -> Shown:
+        record = self._existing(Claim(run_id, step, None))
+        again = next((attempt for attempt in record.remembered if attempt.call == call), None)
+        if again is None:
+            if record.status == "running" and record.latest.lease == OVER:
+                record.latest.outcome = "lease_expired"
+            if record.status == "pending":
+                return self._shown(run_id, step)
+            if record.status != "failed":
+                raise RefusedError("stale", self._shown(run_id, step))
+            again = Attempt(len(record.attempts) + 1, call, owner, None, record.input, "released")
+            record.attempts.append(again)
+            record.forgiven = len(record.attempts)
+        return self._shown(run_id, step, again)._replace(input=record.input)
 
     def extend_claim(self, claim: Claim, lease: int | None, *, call: CallId) -> Shown:
         record = self._existing(claim)

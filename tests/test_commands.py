@@ -304,9 +304,9 @@ class TestSteering:
         assert run("delete", "run", "--dry-run", *options).stdout == "would delete run (1 failed)\n"
         refused = invoke("delete", "run", *options, input="n\n")
         assert refused.exit_code == 1
-        assert "Delete run (1 failed)? [y/N]" in refused.stderr
+        assert "Delete run (1 failed)? [y/N]" in refused.output
         assert store.get_run("run")
-        assert invoke("delete", "run", *options, input="y\n").stdout == "deleted run\n"
+        assert invoke("delete", "run", *options, input="y\n").output.endswith("deleted run\n")
         assert store.get_run("run") == []
 
     def test_delete_is_the_cure_of_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:

@@ -197,6 +197,7 @@ COMPLETE_STEP = order("complete_step", holders(), payloads, schedule=st.none() |
 FAIL_STEP = order("fail_step", holders(), payloads)
 EXTEND_CLAIM = order("extend_claim", holders(), leases)
 RELEASE_STEP = order("release_step", holders())
+RETRY_STEP = order("retry_step", runs, steps, owner=st.sampled_from([None, "operator"]))
 SCHEDULE = order("schedule_step", runs, steps, payloads) | order("schedule_steps", runs, inputs)
 DELETE_PENDING_STEPS = order("delete_pending_steps", runs, st.lists(steps, unique=True))
 EXPIRE_RUN = order("expire_run", runs, st.sampled_from([None, 10_000]))
@@ -208,6 +209,7 @@ ANY = st.one_of(
     FAIL_STEP,
     EXTEND_CLAIM,
     RELEASE_STEP,
+    RETRY_STEP,
     SCHEDULE,
     DELETE_PENDING_STEPS,
     EXPIRE_RUN,
@@ -251,6 +253,7 @@ class Machine(RuleBasedStateMachine):
     fail_step = rule_for("fail_step", FAIL_STEP)
     extend_claim = rule_for("extend_claim", EXTEND_CLAIM)
     release_step = rule_for("release_step", RELEASE_STEP)
+    retry_step = rule_for("retry_step", RETRY_STEP)
     schedule = rule_for("schedule", SCHEDULE)
     delete_pending_steps = rule_for("delete_pending_steps", DELETE_PENDING_STEPS)
     expire_or_delete_run = rule_for("expire_or_delete_run", EXPIRE_RUN | EXPIRE_RUN | DELETE_RUN)
@@ -383,6 +386,8 @@ class Machine(RuleBasedStateMachine):
 
     def compare(self, sent: Sent, answer: object) -> None:
         assert plain(answer) == sent.order.apply(self.model, sent.id)
+        if sent.order.name == "retry_step" and self.model.remembers(sent.id):
+            self.granted.add(sent.id)
         if isinstance(answer, BeginResult):
             assert bool(answer.step_run.token) == (answer.decision == "execute")
             if answer.step_run.token and sent.id not in self.granted:
