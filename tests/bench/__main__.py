@@ -47,6 +47,7 @@ ROWS: dict[str, rows.Row] = {
     "processes": scale.many_processes,
     "cluster": scale.cluster,
     "indexes": scale.indexes,
+    "lists": scale.lists,
 }
 PACKAGES = ("squidstep-redis", "redis", "hiredis", "msgpack", "aws-lambda-powertools", "psycopg", "dbos")
 COLUMNS = "{:<72} {:>9}  {:>24}  {:<8}"

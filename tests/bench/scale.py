@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 import redis
 from bench.databases import connect, die_with_parent, server
+from bench.listing import RUNS, listing
 from bench.measure import Budget, Pace, Result, Side, Spread, Turns, figure, take_turns
 from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
 from servers import EmbeddedCluster
@@ -276,3 +277,14 @@ def indexes(pace: Pace) -> Iterator[Result]:
                 "ms",
                 note=f"{len(found)} found; the slowest command takes the server {figure(_longest_ms(client, call))} ms",
             )
+
+
+def lists(pace: Pace) -> Iterator[Result]:
+    """The first page of each list across 100,000 runs, a purge of them, and what holds the server up meanwhile."""
+    runs = pace.of(RUNS)
+    with server() as started:
+        for listed in listing(started.port, runs):
+            slow = (
+                f"{len(listed.slow)} commands took the server more than 5 ms" if listed.slow else "no command took 5 ms"
+            )
+            yield Result(f"{runs:,} runs: {listed.what}", 1_000 * listed.seconds, "ms", note=slow)
