@@ -20,19 +20,8 @@ PACKAGE = Path(inspect.getfile(model)).parent
 LUA = directory()
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 
-STORES = {
-    "arguments",
-    "base",
-    "calls",
-    "claims",
-    "connections",
-    "doctor",
-    "errors",
-    "heartbeats",
-    "model",
-    "sending",
-    "wire",
-}
+STORES = {"arguments", "base", "calls", "claims", "doctor", "errors", "heartbeats", "model", "wire"}
+SENDERS = {"base", "connections", "sending", "wire"}
 
 # design: the ground floor knows errors alone, the roof the public API alone.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -71,8 +60,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "claims": {"arguments", "calls", "errors", "model", "wire"},
     "checks": set(),
     "doctor": {"calls", "checks", "errors", "sending", "wire"},
-    "store": {*STORES, "signals"},
-    "aio": STORES,
+    "sender": SENDERS,
+    "aio_sender": SENDERS,
+    "store": {*STORES, "sender", "signals"},
+    "aio": {*STORES, "aio_sender"},
     "__init__": {"aio", "calls", "checks", "claims", "codec", "doctor", "errors", "events", "model", "store", "wire"},
     "embedded": set(),
     "cli": set(),  # it loads its commands by name
