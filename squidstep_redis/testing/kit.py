@@ -24,8 +24,10 @@ from squidstep_redis.testing.tap import Line, LoopGuard, tap, tap_asyncio
 FAKEREDIS: Final = "fakeredis"
 EMBEDDED: Final = "embedded"
 
-# A server that is away shall not hold up a test for ten seconds; one that is slow, as in CI, shall be waited for.
-_TIMEOUT: Final = 1.0
+# A server that is away shall not hold up a test for ten seconds; one that is slow, as in CI, shall be waited for. And
+# redis-py's client of a cluster asks all its nodes again before it sends again.
+_TIMEOUT: Final = 2.0
+_CLUSTER_TIMEOUT: Final = 5.0
 _CLIENT: Final[dict[str, Any]] = {"socket_timeout": 10, "socket_connect_timeout": 10, "protocol": 2}
 
 
@@ -60,7 +62,8 @@ class StepKit:
         Args:
             server: "fakeredis"; "embedded", for a Valkey of the kit's own; or the URL of a server, of which a cluster
                 is recognised.
-            settings: of the stores, see `StepRunStore`; all but `prefix`. `timeout` is a second if not given.
+            settings: of the stores, see `StepRunStore`; all but `prefix`. `timeout` is two seconds if not given, on a
+                cluster five.
 
         Raises:
             TypeError: a `prefix` is given. All that has the kit's prefix is deleted in the end.
@@ -68,11 +71,7 @@ class StepKit:
         if "prefix" in settings:
             raise TypeError("prefix: is the kit's own, for all that has it is deleted in the end")
         self._server = server
-        self._settings: dict[str, Any] = {
-            "timeout": _TIMEOUT,
-            **settings,
-            "prefix": f"squidstep-test-{secrets.token_hex(6)}",
-        }
+        self._settings: dict[str, Any] = {**settings, "prefix": f"squidstep-test-{secrets.token_hex(6)}"}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -98,6 +97,7 @@ class StepKit:
         elif self._server != FAKEREDIS:
             url = self._server
         clients = _Clients(url)
+        self._settings.setdefault("timeout", _CLUSTER_TIMEOUT if clients.is_cluster else _TIMEOUT)
         self.clock = StepClock(lambda: clients.time(self.observer.client))
         self.faults = StepFaults(self.clock, lambda: self.observer)
         guard = LoopGuard(lambda: clients.close_asyncio(self.async_store.client))
@@ -142,12 +142,12 @@ class _Clients:
         """`url` is empty for fakeredis."""
         self._url = url
         self._fake = None if url else _fakeredis().FakeServer()
-        self._is_cluster = bool(url) and _is_cluster(url)
+        self.is_cluster = bool(url) and _is_cluster(url)
 
     def blocking(self, line: Line) -> Any:
         """A blocking client on whose connections `line` listens. One of a cluster connects at once."""
         retry = Retry(NoBackoff(), 0)
-        if self._is_cluster:
+        if self.is_cluster:
             cluster: Any = RedisCluster
             return cluster.from_url(self._url, connection_class=tap(Connection, line), retry=retry, **_CLIENT)
         plain: Any = Redis
@@ -162,7 +162,7 @@ class _Clients:
     def asyncio(self, line: Line, guard: LoopGuard) -> Any:
         """An asyncio client of the same kind; it connects when it is first used."""
         retry = AsyncRetry(NoBackoff(), 0)
-        if self._is_cluster:
+        if self.is_cluster:
             cluster: Any = redis_asyncio.RedisCluster
             client = cluster.from_url(self._url, retry=retry, **_CLIENT)
             client.connection_kwargs["connection_class"] = tapped = tap_asyncio(redis_asyncio.Connection, line, guard)
@@ -181,14 +181,14 @@ class _Clients:
     async def close_asyncio(self, client: Any) -> None:
         """Closes all connections; the client can be used again."""
         await async_heartbeat_of(client).stop()
-        if self._is_cluster:
+        if self.is_cluster:
             await client.aclose()
         else:
             await client.connection_pool.disconnect()
 
     def time(self, client: Any) -> tuple[int, int]:
         """The server's clock: seconds and microseconds."""
-        return client.time(target_nodes="random") if self._is_cluster else client.time()
+        return client.time(target_nodes="random") if self.is_cluster else client.time()
 
     def delete(self, client: Any, prefix: str) -> None:
         """Deletes all keys of a prefix."""

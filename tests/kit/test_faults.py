@@ -120,7 +120,7 @@ class TestServerAway:
             began = time.monotonic()
             with pytest.raises(NOT_SENT[backend.name == "cluster"]):
                 store.complete_step(step_run, {})
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
             assert stored(kit.observer).status == "running"  # who looks on is spared
 
         assert store.complete_step(step_run, {}).status == "completed"
