@@ -14,4 +14,4 @@ local answer = redis.pcall("SCAN", ARGV[2], "MATCH", ARGV[3], "COUNT", ARGV[4])
 if answer.err then
   return failed_call(KEYS[1], answer)
 end
-return { "keys", nonce, answer[1], answer[2], redis.call("DBSIZE"), now_ms() }
+return { "keys", nonce, tostring(answer[1]), answer[2], redis.call("DBSIZE"), now_ms() }

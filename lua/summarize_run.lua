@@ -36,7 +36,7 @@ else
   if answer.err then
     answer, width = redis.call("HSCAN", steps, cursor, "MATCH", "s*", "COUNT", math.ceil(count / 5)), 2
   end
-  cursor, names = answer[1], answer[2]
+  cursor, names = tostring(answer[1]), answer[2] -- older versions of fakeredis give a number
 end
 local fields, unfinished = {}, {}
 for index = 1, #names, width do
