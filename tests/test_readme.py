@@ -51,7 +51,9 @@ def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != OF_THE_KIT], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != OF_THE_KIT and blocks(page, "python")], ids=lambda page: page.name
+)
 def test_the_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: str) -> None:
     address = url.removeprefix("redis://")
     run = {"python": run_python, "redis": run_redis, "console": run_console}
