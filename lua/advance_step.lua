@@ -4,7 +4,6 @@
 --       2 done    sorted set  its completed steps, in order
 --       3 claims  sorted set  leased claims of the bucket, by the end of their lease
 --       4 failed  sorted set  failed steps of the bucket, by the time of the failure
---       5 wake    stream      what those who wait for a step are told by
 -- ARGV  1 token   of the next claim, to 9 lapse_error: as of begin_step, for the next step
 --       2 step, 3 run, 4 input, 5 lease_ms, 6 owner, 7 ttl_ms, 8 max_attempts, 9 lapse_error
 --       10 from    the step to complete
@@ -50,7 +49,7 @@ if holds(ended, held) then
   redis.call("ZREM", claims, ARGV[3] .. from)
   complete(run, ended, steps, done, from, output, now)
   -- include wake
-  wake(ended, steps, KEYS[5], from)
+  wake(ended, steps, from)
 else
   local again = ended.status == COMPLETED and (held == ended.token or held == "")
   if not again or redis.call("HGET", steps, "o" .. from) ~= output then

@@ -2,7 +2,6 @@
 --
 -- KEYS  1 steps   hash        the run's records
 --       2 done    sorted set  its completed steps, in order
---       3 wake    stream      what those who wait for a step are told by
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 -- REPLY {"over", nonce, state, input, output, error}
@@ -12,8 +11,9 @@
 
 -- include record
 -- include reply
+-- include wake
 
-local steps, done, wake, step = KEYS[1], KEYS[2], KEYS[3], ARGV[2]
+local steps, done, step = KEYS[1], KEYS[2], ARGV[2]
 
 local _, state, refusal = load(steps, done, step)
 if refusal then
@@ -29,7 +29,7 @@ if not state.awaited then
   redis.pcall("HSET", steps, "w" .. step, "1")
 end
 local reply = with_record("waiting", steps, step)
-local newest = redis.pcall("XREVRANGE", wake, "+", "-", "COUNT", 1)
+local newest = redis.pcall("XREVRANGE", wake_key(steps), "+", "-", "COUNT", 1)
 for index = 3, 6 do
   reply[index] = reply[index] or "" -- a reply ends at the first nil
 end

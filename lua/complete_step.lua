@@ -3,7 +3,6 @@
 -- KEYS  1 steps   hash        the run's records
 --       2 done    sorted set  its completed steps, in order
 --       3 claims  sorted set  leased claims of the bucket, by the end of their lease
---       4 wake    stream      what those who wait for a step are told by
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
@@ -15,7 +14,7 @@
 --       {"missing", nonce}
 -- Writes only when it replies "completed" for the first time.
 
-local steps, done, claims, waiters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local step, token, output = ARGV[2], ARGV[4], ARGV[5]
 local SUCCESSORS = 6
 
@@ -71,7 +70,7 @@ if holds(state, token) then
   -- include complete
   local line = complete(run, state, steps, done, step, output, now)
   -- include wake
-  wake(state, steps, waiters, step)
+  wake(state, steps, step)
   return { "completed", nonce, line, token == "" and redis.call("HGET", steps, "i" .. step) or nil }
 end
 

@@ -4,7 +4,6 @@
 --       2 done    sorted set  its completed steps, in order
 --       3 claims  sorted set  leased claims of the bucket, by the end of their lease
 --       4 failed  sorted set  failed steps of the bucket, by the time of the failure
---       5 wake    stream      what those who wait for a step are told by
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
@@ -62,5 +61,5 @@ redis.call("ZREM", claims, member)
 index_failed(failed, member, now)
 renew_expiry(run, steps, done, now)
 -- include wake
-wake(state, steps, KEYS[5], step)
+wake(state, steps, step)
 return replied(line)

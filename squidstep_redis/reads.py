@@ -183,8 +183,7 @@ class Reads(Operations):
             last = reply[6] if reply[0] == b"waiting" else None
             return self._records.record(run.text, step.text, values, run.keys.steps), last
 
-        keys = (*run.keys[:2], run.wake)
-        return Call(run.text, script("await_step"), keys, (nonce(), step.data), parse, None, step.text)
+        return Call(run.text, script("await_step"), run.keys[:2], (nonce(), step.data), parse, None, step.text)
 
     # Across runs
 

@@ -5,7 +5,7 @@ The rules themselves are the Lua scripts, one per operation, of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any, Final, cast
 
@@ -20,13 +20,8 @@ from squidstep_redis.wire import Call, Reply
 
 MAX_ATTEMPTS: Final = 1_000_000
 
-# The keys that a transition of a claim in hand touches.
-_KEYS: Final[Mapping[str, Callable[[Run], tuple[bytes, ...]]]] = {
-    "complete_step": lambda run: (*run.keys[:3], run.wake),
-    "fail_step": lambda run: (*run.keys, run.wake),
-    "extend_claim": lambda run: run.keys[:3],
-    "release_step": lambda run: run.keys[:3],
-}
+# How many of a run's keys a transition of a claim in hand touches.
+_KEYS: Final[Mapping[str, int]] = {"complete_step": 3, "fail_step": 4, "extend_claim": 3, "release_step": 3}
 
 
 class Transitions(Operations):
@@ -198,7 +193,7 @@ class Transitions(Operations):
             return self._begun(run, name, args[0], args[3], reply)
 
         sent = (*args, from_step.data, held, data)
-        return Call(run.text, script("advance_step"), (*run.keys, run.wake), sent, parse_either, step=from_step.text)
+        return Call(run.text, script("advance_step"), run.keys, sent, parse_either, step=from_step.text)
 
     def fail_step(self, step_run: StepRun | str, error: Mapping[str, Any] | BaseException) -> Call[StepRun]:
         """Ends a claim with an error; the step can be begun again.
@@ -393,7 +388,7 @@ class Transitions(Operations):
     ) -> Call[StepRun]:
         sent = (nonce(), step.data, run.member, held, *args)
         parse = partial(self._ended, operation, step_run, run, step, held, output, last_error)
-        return Call(run.text, script(operation), _KEYS[operation](run), sent, parse, None, step.text)
+        return Call(run.text, script(operation), run.keys[: _KEYS[operation]], sent, parse, None, step.text)
 
     def _ended(
         self,
