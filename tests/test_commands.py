@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -108,10 +109,10 @@ class TestReading:
         store.fail_step(store.begin_step(EVIL, EVIL, {"x": EVIL, EVIL: b""}, owner="w").step_run, {"type": EVIL})
         store.begin_step("stuck", EVIL, {}, lease=0.001)
         store.complete_step(store.begin_step("stuck", "done", {}).step_run, {EVIL: EVIL})
-        for arguments in (["runs"], ["stuck"], ["failed"], ["failed", "--by-type"], ["show", "stuck"], ["watch"]):
-            result = invoke(*arguments, *options_of(server, store))
+        for line in ("runs", "stuck", "failed", "failed --by-type", "show stuck", "watch --once"):
+            result = invoke(*line.split(), *options_of(server, store))
             assert result.exit_code in (0, 1)
-            assert not set(result.stdout) & set("\x1b\x07\x00\u202e\r"), arguments
+            assert not set(result.stdout) & set("\x1b\x07\x00\u202e\r"), line
         for name in ("svg", "html"):
             result = invoke("timeline", "stuck", f"--{name}", os.devnull, *options_of(server, store))
             assert result.exit_code == 0
@@ -195,6 +196,19 @@ class TestShow:
         for arguments in (["show", "run"], ["failed"], ["failed", "--by-type"], ["show", "run", "--json"]):
             assert "decode" in invoke(*arguments, *options_of(server, store)).stdout
 
+    def test_each_attempt_has_its_error(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        for problem in ("first", "second"):
+            store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError(problem + EVIL))
+        store.begin_step("run", "pay", {})
+        arguments = ["show", "run", "pay", *options_of(server, store)]
+        told: list[dict[str, Any]] = json.loads(invoke(*arguments, "--json").stdout)["attempts"]
+        assert [each["error"] and each["error"]["message"] for each in told] == ["first" + EVIL, "second" + EVIL, None]
+        lines = invoke(*arguments).stdout.splitlines()
+        for number, problem in ((1, "first"), (2, "second")):
+            place = next(place for place, line in enumerate(lines) if f" attempt {number}  " in line)
+            assert f"ValueError: {problem}" in lines[place + 1]
+        assert all(line.isprintable() for line in lines)
+
 
 class TestTimeline:
     def test_its_files_stand_alone(self, server: EmbeddedServer, filled: StepRunStore, tmp_path: Path) -> None:
@@ -258,9 +272,29 @@ class TestWatch:
         assert sum("404 Not Found" in line for line in lines) == 4
 
     def test_the_store(self, server: EmbeddedServer, filled: StepRunStore) -> None:
-        shown = run("watch", "-u", server.url).stdout
+        shown = run("watch", "--once", "-u", server.url).stdout
         for part in ("at work", "stuck", "failed", "order-7301", "stuck-0", "Declined"):
             assert part in shown
+
+    def test_in_a_pipe_the_store_is_told_again_and_whole(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError("x" * 200))
+        command = [SQUIDSTEP, "watch", "--interval", "0.05", *options_of(server, store)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+            assert watching.stdout is not None
+            assert watching.stderr is not None
+            told = [watching.stdout.readline() for _ in range(8)]
+            watching.send_signal(signal.SIGINT)
+            assert "Traceback" not in watching.stderr.read()
+        assert sum("x" * 200 in line for line in told) == 2
+        assert watching.returncode == 128 + signal.SIGINT
+
+    @pytest.mark.parametrize("arguments", [[], ["run"]])
+    def test_once(self, server: EmbeddedServer, store: StepRunStore, arguments: list[str]) -> None:
+        store.begin_step("run", "pay", {}, lease=60)  # at work, so that it would go on
+        command = ["watch", *arguments, "--once", *options_of(server, store)]
+        ended = run(*command)
+        assert (ended.returncode, "pay" in ended.stdout) == (0, True)
+        assert "pay" in in_a_terminal(80, *command)
 
 
 class TestSteering:

@@ -18,6 +18,7 @@ from squidstep_redis.commands.texts import (
     attempt_as_dict,
     brief_error,
     clean,
+    error_in_brief,
     fitted,
     lease_left,
     payload_of,
@@ -66,6 +67,8 @@ def rendered(
         yield line_of(each, names, owners)
         for attempt in attempts:
             yield _attempt(attempt)
+            if attempt.error is not None:
+                yield Padding(Text(error_in_brief(attempt.error), "red", overflow="fold"), (0, 0, 0, 8))
         if payloads:
             yield from _payloads(each, full)
 

@@ -122,8 +122,11 @@ def brief_error(step_run: StepRun) -> str:
         error = step_run.last_error
     except UndecodablePayloadError:
         return payload_of(step_run, "last_error") or ""
-    if error is None:
-        return ""
+    return "" if error is None else error_in_brief(error)
+
+
+def error_in_brief(error: Mapping[str, Any]) -> str:
+    """Likewise, of an error that is at hand."""
     if "type" in error and "message" in error:
         return clean(f"{error['type']}: {error['message']}")
     return shown(error)
@@ -154,8 +157,8 @@ def step_run_as_dict(step_run: StepRun) -> dict[str, Any]:
 
     def payload(name: str) -> Any:
         try:
-            return to_json(getattr(step_run, name))
-        except (UndecodablePayloadError, TypeError) as error:
+            return _json(getattr(step_run, name))
+        except UndecodablePayloadError as error:
             return {"$undecodable": str(error)}
 
     return {
@@ -183,14 +186,22 @@ def summary_as_dict(summary: RunSummary) -> dict[str, Any]:
 
 
 def attempt_as_dict(attempt: Attempt) -> dict[str, Any]:
-    """One attempt, without its error."""
+    """All that an attempt shows."""
     return {
         "number": attempt.number,
         "owner": attempt.owner,
         "outcome": attempt.outcome,
+        "error": _json(attempt.error),
         "started_at": _time(attempt.started_at),
         "ended_at": _time(attempt.ended_at),
     }
+
+
+def _json(payload: Any) -> Any:
+    try:
+        return to_json(payload)
+    except TypeError as error:  # what another codec made of it
+        return {"$undecodable": str(error)}
 
 
 def _time(moment: datetime | None) -> str | None:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
-from squidstep_redis.commands.base import Where, complain, on_a_store, reached
+from squidstep_redis.commands.base import Where, complain, on_a_store, reached, show
 from squidstep_redis.commands.show import heading, line_of
 from squidstep_redis.commands.texts import STYLES, ago, brief_error, clean, fitted, lease_left, width_of
 
@@ -26,25 +26,26 @@ _URGENT: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, Ste
 @on_a_store
 @click.argument("run", required=False)
 @click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3_600), help="Seconds.")
-def command(url: str, prefix: str, run: str | None, interval: float) -> None:
+@click.option("--once", is_flag=True, help="Show it as it is now, and end.")
+def command(url: str, prefix: str, run: str | None, interval: float, once: bool) -> None:
     """Shows a run while it works, until all its steps are completed or failed; without a RUN, the whole store.
 
-    In a pipe it prints a line for each change. Control-C ends it.
+    In a pipe it prints a line for each change in a run; of the store, all of it each time. Control-C ends it.
 
     \b
     The exit code, with a RUN:
-      0  all its steps are completed
+      0  all its steps are completed; with --once, or it is still at work
       1  a step has failed, or there is no such run
       2  the server was not reached
     """  # noqa: D301 -- \b is click's own
     with reached(Where(url, prefix)) as store:
         console = Console(highlight=False)
         if run is None:
-            _watch_all(store, console, interval)
+            _watch_all(store, console, interval, once=once)
         elif console.is_terminal:
-            sys.exit(_watch_run(store, run, console, interval))
+            sys.exit(_watch_run(store, run, console, interval, once=once))
         else:
-            sys.exit(_log_run(store, run, interval))
+            sys.exit(_log_run(store, run, interval, once=once))
 
 
 def _read(store: StepRunStore, run: str) -> list[StepRun]:
@@ -62,17 +63,17 @@ def _code(step_runs: Iterable[StepRun]) -> int | None:
     return None if statuses & {StepStatus.PENDING, StepStatus.RUNNING} else 1
 
 
-def _watch_run(store: StepRunStore, run: str, console: Console, interval: float) -> int:
+def _watch_run(store: StepRunStore, run: str, console: Console, interval: float, *, once: bool) -> int:
     step_runs = _read(store, run)
     with Live(run_screen(run, step_runs, console.height), console=console, auto_refresh=False) as live:
-        while (code := _code(step_runs)) is None:
+        while (code := _code(step_runs)) is None and not once:
             time.sleep(interval)
             step_runs = _read(store, run)
             live.update(run_screen(run, step_runs, console.height), refresh=True)
-    return code
+    return code or 0
 
 
-def _log_run(store: StepRunStore, run: str, interval: float) -> int:
+def _log_run(store: StepRunStore, run: str, interval: float, *, once: bool) -> int:
     """A line for each change, for logs."""
     before: dict[str, StepRun] = {}
     while True:
@@ -86,8 +87,8 @@ def _log_run(store: StepRunStore, run: str, interval: float) -> int:
                 sys.stdout.write(f"{datetime.now(UTC):%H:%M:%S}  {line}\n")
         sys.stdout.flush()
         before = {step_run.step: step_run for step_run in step_runs}
-        if (code := _code(step_runs)) is not None:
-            return code
+        if (code := _code(step_runs)) is not None or once:
+            return code or 0
         time.sleep(interval)
 
 
@@ -124,10 +125,14 @@ def _urgency(step_run: StepRun) -> tuple[int, int]:
     return _URGENT.index(step_run.status), step_run.nth if is_next else -step_run.nth
 
 
-def _watch_all(store: StepRunStore, console: Console, interval: float) -> None:
-    if not console.is_terminal:
-        console.print(_store_screen(store, 10_000))
-        return
+def _watch_all(store: StepRunStore, console: Console, interval: float, *, once: bool) -> None:
+    if once or not console.is_terminal:
+        while True:
+            show(_store_screen(store, console.height if console.is_terminal else 10_000))
+            sys.stdout.flush()
+            if once:
+                return
+            time.sleep(interval)
     with Live(_store_screen(store, console.height), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
