@@ -9,6 +9,7 @@ import signal
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,13 @@ class TestReading:
         assert result.exit_code == FOUND.get(arguments[0], 0)
         assert json.loads(result.stdout)
 
-    @pytest.mark.parametrize("arguments", [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]], ids=" ".join)
-    def test_no_server_is_one_line(self, arguments: list[str]) -> None:
-        ended = run(*arguments, "-u", NOBODY)
-        assert (ended.returncode, ended.stdout) == (2, "")
-        assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
+    def test_no_server_is_one_line(self) -> None:
+        """All at once, for each goes on asking for five seconds."""
+        asked = [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]]
+        with ThreadPoolExecutor(len(asked)) as threads:
+            for ended in threads.map(lambda arguments: run(*arguments, "-u", NOBODY), asked):
+                assert (ended.returncode, ended.stdout) == (2, "")
+                assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
 
     @pytest.mark.parametrize("command", ["show", "timeline", "watch", "export", "retry", "delete"])
     def test_a_run_that_is_not_there_is_one_line(self, server: EmbeddedServer, command: str) -> None:

@@ -22,6 +22,8 @@ from test_contract import (  # noqa: F401 -- pytest collects them from here
 from squidstep_redis import StepRun, StepRunStore
 from squidstep_redis.testing import StepKit
 
+pytestmark = pytest.mark.servers("fakeredis", "valkey")  # on a cluster the clock is tried by test_clock.py
+
 DAY = 86_400
 
 
