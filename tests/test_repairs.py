@@ -20,6 +20,9 @@ from squidstep_redis import (
     StepStatus,
 )
 
+# Not on a cluster: one run is one slot: a cluster adds nothing here.
+pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
+
 
 def failed(store: StepRunStore, times: int = 1, step: str = "pay", lease: float | None = None) -> StepRun:
     """A step that failed so often; the last claim on it."""

@@ -28,6 +28,9 @@ from squidstep_redis import (
 )
 from squidstep_redis.documents import from_json, to_json
 
+# Not on a cluster: one run is one slot: a cluster adds nothing here.
+pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
+
 ODD: dict[Any, Any] = {
     "bytes": bytes(range(256)),
     "when": datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC),

@@ -23,6 +23,9 @@ from squidstep_redis import (
 )
 from squidstep_redis.testing import StepKit, WorkerKilled, assert_completed, assert_executed_once
 
+# Not on a cluster: redis-py's client of a cluster takes seconds to find its nodes again.
+pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
+
 ROUND: dict[str, Callable[[StepRunStore], Any]] = {
     "begin_step": lambda store: begun(store.begin_step("run", "pay", {}, lease=60)).attempt,
     "complete_step": lambda store: store.complete_step(begun(store.begin_step("run", "pay", {})), {"paid": 1}).status,
