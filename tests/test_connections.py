@@ -48,6 +48,11 @@ def lends(client: Any) -> bool:
     return made(client)._lender.lends()
 
 
+def is_open(connection: Any) -> bool:
+    """Of redis-py 5, too, whose blocking connections do not say."""
+    return any(getattr(connection, name, None) is not None for name in ("_sock", "_reader"))
+
+
 class TestWhoLends:
     @pytest.mark.parametrize("protocol", [2, 3])
     @pytest.mark.parametrize("decode_responses", [False, True])
@@ -159,7 +164,7 @@ class TestKept:
             with pytest.raises(Alarm):
                 store.begin_step("run", "second", {})
             del connection.read_response
-            assert not connection.is_connected
+            assert not is_open(connection)
             assert not pool._in_use_connections
             assert begun(store.begin_step("run", "third", {})).step == "third"
 
@@ -183,7 +188,7 @@ class TestKept:
         pool: Any = store.client.connection_pool
         (connection,) = pool._in_use_connections
         store.close()
-        assert not connection.is_connected
+        assert not is_open(connection)
 
 
 @pytest.mark.servers("valkey")
