@@ -1,6 +1,6 @@
 """A store's way to its server: packed by hiredis, over a connection that the client's pool lends.
 
-`execute_command` of redis-py takes three times the client's processor time for the same bytes: it times, retries and
+`execute_command` of redis-py takes half as much of the client's time again for the same bytes: it times, retries and
 records what the store does by itself or not at all. What belongs to the connection stays as it is: time-outs, health
 checks, credentials, Sentinel, reconnecting. Whoever overrides, instruments or measures `execute_command` is asked to
 send as before: see `lends`.
