@@ -10,18 +10,43 @@
 --       11 held    token of the claim on it, or ""  for whoever holds it
 --       12 output  of it
 -- REPLY as begin_step, about the next step, once the first is completed:
---       {"execute" | "takeover", nonce, state} | {"execute", nonce, state, input}
+--       "execute nonce state" | {"execute", nonce, state, input} | {"takeover", nonce, state, input}
 --       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
 -- Writes only when it completes the first step for the first time, or as begin_step. It then does both or neither.
 
--- include record
--- include run
-
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
 local from, held, output = ARGV[10], ARGV[11], ARGV[12]
+
+-- The common case: a claim in hand, nobody waiting, a new step next, in a run that does not expire. What follows does
+-- the same, at greater cost, and all else.
+local lines = redis.pcall("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
+if lines[1] and lines[2] and not lines[3] and not lines[4] then
+  local created, completed = string.match(lines[1], "^1 (%d+) (%d+)$")
+  local claim, holder, ends, started, made, rest =
+    string.match(lines[2], "^1r (%d+ %d* (%S+)) (%d*) (%d*)  (%d+)( %d+ %S* .*)$")
+  if created and holder == held and redis.pcall("ZCARD", done) == tonumber(completed) then
+    local time = redis.call("TIME")
+    local now = time[1] .. string.sub("00000" .. time[2], -6, -4)
+    if
+      (ends == "" or type(redis.pcall("ZREM", claims, ARGV[3] .. from)) == "number")
+      and (lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)) == "number")
+    then
+      created, completed = created + 1 .. "", completed + 1 .. ""
+      redis.call("ZADD", done, completed, from)
+      local ended = "1c " .. claim .. "  " .. started .. " " .. math.max(0, now - made - started) .. " " .. made .. rest
+      local line = "1r 1  " .. token .. " " .. lease .. " 0  " .. now .. " " .. created .. "  " .. owner
+      local run = "1 " .. created .. " " .. completed
+      redis.call("HSET", steps, "r", run, "s" .. from, ended, "o" .. from, output, "s" .. step, line, "i" .. step, input)
+      return "execute " .. token .. " " .. line
+    end
+  end
+end
+
+-- include record
+-- include run
 
 local run, ended, refusal = load(steps, done, from)
 if refusal then
@@ -42,11 +67,16 @@ local now = now_ms()
 -- include complete
 
 if holds(ended, held) then
-  refusal = check_indexes(claims, failed)
-  if refusal then
-    return refusal
+  -- An index in which nothing will change is not looked at.
+  if state or lease ~= "" or ended.lease ~= "" then
+    refusal = check_indexes(claims, state and failed or nil)
+    if refusal then
+      return refusal
+    end
   end
-  redis.call("ZREM", claims, ARGV[3] .. from)
+  if ended.lease ~= "" then
+    redis.call("ZREM", claims, ARGV[3] .. from)
+  end
   complete(run, ended, steps, done, from, output, now)
   -- include wake
   wake(ended, steps, from)

@@ -85,7 +85,12 @@ def keys_of(raw: Any, prefix: str) -> set[bytes]:
 
 def contents(raw: Any, prefix: str) -> dict[bytes, Any]:
     """All that is stored under a prefix."""
-    read = {b"hash": raw.hgetall, b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True), b"string": raw.get}
+    read = {
+        b"hash": raw.hgetall,
+        b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True),
+        b"string": raw.get,
+        b"stream": lambda key: [entry for _, entry in raw.xrange(key)],
+    }
     return {key: read[raw.type(key)](key) for key in keys_of(raw, prefix)}
 
 

@@ -1,10 +1,10 @@
-"""Two scripts begin with a shortcut for the common case. Without it they must do the same, only slower."""
+"""Three scripts begin with a shortcut for the common case. Without it they must do the same, only slower."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha1
 from typing import Any
 
@@ -14,7 +14,7 @@ from backends import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from squidstep_redis import SquidstepError, scripts
+from squidstep_redis import SquidstepError, arguments, scripts
 from squidstep_redis.calls import Calls
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.model import BeginResult, StepRun, step_run_id
@@ -22,7 +22,7 @@ from squidstep_redis.scripts import Script
 from squidstep_redis.wire import Call
 
 SHORTCUT = re.compile(r"^-- The common case.*?(?=^-- include record)", re.MULTILINE | re.DOTALL)
-SHORTENED = ("begin_step", "complete_step")
+SHORTENED = ("begin_step", "complete_step", "advance_step")
 
 CALLS = Calls("squidstep", None, 10_000, None)
 KEYS = CALLS._run("run").keys
@@ -43,8 +43,10 @@ def without_shortcut(name: str, tmp_path_factory: pytest.TempPathFactory) -> Scr
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
-    return {name: without_shortcut(name, tmp_path_factory) for name in SHORTENED}
+def at_length(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Call[Any]], Call[Any]]:
+    """What makes of a call the same one without the shortcut."""
+    plain = {name: without_shortcut(name, tmp_path_factory) for name in SHORTENED}
+    return lambda call: call._replace(script=plain.get(call.script.name, call.script))
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,17 @@ def databases(binary: Any) -> Iterator[tuple[redis.Redis, redis.Redis]]:
 
 
 STEPS = st.sampled_from(["a", "b"])
+LEASES = st.sampled_from([None, 60])
+LIMITS = st.sampled_from([None, 1, 2])
 PAYLOADS = st.sampled_from([{"n": 1}, {"n": 2}])
 OPERATIONS = st.one_of(
-    st.tuples(st.just("begin"), STEPS, PAYLOADS, st.sampled_from([None, 60]), st.sampled_from([None, 1, 2])),
+    st.tuples(st.just("begin"), STEPS, PAYLOADS, LEASES, LIMITS),
+    st.tuples(st.just("advance"), st.integers(0, 3), PAYLOADS, STEPS | st.just("c"), PAYLOADS, LEASES, LIMITS),
     st.tuples(st.just("complete"), st.integers(0, 3), PAYLOADS, st.sampled_from([None, {"c": {}}])),
     st.tuples(st.just("complete by id"), STEPS, PAYLOADS),
     st.tuples(st.sampled_from(["release", "fail", "expire"]), st.integers(0, 3)),
     st.tuples(st.just("schedule"), STEPS, PAYLOADS),
+    st.tuples(st.just("wait"), STEPS),
     st.tuples(st.sampled_from(["again", "ttl", "delete"])),
     st.tuples(st.just("spoil"), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["gone", "string"])),
 )
@@ -83,6 +89,8 @@ def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[A
         return CALLS.expire_run("run", 60)
     if kind == "delete":
         return CALLS.delete_run("run")
+    if kind == "wait":
+        return CALLS._await_step(CALLS._run("run"), arguments.step(rest[0]))
     if kind == "again":
         return sent[-1] if sent else None
     if not claims:
@@ -90,6 +98,11 @@ def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[A
     claim = claims[-1 - rest[0] % len(claims)]  # an old one, too
     if kind == "complete":
         return CALLS.complete_step(claim, rest[1], schedule=rest[2])
+    if kind == "advance":
+        output, step, payload, lease, most = rest[1:]
+        if step == claim.step:
+            return None
+        return CALLS.advance_step(claim, output, step, payload, lease=lease, max_attempts=most, owner="worker-1")
     if kind == "release":
         return CALLS.release_step(claim)
     return CALLS.fail_step(claim, {"why": "test"}) if kind == "fail" else CALLS.expire_claim(claim)
@@ -117,7 +130,9 @@ def without_spans(found: re.Match[bytes]) -> bytes:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=st.lists(OPERATIONS, min_size=1, max_size=12))
 def test_the_shortcut_changes_nothing(
-    databases: tuple[redis.Redis, redis.Redis], plain: dict[str, Script], operations: list[tuple[Any, ...]]
+    databases: tuple[redis.Redis, redis.Redis],
+    at_length: Callable[[Call[Any]], Call[Any]],
+    operations: list[tuple[Any, ...]],
 ) -> None:
     for database in databases:
         database.flushall()
@@ -134,10 +149,8 @@ def test_the_shortcut_changes_nothing(
         if call is None:
             continue
         sent.append(call)
-        slow = call._replace(script=plain.get(call.script.name, call.script))
-        quick, thorough = (
-            database.execute_command(*asked.eval()) for database, asked in zip(databases, (call, slow), strict=True)
-        )
+        asked = zip(databases, (call, at_length(call)), strict=True)
+        quick, thorough = (database.execute_command(*each.eval()) for database, each in asked)
         quick = quick.split(b" ", 2) if isinstance(quick, bytes) else quick
         if quick[0] == b"busy":
             del quick[6], thorough[6]  # how long the lease has yet to run
