@@ -1,8 +1,10 @@
--- completed_outputs: lists the outputs of a run's completed steps in the order of their completion.
+-- completed_outputs: lists the outputs of a stretch of a run's completed steps in the order of their completion.
 --
 -- KEYS  1 steps   hash        the run's records
 --       2 done    sorted set  its completed steps, in order
 -- ARGV  1 nonce   of this call, echoed
+--       2 first   of the places to list, from 0
+--       3 last    of them; -1: the last there is
 -- REPLY {"outputs", nonce, {step, …}, {output, …}}
 -- Writes nothing.
 
@@ -15,7 +17,7 @@ local _, _, refusal = load(steps, done)
 if refusal then
   return refusal
 end
-local names = redis.call("ZRANGE", done, 0, -1)
+local names = redis.call("ZRANGE", done, ARGV[2], ARGV[3])
 local outputs = {}
 for first = 1, #names, CHUNK do
   local fields = {}

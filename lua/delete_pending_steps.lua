@@ -27,21 +27,28 @@ for first = FIRST, #ARGV, CHUNK do
   end
   for index, line in ipairs(redis.call("HMGET", steps, unpack(names))) do
     local position = first + index - 1
-    local state = line and parse_state(line)
-    if line and not state then
-      return unreadable(steps, names[index], line)
-    end
-    if state and state.status == PENDING then
-      local step = ARGV[position]
-      fields[#fields + 1] = "s" .. step
-      fields[#fields + 1] = "i" .. step
-      fields[#fields + 1] = "e" .. step
-      fields[#fields + 1] = "w" .. step
-      for number = math.max(1, state.attempt - HISTORY), state.attempt do
-        fields[#fields + 1] = "a" .. number .. ":" .. step
+    local step = ARGV[position]
+    local gone = true
+    if line and string.find(line, "^1p 0 ") then -- scheduled and never begun: there is no more of it
+      local last = #fields
+      fields[last + 1], fields[last + 2], fields[last + 3] = names[index], "i" .. step, "w" .. step
+    elseif line then
+      local state = parse_state(line)
+      if not state then
+        return unreadable(steps, names[index], line)
+      end
+      gone = state.status == PENDING
+      if gone then
+        fields[#fields + 1] = "s" .. step
+        fields[#fields + 1] = "i" .. step
+        fields[#fields + 1] = "e" .. step
+        fields[#fields + 1] = "w" .. step
+        for number = math.max(1, state.attempt - HISTORY), state.attempt do
+          fields[#fields + 1] = "a" .. number .. ":" .. step
+        end
       end
     end
-    if not state or state.status == PENDING then
+    if gone then
       reply[#reply + 1] = position - FIRST
     end
   end

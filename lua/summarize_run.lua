@@ -10,6 +10,7 @@
 -- Writes nothing.
 
 -- include record
+-- include walk
 
 local steps, done, cursor, count = KEYS[1], KEYS[2], ARGV[2], ARGV[3]
 local CHUNK = 1000 -- arguments of one redis.call; Lua's stack takes about 8,000
@@ -27,23 +28,8 @@ if tonumber(run.created) == tonumber(run.completed) then
   return { "summary", nonce, "0", run.created, run.completed, last, {} }
 end
 
-local names, width = nil, 1
-if cursor == "0" and redis.call("HLEN", steps) <= tonumber(count) then
-  names = redis.call("HKEYS", steps)
-else
-  -- The values are payloads, which need not be copied: servers from Redis 7.4 and Valkey 8 on can leave them out.
-  local answer = redis.pcall("HSCAN", steps, cursor, "MATCH", "s*", "COUNT", count, "NOVALUES")
-  if answer.err then
-    answer, width = redis.call("HSCAN", steps, cursor, "MATCH", "s*", "COUNT", math.ceil(count / 5)), 2
-  end
-  cursor, names = tostring(answer[1]), answer[2] -- older versions of fakeredis give a number
-end
-local fields, unfinished = {}, {}
-for index = 1, #names, width do
-  if string.sub(names[index], 1, 1) == "s" then
-    fields[#fields + 1] = names[index]
-  end
-end
+local fields, unfinished = nil, {}
+cursor, fields = walk(steps, cursor, count)
 for first = 1, #fields, CHUNK do
   local to = math.min(first + CHUNK - 1, #fields)
   for index, line in ipairs(redis.call("HMGET", steps, unpack(fields, first, to))) do

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         RunPage,
         RunSummary,
         ScheduleResult,
+        StepPage,
         StepRun,
         StepStatus,
     )
@@ -87,6 +88,7 @@ _HOMES = {
     "StaleStepRunError": "errors",
     "StepBusyError": "errors",
     "StepExhaustedError": "errors",
+    "StepPage": "model",
     "StepRun": "model",
     "StepRunNotFoundError": "errors",
     "StepRunStore": "store",
@@ -134,6 +136,7 @@ __all__ = [
     "StaleStepRunError",
     "StepBusyError",
     "StepExhaustedError",
+    "StepPage",
     "StepRun",
     "StepRunNotFoundError",
     "StepRunStore",

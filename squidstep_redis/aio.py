@@ -82,6 +82,7 @@ class AsyncStepRunStore(AsyncSender):
 
     get_step_run = _operation(Calls.get_step_run)
     get_run = _operation(Calls.get_run)
+    scan_steps = _operation(Calls.scan_steps)
     attempts = _operation(Calls.attempts)
     completed_steps = _operation(Calls.completed_steps)
     completed_outputs = _operation(Calls.completed_outputs)

@@ -317,6 +317,18 @@ class RunPage(NamedTuple):
     progress: float
 
 
+class StepPage(NamedTuple):
+    """A page of the step runs of one run.
+
+    Attributes:
+        step_runs: in no order.
+        cursor: for the next page; None: this is the last.
+    """
+
+    step_runs: list[StepRun]
+    cursor: str | None
+
+
 class ScheduleResult(NamedTuple):
     """What `schedule_step` answers: the step run, and whether this call made it."""
 

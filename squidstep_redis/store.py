@@ -80,6 +80,7 @@ class StepRunStore(Sender):
 
     get_step_run = _operation(Calls.get_step_run)
     get_run = _operation(Calls.get_run)
+    scan_steps = _operation(Calls.scan_steps)
     attempts = _operation(Calls.attempts)
     completed_steps = _operation(Calls.completed_steps)
     completed_outputs = _operation(Calls.completed_outputs)

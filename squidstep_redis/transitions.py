@@ -61,7 +61,8 @@ class Transitions(Operations):
     def schedule_steps(self, run_id: RunId, steps: StepInputs) -> Call[list[str]]:
         """Makes pending records for those of many steps that have none, all of them or, if refused, none.
 
-        One round trip.
+        One round trip, and one script: 10,000 steps hold the server up for about 0.04 s. Schedule them by the thousand,
+        if that is too long and none of them depends on the others.
 
         Args:
             run_id: as for `schedule_step`.
@@ -277,7 +278,7 @@ class Transitions(Operations):
     def delete_pending_steps(self, run_id: RunId, steps: Iterable[Step]) -> Call[list[str]]:
         """Forgets those of the given steps that are pending; all others stay as they are.
 
-        One round trip.
+        One round trip, and one script, as for `schedule_steps`.
 
         Returns:
             Those of the given steps that have no record now, in the order given: a step that is missing from the

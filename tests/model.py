@@ -268,6 +268,8 @@ class Model:
     def get_run(self, run_id: str) -> list[Shown]:
         return [self._shown(run_id, step) for step in self._records(run_id)]
 
+    scan_steps = get_run  # of a small run: all on one page
+
     def step_statuses(self, run_id: str) -> dict[str, str]:
         return {step: record.status for step, record in self._records(run_id).items()}
 

@@ -86,6 +86,19 @@ class TestNumbers:
         with pytest.raises(InvalidArgumentError, match="max_payload_bytes: must be an int from 1 to"):
             StepRunStore(redis.Redis(), max_payload_bytes=value)
 
+    @pytest.mark.parametrize("value", [-1, 1.5, True, "1", 10**9 + 1])
+    def test_places_of_the_order(self, store: StepRunStore, value: Any) -> None:
+        for read in (store.completed_steps, store.completed_outputs):
+            with pytest.raises(InvalidArgumentError, match="after: must be an int from 0 to 1,000,000,000"):
+                read("run", after=value)
+            with pytest.raises(InvalidArgumentError, match="limit: must be an int from 1 to 1,000,000,000"):
+                read("run", limit=value)
+
+    @pytest.mark.parametrize("value", ["", "-1", "x", "1-2-", 0, b"0", "1" * 21, "٣"])
+    def test_cursors(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="cursor: must be that of another page"):
+            store.scan_steps("run", cursor=value)
+
 
 class TestNames:
     @pytest.mark.parametrize("value", ["", "x" * 513, "\ud800", 7, b"run", None])

@@ -1754,7 +1754,7 @@ class TestServerAway:
         options = {"appendonly": "yes", "appendfsync": "always"}
         with (  # TCP: over a unix socket redis-py 5.0 knows no time-out
             EmbeddedServer(binary=find_binary(bench.backend.name), options=options, port=0) as server,
-            connected(bench, server.url, socket_timeout=0.1) as worker,
+            connected(bench, server.url, socket_timeout=0.1, timeout=2) as worker,
         ):
 
             def work(input: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def reads(store: StepRunStore) -> list[Call[Any]]:
     return [
         calls.get_step_run("run", "held"),
         calls.get_run("run"),
+        calls.scan_steps("run"),
         calls.attempts("run", "held"),
         calls.completed_steps("run"),
         calls.completed_outputs("run"),
@@ -141,6 +142,7 @@ class TestALineThatDoesNotParse:
         calls += [
             store.calls.get_step_run("run", "held"),
             store.calls.get_run("run"),
+            store.calls.scan_steps("run"),
             store.calls.expire_run("run", 60),
         ]
         calls += [store.calls.step_statuses("run"), *housekeeping(store), store.calls.attempts("run", "held")]
@@ -168,7 +170,7 @@ class TestALineThatDoesNotParse:
         bench.backend.raw.hdel(key, "iheld", "ocompleted")
         calls = store.calls
         broken = [calls.get_step_run("run", "held"), calls.get_step_run("run", "completed"), calls.get_run("run")]
-        broken += [calls.completed_outputs("run"), calls.begin_step("run", "completed", {})]
+        broken += [calls.scan_steps("run"), calls.completed_outputs("run"), calls.begin_step("run", "completed", {})]
 
         assert_refused(bench, store, broken, CorruptRunError, key)
 

@@ -85,6 +85,7 @@ class TestDistinctPairsAreDistinctRecords:
                 assert store.completed_steps(run) == steps
                 assert list(store.step_statuses(run)) == steps
                 assert [each.step for each in store.get_run(run)] == steps
+                assert sorted(each.step for each in store.scan_steps(run).step_runs) == sorted(steps)
             for run, step in pairs[:5]:
                 assert [(each.number, each.error) for each in store.attempts(run, step)] == [
                     (1, {"of": step}),
@@ -217,6 +218,7 @@ TAKES_A_RUN: dict[str, Callable[[StepRunStore, Any], object]] = {
     "delete_pending_steps": lambda store, run: store.delete_pending_steps(run, ["pay"]),
     "get_step_run": lambda store, run: store.get_step_run(run, "pay"),
     "get_run": lambda store, run: store.get_run(run),
+    "scan_steps": lambda store, run: store.scan_steps(run),
     "attempts": lambda store, run: store.attempts(run, "pay"),
     "completed_steps": lambda store, run: store.completed_steps(run),
     "completed_outputs": lambda store, run: store.completed_outputs(run),

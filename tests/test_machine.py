@@ -38,6 +38,7 @@ from squidstep_redis import (
     RunDeletedError,
     ScheduleResult,
     StaleStepRunError,
+    StepPage,
     StepRun,
     StepRunNotFoundError,
     StepRunStore,
@@ -99,6 +100,9 @@ def plain(answer: object) -> object:
         case BeginResult():
             assert answer.decision == ("skip" if answer.reason else "execute")
             return shown(answer.step_run), answer.reason, seconds(answer.retry_in)
+        case StepPage():
+            assert answer.cursor is None
+            return [shown(each) for each in sorted(answer.step_runs, key=lambda step_run: step_run.nth)]
         case ScheduleResult():
             return shown(answer.step_run), answer.decision
         case Attempt():
@@ -311,6 +315,7 @@ class Machine(RuleBasedStateMachine):
     def all_that_is_read_agrees(self) -> None:
         reads = [
             *(("get_run", run) for run in self.runs),
+            *(("scan_steps", run) for run in self.runs),
             *(("step_statuses", run) for run in self.runs),
             *(("completed_steps", run) for run in self.runs),
             *(("completed_outputs", run) for run in self.runs),

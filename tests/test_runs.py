@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from backends import Bench
 from servers import wait_until
 from test_contract import begun, stored
+from test_identifiers import in_batch
 
 from squidstep_redis import (
     InvalidArgumentError,
     Outcome,
     RunDeletedError,
     StaleStepRunError,
+    StepRun,
     StepRunNotFoundError,
     StepRunStore,
     StepStatus,
@@ -54,6 +58,83 @@ class TestReading:
         assert [step_run.input["n"] for step_run in store.get_run("run")] == list(range(2_500))
         assert store.completed_steps("run") == names[::-1]
         assert store.completed_outputs("run") == [{"of": name} for name in reversed(names)]
+        found = {each.step: each for page in pages(store, limit=500) for each in page}
+        assert sorted(found.values(), key=lambda each: each.nth) == store.get_run("run")
+        assert store.completed_steps("run", after=1_000, limit=1_200) == names[1_499:299:-1]
+        assert store.completed_outputs("run", after=1_000, limit=1_200) == [
+            {"of": name} for name in names[1_499:299:-1]
+        ]
+
+
+def pages(store: StepRunStore, limit: int) -> Iterator[list[StepRun]]:
+    cursor: str | None = None
+    while True:
+        page = store.scan_steps("run", limit=limit, cursor=cursor)
+        yield page.step_runs
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+class TestReadingBitByBit:
+    def test_a_run_that_is_not_there_is_one_empty_page(self, store: StepRunStore) -> None:
+        assert store.scan_steps("run") == ([], None)
+        store.schedule_step("run", "pay", {})
+        store.delete_run("run")
+        assert store.scan_steps("run") == ([], None)
+
+    def test_a_small_run_is_one_page_with_all_there_is_of_a_step(self, store: StepRunStore) -> None:
+        store.schedule_steps("run", {"zeta": {}, "alpha": {}, "mid": {"n": 1}})
+        store.complete_step(begun(store.begin_step("run", "alpha", {})), {"n": 2})
+        store.fail_step(begun(store.begin_step("run", "zeta", {})), {"n": 3})
+        begun(store.begin_step("run", "zeta", {}))  # whose past attempt is a field that is no step
+        begun(store.begin_step("run", "seen", {}, owner="s"))
+
+        page = store.scan_steps("run")
+
+        assert page.cursor is None
+        assert sorted(page.step_runs, key=lambda each: each.nth) == store.get_run("run")
+
+    def test_pages_are_about_as_large_as_asked_for(self, bench: Bench, store: StepRunStore) -> None:
+        names = {f"step-{number}" for number in range(1_000)}
+        store.schedule_steps("run", {name: {} for name in names})
+
+        found = list(pages(store, limit=100))
+
+        assert {each.step for page in found for each in page} == names
+        # A pending step has two fields, where three are reckoned with; and servers pass a few more or fewer.
+        assert len(found) >= 4
+
+    def test_each_step_is_as_it_was_when_its_page_was_read(self, store: StepRunStore) -> None:
+        store.schedule_steps("run", {f"step-{number}": {} for number in range(500)})
+        first = store.scan_steps("run", limit=50)
+        assert first.cursor is not None
+        seen = {each.step for each in first.step_runs}
+        claims = in_batch(store, [store.calls.begin_step("run", f"step-{number}", {}) for number in range(500)])
+
+        rest: dict[str, StepRun] = {}
+        cursor: str | None = first.cursor
+        while cursor is not None:
+            page = store.scan_steps("run", limit=50, cursor=cursor)
+            rest |= {each.step: each for each in page.step_runs}
+            cursor = page.cursor
+
+        assert all(each.status is StepStatus.PENDING for each in first.step_runs)
+        assert all(each.status is StepStatus.RUNNING for each in rest.values())
+        assert seen | rest.keys() == {claim.step_run.step for claim in claims}
+
+    def test_the_order_of_completion_can_be_followed(self, store: StepRunStore) -> None:
+        followed: list[str] = []
+        for name in ("a", "b", "c", "d", "e"):
+            store.complete_step(begun(store.begin_step("run", name, {})), {"of": name})
+            if name in "bde":
+                followed += store.completed_steps("run", after=len(followed))
+
+        assert followed == store.completed_steps("run") == ["a", "b", "c", "d", "e"]
+        assert store.completed_outputs("run", after=3) == [{"of": "d"}, {"of": "e"}]
+        assert store.completed_outputs("run", limit=2) == [{"of": "a"}, {"of": "b"}]
+        assert store.completed_steps("run", after=1, limit=1) == ["b"]
+        assert store.completed_steps("run", after=5) == store.completed_outputs("run", after=7, limit=2) == []
 
 
 class TestAttempts:

@@ -34,6 +34,7 @@ from squidstep_redis import (
     RunPage,
     ScheduleResult,
     StaleStepRunError,
+    StepPage,
     StepRun,
     StepRunNotFoundError,
     StepRunStore,
@@ -71,6 +72,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "delete_pending_steps": lambda store, claim: (claim.run_id, ["pending", "running", "unknown"]),
     "get_step_run": lambda store, claim: (claim.run_id, "completed"),
     "get_run": lambda store, claim: (claim.run_id,),
+    "scan_steps": lambda store, claim: (claim.run_id,),
     "attempts": lambda store, claim: (claim.run_id, "failed"),
     "completed_steps": lambda store, claim: (claim.run_id,),
     "completed_outputs": lambda store, claim: (claim.run_id,),
@@ -154,6 +156,8 @@ def seen(answer: Any) -> Any:
         return answer[:4]
     if isinstance(answer, BeginResult | ScheduleResult):
         return tuple(map(seen, answer))
+    if isinstance(answer, StepPage):
+        return [seen(each) for each in answer.step_runs]
     if isinstance(answer, RunPage):
         return [each._replace(changed_at=None) for each in answer.runs]
     if isinstance(answer, dict) and "squidstep_run" in answer:

@@ -21,6 +21,7 @@ from squidstep_redis import (
     ScheduleResult,
     StepBusyError,
     StepExhaustedError,
+    StepPage,
     StepRun,
     StepRunStore,
     StepStatus,
@@ -48,7 +49,8 @@ def blocking(store: StepRunStore) -> None:
     assert_type(store.schedule_steps("run", {Step.PAY: {}}), list[str])
     assert_type(store.get_step_run("run", "pay"), StepRun | None)
     assert_type(store.step_statuses("run"), dict[str, StepStatus])
-    assert_type(store.completed_outputs("run"), list[dict[str, Any]])
+    assert_type(store.completed_outputs("run", after=10, limit=10), list[dict[str, Any]])
+    assert_type(store.scan_steps("run", limit=10), StepPage)
     assert_type(store.attempts("run", "pay"), list[Attempt])
     assert_type(store.lapsed_claims(limit=10), list[StepRun])
     assert_type(store.live_claims(10, owner="worker"), list[StepRun])

@@ -16,7 +16,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
 from rich.console import Console, RenderableType
 
-from squidstep_redis import InvalidArgumentError, ServerError, SquidstepError, StepRunStore
+from squidstep_redis import InvalidArgumentError, ServerError, SquidstepError, StepRun, StepRunStore
 
 UNREACHED: Final = (RedisError, RedisClusterException)
 """What `opened` raises where no server answers."""
@@ -32,6 +32,7 @@ _OPTIONS: Final[dict[str, Any]] = {
         else {"cluster_error_retry_attempts": 0}
     ),
 }
+_STEPS_AT_ONCE: Final = 500  # 2 to 3 ms of the server's
 _PLENTY: Final = 10_000  # columns: what reads a pipe does not want its lines folded
 
 
@@ -110,6 +111,18 @@ def reached(where: Where) -> Generator[StepRunStore]:
         raise click.UsageError(str(error)) from error
     except SquidstepError as error:
         complain(str(error), 1)
+
+
+def steps_of(store: StepRunStore, run: str) -> list[StepRun]:
+    """The step runs of a run, in the order they came to be; of a long run page by page, for no worker is to wait."""
+    found: dict[str, StepRun] = {}
+    cursor: str | None = None
+    while True:
+        page = store.scan_steps(run, limit=_STEPS_AT_ONCE, cursor=cursor)
+        found |= {each.step: each for each in page.step_runs}
+        cursor = page.cursor
+        if cursor is None:
+            return sorted(found.values(), key=lambda each: each.nth)
 
 
 def complain(problem: str, code: int) -> NoReturn:

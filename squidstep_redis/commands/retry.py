@@ -9,7 +9,7 @@ import sys
 import click
 
 from squidstep_redis import StepStatus
-from squidstep_redis.commands.base import Where, complain, may_change, on_a_store, reached
+from squidstep_redis.commands.base import Where, complain, may_change, on_a_store, reached, steps_of
 from squidstep_redis.commands.texts import clean
 
 
@@ -26,7 +26,7 @@ def command(url: str, prefix: str, run: str, step: str | None, dry_run: bool) ->
     """
     with reached(Where(url, prefix)) as store:
         if dry_run:
-            found = [each.step for each in store.get_run(run) if each.status is StepStatus.FAILED]
+            found = [each.step for each in steps_of(store, run) if each.status is StepStatus.FAILED]
             retried = [name for name in found if step in (None, name)]
         elif step is None:
             retried = [each.step for each in store.retry_run(run, owner=_owner())]

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from squidstep_redis import Attempt, StepRun, StepStatus
-from squidstep_redis.commands.base import Where, as_json, complain, on_a_store, reached, show, show_json
+from squidstep_redis.commands.base import Where, as_json, complain, on_a_store, reached, show, show_json, steps_of
 from squidstep_redis.commands.texts import (
     STYLES,
     attempt_as_dict,
@@ -42,8 +42,11 @@ def command(url: str, prefix: str, run: str, step: str | None, full: bool, as_js
     With a STEP, that one alone, with each of its attempts. The exit code is 1 if there is no such run or step.
     """
     with reached(Where(url, prefix)) as store:
-        step_runs = [each for each in store.get_run(run) if step in (None, each.step)]
-        attempts = store.attempts(run, step) if step is not None and step_runs else []
+        if step is None:
+            step_runs, attempts = steps_of(store, run), []
+        else:
+            found = store.get_step_run(run, step)
+            step_runs, attempts = ([found], store.attempts(run, step)) if found else ([], [])
     if not step_runs:
         complain(f"run {run!r}: there is no such {'step' if step is not None else 'run'}", 1)
     if as_json:

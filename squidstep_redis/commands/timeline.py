@@ -19,6 +19,7 @@ from squidstep_redis.commands.base import (
     reached,
     show,
     show_json,
+    steps_of,
 )
 from squidstep_redis.commands.drawing import as_html, as_svg
 from squidstep_redis.commands.texts import attempt_as_dict
@@ -54,8 +55,8 @@ def command(url: str, prefix: str, run: str, svg: Path | None, html: Path | None
 
 
 def read(store: StepRunStore, run: str) -> Timeline | None:
-    """Reads a run and its attempts, in two round trips; None if there is no such run."""
-    step_runs = store.get_run(run)
+    """Reads a run and its attempts; None if there is no such run."""
+    step_runs = steps_of(store, run)
     if not step_runs:
         return None
     histories = store.batch([store.calls.attempts(run, step_run.step) for step_run in step_runs])

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
-from squidstep_redis.commands.base import Where, complain, on_a_store, reached, show
+from squidstep_redis.commands.base import Where, complain, on_a_store, reached, show, steps_of
 from squidstep_redis.commands.show import heading, line_of
 from squidstep_redis.commands.texts import STYLES, ago, brief_error, clean, fitted, lease_left, width_of
 
@@ -49,7 +49,9 @@ def command(url: str, prefix: str, run: str | None, interval: float, once: bool)
 
 
 def _read(store: StepRunStore, run: str) -> list[StepRun]:
-    step_runs = store.get_run(run)
+    step_runs = steps_of(store, run)
+    if _code(step_runs) is not None:
+        step_runs = store.get_run(run)  # whether that was all is to be seen at one moment
     if not step_runs:
         complain(f"run {run!r}: there is no such run", 1)
     return step_runs

@@ -58,14 +58,26 @@ def _blocking(store: StepRunStore, client: redis.Redis, size: int) -> Iterator[R
         "schedule_steps": lambda turn: store.schedule_steps(f"many-{turn}", following),
         "complete_step(schedule=)": lambda turn: store.complete_step(claims[turn], PAYLOAD, schedule=following),
         "completed_outputs": lambda _: store.completed_outputs(_LONG_RUN),
+        "completed_outputs(limit=1000)": lambda turn: store.completed_outputs(
+            _LONG_RUN, after=1_000 * turn, limit=1_000
+        ),
         "step_statuses": lambda _: store.step_statuses(_LONG_RUN),
         "get_run": lambda _: store.get_run(_LONG_RUN),
+        "scan_steps, every page": lambda _: _scan(store, _LONG_RUN),
         "delete_pending_steps": lambda turn: store.delete_pending_steps(f"many-{turn}", list(following)),
         "delete_run": lambda turn: store.delete_run(f"fan-out-{turn}"),
     }
     for name, call in calls.items():
         longest = [_longest_ms(client, functools.partial(call, turn)) for turn in range(_TRIES)]
         yield Result(f"{size:,} steps: {name} blocks the server for", Spread.of(longest), "ms")
+
+
+def _scan(store: StepRunStore, run: str) -> None:
+    cursor: str | None = None
+    while True:
+        _, cursor = store.scan_steps(run, cursor=cursor)
+        if cursor is None:
+            return
 
 
 def _longest_ms(client: Any, call: Callable[[], Any]) -> float:

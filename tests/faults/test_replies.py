@@ -17,7 +17,7 @@ from servers import wait_until
 from test_contract import begun
 from test_wire import CALLS, EXCHANGES, perform, prepare, seen, state
 
-from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore
+from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore, sending
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.scripts import directory, script
 
@@ -31,10 +31,14 @@ def like(bench: Bench) -> Stores:
 
 
 class TestLost:
-    """Eleven times: a client that sends again ten times by itself gives up, and the store goes on with the same call.
+    """Eleven times: where a client that sends again ten times by itself would give up, the store goes on.
 
-    Once and three times: `TestLostReplies` in test_wire.py.
+    Once and three times, with the pauses that are meant: `TestLostReplies` in test_wire.py.
     """
+
+    @pytest.fixture(autouse=True)
+    def without_long_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sending, "_LAST_PAUSE", 0.02)
 
     @pytest.mark.parametrize("operation", [*CALLS, *EXCHANGES])
     def test_the_answer_is_the_same_and_it_takes_effect_once(self, bench: Bench, operation: str) -> None:

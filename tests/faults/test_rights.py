@@ -56,9 +56,10 @@ def bench(server: EmbeddedServer, stores: Stores) -> Iterator[Bench]:
 
 
 def is_read(operation: str) -> bool:
-    reads = {"get_step_run", "get_run", "attempts", "completed_steps", "completed_outputs", "step_statuses"}
+    of_a_step = {"get_step_run", "attempts", "wait_for_step"}
+    of_a_run = {"get_run", "scan_steps", "completed_steps", "completed_outputs", "step_statuses", "export_run"}
     across_runs = {"lapsed_claims", "live_claims", "failed_steps", "count_claims", "runs", "purge"}
-    return operation in reads | across_runs | {"wait_for_step", "export_run"}
+    return operation in of_a_step | of_a_run | across_runs
 
 
 def live_through(store: StepRunStore) -> None:
