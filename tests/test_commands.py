@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import screenshots
-from demos import SQUIDSTEP, run
+from demos import SQUIDSTEP
+from demos import run as run_in_a_process
 from servers import EmbeddedCluster, find_binary
 from test_cli import ANSI, NOBODY, in_a_terminal, invoke, plain_environment  # noqa: F401 -- a fixture
 
@@ -67,6 +68,12 @@ def failed_step(store: StepRunStore, run: str = "run", step: str = "pay") -> Non
     store.fail_step(store.begin_step(run, step, {"amount": 1}, owner="w").step_run, ValueError("declined"))
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Without a process of its own, which takes half a second to start."""
+    result = invoke(*arguments)
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
 class TestReading:
     @pytest.mark.parametrize("columns", [80, 140])
     @pytest.mark.parametrize("arguments", READING, ids=" ".join)
@@ -82,7 +89,7 @@ class TestReading:
 
     @pytest.mark.parametrize("arguments", READING, ids=" ".join)
     def test_in_a_pipe_it_is_plain(self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]) -> None:
-        ended = run(*arguments, "-u", server.url)
+        ended = run_in_a_process(*arguments, "-u", server.url)
         assert ended.returncode == FOUND.get(arguments[0], 0)
         assert ended.stderr == ("" if arguments != ["runs"] else ended.stderr)
         assert not re.search(r"\x1b| $", ended.stdout, re.MULTILINE)
@@ -97,7 +104,7 @@ class TestReading:
         """All at once, for each goes on asking for five seconds."""
         asked = [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]]
         with ThreadPoolExecutor(len(asked)) as threads:
-            for ended in threads.map(lambda arguments: run(*arguments, "-u", NOBODY), asked):
+            for ended in threads.map(lambda arguments: run_in_a_process(*arguments, "-u", NOBODY), asked):
                 assert (ended.returncode, ended.stdout) == (2, "")
                 assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
 
@@ -298,6 +305,24 @@ class TestWatch:
         ended = run(*command)
         assert (ended.returncode, "pay" in ended.stdout) == (0, True)
         assert "pay" in in_a_terminal(80, *command)
+
+    @pytest.mark.parametrize("watched", ["run", "the store"])
+    def test_for_programs_each_line_is_json(self, server: EmbeddedServer, store: StepRunStore, watched: str) -> None:
+        claim = store.begin_step("run", "pay", {"amount": 1}, lease=60, owner="w").step_run
+        arguments = ["run"] if watched == "run" else []
+        command = [SQUIDSTEP, "watch", *arguments, "--json", "--interval", "0.05", *options_of(server, store)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+            assert watching.stdout is not None
+            first = json.loads(watching.stdout.readline())
+            store.fail_step(claim, ValueError("no"))
+            last = json.loads(next(line for line in watching.stdout if "ValueError" in line))
+            watching.terminate()
+        if watched == "the store":
+            assert (first["stuck"], first["failed"], last["at_work"], last["stuck"]) == ([], [], [], [])
+            (first,), (last,) = first["at_work"], last["failed"]
+        assert (first["step"], first["status"], first["owner"]) == ("pay", "running", "w")
+        assert first["input"] == last["input"] == {"amount": 1}
+        assert (last["status"], last["last_error"]["message"]) == ("failed", "no")
 
 
 class TestSteering:

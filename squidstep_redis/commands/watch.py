@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,20 @@ from rich.live import Live
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
-from squidstep_redis.commands.base import Where, complain, on_a_store, reached, show, steps_of
+from squidstep_redis.commands.base import Where, as_json, complain, on_a_store, reached, show, steps_of
 from squidstep_redis.commands.show import heading, line_of
-from squidstep_redis.commands.texts import STYLES, ago, brief_error, clean, fitted, lease_left, width_of
+from squidstep_redis.commands.texts import (
+    STYLES,
+    ago,
+    brief_error,
+    clean,
+    fitted,
+    lease_left,
+    step_run_as_dict,
+    width_of,
+)
+
+_MOST: Final = 1_000  # of each kind
 
 # Where the lines do not all fit on the screen, these come first.
 _URGENT: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, StepStatus.COMPLETED)
@@ -27,10 +39,12 @@ _URGENT: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, Ste
 @click.argument("run", required=False)
 @click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3_600), help="Seconds.")
 @click.option("--once", is_flag=True, help="Show it as it is now, and end.")
-def command(url: str, prefix: str, run: str | None, interval: float, once: bool) -> None:
+@as_json
+def command(url: str, prefix: str, run: str | None, interval: float, once: bool, as_json: bool) -> None:
     """Shows a run while it works, until all its steps are completed or failed; without a RUN, the whole store.
 
-    In a pipe it prints a line for each change in a run; of the store, all of it each time. Control-C ends it.
+    In a pipe it prints a line for each change in a run; of the store, all of it each time. With --json each line is an
+    object: the step run that changed, or what is at work, stuck and failed. Control-C ends it.
 
     \b
     The exit code, with a RUN:
@@ -41,11 +55,11 @@ def command(url: str, prefix: str, run: str | None, interval: float, once: bool)
     with reached(Where(url, prefix)) as store:
         console = Console(highlight=False)
         if run is None:
-            _watch_all(store, console, interval, once=once)
-        elif console.is_terminal:
+            _watch_all(store, console, interval, once=once, as_json=as_json)
+        elif console.is_terminal and not as_json:
             sys.exit(_watch_run(store, run, console, interval, once=once))
         else:
-            sys.exit(_log_run(store, run, interval, once=once))
+            sys.exit(_log_run(store, run, interval, once=once, as_json=as_json))
 
 
 def _read(store: StepRunStore, run: str) -> list[StepRun]:
@@ -75,23 +89,32 @@ def _watch_run(store: StepRunStore, run: str, console: Console, interval: float,
     return code or 0
 
 
-def _log_run(store: StepRunStore, run: str, interval: float, *, once: bool) -> int:
+def _log_run(store: StepRunStore, run: str, interval: float, *, once: bool, as_json: bool) -> int:
     """A line for each change, for logs."""
+    line_for = _json_of if as_json else _change_of
     before: dict[str, StepRun] = {}
     while True:
         step_runs = _read(store, run)
         for step_run in step_runs:
             old = before.get(step_run.step)
             if old is None or (old.status, old.attempt) != (step_run.status, step_run.attempt):
-                error = f"  {brief_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
-                owner = f"  {clean(step_run.owner)}" if step_run.owner else ""
-                line = f"{clean(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
-                sys.stdout.write(f"{datetime.now(UTC):%H:%M:%S}  {line}\n")
+                sys.stdout.write(f"{line_for(step_run)}\n")
         sys.stdout.flush()
         before = {step_run.step: step_run for step_run in step_runs}
         if (code := _code(step_runs)) is not None or once:
             return code or 0
         time.sleep(interval)
+
+
+def _change_of(step_run: StepRun) -> str:
+    error = f"  {brief_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
+    owner = f"  {clean(step_run.owner)}" if step_run.owner else ""
+    line = f"{clean(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
+    return f"{datetime.now(UTC):%H:%M:%S}  {line}"
+
+
+def _json_of(step_run: StepRun) -> str:
+    return json.dumps(step_run_as_dict(step_run))
 
 
 def run_screen(run: str, step_runs: list[StepRun], height: int) -> RenderableType:
@@ -127,10 +150,14 @@ def _urgency(step_run: StepRun) -> tuple[int, int]:
     return _URGENT.index(step_run.status), step_run.nth if is_next else -step_run.nth
 
 
-def _watch_all(store: StepRunStore, console: Console, interval: float, *, once: bool) -> None:
-    if once or not console.is_terminal:
+def _watch_all(store: StepRunStore, console: Console, interval: float, *, once: bool, as_json: bool) -> None:
+    if once or as_json or not console.is_terminal:
         while True:
-            show(_store_screen(store, console.height if console.is_terminal else 10_000))
+            if as_json:
+                told = {name: [step_run_as_dict(each) for each in found] for name, found in _at_hand(store).items()}
+                sys.stdout.write(json.dumps(told) + "\n")
+            else:
+                show(_store_screen(store, console.height if console.is_terminal else 10_000))
             sys.stdout.flush()
             if once:
                 return
@@ -143,13 +170,18 @@ def _watch_all(store: StepRunStore, console: Console, interval: float, *, once: 
 
 def _store_screen(store: StepRunStore, height: int) -> RenderableType:
     """What is at work in the store, what is stuck and what has failed, in no more lines than there are."""
-    room = max((height - 8) // 3, 2)
-    groups = (
-        ("at work", "cyan", store.live_claims(min(room, 1_000))),
-        ("stuck", "magenta", store.lapsed_claims(min(room, 1_000))),
-        ("failed", "red", store.failed_steps(min(room, 1_000))),
-    )
-    return Group(*(line for name, style, found in groups for line in _lines(name, style, found)))
+    found = _at_hand(store, max((height - 8) // 3, 2))
+    groups = (("at work", "cyan", "at_work"), ("stuck", "magenta", "stuck"), ("failed", "red", "failed"))
+    return Group(*(line for name, style, key in groups for line in _lines(name, style, found[key])))
+
+
+def _at_hand(store: StepRunStore, room: int = _MOST) -> dict[str, list[StepRun]]:
+    limit = min(room, _MOST)
+    return {
+        "at_work": store.live_claims(limit),
+        "stuck": store.lapsed_claims(limit),
+        "failed": store.failed_steps(limit),
+    }
 
 
 def _lines(name: str, style: str, found: list[StepRun]) -> Iterator[Text]:
