@@ -52,7 +52,7 @@ class Reads(Operations):
     def get_run(self, run_id: RunId) -> Call[list[StepRun]]:
         """Reads all step runs of a run, as they are at one moment, in the order they came to be.
 
-        One round trip. All of a run of 10,000 steps holds the server up for about 0.04 s: where that is too long, see
+        One round trip. All of a run of 10,000 steps holds the server up for 0.04 to 0.1 s: where that is too long, see
         `scan_steps`.
 
         Raises:
@@ -151,7 +151,7 @@ class Reads(Operations):
     ) -> Call[list[dict[str, Any]]]:
         """Lists the outputs of a run's completed steps, in the order of their completion. One round trip.
 
-        `after` and `limit` as for `completed_steps`. All 10,000 of a run hold the server up for about 0.02 s.
+        `after` and `limit` as for `completed_steps`. All 10,000 of a run hold the server up for 0.02 to 0.07 s.
 
         Raises:
             As `get_step_run`, and UndecodablePayloadError.
@@ -170,7 +170,7 @@ class Reads(Operations):
     def step_statuses(self, run_id: RunId) -> Call[dict[str, StepStatus]]:
         """Reads where each step of a run stands at one moment, in the order the steps came to be.
 
-        One round trip. A run of 10,000 steps holds the server up for about 0.03 s.
+        One round trip. A run of 10,000 steps holds the server up for 0.03 to 0.1 s.
 
         Raises:
             As `get_step_run`.

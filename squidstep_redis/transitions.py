@@ -61,8 +61,8 @@ class Transitions(Operations):
     def schedule_steps(self, run_id: RunId, steps: StepInputs) -> Call[list[str]]:
         """Makes pending records for those of many steps that have none, all of them or, if refused, none.
 
-        One round trip, and one script: 10,000 steps hold the server up for about 0.04 s. Schedule them by the thousand,
-        if that is too long and none of them depends on the others.
+        One round trip, and one script: 10,000 steps hold the server up for 0.04 to 0.1 s. Where that is too long, and
+        none of them depends on the others, schedule them by the thousand.
 
         Args:
             run_id: as for `schedule_step`.
