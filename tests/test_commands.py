@@ -100,6 +100,22 @@ class TestReading:
         assert result.exit_code == FOUND.get(arguments[0], 0)
         assert json.loads(result.stdout)
 
+    def test_a_long_run_is_read_by_the_page(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        names = [f"step-{number}" for number in range(2_000)]
+        store.schedule_steps("run", {name: {} for name in names})
+        client: Any = store.client
+        client.config_resetstat()
+
+        shown = json.loads(run("show", "run", "--json", *options_of(server, store)).stdout)
+
+        assert [each["step"] for each in shown] == names
+        asked = client.info("commandstats")
+        assert asked["cmdstat_hscan"]["calls"] >= 2
+        assert "cmdstat_hgetall" not in asked
+        one = json.loads(run("show", "run", names[-1], "--json", *options_of(server, store)).stdout)
+        assert (one["step"], one["attempts"]) == (names[-1], [])
+        assert run("watch", "run", "--once", *options_of(server, store)).stdout.count(" pending ") == len(names)
+
     def test_no_server_is_one_line(self) -> None:
         """All at once, for each goes on asking for five seconds."""
         asked = [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]]
