@@ -29,9 +29,10 @@ for first = FIRST, #ARGV, CHUNK do
     local position = first + index - 1
     local step = ARGV[position]
     local gone = true
-    if line and string.find(line, "^1p 0 ") then -- scheduled and never begun: there is no more of it
+    if line and string.find(line, "^1p 0 %d* %S* %d* %d* %d* %d+ %d+ %S* ") then -- never begun: it has no history
       local last = #fields
-      fields[last + 1], fields[last + 2], fields[last + 3] = names[index], "i" .. step, "w" .. step
+      fields[last + 1], fields[last + 2] = names[index], "i" .. step
+      fields[last + 3], fields[last + 4] = "e" .. step, "w" .. step
     elseif line then
       local state = parse_state(line)
       if not state then

@@ -132,7 +132,9 @@ class TestARunOfWhichOneKeyIsGone:
 
 
 class TestALineThatDoesNotParse:
-    @pytest.mark.parametrize("line", [b"", b"nonsense", b"1", b"1z 1      1790000000000 1  ", b"1r one  t    1 1  "])
+    @pytest.mark.parametrize(
+        "line", [b"", b"nonsense", b"1", b"1p 0 x", b"1z 1      1790000000000 1  ", b"1r one  t    1 1  "]
+    )
     def test_of_a_step(self, bench: Bench, store: StepRunStore, held: StepRun, line: bytes) -> None:
         key = bench.keys("run")[0]
         for step in ("held", "new", "failed", "lapsed", "pending"):

@@ -224,6 +224,19 @@ class TestBulk:
         assert store.delete_pending_steps("run", ["pending"]) == ["pending"]
         assert store.delete_pending_steps("run", []) == []
 
+    def test_delete_pending_steps_leaves_nothing_of_a_step_that_was_imported(
+        self, bench: Bench, store: StepRunStore
+    ) -> None:
+        """A pending step that nobody has begun has no last error, but a document may say otherwise."""
+        store.schedule_step("run", "pay", {})
+        document = store.export_run("run")
+        document["steps"][0]["last_error"] = {"why": "it says so"}
+        store.import_run({**document, "run_id": "copy"})
+
+        assert store.delete_pending_steps("copy", ["pay"]) == ["pay"]
+
+        assert set(bench.backend.raw.hkeys(bench.keys("copy")[0])) == {b"r", b"m"}
+
     def test_a_deleted_pending_step_can_come_again(self, store: StepRunStore) -> None:
         store.schedule_step("run", "pay", {"amount": 1})
         store.delete_pending_steps("run", ["pay"])
