@@ -11,7 +11,7 @@
 --       12 output  of it
 -- REPLY as begin_step, about the next step, once the first is completed:
 --       "execute nonce state" | {"execute", nonce, state, input} | {"takeover", nonce, state, input}
---       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
+--       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
 -- Writes only when it completes the first step for the first time, or as begin_step. It then does both or neither.

@@ -15,7 +15,7 @@
 --       9 lapse_error   last error of a step whose claim lapsed with no attempt left; comes with max_attempts
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  where the input kept is not the caller's
 --       {"takeover", nonce, state, input}  likewise, of a claim whose lease had ended
---       {"completed" | "exhausted" | "lost", nonce, state, input, output, error}
+--       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 -- Writes only when it replies "execute" for the first time, or "takeover", or turns a lapsed claim into a failure ("exhausted").
 

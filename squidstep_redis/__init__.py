@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from squidstep_redis.aio import AsyncClaim, AsyncStepRunStore
-    from squidstep_redis.calls import Calls
-    from squidstep_redis.checks import Level
-    from squidstep_redis.claims import current_claim
-    from squidstep_redis.codec import Codec, MsgpackCodec
-    from squidstep_redis.doctor import Diagnosis, Finding
+    from squidstep_redis.claims.rules import current_claim
+    from squidstep_redis.doctor.checks import Level
+    from squidstep_redis.doctor.examine import Diagnosis, Finding
     from squidstep_redis.errors import (
         CorruptRunError,
         InvalidArgumentError,
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
         UnsupportedClientError,
         WaitTimeoutError,
     )
-    from squidstep_redis.events import Event
     from squidstep_redis.model import (
         Attempt,
         BeginResult,
@@ -46,8 +43,11 @@ if TYPE_CHECKING:
         StepRun,
         StepStatus,
     )
+    from squidstep_redis.operations.calls import Calls
+    from squidstep_redis.protocol.call import Call, Queued
+    from squidstep_redis.protocol.codec import Codec, MsgpackCodec
     from squidstep_redis.store import Claim, StepRunStore
-    from squidstep_redis.wire import Call, Queued
+    from squidstep_redis.transport.events import Event
 
 # Where each name comes from, when it is first asked for: pytest loads this package's plugin in every project, and shall
 # not load redis-py with it.
@@ -56,18 +56,18 @@ _HOMES = {
     "AsyncStepRunStore": "aio",
     "Attempt": "model",
     "BeginResult": "model",
-    "Call": "wire",
-    "Calls": "calls",
+    "Call": "protocol.call",
+    "Calls": "operations.calls",
     "Claim": "store",
     "ClaimCounts": "model",
-    "Codec": "codec",
+    "Codec": "protocol.codec",
     "CorruptRunError": "errors",
-    "Diagnosis": "doctor",
-    "Event": "events",
-    "Finding": "doctor",
+    "Diagnosis": "doctor.examine",
+    "Event": "transport.events",
+    "Finding": "doctor.examine",
     "InvalidArgumentError": "errors",
-    "Level": "checks",
-    "MsgpackCodec": "codec",
+    "Level": "doctor.checks",
+    "MsgpackCodec": "protocol.codec",
     "NewerFormatError": "errors",
     "NotReplicatedError": "errors",
     "NotSentError": "errors",
@@ -75,7 +75,7 @@ _HOMES = {
     "OutcomeUnknownError": "errors",
     "PayloadError": "errors",
     "PayloadTooLargeError": "errors",
-    "Queued": "wire",
+    "Queued": "protocol.call",
     "RefusedError": "errors",
     "ReplyMismatchError": "errors",
     "RunDeletedError": "errors",
@@ -96,7 +96,7 @@ _HOMES = {
     "UndecodablePayloadError": "errors",
     "UnsupportedClientError": "errors",
     "WaitTimeoutError": "errors",
-    "current_claim": "claims",
+    "current_claim": "claims.rules",
 }
 
 __all__ = [

@@ -9,21 +9,21 @@ from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
-from squidstep_redis.aio_sender import AsyncSender, carry_out
-from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
-from squidstep_redis.base import documented
-from squidstep_redis.calls import Calls
-from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, OnBusy
-from squidstep_redis.doctor import Diagnosis, examine
+from squidstep_redis.claims.heartbeat import async_heartbeat_of
+from squidstep_redis.claims.rules import DEFAULT_LEASE, BaseClaim, OnBusy
+from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
-from squidstep_redis.heartbeats import async_heartbeat_of
 from squidstep_redis.model import StepRun
-from squidstep_redis.wire import Call, Exchange, Plan
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
+from squidstep_redis.protocol.call import Call, Exchange, Plan
+from squidstep_redis.settings import documented
+from squidstep_redis.transport.aio import AsyncSender, run_workflow
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PATIENCE_WHEN_CANCELLED: Final = 1.0  # seconds to give a claim back; after that its lease does
+RELEASE_TIMEOUT: Final = 1.0  # seconds to give a claim back; after that its lease does
 
 
 def _operation(
@@ -60,7 +60,7 @@ def _planned(
     """The method that carries a plan out."""
 
     async def planned(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await carry_out(self, make(self.calls, *args, **kwargs))
+        return await run_workflow(self, make(self.calls, *args, **kwargs))
 
     return documented(planned, make, "AsyncStepRunStore")
 
@@ -193,7 +193,7 @@ class AsyncStepRunStore(AsyncSender):
 
     async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Examines the server and the client: see `StepRunStore.doctor`."""
-        return await carry_out(self, examine(self.calls, self._client_facts(lease, job_timeout)))
+        return await run_workflow(self, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     async def close(self) -> None:
         """Closes the client, if `from_url` made it."""
@@ -233,7 +233,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
 
     async def __aenter__(self) -> Self:
         try:
-            await carry_out(self.store, self._claiming())
+            await run_workflow(self.store, self._acquire())
             self._enter()
             self._task, self._has_cancelled = asyncio.current_task(), False
             if self._state == "held" and self._lease is not None:
@@ -243,8 +243,8 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         except BaseException:  # the task was cancelled: the work has not begun
             self._stop()
             with suppress(SquidstepError, TimeoutError):
-                async with asyncio.timeout(PATIENCE_WHEN_CANCELLED):
-                    await carry_out(self.store, self._abandoning())
+                async with asyncio.timeout(RELEASE_TIMEOUT):
+                    await run_workflow(self.store, self._undo_acquire())
             raise
         return self
 
@@ -252,7 +252,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         try:
-            missing = await carry_out(self.store, self._leaving(error))
+            missing = await run_workflow(self.store, self._on_exit(error))
         finally:
             self._stop()
         if missing is not None:
@@ -262,28 +262,28 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             if isinstance(error, asyncio.CancelledError) and not others:
                 if not isinstance(self._loss, StaleStepRunError):
                     raise self._loss
-                await carry_out(self.store, self._resolving())
+                await run_workflow(self.store, self._reconcile())
                 return True
         return False
 
     async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
         """Ends the claim with an output; returns and raises as `Claim.complete`."""
-        return await carry_out(self.store, self._completing(output, schedule))
+        return await run_workflow(self.store, self._completing(output, schedule))
 
     async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
         """Ends the claim with an error, see `fail_step`; otherwise as `complete`."""
-        return await carry_out(self.store, self._failing(error))
+        return await run_workflow(self.store, self._failing(error))
 
     async def release(self) -> StepRun:
         """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`."""
-        return await carry_out(self.store, self._releasing())
+        return await run_workflow(self.store, self._releasing())
 
     def is_of_this_code(self, step_run: StepRun) -> bool:
         """Likewise; another task may inherit its context, and may well wait for it."""
         return self._task is asyncio.current_task() and super().is_of_this_code(step_run)
 
-    def _tell(self) -> None:
-        super()._tell()
+    def _signal_lost(self) -> None:
+        super()._signal_lost()
         if self._cancels and self._task is not None:
             self._has_cancelled = self._task.cancel("the claim on the step was lost")
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from squidstep_redis.model import StepRun
-    from squidstep_redis.wire import Call
+    from squidstep_redis.protocol.call import Call
 
 
 class SquidstepError(Exception):
@@ -218,16 +218,16 @@ class ServerError(SquidstepError):
         operation: the name of the operation, or "batch".
         run_id: the run it was about; None if it spans runs.
         step: the step, if it was about one.
-        may_pass: whether the same call may get through later, without anybody changing a setting.
+        transient: whether the same call may get through later, without anybody changing a setting.
     """
 
-    def __init__(self, operation: str, run_id: str | None, step: str | None, problem: str, may_pass: bool) -> None:
-        super().__init__(operation, run_id, step, problem, may_pass)
+    def __init__(self, operation: str, run_id: str | None, step: str | None, problem: str, transient: bool) -> None:
+        super().__init__(operation, run_id, step, problem, transient)
         self.operation = operation
         self.run_id = run_id
         self.step = step
         self.problem = problem
-        self.may_pass = may_pass
+        self.transient = transient
 
     def __str__(self) -> str:
         where = "" if self.run_id is None else f", {_where(self.run_id, self.step)}"
@@ -262,10 +262,10 @@ class OutcomeUnknownError(ServerError):
         run_id: str | None,
         step: str | None,
         problem: str,
-        may_pass: bool,
+        transient: bool,
         call: Call[Any] | None = None,
     ) -> None:
-        super().__init__(operation, run_id, step, problem, may_pass)
+        super().__init__(operation, run_id, step, problem, transient)
         self.call = call
 
     def __str__(self) -> str:
@@ -292,12 +292,12 @@ class NotReplicatedError(OutcomeUnknownError):
         run_id: str | None,
         step: str | None,
         problem: str,
-        may_pass: bool,
+        transient: bool,
         call: Call[Any] | None = None,
         result: Any = None,
         replicas: int | None = None,
     ) -> None:
-        super().__init__(operation, run_id, step, problem, may_pass, call)
+        super().__init__(operation, run_id, step, problem, transient, call)
         self.result = result
         self.replicas = replicas
 

@@ -106,7 +106,7 @@ class StepRun:
         self._payloads = list(payloads)
         self._decode = decode
 
-    def moved(self, line: bytes, output: bytes | None = None, last_error: bytes | None = None) -> StepRun:
+    def after_transition(self, line: bytes, output: bytes | None = None, last_error: bytes | None = None) -> StepRun:
         """The step run after a transition that this one was handed to; made by the store alone."""
         payloads = (self._payloads[0], output, last_error)
         token = self.token if line[1:2] == b"r" else b""
@@ -138,7 +138,7 @@ class StepRun:
         return self._fields[8].decode() or None
 
     @property
-    def observed_token(self) -> bytes:
+    def current_token(self) -> bytes:
         """Of the latest claim as stored: it names the claim, but this object need not carry it. See `expire_claim`."""
         return self._fields[1]
 
@@ -163,7 +163,7 @@ class StepRun:
         return self._after_start(self._fields[2])
 
     @property
-    def nth(self) -> int:
+    def position(self) -> int:
         """Its place, from 1, among the step runs of the run, in the order they came to be."""
         return int(self._fields[6])
 
@@ -225,7 +225,7 @@ class BeginResult(_Began):
     """What `begin_step` answers; unpacks to `(step_run, decision)`.
 
     Attributes:
-        reason: why to skip: "busy", "completed", "exhausted" or "lost"; None when the decision is "execute".
+        reason: why to skip: "busy", "completed", "exhausted" or "superseded"; None when the decision is "execute".
         retry_in: seconds until the live lease that is in the way ends, if there is one.
         takeover: whether the claim was granted over one whose lease had ended: what its holder did may be half done.
             A call that is sent again after a lost reply is not told.
@@ -259,12 +259,12 @@ class BeginResult(_Began):
         return self.reason == "exhausted"
 
     @property
-    def lost(self) -> bool:
+    def superseded(self) -> bool:
         """This very call was granted a claim, which ended before this reply to it got through."""
-        return self.reason == "lost"
+        return self.reason == "superseded"
 
 
-SkipReason = Literal["busy", "completed", "exhausted", "lost"]
+SkipReason = Literal["busy", "completed", "exhausted", "superseded"]
 
 
 class ClaimCounts(NamedTuple):

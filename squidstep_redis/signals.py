@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 _ALARM: Final = getattr(signal, "SIGALRM", None)  # Windows has none
 
 
-class AlarmHeldBack:
+class DeferredSigalrm:
     """A `with` block in which SIGALRM calls no handler; at its end the handler is called if there was one.
 
     Without a Python handler, or outside the main thread, where none is called, it does nothing. It costs a
@@ -56,3 +56,8 @@ class AlarmHeldBack:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self._caught = (number, frame)
+
+
+def defer_sigalrm() -> DeferredSigalrm:
+    """Returns a `with` block in which SIGALRM calls no handler; see `DeferredSigalrm`."""
+    return DeferredSigalrm()

@@ -8,17 +8,17 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from squidstep_redis.arguments import RunId, Seconds, Step, StepInputs
-from squidstep_redis.base import documented
-from squidstep_redis.calls import Calls
-from squidstep_redis.claims import DEFAULT_LEASE, BaseClaim, OnBusy
-from squidstep_redis.doctor import Diagnosis, examine
+from squidstep_redis.claims.heartbeat import heartbeat_of
+from squidstep_redis.claims.rules import DEFAULT_LEASE, BaseClaim, OnBusy
+from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
-from squidstep_redis.heartbeats import heartbeat_of
 from squidstep_redis.model import StepRun
-from squidstep_redis.sender import Sender, carry_out
-from squidstep_redis.signals import AlarmHeldBack
-from squidstep_redis.wire import Call, Exchange, Plan
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
+from squidstep_redis.protocol.call import Call, Exchange, Plan
+from squidstep_redis.settings import documented
+from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.transport.blocking import Sender, run_workflow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def _planned(
     """The method that carries a plan out."""
 
     def planned(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return carry_out(self, make(self.calls, *args, **kwargs))
+        return run_workflow(self, make(self.calls, *args, **kwargs))
 
     return documented(planned, make, "StepRunStore")
 
@@ -204,7 +204,7 @@ class StepRunStore(Sender):
         Raises:
             InvalidArgumentError: refused before anything was sent.
         """
-        return carry_out(self, examine(self.calls, self._client_facts(lease, job_timeout)))
+        return run_workflow(self, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     def close(self) -> None:
         """Closes the client, if `from_url` made it."""
@@ -239,26 +239,26 @@ class Claim(BaseClaim[threading.Event]):
 
     def __enter__(self) -> Self:
         try:
-            with AlarmHeldBack() as alarm:
-                carry_out(self.store, self._claiming(), alarm.sleep)
+            with defer_sigalrm() as alarm:
+                run_workflow(self.store, self._acquire(), alarm.sleep)
                 self._enter()
                 if self._state == "held" and self._lease is not None:
                     heartbeat_of(self.store.client).add(self)
         except SquidstepError:
             raise
         except BaseException:  # a signal handler raised: the work has not begun
-            with AlarmHeldBack(), suppress(SquidstepError):
+            with defer_sigalrm(), suppress(SquidstepError):
                 self._stop()
-                carry_out(self.store, self._abandoning())
+                run_workflow(self.store, self._undo_acquire())
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with AlarmHeldBack():
+        with defer_sigalrm():
             try:
-                missing = carry_out(self.store, self._leaving(error))
+                missing = run_workflow(self.store, self._on_exit(error))
             finally:
                 self._stop()
         if missing is not None:
@@ -276,21 +276,21 @@ class Claim(BaseClaim[threading.Event]):
             PayloadError: the output cannot be kept; the claim is still held.
             ServerError: the server could not be told in time; the claim ends with its lease.
         """
-        with AlarmHeldBack():
-            return carry_out(self.store, self._completing(output, schedule))
+        with defer_sigalrm():
+            return run_workflow(self.store, self._completing(output, schedule))
 
     def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
         """Ends the claim with an error, see `fail_step`; round trips and errors as for `complete`."""
-        with AlarmHeldBack():
-            return carry_out(self.store, self._failing(error))
+        with defer_sigalrm():
+            return run_workflow(self.store, self._failing(error))
 
     def release(self) -> StepRun:
         """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`.
 
         For a worker that is told to stop (SIGTERM): the attempt does not count, and the step can be claimed at once.
         """
-        with AlarmHeldBack():
-            return carry_out(self.store, self._releasing())
+        with defer_sigalrm():
+            return run_workflow(self.store, self._releasing())
 
     def _stop(self) -> None:
         if self._lease is not None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
 from hypothesis import HealthCheck, settings
-from servers import find_binary
+from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
+from support.servers import find_binary
 
 from squidstep_redis import StepRunStore
 

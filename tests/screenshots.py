@@ -14,12 +14,12 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
-from servers import find_binary
+from support.servers import find_binary
 
 from squidstep_redis import StepRun, StepRunStore
-from squidstep_redis.commands.show import rendered
-from squidstep_redis.commands.timeline import read
-from squidstep_redis.commands.watch import run_screen
+from squidstep_redis.cli.show import rendered
+from squidstep_redis.cli.timeline import read
+from squidstep_redis.cli.watch import run_screen
 from squidstep_redis.embedded import EmbeddedServer
 
 IMAGES = Path(__file__).parent / "guide" / "images"

@@ -27,11 +27,11 @@ from unittest import mock
 
 import pytest
 import redis
-from backends import Bench, Driven, ask_instead
 from hypothesis import given
 from hypothesis import strategies as st
-from proxy import Fault, Proxy
-from servers import find_binary, wait_until
+from support.backends import Bench, Driven, ask_instead
+from support.proxy import Fault, Proxy
+from support.servers import find_binary, wait_until
 from test_contract import begun, stored
 
 from squidstep_redis import (
@@ -56,13 +56,13 @@ from squidstep_redis import (
     StepRunStore,
     StepStatus,
     current_claim,
-    heartbeats,
 )
-from squidstep_redis.claims import BaseClaim
+from squidstep_redis.claims import heartbeat as heartbeats
+from squidstep_redis.claims.heartbeat import ExtensionSchedule
+from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.heartbeats import Beats
-from squidstep_redis.scripts import directory, script
-from squidstep_redis.signals import AlarmHeldBack
+from squidstep_redis.protocol.scripts import directory, script
+from squidstep_redis.signals import defer_sigalrm
 
 Work = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -151,8 +151,8 @@ class Worker:
 
     def wait_for_a_beat(self, *claims: Any) -> None:
         """Waits until each of the claims has been extended once more, or is lost."""
-        due = [(claim, claim.beats_at) for claim in claims]
-        self.wait(lambda: all(claim.lost.is_set() or claim.beats_at > before for claim, before in due))
+        due = [(claim, claim.next_extension_at) for claim in claims]
+        self.wait(lambda: all(claim.lost.is_set() or claim.next_extension_at > before for claim, before in due))
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -571,7 +571,7 @@ class TestWaiting:
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
             given.append(input)
-            return {"nth": len(given)}
+            return {"position": len(given)}
 
         if worker.runner is None:
             with ThreadPoolExecutor(8) as pool:
@@ -586,7 +586,7 @@ class TestWaiting:
 
             answers = worker.runner.run(main())
 
-        assert answers == [{"nth": 1}] * 8
+        assert answers == [{"position": 1}] * 8
         assert given == [{"amount": 1}]
 
 
@@ -1048,7 +1048,7 @@ class TestHeartbeat:
             with worker.claim(lease=SHORT) as short:
                 worker.wait_for_a_beat(short)
                 short.complete({})
-            wait_until(lambda: time.monotonic() > short.beats_at + 0.05)  # now it waits for the long one
+            wait_until(lambda: time.monotonic() > short.next_extension_at + 0.05)  # now it waits for the long one
             long.complete({})
 
         wait_until(lambda: not heartbeat_threads(), timeout=2)
@@ -1061,8 +1061,8 @@ class TestHeartbeat:
         def work(input: dict[str, Any]) -> dict[str, Any]:
             claim = current_claim()
             assert claim is not None
-            due = claim.beats_at
-            wait_until(lambda: claim.beats_at > due)
+            due = claim.next_extension_at
+            wait_until(lambda: claim.next_extension_at > due)
             everybody.wait(10)
             assert len(heartbeat_threads()) == 1
             everybody.wait(10)
@@ -1080,8 +1080,8 @@ class TestHeartbeat:
 
         async def main(step: str) -> None:
             async with store.claim_step("run", step, {}, lease=SHORT) as claim:
-                due = claim.beats_at
-                await until(lambda: claim.beats_at > due)
+                due = claim.next_extension_at
+                await until(lambda: claim.next_extension_at > due)
                 await claim.complete({})
             await store.client.aclose()
 
@@ -1126,10 +1126,10 @@ class TestHeartbeat:
 
                 cast("Any", store).batch = batch_later
                 async with store.claim_step("run", "pay", {}, lease=3) as claim:
-                    due = claim.beats_at
+                    due = claim.next_extension_at
                     await under_way.wait()
                     await store.close()
-                    await until(lambda: claim.beats_at > due)
+                    await until(lambda: claim.next_extension_at > due)
                     await claim.complete({})
 
         asyncio.run(main())
@@ -1587,7 +1587,7 @@ class TestInterruptedClaiming:
     def test_by_a_cancellation_while_the_server_is_away(
         self, worker: Worker, others: StepRunStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("squidstep_redis.aio.PATIENCE_WHEN_CANCELLED", 0.01)
+        monkeypatch.setattr("squidstep_redis.aio.RELEASE_TIMEOUT", 0.01)
 
         async def main() -> None:
             sent: list[Call[Any]] = []
@@ -1728,7 +1728,7 @@ class Away:
     def takes_over(self, store: Any) -> None:
         """From now on the store asks it, and not for long."""
         ask_instead(store, self)
-        store._patience = store._patience._replace(timeout=0.05, last_send=0)
+        store._retry_policy = store._retry_policy._replace(timeout=0.05, last_send=0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.client, name)
@@ -1963,8 +1963,8 @@ FORKED = """
 store = StepRunStore.from_url(url, prefix=prefix)
 parents = store.claim_step("run", "parents", {}, lease=0.5)
 parents.__enter__()
-due = parents.beats_at
-while parents.beats_at == due:  # its heartbeat is at work
+due = parents.next_extension_at
+while parents.next_extension_at == due:  # its heartbeat is at work
     pass
 if os.fork():
     os._exit(0)
@@ -2121,7 +2121,7 @@ class TestAlarmHeldBack:
                 signal.raise_signal(signal.SIGALRM)
                 heard_within.append(len(alarms))
 
-        with pytest.raises(AlarmError), AlarmHeldBack():
+        with pytest.raises(AlarmError), defer_sigalrm():
             ring_twice()
 
         assert (heard_within, len(alarms)) == ([0, 0], 1)  # two that come together are one, as ever
@@ -2133,7 +2133,7 @@ class TestAlarmHeldBack:
             signal.raise_signal(signal.SIGALRM)
             raise DeclinedError
 
-        with pytest.raises(AlarmError) as caught, AlarmHeldBack():
+        with pytest.raises(AlarmError) as caught, defer_sigalrm():
             ring_and_raise()
 
         assert isinstance(caught.value.__context__, DeclinedError)
@@ -2141,7 +2141,7 @@ class TestAlarmHeldBack:
     def test_without_an_alarm_nothing_happens(self, alarms: list[int]) -> None:
         handler = signal.getsignal(signal.SIGALRM)
 
-        with AlarmHeldBack():
+        with defer_sigalrm():
             pass
 
         assert signal.getsignal(signal.SIGALRM) is handler
@@ -2152,11 +2152,11 @@ class TestAlarmHeldBack:
         heard_within: list[int] = []
 
         def ring_in_another() -> None:
-            with AlarmHeldBack():
+            with defer_sigalrm():
                 signal.raise_signal(signal.SIGALRM)
             heard_within.append(len(alarms))
 
-        with pytest.raises(AlarmError), AlarmHeldBack():
+        with pytest.raises(AlarmError), defer_sigalrm():
             ring_in_another()
 
         assert (heard_within, len(alarms)) == ([0], 1)
@@ -2165,7 +2165,7 @@ class TestAlarmHeldBack:
     def test_it_is_let_in_while_it_sleeps(self, alarms: list[int]) -> None:
         handler = signal.getsignal(signal.SIGALRM)
 
-        with AlarmHeldBack() as alarm:
+        with defer_sigalrm() as alarm:
             signal.raise_signal(signal.SIGALRM)
             with pytest.raises(AlarmError):
                 alarm.sleep(60)
@@ -2183,7 +2183,7 @@ class TestAlarmHeldBack:
         def another(number: int, frame: object) -> None:
             heard.append(number)
 
-        with AlarmHeldBack():
+        with defer_sigalrm():
             signal.signal(signal.SIGALRM, another)
             signal.raise_signal(signal.SIGALRM)
 
@@ -2194,7 +2194,7 @@ class TestAlarmHeldBack:
     def test_without_a_handler_it_does_nothing(self, alarms: list[int], handler: signal.Handlers) -> None:
         signal.signal(signal.SIGALRM, handler)
 
-        with AlarmHeldBack():
+        with defer_sigalrm():
             assert signal.getsignal(signal.SIGALRM) is handler
         assert signal.getsignal(signal.SIGALRM) is handler
 
@@ -2202,7 +2202,7 @@ class TestAlarmHeldBack:
         handler = signal.getsignal(signal.SIGALRM)
 
         def look() -> object:
-            with AlarmHeldBack():
+            with defer_sigalrm():
                 return signal.getsignal(signal.SIGALRM)
 
         with ThreadPoolExecutor(1) as pool:
@@ -2304,7 +2304,7 @@ class TestAlarmHeldBack:
                 assert worker.store.run_step(f"run-{number % 100}", f"{number}", dict, input) == input
 
             pool: Any = worker.store.client.connection_pool
-            assert len(pool._in_use_connections) == len(worker.plain_store._lender._kept) <= 1
+            assert len(pool._in_use_connections) == len(worker.plain_store._connections._idle) <= 1
             clients = bench.backend.raw.client_list()
             assert len([client for client in clients if client["name"] == bench.prefix]) <= 2  # the heartbeat's, too
 
@@ -2342,10 +2342,10 @@ CALLS = Calls("beats", None, 1_000, None)
 def held(lease: float) -> BaseClaim[threading.Event]:
     """A claim that has just been granted."""
     claim = BaseClaim(CALLS, "run", "pay", {}, lease, None, "raise", None, threading.Event())
-    claiming = claim._claiming()
-    next(claiming)
+    acquiring = claim._acquire()
+    next(acquiring)
     with contextlib.suppress(StopIteration):
-        claiming.send(cast("Any", SimpleNamespace(step_run=None, decision="execute", reason=None)))
+        acquiring.send(cast("Any", SimpleNamespace(step_run=None, decision="execute", reason=None)))
     return claim
 
 
@@ -2357,7 +2357,10 @@ class TestBeats:
     @pytest.fixture
     def clock(self) -> Iterator[Clock]:
         clock = Clock()
-        with mock.patch("squidstep_redis.claims.time", clock), mock.patch("squidstep_redis.heartbeats.time", clock):
+        with (
+            mock.patch("squidstep_redis.claims.rules.time", clock),
+            mock.patch("squidstep_redis.claims.heartbeat.time", clock),
+        ):
             yield clock
 
     @given(
@@ -2368,7 +2371,7 @@ class TestBeats:
         self, clock: Clock, lives: list[tuple[float, float, float, bool]], latency: float
     ) -> None:
         """Each claim is begun at some time, held for some time, and then discarded or dropped."""
-        beats: Beats[BaseClaim[threading.Event]] = Beats()
+        beats: ExtensionSchedule[BaseClaim[threading.Event]] = ExtensionSchedule()
         clock.now = 1_000.0
         rest = {index: (clock.now + start, lease, time, drop) for index, (start, lease, time, drop) in enumerate(lives)}
         claims: dict[int, BaseClaim[threading.Event]] = {}
@@ -2388,7 +2391,7 @@ class TestBeats:
                     beats.discard(claims[index])
                 del claims[index]
             else:
-                taken, sent_at = beats.take(), clock.now
+                taken, sent_at = beats.due(), clock.now
                 assert taken
                 clock.now += latency  # the server may be told at any time from sent_at to now
                 for index, claim in claims.items():
@@ -2396,14 +2399,14 @@ class TestBeats:
                         assert clock.now < ends[index]
                         ends[index] = sent_at + rest[index][1]
                     assert clock.now < ends[index]
-                beats.told(taken, [None] * len(taken), sent_at)
+                beats.on_extension_results(taken, [None] * len(taken), sent_at)
                 del taken, claim
             assert len(beats) == len(claims)
         assert beats.next_at() is None
 
     @given(starts=st.lists(moments, min_size=1, max_size=12), lease=leases)
     def test_equal_leases_end_up_in_one_batch(self, clock: Clock, starts: list[float], lease: float) -> None:
-        beats: Beats[BaseClaim[threading.Event]] = Beats()
+        beats: ExtensionSchedule[BaseClaim[threading.Event]] = ExtensionSchedule()
         clock.now = begin = 1_000.0
         claims: list[BaseClaim[threading.Event]] = []
         settled = begin + max(starts) + 2 * lease / 3
@@ -2418,28 +2421,28 @@ class TestBeats:
         assert len(sizes) >= 8
         assert set(sizes) == {len(claims)}
 
-    def beat_until(self, beats: Beats[BaseClaim[threading.Event]], clock: Clock, end: float) -> list[int]:
-        """Beats when it is due; answers how many claims each beat extended."""
+    def beat_until(self, beats: ExtensionSchedule[BaseClaim[threading.Event]], clock: Clock, end: float) -> list[int]:
+        """ExtensionSchedule when it is due; answers how many claims each beat extended."""
         sizes: list[int] = []
         while (due := beats.next_at()) is not None and due < end:
             clock.now = due
-            taken = beats.take()
-            beats.told(taken, [None] * len(taken), due)
+            taken = beats.due()
+            beats.on_extension_results(taken, [None] * len(taken), due)
             sizes.append(len(taken))
         clock.now = end
         return sizes
 
     @given(lease=st.floats(0.001, 400 * 24 * 3_600 - 40 * 24 * 3_600))
     def test_a_batch_that_failed_is_tried_again_soon(self, clock: Clock, lease: float) -> None:
-        beats: Beats[BaseClaim[threading.Event]] = Beats()
+        beats: ExtensionSchedule[BaseClaim[threading.Event]] = ExtensionSchedule()
         claim = held(lease)
         end = clock.now + claim._lease_seconds
         beats.add(claim)
         tries = 0
         while (due := beats.next_at()) is not None and due < end and tries < 10:
             clock.now = due
-            assert beats.take() == [claim]
-            beats.told([claim], redis.ConnectionError("down"), due)
+            assert beats.due() == [claim]
+            beats.on_extension_results([claim], redis.ConnectionError("down"), due)
             tries += 1
 
         assert tries >= 3
@@ -2447,12 +2450,12 @@ class TestBeats:
         assert not claim.lost.is_set()
 
     def test_before_anything_is_due_nothing_is_taken(self, clock: Clock) -> None:
-        beats: Beats[BaseClaim[threading.Event]] = Beats()
+        beats: ExtensionSchedule[BaseClaim[threading.Event]] = ExtensionSchedule()
         claim = held(30)
         assert beats.next_at() is None
         assert beats.add(claim) == beats.next_at() == clock.now + 10
 
         clock.now += 9.9
-        assert beats.take() == []
+        assert beats.due() == []
         clock.now += 0.2
-        assert beats.take() == [claim]
+        assert beats.due() == [claim]

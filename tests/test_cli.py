@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import redis
 from click.testing import CliRunner, Result
-from demos import SQUIDSTEP, run
-from servers import EmbeddedCluster, find_binary
+from support.demos import SQUIDSTEP, run
+from support.servers import EmbeddedCluster, find_binary
 
 from squidstep_redis import Level
 from squidstep_redis.cli import group

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 import screenshots
-from demos import SQUIDSTEP
-from demos import run as run_in_a_process
-from servers import EmbeddedCluster, find_binary
+from support.demos import SQUIDSTEP
+from support.demos import run as run_in_a_process
+from support.servers import EmbeddedCluster, find_binary
 from test_cli import ANSI, NOBODY, in_a_terminal, invoke, plain_environment  # noqa: F401 -- a fixture
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
 from squidstep_redis.cli import group
-from squidstep_redis.commands.bars import Timeline
-from squidstep_redis.commands.timeline import read
+from squidstep_redis.cli.bars import Timeline
+from squidstep_redis.cli.timeline import read
 from squidstep_redis.embedded import EmbeddedServer
 
 READING = [
@@ -194,7 +194,7 @@ class TestRuns:
 
 
 def exported(run_id: str) -> dict[str, Any]:
-    step = {"step": "a", "nth": 1, "state": "pending", "created_at": "2026-01-01T00:00:00.000+00:00", "input": {}}
+    step = {"step": "a", "position": 1, "state": "pending", "created_at": "2026-01-01T00:00:00.000+00:00", "input": {}}
     step |= {"attempt": 0, "attempts_released": 0, "token": "", "scheduled_by": "", "history": []}
     return {"squidstep_run": 1, "run_id": run_id, "ttl": None, "steps_made": 1, "completed": [], "steps": [step]}
 
@@ -445,7 +445,18 @@ class TestTransfer:
 
 
 def fields(step_run: StepRun) -> list[Any]:
-    names = ("step", "status", "attempt", "owner", "input", "output", "last_error", "created_at", "started_at", "nth")
+    names = (
+        "step",
+        "status",
+        "attempt",
+        "owner",
+        "input",
+        "output",
+        "last_error",
+        "created_at",
+        "started_at",
+        "position",
+    )
     return [getattr(step_run, name) for name in (*names, "ended_at", "lease_ends_at")]
 
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import redis
-from backends import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.backends import contents
 
-from squidstep_redis import SquidstepError, arguments, scripts
-from squidstep_redis.calls import Calls
+from squidstep_redis import SquidstepError
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.model import BeginResult, StepRun, step_run_id
-from squidstep_redis.scripts import Script
-from squidstep_redis.wire import Call
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol import arguments, scripts
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.scripts import Script
 
 SHORTCUT = re.compile(r"^-- The common case.*?(?=^-- include record)", re.MULTILINE | re.DOTALL)
 SHORTENED = ("begin_step", "complete_step", "advance_step")

@@ -16,14 +16,15 @@ import fakeredis
 import pytest
 import redis
 import redis.asyncio
-from backends import Backend, Bench
-from proxy import Proxy
-from servers import find_binary
+from support.backends import Backend, Bench
+from support.proxy import Proxy
+from support.servers import find_binary
 from test_contract import begun
 from test_sending import opened
 
-from squidstep_redis import AsyncStepRunStore, StepRunStore, connections
+from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.transport import connection as connections
 
 
 class Counting(redis.Redis):
@@ -45,7 +46,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 def lends(client: Any) -> bool:
     made: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
-    return made(client)._lender.lends()
+    return made(client)._connections.can_bypass_client()
 
 
 def is_open(connection: Any) -> bool:
@@ -69,14 +70,14 @@ class TestWhoLends:
 
     def test_no_client_with_a_method_put_in_its_place(self, kind: Any) -> None:
         client = kind()
-        lent = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)._lender
-        assert lent.lends()
+        lent = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)._connections
+        assert lent.can_bypass_client()
         client.execute_command = lambda *_: None
-        assert not lent.lends()
+        assert not lent.can_bypass_client()
 
     def test_no_client_of_a_class_that_is_instrumented(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """As OpenTelemetry's and others' instrumentations do it, under the method's own name; now or later."""
-        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())._lender
+        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())._connections
         original = kind.execute_command
 
         @functools.wraps(original)
@@ -85,9 +86,9 @@ class TestWhoLends:
 
         with monkeypatch.context() as patch:
             patch.setattr(kind, "execute_command", traced)
-            assert not before.lends()
+            assert not before.can_bypass_client()
             assert not lends(kind())
-        assert before.lends()
+        assert before.can_bypass_client()
 
     def test_no_client_while_redis_py_measures_by_itself(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         providers = pytest.importorskip("redis.observability.providers", reason="redis-py measures since 7.2")
@@ -146,7 +147,7 @@ class TestKept:
             if bench.runner is not None:
                 bench.runner.run(asyncio.sleep(0.01))  # its loop hears of it
             monkeypatch.setattr(connections, "_FRESH_SECONDS", 0.0)
-            sent_once = store.calls.begin_step("run", "pay", {})._replace(again=False)
+            sent_once = store.calls.begin_step("run", "pay", {})._replace(retryable=False)
             assert begun(store.send(sent_once))
 
     def test_what_is_interrupted_leaves_no_reply_behind(self, bench: Bench, proxy: Proxy) -> None:

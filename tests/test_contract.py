@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from backends import Bench
+from support.backends import Bench
 
 from squidstep_redis import (
     BeginResult,
@@ -67,7 +67,7 @@ class TestBeginStep:
 
         assert decision == "execute"
         assert (result.reason, result.retry_in) == (None, None)
-        assert (result.busy, result.exhausted, result.lost) == (False, False, False)
+        assert (result.busy, result.exhausted, result.superseded) == (False, False, False)
         assert (step_run.status, step_run.attempt, step_run.owner) == (StepStatus.RUNNING, 1, "worker-1")
         assert step_run.input == {"amount": 1}
         assert step_run.lease_ends_at is None
@@ -115,7 +115,7 @@ class TestBeginStep:
         result = store.begin_step("run", "pay", {"amount": 2}, lease=60)
 
         assert result.decision == "skip"
-        assert (result.busy, result.exhausted, result.lost) == (True, False, False)
+        assert (result.busy, result.exhausted, result.superseded) == (True, False, False)
         assert result.retry_in is not None
         assert 50 < result.retry_in <= 60
         assert result.step_run == first == stored(store)

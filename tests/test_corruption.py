@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from backends import Bench
+from support.backends import Bench
 from test_contract import begun, stored
 
 from squidstep_redis import Call, CorruptRunError, NewerFormatError, StepRun, StepRunStore

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import redis
-from demos import SQUIDSTEP, plant, result_of, run, running_in, until_line
-from servers import wait_until
+from support.demos import SQUIDSTEP, plant, result_of, run, running_in, until_line
+from support.servers import wait_until
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.demo import broker as demo_broker

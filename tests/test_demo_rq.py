@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import redis
 from click import ClickException
-from demos import SQUIDSTEP, plant, run, running_in, until_line
 from rich.console import Console
 from rq import Queue, Worker
 from rq.job import JobStatus
-from servers import wait_until
+from support.demos import SQUIDSTEP, plant, run, running_in, until_line
+from support.servers import wait_until
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.demo import rq as demo_rq

@@ -11,13 +11,13 @@ from typing import Any, cast
 import pytest
 import redis
 import redis.asyncio
-from backends import Bench
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from servers import EmbeddedCluster, find_binary, wait_until
+from support.backends import Bench
+from support.servers import EmbeddedCluster, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, Diagnosis, Finding, InvalidArgumentError, Level, StepRunStore
-from squidstep_redis.checks import CHECKS_OF_SERVERS, Client, Server
+from squidstep_redis.doctor.checks import CHECKS_OF_SERVERS, Client, Server
 from squidstep_redis.embedded import EmbeddedServer
 
 SOUND = {"appendonly": "yes", "appendfsync": "always", "maxmemory": "100mb"}
@@ -314,7 +314,7 @@ class TestClients:
             store = StepRunStore(client)
             level = found(store)["client time-out"].level
         assert (level is Level.WARNING) == (timeout is None)
-        assert store._patience.last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
+        assert store._retry_policy.last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
 
 
 def mixes_replies(client: Any) -> bool:
@@ -377,7 +377,7 @@ CLIENT = Client(
     connect_timeout=1,
     sends=1,
     decodes=False,
-    mixes=False,
+    reuses_dirty_connections=False,
     timeout=10,
     wait_replicas=0,
     wait_aof=False,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import redis
-from servers import EmbeddedCluster, wait_until
+from support.servers import EmbeddedCluster, wait_until
 
 from squidstep_redis.embedded import EmbeddedServer, ServerStartError
 

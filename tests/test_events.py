@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import Backend, Bench
 from opentelemetry.instrumentation.redis import RedisInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
+from support.backends import Backend, Bench
 from test_contract import begun
 
 from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
@@ -178,7 +178,7 @@ class TestLog:
 
     def test_nothing_by_default(self, store: StepRunStore, capfd: pytest.CaptureFixture[str]) -> None:
         made: Any = store
-        assert not made._watch
+        assert not made._events
         store.fail_step(begun(store.begin_step("run", "pay", {})), {})
         assert capfd.readouterr() == ("", "")
 

@@ -12,100 +12,34 @@ from pathlib import Path
 
 import pytest
 
-from squidstep_redis import AsyncStepRunStore, Calls, StepRunStore, keys, model
-from squidstep_redis.base import BaseStore
-from squidstep_redis.scripts import directory, script
+from squidstep_redis import AsyncStepRunStore, Calls, StepRunStore, model
+from squidstep_redis.protocol import keys
+from squidstep_redis.protocol.scripts import directory, script
+from squidstep_redis.settings import BaseStore
 
 PACKAGE = Path(inspect.getfile(model)).parent
 LUA = directory()
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 
-STORES = {"arguments", "base", "calls", "claims", "doctor", "errors", "heartbeats", "model", "wire"}
-SENDERS = {"base", "connections", "sending", "wire"}
-
-# design: the ground floor knows errors alone, the roof the public API alone.
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": {"model", "wire"},  # for type checkers only
-    "arguments": {"errors"},
-    "codec": {"errors", "signals"},
-    "keys": set(),
-    "model": set(),
-    "scripts": set(),
-    "wire": {"errors", "scripts"},
-    "sending": {"errors", "wire"},
-    "records": {"codec", "errors", "model", "wire"},
-    "operations": {"arguments", "codec", "errors", "keys", "records"},
-    "transitions": {"arguments", "codec", "errors", "model", "operations", "scripts", "wire"},
-    "reads": {"arguments", "errors", "keys", "model", "operations", "scripts", "wire"},
-    "listing": {"arguments", "errors", "model", "operations", "scripts", "wire"},
-    "repairs": {"arguments", "errors", "listing", "model", "operations", "scripts", "wire"},
-    "documents": {"arguments", "codec", "errors", "model"},
-    "transfers": {"arguments", "documents", "errors", "operations", "scripts", "wire"},
-    "calls": {
-        "arguments",
-        "errors",
-        "operations",
-        "reads",
-        "repairs",
-        "scripts",
-        "transfers",
-        "transitions",
-        "wire",
-    },
-    "connections": {"wire"},
-    "events": {"errors", "model", "wire"},
-    "base": {"arguments", "calls", "checks", "codec", "connections", "doctor", "errors", "events", "sending", "wire"},
-    "signals": set(),
-    "heartbeats": {"claims"},
-    "claims": {"arguments", "calls", "errors", "model", "wire"},
-    "checks": set(),
-    "doctor": {"calls", "checks", "errors", "sending", "wire"},
-    "sender": SENDERS,
-    "aio_sender": SENDERS,
-    "store": {*STORES, "sender", "signals"},
-    "aio": {*STORES, "aio_sender"},
-    "__init__": {"aio", "calls", "checks", "claims", "codec", "doctor", "errors", "events", "model", "store", "wire"},
-    "embedded": set(),
-    "cli": set(),  # it loads its commands by name
-    "commands": set(),
-    "commands.base": {""},
-    "commands.doctor": {"", "commands.base"},
-    "commands.texts": {"", "documents"},
-    "commands.bars": {"", "commands.texts"},
-    "commands.drawing": {"", "commands.bars", "commands.texts"},
-    "commands.runs": {"", "commands.base", "commands.texts"},
-    "commands.show": {"", "commands.base", "commands.texts"},
-    "commands.timeline": {"", "commands.bars", "commands.base", "commands.drawing", "commands.texts"},
-    "commands.watch": {"", "commands.base", "commands.show", "commands.texts"},
-    "commands.stuck": {"", "commands.base", "commands.texts"},
-    "commands.failed": {"", "commands.base", "commands.texts"},
-    "commands.retry": {"", "commands.base", "commands.texts"},
-    "commands.release": {"", "commands.base", "commands.texts"},
-    "commands.delete": {"", "commands.base", "commands.texts"},
-    "commands.purge": {"", "commands.base", "commands.texts"},
-    "commands.export": {"commands.base"},
-    "commands.import_": {"", "commands.base", "commands.texts", "documents"},
-    "demo": set(),
-    "demo.work": {""},
-    "demo.process": set(),
-    "demo.stage": {"", "demo.work", "embedded"},
-    "demo.broker": {"", "demo.process", "demo.work"},
-    "demo.plain": {"", "demo.broker", "demo.stage", "demo.work"},
-    "demo.rq_worker": {"", "demo.process", "demo.work", "rq"},
-    "demo.rq_supervisor": {"demo.process", "demo.rq_worker", "demo.stage", "demo.work"},
-    "demo.rq": {"", "demo.rq_supervisor", "demo.stage", "demo.work"},
-    "metrics": {""},
-    "testing.clock": {"scripts"},
-    "testing.tap": set(),
-    "testing.faults": {"", "arguments", "scripts", "testing.clock", "testing.tap"},
-    "testing.kit": {"", "embedded", "heartbeats", "testing.clock", "testing.faults", "testing.tap"},
-    "testing.asserts": {"", "arguments", "testing.kit"},
-    "testing": {"testing.asserts", "testing.clock", "testing.faults", "testing.kit"},
-    "pytest_plugin": {"", "embedded", "testing"},
-    "functions": {"errors"},
-    "rq": {"", "arguments", "claims", "functions", "signals"},
+# The layers, lowest first. A module may import from its own layer and from those below, and from no other.
+LAYERS = (
+    ("errors", "model", "signals"),
+    ("protocol",),
+    ("operations",),
+    ("transport",),
+    ("claims", "doctor"),
+    ("settings", "store", "aio"),
+)
+# What is built on the library imports its public names; beside them, only what is listed here.
+BESIDE_PUBLIC_NAMES = {
+    "cli": {"cli", "embedded", "operations.documents"},
+    "demo": {"demo", "embedded", "rq"},
+    "embedded": set[str](),
+    "metrics": set[str](),
+    "pytest_plugin": {"embedded", "testing"},
+    "rq": {"rq", "claims.rules", "protocol.arguments", "signals"},
+    "testing": {"testing", "claims.heartbeat", "embedded", "protocol.arguments", "protocol.scripts"},
 }
-
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -130,17 +64,32 @@ def imported(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str) -> None:
-    assert imported(module) <= MAY_IMPORT[module]
+def layer_of(module: str) -> int | None:
+    top = module.partition(".")[0]
+    return next((level for level, names in enumerate(LAYERS) if top in names), None)
 
 
-def test_imports_have_no_cycle() -> None:
-    order: list[str] = []
-    while rest := [module for module in MAY_IMPORT if module not in order]:
-        free = [m for m in rest if m == "errors" or MAY_IMPORT[m] - {""} <= set(order)]
-        assert free, f"a cycle among {rest}"
-        order += free
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_point_down_the_layers(module: str) -> None:
+    """Each of six layers imports from those below; the integrations use public names; nothing imports them."""
+    level = layer_of(module)
+    allowed = BESIDE_PUBLIC_NAMES[module.partition(".")[0]] if level is None else set[str]()
+    for name in imported(module):
+        if level is not None:
+            below = layer_of(name)
+            for_type_checkers = module == "errors"
+            assert below is not None, f"{module} imports the integration {name}"
+            assert below <= level or for_type_checkers, f"{module} imports {name}, of a higher layer"
+        elif name:
+            assert name in allowed or name.partition(".")[0] in allowed, f"{module} imports {name}, no public name"
+
+
+def test_imports_have_no_cycle_between_modules() -> None:
+    edges = {module: imported(module) - {module} for module in MODULES if module not in ("", "errors")}
+    while free := [module for module, names in edges.items() if not names & edges.keys()]:
+        for module in free:
+            del edges[module]
+    assert not edges, f"a cycle among {sorted(edges)}"
 
 
 class TestScripts:

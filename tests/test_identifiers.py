@@ -9,16 +9,16 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from backends import Bench
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
+from support.backends import Bench
 from test_contract import begun, stored
 from test_payloads import offline_store
 
 from squidstep_redis import InvalidArgumentError, NotSentError, StepRun, StepRunStore, StepStatus
-from squidstep_redis.keys import Keys
 from squidstep_redis.model import parse_step_run_id, step_run_id
+from squidstep_redis.protocol.keys import Keys
 
 
 @pytest.fixture

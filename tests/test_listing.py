@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from backends import Bench
-from servers import wait_until
+from support.backends import Bench
+from support.servers import wait_until
 from test_contract import begun
 
 from squidstep_redis import (

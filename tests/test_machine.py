@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from backends import Bench
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,7 +27,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from model import KEPT, Claim, Model, PastAttempt, RefusedError, Shown
+from support.backends import Bench
+from support.model import KEPT, Claim, Model, PastAttempt, RefusedError, Shown
 from test_contract import begun
 
 from squidstep_redis import (
@@ -43,8 +43,8 @@ from squidstep_redis import (
     StepRunNotFoundError,
     StepRunStore,
 )
-from squidstep_redis.keys import BUCKETS
 from squidstep_redis.model import step_run_id
+from squidstep_redis.protocol.keys import BUCKETS
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def plain(answer: object) -> object:
             return shown(answer.step_run), answer.reason, seconds(answer.retry_in)
         case StepPage():
             assert answer.cursor is None
-            return [shown(each) for each in sorted(answer.step_runs, key=lambda step_run: step_run.nth)]
+            return [shown(each) for each in sorted(answer.step_runs, key=lambda step_run: step_run.position)]
         case ScheduleResult():
             return shown(answer.step_run), answer.decision
         case Attempt():
@@ -137,7 +137,7 @@ def shown(step_run: StepRun) -> Shown:
         step_run.output,
         step_run.last_error,
         seconds(step_run.lease_ends_at and step_run.lease_ends_at.timestamp() - time.time()),
-        step_run.nth,
+        step_run.position,
     )
 
 
@@ -472,6 +472,6 @@ class TestABeginThatArrivesLate:
         assert taken_over.exhausted == (max_attempts == 1)
         before = bench.dump()
 
-        assert store.send(call).reason == ("lost" if max_attempts else "busy")
+        assert store.send(call).reason == ("superseded" if max_attempts else "busy")
 
         assert bench.dump() == before

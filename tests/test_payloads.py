@@ -18,11 +18,11 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import redis
-from backends import Bench
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from support.backends import Bench
 from test_contract import begun, stored
 
 from squidstep_redis import (
@@ -35,8 +35,8 @@ from squidstep_redis import (
     StepStatus,
     UndecodablePayloadError,
 )
-from squidstep_redis.codec import error_payload
 from squidstep_redis.model import step_run_id
+from squidstep_redis.protocol.codec import error_payload
 
 
 @contextlib.contextmanager

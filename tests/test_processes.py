@@ -15,7 +15,7 @@ from multiprocessing.synchronize import Barrier
 from typing import Any, cast
 
 import pytest
-from backends import Backend, Bench
+from support.backends import Backend, Bench
 from test_contract import begun
 
 from squidstep_redis import AsyncStepRunStore, BeginResult, Outcome, StaleStepRunError, StepRun, StepRunStore

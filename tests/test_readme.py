@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 import redis
-from servers import find_binary
+from support.servers import find_binary
 
 import squidstep_redis.rq
 from squidstep_redis import Level, StepRunStore

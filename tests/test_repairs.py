@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from backends import Bench
+from support.backends import Bench
 from test_contract import begun
 
 from squidstep_redis import (

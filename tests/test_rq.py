@@ -23,20 +23,20 @@ import pytest
 import redis
 import redis.sentinel
 import rq
-import rq_jobs
 from rq import Queue, Retry
 from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 from rq.scheduler import RQScheduler
 from rq.timeouts import JobTimeoutException
-from rq_workers import RQ_VERSION, Site, Visitor
-from servers import find_binary
+from support import rq_jobs
+from support.rq_workers import RQ_VERSION, Site, Visitor
+from support.servers import find_binary
 
 import squidstep_redis.rq
 from squidstep_redis import InvalidArgumentError, MsgpackCodec, PayloadError, StepRunStore
-from squidstep_redis.claims import default_owner
+from squidstep_redis.claims.rules import default_owner
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.rq import configure, current_run, queue_completion, release_dead_horse, step, steps, store
+from squidstep_redis.rq import configure, current_run, queue_completion, release_killed_work_horse, step, steps, store
 
 if RQ_VERSION < (3,):  # it leaves the loop of a coroutine function open
     pytestmark = [
@@ -87,7 +87,7 @@ class TestAKilledWorkHorse:
         assert site.effects() == {"charge": 1}
 
     def test_is_followed_by_another_at_once_where_the_worker_has_the_handler(self, site: Site) -> None:
-        site.start(release_dead_horses=True)
+        site.start(release_killed=True)
         job = site.enqueue(rq_jobs.charge_with_a_long_lease, 7, retry=Retry(max=3))
         site.visitor("charging").kill()
         site.visitor("charging").kill()
@@ -99,7 +99,7 @@ class TestAKilledWorkHorse:
         assert site.effects() == {"charge": 1}
 
     def test_by_ones_own_command_is_followed_by_another_when_its_lease_is_over(self, site: Site) -> None:
-        site.start(release_dead_horses=True)  # which RQ does not ask here
+        site.start(release_killed=True)  # which RQ does not ask here
         job = site.enqueue(rq_jobs.charge, 7, retry=Retry(max=3))
         site.visitor("charging")
         send_stop_job_command(site.connection, job.id)
@@ -114,10 +114,10 @@ class TestAKilledWorkHorse:
         assert site.effects() == {"charge": 1}
 
     def test_gives_up_its_own_claims_and_no_others(self, site: Site) -> None:
-        site.start(release_dead_horses=True)
+        site.start(release_killed=True)
         job = site.enqueue(rq_jobs.charge_with_a_long_lease, 1)
         horse = site.visitor("charging")
-        site.start(release_dead_horses=True)
+        site.start(release_killed=True)
         another = site.enqueue(rq_jobs.charge_with_a_long_lease, 2)
         another_horse = site.visitor("charging")
         claimed = f"{HOST}:{horse.pid} {job.id}"
@@ -150,7 +150,7 @@ class TestAKilledWorkHorse:
 
     @pytest.mark.parametrize("function", [rq_jobs.ship, rq_jobs.ship_asyncio], ids=["function", "coroutine"])
     def test_between_two_steps_leaves_the_first_done(self, site: Site, function: Callable[..., Any]) -> None:
-        site.start(release_dead_horses=True)
+        site.start(release_killed=True)
         job = site.enqueue(function, 7, retry=Retry(max=1))
         site.visitor("between").kill()
         assert site.store.step_statuses(job.id) == {"reserve": "completed"}
@@ -608,7 +608,7 @@ class TestABusyStepThatIsNotRescheduled:
 
 class TestTheOutbox:
     def test_a_death_before_the_commit_loses_nothing_and_enqueues_nothing(self, site: Site) -> None:
-        site.start(release_dead_horses=True)
+        site.start(release_killed=True)
         job = site.enqueue(rq_jobs.order, 7, retry=Retry(max=1))
         site.visitor("before the commit").kill()
         again = site.visitor("before the commit")
@@ -622,7 +622,7 @@ class TestTheOutbox:
         self.check_delivered_once(site, job, ["lease_expired", "completed"])
 
     def test_a_death_after_the_commit_enqueues_once(self, site: Site) -> None:
-        site.start(release_dead_horses=True)
+        site.start(release_killed=True)
         job = site.enqueue(rq_jobs.order, 7, retry=Retry(max=1))
         site.visitor("before the commit").go()
         site.visitor("after the commit").kill()
@@ -1043,7 +1043,7 @@ class TestReleaseDeadHorse:
     def test_logs_what_goes_wrong_and_raises_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         job = Job("the-job", connection=redis.Redis(port=1))
         with caplog.at_level(logging.WARNING):
-            release_dead_horse(job, 7, 9, None)
+            release_killed_work_horse(job, 7, 9, None)
         (record,) = caplog.records
         assert_notes(record.getMessage(), "the claims of work-horse 7, job the-job, could not be freed: ", ":1.")
 
@@ -1051,11 +1051,11 @@ class TestReleaseDeadHorse:
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(StepRunStore, "live_claims", lambda *_args, **_options: 1 / 0)
-        release_dead_horse(Job("the-job", connection=redis.Redis(port=1)), 7, 9, None)
+        release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), 7, 9, None)
         assert "could not be freed: division by zero" in caplog.text
 
     def test_has_nothing_to_do_for_no_horse(self, caplog: pytest.LogCaptureFixture) -> None:
-        release_dead_horse(Job("the-job", connection=redis.Redis(port=1)), None, None, None)
+        release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), None, None, None)
         assert caplog.records == []
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from backends import Bench
-from servers import wait_until
+from support.backends import Bench
+from support.servers import wait_until
 from test_contract import begun, stored
 from test_identifiers import in_batch
 
@@ -59,7 +59,7 @@ class TestReading:
         assert store.completed_steps("run") == names[::-1]
         assert store.completed_outputs("run") == [{"of": name} for name in reversed(names)]
         found = {each.step: each for page in pages(store, limit=500) for each in page}
-        assert sorted(found.values(), key=lambda each: each.nth) == store.get_run("run")
+        assert sorted(found.values(), key=lambda each: each.position) == store.get_run("run")
         assert store.completed_steps("run", after=1_000, limit=1_200) == names[1_499:299:-1]
         assert store.completed_outputs("run", after=1_000, limit=1_200) == [
             {"of": name} for name in names[1_499:299:-1]
@@ -93,7 +93,7 @@ class TestReadingBitByBit:
         page = store.scan_steps("run")
 
         assert page.cursor is None
-        assert sorted(page.step_runs, key=lambda each: each.nth) == store.get_run("run")
+        assert sorted(page.step_runs, key=lambda each: each.position) == store.get_run("run")
 
     def test_pages_are_about_as_large_as_asked_for(self, bench: Bench, store: StepRunStore) -> None:
         names = {f"step-{number}" for number in range(1_000)}
@@ -196,7 +196,7 @@ class TestBulk:
 
         assert store.schedule_step("run", "a", {}).decision == "schedule"
         assert store.schedule_steps("run", {"a": {}, "b": {}, "c": {}}) == ["b", "c"]
-        assert [each.nth for each in store.get_run("run")] == [1, 2, 3]
+        assert [each.position for each in store.get_run("run")] == [1, 2, 3]
 
     def test_schedule_sent_again_after_a_claim_answers_the_same(self, store: StepRunStore) -> None:
         one = store.calls.schedule_step("run", "a", {"by": "one"})

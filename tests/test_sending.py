@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import pytest
 import redis
-from backends import Bench, Driven, ask_instead
-from proxy import Proxy
 from redis import exceptions
-from servers import wait_until
+from support.backends import Bench, Driven, ask_instead
+from support.proxy import Proxy
+from support.servers import wait_until
 from test_contract import begun
 from test_wire import finish
 
@@ -31,9 +31,9 @@ from squidstep_redis import (
     SquidstepError,
     StepRunStore,
 )
-from squidstep_redis.calls import Calls
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.sending import Patience, Sending
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.transport.retry import RetryPolicy, RetryState
 
 on_a_real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
@@ -76,22 +76,22 @@ OTHERS: dict[str, Exception] = {
 
 def raised(error: Exception, *before: Exception, timeout: float = 0.0) -> ServerError:
     """What becomes of a call that met these errors, one after the other."""
-    sending = Sending(CALL, time.monotonic(), Patience(60, 1, 0))
+    sending = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
     for earlier in before:
-        sending.failed(earlier)
-    sending._patience = Patience(timeout, 1, 0)
+        sending.next_pause(earlier)
+    sending._retry_policy = RetryPolicy(timeout, 1, 0)
     with pytest.raises(ServerError) as caught:
-        sending.failed(error)
+        sending.next_pause(error)
     return caught.value
 
 
 class TestWhatTheErrorsSay:
     @pytest.mark.parametrize("name", REFUSALS)
     def test_a_refusal_wrote_nothing(self, name: str) -> None:
-        cause, may_pass = REFUSALS[name]
+        cause, transient = REFUSALS[name]
         error = raised(cause)
         assert type(error) is RefusedError
-        assert (error.may_pass, error.__cause__) == (may_pass, cause)
+        assert (error.transient, error.__cause__) == (transient, cause)
         assert (error.operation, error.run_id, error.step) == ("begin_step", "run", "pay")
         assert "nothing was written" in str(error)
         assert "What to do: " in str(error)
@@ -100,7 +100,7 @@ class TestWhatTheErrorsSay:
     def test_what_was_not_answered_may_have_happened(self, name: str) -> None:
         error = raised({**UNANSWERED, **OTHERS}[name])
         assert type(error) is OutcomeUnknownError
-        assert error.may_pass is (name in UNANSWERED)
+        assert error.transient is (name in UNANSWERED)
         assert error.call is CALL
         assert "unknown" in str(error)
 
@@ -113,7 +113,7 @@ class TestWhatTheErrorsSay:
     @pytest.mark.parametrize("error", [raised(UNANSWERED["cut"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"])
     def test_they_travel_by_pickle(self, error: ServerError) -> None:
         copy = pickle.loads(pickle.dumps(error))
-        assert (type(copy), str(copy), copy.may_pass) == (type(error), str(error), error.may_pass)
+        assert (type(copy), str(copy), copy.transient) == (type(error), str(error), error.transient)
 
     def test_one_that_was_not_replicated_travels_too(self) -> None:
         error = NotReplicatedError("begin_step", "run", "pay", "0 of 1 replicas", True, CALL, object(), 0)
@@ -128,28 +128,28 @@ class TestPatience:
     @pytest.mark.parametrize("name", [*UNANSWERED, *(name for name in REFUSALS if REFUSALS[name][1])])
     def test_what_may_pass_is_sent_again_but_for_what_needs_somebody(self, name: str) -> None:
         error = UNANSWERED.get(name) or REFUSALS[name][0]
-        sending = Sending(CALL, time.monotonic(), Patience(60, 1, 0))
+        sending = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
         if name in ("out of memory", "a script out of memory", "a disk that is full"):
             with pytest.raises(RefusedError):
-                sending.failed(error)
+                sending.next_pause(error)
         else:
-            pauses = [sending.failed(error) for _ in range(12)]
+            pauses = [sending.next_pause(error) for _ in range(12)]
             assert all(0 < pause <= 0.5 for pause in pauses)
             assert pauses[-1] > pauses[0]
 
     def test_a_call_may_be_sent_but_once(self) -> None:
-        sending = Sending(CALL._replace(again=False), time.monotonic(), Patience(60, 1, 0))
+        sending = RetryState(CALL._replace(retryable=False), time.monotonic(), RetryPolicy(60, 1, 0))
         with pytest.raises(OutcomeUnknownError):
-            sending.failed(UNANSWERED["cut"])
+            sending.next_pause(UNANSWERED["cut"])
 
     def test_time_is_left_for_the_last_one(self) -> None:
-        sending = Sending(CALL, time.monotonic() - 6, Patience.of(10, OURS, is_cluster=False))
+        sending = RetryState(CALL, time.monotonic() - 6, RetryPolicy.of(10, OURS, is_cluster=False))
         with pytest.raises(OutcomeUnknownError):
-            sending.failed(UNANSWERED["slow"])
+            sending.next_pause(UNANSWERED["slow"])
 
     def test_a_client_that_is_slower_than_that_still_gets_half(self) -> None:
         slow = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": redis.retry.Retry(cast("Any", None), 10)}
-        assert Patience.of(10, slow, is_cluster=False) == (10, 11, 5)
+        assert RetryPolicy.of(10, slow, is_cluster=False) == (10, 11, 5)
 
     @pytest.mark.parametrize("name", ["timeout", "wait_timeout"])
     @pytest.mark.parametrize("value", [0, -1, float("nan"), 3_601, "1", True])

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from backends import Bench, running
 from hypothesis import given
 from hypothesis import strategies as st
+from support.backends import Bench, running
 from test_contract import begun
 
 from squidstep_redis import (
@@ -26,7 +26,7 @@ from squidstep_redis import (
     StepRunStore,
     UndecodablePayloadError,
 )
-from squidstep_redis.documents import from_json, to_json
+from squidstep_redis.operations.documents import from_json, to_json
 
 # Not on a cluster: one run is one slot: a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
@@ -79,7 +79,7 @@ def prepare(bench: Bench, store: StepRunStore, run: str = "run") -> StepRun:
 def shown(store: StepRunStore, run: str = "run") -> Any:
     """Every field that the reads show."""
     step_runs = store.get_run(run)
-    names = [name for name in dir(StepRun) if name[0] != "_" and name not in ("prefix", "id", "moved")]
+    names = [name for name in dir(StepRun) if name[0] != "_" and name not in ("prefix", "id", "after_transition")]
     fields = [{name: getattr(step_run, name) for name in names} for step_run in step_runs]
     attempts = [store.attempts(run, step_run.step) for step_run in step_runs]
     return fields, attempts, store.completed_steps(run), store.completed_outputs(run), store.step_statuses(run)
@@ -126,7 +126,7 @@ class TestTheSame:
         assert store.completed_steps("run") == ["first", "second", "running"]
         assert store.complete_step(claim, {"done": 1}) == completed
         assert begun(store.begin_step("run", "released", {})).input == {"x": 1}
-        assert begun(store.begin_step("run", "new", {})).nth == 12
+        assert begun(store.begin_step("run", "new", {})).position == 12
         for step in ("failed", "lapsed"):
             begun(store.begin_step("run", step, {}))
         assert store.begin_step("run", "exhausted", {}, max_attempts=1).exhausted
@@ -262,7 +262,7 @@ class TestRefused:
             (("steps", 0), 7),
             (("steps", 0, "step"), None),
             (("steps", 0, "step"), "first"),
-            (("steps", 0, "nth"), 3),
+            (("steps", 0, "position"), 3),
             (("steps", 0, "state"), "done"),
             (("steps", 0, "state"), "running"),
             (("steps", 0, "token"), "a b"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from backends import Backend, Bench
-from servers import wait_until
+from support.backends import Backend, Bench
+from support.servers import wait_until
 from test_contract import begun
 
 from squidstep_redis import (
@@ -23,8 +23,8 @@ from squidstep_redis import (
     StepRunStore,
     StepStatus,
     WaitTimeoutError,
-    reads,
 )
+from squidstep_redis.operations import reads
 
 LONG = 30
 
@@ -56,7 +56,7 @@ def is_awaited(bench: Bench, step: str = "pay") -> bool:
 @pytest.fixture
 def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiter that is not woken up is not heard of again."""
-    monkeypatch.setattr(reads, "_LAST_LOOK", 2 * LONG)
+    monkeypatch.setattr(reads, "_LAST_POLL", 2 * LONG)
 
 
 ENDS: dict[str, Callable[[StepRunStore, StepRun], Any]] = {
@@ -107,7 +107,7 @@ def test_what_is_over_is_answered_at_once(store: StepRunStore, status: str) -> N
 def test_a_wake_up_that_is_lost_does_no_harm(
     bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "_LAST_LOOK", 0.1)
+    monkeypatch.setattr(reads, "_LAST_POLL", 0.1)
     claim = begun(store.begin_step("run", "pay", {}))
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))
@@ -153,7 +153,7 @@ def test_the_timeout(store: StepRunStore, begin: bool) -> None:
 def test_a_run_that_is_deleted_is_not_waited_for(
     bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "_LAST_LOOK", 0.1)
+    monkeypatch.setattr(reads, "_LAST_POLL", 0.1)
     store.begin_step("run", "pay", {})
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))

@@ -15,10 +15,10 @@ import redis
 import redis.asyncio
 import redis.asyncio.sentinel
 import redis.sentinel
-from backends import Backend, Bench, Driven
-from proxy import Proxy
 from redis.crc import key_slot
-from servers import SLOTS, find_binary
+from support.backends import Backend, Bench, Driven
+from support.proxy import Proxy
+from support.servers import SLOTS, find_binary
 from test_contract import begun
 
 from squidstep_redis import (
@@ -42,7 +42,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.model import step_run_id
-from squidstep_redis.scripts import directory, script
+from squidstep_redis.protocol.scripts import directory, script
 
 pytestmark = [
     pytest.mark.servers("valkey", "redis-7", "redis-6"),
@@ -101,7 +101,7 @@ EXPORTED = {
     "steps": [
         {
             "step": "pending",
-            "nth": 1,
+            "position": 1,
             "state": "pending",
             "created_at": "2026-01-01T00:00:00.000+00:00",
             "attempt": 0,

@@ -11,7 +11,16 @@ from rq import Worker
 from rq.job import Job
 
 from squidstep_redis import Queued, StepRun, StepRunStore
-from squidstep_redis.rq import Run, configure, current_run, queue_completion, release_dead_horse, step, steps, store
+from squidstep_redis.rq import (
+    Run,
+    configure,
+    current_run,
+    queue_completion,
+    release_killed_work_horse,
+    step,
+    steps,
+    store,
+)
 
 
 class Name(enum.Enum):
@@ -81,8 +90,8 @@ def the_rest(client: Redis, job: Job, pipeline: Any) -> None:
     assert_type(queue_completion(pipeline, {"any": "thing"}, schedule={"ship": {}}), Queued[StepRun])
     configure("redis://localhost:6379/0", prefix="mine", run_ttl=60)
     configure(lambda: client)
-    Worker(["orders"], connection=client, work_horse_killed_handler=release_dead_horse)
-    release_dead_horse(job, None, None, None)
+    Worker(["orders"], connection=client, work_horse_killed_handler=release_killed_work_horse)
+    release_killed_work_horse(job, None, None, None)
 
 
 def what_is_wrong_is_seen(client: Redis) -> None:

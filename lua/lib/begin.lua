@@ -44,7 +44,7 @@ end
 local scheduled = state.status == PENDING
 if state.token == token or past_attempt(steps, step, state, token) then
   -- This very call was granted a claim that has ended since. Nobody may be waiting for this copy of it any more.
-  return with_record("lost", steps, step)
+  return with_record("superseded", steps, step)
 end
 refusal = check_indexes(claims, failed)
 if refusal then

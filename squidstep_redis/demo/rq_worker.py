@@ -23,7 +23,7 @@ from rq.job import Job
 from squidstep_redis import StepBusyError, current_claim
 from squidstep_redis.demo.process import take_signals
 from squidstep_redis.demo.work import EFFECTS, Payload, execute
-from squidstep_redis.rq import configure, current_run, release_dead_horse, steps
+from squidstep_redis.rq import configure, current_run, release_killed_work_horse, steps
 
 LEASE: Final = 2.0
 GIVEN_UP_AFTER: Final = 2  # seconds without a word from its worker, and RQ takes a job for abandoned
@@ -73,10 +73,10 @@ class _Teller:
 
     def hang_on(self) -> None:
         """Ends this process at the end of the line, and likewise each that it forks."""
-        self._watch()
-        os.register_at_fork(after_in_child=self._watch)
+        self._events()
+        os.register_at_fork(after_in_child=self._events)
 
-    def _watch(self) -> None:
+    def _events(self) -> None:
         def watch() -> None:
             os.read(self.pipes.line.fileno(), 1)
             os._exit(1)
@@ -160,7 +160,7 @@ def work(worker: str, queue: str, settings: Payload, pipes: Pipes) -> None:
         maintenance_interval=1,
         worker_ttl=16,  # RQ takes 15 off: so long it waits for a job before it looks after those abandoned
         job_monitoring_interval=1,
-        work_horse_killed_handler=release_dead_horse,
+        work_horse_killed_handler=release_killed_work_horse,
     )
     _parent.tell("ready")
     rq.work(with_scheduler=True)

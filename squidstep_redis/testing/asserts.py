@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from squidstep_redis import AsyncStepRunStore, Attempt, Outcome, StepRun, StepRunStore, StepStatus
-from squidstep_redis.arguments import RunId, Step
-from squidstep_redis.arguments import step as step_name
+from squidstep_redis.protocol.arguments import RunId, Step
+from squidstep_redis.protocol.arguments import step as step_name
 from squidstep_redis.testing.kit import observer_of
 
 Store = StepRunStore | AsyncStepRunStore

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
 from typing import Final
 
-from squidstep_redis.scripts import directory, script
+from squidstep_redis.protocol.scripts import directory, script
 
 # A key of the store is over when the moved clock says so, which may be before the server drops it: what expires is
 # written down by the moved clock, and looked at before each script, as a server looks at keys that are asked for.

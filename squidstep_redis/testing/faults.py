@@ -12,8 +12,8 @@ from typing import Any, Final, Literal
 from redis.exceptions import ConnectionError
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
-from squidstep_redis.arguments import RunId, Seconds, Step, run_id, step
-from squidstep_redis.scripts import directory
+from squidstep_redis.protocol.arguments import RunId, Seconds, Step, run_id, step
+from squidstep_redis.protocol.scripts import directory
 from squidstep_redis.testing.clock import StepClock, script_of
 from squidstep_redis.testing.tap import Command
 

@@ -15,8 +15,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
+from squidstep_redis.claims.heartbeat import async_heartbeat_of
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.heartbeats import async_heartbeat_of
 from squidstep_redis.testing.clock import StepClock
 from squidstep_redis.testing.faults import StepFaults, Undisturbed
 from squidstep_redis.testing.tap import Line, LoopGuard, tap, tap_asyncio

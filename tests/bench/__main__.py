@@ -29,7 +29,7 @@ from bench import rows, scale
 from bench.databases import POSTGRES_VERSION
 from bench.measure import FULL, QUICK, Pace, Result
 from bench.plot import plot
-from servers import find_binary
+from support.servers import find_binary
 
 ROWS: dict[str, rows.Row] = {
     "wire": rows.against_the_wire,

@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 from bench.measure import MissingError
-from servers import find_binary
+from support.servers import find_binary
 
 from squidstep_redis.embedded import EmbeddedServer
 

@@ -187,7 +187,7 @@ def events(pace: Pace) -> Iterator[Result]:
             count += 1
 
         watched.store.on_event(listener)
-        unused = min(timeit.repeat(quiet.store._watch.__bool__, number=10_000)) / 10_000
+        unused = min(timeit.repeat(quiet.store._events.__bool__, number=10_000)) / 10_000
         turns = take_turns(pace, {"watched": watched.steps, "quiet": quiet.steps})
         share = figure(100 * unused / statistics.median(turns.seconds["quiet"]) * 2)
         yield Result("events nobody asked for", 1e6 * unused, "µs a call", note=f"{share} % of begin + complete")

@@ -18,7 +18,7 @@ from bench.databases import connect, die_with_parent, server
 from bench.listing import RUNS, listing
 from bench.measure import Budget, Pace, Result, Side, Spread, Turns, figure, take_turns
 from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
-from servers import EmbeddedCluster
+from support.servers import EmbeddedCluster
 
 from squidstep_redis import StepRunStore
 

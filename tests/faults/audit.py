@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from squidstep_redis import ServerError, StepRunStore, scripts
+from squidstep_redis import ServerError, StepRunStore
+from squidstep_redis.protocol import scripts
 
 from .crew import GENERATION, PREFIX, STEPS, Deed, answer_to
 from .history import Findings, Op, Order, check, lost

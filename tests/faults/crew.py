@@ -154,7 +154,7 @@ def _refused(error: Exception) -> list[Any] | None:
             return ["unwritten"]
         case ReplyMismatchError():
             return ["error", str(error)]
-        case OutcomeUnknownError() if error.may_pass:
+        case OutcomeUnknownError() if error.transient:
             return None
         case SquidstepError() if not isinstance(error, OutcomeUnknownError):
             return ["error", f"{type(error).__name__}: {error}"]  # which no right store answers
@@ -170,7 +170,7 @@ def _begun(result: BeginResult) -> list[Any]:
     match result.reason:
         case "completed":
             return [*known, _value(step_run)]
-        case "lost":
+        case "superseded":
             return known[:1]
         case _:
             return known

@@ -111,7 +111,7 @@ def _begin(state: State, op: Op) -> Iterator[Outcome]:
 
 def _grant(state: State, op: Op) -> Outcome:
     if op.claim == state.holder or any(claim == op.claim for claim, _, _ in state.past):
-        return state, ("lost",)
+        return state, ("superseded",)
     if state.status in ("running", "failed") and state.attempt - state.released >= op.limit:
         if state.status == "running":
             state = state._replace(status="failed", payload=None, over_from=math.inf, over_until=math.inf)

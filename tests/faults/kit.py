@@ -17,11 +17,11 @@ import redis
 import redis.asyncio
 import redis.asyncio.sentinel
 import redis.sentinel
-from backends import Driven
 from redis.asyncio.retry import Retry as AsyncioRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from servers import wait_until
+from support.backends import Driven
+from support.servers import wait_until
 from test_contract import begun
 
 from squidstep_redis import AsyncStepRunStore, ServerError, StepRunNotFoundError, StepRunStore

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backends import DEFAULT_SERVERS
-from servers import wait_until
+from support.backends import DEFAULT_SERVERS
+from support.servers import wait_until
 from test_contract import begun
 
 from squidstep_redis import Outcome, StaleStepRunError, StepRunStore

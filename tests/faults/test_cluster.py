@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import redis
-from proxy import Proxy
 from redis.crc import key_slot
-from servers import wait_until
+from support.proxy import Proxy
+from support.servers import wait_until
 from test_contract import begun
 
 from squidstep_redis import NotReplicatedError, RefusedError, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.keys import Keys
+from squidstep_redis.protocol.keys import Keys
 
 from .kit import FLAVOURS, Load, Stores, assert_a_legal_loss, stores_of
 from .topologies import Cluster, Migration, connected
@@ -150,7 +150,7 @@ class TestASlotOnItsWay:
                 for call in calls:
                     with pytest.raises(RefusedError, match="slot is moving") as caught:
                         store.send(call)
-                    assert caught.value.may_pass
+                    assert caught.value.transient
                 assert [type(answer) for answer in store.batch(calls)] == [RefusedError, RefusedError]
             assert everything_stored(client, run) == before
 
@@ -192,7 +192,7 @@ class TestASlotThatNobodyServes:
                 calls = [store.calls.begin_step(run, "new", {}), store.calls.complete_step(claim, {})]
                 refused: list[Any] = store.batch(calls)
                 assert [type(error) for error in refused] == [RefusedError, RefusedError]
-                assert all("slots is not served" in str(error) and error.may_pass for error in refused)
+                assert all("slots is not served" in str(error) and error.transient for error in refused)
             wait_until(cluster.is_ready, timeout=30)
             assert everything_stored(client, run) == before
 

@@ -42,7 +42,7 @@ POSSIBLE = {
         op("read", "", 1, 2, "none", 0, "", None),
     ],
     "sent twice, and only the second copy answered": [
-        op("begin", "a", 0, 9, "lost", resent=True),
+        op("begin", "a", 0, 9, "superseded", resent=True),
         op("begin", "b", 2, 3, "execute", 2, "b", 4.0),
     ],
     "a copy that arrives late": [
@@ -100,7 +100,7 @@ IMPOSSIBLE = {
         op("begin", "a", 2, 3, "execute", 1, "a", 4.0),
     ],
     "stale although nobody took over": [EXECUTED, op("complete", "a", 2, 3, "stale", "running", 1, "a", value=7)],
-    "lost although it was sent once": [op("begin", "a", 0, 1, "lost")],
+    "lost although it was sent once": [op("begin", "a", 0, 1, "superseded")],
     "sent again, and it says otherwise": [EXECUTED, FAILED, op("fail", "a", 4, 5, "done", value=8)],
     "a released attempt that counts": [
         EXECUTED,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import wait_until
+from support.servers import wait_until
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import redis
-from backends import Bench, contents
-from proxy import Proxy
-from servers import wait_until
+from support.backends import Bench, contents
+from support.proxy import Proxy
+from support.servers import wait_until
 from test_contract import begun
 from test_wire import CALLS, EXCHANGES, perform, prepare, seen, state
 
-from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore, sending
+from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.scripts import directory, script
+from squidstep_redis.protocol.scripts import directory, script
+from squidstep_redis.transport import retry as sending
 
 from .kit import Stores
 
@@ -148,7 +149,7 @@ class TestNever:
             # By default redis-py would go on for its time-out, times its retries. No test of speed.
             assert time.monotonic() - began < 5
             assert 1 < len(proxy.commands) <= 3
-            assert caught.value.may_pass
+            assert caught.value.transient
             proxy.heal()
             assert begun(store.send(call)).attempt == 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxy import Proxy
+from support.proxy import Proxy
 from test_contract import begun
 from test_wire import mixed, seen
 

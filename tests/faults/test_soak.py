@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from servers import find_binary, wait_until
+from support.servers import find_binary, wait_until
 
-from squidstep_redis import scripts
+from squidstep_redis.protocol import scripts
 
 from .soak import Report, soak
 

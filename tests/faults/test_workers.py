@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from proxy import Fault, Proxy
+from support.proxy import Fault, Proxy
 
 from squidstep_redis import Attempt, Outcome, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.scripts import script
+from squidstep_redis.protocol.scripts import script
 
 # One step, and the points at which the worker may be killed. The effect is a line in a file.
 WORKER = """

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 import redis
 import redis.sentinel
 from redis.crc import key_slot
-from servers import EmbeddedCluster, wait_until
+from support.servers import EmbeddedCluster, wait_until
 
 from squidstep_redis.embedded import EmbeddedServer
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import cast
 
 import pytest
-from backends import Backend, Driven
+from support.backends import Backend, Driven
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.testing import StepKit

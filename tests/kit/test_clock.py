@@ -7,12 +7,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from backends import Backend, keys_of
-from servers import wait_until
+from support.backends import Backend, keys_of
+from support.servers import wait_until
 from test_contract import begun, stored
 
 from squidstep_redis import Outcome, RunDeletedError, StepBusyError, StepRunStore
-from squidstep_redis.scripts import directory, script
+from squidstep_redis.protocol.scripts import directory, script
 from squidstep_redis.testing import StepClock, StepKit
 from squidstep_redis.testing.clock import script_of
 

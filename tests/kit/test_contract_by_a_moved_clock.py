@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from backends import Backend, Bench
+from support.backends import Backend, Bench
 from test_contract import (  # noqa: F401 -- pytest collects them from here
     TestAdvanceStep,
     TestBeginStep,

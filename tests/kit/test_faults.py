@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from backends import Backend
+from support.backends import Backend
 from test_contract import begun, stored
 
 from squidstep_redis import (

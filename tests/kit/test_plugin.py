@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from servers import find_binary
+from support.servers import find_binary
 
 from squidstep_redis.embedded import EmbeddedServer
 

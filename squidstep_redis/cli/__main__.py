@@ -1,0 +1,5 @@
+"""Runs `python -m squidstep_redis.cli`."""
+
+from squidstep_redis.cli import main
+
+main()

@@ -1,0 +1,335 @@
+"""A run as a document of JSON, and back: what `export_run` answers and `import_run` takes. Pure.
+
+Payloads are in it as they are, not as the bytes that the store's codec makes of them: people can read them, and a store
+with another codec, one that compresses or encrypts, can import them. What JSON does not have is written as an object
+with one key that begins with a dollar sign.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple, cast
+
+from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, UndecodablePayloadError, described
+from squidstep_redis.model import FORMAT, moment
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.codec import Payloads
+
+VERSION: Final = 1
+
+Document = dict[str, Any]
+
+_STATES: Final = {b"p": "pending", b"r": "running", b"c": "completed", b"f": "failed", b"x": "lease_expired"}
+_LETTERS: Final = {state: letter for letter, state in _STATES.items()}
+_LINE: Final = re.compile(rb"1([prcfx]) (\d+) (\d*) (\S*) (\d*) (\d*) (\d*) (\d+) (\d+) (\S*) (.*)")
+_TOKEN: Final = re.compile(r"[!-~]{0,64}")
+_HISTORY: Final = re.compile(rb"a(\d+):(.+)", re.DOTALL)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+_MOST: Final = 10**9
+
+
+class Imported(NamedTuple):
+    """What of a document is sent.
+
+    Attributes:
+        ttl_ms: empty for none.
+        made: how many steps were made, those that were deleted since included.
+        order: the completed steps.
+        fields: of the hash, and their values.
+    """
+
+    run_id: str
+    ttl_ms: bytes
+    made: int
+    order: list[bytes]
+    fields: list[bytes]
+
+
+# Out
+
+
+def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[bytes], payloads: Payloads) -> Document:
+    """Makes the document of a run.
+
+    Raises:
+        CorruptRunError: a record is not what the scripts write; it names `key`.
+    """
+    _, made, _, *expiry = fields[b"r"].split(b" ")
+    histories: dict[bytes, list[tuple[int, bytes]]] = {}
+    for name, entry in fields.items():
+        if match := _HISTORY.fullmatch(name):
+            histories.setdefault(match[2], []).append((int(match[1]), entry))
+    steps: list[Document] = []
+    for name, line in fields.items():
+        if name[:1] != b"s":
+            continue
+        step = name[1:]
+        state, rest = _state(run_id, key, step, line)
+
+        def payload(kind: bytes, called: str, step: bytes = step) -> Any:
+            data = fields.get(kind + step)
+            return None if data is None else _payload_out(data, run_id, step.decode(), called, payloads)
+
+        history: list[Document] = []
+        for _, entry in sorted(histories.get(step, [])):
+            past, _, error = entry.partition(b"\n")
+            told = _payload_out(error, run_id, step.decode(), "error", payloads) if error else None
+            history.append({**_state(run_id, key, step, past)[0], "error": told})
+        steps.append(
+            {
+                "step": step.decode(),
+                **rest,
+                **state,
+                "input": payload(b"i", "input"),
+                "output": payload(b"o", "output"),
+                "last_error": payload(b"e", "last_error"),
+                "history": history,
+            }
+        )
+    return {
+        "squidstep_run": VERSION,
+        "run_id": run_id,
+        "ttl": int(expiry[0]) / 1_000 if expiry else None,
+        "steps_made": int(made),
+        "completed": [step.decode() for step in order],
+        "steps": sorted(steps, key=lambda step: cast("int", step["position"])),
+    }
+
+
+def _state(run_id: str, key: str, step: bytes, line: bytes) -> tuple[Document, Document]:
+    """A state line: what is of the attempt, and what is of the step."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise CorruptRunError(run_id, key, f"field 's{step.decode()}' is not what squidstep_redis writes")
+    letter, attempt, released, token, lease, started, ended, made, position, scheduled_by, owner = match.groups()
+    start = int(made) + int(started or 0)
+    return {
+        "state": _STATES[letter],
+        "attempt": int(attempt),
+        "attempts_released": int(released or 0),
+        "token": token.decode(),
+        "owner": owner.decode() or None,
+        "started_at": _time(start) if started else None,
+        "lease_ends_at": _time(start + int(lease)) if lease else None,
+        "ended_at": _time(start + int(ended)) if ended else None,
+    }, {"position": int(position), "created_at": _time(int(made)), "scheduled_by": scheduled_by.decode()}
+
+
+def _time(ms: int) -> str:
+    return moment(ms).isoformat(timespec="milliseconds")
+
+
+def _payload_out(data: bytes, run_id: str, step: str, name: str, payloads: Payloads) -> Any:
+    """A payload as JSON; its bytes, where the codec cannot read them, or gives what JSON cannot be made to carry."""
+    try:
+        return to_json(payloads.decode(data, run_id, step, name))
+    except (UndecodablePayloadError, TypeError):
+        return {"$encoded": b64encode(data).decode()}
+
+
+def to_json(value: Any) -> Any:
+    """A part of a payload as JSON.
+
+    Raises:
+        TypeError: it is of a type that the store's own codec does not carry.
+    """
+    if type(value) is dict:
+        items = cast("dict[Any, Any]", value)
+        if all(type(key) is str for key in items) and not (len(items) == 1 and next(iter(items)).startswith("$")):
+            return {key: to_json(item) for key, item in items.items()}
+        return {"$dict": [[to_json(key), to_json(item)] for key, item in items.items()]}
+    if type(value) is list:
+        return [to_json(item) for item in cast("list[Any]", value)]
+    if type(value) is bytes:
+        return {"$bytes": b64encode(value).decode()}
+    if type(value) is datetime:
+        return {"$datetime": value.astimezone(UTC).isoformat()}
+    if type(value) is float and not math.isfinite(value):
+        return {"$float": str(value)}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(type(value).__name__)
+
+
+# In
+
+
+def from_document(document: object, payloads: Payloads) -> Imported:
+    """Reads a document, and makes sure that a run can be made of it.
+
+    Raises:
+        InvalidArgumentError: it is not what `to_document` makes, with the path to the culprit; PayloadError for a
+            payload that the store's codec does not take.
+    """
+    doc = _Part(document, "document")
+    if doc.value("squidstep_run") != VERSION:
+        doc.refuse("squidstep_run", f"must be {VERSION}: it is no run, or was exported by a later version")
+    run_id = doc.read("run_id", arguments.run_id).text
+    ttl_ms = doc.read("ttl", lambda ttl: arguments.milliseconds("ttl", cast("float | None", ttl)))
+    made = doc.number("steps_made")
+    fields: list[bytes] = []
+    completed: set[bytes] = set()
+    seen: set[bytes] = set()
+    places: set[int] = set()
+    for part in doc.parts("steps"):
+        step = part.read("step", arguments.step).data
+        position = part.number("position")
+        if step in seen or position in places or not 1 <= position <= made:
+            part.refuse(
+                "position", f"must be a place of its own, from 1 to steps_made, and {step.decode()!r} its only step"
+            )
+        seen.add(step)
+        places.add(position)
+        line = _line(part, part, position)
+        is_completed = line[1:2] == b"c"
+        fields += [b"s" + step, line, b"i" + step, _payload_in(part, "input", payloads)]
+        if is_completed:
+            completed.add(step)
+            fields += [b"o" + step, _payload_in(part, "output", payloads)]
+        if part.value("last_error") is not None:
+            fields += [b"e" + step, _payload_in(part, "last_error", payloads)]
+        attempt = part.number("attempt")
+        past_ones: set[int] = set()
+        for past in part.parts("history"):
+            number = past.number("attempt")
+            if number in past_ones or not 1 <= number < attempt or attempt - number > 8:
+                past.refuse("attempt", "must be one of the eight before the step's own, and come once")
+            past_ones.add(number)
+            error = b"" if past.value("error") is None else _payload_in(past, "error", payloads)
+            fields += [b"a%d:%b" % (number, step), _line(past, part, position) + b"\n" + error]
+    order = [arguments.step(step, "document['completed']").data for step in doc.list_of("completed")]
+    if len(order) != len(completed) or set(order) != completed:
+        doc.refuse("completed", "must name each completed step once")
+    if not seen:
+        doc.refuse("steps", "must be one at least")
+    return Imported(run_id, ttl_ms, made, order, fields)
+
+
+class _Part:
+    """An object in a document, which knows where it stands."""
+
+    def __init__(self, value: object, path: str) -> None:
+        if not isinstance(value, Mapping):
+            raise InvalidArgumentError(path, f"must be an object, not {described(value)}")
+        self.items = cast("Mapping[str, Any]", value)
+        self.path = path
+
+    def refuse(self, name: str, problem: str) -> None:
+        raise InvalidArgumentError(f"{self.path}[{name!r}]", problem)
+
+    def value(self, name: str) -> Any:
+        return self.items.get(name)
+
+    def read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(self.items.get(name))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{self.path}[{name!r}]", error.problem) from error
+
+    def number(self, name: str) -> int:
+        return self.read(name, lambda value: arguments.integer(name, value, _MOST, least=0))
+
+    def list_of(self, name: str) -> list[Any]:
+        value: Any = self.items.get(name)
+        if not isinstance(value, list):
+            self.refuse(name, f"must be a list, not {described(value)}")
+        return cast("list[Any]", value)
+
+    def parts(self, name: str) -> list[_Part]:
+        return [_Part(item, f"{self.path}[{name!r}][{index}]") for index, item in enumerate(self.list_of(name))]
+
+    def text(self, name: str) -> bytes:
+        value = self.items.get(name)
+        if not isinstance(value, str) or not _TOKEN.fullmatch(value):
+            self.refuse(name, f"must be a str of up to 64 printable ASCII characters, not {described(value)}")
+        return cast("str", value).encode()
+
+    def time(self, name: str) -> datetime | None:
+        value = self.items.get(name)
+        if value is None:
+            return None
+        try:
+            read = datetime.fromisoformat(value)
+            if read.tzinfo is None or not moment(0) <= read < moment(10**14):
+                raise ValueError(value)
+        except (TypeError, ValueError):
+            self.refuse(name, f"must be a time in ISO 8601, with its zone, not {described(value)}")
+            raise
+        return read
+
+
+def _line(part: _Part, step: _Part, position: int) -> bytes:
+    """The state line: of a step, or of one of its past attempts."""
+    created, started = step.time("created_at"), part.time("started_at")
+    lease_end, ended = part.time("lease_ends_at"), part.time("ended_at")
+    letter = _LETTERS.get(str(part.value("state")))
+    attempt, token = part.number("attempt"), part.text("token")
+    if letter is None or created is None:
+        part.refuse("state", f"must be one of {', '.join(_LETTERS)}, and have a created_at")
+    fits = {
+        b"p": attempt == 0 or bool(ended),
+        b"r": bool(started and token and attempt) and not ended,
+        **dict.fromkeys((b"c", b"f", b"x"), bool(started and ended and token and attempt)),
+    }
+    if not fits[letter or b""] or bool(started) != bool(attempt) or (lease_end and letter != b"r"):
+        part.refuse("state", f"does not agree with the attempt, token and times beside it: {part.value('state')}")
+    owner = part.read("owner", arguments.owner)
+    lease, start, end = _span(started, lease_end), _span(created, started), _span(started, ended)
+    if min(lease, start, end) < -1:
+        part.refuse("started_at", "must not be before created_at, nor after the attempt's end")
+    spans = [b"" if span == -1 else b"%d" % span for span in (lease, start, end)]
+    released = part.number("attempts_released")
+    made = (cast("datetime", created) - moment(0)) // _MILLISECOND
+    head = b"%b%b %d %b %b " % (FORMAT, letter, attempt, b"%d" % released if released else b"", token)
+    return head + b"%b %b %b %d %d %b %b" % (*spans, made, position, step.text("scheduled_by"), owner)
+
+
+def _span(since: datetime | None, to: datetime | None) -> int:
+    """Milliseconds; -1: there is none, and less: it runs backwards."""
+    if since is None or to is None:
+        return -1
+    span = (to - since) // _MILLISECOND
+    return span if span >= 0 else -2
+
+
+def _payload_in(part: _Part, name: str, payloads: Payloads) -> bytes:
+    value = part.value(name)
+    path = f"{part.path}[{name!r}]"
+    try:
+        if isinstance(value, dict) and cast("Document", value).keys() == {"$encoded"}:
+            return b64decode(cast("Document", value)["$encoded"], validate=True)
+        payload = from_json(value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidArgumentError(path, f"is not what an export makes of a payload: {error}") from error
+    return payloads.encode(path, payload)
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given.
+
+    Raises:
+        ValueError: it made nothing of the kind. Or TypeError.
+    """
+    if isinstance(value, list):
+        return [from_json(item) for item in cast("list[Any]", value)]
+    if not isinstance(value, dict):
+        return value
+    items = cast("dict[str, Any]", value)
+    if len(items) != 1 or not (tag := next(iter(items))).startswith("$"):
+        return {key: from_json(item) for key, item in items.items()}
+    inner = items[tag]
+    match tag:
+        case "$dict":
+            return {from_json(key): from_json(item) for key, item in inner}
+        case "$bytes":
+            return b64decode(inner, validate=True)
+        case "$datetime":
+            return datetime.fromisoformat(inner)
+        case "$float":
+            return float(inner)
+        case _:
+            raise ValueError(f"unknown tag {tag!r}")

@@ -1,0 +1,270 @@
+"""Payloads to bytes and back: what goes in comes back equal, or is refused with the path to the culprit."""
+
+from __future__ import annotations
+
+import math
+import re
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol, cast, runtime_checkable
+
+import msgpack as untyped_msgpack
+
+from squidstep_redis.errors import (
+    InvalidArgumentError,
+    PayloadError,
+    PayloadTooLargeError,
+    UndecodablePayloadError,
+    described,
+)
+from squidstep_redis.signals import defer_sigalrm
+
+Payload = dict[str, Any]
+
+msgpack: Any = untyped_msgpack  # it ships no types
+
+_ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
+_MAX_DEPTH: Final = 500  # of the search for a culprit; msgpack gives up at 511 or 1,024, by its version
+_PACKER_BYTES: Final = 64 * 1024
+_KEY_CHARS: Final = 500
+_MESSAGE_CHARS: Final = 2_000
+_TRACEBACK_CHARS: Final = 8_000
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What turns payloads into bytes. A codec of your own may wrap `MsgpackCodec` to compress or encrypt.
+
+    The same payload must give the same bytes if a completion that you repeat yourself is to be known as the same.
+    Give it to every process that shares a prefix: the bytes do not say which codec wrote them.
+    """
+
+    def encode(self, payload: Payload) -> bytes:
+        """Returns the bytes to store; raises ValueError or TypeError for what it cannot carry."""
+        ...
+
+    def decode(self, data: bytes) -> Payload:
+        """Returns the payload that `encode` was given."""
+        ...
+
+
+class MsgpackCodec:
+    """The default codec: msgpack, strict.
+
+    A payload either comes back equal or is refused. Tuples come back as lists, aware datetimes in UTC, what equals
+    bytes as bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are refused rather than
+    flattened.
+    """
+
+    def encode(self, payload: Payload) -> bytes:
+        """Encodes a payload and checks that it decodes to an equal one.
+
+        Raises:
+            PayloadError: something in the payload would not come back equal; its path starts at `payload`.
+        """
+        try:
+            try:
+                data = _pack(payload)
+            except TypeError:  # tuples, or nothing that can be carried
+                data = _pack(_as_carried(payload))
+            # NaN, odd map keys, far-off dates: what msgpack packs but does not give back shows up here.
+            decoded = self.decode(data)
+            faithful = decoded == payload or decoded == _as_carried(payload)
+        except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
+            raise _culprit(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
+        if not faithful:
+            raise _culprit(payload) or PayloadError("payload", "would not come back equal")
+        return data
+
+    def decode(self, data: bytes) -> Payload:
+        """Decodes what `encode` made."""
+        return msgpack.unpackb(data, strict_map_key=False, timestamp=3)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return "MsgpackCodec()"
+
+
+@dataclass(frozen=True, slots=True)
+class Payloads:
+    """A codec with the store's own checks around it."""
+
+    codec: Codec
+    max_bytes: int
+
+    def encode_own(self, payload: Payload) -> bytes:
+        """Encodes an error of the store's own making, which is small: no limit may keep a failure from being told."""
+        return self.codec.encode(payload)
+
+    def encode(self, argument: str, payload: object) -> bytes:
+        """Encodes the payload given as `argument`, or refuses it.
+
+        Raises:
+            PayloadError: it is not a dict, or the codec refuses it; says where.
+            PayloadTooLargeError: it takes more than `max_bytes` encoded.
+        """
+        if not isinstance(payload, dict):
+            raise PayloadError(argument, f"must be a dict, not {described(payload)}")
+        try:
+            data = self.codec.encode(cast("Payload", payload))
+        except InvalidArgumentError as error:
+            raise PayloadError(error.argument.replace("payload", argument, 1), error.problem) from error.__cause__
+        except (ValueError, TypeError) as error:
+            raise PayloadError(argument, f"refused by {type(self.codec).__name__}: {error}") from error
+        if type(data) is not bytes or not data:
+            raise PayloadError(
+                argument, f"{type(self.codec).__name__} must encode to non-empty bytes, not {described(data)}"
+            )
+        if len(data) > self.max_bytes:
+            raise PayloadTooLargeError(
+                argument, f"takes {len(data):,} bytes, over the store's max_payload_bytes of {self.max_bytes:,}"
+            )
+        return data
+
+    def decode(self, data: bytes, run_id: str, step: str, name: str) -> Payload:
+        """Decodes a stored payload.
+
+        Raises:
+            UndecodablePayloadError: the codec cannot read it: another one wrote it, as a rule.
+        """
+        try:
+            payload = self.codec.decode(data)
+        except Exception as error:  # whatever a codec raises: the caller needs to know which payload it was
+            if self._can_decode(data):
+                raise  # a signal handler raised it, an alarm's as a rule
+            raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__) from error
+        if not isinstance(cast("object", payload), dict):
+            raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__)
+        return payload
+
+    def _can_decode(self, data: bytes) -> bool:
+        try:
+            self.codec.decode(data)
+        except Exception:  # noqa: BLE001 -- as above
+            return False
+        return True
+
+
+# At rest between two calls, for to make one takes longer than to pack with it. Any thread may take one.
+_packers: deque[Any] = deque()
+
+
+def _pack(value: object) -> bytes:
+    try:
+        packer = _packers.pop()
+    except IndexError:
+        packer = msgpack.Packer(strict_types=True, datetime=True)
+    data = packer.pack(value)  # if it raises, the packer is not used again
+    if len(data) < _PACKER_BYTES:  # it keeps its memory
+        _packers.append(packer)
+    return data
+
+
+def error_payload(error: BaseException) -> Payload:
+    """Makes a map of an exception: `type`, `message` and a bounded `traceback`, the end of it first to be kept."""
+    with defer_sigalrm():  # or it would be taken for an exception of the exception's
+        return _error_payload(error)
+
+
+def _error_payload(error: BaseException) -> Payload:
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 -- a message that cannot be made must not hide the failure
+        message = f"(str() of this {type(error).__name__} raised)"
+    cls = type(error)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        lines = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
+    except Exception:  # noqa: BLE001 -- exceptions may have attributes that raise; likewise
+        lines = "".join(traceback.format_tb(error.__traceback__, limit=-20))
+    return {
+        "type": _printable(name),
+        "message": _printable(message)[:_MESSAGE_CHARS],
+        "traceback": _printable(lines)[-_TRACEBACK_CHARS:],
+    }
+
+
+def _printable(text: str) -> str:
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _as_carried(value: object) -> object:
+    """The value with lists for tuples, and moments in UTC. Subclasses stay what they are, to be refused.
+
+    A moment in the hour that comes twice, when clocks are set back, equals none in another zone: hence the UTC.
+    """
+    if type(value) is dict:
+        items = cast("dict[object, object]", value)
+        carried = {_as_carried_key(key): _as_carried(item) for key, item in items.items()}
+        if len(carried) != len(items):
+            raise ValueError("two keys would become one")
+        return carried
+    if type(value) in (list, tuple):
+        return [_as_carried(item) for item in cast("list[object]", value)]
+    return _as_carried_key(value)
+
+
+def _as_carried_key(value: Any) -> object:
+    return value.astimezone(UTC) if type(value) is datetime and value.tzinfo is not None else value
+
+
+def _culprit(payload: object) -> PayloadError | None:
+    """Finds what msgpack would not carry, first in depth. Slow, and only for payloads that are being refused."""
+    waiting: list[tuple[Any, str, int]] = [(payload, "payload", 1)]
+    while waiting:
+        value, path, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            return PayloadError(path, f"nested more than {_MAX_DEPTH} levels deep")
+        found: list[tuple[Any, str, int]] = []
+        if type(value) is dict:
+            keys: set[object] = set()
+            for key, item in cast("dict[object, object]", value).items():
+                inner = f"{path}[{_subscript(key)}]"
+                if problem := "a tuple cannot be a key" if type(key) is tuple else _scalar_problem(key):
+                    return PayloadError(f"key {inner}", problem)
+                if (carried := _as_carried_key(key)) in keys:
+                    return PayloadError(f"key {inner}", "the same instant as another key: one of the two would be lost")
+                keys.add(carried)
+                found.append((item, inner, depth + 1))
+        elif type(value) in (list, tuple):
+            found = [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+        elif problem := _scalar_problem(value):
+            return PayloadError(path, problem)
+        waiting += reversed(found)
+    return None
+
+
+def _subscript(key: object) -> str:
+    try:
+        text = repr(key)
+    except Exception:  # noqa: BLE001 -- what has no repr must be refused all the same
+        return f"a {type(key).__name__} without a repr"
+    return text if len(text) <= _KEY_CHARS else text[:_KEY_CHARS] + "…"
+
+
+def _scalar_problem(value: object) -> str | None:
+    if type(value) is int:
+        return None if -(2**63) <= value < 2**64 else "int of more than 64 bits"
+    if type(value) is float:
+        return "NaN equals nothing, so it would not come back equal" if math.isnan(value) else None
+    if type(value) is str:
+        return "str with a lone surrogate, which UTF-8 cannot carry" if _SURROGATE.search(value) else None
+    if type(value) is datetime:
+        if value.tzinfo is None:
+            return "datetime without a time zone; give it one (datetime.now(timezone.utc))"
+        try:
+            msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
+        except (OverflowError, ValueError) as error:
+            return f"datetime that msgpack cannot carry ({error})"
+        return None
+    if value is None or type(value) in (bool, bytes, bytearray):
+        return None
+    return f"{described(value)}; allowed are {_ALLOWED}"

@@ -1,0 +1,66 @@
+"""Records as the scripts answer them become step runs and attempts, or an error that names the key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import cast
+
+from squidstep_redis.errors import SquidstepError
+from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StepRun
+from squidstep_redis.protocol.call import corrupt, newer
+from squidstep_redis.protocol.codec import Payloads
+
+StoredPayloads = tuple[bytes | None, bytes | None, bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Reads the records of one store."""
+
+    prefix: str
+    payloads: Payloads
+
+    def record(self, run: str, step: str, values: list[bytes | None], key: bytes) -> StepRun:
+        """A whole record: state line, input, output, error.
+
+        Raises:
+            CorruptRunError: a part is missing, or the line is not what the scripts write.
+        """
+        line, input, output, last_error = values
+        if line is None or input is None or (output is None) == (line[1:2] == b"c"):
+            raise self._unreadable(run, step, line or b"", key)
+        return self.step_run(run, step, line, (input, output, last_error), key)
+
+    def step_run(
+        self, run: str, step: str, line: bytes, payloads: StoredPayloads, key: bytes, token: bytes = b""
+    ) -> StepRun:
+        """A state line, with as much as is known of the payloads, and the claim if there is one.
+
+        Raises:
+            CorruptRunError: the line is not what the scripts write.
+        """
+        try:
+            if line[:1] != FORMAT:
+                raise ValueError(line)
+            return StepRun(self.prefix, run, step, line, payloads, self.payloads.decode, token)
+        except (ValueError, KeyError):
+            raise self._unreadable(run, step, line, key) from None
+
+    def attempt(self, run: str, step: str, entry: bytes, key: bytes) -> Attempt:
+        """One entry of the history: a state line, a line break, its error.
+
+        Raises:
+            CorruptRunError: the line is not what the scripts write.
+        """
+        line, _, error = entry.partition(b"\n")  # an owner has no line break: the first one ends the line
+        step_run = self.step_run(run, step, line, (None, None, error or None), key)
+        started = cast("datetime", step_run.started_at)
+        outcome = OUTCOME[line[1:2]]
+        return Attempt(step_run.attempt, step_run.owner, outcome, step_run.last_error, started, step_run.ended_at)
+
+    def _unreadable(self, run: str, step: str, line: bytes, key: bytes) -> SquidstepError:
+        format = line[: len(line) - len(line.lstrip(b"0123456789"))]
+        if format not in (b"", FORMAT):
+            return newer(run, key.decode(), format.decode())
+        return corrupt(run, key.decode(), f"s{step}")

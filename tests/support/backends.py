@@ -1,0 +1,190 @@
+"""What the behaviour suite runs on: every server, and on each the blocking and the asyncio store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Self, cast
+
+import fakeredis
+import redis
+import redis.asyncio
+
+from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.protocol.keys import Keys
+from support.servers import EmbeddedCluster, find_binary, wait_until
+
+# Without configuration: what `pip install` brings. The others are asked for with --servers, and must then be there.
+DEFAULT_SERVERS = ("fakeredis", "valkey", "cluster")
+ALL_SERVERS = (*DEFAULT_SERVERS, "redis-7", "redis-6")
+
+
+class Backend:
+    """A server to test on, and clients of it."""
+
+    def __init__(self, name: str, connect: Callable[..., Any], connect_asyncio: Callable[..., Any]) -> None:
+        self.name = name
+        self.url: str | None = getattr(connect, "args", (None,))[0] if name != "fakeredis" else None
+        self.connect = connect
+        self.connect_asyncio = connect_asyncio
+        self.raw: Any = connect()
+
+    @classmethod
+    def of_url(cls, name: str, url: str) -> Self:
+        """A single server that is there already."""
+        return cls(
+            name,
+            functools.partial(redis.Redis.from_url, url, protocol=2),
+            functools.partial(redis.asyncio.Redis.from_url, url, protocol=2),
+        )
+
+    def now(self) -> float:
+        seconds, microseconds = self.raw.time(target_nodes="random") if self.name == "cluster" else self.raw.time()
+        return seconds + microseconds / 1_000_000
+
+    def keys(self, prefix: str) -> set[bytes]:
+        return keys_of(self.raw, prefix)
+
+    def flush_scripts(self) -> None:
+        if self.name == "cluster":
+            self.raw.script_flush(target_nodes="primaries")
+        else:
+            self.raw.script_flush()
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[Backend]:
+    """Starts the server of that name."""
+    if name == "fakeredis":
+        fake = fakeredis.FakeServer()
+        yield Backend(
+            name,
+            functools.partial(fakeredis.FakeStrictRedis, server=fake),
+            functools.partial(fakeredis.FakeAsyncRedis, server=fake),
+        )
+    elif name == "cluster":
+        with EmbeddedCluster() as cluster:
+            url = cluster.url
+            yield Backend(
+                name,
+                functools.partial(redis.RedisCluster.from_url, url),
+                functools.partial(redis.asyncio.RedisCluster.from_url, url),
+            )
+    else:
+        with EmbeddedServer(binary=find_binary(name)) as server:
+            yield Backend.of_url(name, server.url)
+
+
+def keys_of(raw: Any, prefix: str) -> set[bytes]:
+    return set(raw.scan_iter(match=f"{prefix}:*", count=1000))
+
+
+def contents(raw: Any, prefix: str) -> dict[bytes, Any]:
+    """All that is stored under a prefix."""
+    read = {
+        b"hash": raw.hgetall,
+        b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True),
+        b"string": raw.get,
+        b"stream": lambda key: [entry for _, entry in raw.xrange(key)],
+    }
+    return {key: read[raw.type(key)](key) for key in keys_of(raw, prefix)}
+
+
+class Driven:
+    """An asyncio store that is called like a blocking one: one suite for both."""
+
+    def __init__(self, store: AsyncStepRunStore, runner: asyncio.Runner) -> None:
+        self.store = store
+        self.runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.store, name)
+        if not inspect.iscoroutinefunction(value):
+            return value
+
+        @functools.wraps(value)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.runner.run(value(*args, **kwargs))
+
+        return run
+
+
+def ask_instead(store: Any, client: Any) -> None:
+    """Lets a store ask another client, whose methods are not redis-py's own: its connections are not borrowed."""
+    store._untyped_client = client
+    store._connections = type(store._connections)(client)
+
+
+def lose_replies(store: Any, times: int) -> None:
+    """Lets a store send each single call so many times more, as after lost replies, whatever way it sends."""
+    asked, name = (
+        (store._connections, "send") if store._connections.can_bypass_client() else (store.client, "execute_command")
+    )
+    send = getattr(asked, name)
+
+    def again(*args: Any, **options: Any) -> Any:
+        more = 0 if name == "send" and len(args) > 1 else times
+        return [send(*args, **options) for _ in range(more + 1)][-1]
+
+    async def again_asyncio(*args: Any, **options: Any) -> Any:
+        more = 0 if name == "send" and len(args) > 1 else times
+        return [await send(*args, **options) for _ in range(more + 1)][-1]
+
+    setattr(asked, name, again_asyncio if inspect.iscoroutinefunction(send) else again)
+
+
+class Bench:
+    """Makes stores of one flavour on one server, all with the test's own prefix."""
+
+    def __init__(self, backend: Backend, runner: asyncio.Runner | None, prefix: str) -> None:
+        self.backend = backend
+        self.runner = runner
+        self.prefix = prefix
+        self._clients: list[Any] = []
+
+    def store(self, *, losing: int = 0, client_options: dict[str, Any] | None = None, **settings: Any) -> StepRunStore:
+        """A store; `losing` replies of each call are lost before one gets through."""
+        settings = {"prefix": self.prefix, **settings}
+        if self.runner is None:
+            client = self.backend.connect(**(client_options or {}))
+            made: Any = StepRunStore(client, **settings)
+        else:
+            client = self.runner.run(self._connect_asyncio(client_options or {}))
+            made = AsyncStepRunStore(client, **settings)
+        self._clients.append(client)
+        if losing:
+            lose_replies(made, losing)
+        # One type for both, so that the suite is checked against the blocking store's.
+        return cast("StepRunStore", Driven(made, self.runner) if self.runner else made)
+
+    async def _connect_asyncio(self, options: dict[str, Any]) -> Any:
+        return self.backend.connect_asyncio(**options)
+
+    def lapse(self, step_run: StepRun) -> None:
+        """Waits until the lease is over by the server's clock."""
+        assert step_run.lease_ends_at is not None
+        end = step_run.lease_ends_at.timestamp()
+        wait_until(lambda: self.backend.now() >= end)
+
+    def field(self, run_id: str, field: str) -> bytes | None:
+        """A field of the run's hash, as it is stored."""
+        return self.backend.raw.hget(self.keys(run_id)[0], field)
+
+    def keys(self, run_id: str) -> list[bytes]:
+        """The run's keys: steps, done, claims, failed."""
+        return list(Keys(self.prefix.encode()).run(run_id.encode()))
+
+    def dump(self) -> dict[bytes, Any]:
+        """All that the store has written, to show that nothing was."""
+        return contents(self.backend.raw, self.prefix)
+
+    def close(self) -> None:
+        for client in self._clients:
+            if self.runner is None:
+                client.close()
+            else:
+                self.runner.run(client.aclose())

@@ -1,0 +1,210 @@
+"""A TCP proxy between a client and a real server: it counts round trips and loses what a network may lose."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Self
+
+from squidstep_redis.protocol.scripts import script as find_script
+
+# What clients say by themselves when they connect: passed on, neither counted nor lost.
+HANDSHAKE = frozenset({b"AUTH", b"CLIENT", b"CLUSTER", b"COMMAND", b"HELLO", b"INFO", b"PING", b"READONLY", b"SELECT"})
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What happens to one command.
+
+    Attributes:
+        request: what the server is given of it; after less than the whole, the connection is cut.
+        reply: what the client is given of its reply; after nothing, the connection is cut.
+        script: strikes the next call of this script; None: the next command, whatever it is.
+    """
+
+    request: Callable[[bytes], bytes] = bytes
+    reply: Callable[[bytes], bytes] = bytes
+    script: str | None = None
+
+    def strikes(self, command: list[bytes]) -> bool:
+        if self.script is None:
+            return True
+        wanted = find_script(self.script)
+        return command[1:2] in ([wanted.sha], [wanted.source])
+
+
+class Proxy:
+    """Hands on one command at a time to a server, so that what happens between two of them is decided here.
+
+    Attributes:
+        port: where it listens, on loopback.
+        commands: those that arrived, lost ones included, as lists of words.
+        round_trips: how often a client sent something after it was last answered. A batch that is sent in several
+            pieces counts as one only inside of `batches`, which waits for the last piece.
+    """
+
+    def __init__(self, server: str | tuple[str, int]) -> None:
+        self.server = server  # the path of a unix socket, or host and port
+        self.clear()
+        self._batches: deque[int] = deque()
+        self._faults: deque[Fault] = deque()
+        self._held: list[threading.Event] = []
+        self._hooks: dict[int, Callable[[], object]] = {}
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+
+    @classmethod
+    def to(cls, client: Any) -> Self:
+        options = client.connection_pool.connection_kwargs  # of redis-py, blocking or asyncio
+        return cls(options.get("path") or (options["host"], options["port"]))
+
+    def clear(self) -> None:
+        self.commands: list[list[bytes]] = []
+        self.round_trips = 0
+
+    def names(self) -> list[str]:
+        return [command[0].decode().upper() for command in self.commands]
+
+    def strike(self, fault: Fault) -> None:
+        """Lets a fault strike, after those that are waiting to."""
+        self._faults.append(fault)
+
+    def drop(self, times: int = 1, script: str | None = None) -> None:
+        """Lets the server run the next commands, and cuts the connection where their replies were due."""
+        self._faults.extend([Fault(reply=lambda _: b"", script=script)] * times)
+
+    def cut(self, times: int = 1, script: str | None = None) -> None:
+        """Cuts the connection where the next commands arrive; the server never hears of them."""
+        self._faults.extend([Fault(request=lambda _: b"", script=script)] * times)
+
+    def tear(self, times: int = 1, script: str | None = None) -> None:
+        """Cuts the connection when the server has had half of the next commands."""
+        self._faults.extend([Fault(request=lambda request: request[: len(request) // 2], script=script)] * times)
+
+    def answer(self, *replies: bytes) -> None:
+        """Lets the server run the next commands, and delivers these replies in place of its own."""
+        self._faults.extend(Fault(reply=lambda _, reply=reply: reply) for reply in replies)
+
+    def hold_requests(self, times: int = 1, script: str | None = None) -> threading.Event:
+        """Keeps the next commands from the server until the event is set: late if it is, a black hole if not."""
+        released = threading.Event()
+        self._faults.extend([Fault(request=self._gate(released), script=script)] * times)
+        return released
+
+    def hold_replies(self, times: int = 1, script: str | None = None) -> threading.Event:
+        """Lets the server run the next commands, and keeps their replies until the event is set."""
+        released = threading.Event()
+        self._faults.extend([Fault(reply=self._gate(released), script=script)] * times)
+        return released
+
+    def _gate(self, released: threading.Event) -> Callable[[bytes], bytes]:
+        self._held.append(released)
+
+        def wait(data: bytes) -> bytes:
+            released.wait()
+            return data
+
+        return wait
+
+    def heal(self) -> None:
+        """No more faults."""
+        self._faults.clear()
+
+    def after(self, count: int, hook: Callable[[], object]) -> None:
+        """Calls the hook once the server has run that many more commands, before it is given the next."""
+        self._hooks[len(self.commands) + count] = hook
+
+    @contextlib.contextmanager
+    def batches(self, *sizes: int) -> Iterator[None]:
+        """Inside, nothing is answered before so many EVAL and EVALSHA came, and faults strike whole batches."""
+        self._batches.extend(sizes)
+        try:
+            yield
+            assert not self._batches, f"of the batches {sizes}, {list(self._batches)} did not come"
+        finally:
+            self._batches.clear()
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads.pop(0).join()
+        self._listener.close()
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # it is closed already
+                each.shutdown(socket.SHUT_RDWR)
+        for released in self._held:
+            released.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was shut down
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX if isinstance(self.server, str) else socket.AF_INET)
+                self._sockets += [client, server]
+                self._start(self._serve, client, server)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        with client, server, contextlib.suppress(OSError, EOFError):
+            server.connect(self.server)
+            with client.makefile("rb") as requests, server.makefile("rb") as replies:
+                held: list[bytes] = []
+                while command := words(request := frame(requests)):
+                    if command[0].upper() in HANDSHAKE:
+                        server.sendall(request)
+                        client.sendall(frame(replies))
+                        continue
+                    self._hooks.pop(len(self.commands), int)()
+                    self.round_trips += not held
+                    self.commands.append(command)
+                    last = self._is_last(command)
+                    strikes = last and self._faults and self._faults[0].strikes(command)
+                    fault = self._faults.popleft() if strikes else Fault()
+                    server.sendall(given := fault.request(request))
+                    if given != request or not (reply := fault.reply(frame(replies))):
+                        return
+                    held.append(reply)
+                    if last:
+                        client.sendall(b"".join(held))
+                        held.clear()
+
+    def _is_last(self, command: list[bytes]) -> bool:
+        """Whether what is held back is to be delivered now."""
+        if not self._batches:
+            return True
+        self._batches[0] -= command[0] in {b"EVAL", b"EVALSHA"}
+        return self._batches[0] == 0 and self._batches.popleft() == 0
+
+
+def frame(stream: BinaryIO) -> bytes:
+    """Reads one request or reply, RESP2 or RESP3, as it is; raises EOFError at the end."""
+    line = stream.readline()
+    if not line.endswith(b"\r\n"):
+        raise EOFError
+    kind, rest = line[:1], line[1:]
+    if kind in b"$=!" and int(rest) >= 0:
+        return line + stream.read(int(rest) + 2)
+    if kind in b"*~%":
+        return line + b"".join(frame(stream) for _ in range(int(rest) * (2 if kind == b"%" else 1)))
+    return line
+
+
+def words(request: bytes) -> list[bytes]:
+    stream = io.BytesIO(request)
+    count = int(stream.readline()[1:])
+    return [stream.read(int(stream.readline()[1:]) + 2)[:-2] for _ in range(count)]
