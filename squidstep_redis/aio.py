@@ -9,101 +9,114 @@ from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
+from redis import asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
 from squidstep_redis.claims.heartbeat import async_heartbeat_of
 from squidstep_redis.claims.rules import DEFAULT_LEASE, BaseClaim, OnBusy
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.facade import BaseStore, as_method, with_docs_of
 from squidstep_redis.model import StepRun
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
-from squidstep_redis.protocol.call import Call, Exchange, Plan
-from squidstep_redis.settings import documented
-from squidstep_redis.transport.aio import AsyncSender, run_workflow
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.workflow import Workflow
+from squidstep_redis.store import Claim, StepRunStore
+from squidstep_redis.transport.aio import AsyncTransport, run_workflow
+from squidstep_redis.transport.connection import AsyncDirectConnections
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RELEASE_TIMEOUT: Final = 1.0  # seconds to give a claim back; after that its lease does
+RELEASE_TIMEOUT: Final = 1.0  # seconds to release a claim after a cancellation; after that its lease expires
 
 
-def _operation(
-    make: Callable[Concatenate[Calls, P], Call[T]],
+def _call(
+    operation: Callable[Concatenate[Calls, P], Call[T]],
 ) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
-    """The method that makes a call and sends it."""
+    """Returns the method that sends an operation's call."""
 
-    async def operation(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self.send(make(self.calls, *args, **kwargs))
+    async def method(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._transport.send(operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
 
-    return documented(operation, make, "AsyncStepRunStore")
+    return as_method(method, operation, "AsyncStepRunStore")
 
 
-def _exchange(
-    make: Callable[Concatenate[Calls, P], Exchange[T]],
+def _workflow(
+    operation: Callable[Concatenate[Calls, P], Workflow[T]],
 ) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
-    """The method that carries an exchange through."""
+    """Returns the method that runs an operation's workflow."""
 
-    async def carried(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        exchange = make(self.calls, *args, **kwargs)
-        try:
-            calls = next(exchange)
-            while True:
-                calls = exchange.send(await self._send_all(calls))  # pyright: ignore[reportPrivateUsage]: its own
-        except StopIteration as end:
-            return end.value
+    async def method(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await run_workflow(self._transport, operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
 
-    return documented(carried, make, "AsyncStepRunStore")
+    return as_method(method, operation, "AsyncStepRunStore")
 
 
-def _planned(
-    make: Callable[Concatenate[Calls, P], Plan[T]],
-) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
-    """The method that carries a plan out."""
+class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTransport]):
+    """Decides which delivery of a step executes, and keeps its input, output and failure: the asyncio store."""
 
-    async def planned(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await run_workflow(self, make(self.calls, *args, **kwargs))
+    _client_types = (redis.Redis, redis.RedisCluster)
+    _connections_type = AsyncDirectConnections
+    _transport_type = AsyncTransport
 
-    return documented(planned, make, "AsyncStepRunStore")
+    schedule_step = _call(Calls.schedule_step)
+    schedule_steps = _call(Calls.schedule_steps)
+    delete_pending_steps = _call(Calls.delete_pending_steps)
 
+    begin_step = _call(Calls.begin_step)
+    complete_step = _call(Calls.complete_step)
+    advance_step = _call(Calls.advance_step)
+    fail_step = _call(Calls.fail_step)
+    extend_claim = _call(Calls.extend_claim)
+    expire_claim = _call(Calls.expire_claim)
+    release_step = _call(Calls.release_step)
 
-class AsyncStepRunStore(AsyncSender):
-    """Decides which delivery of a step executes, and keeps what came of it: the store, for asyncio."""
+    get_step_run = _call(Calls.get_step_run)
+    get_run = _call(Calls.get_run)
+    scan_steps = _call(Calls.scan_steps)
+    attempts = _call(Calls.attempts)
+    completed_steps = _call(Calls.completed_steps)
+    completed_outputs = _call(Calls.completed_outputs)
+    step_statuses = _call(Calls.step_statuses)
+    wait_for_step = _workflow(Calls.wait_for_step)
 
-    schedule_step = _operation(Calls.schedule_step)
-    schedule_steps = _operation(Calls.schedule_steps)
-    begin_step = _operation(Calls.begin_step)
-    complete_step = _operation(Calls.complete_step)
-    advance_step = _operation(Calls.advance_step)
-    fail_step = _operation(Calls.fail_step)
-    extend_claim = _operation(Calls.extend_claim)
-    expire_claim = _operation(Calls.expire_claim)
-    release_step = _operation(Calls.release_step)
-    retry_step = _operation(Calls.retry_step)
-    delete_pending_steps = _operation(Calls.delete_pending_steps)
+    lapsed_claims = _workflow(Calls.lapsed_claims)
+    live_claims = _workflow(Calls.live_claims)
+    failed_steps = _workflow(Calls.failed_steps)
+    count_claims = _workflow(Calls.count_claims)
 
-    get_step_run = _operation(Calls.get_step_run)
-    get_run = _operation(Calls.get_run)
-    scan_steps = _operation(Calls.scan_steps)
-    attempts = _operation(Calls.attempts)
-    completed_steps = _operation(Calls.completed_steps)
-    completed_outputs = _operation(Calls.completed_outputs)
-    step_statuses = _operation(Calls.step_statuses)
-    wait_for_step = _planned(Calls.wait_for_step)
+    expire_run = _call(Calls.expire_run)
+    delete_run = _call(Calls.delete_run)
+    runs = _workflow(Calls.runs)
+    purge = _workflow(Calls.purge)
 
-    expire_run = _operation(Calls.expire_run)
-    delete_run = _operation(Calls.delete_run)
-    export_run = _operation(Calls.export_run)
-    import_run = _operation(Calls.import_run)
+    retry_step = _call(Calls.retry_step)
+    retry_run = _workflow(Calls.retry_run)
+    export_run = _call(Calls.export_run)
+    import_run = _call(Calls.import_run)
 
-    batch = _exchange(Calls.batch)
-    lapsed_claims = _exchange(Calls.lapsed_claims)
-    live_claims = _exchange(Calls.live_claims)
-    failed_steps = _exchange(Calls.failed_steps)
-    count_claims = _exchange(Calls.count_claims)
-    retry_run = _exchange(Calls.retry_run)
-    runs = _planned(Calls.runs)
-    purge = _planned(Calls.purge)
+    batch = _workflow(Calls.batch)
 
-    async def run_step(
+    @classmethod
+    def _connect(cls, url: str, options: dict[str, Any]) -> redis.Redis:
+        client: Any = redis.Redis
+        return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
+
+    @with_docs_of(StepRunStore.send)
+    async def send(self, call: Call[T]) -> T:  # noqa: D102 -- the decorator adds it
+        return await self._transport.send(call)
+
+    @with_docs_of(
+        StepRunStore.run_step,
+        fn="does the work: a coroutine function, or a plain one. It receives the stored input and returns the output.\n"
+        "                `current_claim()` is its claim. If it blocks the event loop for longer than the lease, the claim\n"
+        "                is lost.",
+        cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is returned all the same.",
+    )
+    async def run_step(  # noqa: D102 -- the decorator adds it
         self,
         run_id: RunId,
         step: Step,
@@ -116,27 +129,6 @@ class AsyncStepRunStore(AsyncSender):
         owner: str | None = None,
         cancel_when_lost: bool = False,
     ) -> dict[str, Any]:
-        """Executes a step once across all deliveries: `StepRunStore.run_step`, which says all that is not said here.
-
-        The heartbeat is the event loop's: a function that blocks it for longer than the lease loses the claim.
-
-        Args:
-            run_id: as there.
-            step: as there.
-            fn: a coroutine function, or a plain one that does not block for long.
-            input: as there.
-            lease: as there.
-            max_attempts: as there.
-            on_busy: as there.
-            owner: as there.
-            cancel_when_lost: cancels `fn` when the claim is found to be lost; the winner's result is answered as ever.
-
-        Returns:
-            The stored output.
-
-        Raises:
-            As there.
-        """
         if not callable(fn):
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
         while True:
@@ -159,9 +151,14 @@ class AsyncStepRunStore(AsyncSender):
                             await claim.complete(output)
                 return claim.result()
             except StaleStepRunError as error:
-                claim.may_ask_again(error)
+                claim.raise_unless_running(error)
 
-    def claim_step(
+    @with_docs_of(
+        StepRunStore.claim_step,
+        cancel_when_lost="whether to cancel the block when the claim is lost; the block then ends as with\n"
+        "                `claim.complete`.",
+    )
+    def claim_step(  # noqa: D102 -- the decorator adds it
         self,
         run_id: RunId,
         step: Step,
@@ -173,30 +170,16 @@ class AsyncStepRunStore(AsyncSender):
         owner: str | None = None,
         cancel_when_lost: bool = False,
     ) -> AsyncClaim:
-        """Makes an `async with` block that holds the claim on a step: see `StepRunStore.claim_step`.
-
-        Args:
-            run_id: as for `run_step`, like all the others.
-            step: see there.
-            input: see there.
-            lease: see there.
-            max_attempts: see there.
-            on_busy: see there.
-            owner: see there.
-            cancel_when_lost: cancels the block when the claim is found to be lost; the block then ends as
-                `claim.complete` would.
-
-        Raises:
-            As `run_step`, from entering the block.
-        """
         return AsyncClaim(self, run_id, step, input, lease, max_attempts, on_busy, owner, cancel_when_lost)
 
-    async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
-        """Examines the server and the client: see `StepRunStore.doctor`."""
-        return await run_workflow(self, examine(self.calls, self._client_facts(lease, job_timeout)))
+    @with_docs_of(StepRunStore.doctor)
+    async def doctor(  # noqa: D102 -- the decorator adds it
+        self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None
+    ) -> Diagnosis:
+        return await run_workflow(self._transport, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     async def close(self) -> None:
-        """Closes the client, if `from_url` made it."""
+        """Closes the client if `from_url` made it."""
         if self._owns_client:
             await async_heartbeat_of(self.client).stop()
             await self.client.aclose()
@@ -209,7 +192,7 @@ class AsyncStepRunStore(AsyncSender):
 
 
 class AsyncClaim(BaseClaim[asyncio.Event]):
-    """A step to be executed by this delivery or skipped: the `async with` block that `claim_step` makes."""
+    """A step to be executed or skipped by this delivery: the `async with` block that `claim_step` returns."""
 
     store: AsyncStepRunStore
 
@@ -227,13 +210,14 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
     ) -> None:
         super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, asyncio.Event())
         self.store = store
+        self._transport = store._transport  # pyright: ignore[reportPrivateUsage]: its own
         self._cancels = cancel_when_lost
         self._task: asyncio.Task[Any] | None = None
         self._has_cancelled = False
 
     async def __aenter__(self) -> Self:
         try:
-            await run_workflow(self.store, self._acquire())
+            await run_workflow(self._transport, self._acquire())
             self._enter()
             self._task, self._has_cancelled = asyncio.current_task(), False
             if self._state == "held" and self._lease is not None:
@@ -244,7 +228,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             self._stop()
             with suppress(SquidstepError, TimeoutError):
                 async with asyncio.timeout(RELEASE_TIMEOUT):
-                    await run_workflow(self.store, self._undo_acquire())
+                    await run_workflow(self._transport, self._undo_acquire())
             raise
         return self
 
@@ -252,7 +236,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         try:
-            missing = await run_workflow(self.store, self._on_exit(error))
+            missing = await run_workflow(self._transport, self._on_exit(error))
         finally:
             self._stop()
         if missing is not None:
@@ -262,24 +246,29 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             if isinstance(error, asyncio.CancelledError) and not others:
                 if not isinstance(self._loss, StaleStepRunError):
                     raise self._loss
-                await run_workflow(self.store, self._reconcile())
+                await run_workflow(self._transport, self._reconcile())
                 return True
         return False
 
-    async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
-        """Ends the claim with an output; returns and raises as `Claim.complete`."""
-        return await run_workflow(self.store, self._completing(output, schedule))
+    @with_docs_of(Claim.complete)
+    async def complete(  # noqa: D102 -- the decorator adds it
+        self, output: Mapping[str, Any], *, schedule: StepInputs | None = None
+    ) -> StepRun:
+        return await run_workflow(self._transport, self._complete(output, schedule))
 
-    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
-        """Ends the claim with an error, see `fail_step`; otherwise as `complete`."""
-        return await run_workflow(self.store, self._failing(error))
+    @with_docs_of(Claim.fail)
+    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:  # noqa: D102 -- the decorator adds it
+        return await run_workflow(self._transport, self._fail(error))
 
-    async def release(self) -> StepRun:
-        """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`."""
-        return await run_workflow(self.store, self._releasing())
+    @with_docs_of(Claim.release)
+    async def release(self) -> StepRun:  # noqa: D102 -- the decorator adds it
+        return await run_workflow(self._transport, self._release())
 
     def is_of_this_code(self, step_run: StepRun) -> bool:
-        """Likewise; another task may inherit its context, and may well wait for it."""
+        """Whether this task executes the step under this claim.
+
+        Another task may inherit the claim's context, and may wait for the step.
+        """
         return self._task is asyncio.current_task() and super().is_of_this_code(step_run)
 
     def _signal_lost(self) -> None:

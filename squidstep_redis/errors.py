@@ -1,54 +1,66 @@
 """Everything that squidstep_redis raises, in one tree.
 
-Each error says what happened, to which run and step, and what to do next.
+Each error says what failed, for which run and step, what was written, and what to do.
 
     SquidstepError
-    ├── InvalidArgumentError      refused before anything was sent
-    │   ├── PayloadError              with the path to the culprit
+    ├── InvalidArgumentError      rejected before anything was sent
+    │   ├── PayloadError              with the path to the offending value
     │   │   └── PayloadTooLargeError
     │   └── UnsupportedClientError
     ├── StepRunNotFoundError      there is no such record; nothing was written
-    │   └── RunDeletedError           … because the run was deleted a short while ago
-    ├── StaleStepRunError         the claim is not yours (any more); nothing was written
+    │   └── RunDeletedError           the run was deleted recently
+    ├── StaleStepRunError         the claim is not held, or no longer held; nothing was written
     ├── StepBusyError             run_step: another worker holds the step; try again later
-    ├── WaitTimeoutError          wait_for_step: the step was not over in time
-    ├── StepExhaustedError        run_step: max_attempts are used up; the step has failed for good
-    ├── RunExistsError            import_run: there is such a run already; nothing was written
+    ├── WaitTimeoutError          wait_for_step: the step did not end in time
+    ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
+    ├── RunExistsError            import_run: the run exists already; nothing was written
     ├── CorruptRunError           what is stored cannot be trusted; nothing was written
-    │   └── NewerFormatError          … because a later version of this library wrote it
+    │   └── NewerFormatError          a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
-    └── ServerError               the server, or the way to it, failed; its __cause__ is redis-py's error
-        ├── NotSentError              nothing was sent: no connection was to be had
-        ├── RefusedError              the server refused, and nothing was written
-        └── OutcomeUnknownError       sent, and not answered: send it again, or look
-            ├── NotReplicatedError        done, and not confirmed by as many replicas, or the AOF, as was asked for
-            └── ReplyMismatchError        the connection handed over the answer to another call
+    └── ServerError               the server or the connection failed; __cause__ is redis-py's error
+        ├── NotSentError              could not connect; nothing was sent
+        ├── RefusedError              the server refused; nothing was written
+        └── OutcomeUnknownError       sent, but no reply: send it again, or read the record
+            ├── NotReplicatedError        done, but not confirmed by the replicas or the AOF in time
+            └── ReplyMismatchError        the connection returned the reply to another call
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from squidstep_redis.model import StepRun
     from squidstep_redis.protocol.call import Call
 
+_error = dataclass(eq=False, repr=False)
+"""Makes an exception's fields the arguments of its constructor. Compared and shown as exceptions are."""
+
 
 class SquidstepError(Exception):
-    """Base of all errors that this library raises by itself."""
+    """Base of all errors that this library raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        notes = getattr(self, "__notes__", None)
+        return type(self), self._travelling(), {"__notes__": notes} if notes else None
+
+    def _travelling(self) -> tuple[Any, ...]:
+        """Returns the constructor's arguments after pickling."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # pyright: ignore[reportArgumentType]: each subclass is a dataclass
 
 
+@_error
 class InvalidArgumentError(SquidstepError, ValueError):
-    """An argument was refused before anything was sent.
+    """An argument was rejected before anything was sent.
 
     Attributes:
-        argument: the name of the argument.
+        argument: the name of the argument, or the path to the offending value.
+        problem: what is wrong with it.
     """
 
-    def __init__(self, argument: str, problem: str) -> None:
-        super().__init__(argument, problem)
-        self.argument = argument
-        self.problem = problem
+    argument: str
+    problem: str
 
     def __str__(self) -> str:
         return f"{self.argument}: {self.problem}"
@@ -57,137 +69,144 @@ class InvalidArgumentError(SquidstepError, ValueError):
 class PayloadError(InvalidArgumentError):
     """A payload that would not come back equal, or not at all.
 
-    `argument` is the path to the culprit, such as `input["items"][3]["price"]`.
+    `argument` is the path to the offending value, such as `input["items"][3]["price"]`.
     """
 
 
 class PayloadTooLargeError(PayloadError):
-    """A payload over the store's `max_payload_bytes`."""
+    """A payload larger than the store's `max_payload_bytes`."""
 
 
 class UnsupportedClientError(InvalidArgumentError):
-    """A redis-py client (or pipeline) with which a store cannot keep its promises."""
+    """A redis-py client or pipeline with which a store cannot keep its guarantees."""
 
 
+@_error
 class StepRunNotFoundError(SquidstepError, LookupError):
-    """There is no record of the step; nothing was written."""
+    """There is no record of the step; nothing was written.
 
-    def __init__(self, run_id: str, step: str | None, problem: str) -> None:
-        super().__init__(run_id, step, problem)
-        self.run_id = run_id
-        self.step = step
-        self.problem = problem
+    Attributes:
+        run_id: the run.
+        step: the step; None if the error is about the whole run.
+        problem: what is missing.
+    """
+
+    run_id: str
+    step: str | None
+    problem: str
 
     def __str__(self) -> str:
         return f"{_where(self.run_id, self.step)}: {self.problem}"
 
 
 class RunDeletedError(StepRunNotFoundError):
-    """The run was deleted and its tombstone still stands: a late write must not bring it back to life."""
+    """The run was deleted and its tombstone still exists, so that a late write cannot recreate it."""
 
 
+@_error
 class StaleStepRunError(SquidstepError):
-    """The claim is not held (any more); nothing was written.
+    """The claim is not held, or no longer held; nothing was written.
 
-    Another worker took the step over, or it has ended already. Discard your result: `current` says what holds.
+    Another worker took the step over, or the step has ended. Discard your result: `current` is the valid state.
 
     Attributes:
         current: the step run as it is stored now.
+        problem: which operation was refused, and why.
     """
 
-    def __init__(self, current: StepRun, problem: str) -> None:
-        super().__init__(current, problem)
-        self.current = current
-        self.problem = problem
+    current: StepRun
+    problem: str
 
     def __str__(self) -> str:
         return f"{_where(self.current.run_id, self.current.step)}: {self.problem}"
 
 
+@_error
 class StepBusyError(SquidstepError):
-    """Another worker holds the step, so this delivery did not execute it: deliver it again later.
+    """Another worker holds the step, so this delivery did not execute it. Deliver it again later.
 
     Attributes:
         current: the step run as it is stored now.
-        retry_in: seconds until the lease that is in the way ends, unless it is extended; None: never, or unknown.
+        retry_in: seconds until the holder's lease expires, unless it is extended; None if never or unknown.
     """
 
-    def __init__(self, current: StepRun, retry_in: float | None) -> None:
-        super().__init__(current, retry_in)
-        self.current = current
-        self.retry_in = retry_in
+    current: StepRun
+    retry_in: float | None
 
     def __str__(self) -> str:
         holder = f" by {self.current.owner}" if self.current.owner else ""
-        until = "" if self.retry_in is None else f"; its lease ends in {self.retry_in:.3f} s"
+        until = "" if self.retry_in is None else f"; its lease expires in {self.retry_in:.3f} s"
         return (
-            f"{_where(self.current.run_id, self.current.step)}: is being executed{holder}, as attempt "
-            f"{self.current.attempt}{until}. Nothing was executed here: try again later"
+            f"{_where(self.current.run_id, self.current.step)}: attempt {self.current.attempt} is running{holder}"
+            f"{until}. Nothing was executed here; try again later"
         )
 
 
+@_error
 class WaitTimeoutError(SquidstepError, TimeoutError):
-    """The step that was waited for was not over in time; wait again, or look who is at it.
+    """The step did not end within the timeout. Wait again, or look up who holds it.
 
     Attributes:
         run_id: the run.
-        step: the step's name.
-        current: the step run as it was last seen; None: nobody has scheduled or begun it yet.
+        step: the step.
+        timeout: seconds waited.
+        current: the step run as last read; None if it is not scheduled yet.
     """
 
-    def __init__(self, run_id: str, step: str, timeout: float, current: StepRun | None) -> None:
-        super().__init__(run_id, step, timeout, current)
-        self.run_id = run_id
-        self.step = step
-        self.timeout = timeout
-        self.current = current
+    run_id: str
+    step: str
+    timeout: float
+    current: StepRun | None
 
     def __str__(self) -> str:
         found = "there is no such step run yet" if self.current is None else f"it is {self.current.status}"
-        return f"{_where(self.run_id, self.step)}: was not over after {self.timeout:g} s, {found}"
+        return f"{_where(self.run_id, self.step)}: did not end within {self.timeout:g} s; {found}"
 
 
+@_error
 class StepExhaustedError(SquidstepError):
     """The step has failed as often as `max_attempts` allows: it is not executed again.
 
     Attributes:
-        current: the step run as it is stored now; its `last_error` says why.
+        current: the step run as it is stored now, with its `last_error`.
     """
 
-    def __init__(self, current: StepRun) -> None:
-        super().__init__(current)
-        self.current = current
+    current: StepRun
 
     def __str__(self) -> str:
         return (
-            f"{_where(self.current.run_id, self.current.step)}: all attempts are used up, the last was number "
-            f"{self.current.attempt}; see last_error. More are granted to a larger max_attempts"
+            f"{_where(self.current.run_id, self.current.step)}: max_attempts reached after attempt "
+            f"{self.current.attempt}{_last_error(self.current)}; call retry_step, or allow more attempts"
         )
 
 
+@_error
 class RunExistsError(SquidstepError):
-    """An import would overwrite a run; nothing was written."""
+    """An import would overwrite a run; nothing was written.
 
-    def __init__(self, run_id: str) -> None:
-        super().__init__(run_id)
-        self.run_id = run_id
+    Attributes:
+        run_id: the run.
+    """
+
+    run_id: str
 
     def __str__(self) -> str:
-        return f"{_where(self.run_id, None)}: exists already, and nothing was written. To replace it, delete it first"
+        return f"{_where(self.run_id, None)}: already exists; nothing was written. Delete it first to replace it"
 
 
+@_error
 class CorruptRunError(SquidstepError):
     """What is stored under a key cannot be trusted; nothing was written.
 
     Attributes:
+        run_id: the run; None if the key belongs to an index.
         key: the Redis key.
+        problem: what is wrong with it.
     """
 
-    def __init__(self, run_id: str | None, key: str, problem: str) -> None:
-        super().__init__(run_id, key, problem)
-        self.run_id = run_id
-        self.key = key
-        self.problem = problem
+    run_id: str | None
+    key: str
+    problem: str
 
     def __str__(self) -> str:
         return f"key {self.key!r}: {self.problem}"
@@ -197,37 +216,43 @@ class NewerFormatError(CorruptRunError):
     """A later version of this library wrote the record: upgrade this process."""
 
 
+@_error
 class UndecodablePayloadError(SquidstepError):
-    """The store's codec cannot read a stored payload: it was written with another codec, as a rule."""
+    """The store's codec cannot read a stored payload, usually because another codec wrote it.
 
-    def __init__(self, run_id: str, step: str, name: str, codec: str) -> None:
-        super().__init__(run_id, step, name, codec)
-        self.run_id = run_id
-        self.step = step
-        self.name = name
-        self.codec = codec
+    Attributes:
+        run_id: the run.
+        step: the step.
+        name: "input", "output", "last_error" or "error".
+        codec: the name of the codec's class.
+    """
+
+    run_id: str
+    step: str
+    name: str
+    codec: str
 
     def __str__(self) -> str:
         return f"{_where(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}"
 
 
+@_error
 class ServerError(SquidstepError):
-    """The server did not do what it was asked, or did not say so. redis-py's own error is the `__cause__`.
+    """The server did not do what was asked, or did not confirm it. redis-py's own error is the `__cause__`.
 
     Attributes:
         operation: the name of the operation, or "batch".
-        run_id: the run it was about; None if it spans runs.
-        step: the step, if it was about one.
-        transient: whether the same call may get through later, without anybody changing a setting.
+        run_id: the run; None if the operation spans runs.
+        step: the step; None if the operation is about a run.
+        problem: what failed, and what to do.
+        transient: whether the same call may succeed later, without any change of settings.
     """
 
-    def __init__(self, operation: str, run_id: str | None, step: str | None, problem: str, transient: bool) -> None:
-        super().__init__(operation, run_id, step, problem, transient)
-        self.operation = operation
-        self.run_id = run_id
-        self.step = step
-        self.problem = problem
-        self.transient = transient
+    operation: str
+    run_id: str | None
+    step: str | None
+    problem: str
+    transient: bool
 
     def __str__(self) -> str:
         where = "" if self.run_id is None else f", {_where(self.run_id, self.step)}"
@@ -235,81 +260,60 @@ class ServerError(SquidstepError):
 
 
 class NotSentError(ServerError):
-    """No connection was to be had: the server is away, refuses connections, or the client's pool is exhausted.
+    """Could not connect: the server is down, refuses connections, or the client's pool is exhausted.
 
     Nothing was sent, so nothing was written.
     """
 
 
 class RefusedError(ServerError):
-    """The server refused the operation before it wrote anything: read-only, loading, out of memory, no rights, …."""
+    """The server refused the operation before it wrote anything: read-only, loading, out of memory, no rights."""
 
 
+@_error
 class OutcomeUnknownError(ServerError):
-    """The operation was sent, and whether it took effect is not known.
+    """The operation was sent, and it is unknown whether it took effect.
 
-    `store.send(error.call)` sends the very same call again: it takes effect once in all, and answers what it would
-    have answered. Calling the method again makes another call, which `begin_step` does not take for the same: it finds
-    the first one's claim busy. Or look, with `get_step_run`.
+    `store.send(error.call)` sends the same call again: it takes effect once in total, and returns what it would have
+    returned. Calling the method again makes a different call: a second `begin_step` finds the first one's claim busy.
+    Or read the record with `get_step_run`.
 
     Attributes:
         call: what was sent; None for a batch, and after pickling.
     """
 
-    def __init__(
-        self,
-        operation: str,
-        run_id: str | None,
-        step: str | None,
-        problem: str,
-        transient: bool,
-        call: Call[Any] | None = None,
-    ) -> None:
-        super().__init__(operation, run_id, step, problem, transient)
-        self.call = call
+    call: Call[Any] | None = None
 
     def __str__(self) -> str:
-        again = "each of its calls" if self.operation == "batch" else "the same call, error.call,"
-        return f"{super().__str__()}. Whether it took effect is unknown: {again} can safely be sent again"
+        resend = "each of its calls" if self.operation == "batch" else "the same call, error.call,"
+        return f"{super().__str__()}. Whether it took effect is unknown; {resend} can safely be sent again"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self.args  # a call is made of functions, which do not travel
+    def _travelling(self) -> tuple[Any, ...]:
+        return self.operation, self.run_id, self.step, self.problem, self.transient  # a call holds functions
 
 
+@_error
 class NotReplicatedError(OutcomeUnknownError):
     """The master did it, but fewer replicas (or its AOF) confirmed it in time than the store was told to wait for.
 
-    It stands, unless the master is lost before it has passed it on. Send it again to wait once more.
+    The effect stands, unless the master is lost before it has replicated it. Send the call again to wait again.
 
     Attributes:
-        result: what the operation answered; None after pickling.
-        replicas: how many confirmed it; None if the server did not say.
+        result: what the operation returned; None after pickling.
+        replicas: how many replicas confirmed it; None if the server did not say.
     """
 
-    def __init__(
-        self,
-        operation: str,
-        run_id: str | None,
-        step: str | None,
-        problem: str,
-        transient: bool,
-        call: Call[Any] | None = None,
-        result: Any = None,
-        replicas: int | None = None,
-    ) -> None:
-        super().__init__(operation, run_id, step, problem, transient, call)
-        self.result = result
-        self.replicas = replicas
+    result: Any = None
+    replicas: int | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self.args, None, None, self.replicas)
+    def _travelling(self) -> tuple[Any, ...]:
+        return (*super()._travelling(), None, None, self.replicas)
 
 
 class ReplyMismatchError(OutcomeUnknownError):
-    """The connection answered with the reply to another call.
+    """The connection returned the reply to another call.
 
-    It happens when something (a signal handler that raises, as a rule) interrupted an earlier call on the same
-    connection.
+    An earlier call on the same connection was interrupted, usually by a signal handler that raised.
     """
 
 
@@ -317,14 +321,27 @@ def _where(run_id: str, step: str | None) -> str:
     return f"run {run_id!r}" if step is None else f"run {run_id!r}, step {step!r}"
 
 
+def _last_error(step_run: StepRun) -> str:
+    """Quotes the type and the message of a step's last error, as far as it has them."""
+    try:
+        error = step_run.last_error or {}
+    except UndecodablePayloadError:
+        return " (its last error cannot be decoded)"
+    kind, message = (
+        (str(error[name]) for name in ("type", "message")) if {"type", "message"} <= error.keys() else ("", "")
+    )
+    text = f"{kind}: {message}" if kind else ""
+    return f" (last error: {text if len(text) <= 200 else text[:199] + '…'})" if text else ""
+
+
 def described(value: Any) -> str:
-    """Names a refused value in a message: its type, and a little of what it is.
+    """Describes a rejected value for a message: its type, and its repr cut to 60 characters.
 
     Returns:
-        Such as `int -3`, or `str 'aaaa…'` for what would fill the screen.
+        Text such as `int -3`, or `str 'aaaa…'`.
     """
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 -- what has no repr must be refused all the same
+    except Exception:  # noqa: BLE001 -- a value without a repr must be rejected all the same
         text = "(without a repr)"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

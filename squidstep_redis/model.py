@@ -1,7 +1,8 @@
-"""What the store answers: step runs, their attempts, and the decisions about them."""
+"""What the store returns: step runs, their attempts, and the decisions about them."""
 
 from __future__ import annotations
 
+import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from binascii import crc32
 from collections.abc import Callable
@@ -13,7 +14,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class StepStatus(StrEnum):
-    """Where a step run stands."""
+    """The state of a step."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -29,14 +30,14 @@ class Outcome(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     RELEASED = "released"
-    """Given back; it does not count against `max_attempts`."""
+    """The claim was released; the attempt does not count against `max_attempts`."""
     LEASE_EXPIRED = "lease_expired"
-    """Its lease ended and another attempt took over, or none was left."""
+    """The lease expired, and another attempt took over or none was left."""
 
 
 FORMAT: Final = b"1"
 
-# The status letter of a state line (lua/lib/record.lua), and what it says of the step and of its latest attempt.
+# The status letter of a state line (lua/lib/record.lua), and what it means for the step and for its latest attempt.
 STATUS: Final = {
     b"p": StepStatus.PENDING,
     b"r": StepStatus.RUNNING,
@@ -52,28 +53,92 @@ OUTCOME: Final = {
     b"x": Outcome.LEASE_EXPIRED,
 }
 
+_LINE: Final = re.compile(
+    FORMAT + rb"([prcfx]) (\d+) (\d*) (\S*) (\d*) (\d*) (\d*) (\d+) (\d+) (\S*) (.*)", re.DOTALL
+).fullmatch
+
+
+class StateLine(NamedTuple):
+    """A parsed state line: everything about a step but its payloads. lua/README.md draws it.
+
+    Numbers stay text until they are needed. An empty part does not apply.
+
+    Attributes:
+        letter: the status letter.
+        attempt: number of the latest claim.
+        released: how many attempts do not count against `max_attempts`.
+        token: claim token of the latest attempt.
+        lease: when the lease ends, in ms since the attempt started.
+        started: when the attempt started, in ms since the step was created.
+        ended: when the attempt ended, in ms since it started.
+        created: when the step was created, in ms since 1970.
+        position: place among the steps of the run, in order of creation, from 1.
+        scheduled_by: nonce of the call that scheduled the step.
+        owner: who made the latest claim.
+    """
+
+    letter: bytes
+    attempt: bytes
+    released: bytes
+    token: bytes
+    lease: bytes
+    started: bytes
+    ended: bytes
+    created: bytes
+    position: bytes
+    scheduled_by: bytes
+    owner: bytes
+
+    @classmethod
+    def parse(cls, line: bytes) -> StateLine:
+        """Parses a state line; raises ValueError if the scripts would not write it."""
+        match = _LINE(line)
+        if match is None:
+            raise ValueError(line)
+        return cls._make(match.groups())
+
+    def format(self) -> bytes:
+        """Returns the line that `parse` accepts."""
+        return FORMAT + b" ".join(self)
+
+    @property
+    def created_ms(self) -> int:
+        """Milliseconds since 1970 at which the step was created."""
+        return int(self.created)
+
+    @property
+    def started_ms(self) -> int | None:
+        """Milliseconds since 1970 at which the latest attempt started; None if there was none."""
+        return int(self.created) + int(self.started) if self.started else None
+
+    def ms_after_start(self, span: bytes) -> int | None:
+        """Milliseconds since 1970 of `lease` or `ended`; None if it does not apply."""
+        started = self.started_ms
+        return started + int(span) if started is not None and span else None
+
+
 Decode = Callable[[bytes, str, str, str], dict[str, Any]]
 _Payload = bytes | dict[str, Any] | None
 
 
 class StepRun:
-    """One step of one run, as the store answered it: a snapshot, not a live view.
+    """One step of one run, as the store returned it: a snapshot, not a live view.
 
-    The one that `begin_step` answers with "execute" also carries the claim: hand it to `complete_step`,
-    `fail_step`, `extend_claim` or `release_step`. Payloads are decoded when they are first looked at. It can be
-    pickled and handed to another process; the claim goes with it.
+    The one that `begin_step` returns with "execute" also carries the claim: pass it to `complete_step`, `fail_step`,
+    `extend_claim` or `release_step`. Payloads are decoded on first access. A step run can be pickled and sent to
+    another process; the claim goes with it.
 
     Attributes:
         run_id: the run.
         step: the step's name.
-        status: where the step stands.
-        attempt: number of the latest claim, from 1; 0 if there was none. It grows with every claim, so it serves
-            as a fencing token, and with `id` as an idempotency key.
-        prefix: of the store that it belongs to.
-        token: of the claim that this object carries; empty if it carries none.
+        status: the state of the step.
+        attempt: number of the latest claim, from 1; 0 if there was none. It grows with every claim, so it is a
+            fencing token, and together with `id` an idempotency key.
+        prefix: key prefix of the store.
+        token: token of the claim that this object carries; empty if it carries none.
     """
 
-    __slots__ = ("_decode", "_fields", "_payloads", "attempt", "prefix", "run_id", "status", "step", "token")
+    __slots__ = ("_decode", "_line", "_payloads", "attempt", "prefix", "run_id", "status", "step", "token")
 
     prefix: Final[str]
     run_id: Final[str]
@@ -92,92 +157,80 @@ class StepRun:
         decode: Decode,
         token: bytes = b"",
     ) -> None:
-        """Made by the store alone; raises ValueError or KeyError if `line` is no state line."""
-        letter, attempt, *fields = line[1:].split(b" ", 10)
-        if len(fields) != 9:
-            raise ValueError(line)
+        """Made by the store only; raises ValueError if `line` is not a state line."""
+        self._line = parsed = StateLine.parse(line)
         self.run_id = run_id
         self.step = step
-        self.status = STATUS[letter]
-        self.attempt = int(attempt)
+        self.status = STATUS[parsed.letter]
+        self.attempt = int(parsed.attempt)
         self.prefix = prefix
         self.token = token
-        self._fields = fields
         self._payloads = list(payloads)
         self._decode = decode
 
     def after_transition(self, line: bytes, output: bytes | None = None, last_error: bytes | None = None) -> StepRun:
-        """The step run after a transition that this one was handed to; made by the store alone."""
+        """Returns the step run after a transition of this claim; called by the store only."""
         payloads = (self._payloads[0], output, last_error)
         token = self.token if line[1:2] == b"r" else b""
         return StepRun(self.prefix, self.run_id, self.step, line, payloads, self._decode, token)
 
     @property
     def id(self) -> str:
-        """The same from schedule to completion, opaque, and accepted wherever a step run is: see `complete_step`."""
+        """Opaque id, the same from schedule to completion. Accepted wherever a step run is; see `complete_step`."""
         return step_run_id(self.prefix, self.run_id, self.step)
 
     @property
     def input(self) -> dict[str, Any]:
-        """What the step is given."""
+        """The step's input."""
         return cast("dict[str, Any]", self._payload(0, "input"))
 
     @property
     def output(self) -> dict[str, Any] | None:
-        """What the step gave, once completed."""
+        """The step's output; None until it is completed."""
         return self._payload(1, "output")
 
     @property
     def last_error(self) -> dict[str, Any] | None:
-        """Why the latest attempt failed, if it did."""
+        """Why the latest attempt failed; None if it did not."""
         return self._payload(2, "last_error")
 
     @property
     def owner(self) -> str | None:
         """Who made the latest claim, as given to `begin_step`."""
-        return self._fields[8].decode() or None
+        return self._line.owner.decode() or None
 
     @property
     def current_token(self) -> bytes:
-        """Of the latest claim as stored: it names the claim, but this object need not carry it. See `expire_claim`."""
-        return self._fields[1]
+        """Token of the latest claim as stored. It identifies the claim; this object need not carry it.
+
+        `expire_claim` uses it.
+        """
+        return self._line.token
 
     @property
     def created_at(self) -> datetime:
-        """When the record came to be: the server's clock, to the millisecond, in UTC."""
-        return moment(self._created_ms)
+        """When the record was created: the server's clock, to the millisecond, in UTC."""
+        return moment(self._line.created_ms)
 
     @property
     def started_at(self) -> datetime | None:
-        """When the latest attempt was claimed."""
-        return None if self._started_ms is None else moment(self._started_ms)
+        """When the latest attempt was claimed; None if there was none."""
+        return _moment(self._line.started_ms)
 
     @property
     def ended_at(self) -> datetime | None:
-        """When the latest attempt was completed, failed or released, or its lease ended."""
-        return self._after_start(self._fields[4])
+        """When the latest attempt was completed, failed or released, or its lease expired; None while it runs."""
+        return _moment(self._line.ms_after_start(self._line.ended))
 
     @property
     def lease_ends_at(self) -> datetime | None:
-        """When the claim can be taken over; None if it never ends or the step is not running."""
-        return self._after_start(self._fields[2])
+        """When the claim can be taken over; None if it never expires or the step is not running."""
+        return _moment(self._line.ms_after_start(self._line.lease))
 
     @property
     def position(self) -> int:
-        """Its place, from 1, among the step runs of the run, in the order they came to be."""
-        return int(self._fields[6])
-
-    @property
-    def _created_ms(self) -> int:
-        return int(self._fields[5])
-
-    @property
-    def _started_ms(self) -> int | None:
-        return self._created_ms + int(self._fields[3]) if self._fields[3] else None
-
-    def _after_start(self, span_ms: bytes) -> datetime | None:
-        started = self._started_ms
-        return moment(started + int(span_ms)) if started is not None and span_ms else None
+        """Place among the step runs of the run, from 1, in order of creation."""
+        return int(self._line.position)
 
     def _payload(self, index: int, name: str) -> dict[str, Any] | None:
         value = self._payloads[index]
@@ -186,10 +239,10 @@ class StepRun:
         return cast("dict[str, Any] | None", value)
 
     def _key(self) -> tuple[object, ...]:
-        return (self.prefix, self.run_id, self.step, self.status, self.attempt, self._fields[2:])
+        return (self.prefix, self.run_id, self.step, self.status, self.attempt, self._line[4:])
 
     def __eq__(self, other: object) -> bool:
-        """Equal if they show the same; who carries the claim makes no difference."""
+        """Equal if both show the same state; which of them carries the claim does not matter."""
         if not isinstance(other, StepRun):
             return NotImplemented
         return self._key() == other._key() and (
@@ -216,19 +269,22 @@ class Attempt(NamedTuple):
     ended_at: datetime | None
 
 
-class _Began(NamedTuple):
+SkipReason = Literal["busy", "completed", "exhausted", "superseded"]
+
+
+class _BeginPair(NamedTuple):
     step_run: StepRun
     decision: Literal["execute", "skip"]
 
 
-class BeginResult(_Began):
-    """What `begin_step` answers; unpacks to `(step_run, decision)`.
+class BeginResult(_BeginPair):
+    """What `begin_step` returns; unpacks to `(step_run, decision)`.
 
     Attributes:
         reason: why to skip: "busy", "completed", "exhausted" or "superseded"; None when the decision is "execute".
-        retry_in: seconds until the live lease that is in the way ends, if there is one.
-        takeover: whether the claim was granted over one whose lease had ended: what its holder did may be half done.
-            A call that is sent again after a lost reply is not told.
+        retry_in: seconds until the live lease that blocks this call expires; None if there is no such lease.
+        takeover: whether the claim was granted over one whose lease had expired: the previous holder's work may be
+            half done. A call that is re-sent after a lost reply does not report it.
     """
 
     reason: SkipReason | None
@@ -238,7 +294,7 @@ class BeginResult(_Began):
     def __new__(
         cls, step_run: StepRun, reason: SkipReason | None, retry_in: float | None, takeover: bool = False
     ) -> BeginResult:
-        """Made by the store alone."""
+        """Made by the store only."""
         self = super().__new__(cls, step_run, "execute" if reason is None else "skip")
         self.reason = reason
         self.retry_in = retry_in
@@ -250,40 +306,37 @@ class BeginResult(_Began):
 
     @property
     def busy(self) -> bool:
-        """Another claim is live: try again in `retry_in` seconds, or not at all if that is None."""
+        """Another claim is live: try again in `retry_in` seconds. If that is None, the claim never expires."""
         return self.reason == "busy"
 
     @property
     def exhausted(self) -> bool:
-        """`max_attempts` are used up: the step has failed for good."""
+        """`max_attempts` is reached: the step stays failed."""
         return self.reason == "exhausted"
 
     @property
     def superseded(self) -> bool:
-        """This very call was granted a claim, which ended before this reply to it got through."""
+        """This very call was granted a claim, and the claim ended before this reply arrived."""
         return self.reason == "superseded"
 
 
-SkipReason = Literal["busy", "completed", "exhausted", "superseded"]
-
-
 class ClaimCounts(NamedTuple):
-    """How many leased claims there are, by the indexes."""
+    """How many claims with a lease there are, according to the indexes."""
 
     live: int
-    """Under a lease that has not ended."""
+    """Claims whose lease has not expired."""
     lapsed: int
-    """Whose lease is over, and that nobody has taken over."""
+    """Claims whose lease has expired and that no worker has taken over."""
 
 
 class RunSummary(NamedTuple):
-    """What a list of runs says of one. Of a large run that is at work meanwhile, the counts may be a little off.
+    """One run in a listing. If a large run changes while it is read, the counts may be slightly off.
 
     Attributes:
         run_id: the run.
-        counts: how many steps have each status.
-        changed_at: when a step of it was last made, claimed or ended; None if that cannot be read.
-        problem: why its records cannot be trusted; None if they can. `delete_run` is the cure.
+        counts: number of steps by status.
+        changed_at: when a step of it was last created, claimed or ended; None if that cannot be read.
+        problem: why its records cannot be trusted; None if they can. `delete_run` removes such a run.
     """
 
     run_id: str
@@ -293,12 +346,12 @@ class RunSummary(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Number of steps."""
         return sum(self.counts.values())
 
     @property
     def is_over(self) -> bool:
-        """Whether each of its steps is completed or failed."""
+        """Whether every step is completed or failed."""
         unfinished = self.counts[StepStatus.PENDING] + self.counts[StepStatus.RUNNING]
         return self.problem is None and not unfinished
 
@@ -307,9 +360,9 @@ class RunPage(NamedTuple):
     """A page of runs.
 
     Attributes:
-        runs: newest change first.
-        cursor: for the next page; None: this is the last.
-        progress: how far through the keys of the server this page came, from 0 to 1; roughly.
+        runs: newest change first; runs that changed in the same millisecond are ordered by run id.
+        cursor: of the next page; None if this is the last.
+        progress: how far through the server's keys this page came, from 0 to 1; approximate.
     """
 
     runs: list[RunSummary]
@@ -321,8 +374,8 @@ class StepPage(NamedTuple):
     """A page of the step runs of one run.
 
     Attributes:
-        step_runs: in no order.
-        cursor: for the next page; None: this is the last.
+        step_runs: in no particular order.
+        cursor: of the next page; None if this is the last.
     """
 
     step_runs: list[StepRun]
@@ -330,24 +383,24 @@ class StepPage(NamedTuple):
 
 
 class ScheduleResult(NamedTuple):
-    """What `schedule_step` answers: the step run, and whether this call made it."""
+    """What `schedule_step` returns: the step run, and whether this call created it."""
 
     step_run: StepRun
     decision: Literal["schedule", "skip"]
 
 
 def step_run_id(prefix: str, run_id: str, step: str) -> str:
-    """Makes the id of a step run: opaque, URL-safe, and bound to the store's prefix by a check sum."""
+    """Returns the id of a step run: opaque, URL-safe, and bound to the store's prefix by a checksum."""
     run = run_id.encode()
     body = len(run).to_bytes(2) + run + step.encode()
     return urlsafe_b64encode(crc32(prefix.encode() + b"\0" + body).to_bytes(4) + body).rstrip(b"=").decode()
 
 
 def parse_step_run_id(prefix: str, id: str) -> tuple[str, str]:
-    """Takes an id back to its run and step.
+    """Returns the run and the step of an id.
 
     Raises:
-        ValueError: it is not an id that `step_run_id` made for this prefix.
+        ValueError: it is not an id that `step_run_id` returned for this prefix.
     """
     data = urlsafe_b64decode(id.encode("ascii") + b"=" * (-len(id) % 4))
     end = 6 + int.from_bytes(data[4:6])
@@ -358,5 +411,9 @@ def parse_step_run_id(prefix: str, id: str) -> tuple[str, str]:
 
 
 def moment(ms: int) -> datetime:
-    """Milliseconds since 1970, as the records have them."""
+    """Converts milliseconds since 1970 to a datetime in UTC."""
     return _EPOCH + timedelta(milliseconds=ms)
+
+
+def _moment(ms: int | None) -> datetime | None:
+    return None if ms is None else moment(ms)

@@ -1,8 +1,8 @@
-"""Keeps a raising alarm out of a piece of work that must not be torn.
+"""Defers SIGALRM during work that must not be interrupted.
 
-Time-outs made with SIGALRM (RQ's are) raise an exception between any two instructions of the main thread: between a
-command and its reply, or between a claim and the line that takes note of it. While held back, the alarm is noted and
-its handler called afterwards. Masking the signal would not do: another thread can take it.
+Timeouts based on SIGALRM, such as RQ's, raise an exception between any two instructions of the main thread: between a
+command and its reply, or between a claim and the line that records it. While deferred, the signal is recorded, and its
+handler is called afterwards. Masking the signal would not help: another thread could receive it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _ALARM: Final = getattr(signal, "SIGALRM", None)  # Windows has none
 
 
 class DeferredSigalrm:
-    """A `with` block in which SIGALRM calls no handler; at its end the handler is called if there was one.
+    """A `with` block in which SIGALRM calls no handler; its handler is called at the end if the signal arrived.
 
-    Without a Python handler, or outside the main thread, where none is called, it does nothing. It costs a
-    microsecond then, and seven otherwise.
+    It does nothing without a Python handler, or outside the main thread, where no handler is called. It then costs a
+    microsecond, and otherwise seven.
     """
 
     __slots__ = ("_caught", "_handler")
@@ -40,14 +40,14 @@ class DeferredSigalrm:
         handler = self._handler
         if handler is None or _ALARM is None:
             return
-        if signal.getsignal(_ALARM) == self._catch:  # else somebody set another meanwhile: it stays
+        if signal.getsignal(_ALARM) == self._catch:  # otherwise another handler was set meanwhile: it stays
             signal.signal(_ALARM, handler)
         if self._caught is not None:
             caught, self._caught = self._caught, None
             handler(*caught)
 
     def sleep(self, seconds: float) -> None:
-        """Sleeps, and lets the alarm in meanwhile."""
+        """Sleeps, and lets the signal call its handler meanwhile."""
         self.__exit__()
         try:
             time.sleep(seconds)

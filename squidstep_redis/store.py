@@ -8,98 +8,111 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
 from squidstep_redis.claims.heartbeat import heartbeat_of
 from squidstep_redis.claims.rules import DEFAULT_LEASE, BaseClaim, OnBusy
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.facade import BaseStore, as_method
 from squidstep_redis.model import StepRun
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
-from squidstep_redis.protocol.call import Call, Exchange, Plan
-from squidstep_redis.settings import documented
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.signals import defer_sigalrm
-from squidstep_redis.transport.blocking import Sender, run_workflow
+from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
+from squidstep_redis.transport.connection import DirectConnections
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _operation(
-    make: Callable[Concatenate[Calls, P], Call[T]],
-) -> Callable[Concatenate[StepRunStore, P], T]:
-    """The method that makes a call and sends it."""
+def _call(operation: Callable[Concatenate[Calls, P], Call[T]]) -> Callable[Concatenate[StepRunStore, P], T]:
+    """Returns the method that sends an operation's call."""
 
-    def operation(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.send(make(self.calls, *args, **kwargs))
+    def method(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._transport.send(operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
 
-    return documented(operation, make, "StepRunStore")
+    return as_method(method, operation, "StepRunStore")
 
 
-def _exchange(
-    make: Callable[Concatenate[Calls, P], Exchange[T]],
-) -> Callable[Concatenate[StepRunStore, P], T]:
-    """The method that carries an exchange through."""
+def _workflow(operation: Callable[Concatenate[Calls, P], Workflow[T]]) -> Callable[Concatenate[StepRunStore, P], T]:
+    """Returns the method that runs an operation's workflow."""
 
-    def carried(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        exchange = make(self.calls, *args, **kwargs)
-        try:
-            calls = next(exchange)
-            while True:
-                calls = exchange.send(self._send_all(calls))  # pyright: ignore[reportPrivateUsage]: its own
-        except StopIteration as end:
-            return end.value
+    def method(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+        return run_workflow(self._transport, operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
 
-    return documented(carried, make, "StepRunStore")
+    return as_method(method, operation, "StepRunStore")
 
 
-def _planned(
-    make: Callable[Concatenate[Calls, P], Plan[T]],
-) -> Callable[Concatenate[StepRunStore, P], T]:
-    """The method that carries a plan out."""
+class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport]):
+    """Decides which delivery of a step executes, and keeps its input, output and failure: the blocking store."""
 
-    def planned(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return run_workflow(self, make(self.calls, *args, **kwargs))
+    _client_types = (redis.Redis, redis.RedisCluster)
+    _connections_type = DirectConnections
+    _transport_type = BlockingTransport
 
-    return documented(planned, make, "StepRunStore")
+    schedule_step = _call(Calls.schedule_step)
+    schedule_steps = _call(Calls.schedule_steps)
+    delete_pending_steps = _call(Calls.delete_pending_steps)
 
+    begin_step = _call(Calls.begin_step)
+    complete_step = _call(Calls.complete_step)
+    advance_step = _call(Calls.advance_step)
+    fail_step = _call(Calls.fail_step)
+    extend_claim = _call(Calls.extend_claim)
+    expire_claim = _call(Calls.expire_claim)
+    release_step = _call(Calls.release_step)
 
-class StepRunStore(Sender):
-    """Decides which delivery of a step executes, and keeps what came of it: the store, blocking."""
+    get_step_run = _call(Calls.get_step_run)
+    get_run = _call(Calls.get_run)
+    scan_steps = _call(Calls.scan_steps)
+    attempts = _call(Calls.attempts)
+    completed_steps = _call(Calls.completed_steps)
+    completed_outputs = _call(Calls.completed_outputs)
+    step_statuses = _call(Calls.step_statuses)
+    wait_for_step = _workflow(Calls.wait_for_step)
 
-    schedule_step = _operation(Calls.schedule_step)
-    schedule_steps = _operation(Calls.schedule_steps)
-    begin_step = _operation(Calls.begin_step)
-    complete_step = _operation(Calls.complete_step)
-    advance_step = _operation(Calls.advance_step)
-    fail_step = _operation(Calls.fail_step)
-    extend_claim = _operation(Calls.extend_claim)
-    expire_claim = _operation(Calls.expire_claim)
-    release_step = _operation(Calls.release_step)
-    retry_step = _operation(Calls.retry_step)
-    delete_pending_steps = _operation(Calls.delete_pending_steps)
+    lapsed_claims = _workflow(Calls.lapsed_claims)
+    live_claims = _workflow(Calls.live_claims)
+    failed_steps = _workflow(Calls.failed_steps)
+    count_claims = _workflow(Calls.count_claims)
 
-    get_step_run = _operation(Calls.get_step_run)
-    get_run = _operation(Calls.get_run)
-    scan_steps = _operation(Calls.scan_steps)
-    attempts = _operation(Calls.attempts)
-    completed_steps = _operation(Calls.completed_steps)
-    completed_outputs = _operation(Calls.completed_outputs)
-    step_statuses = _operation(Calls.step_statuses)
-    wait_for_step = _planned(Calls.wait_for_step)
+    expire_run = _call(Calls.expire_run)
+    delete_run = _call(Calls.delete_run)
+    runs = _workflow(Calls.runs)
+    purge = _workflow(Calls.purge)
 
-    expire_run = _operation(Calls.expire_run)
-    delete_run = _operation(Calls.delete_run)
-    export_run = _operation(Calls.export_run)
-    import_run = _operation(Calls.import_run)
+    retry_step = _call(Calls.retry_step)
+    retry_run = _workflow(Calls.retry_run)
+    export_run = _call(Calls.export_run)
+    import_run = _call(Calls.import_run)
 
-    batch = _exchange(Calls.batch)
-    lapsed_claims = _exchange(Calls.lapsed_claims)
-    live_claims = _exchange(Calls.live_claims)
-    failed_steps = _exchange(Calls.failed_steps)
-    count_claims = _exchange(Calls.count_claims)
-    retry_run = _exchange(Calls.retry_run)
-    runs = _planned(Calls.runs)
-    purge = _planned(Calls.purge)
+    batch = _workflow(Calls.batch)
+
+    @classmethod
+    def _connect(cls, url: str, options: dict[str, Any]) -> redis.Redis:
+        client: Any = redis.Redis
+        return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
+
+    def send(self, call: Call[T]) -> T:
+        """Sends one call made by `calls`, as the operation's own method does.
+
+        The same call can be sent again, by any store with the same prefix: it takes effect once.
+
+        Args:
+            call: made by `store.calls`, or `OutcomeUnknownError.call`.
+
+        Returns:
+            What the operation's own method returns.
+
+        Raises:
+            SquidstepError: what the operation's own method raises.
+        """
+        return self._transport.send(call)
 
     def run_step(
         self,
@@ -113,36 +126,39 @@ class StepRunStore(Sender):
         on_busy: OnBusy = "raise",
         owner: str | None = None,
     ) -> dict[str, Any]:
-        """Executes a step once across all deliveries, and answers its stored output ever after.
+        """Executes a step once across all deliveries, and returns its stored output from then on.
 
-        Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of
-        this process, a third of the lease after they were last extended: one round trip for all of one client's.
+        Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of this
+        process, a third of the lease after the last extension: one round trip for all claims of one client.
 
         An exception of `fn` is recorded with `fail_step` and raised again. If the claim is lost to a takeover,
-        `current_claim().lost` is set, the late result is discarded, and the winner's is answered in its place. A
-        result that cannot get through is sent again for as long as the lease, but for at most a minute.
+        `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A result that
+        cannot be sent is retried for as long as the lease, but for at most a minute.
 
         Args:
-            run_id: as for `begin_step`.
-            step: likewise.
-            fn: given the stored input, answers the output: does the work. `current_claim()` is its claim.
-            input: kept, unless the step was scheduled with its own.
-            lease: seconds after which another worker may take over from one that is dead or hangs; None: never.
-            max_attempts: claims to grant in all.
-            on_busy: what to do while another worker holds the step: "raise", or "wait" until it is completed or can
-                be claimed (asking again, at most once a second).
-            owner: who claims, for operators; None: `host:pid`.
+            run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+            step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+                str, else its name).
+            fn: does the work: receives the stored input and returns the output. `current_claim()` is its claim.
+            input: the step's input, a dict. It is stored unless the step was scheduled with its own.
+            lease: seconds, or a timedelta, after which another worker may take over from one that is dead or hangs;
+                None: never.
+            max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
+            on_busy: what to do while another worker holds the step: "raise", or "wait" until it is completed or can be
+                claimed (polling at most once a second).
+            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
+                `host:pid`.
 
         Returns:
             The stored output.
 
         Raises:
             StepBusyError: another worker holds the step, or has taken it over.
-            StepExhaustedError: `max_attempts` are used up.
-            StaleStepRunError: the claim was lost, and nobody has completed the step or is at it.
-            PayloadError: what `fn` answered cannot be kept; the step is recorded as failed.
-            InvalidArgumentError: refused before anything was sent.
-            ServerError: the server could not be asked, or not be told of the result.
+            StepExhaustedError: `max_attempts` is reached.
+            StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.
+            PayloadError: the output of `fn` cannot be stored; the step is recorded as failed.
+            InvalidArgumentError: an argument was rejected before anything was sent.
+            ServerError: the server or the connection failed, at the beginning or when the result was sent.
         """
         if not callable(fn):
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
@@ -158,7 +174,7 @@ class StepRunStore(Sender):
                             claim.complete(output)
                 return claim.result()
             except StaleStepRunError as error:
-                claim.may_ask_again(error)
+                claim.raise_unless_running(error)
 
     def claim_step(
         self,
@@ -171,43 +187,54 @@ class StepRunStore(Sender):
         on_busy: OnBusy = "raise",
         owner: str | None = None,
     ) -> Claim:
-        """Makes a `with` block that holds the claim on a step: `run_step` for code that is not one function.
+        """Returns a `with` block that holds the claim on a step: `run_step` for code that is not one function.
 
-        Nothing is sent before the block is entered. The block looks at `claim.decision`: on "execute" it does the
-        work and calls `claim.complete(output)`; on "skip" the step was completed before, see `claim.output`. An
-        exception that leaves the block is recorded with `fail_step`.
+        Nothing is sent before the block is entered. Inside it, look at `claim.decision`: on "execute" do the work and
+        call `claim.complete(output)`; on "skip" the step was completed before, and `claim.output` has the output. An
+        exception that leaves the block is recorded with `fail_step`. Entering the block raises what `run_step` raises.
 
         Args:
-            run_id: as for `run_step`, like all the others.
-            step: see there.
-            input: see there.
-            lease: see there.
-            max_attempts: see there.
-            on_busy: see there.
-            owner: see there.
+            run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+            step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+                str, else its name).
+            input: the step's input, a dict. It is stored unless the step was scheduled with its own.
+            lease: seconds, or a timedelta, after which another worker may take over from one that is dead or hangs;
+                None: never. A heartbeat extends it meanwhile.
+            max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
+            on_busy: what to do while another worker holds the step: "raise", or "wait" until it is completed or can be
+                claimed (polling at most once a second).
+            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
+                `host:pid`.
+
+        Returns:
+            The claim.
 
         Raises:
-            As `run_step`, from entering the block.
+            InvalidArgumentError: `lease` or `on_busy` was rejected.
         """
         return Claim(self, run_id, step, input, lease, max_attempts, on_busy, owner)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
-        """Examines the server and the client: can the promises be kept here, and what limits them?
+        """Checks whether the server and the client can keep the guarantees, and what limits them.
 
-        A scratch run of its own is taken through every transition, and deleted; on a cluster, one on each primary.
-        Twenty round trips per server. What goes wrong is a finding, not an exception.
+        It takes a scratch run through every transition and deletes it; on a cluster, one on each primary. Twenty round
+        trips per server. A problem is a finding, not an exception.
 
         Args:
-            lease: seconds of the leases that you give `begin_step` and that nothing extends, to be examined too.
-            job_timeout: seconds that the work under such a lease may take.
+            lease: seconds, or a timedelta, of the leases that you pass to `begin_step` and never extend; None: do not
+                check them.
+            job_timeout: seconds, or a timedelta, that the work under such a lease may take; None: do not check it.
+
+        Returns:
+            The findings.
 
         Raises:
-            InvalidArgumentError: refused before anything was sent.
+            InvalidArgumentError: an argument was rejected before anything was sent.
         """
-        return run_workflow(self, examine(self.calls, self._client_facts(lease, job_timeout)))
+        return run_workflow(self._transport, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     def close(self) -> None:
-        """Closes the client, if `from_url` made it."""
+        """Closes the client if `from_url` made it."""
         if self._owns_client:
             self.client.close()
 
@@ -219,7 +246,7 @@ class StepRunStore(Sender):
 
 
 class Claim(BaseClaim[threading.Event]):
-    """A step to be executed by this delivery or skipped: the `with` block that `claim_step` makes."""
+    """A step to be executed or skipped by this delivery: the `with` block that `claim_step` returns."""
 
     store: StepRunStore
 
@@ -236,11 +263,12 @@ class Claim(BaseClaim[threading.Event]):
     ) -> None:
         super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, threading.Event())
         self.store = store
+        self._transport = store._transport  # pyright: ignore[reportPrivateUsage]: its own
 
     def __enter__(self) -> Self:
         try:
-            with defer_sigalrm() as alarm:
-                run_workflow(self.store, self._acquire(), alarm.sleep)
+            with defer_sigalrm() as deferred:
+                run_workflow(self._transport, self._acquire(), deferred.sleep)
                 self._enter()
                 if self._state == "held" and self._lease is not None:
                     heartbeat_of(self.store.client).add(self)
@@ -249,7 +277,7 @@ class Claim(BaseClaim[threading.Event]):
         except BaseException:  # a signal handler raised: the work has not begun
             with defer_sigalrm(), suppress(SquidstepError):
                 self._stop()
-                run_workflow(self.store, self._undo_acquire())
+                run_workflow(self._transport, self._undo_acquire())
             raise
         return self
 
@@ -258,14 +286,18 @@ class Claim(BaseClaim[threading.Event]):
     ) -> None:
         with defer_sigalrm():
             try:
-                missing = run_workflow(self.store, self._on_exit(error))
+                missing = run_workflow(self._transport, self._on_exit(error))
             finally:
                 self._stop()
         if missing is not None:
             raise missing
 
     def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
-        """Ends the claim with an output, see `complete_step`; one round trip, insistent as `run_step`.
+        """Ends the claim with an output. One round trip, retried as long as in `run_step`.
+
+        Args:
+            output: the step's output, a dict.
+            schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
 
         Returns:
             The completed step run: the winner's, if the claim was lost to it.
@@ -273,24 +305,45 @@ class Claim(BaseClaim[threading.Event]):
         Raises:
             StaleStepRunError: the claim was lost, and the step is not completed.
             StepRunNotFoundError: the run was deleted.
-            PayloadError: the output cannot be kept; the claim is still held.
-            ServerError: the server could not be told in time; the claim ends with its lease.
+            PayloadError: the output cannot be stored; the claim is still held.
+            ServerError: the result could not be sent in time; the claim expires with its lease.
         """
         with defer_sigalrm():
-            return run_workflow(self.store, self._completing(output, schedule))
+            return run_workflow(self._transport, self._complete(output, schedule))
 
     def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
-        """Ends the claim with an error, see `fail_step`; round trips and errors as for `complete`."""
-        with defer_sigalrm():
-            return run_workflow(self.store, self._failing(error))
+        """Ends the claim with an error. One round trip, retried as long as in `run_step`.
 
-    def release(self) -> StepRun:
-        """Gives the claim back before the work took effect, see `release_step`; otherwise as `complete`.
+        Args:
+            error: a dict; or an exception, which is stored as a dict of `type`, `message` and `traceback`.
 
-        For a worker that is told to stop (SIGTERM): the attempt does not count, and the step can be claimed at once.
+        Returns:
+            The failed step run: the winner's completed one, if the claim was lost to it.
+
+        Raises:
+            StaleStepRunError: the claim was lost, and the step is not completed.
+            StepRunNotFoundError: the run was deleted.
+            PayloadError: the error cannot be stored; the claim is still held.
+            ServerError: the error could not be sent in time; the claim expires with its lease.
         """
         with defer_sigalrm():
-            return run_workflow(self.store, self._releasing())
+            return run_workflow(self._transport, self._fail(error))
+
+    def release(self) -> StepRun:
+        """Releases the claim before the work took effect, for example on SIGTERM. One round trip, retried.
+
+        The attempt does not count against `max_attempts`, and the step can be claimed at once.
+
+        Returns:
+            The pending step run: the winner's completed one, if the claim was lost to it.
+
+        Raises:
+            StaleStepRunError: the claim was lost, and the step is not completed.
+            StepRunNotFoundError: the run was deleted.
+            ServerError: the release could not be sent in time; the claim expires with its lease.
+        """
+        with defer_sigalrm():
+            return run_workflow(self._transport, self._release())
 
     def _stop(self) -> None:
         if self._lease is not None:

@@ -1,6 +1,6 @@
-"""What keeps claims alive: one heartbeat for all claims on one client, from a thread or by the timers of an event loop.
+"""Extends the leases of live claims: one heartbeat per client, in a thread or with timers of an event loop.
 
-`ExtensionSchedule` decides when to extend which claims; the two heartbeats wait, and send the batches.
+`ExtensionSchedule` decides when to extend which claims. The two heartbeats wait, and send the batches.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ Claim = BaseClaim[Any]
 
 
 class ExtensionSchedule:
-    """When to extend which claims: those of one client, in as few batches as can be.
+    """Decides when to extend which claims of one client, in as few batches as possible.
 
-    A claim that nobody else holds is forgotten: whatever tore its block down, its lease shall end.
+    Unreferenced claims are dropped; their leases expire.
     """
 
     def __init__(self) -> None:
-        # By id, each with when it is due. Not a WeakKeyDictionary: it has a callback for each claim that dies, and an
-        # exception that a signal handler raises in there is lost.
+        # By id: the claim, and when its extension is due. Not a WeakKeyDictionary, which runs a callback for each claim
+        # that dies: an exception that a signal handler raises in there is lost.
         self._due: dict[int, tuple[ref[Claim], float]] = {}
 
     def __len__(self) -> int:
         return sum(reference() is not None for reference, _ in self._due.values())
 
     def add(self, claim: Claim) -> float:
-        """Looks after a claim; answers when it is to be extended, by the monotonic clock."""
+        """Adds a claim; returns when its extension is due, by the monotonic clock."""
         self._due[id(claim)] = ref(claim), claim.next_extension_at
         return claim.next_extension_at
 
     def discard(self, claim: Claim) -> None:
-        """Looks after a claim no more."""
+        """Removes a claim."""
         self._due.pop(id(claim), None)
 
     def next_at(self) -> float | None:
-        """When to extend next; None if there is no claim."""
+        """Returns when the next extension is due; None if there is no claim."""
         return min((due for reference, due in self._due.values() if reference() is not None), default=None)
 
     def due(self) -> list[Claim]:
-        """The claims to extend now: if one is due, also those that will be soon, so that they fall into step."""
+        """Returns the claims to extend now: if one is due, also those due soon, so that they share later batches."""
         now = time.monotonic()
         earliest = self.next_at()
         if earliest is None or earliest > now:
@@ -63,12 +63,12 @@ class ExtensionSchedule:
     def on_extension_results(
         self, claims: Sequence[Claim], results: Sequence[object] | Exception, sent_at: float
     ) -> None:
-        """Takes in what the batch answered, or why it did not."""
+        """Applies the results of a batch, or the error that the batch raised."""
         if isinstance(results, Exception):
             results = [results] * len(claims)
         now = time.monotonic()
         for claim, result in zip(claims, results, strict=True):
-            if id(claim) not in self._due:  # it has ended meanwhile
+            if id(claim) not in self._due:  # it ended meanwhile
                 continue
             if not claim.on_extension_result(result, sent_at):
                 self.discard(claim)
@@ -79,7 +79,7 @@ class ExtensionSchedule:
 
 
 class Heartbeat:
-    """Extends the claims of one client from a thread of its own, which ends when it has had none for a while."""
+    """Extends the claims of one client in its own thread, which ends after some time without a claim."""
 
     IDLE: Final = 5.0  # seconds
 
@@ -90,7 +90,7 @@ class Heartbeat:
         self._wakes_at = 0.0
 
     def add(self, claim: Claim) -> None:
-        """Keeps a claim alive from now on."""
+        """Extends a claim from now on."""
         with self._changed:
             due = self._schedule.add(claim)
             if self._thread is None:
@@ -102,7 +102,7 @@ class Heartbeat:
                 self._changed.notify()
 
     def discard(self, claim: Claim) -> None:
-        """Lets a claim go."""
+        """Stops extending a claim."""
         with self._changed:
             self._schedule.discard(claim)
 
@@ -114,10 +114,10 @@ class Heartbeat:
                     self._thread = None
                     return
             self._beat(claims)
-            del claims  # nothing here keeps a claim alive that nobody else holds
+            del claims  # otherwise this would keep an unreferenced claim alive
 
     def _wait(self) -> Sequence[Claim] | None:
-        """Waits for the next beat; None if there has been nothing to wait for."""
+        """Waits until extensions are due; returns None if there was no claim for IDLE seconds."""
         idle_since = time.monotonic()
         while True:
             due, now = self._schedule.next_at(), time.monotonic()
@@ -127,7 +127,7 @@ class Heartbeat:
                 idle_since = now
             elif now >= idle_since + self.IDLE:
                 return None
-            # Who ends the last claim does not wake it: that would cost each short step more than this does.
+            # Ending the last claim does not wake this thread: that would make every short step slower.
             self._wakes_at = min(due or now + self.IDLE, now + self.IDLE)
             self._changed.wait(self._wakes_at - now)
 
@@ -135,7 +135,7 @@ class Heartbeat:
         sent_at = time.monotonic()
         try:
             results: Any = claims[0].store.batch([claim.extension() for claim in claims])
-        except Exception as error:  # noqa: BLE001 -- whatever it was, the next beat may get through
+        except Exception as error:  # noqa: BLE001 -- the next beat may succeed
             results = error
         with self._changed:
             self._schedule.on_extension_results(claims, results, sent_at)
@@ -146,7 +146,7 @@ _heartbeats_lock = threading.Lock()
 
 
 def heartbeat_of(client: Any) -> Heartbeat:
-    """The heartbeat of a blocking client, in this process."""
+    """Returns the heartbeat of a blocking client, in this process."""
     with _heartbeats_lock:
         heartbeat = _heartbeats.get(client)
         if heartbeat is None:
@@ -155,18 +155,18 @@ def heartbeat_of(client: Any) -> Heartbeat:
 
 
 def _after_fork() -> None:
-    """The claims stay with the parent, as do the threads."""
-    global _heartbeats_lock  # noqa: PLW0603 -- the old one may be held for ever
+    """Leaves the claims and the threads to the parent."""
+    global _heartbeats_lock  # noqa: PLW0603 -- the old lock may be held forever
     _heartbeats_lock = threading.Lock()
     _heartbeats.clear()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=_after_fork)
 
 
 class AsyncHeartbeat:
-    """Extends the claims of one client, by timers of the event loop: no task lives while there is nothing to send."""
+    """Extends the claims of one client with timers of the event loop; a task exists only while a batch is sent."""
 
     def __init__(self) -> None:
         self._schedule: ExtensionSchedule = ExtensionSchedule()
@@ -175,29 +175,29 @@ class AsyncHeartbeat:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def add(self, claim: Claim) -> None:
-        """Keeps a claim alive from now on."""
+        """Extends a claim from now on."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # a client may serve one loop after another
+        if loop is not self._loop:  # a client may be used in one loop after another
             self._loop, self._timer, self._task = loop, None, None
         self._schedule.add(claim)
         self._arm_timer()
 
     def discard(self, claim: Claim) -> None:
-        """Lets a claim go."""
+        """Stops extending a claim."""
         self._schedule.discard(claim)
         if not self._schedule and self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     async def stop(self) -> None:
-        """Ends a beat that is under way; if a claim is live yet, another makes up for it."""
+        """Cancels the batch that is being sent; if a claim is still live, the next batch extends it."""
         if self._task is not None and self._loop is asyncio.get_running_loop():
             self._task.cancel()
             await asyncio.wait([self._task])
             self._arm_timer()
 
     def _arm_timer(self) -> None:
-        """Sets the timer to the next beat, unless one is under way or it is set to an earlier time."""
+        """Sets the timer to the next extension, unless a batch is being sent or the timer is set to an earlier time."""
         due = self._schedule.next_at()
         if due is None or self._loop is None or self._task is not None:
             return
@@ -219,7 +219,7 @@ class AsyncHeartbeat:
                 sent_at = time.monotonic()
                 try:
                     results: Any = await claims[0].store.batch([claim.extension() for claim in claims])
-                except Exception as error:  # noqa: BLE001 -- whatever it was, the next beat may get through
+                except Exception as error:  # noqa: BLE001 -- the next beat may succeed
                     results = error
                 self._schedule.on_extension_results(claims, results, sent_at)
         finally:
@@ -231,7 +231,7 @@ _async_heartbeats: WeakKeyDictionary[Any, AsyncHeartbeat] = WeakKeyDictionary()
 
 
 def async_heartbeat_of(client: Any) -> AsyncHeartbeat:
-    """The heartbeat of an asyncio client."""
+    """Returns the heartbeat of an asyncio client."""
     heartbeat = _async_heartbeats.get(client)
     if heartbeat is None:
         heartbeat = _async_heartbeats[client] = AsyncHeartbeat()

@@ -19,7 +19,8 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, TimeoutError
 from squidstep_redis.doctor.checks import CHECKS_OF_CLIENTS, CHECKS_OF_SERVERS, SETTINGS, Client, Found, Level, Server
 from squidstep_redis.errors import SquidstepError
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.call import Command, Plan
+from squidstep_redis.protocol.call import Command
+from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
 from squidstep_redis.transport.retry import RIGHTS, UNANSWERED
 
 S = TypeVar("S")
@@ -64,51 +65,7 @@ _COMMANDS: Final[list[Command]] = [
 ]
 
 
-def template_connection(client: Any) -> Any:
-    """A connection such as a redis-py client makes, not connected.
-
-    What has become of an option that was not given depends on redis-py's version: this knows.
-    """
-    pool = _a_pool(client)
-    return pool.connection_class(**pool.connection_kwargs)
-
-
-def client_facts(client: Any, **of_store: Any) -> Client:
-    """Looks at a redis-py client, without sending anything.
-
-    Args:
-        client: of a store.
-        of_store: the fields of `Client` that the store knows.
-    """
-    pool, connection, is_cluster = _a_pool(client), template_connection(client), not hasattr(client, "connection_pool")
-    retry = connection.retry
-    if is_cluster:
-        retry = getattr(client, "retry", None)  # before redis-py 6, a number of attempts
-    # From version 7 on, redis-py does not look whether a connection has something left to be read where that may be a
-    # notice: with RESP3, its default from version 8 on. On asyncio that does no harm, for what interrupts a command
-    # there is a cancellation, which closes the connection.
-    does_not_look = getattr(pool, "maint_notifications_enabled", bool)() or getattr(pool, "cache", None) is not None
-    return Client(
-        is_cluster=is_cluster,
-        socket_timeout=connection.socket_timeout,
-        connect_timeout=connection.socket_connect_timeout,
-        sends=1 + getattr(retry, "_retries", getattr(client, "cluster_error_retry_attempts", 0)),
-        decodes=connection.encoder.decode_responses,
-        reuses_dirty_connections=bool(does_not_look) and not type(connection).__module__.startswith("redis.asyncio"),
-        **of_store,
-    )
-
-
-def _a_pool(client: Any) -> Any:
-    """The pool of a client, or of one node of a cluster."""
-    if hasattr(client, "connection_pool"):
-        return client.connection_pool
-    node = next(iter({**client.nodes_manager.startup_nodes, **client.nodes_manager.nodes_cache}.values()))
-    # asyncio's node is its own pool.
-    return node if hasattr(node, "connection_class") else client.get_redis_connection(node).connection_pool
-
-
-def examine(calls: Calls, client: Client) -> Plan[Diagnosis]:
+def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
     """The examination of one store.
 
     Args:
@@ -118,7 +75,7 @@ def examine(calls: Calls, client: Client) -> Plan[Diagnosis]:
     findings = list(_findings(CHECKS_OF_CLIENTS, client))
     asked_at = time.time()
     try:
-        replies: Mapping[str, list[Any]] = yield _COMMANDS
+        replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS)
     except UNANSWERED as error:  # a cluster of which no node answers
         replies = {"": [error]}
     elapsed = time.time() - asked_at
@@ -194,26 +151,26 @@ def _skew(clock: Any, asked_at: float, elapsed: float) -> float:
 # The scratch run
 
 
-def _self_test(calls: Calls, slots: list[range] | None) -> Plan[list[Finding]]:
+def _self_test(calls: Calls, slots: list[range] | None) -> Workflow[list[Finding]]:
     """Takes a scratch step through every transition: rights, types and the scripts themselves."""
     run = _scratch_run(calls, slots)
     if run is None:  # no key of a store lies on this node
         return []
     try:
-        yield calls.schedule_step(run, "step", {})
-        yield calls.expire_run(run, 60)  # should nothing after this get through
-        begun = yield calls.begin_step(run, "step", {}, lease=60, max_attempts=3)
-        yield calls.release_step(begun.step_run)
-        begun = yield calls.begin_step(run, "step", {}, lease=60, max_attempts=3)
-        yield calls.fail_step(begun.step_run, {})
-        begun = yield calls.begin_step(run, "step", {}, lease=60, max_attempts=3)
-        yield calls.extend_claim(begun.step_run, 60)
-        yield calls.complete_step(begun.step_run, {}, schedule={"next": {}})
-        yield calls.delete_pending_steps(run, ["next"])
-        answers = yield (calls.completed_outputs(run), calls.delete_run(run, tombstone=0.001))  # a batch
+        yield Send(calls.schedule_step(run, "step", {}))
+        yield Send(calls.expire_run(run, 60))  # should nothing after this get through
+        begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
+        yield Send(calls.release_step(begun.step_run))
+        begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
+        yield Send(calls.fail_step(begun.step_run, {}))
+        begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
+        yield Send(calls.extend_claim(begun.step_run, 60))
+        yield Send(calls.complete_step(begun.step_run, {}, schedule={"next": {}}))
+        yield Send(calls.delete_pending_steps(run, ["next"]))
+        answers = yield SendBatch((calls.completed_outputs(run), calls.delete_run(run, tombstone=0.001)))
     except SquidstepError as error:
         with suppress(SquidstepError):
-            yield calls.delete_run(run, tombstone=0.001)
+            yield Send(calls.delete_run(run, tombstone=0.001))
         problem = f"a scratch run failed with {type(error).__name__}: {error}{_advice(error)}"
         return [Finding("self-test", Level.FAILURE, problem)]
     if answers != [[{}], True]:
@@ -226,7 +183,7 @@ def _scratch_run(calls: Calls, slots: list[range] | None) -> str | None:
     """A run whose keys lie in one of these slots, if there is such a run; None: in any."""
     for _ in range(20_000):  # each of 1,024 buckets comes up
         run = f"doctor-{secrets.token_hex(8)}"
-        if slots is None or any(key_slot(calls.keys.run(run.encode()).steps) in some for some in slots):
+        if slots is None or any(key_slot(calls.keys.run(run).keys.steps) in some for some in slots):
             return run
     return None
 

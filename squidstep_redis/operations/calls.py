@@ -1,101 +1,50 @@
-"""The operations as data: for each, what is sent and how its reply is read. Pure: no I/O, no rule in a second place.
-
-`StepRunStore` and `AsyncStepRunStore` have a method of the same name for each, which sends the call and answers what
-it answers here.
-"""
+"""Every operation of a store, composed from one module per subject."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar, cast
-
-from squidstep_redis.errors import InvalidArgumentError
-from squidstep_redis.operations.context import nonce, token
-from squidstep_redis.operations.export import Transfers
-from squidstep_redis.operations.reads import Reads
-from squidstep_redis.operations.repair import Repairs
-from squidstep_redis.operations.transitions import Transitions
-from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import RunId, Seconds
-from squidstep_redis.protocol.call import Call, Exchange, Reply, check_calls
-from squidstep_redis.protocol.scripts import script
-
-T = TypeVar("T")
+from squidstep_redis.operations import batch as batches
+from squidstep_redis.operations import export, indexes, reads, repair, schedule, transitions, waiting
+from squidstep_redis.operations import runs as whole_runs
+from squidstep_redis.operations.context import Context
 
 
-class Calls(Transitions, Reads, Repairs, Transfers):
-    """Makes the call for each operation of one store; here those on whole runs, and the batch."""
+class Calls(Context):
+    """Makes the call for each operation of one store, as data. A store has a method of the same name for each."""
 
-    def expire_run(self, run_id: RunId, ttl: Seconds | None) -> Call[bool]:
-        """Sets how long after its last write a run expires, all its keys at once; None: not at all.
+    schedule_step = schedule.schedule_step
+    schedule_steps = schedule.schedule_steps
+    delete_pending_steps = schedule.delete_pending_steps
 
-        One round trip. Each further write renews it, and a run with a live claim does not expire; a claim without a
-        lease lives until it is ended.
+    begin_step = transitions.begin_step
+    complete_step = transitions.complete_step
+    advance_step = transitions.advance_step
+    fail_step = transitions.fail_step
+    extend_claim = transitions.extend_claim
+    expire_claim = transitions.expire_claim
+    release_step = transitions.release_step
 
-        Args:
-            run_id: as for `schedule_step`.
-            ttl: seconds, up to ten years.
+    get_step_run = reads.get_step_run
+    get_run = reads.get_run
+    scan_steps = reads.scan_steps
+    attempts = reads.attempts
+    completed_steps = reads.completed_steps
+    completed_outputs = reads.completed_outputs
+    step_statuses = reads.step_statuses
+    wait_for_step = waiting.wait_for_step
 
-        Returns:
-            Whether there is such a run.
+    lapsed_claims = indexes.lapsed_claims
+    live_claims = indexes.live_claims
+    failed_steps = indexes.failed_steps
+    count_claims = indexes.count_claims
 
-        Raises:
-            As `get_step_run`.
-        """
-        run = self._run(run_id)
+    expire_run = whole_runs.expire_run
+    delete_run = whole_runs.delete_run
+    runs = whole_runs.runs
+    purge = whole_runs.purge
 
-        def parse(reply: Reply) -> bool:
-            return reply[0] == b"set"
+    retry_step = repair.retry_step
+    retry_run = repair.retry_run
+    export_run = export.export_run
+    import_run = export.import_run
 
-        return Call(
-            run.text,
-            script("expire_run"),
-            run.keys[:2],
-            (nonce(), arguments.milliseconds("ttl", ttl)),
-            parse,
-            lambda: False,
-        )
-
-    def delete_run(self, run_id: RunId, *, tombstone: Seconds = 3_600) -> Call[bool]:
-        """Forgets a run. A tombstone refuses late writes for a while, so that none brings it back to life.
-
-        One round trip. It also deletes a run that is corrupt or half evicted.
-
-        Args:
-            run_id: as for `schedule_step`.
-            tombstone: seconds for which writes are refused with RunDeletedError.
-
-        Returns:
-            Whether there was such a run.
-
-        Raises:
-            As `get_step_run`.
-        """
-        run = self._run(run_id)
-
-        def parse(reply: Reply) -> bool:
-            return reply[0] == b"deleted"
-
-        if cast("object", tombstone) is None:
-            raise InvalidArgumentError("tombstone", "must be a number of seconds, not None")
-        args = (token(), run.member, arguments.milliseconds("tombstone", tombstone))
-        return Call(run.text, script("delete_run"), run.keys, args, parse)
-
-    def batch(self, calls: Iterable[Call[T]]) -> Exchange[list[T | Exception]]:
-        """Sends any mixture of operations, on any runs, in one round trip per server.
-
-        They are not one transaction: each is atomic, and those of one run take effect in the order given.
-
-        Args:
-            calls: made by `store.calls`, such as `store.calls.begin_step("run", "step", {})`.
-
-        Returns:
-            For each call, in order, what the operation answers or the error it would have raised.
-
-        Raises:
-            InvalidArgumentError: one of the items is no call; nothing was sent.
-            ServerError: the server could not be reached, or did not answer, before the store's `timeout`. After an
-                OutcomeUnknownError any of the operations may have taken effect; sending the same calls again is safe.
-        """
-        items = check_calls(calls)
-        return (yield items) if items else []
+    batch = batches.batch

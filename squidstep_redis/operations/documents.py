@@ -1,8 +1,8 @@
-"""A run as a document of JSON, and back: what `export_run` answers and `import_run` takes. Pure.
+"""A run as a JSON document, and back: what `export_run` returns and `import_run` accepts. Pure.
 
-Payloads are in it as they are, not as the bytes that the store's codec makes of them: people can read them, and a store
-with another codec, one that compresses or encrypts, can import them. What JSON does not have is written as an object
-with one key that begins with a dollar sign.
+Payloads are in it decoded, not as the codec's bytes: people can read them, and a store with another codec, such as one
+that compresses or encrypts, can import them. A value that JSON does not have is written as an object with one key that
+begins with a dollar sign.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, cast
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, UndecodablePayloadError, described
-from squidstep_redis.model import FORMAT, moment
+from squidstep_redis.model import StateLine, moment
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.codec import Payloads
 
@@ -25,40 +25,40 @@ Document = dict[str, Any]
 
 _STATES: Final = {b"p": "pending", b"r": "running", b"c": "completed", b"f": "failed", b"x": "lease_expired"}
 _LETTERS: Final = {state: letter for letter, state in _STATES.items()}
-_LINE: Final = re.compile(rb"1([prcfx]) (\d+) (\d*) (\S*) (\d*) (\d*) (\d*) (\d+) (\d+) (\S*) (.*)")
 _TOKEN: Final = re.compile(r"[!-~]{0,64}")
 _HISTORY: Final = re.compile(rb"a(\d+):(.+)", re.DOTALL)
 _MILLISECOND: Final = timedelta(milliseconds=1)
-_MOST: Final = 10**9
+_MAX_NUMBER: Final = 10**9
 
 
 class Imported(NamedTuple):
-    """What of a document is sent.
+    """What is sent for a document.
 
     Attributes:
-        ttl_ms: empty for none.
-        made: how many steps were made, those that were deleted since included.
-        order: the completed steps.
-        fields: of the hash, and their values.
+        run_id: the run.
+        ttl_ms: expiry of the run; empty for none.
+        created: how many steps were created, including those deleted since.
+        order: the completed steps, in order of completion.
+        fields: field, value, field, value, … of the hash.
     """
 
     run_id: str
     ttl_ms: bytes
-    made: int
+    created: int
     order: list[bytes]
     fields: list[bytes]
 
 
-# Out
+# Export
 
 
 def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[bytes], payloads: Payloads) -> Document:
-    """Makes the document of a run.
+    """Returns the document of a run.
 
     Raises:
-        CorruptRunError: a record is not what the scripts write; it names `key`.
+        CorruptRunError: the scripts would not write a record. It names `key`.
     """
-    _, made, _, *expiry = fields[b"r"].split(b" ")
+    _, created, _, *expiry = fields[b"r"].split(b" ")
     histories: dict[bytes, list[tuple[int, bytes]]] = {}
     for name, entry in fields.items():
         if match := _HISTORY.fullmatch(name):
@@ -77,8 +77,8 @@ def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[b
         history: list[Document] = []
         for _, entry in sorted(histories.get(step, [])):
             past, _, error = entry.partition(b"\n")
-            told = _payload_out(error, run_id, step.decode(), "error", payloads) if error else None
-            history.append({**_state(run_id, key, step, past)[0], "error": told})
+            decoded = _payload_out(error, run_id, step.decode(), "error", payloads) if error else None
+            history.append({**_state(run_id, key, step, past)[0], "error": decoded})
         steps.append(
             {
                 "step": step.decode(),
@@ -94,37 +94,41 @@ def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[b
         "squidstep_run": VERSION,
         "run_id": run_id,
         "ttl": int(expiry[0]) / 1_000 if expiry else None,
-        "steps_made": int(made),
+        "steps_created": int(created),
         "completed": [step.decode() for step in order],
         "steps": sorted(steps, key=lambda step: cast("int", step["position"])),
     }
 
 
 def _state(run_id: str, key: str, step: bytes, line: bytes) -> tuple[Document, Document]:
-    """A state line: what is of the attempt, and what is of the step."""
-    match = _LINE.fullmatch(line)
-    if match is None:
-        raise CorruptRunError(run_id, key, f"field 's{step.decode()}' is not what squidstep_redis writes")
-    letter, attempt, released, token, lease, started, ended, made, position, scheduled_by, owner = match.groups()
-    start = int(made) + int(started or 0)
+    """Returns what a state line says about the attempt, and what it says about the step."""
+    try:
+        state = StateLine.parse(line)
+    except ValueError:
+        problem = f"field 's{step.decode()}' is not what squidstep_redis writes"
+        raise CorruptRunError(run_id, key, problem) from None
     return {
-        "state": _STATES[letter],
-        "attempt": int(attempt),
-        "attempts_released": int(released or 0),
-        "token": token.decode(),
-        "owner": owner.decode() or None,
-        "started_at": _time(start) if started else None,
-        "lease_ends_at": _time(start + int(lease)) if lease else None,
-        "ended_at": _time(start + int(ended)) if ended else None,
-    }, {"position": int(position), "created_at": _time(int(made)), "scheduled_by": scheduled_by.decode()}
+        "state": _STATES[state.letter],
+        "attempt": int(state.attempt),
+        "attempts_released": int(state.released or 0),
+        "token": state.token.decode(),
+        "owner": state.owner.decode() or None,
+        "started_at": _time(state.started_ms),
+        "lease_ends_at": _time(state.ms_after_start(state.lease)),
+        "ended_at": _time(state.ms_after_start(state.ended)),
+    }, {
+        "position": int(state.position),
+        "created_at": _time(state.created_ms),
+        "scheduled_by": state.scheduled_by.decode(),
+    }
 
 
-def _time(ms: int) -> str:
-    return moment(ms).isoformat(timespec="milliseconds")
+def _time(ms: int | None) -> str | None:
+    return None if ms is None else moment(ms).isoformat(timespec="milliseconds")
 
 
 def _payload_out(data: bytes, run_id: str, step: str, name: str, payloads: Payloads) -> Any:
-    """A payload as JSON; its bytes, where the codec cannot read them, or gives what JSON cannot be made to carry."""
+    """Returns a payload as JSON, or its bytes if the codec cannot read them or JSON cannot represent the value."""
     try:
         return to_json(payloads.decode(data, run_id, step, name))
     except (UndecodablePayloadError, TypeError):
@@ -132,10 +136,10 @@ def _payload_out(data: bytes, run_id: str, step: str, name: str, payloads: Paylo
 
 
 def to_json(value: Any) -> Any:
-    """A part of a payload as JSON.
+    """Returns a part of a payload as JSON.
 
     Raises:
-        TypeError: it is of a type that the store's own codec does not carry.
+        TypeError: it has a type that the store's own codec does not support.
     """
     if type(value) is dict:
         items = cast("dict[Any, Any]", value)
@@ -155,22 +159,22 @@ def to_json(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-# In
+# Import
 
 
 def from_document(document: object, payloads: Payloads) -> Imported:
-    """Reads a document, and makes sure that a run can be made of it.
+    """Reads a document, and checks that it describes a run.
 
     Raises:
-        InvalidArgumentError: it is not what `to_document` makes, with the path to the culprit; PayloadError for a
-            payload that the store's codec does not take.
+        InvalidArgumentError: `to_document` would not return it; the message has the path to the offending value.
+            PayloadError for a payload that the store's codec rejects.
     """
     doc = _Part(document, "document")
     if doc.value("squidstep_run") != VERSION:
-        doc.refuse("squidstep_run", f"must be {VERSION}: it is no run, or was exported by a later version")
+        doc.reject("squidstep_run", f"must be {VERSION}: it is not a run, or a later version exported it")
     run_id = doc.read("run_id", arguments.run_id).text
     ttl_ms = doc.read("ttl", lambda ttl: arguments.milliseconds("ttl", cast("float | None", ttl)))
-    made = doc.number("steps_made")
+    created = doc.number("steps_created")
     fields: list[bytes] = []
     completed: set[bytes] = set()
     seen: set[bytes] = set()
@@ -178,9 +182,9 @@ def from_document(document: object, payloads: Payloads) -> Imported:
     for part in doc.parts("steps"):
         step = part.read("step", arguments.step).data
         position = part.number("position")
-        if step in seen or position in places or not 1 <= position <= made:
-            part.refuse(
-                "position", f"must be a place of its own, from 1 to steps_made, and {step.decode()!r} its only step"
+        if step in seen or position in places or not 1 <= position <= created:
+            part.reject(
+                "position", f"must be a place of its own, from 1 to steps_created, and {step.decode()!r} its only step"
             )
         seen.add(step)
         places.add(position)
@@ -193,24 +197,24 @@ def from_document(document: object, payloads: Payloads) -> Imported:
         if part.value("last_error") is not None:
             fields += [b"e" + step, _payload_in(part, "last_error", payloads)]
         attempt = part.number("attempt")
-        past_ones: set[int] = set()
+        past_numbers: set[int] = set()
         for past in part.parts("history"):
             number = past.number("attempt")
-            if number in past_ones or not 1 <= number < attempt or attempt - number > 8:
-                past.refuse("attempt", "must be one of the eight before the step's own, and come once")
-            past_ones.add(number)
+            if number in past_numbers or not 1 <= number < attempt or attempt - number > 8:
+                past.reject("attempt", "must be one of the eight before the step's own, and unique")
+            past_numbers.add(number)
             error = b"" if past.value("error") is None else _payload_in(past, "error", payloads)
             fields += [b"a%d:%b" % (number, step), _line(past, part, position) + b"\n" + error]
     order = [arguments.step(step, "document['completed']").data for step in doc.list_of("completed")]
     if len(order) != len(completed) or set(order) != completed:
-        doc.refuse("completed", "must name each completed step once")
+        doc.reject("completed", "must name each completed step once")
     if not seen:
-        doc.refuse("steps", "must be one at least")
-    return Imported(run_id, ttl_ms, made, order, fields)
+        doc.reject("steps", "must have at least one item")
+    return Imported(run_id, ttl_ms, created, order, fields)
 
 
 class _Part:
-    """An object in a document, which knows where it stands."""
+    """An object in a document, with its path."""
 
     def __init__(self, value: object, path: str) -> None:
         if not isinstance(value, Mapping):
@@ -218,7 +222,7 @@ class _Part:
         self.items = cast("Mapping[str, Any]", value)
         self.path = path
 
-    def refuse(self, name: str, problem: str) -> None:
+    def reject(self, name: str, problem: str) -> None:
         raise InvalidArgumentError(f"{self.path}[{name!r}]", problem)
 
     def value(self, name: str) -> Any:
@@ -231,12 +235,12 @@ class _Part:
             raise InvalidArgumentError(f"{self.path}[{name!r}]", error.problem) from error
 
     def number(self, name: str) -> int:
-        return self.read(name, lambda value: arguments.integer(name, value, _MOST, least=0))
+        return self.read(name, lambda value: arguments.integer(name, value, _MAX_NUMBER, least=0))
 
     def list_of(self, name: str) -> list[Any]:
         value: Any = self.items.get(name)
         if not isinstance(value, list):
-            self.refuse(name, f"must be a list, not {described(value)}")
+            self.reject(name, f"must be a list, not {described(value)}")
         return cast("list[Any]", value)
 
     def parts(self, name: str) -> list[_Part]:
@@ -245,7 +249,7 @@ class _Part:
     def text(self, name: str) -> bytes:
         value = self.items.get(name)
         if not isinstance(value, str) or not _TOKEN.fullmatch(value):
-            self.refuse(name, f"must be a str of up to 64 printable ASCII characters, not {described(value)}")
+            self.reject(name, f"must be a str of up to 64 printable ASCII characters, not {described(value)}")
         return cast("str", value).encode()
 
     def time(self, name: str) -> datetime | None:
@@ -257,39 +261,50 @@ class _Part:
             if read.tzinfo is None or not moment(0) <= read < moment(10**14):
                 raise ValueError(value)
         except (TypeError, ValueError):
-            self.refuse(name, f"must be a time in ISO 8601, with its zone, not {described(value)}")
+            self.reject(name, f"must be an ISO 8601 time with a time zone, not {described(value)}")
             raise
         return read
 
 
 def _line(part: _Part, step: _Part, position: int) -> bytes:
-    """The state line: of a step, or of one of its past attempts."""
+    """Returns the state line of a step, or of one of its past attempts."""
     created, started = step.time("created_at"), part.time("started_at")
     lease_end, ended = part.time("lease_ends_at"), part.time("ended_at")
     letter = _LETTERS.get(str(part.value("state")))
     attempt, token = part.number("attempt"), part.text("token")
     if letter is None or created is None:
-        part.refuse("state", f"must be one of {', '.join(_LETTERS)}, and have a created_at")
+        part.reject("state", f"must be one of {', '.join(_LETTERS)}, and have a created_at")
     fits = {
         b"p": attempt == 0 or bool(ended),
         b"r": bool(started and token and attempt) and not ended,
         **dict.fromkeys((b"c", b"f", b"x"), bool(started and ended and token and attempt)),
     }
     if not fits[letter or b""] or bool(started) != bool(attempt) or (lease_end and letter != b"r"):
-        part.refuse("state", f"does not agree with the attempt, token and times beside it: {part.value('state')}")
+        part.reject("state", f"does not agree with its attempt, token and times: {part.value('state')}")
     owner = part.read("owner", arguments.owner)
     lease, start, end = _span(started, lease_end), _span(created, started), _span(started, ended)
     if min(lease, start, end) < -1:
-        part.refuse("started_at", "must not be before created_at, nor after the attempt's end")
-    spans = [b"" if span == -1 else b"%d" % span for span in (lease, start, end)]
+        part.reject("started_at", "must not be before created_at, nor after the attempt's end")
+    lease_span, start_span, end_span = (b"" if span == -1 else b"%d" % span for span in (lease, start, end))
     released = part.number("attempts_released")
-    made = (cast("datetime", created) - moment(0)) // _MILLISECOND
-    head = b"%b%b %d %b %b " % (FORMAT, letter, attempt, b"%d" % released if released else b"", token)
-    return head + b"%b %b %b %d %d %b %b" % (*spans, made, position, step.text("scheduled_by"), owner)
+    created_ms = (cast("datetime", created) - moment(0)) // _MILLISECOND
+    return StateLine(
+        letter or b"",
+        b"%d" % attempt,
+        b"%d" % released if released else b"",
+        token,
+        lease_span,
+        start_span,
+        end_span,
+        b"%d" % created_ms,
+        b"%d" % position,
+        step.text("scheduled_by"),
+        owner,
+    ).format()
 
 
 def _span(since: datetime | None, to: datetime | None) -> int:
-    """Milliseconds; -1: there is none, and less: it runs backwards."""
+    """Returns milliseconds; -1 if one of the times is missing, less if they are in the wrong order."""
     if since is None or to is None:
         return -1
     span = (to - since) // _MILLISECOND
@@ -304,15 +319,15 @@ def _payload_in(part: _Part, name: str, payloads: Payloads) -> bytes:
             return b64decode(cast("Document", value)["$encoded"], validate=True)
         payload = from_json(value)
     except (ValueError, TypeError, KeyError) as error:
-        raise InvalidArgumentError(path, f"is not what an export makes of a payload: {error}") from error
+        raise InvalidArgumentError(path, f"is not an exported payload: {error}") from error
     return payloads.encode(path, payload)
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given.
+    """Returns the value that `to_json` was given.
 
     Raises:
-        ValueError: it made nothing of the kind. Or TypeError.
+        ValueError: `to_json` would not return this. Or TypeError.
     """
     if isinstance(value, list):
         return [from_json(item) for item in cast("list[Any]", value)]

@@ -1,97 +1,105 @@
-"""Trying again what failed: the operations that give a step new attempts."""
+"""The operations that give failed steps new attempts."""
 
 from __future__ import annotations
 
+from operator import attrgetter
+from typing import Final
+
 from squidstep_redis.errors import CorruptRunError, StaleStepRunError, StepRunNotFoundError
 from squidstep_redis.model import StepRun, StepStatus
-from squidstep_redis.operations.context import token
-from squidstep_redis.operations.runs import Batches, Listing, raise_unless_corrupt
+from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.runs import raise_unless_corrupt, scan_runs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Step
-from squidstep_redis.protocol.call import Call, Exchange, Reply
+from squidstep_redis.protocol.call import Call, Reply, new_token
 from squidstep_redis.protocol.scripts import script
+from squidstep_redis.protocol.workflow import SendBatch, Workflow
 
-_STEPS_AT_ONCE = 1_000
+_STEPS_PER_BATCH: Final = 1_000
 
 
-class Repairs(Listing):
-    """Makes the call for each operation that repairs."""
+def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None = None) -> Call[StepRun]:
+    """Makes a failed step pending again, with its input; the attempt counter is reset.
 
-    def retry_step(self, run_id: RunId, step: Step, *, owner: str | None = None) -> Call[StepRun]:
-        """Makes a failed step pending again, with the input it had and with attempts that count anew.
+    One round trip. The next `begin_step` executes it, whatever its `max_attempts`. This call executes nothing: have the
+    step delivered again. The history keeps the failed attempt and shows one more, `released`, by `owner`, as if
+    the caller had claimed and released the step. A step whose lease has expired counts as failed. A pending step stays
+    as it is. Re-sent, it returns the same.
 
-        One round trip. The next `begin_step` executes it, whatever its `max_attempts`; this one does not execute
-        anything, so have the step delivered again. It is as if you had claimed the step and given it back: the
-        history keeps the attempt that failed, and shows one more, `released`, by `owner`. A step whose lease is over
-        is taken to have failed. One that is pending already stays as it is. Sent again, it answers the same.
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+        step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+            str, else its name).
+        owner: who retries, for the history: a str of up to 256 bytes without control characters; None: not stored.
 
-        Args:
-            run_id: as for `schedule_step`.
-            step: likewise.
-            owner: who retries, for the history: as for `begin_step`.
+    Returns:
+        The pending step run.
 
-        Returns:
-            The pending step run.
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        StaleStepRunError: the step is completed, or a claim on it is live; nothing was written.
+        StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
+        CorruptRunError: what is stored cannot be trusted.
+        ServerError: the server or the connection failed.
+    """
+    run = context.keys.run(run_id)
+    name = arguments.step(step)
 
-        Raises:
-            InvalidArgumentError: refused before anything was sent.
-            StaleStepRunError: the step is completed, or a claim on it is live; nothing was written.
-            StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-            CorruptRunError: what is stored cannot be trusted.
-        """
-        run = self._run(run_id)
-        name = arguments.step(step)
+    def parse(reply: Reply) -> StepRun:
+        if reply[0] == b"missing":
+            raise StepRunNotFoundError(run.text, name.text, "there is no such step run; nothing was written")
+        values = reply[2:] if len(reply) > 4 else [*reply[2:], None, None]
+        step_run = context.records.record(run.text, name.text, values, run.keys.steps)
+        if reply[0] == b"stale":
+            why = "is completed" if step_run.status is StepStatus.COMPLETED else "is running"
+            raise StaleStepRunError(step_run, f"retry_step was refused: the step {why}. Nothing was written")
+        return step_run
 
-        def parse(reply: Reply) -> StepRun:
-            if reply[0] == b"missing":
-                raise StepRunNotFoundError(run.text, name.text, "there is no such step run; nothing was written")
-            values = reply[2:] if len(reply) > 4 else [*reply[2:], None, None]
-            step_run = self._records.record(run.text, name.text, values, run.keys.steps)
-            if reply[0] == b"stale":
-                why = "is completed" if step_run.status is StepStatus.COMPLETED else "is being executed"
-                raise StaleStepRunError(step_run, f"retry_step was refused, the step {why}. Nothing was written")
-            return step_run
+    args = (new_token(), name.data, run.member, arguments.owner(owner))
+    return Call(run.text, script("retry_step"), run.keys, args, parse, step=name.text)
 
-        args = (token(), name.data, run.member, arguments.owner(owner))
-        return Call(run.text, script("retry_step"), run.keys, args, parse, step=name.text)
 
-    def retry_run(self, run_id: RunId, *, owner: str | None = None) -> Exchange[list[StepRun]]:
-        """Makes all failed steps of a run pending again, each as `retry_step` does.
+def retry_run(context: Context, run_id: RunId, *, owner: str | None = None) -> Workflow[list[StepRun]]:
+    """Makes all failed steps of a run pending again, each as `retry_step` does.
 
-        Two round trips for a run of ordinary size, one more for each 500 fields and each thousand failed steps.
-        Each step by itself is atomic; one that is begun by somebody else meanwhile is left out.
+    Two round trips for a run of ordinary size, one more for each 500 fields and each thousand failed steps. Each step
+    is atomic by itself; a step that another worker begins meanwhile is left out.
 
-        Args:
-            run_id: as for `schedule_step`.
-            owner: who retries, for the history: as for `begin_step`.
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+        owner: who retries, for the history: a str of up to 256 bytes without control characters; None: not stored.
 
-        Returns:
-            The step runs that are pending now and had failed, in the order they came to be.
+    Returns:
+        The step runs that had failed and are pending now, in order of creation.
 
-        Raises:
-            InvalidArgumentError: refused before anything was sent.
-            CorruptRunError: what is stored cannot be trusted.
-            StepRunNotFoundError: there is no such run.
-        """
-        return self._retry_run(run_id, owner)
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        StepRunNotFoundError: there is no such run.
+        CorruptRunError: what is stored cannot be trusted.
+        ServerError: the server or the connection failed.
+    """
+    run = context.keys.run(run_id)
+    arguments.owner(owner)
+    return _retry_run(context, run.text, owner)
 
-    def _retry_run(self, run_id: RunId, owner: str | None) -> Batches[list[StepRun]]:
-        run = self._run(run_id)
-        arguments.owner(owner)
-        walks = yield from self._walk([run.text.encode()])
-        if not walks:
-            raise StepRunNotFoundError(run.text, None, "there is no such run; nothing was written")
-        if walks[0].problem is not None:
-            raise CorruptRunError(run.text, run.keys.steps.decode(), walks[0].problem)
-        failed = [each for each in walks[0].unfinished.values() if each.status is StepStatus.FAILED]
-        failed.sort(key=lambda step_run: step_run.position)
-        retried: list[StepRun] = []
-        for first in range(0, len(failed), _STEPS_AT_ONCE):
-            steps = failed[first : first + _STEPS_AT_ONCE]
-            answers = yield tuple(self.retry_step(run_id, step_run.step, owner=owner) for step_run in steps)
-            gone = (StaleStepRunError, StepRunNotFoundError)
-            for answer in raise_unless_corrupt([answer for answer in answers if not isinstance(answer, gone)]):
-                if isinstance(answer, CorruptRunError):
-                    raise answer
-                retried.append(answer)
-        return retried
+
+def _retry_run(context: Context, run_id: str, owner: str | None) -> Workflow[list[StepRun]]:
+    scans = yield from scan_runs(context, [run_id.encode()])
+    if not scans:
+        raise StepRunNotFoundError(run_id, None, "there is no such run; nothing was written")
+    if scans[0].problem is not None:
+        raise CorruptRunError(run_id, context.keys.run(run_id).keys.steps.decode(), scans[0].problem)
+    failed = [each for each in scans[0].unfinished.values() if each.status is StepStatus.FAILED]
+    failed.sort(key=attrgetter("position"))
+    retried: list[StepRun] = []
+    for first in range(0, len(failed), _STEPS_PER_BATCH):
+        steps = failed[first : first + _STEPS_PER_BATCH]
+        outcomes = yield SendBatch([retry_step(context, run_id, each.step, owner=owner) for each in steps])
+        changed = (StaleStepRunError, StepRunNotFoundError)  # by another worker, meanwhile
+        outcomes = [outcome for outcome in outcomes if not isinstance(outcome, changed)]
+        raise_unless_corrupt(outcomes)
+        for outcome in outcomes:
+            if isinstance(outcome, CorruptRunError):
+                raise outcome
+            retried.append(outcome)
+    return retried

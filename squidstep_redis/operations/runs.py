@@ -1,48 +1,207 @@
-"""The runs themselves, across a store: listing them by SCAN, and purging those that are over and old."""
+"""The operations on whole runs: expiry, deletion, listing by SCAN, and purging old runs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple, cast
 
 from redis.crc import key_slot
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, described
 from squidstep_redis.model import RunPage, RunSummary, StepRun, StepStatus, moment
-from squidstep_redis.operations.context import Operations, nonce, token
+from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import Seconds
-from squidstep_redis.protocol.call import Call, Plan, Reply
+from squidstep_redis.protocol.arguments import RunId, Seconds
+from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.scripts import script
+from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
 
-T = TypeVar("T")
-Batches = Generator[tuple[Call[Any], ...], list[Any], T]
-"""What a plan and an exchange can both yield from."""
-
-MAX_LIMIT: Final = 1_000
-_KEYS_AT_ONCE: Final = 1_000  # passed by one SCAN: 0.5 ms of the server's
-_FIELDS_AT_ONCE: Final = 500  # of one run: 1 to 2 ms
-_STRETCHES: Final = 100  # for one page
-_RUNS_LOOKED_AT: Final = 5_000  # likewise
-_MOST_FAILED: Final = 1_000  # steps of a run to be purged: they are held against their records in one script
+_KEYS_PER_SCAN: Final = 1_000  # 0.5 ms of the server's time
+_FIELDS_PER_SCAN: Final = 500  # of one run: 1 to 2 ms
+_SCANS_PER_PAGE: Final = 100
+_RUNS_PER_PAGE: Final = 5_000  # examined, not returned
+_MAX_FAILED: Final = 1_000  # failed steps of a run to purge: one script compares them with their records
 _CURSOR: Final = re.compile(r"(\d+)-(\d+)-(\w*)")
+
+
+def expire_run(context: Context, run_id: RunId, ttl: Seconds | None) -> Call[bool]:
+    """Sets how long after its last write a run expires, with all its keys at once.
+
+    One round trip. Each further write renews the expiry. A run with a live claim does not expire, and a claim without a
+    lease is live until it ends.
+
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+        ttl: seconds, up to ten years, or a timedelta; None: the run does not expire.
+
+    Returns:
+        Whether there is such a run.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: what is stored cannot be trusted.
+        ServerError: the server or the connection failed.
+    """
+    run = context.keys.run(run_id)
+
+    def parse(reply: Reply) -> bool:
+        return reply[0] == b"set"
+
+    args = (new_nonce(), arguments.milliseconds("ttl", ttl))
+    return Call(run.text, script("expire_run"), run.keys[:2], args, parse, lambda: False)
+
+
+def delete_run(context: Context, run_id: RunId, *, tombstone: Seconds = 3_600) -> Call[bool]:
+    """Deletes a run. A tombstone refuses late writes for a while, so that none of them recreates it.
+
+    One round trip. It also deletes a run that is corrupt or half evicted.
+
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+        tombstone: seconds, or a timedelta, for which writes are refused with RunDeletedError.
+
+    Returns:
+        Whether there was such a run.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: one of the keys holds a value of another type.
+        ServerError: the server or the connection failed.
+    """
+    run = context.keys.run(run_id)
+
+    def parse(reply: Reply) -> bool:
+        return reply[0] == b"deleted"
+
+    args = (new_token(), run.member, _tombstone_ms(tombstone))
+    return Call(run.text, script("delete_run"), run.keys, args, parse)
+
+
+def runs(
+    context: Context,
+    *,
+    status: StepStatus | str | None = None,
+    run_id_prefix: str = "",
+    limit: int = 100,
+    cursor: str | None = None,
+) -> Workflow[RunPage]:
+    """Lists runs a page at a time: newest change first within a page, in no order from page to page.
+
+    Runs that changed in the same millisecond are ordered by run id. There is no index of runs: this is a SCAN over all
+    keys of the server, in small parts. A run that exists from the first page to the last is listed, unless a failover
+    or a slot migration happens in between. Two round trips per thousand keys, one more for each 500 fields of a run
+    that has more.
+
+    Args:
+        status: only runs with at least one step of this status; None: all runs.
+        run_id_prefix: only runs whose id has this prefix; empty: all runs.
+        limit: when the page is full, from 1 to 1,000. It may hold a few more, because SCAN returns keys in groups; with
+            a filter it may hold fewer, even none: a page ends after 5,000 runs or 100,000 keys.
+        cursor: `cursor` of the page before; None: the first page.
+
+    Returns:
+        The page, and the cursor of the next one: None after the last.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        ServerError: the server or the connection failed.
+    """
+    wanted = _status(status)
+    prefix = _prefix(run_id_prefix)
+    full = arguments.integer("limit", limit, MAX_LIMIT)
+    position = _parse_cursor(cursor)
+    shards = yield from _shards(context)
+    found: list[RunSummary] = []
+    examined = 0
+    progress = 1.0
+    count = max(10, full)  # a run usually has two keys
+    for _ in range(_SCANS_PER_PAGE):
+        count = min(2 * count, _KEYS_PER_SCAN)
+        page = yield from _scan_page(context, shards, position, prefix, count)
+        examined += len(page.scans)
+        summaries = (scan.summary() for scan in page.scans)
+        found += [summary for summary in summaries if wanted is None or summary.counts[wanted]]
+        position, progress = page.next, page.progress
+        if position is None or len(found) >= full or examined >= _RUNS_PER_PAGE:
+            break
+    found.sort(key=_newest_first)
+    return RunPage(found, None if position is None else position.cursor, progress)
+
+
+def purge(
+    context: Context,
+    older_than: Seconds,
+    *,
+    run_id_prefix: str = "",
+    dry_run: bool = False,
+    tombstone: Seconds = 3_600,
+) -> Workflow[list[RunSummary]]:
+    """Deletes the runs in which every step is completed or failed and nothing changed for some time.
+
+    It passes all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
+    such runs. Each run is deleted at once, whatever its size, if it has not changed since it was read; its memory is
+    freed in the background. A run with more than 1,000 failed steps stays; use `delete_run`.
+
+    Args:
+        older_than: seconds since the last change, by the server's clock, up to ten years; or a timedelta.
+        run_id_prefix: only runs whose id has this prefix; empty: all runs.
+        dry_run: whether to delete nothing and only return what would be deleted.
+        tombstone: seconds, or a timedelta, for which writes to a deleted run are refused with RunDeletedError.
+
+    Returns:
+        What was deleted, or would be: oldest change first.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        ServerError: the server or the connection failed. Runs deleted before it stay deleted.
+    """
+    age = timedelta(seconds=arguments.seconds("older_than", older_than, arguments.MAX_TTL))
+    tombstone_ms = _tombstone_ms(tombstone)
+    prefix = _prefix(run_id_prefix)
+    shards = yield from _shards(context)
+    purged: list[RunSummary] = []
+    position: _Position | None = None
+    while True:
+        page = yield from _scan_page(context, shards, position, prefix, _KEYS_PER_SCAN)
+        old: list[tuple[RunScan, RunSummary]] = []
+        for scan in page.scans:
+            summary = scan.summary()
+            is_old = summary.changed_at is not None and summary.changed_at < page.now - age
+            if summary.is_over and is_old and len(scan.lines) <= _MAX_FAILED:
+                old.append((scan, summary))
+        if old and not dry_run:
+            outcomes = yield SendBatch([_purge_run(context, scan, tombstone_ms) for scan, _ in old])
+            raise_unless_corrupt(outcomes)
+            old = [each for each, outcome in zip(old, outcomes, strict=True) if outcome is True]
+        purged += [summary for _, summary in old]
+        position = page.next
+        if position is None:
+            return sorted(purged, key=_newest_first, reverse=True)
+
+
+# One run
 
 
 @dataclass(slots=True)
 class RunScan:
-    """What a walk through the records of one run has seen.
+    """What a scan of one run's records has found.
 
     Attributes:
-        unfinished: the step runs that are not completed, by step, without their payloads.
+        created: number of steps created, as the run line has it.
+        completed: number of steps completed, as the run line has it.
+        newest: the step run completed last.
+        unfinished: the step runs that are not completed, by step, without payloads.
         lines: their state lines.
+        problem: why the records cannot be trusted.
     """
 
     run_id: str
-    made: bytes = b""
+    created: bytes = b""
     completed: bytes = b"0"
     newest: StepRun | None = None
     unfinished: dict[bytes, StepRun] = field(default_factory=dict[bytes, StepRun])
@@ -50,7 +209,7 @@ class RunScan:
     problem: str | None = None
 
     def summary(self) -> RunSummary:
-        """What it comes to."""
+        """Returns the counts and the newest change."""
         counts = dict.fromkeys(StepStatus, 0)
         counts[StepStatus.COMPLETED] = int(self.completed)
         changes = [_changed_at(self.newest)] if self.newest else []
@@ -60,258 +219,163 @@ class RunScan:
         return RunSummary(self.run_id, counts, max(changes, default=None), self.problem)
 
 
-class _Place(NamedTuple):
-    """A server with keys of the store: its name, and the key of a bucket that lies there."""
+def scan_runs(context: Context, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
+    """Reads the unfinished steps of some runs, without payloads. Runs that no longer exist are left out."""
+    scans = {run_id: RunScan(run_id.decode()) for run_id in run_ids}
+    cursors = dict.fromkeys(scans, b"0")
+    while cursors:
+        outcomes = yield SendBatch([_summarize_run(context, run_id, at) for run_id, at in cursors.items()])
+        raise_unless_corrupt(outcomes)
+        scanned, cursors = list(cursors), {}
+        for run_id, outcome in zip(scanned, outcomes, strict=True):
+            try:
+                cursor = outcome if outcome is None else _load(context, scans[run_id], outcome)
+            except CorruptRunError as error:  # it must not hide the other runs
+                cursor, scans[run_id].problem = b"0", str(error)
+            if cursor is None:
+                del scans[run_id]
+            elif cursor != b"0":
+                cursors[run_id] = cursor
+    return list(scans.values())
+
+
+def raise_unless_corrupt(outcomes: list[Any]) -> None:
+    """Raises the first error of a batch that is not a CorruptRunError: one corrupt run must not hide the others."""
+    for outcome in outcomes:
+        if isinstance(outcome, Exception) and not isinstance(outcome, CorruptRunError):
+            raise outcome
+
+
+def _load(context: Context, scan: RunScan, outcome: Reply | CorruptRunError) -> bytes:
+    """Adds one part of a run's records to its scan; returns the cursor of the next part."""
+    if isinstance(outcome, CorruptRunError):
+        raise outcome
+    cursor, scan.created, scan.completed, last, lines = outcome
+    key = context.keys.of_run(scan.run_id.encode()).steps
+    if last:
+        scan.newest = context.records.step_run(scan.run_id, "", last, (None, None, None), key)
+    for step, line in pairs(lines):
+        step_run = context.records.step_run(scan.run_id, step.decode(), line, (None, None, None), key)
+        scan.unfinished[step], scan.lines[step] = step_run, line
+    return cursor
+
+
+def _summarize_run(context: Context, run_id: bytes, cursor: bytes) -> Call[Reply | None]:
+    def parse(reply: Reply) -> Reply | None:
+        return reply[2:] if reply[0] == b"summary" else None
+
+    keys = context.keys.of_run(run_id)[:2]
+    args = (new_nonce(), cursor, b"%d" % _FIELDS_PER_SCAN)
+    return Call(run_id.decode(), script("summarize_run"), keys, args, parse, lambda: None)
+
+
+def _purge_run(context: Context, scan: RunScan, tombstone_ms: bytes) -> Call[bool]:
+    def parse(reply: Reply) -> bool:
+        return reply[0] == b"purged"
+
+    run = context.keys.run(scan.run_id)
+    steps, done, _, failed = run.keys
+    lines = [part for line in scan.lines.items() for part in line]
+    args = (new_token(), run.member, tombstone_ms, scan.created, scan.completed, *lines)
+    return Call(run.text, script("purge_run"), (steps, done, failed), args, parse)
+
+
+# All keys of the servers
+
+
+class _Shard(NamedTuple):
+    """A server with keys of the store: its name, and the key of a bucket that it holds."""
 
     name: str
     key: bytes
 
 
 class _Position(NamedTuple):
-    """How far a listing has come."""
+    """How far a listing has come: the SCAN cursor, the number of keys passed, the shard's name."""
 
-    scanned: bytes
+    scan_cursor: bytes
     passed: int
-    place: str
+    shard: str
 
     @property
     def cursor(self) -> str:
-        """As it is handed out: opaque, but for this."""
-        return f"{self.scanned.decode()}-{self.passed}-{self.place}"
+        """The cursor that callers receive; opaque to them."""
+        return f"{self.scan_cursor.decode()}-{self.passed}-{self.shard}"
 
 
 class ScanPage(NamedTuple):
     """What one SCAN found.
 
     Attributes:
+        scans: the runs.
+        next: where to go on; None: this was the last part.
         progress: how far through the keys of all servers this is, from 0 to 1.
-        now: by the server's clock.
+        now: the server's clock.
     """
 
-    walked: list[RunScan]
+    scans: list[RunScan]
     next: _Position | None
     progress: float
     now: datetime
 
 
-class Listing(Operations):
-    """Makes the plan for each operation on the runs of a store."""
+def _scan_page(
+    context: Context, shards: list[_Shard], position: _Position | None, run_id_prefix: bytes, count: int
+) -> Workflow[ScanPage]:
+    """Passes `count` keys of one server, from a position on, and reads the runs among them."""
+    names = [shard.name for shard in shards]
+    # If a server has left the cluster, go on with the next one, in the order of their names.
+    index = 0 if position is None else next((i for i, name in enumerate(names) if name >= position.shard), None)
+    if index is None:
+        return ScanPage([], None, 1.0, moment(0))
+    shard = shards[index]
+    here = position if position is not None and position.shard == shard.name else _Position(b"0", 0, shard.name)
 
-    def runs(
-        self,
-        *,
-        status: StepStatus | str | None = None,
-        run_id_prefix: str = "",
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> Plan[RunPage]:
-        """Lists runs, a page at a time: newest change first within the page, in no order from page to page.
+    def parse(reply: Reply) -> Reply:
+        return reply[2:]
 
-        There is no index of runs: this is a SCAN, which passes all keys of the server, bit by bit. A run that is there
-        from the first page to the last is listed, unless a failover or a moving slot comes in between. Two round trips
-        for a thousand keys, one more for each 500 fields of a run that has more.
-
-        Args:
-            status: that at least one step of the run has; None: any run.
-            run_id_prefix: what the run's id begins with.
-            limit: when the page is full, up to 1,000. It may hold some more, since keys come in handfuls; and with a
-                filter fewer, even none: it ends after 5,000 runs or 100,000 keys.
-            cursor: of the page before; None: the first page.
-
-        Returns:
-            The page, and the cursor of the next: None after the last.
-
-        Raises:
-            InvalidArgumentError: refused before anything was sent.
-            ServerError: see there.
-        """
-        wanted = _status(status)
-        prefix = _prefix(run_id_prefix)
-        full = arguments.integer("limit", limit, MAX_LIMIT)
-        position = _position(cursor)
-        places = yield from self._places()
-        found: list[RunSummary] = []
-        looked_at = 0
-        progress = 1.0
-        count = max(10, full)  # a run has two keys, as a rule
-        for _ in range(_STRETCHES):
-            count = min(2 * count, _KEYS_AT_ONCE)
-            stretch = yield from self._stretch(places, position, prefix, count)
-            looked_at += len(stretch.walked)
-            found += [
-                summary
-                for summary in (walked.summary() for walked in stretch.walked)
-                if wanted is None or summary.counts[wanted]
-            ]
-            position, progress = stretch.next, stretch.progress
-            if position is None or len(found) >= full or looked_at >= _RUNS_LOOKED_AT:
-                break
-        found.sort(key=_newest_first)
-        return RunPage(found, None if position is None else position.cursor, progress)
-
-    def purge(
-        self,
-        older_than: Seconds,
-        *,
-        run_id_prefix: str = "",
-        dry_run: bool = False,
-        tombstone: Seconds = 3_600,
-    ) -> Plan[list[RunSummary]]:
-        """Deletes the runs all of whose steps are completed or failed, and in which nothing changed for so long.
-
-        It passes all keys of the server as `runs` does, in as many round trips and one more for each thousand keys
-        with such runs among them. Each run goes at once, if it has not changed since it was looked at, whatever its
-        size: its memory is freed in the background. One with more than 1,000 failed steps stays; see `delete_run`.
-
-        Args:
-            older_than: seconds since the last change, by the server's clock; up to ten years.
-            run_id_prefix: what the ids of the runs begin with.
-            dry_run: whether to leave them all where they are, and only tell.
-            tombstone: as for `delete_run`.
-
-        Returns:
-            What was deleted, or would be: the one that changed longest ago first.
-
-        Raises:
-            InvalidArgumentError: refused before anything was sent.
-            ServerError: see there. Runs that were deleted before it stay deleted.
-        """
-        age = timedelta(seconds=arguments.seconds("older_than", older_than, arguments.MAX_TTL))
-        tombstone_ms = b"%d" % round(arguments.seconds("tombstone", tombstone, arguments.MAX_TTL) * 1_000)
-        prefix = _prefix(run_id_prefix)
-        places = yield from self._places()
-        purged: list[RunSummary] = []
-        position: _Position | None = None
-        while True:
-            stretch = yield from self._stretch(places, position, prefix, _KEYS_AT_ONCE)
-            over: list[tuple[RunScan, RunSummary]] = []
-            for walked in stretch.walked:
-                summary = walked.summary()
-                if summary.is_over and summary.changed_at and summary.changed_at < stretch.now - age:
-                    over.append((walked, summary))
-            over = [(walked, summary) for walked, summary in over if len(walked.lines) <= _MOST_FAILED]
-            if over and not dry_run:
-                calls = tuple(self._purge(walked, tombstone_ms) for walked, _ in over)
-                answers = raise_unless_corrupt((yield calls))
-                over = [each for each, answer in zip(over, answers, strict=True) if answer is True]
-            purged += [summary for _, summary in over]
-            position = stretch.next
-            if position is None:
-                return sorted(purged, key=_newest_first, reverse=True)
-
-    def _walk(self, run_ids: Iterable[bytes]) -> Batches[list[RunScan]]:
-        """Reads where the unfinished steps of some runs stand; runs that are gone are left out."""
-        walks = {run_id: RunScan(run_id.decode()) for run_id in run_ids}
-        cursors = dict.fromkeys(walks, b"0")
-        while cursors:
-            calls = tuple(self._summarize(run_id, cursor) for run_id, cursor in cursors.items())
-            answers = raise_unless_corrupt((yield calls))
-            asked, cursors = list(cursors), {}
-            for run_id, answer in zip(asked, answers, strict=True):
-                try:
-                    cursor = answer if answer is None else self._take_in(walks[run_id], answer)
-                except CorruptRunError as error:  # which must not hide the others
-                    cursor, walks[run_id].problem = b"0", str(error)
-                if cursor is None:
-                    del walks[run_id]
-                elif cursor != b"0":
-                    cursors[run_id] = cursor
-        return list(walks.values())
-
-    def _take_in(self, walked: RunScan, answer: Reply | CorruptRunError) -> bytes:
-        """Takes in a stretch of a run's records; answers the cursor of the next."""
-        if isinstance(answer, CorruptRunError):
-            raise answer
-        cursor, walked.made, walked.completed, last, lines = answer
-        key = self.keys.run(walked.run_id.encode()).steps
-        if last:
-            walked.newest = self._records.step_run(walked.run_id, "", last, (None, None, None), key)
-        for step, line in zip(lines[::2], lines[1::2], strict=True):
-            step_run = self._records.step_run(walked.run_id, step.decode(), line, (None, None, None), key)
-            walked.unfinished[step], walked.lines[step] = step_run, line
-        return cursor
-
-    def _summarize(self, run_id: bytes, cursor: bytes) -> Call[Reply | None]:
-        def parse(reply: Reply) -> Reply | None:
-            return reply[2:] if reply[0] == b"summary" else None
-
-        keys = self.keys.run(run_id)[:2]
-        args = (nonce(), cursor, b"%d" % _FIELDS_AT_ONCE)
-        return Call(run_id.decode(), script("summarize_run"), keys, args, parse, lambda: None)
-
-    def _purge(self, walked: RunScan, tombstone_ms: bytes) -> Call[bool]:
-        def parse(reply: Reply) -> bool:
-            return reply[0] == b"purged"
-
-        run = self._run(walked.run_id)
-        steps, done, _, failed = run.keys
-        lines = [part for line in walked.lines.items() for part in line]
-        args = (token(), run.member, tombstone_ms, walked.made, walked.completed, *lines)
-        return Call(run.text, script("purge_run"), (steps, done, failed), args, parse)
-
-    def _stretch(
-        self, places: list[_Place], position: _Position | None, run_id_prefix: bytes, count: int
-    ) -> Plan[ScanPage]:
-        """Passes so many keys of one server, from a position on, and looks at the runs among them."""
-        names = [place.name for place in places]
-        # A server that is gone by now: on with the next, in the order of their names.
-        index = 0 if position is None else next((i for i, name in enumerate(names) if name >= position.place), None)
-        if index is None:
-            return ScanPage([], None, 1.0, moment(0))
-        place = places[index]
-        here = position if position is not None and position.place == place.name else _Position(b"0", 0, place.name)
-
-        def parse(reply: Reply) -> Reply:
-            return reply[2:]
-
-        args = (nonce(), here.scanned, self.keys.pattern(run_id_prefix), b"%d" % count)
-        found: Reply = yield Call(None, script("scan_runs"), (place.key,), args, parse)
-        scanned, keys, total, now = found
-        walked = yield from self._walk(dict.fromkeys(self._runs_of(keys, run_id_prefix)))
-        passed = here.passed + count
-        if scanned != b"0":
-            after: _Position | None = _Position(scanned, passed, place.name)
-            progress = (index + min(passed / max(total, 1), 1.0)) / len(places)
-        else:
-            after = _Position(b"0", 0, names[index + 1]) if index + 1 < len(names) else None
-            progress = (index + 1) / len(places)
-        return ScanPage(walked, after, progress, moment(int(now)))
-
-    def _runs_of(self, keys: list[bytes], run_id_prefix: bytes) -> Iterator[bytes]:
-        """The runs that have one of these keys; what only looks like it is another program's."""
-        for key in keys:
-            run_id = self.keys.run_of(key)
-            if run_id is not None and run_id.startswith(run_id_prefix):
-                with suppress(UnicodeDecodeError):  # another program's
-                    run_id.decode()
-                    yield run_id
-
-    def _places(self) -> Plan[list[_Place]]:
-        """The servers that have keys of this store, in the order of their names."""
-        buckets = self.keys.claims()
-        replies: dict[str, list[Any]] = yield [("CLUSTER", "SLOTS")]
-        maps = [cast("list[Any]", reply) for (reply,) in replies.values() if isinstance(reply, list)]
-        if not maps or "" in replies:
-            return [_Place("", buckets[0])]
-        owners: list[tuple[range, str]] = []
-        for first, last, primary, *_ in maps[0]:
-            name = primary[2].decode() if isinstance(primary[2], bytes) else str(primary[2])
-            owners.append((range(int(first), int(last) + 1), name))
-        found: dict[str, bytes] = {}
-        for bucket in buckets:
-            slot = key_slot(bucket)
-            for range_, name in owners:
-                if slot in range_:
-                    found.setdefault(name, bucket)
-        return [_Place(name, key) for name, key in sorted(found.items())]
+    args = (new_nonce(), here.scan_cursor, context.keys.pattern(run_id_prefix), b"%d" % count)
+    reply: Reply = yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse))
+    scan_cursor, keys, total, now = reply
+    scans = yield from scan_runs(context, dict.fromkeys(_runs_of(context, keys, run_id_prefix)))
+    passed = here.passed + count
+    if scan_cursor != b"0":
+        after: _Position | None = _Position(scan_cursor, passed, shard.name)
+        progress = (index + min(passed / max(total, 1), 1.0)) / len(shards)
+    else:
+        after = _Position(b"0", 0, names[index + 1]) if index + 1 < len(names) else None
+        progress = (index + 1) / len(shards)
+    return ScanPage(scans, after, progress, moment(int(now)))
 
 
-def raise_unless_corrupt(answers: list[Any]) -> list[Any]:
-    """Answers of a batch, in which a run that is corrupt is an answer like another."""
-    for answer in answers:
-        if isinstance(answer, Exception) and not isinstance(answer, CorruptRunError):
-            raise answer
-    return answers
+def _runs_of(context: Context, keys: list[bytes], run_id_prefix: bytes) -> Iterator[bytes]:
+    """Returns the runs of these keys. A key that only looks like a run's belongs to another program."""
+    for key in keys:
+        run_id = context.keys.run_of(key)
+        if run_id is not None and run_id.startswith(run_id_prefix):
+            with suppress(UnicodeDecodeError):  # of another program
+                run_id.decode()
+                yield run_id
+
+
+def _shards(context: Context) -> Workflow[list[_Shard]]:
+    """Returns the servers that hold keys of this store, in the order of their names."""
+    buckets = context.keys.claims()
+    replies: dict[str, list[Any]] = yield Broadcast([("CLUSTER", "SLOTS")])
+    maps = [cast("list[Any]", reply) for (reply,) in replies.values() if isinstance(reply, list)]
+    if not maps or "" in replies:
+        return [_Shard("", buckets[0])]
+    owners: list[tuple[range, str]] = []
+    for first, last, primary, *_ in maps[0]:
+        name = primary[2].decode() if isinstance(primary[2], bytes) else str(primary[2])
+        owners.append((range(int(first), int(last) + 1), name))
+    found: dict[str, bytes] = {}
+    for bucket in buckets:
+        slot = key_slot(bucket)
+        for slots, name in owners:
+            if slot in slots:
+                found.setdefault(name, bucket)
+    return [_Shard(name, key) for name, key in sorted(found.items())]
 
 
 def _changed_at(step_run: StepRun) -> datetime:
@@ -327,19 +391,22 @@ def _status(status: object) -> StepStatus | None:
     try:
         return None if status is None else StepStatus(cast("str", status))
     except ValueError:
-        raise InvalidArgumentError(
-            "status", f"must be one of {', '.join(StepStatus)}, not {described(status)}"
-        ) from None
+        problem = f"must be one of {', '.join(StepStatus)}, not {described(status)}"
+        raise InvalidArgumentError("status", problem) from None
 
 
 def _prefix(run_id_prefix: object) -> bytes:
     return b"" if run_id_prefix == "" else arguments.identifier("run_id_prefix", run_id_prefix).data
 
 
-def _position(cursor: object) -> _Position | None:
+def _tombstone_ms(tombstone: Seconds) -> bytes:
+    return b"%d" % round(arguments.seconds("tombstone", tombstone, arguments.MAX_TTL) * 1_000)
+
+
+def _parse_cursor(cursor: object) -> _Position | None:
     if cursor is None:
         return None
     match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
     if match is None:
-        raise InvalidArgumentError("cursor", f"must be that of another page, not {described(cursor)}")
+        raise InvalidArgumentError("cursor", f"must be the cursor of another page, not {described(cursor)}")
     return _Position(match[1].encode(), int(match[2]), match[3])

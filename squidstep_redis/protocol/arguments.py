@@ -1,4 +1,4 @@
-"""Checks of arguments: what is wrong is refused here, before anything is sent, and what is right becomes bytes."""
+"""Checks arguments before anything is sent, and converts them to bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from squidstep_redis.errors import InvalidArgumentError, described
 RunId = str | UUID
 Step = str | Enum
 Seconds = float | timedelta
-# By step, an input. Any, because Mapping is invariant in its keys: a dict[str, …] would be no Mapping[Step, …].
+# Input by step. Any, because Mapping is invariant in its keys: a dict[str, …] is not a Mapping[Step, …].
 StepInputs = Mapping[Any, Mapping[str, Any]]
 
 MAX_IDENTIFIER_BYTES: Final = 512
@@ -31,14 +31,14 @@ _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 class Name(NamedTuple):
-    """An identifier that has been checked, as text and as the UTF-8 that is sent."""
+    """A checked identifier, as text and as the UTF-8 that is sent."""
 
     text: str
     data: bytes
 
 
 def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYTES) -> Name:
-    """A str of 1 to `max_bytes` bytes of UTF-8, any characters."""
+    """Returns an identifier: a str of 1 to `max_bytes` bytes of UTF-8, any characters."""
     if not isinstance(value, str):
         raise InvalidArgumentError(argument, f"must be a non-empty str, not {described(value)}")
     try:
@@ -53,12 +53,12 @@ def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYT
 
 
 def run_id(value: object) -> Name:
-    """A run id: an identifier or a UUID."""
+    """Returns a run id: an identifier or a UUID."""
     return identifier("run_id", str(value) if isinstance(value, UUID) else value)
 
 
 def step(value: object, argument: str = "step") -> Name:
-    """A step's name: an identifier, or an enum member, which stands for its value if that is a str, else its name."""
+    """Returns a step's name: an identifier, or an enum member (its value if that is a str, else its name)."""
     if type(value) is str and argument == "step":
         return _known_step(value)
     if isinstance(value, Enum):
@@ -68,12 +68,12 @@ def step(value: object, argument: str = "step") -> Name:
 
 @lru_cache(1_024)
 def _known_step(value: str) -> Name:
-    """A program has few names for its steps, and uses them again and again."""
+    """Caches names: a program has few steps and uses them again and again."""
     return identifier("step", value)
 
 
 def distinct(argument: str, names: Iterable[Name]) -> list[Name]:
-    """Names of which none comes twice: `"pay"` and `Step.PAY` may be the same step."""
+    """Returns the names, each of which must come once: `"pay"` and `Step.PAY` may be the same step."""
     seen: set[Name] = set()
     found = list(names)
     for name in found:
@@ -84,7 +84,7 @@ def distinct(argument: str, names: Iterable[Name]) -> list[Name]:
 
 
 def prefix(value: object) -> bytes:
-    """A prefix of keys: an identifier without braces, which would move the hash tag."""
+    """Returns a key prefix: an identifier without braces, which would move the hash tag."""
     text, data = identifier("prefix", value, MAX_PREFIX_BYTES)
     if "{" in text or "}" in text:
         raise InvalidArgumentError("prefix", f"must be without braces, not {described(value)}")
@@ -92,7 +92,7 @@ def prefix(value: object) -> bytes:
 
 
 def owner(value: object) -> bytes:
-    """Who claims: None, or an identifier without control characters, for it is shown in terminals."""
+    """Returns an owner: None, or an identifier without control characters, because terminals show it."""
     if value is None:
         return b""
     return _known_owner(value) if type(value) is str else _owner(value)
@@ -100,7 +100,7 @@ def owner(value: object) -> bytes:
 
 @lru_cache(64)
 def _known_owner(value: str) -> bytes:
-    """A process has few names for itself."""
+    """Caches owners: a process has few."""
     return _owner(value)
 
 
@@ -112,34 +112,34 @@ def _owner(value: object) -> bytes:
 
 
 def integer(argument: str, value: object, most: int, least: int = 1) -> int:
-    """An int of `least` to `most`."""
+    """Returns an int from `least` to `most`."""
     if type(value) is not int or not least <= value <= most:
         raise InvalidArgumentError(argument, f"must be an int from {least} to {most:,}, not {described(value)}")
     return value
 
 
 def milliseconds(argument: str, value: object, most: timedelta = MAX_TTL) -> bytes:
-    """A span of time in whole milliseconds; empty for None."""
+    """Returns a time span in whole milliseconds; empty for None."""
     return b"" if value is None else b"%d" % round(seconds(argument, value, most) * 1_000)
 
 
 def lease_ms(value: object) -> bytes:
-    """How long a claim is to hold, in whole milliseconds; empty for None."""
+    """Returns a lease in whole milliseconds; empty for None."""
     if value is None:
         return b""
     return _known_lease(value) if type(value) in (int, float) else milliseconds("lease", value, MAX_LEASE)
 
 
-@lru_cache(256, typed=True)  # True is no 1
+@lru_cache(256, typed=True)  # True is not 1
 def _known_lease(value: object) -> bytes:
-    """A program has few leases, and a call is made for each step."""
+    """Caches leases: a program has few, and makes a call for each step."""
     return milliseconds("lease", value, MAX_LEASE)
 
 
 def seconds(argument: str, value: object, most: timedelta) -> float:
-    """A span of time from a millisecond to `most`, in seconds."""
+    """Returns a time span from a millisecond to `most`, in seconds."""
     span = value.total_seconds() if isinstance(value, timedelta) else value
-    # NaN fails every comparison, and so is refused.
+    # NaN fails every comparison, so it is rejected.
     if isinstance(span, bool) or not isinstance(span, int | float) or not 0.001 <= span <= most.total_seconds():
         raise InvalidArgumentError(
             argument,

@@ -1,4 +1,4 @@
-"""Payloads to bytes and back: what goes in comes back equal, or is refused with the path to the culprit."""
+"""Encodes and decodes payloads. A payload comes back equal, or is rejected with the path to the offending value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ Payload = dict[str, Any]
 msgpack: Any = untyped_msgpack  # it ships no types
 
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
-_MAX_DEPTH: Final = 500  # of the search for a culprit; msgpack gives up at 511 or 1,024, by its version
+_MAX_DEPTH: Final = (
+    500  # of the search for the offending value; msgpack fails at 511 or 1,024 levels, depending on its version
+)
 _PACKER_BYTES: Final = 64 * 1024
 _KEY_CHARS: Final = 500
 _MESSAGE_CHARS: Final = 2_000
@@ -36,14 +38,14 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 @runtime_checkable
 class Codec(Protocol):
-    """What turns payloads into bytes. A codec of your own may wrap `MsgpackCodec` to compress or encrypt.
+    """Converts payloads to bytes and back. Your own codec may wrap `MsgpackCodec` to compress or encrypt.
 
-    The same payload must give the same bytes if a completion that you repeat yourself is to be known as the same.
-    Give it to every process that shares a prefix: the bytes do not say which codec wrote them.
+    Equal payloads must give equal bytes, or a completion that you send twice is not recognized as the same. All
+    processes that share a prefix need the same codec: the bytes do not say which codec wrote them.
     """
 
     def encode(self, payload: Payload) -> bytes:
-        """Returns the bytes to store; raises ValueError or TypeError for what it cannot carry."""
+        """Returns the bytes to store; raises ValueError or TypeError for a payload that it does not support."""
         ...
 
     def decode(self, data: bytes) -> Payload:
@@ -54,33 +56,32 @@ class Codec(Protocol):
 class MsgpackCodec:
     """The default codec: msgpack, strict.
 
-    A payload either comes back equal or is refused. Tuples come back as lists, aware datetimes in UTC, what equals
-    bytes as bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are refused rather than
-    flattened.
+    A payload either comes back equal or is rejected. Tuples come back as lists, aware datetimes in UTC, bytearrays as
+    bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are rejected, not flattened.
     """
 
     def encode(self, payload: Payload) -> bytes:
         """Encodes a payload and checks that it decodes to an equal one.
 
         Raises:
-            PayloadError: something in the payload would not come back equal; its path starts at `payload`.
+            PayloadError: a value in the payload would not come back equal; its path starts at `payload`.
         """
         try:
             try:
                 data = _pack(payload)
-            except TypeError:  # tuples, or nothing that can be carried
-                data = _pack(_as_carried(payload))
-            # NaN, odd map keys, far-off dates: what msgpack packs but does not give back shows up here.
+            except TypeError:  # tuples, or a type that is not supported
+                data = _pack(_as_decoded(payload))
+            # Values that msgpack packs but does not return equal show up here: NaN, odd map keys, distant dates.
             decoded = self.decode(data)
-            faithful = decoded == payload or decoded == _as_carried(payload)
+            faithful = decoded == payload or decoded == _as_decoded(payload)
         except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
-            raise _culprit(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
+            raise _find_offender(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
         if not faithful:
-            raise _culprit(payload) or PayloadError("payload", "would not come back equal")
+            raise _find_offender(payload) or PayloadError("payload", "would not come back equal")
         return data
 
     def decode(self, data: bytes) -> Payload:
-        """Decodes what `encode` made."""
+        """Decodes what `encode` returned."""
         return msgpack.unpackb(data, strict_map_key=False, timestamp=3)
 
     def __eq__(self, other: object) -> bool:
@@ -95,21 +96,21 @@ class MsgpackCodec:
 
 @dataclass(frozen=True, slots=True)
 class Payloads:
-    """A codec with the store's own checks around it."""
+    """A codec and the store's own checks."""
 
     codec: Codec
     max_bytes: int
 
     def encode_own(self, payload: Payload) -> bytes:
-        """Encodes an error of the store's own making, which is small: no limit may keep a failure from being told."""
+        """Encodes an error payload that the store made. It is small, and no limit may prevent recording a failure."""
         return self.codec.encode(payload)
 
     def encode(self, argument: str, payload: object) -> bytes:
-        """Encodes the payload given as `argument`, or refuses it.
+        """Encodes the payload given as `argument`.
 
         Raises:
-            PayloadError: it is not a dict, or the codec refuses it; says where.
-            PayloadTooLargeError: it takes more than `max_bytes` encoded.
+            PayloadError: it is not a dict, or the codec rejects it; has the path.
+            PayloadTooLargeError: it is larger than `max_bytes` when encoded.
         """
         if not isinstance(payload, dict):
             raise PayloadError(argument, f"must be a dict, not {described(payload)}")
@@ -118,7 +119,7 @@ class Payloads:
         except InvalidArgumentError as error:
             raise PayloadError(error.argument.replace("payload", argument, 1), error.problem) from error.__cause__
         except (ValueError, TypeError) as error:
-            raise PayloadError(argument, f"refused by {type(self.codec).__name__}: {error}") from error
+            raise PayloadError(argument, f"rejected by {type(self.codec).__name__}: {error}") from error
         if type(data) is not bytes or not data:
             raise PayloadError(
                 argument, f"{type(self.codec).__name__} must encode to non-empty bytes, not {described(data)}"
@@ -133,13 +134,13 @@ class Payloads:
         """Decodes a stored payload.
 
         Raises:
-            UndecodablePayloadError: the codec cannot read it: another one wrote it, as a rule.
+            UndecodablePayloadError: the codec cannot read it, usually because another codec wrote it.
         """
         try:
             payload = self.codec.decode(data)
-        except Exception as error:  # whatever a codec raises: the caller needs to know which payload it was
+        except Exception as error:  # of any kind: the caller needs to know which payload it was
             if self._can_decode(data):
-                raise  # a signal handler raised it, an alarm's as a rule
+                raise  # a signal handler raised it, usually that of SIGALRM
             raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__) from error
         if not isinstance(cast("object", payload), dict):
             raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__)
@@ -148,12 +149,12 @@ class Payloads:
     def _can_decode(self, data: bytes) -> bool:
         try:
             self.codec.decode(data)
-        except Exception:  # noqa: BLE001 -- as above
+        except Exception:  # noqa: BLE001 -- a codec may raise anything
             return False
         return True
 
 
-# At rest between two calls, for to make one takes longer than to pack with it. Any thread may take one.
+# Idle packers; creating one costs more than packing. Any thread may take one.
 _packers: deque[Any] = deque()
 
 
@@ -162,28 +163,28 @@ def _pack(value: object) -> bytes:
         packer = _packers.pop()
     except IndexError:
         packer = msgpack.Packer(strict_types=True, datetime=True)
-    data = packer.pack(value)  # if it raises, the packer is not used again
-    if len(data) < _PACKER_BYTES:  # it keeps its memory
+    data = packer.pack(value)  # if this raises, the packer is dropped
+    if len(data) < _PACKER_BYTES:  # a packer keeps its memory
         _packers.append(packer)
     return data
 
 
 def error_payload(error: BaseException) -> Payload:
-    """Makes a map of an exception: `type`, `message` and a bounded `traceback`, the end of it first to be kept."""
-    with defer_sigalrm():  # or it would be taken for an exception of the exception's
+    """Returns a dict for an exception: `type`, `message`, and a `traceback` of which a bounded tail is kept."""
+    with defer_sigalrm():  # an exception of SIGALRM's handler would look like one of str(error)
         return _error_payload(error)
 
 
 def _error_payload(error: BaseException) -> Payload:
     try:
         message = str(error)
-    except Exception:  # noqa: BLE001 -- a message that cannot be made must not hide the failure
+    except Exception:  # noqa: BLE001 -- a failing str() must not hide the failure
         message = f"(str() of this {type(error).__name__} raised)"
     cls = type(error)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     try:
         lines = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
-    except Exception:  # noqa: BLE001 -- exceptions may have attributes that raise; likewise
+    except Exception:  # noqa: BLE001 -- exceptions may have attributes that raise
         lines = "".join(traceback.format_tb(error.__traceback__, limit=-20))
     return {
         "type": _printable(name),
@@ -196,28 +197,28 @@ def _printable(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _as_carried(value: object) -> object:
-    """The value with lists for tuples, and moments in UTC. Subclasses stay what they are, to be refused.
+def _as_decoded(value: object) -> object:
+    """Returns the value with lists for tuples, and datetimes in UTC. Subclasses are kept, to be rejected.
 
-    A moment in the hour that comes twice, when clocks are set back, equals none in another zone: hence the UTC.
+    UTC, because a datetime in the hour that is repeated when clocks are set back equals none in another zone.
     """
     if type(value) is dict:
         items = cast("dict[object, object]", value)
-        carried = {_as_carried_key(key): _as_carried(item) for key, item in items.items()}
-        if len(carried) != len(items):
-            raise ValueError("two keys would become one")
-        return carried
+        converted = {_as_decoded_key(key): _as_decoded(item) for key, item in items.items()}
+        if len(converted) != len(items):
+            raise ValueError("two of its keys would become equal")
+        return converted
     if type(value) in (list, tuple):
-        return [_as_carried(item) for item in cast("list[object]", value)]
-    return _as_carried_key(value)
+        return [_as_decoded(item) for item in cast("list[object]", value)]
+    return _as_decoded_key(value)
 
 
-def _as_carried_key(value: Any) -> object:
+def _as_decoded_key(value: Any) -> object:
     return value.astimezone(UTC) if type(value) is datetime and value.tzinfo is not None else value
 
 
-def _culprit(payload: object) -> PayloadError | None:
-    """Finds what msgpack would not carry, first in depth. Slow, and only for payloads that are being refused."""
+def _find_offender(payload: object) -> PayloadError | None:
+    """Finds the first value that msgpack does not support, depth first. Slow; only for payloads that are rejected."""
     waiting: list[tuple[Any, str, int]] = [(payload, "payload", 1)]
     while waiting:
         value, path, depth = waiting.pop()
@@ -230,9 +231,9 @@ def _culprit(payload: object) -> PayloadError | None:
                 inner = f"{path}[{_subscript(key)}]"
                 if problem := "a tuple cannot be a key" if type(key) is tuple else _scalar_problem(key):
                     return PayloadError(f"key {inner}", problem)
-                if (carried := _as_carried_key(key)) in keys:
+                if (converted := _as_decoded_key(key)) in keys:
                     return PayloadError(f"key {inner}", "the same instant as another key: one of the two would be lost")
-                keys.add(carried)
+                keys.add(converted)
                 found.append((item, inner, depth + 1))
         elif type(value) in (list, tuple):
             found = [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -245,7 +246,7 @@ def _culprit(payload: object) -> PayloadError | None:
 def _subscript(key: object) -> str:
     try:
         text = repr(key)
-    except Exception:  # noqa: BLE001 -- what has no repr must be refused all the same
+    except Exception:  # noqa: BLE001 -- a key without a repr must be rejected all the same
         return f"a {type(key).__name__} without a repr"
     return text if len(text) <= _KEY_CHARS else text[:_KEY_CHARS] + "…"
 
@@ -254,16 +255,16 @@ def _scalar_problem(value: object) -> str | None:
     if type(value) is int:
         return None if -(2**63) <= value < 2**64 else "int of more than 64 bits"
     if type(value) is float:
-        return "NaN equals nothing, so it would not come back equal" if math.isnan(value) else None
+        return "NaN is not equal to itself, so it would not come back equal" if math.isnan(value) else None
     if type(value) is str:
-        return "str with a lone surrogate, which UTF-8 cannot carry" if _SURROGATE.search(value) else None
+        return "str with a lone surrogate, which UTF-8 cannot encode" if _SURROGATE.search(value) else None
     if type(value) is datetime:
         if value.tzinfo is None:
-            return "datetime without a time zone; give it one (datetime.now(timezone.utc))"
+            return "datetime without a time zone; use an aware one, such as datetime.now(timezone.utc)"
         try:
             msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
         except (OverflowError, ValueError) as error:
-            return f"datetime that msgpack cannot carry ({error})"
+            return f"datetime that msgpack cannot encode ({error})"
         return None
     if value is None or type(value) in (bool, bytes, bytearray):
         return None

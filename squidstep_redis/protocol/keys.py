@@ -1,12 +1,17 @@
-"""The Redis keys of a run, and those that span runs (lua/README.md draws the layout)."""
+"""The Redis keys of a run, and those that span runs. lua/README.md draws the layout."""
 
 from __future__ import annotations
 
 import re
 from binascii import crc32
+from functools import lru_cache
 from typing import Final, NamedTuple
 
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.arguments import RunId
+
 BUCKETS: Final = 1024
+RUNS_CACHED: Final = 1_024  # per store: usually the worker that begins a step also completes it
 
 _GLOB: Final = re.compile(rb"[*?\[\]\\^-]")
 
@@ -20,48 +25,70 @@ class RunKeys(NamedTuple):
     failed: bytes
 
 
+class Run(NamedTuple):
+    """A checked run id, and what is sent for it.
+
+    Attributes:
+        text: the id.
+        keys: the keys of the run and of its bucket.
+        member: prefix of the members of its steps in the two indexes.
+        wake: stream that notifies those who wait for one of its steps; it exists for a minute after a notification.
+    """
+
+    text: str
+    keys: RunKeys
+    member: bytes
+    wake: bytes
+
+
 class Keys:
     """The keys of one prefix."""
 
     def __init__(self, prefix: bytes) -> None:
         self._prefix = prefix
         self._buckets = [b"%s:{%x}:" % (prefix, bucket) for bucket in range(BUCKETS)]
+        self._cached_run = lru_cache(RUNS_CACHED)(self._run)
 
-    def run(self, run_id: bytes) -> RunKeys:
-        """The keys of a run."""
+    def run(self, run_id: RunId) -> Run:
+        """Returns the run of an id; raises InvalidArgumentError if the id is rejected."""
+        return self._cached_run(run_id) if type(run_id) is str else self._run(run_id)
+
+    def _run(self, run_id: RunId) -> Run:
+        text, data = arguments.run_id(run_id)
+        wake = self._buckets[crc32(data) % BUCKETS] + data + b":wake"
+        return Run(text, self.of_run(data), member_prefix(data), wake)
+
+    def of_run(self, run_id: bytes) -> RunKeys:
+        """Returns the keys of a run, given its id in UTF-8."""
         bucket = self._buckets[crc32(run_id) % BUCKETS]
         run = bucket + run_id
         return RunKeys(run + b":steps", run + b":done", bucket + b"claims", bucket + b"failed")
 
-    def wake(self, run_id: bytes) -> bytes:
-        """The stream that tells those who wait for a step of the run; it is there for a minute after it told."""
-        return self._buckets[crc32(run_id) % BUCKETS] + run_id + b":wake"
-
     def claims(self) -> list[bytes]:
-        """The claims index of every bucket."""
+        """Returns the claims index of every bucket."""
         return [bucket + b"claims" for bucket in self._buckets]
 
     def failed(self) -> list[bytes]:
-        """The index of failed steps of every bucket."""
+        """Returns the index of failed steps of every bucket."""
         return [bucket + b"failed" for bucket in self._buckets]
 
     def pattern(self, run_id_prefix: bytes) -> bytes:
-        """What SCAN is to match for the steps keys of runs whose id begins so."""
+        """Returns the SCAN pattern for the steps keys of the runs whose id has this prefix."""
         prefix, begins = (_GLOB.sub(rb"\\\g<0>", part) for part in (self._prefix, run_id_prefix))
         return prefix + b":{*}:" + begins + b"*:steps"
 
     def run_of(self, steps_key: bytes) -> bytes | None:
-        """The run whose steps lie under a key that `pattern` matches; None: it is no such key after all."""
+        """Returns the run id of a key that `pattern` matched; None if it is not the steps key of a run."""
         run_id = steps_key[len(self._prefix) :].partition(b"}:")[2].removesuffix(b":steps")
-        return run_id if run_id and self.run(run_id).steps == steps_key else None
+        return run_id if run_id and self.of_run(run_id).steps == steps_key else None
 
 
 def member_prefix(run_id: bytes) -> bytes:
-    """What the members of all steps of a run begin with, in an index (lua/lib/indexes.lua says why)."""
+    """Returns the prefix of the index members of a run's steps. lua/lib/indexes.lua explains the form."""
     return b"%d:%b" % (len(run_id), run_id)
 
 
 def parse_member(member: bytes) -> tuple[bytes, bytes]:
-    """Takes a member of an index back to its run and step."""
+    """Returns the run and the step of an index member."""
     length, _, names = member.partition(b":")
     return names[: int(length)], names[int(length) :]

@@ -1,4 +1,4 @@
-"""Records as the scripts answer them become step runs and attempts, or an error that names the key."""
+"""Turns records, as the scripts return them, into step runs and attempts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Records:
     payloads: Payloads
 
     def record(self, run: str, step: str, values: list[bytes | None], key: bytes) -> StepRun:
-        """A whole record: state line, input, output, error.
+        """Returns the step run of a whole record: state line, input, output, error.
 
         Raises:
-            CorruptRunError: a part is missing, or the line is not what the scripts write.
+            CorruptRunError: a part is missing, or the scripts would not write the line. It names `key`.
         """
         line, input, output, last_error = values
         if line is None or input is None or (output is None) == (line[1:2] == b"c"):
@@ -35,23 +35,21 @@ class Records:
     def step_run(
         self, run: str, step: str, line: bytes, payloads: StoredPayloads, key: bytes, token: bytes = b""
     ) -> StepRun:
-        """A state line, with as much as is known of the payloads, and the claim if there is one.
+        """Returns the step run of a state line, with the payloads that are known and the claim's token if any.
 
         Raises:
-            CorruptRunError: the line is not what the scripts write.
+            CorruptRunError: the scripts would not write the line. It names `key`.
         """
         try:
-            if line[:1] != FORMAT:
-                raise ValueError(line)
             return StepRun(self.prefix, run, step, line, payloads, self.payloads.decode, token)
-        except (ValueError, KeyError):
+        except ValueError:
             raise self._unreadable(run, step, line, key) from None
 
     def attempt(self, run: str, step: str, entry: bytes, key: bytes) -> Attempt:
-        """One entry of the history: a state line, a line break, its error.
+        r"""Returns the attempt of a history entry: a state line, "\n", its error.
 
         Raises:
-            CorruptRunError: the line is not what the scripts write.
+            CorruptRunError: the scripts would not write the line. It names `key`.
         """
         line, _, error = entry.partition(b"\n")  # an owner has no line break: the first one ends the line
         step_run = self.step_run(run, step, line, (None, None, error or None), key)

@@ -34,6 +34,7 @@ from squidstep_redis.claims.rules import DEFAULT_LEASE, default_owner
 from squidstep_redis.protocol.arguments import Seconds, Step, StepInputs
 from squidstep_redis.rq.functions import RunIdOf, explain, result_of, run_id_of, stored_arguments
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.transport.blocking import BlockingTransport
 
 OLDEST: Final = (2, 1)
 
@@ -72,16 +73,22 @@ _log = logging.getLogger(__name__)
 # The store: one per process, with a client of its own
 
 
-class _JobStore(StepRunStore):
-    """A store whose calls no job time-out tears."""
+class _JobTransport(BlockingTransport):
+    """A transport whose calls are not interrupted by a job timeout."""
 
     def send(self, call: Call[T]) -> T:
         with defer_sigalrm():
             return super().send(call)
 
-    def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
+    def send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
         with defer_sigalrm():
-            return super()._send_all(calls)
+            return super().send_batch(calls)
+
+
+class _JobStore(StepRunStore):
+    """A store whose calls are not interrupted by a job timeout."""
+
+    _transport_type = _JobTransport
 
 
 # Where a connection leads to, and by which right: the rest of it RQ has set for its own needs.
@@ -431,7 +438,7 @@ def _execute(
                             claim.complete({"result": result})
                 return _result(claim.result())
             except StaleStepRunError as error:
-                claim.may_ask_again(error)
+                claim.raise_unless_running(error)
             except PayloadError as error:
                 explain(error)
                 raise

@@ -1,29 +1,28 @@
-"""The asyncio way to the server: the only place where a call is waited for, and a plan carried out."""
+"""The asyncio transport: sends calls and performs the effects of workflows."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from logging import INFO
 from typing import Any, TypeVar
 
 from redis import RedisError
 from redis import asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import AskError, NoScriptError, ResponseError
 
-from squidstep_redis.protocol import call as wire
-from squidstep_redis.protocol.call import OPTIONS, BlockOnStream, Call, Command, Plan
-from squidstep_redis.settings import BaseStore
-from squidstep_redis.transport.connection import AsyncDirectConnections
+from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
+from squidstep_redis.transport import batch
+from squidstep_redis.transport.base import BaseTransport
 from squidstep_redis.transport.retry import FAILURES, UNANSWERED, NeedsResend, RetryState, decode_replies, decode_reply
 
 T = TypeVar("T")
 
 
 class _NodeCommand:
-    """One command of a pipeline to a cluster node, as `ClusterNode.execute_pipeline` takes and answers it."""
+    """One command of a pipeline to a cluster node, as `ClusterNode.execute_pipeline` expects it."""
 
     __slots__ = ("args", "kwargs", "result")
 
@@ -33,31 +32,21 @@ class _NodeCommand:
         self.result: Any = None
 
 
-class AsyncSender(BaseStore[redis.Redis | redis.RedisCluster]):
-    """A store's side that sends: every method of its own comes down to one of these."""
-
-    _client_types = (redis.Redis, redis.RedisCluster)
-    _connections_type = AsyncDirectConnections
-
-    @classmethod
-    def _connect(cls, url: str, options: dict[str, Any]) -> redis.Redis:
-        client: Any = redis.Redis
-        return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
+class AsyncTransport(BaseTransport):
+    """Sends calls with asyncio."""
 
     async def send(self, call: Call[T]) -> T:
-        """Sends one call made by `calls`; what the operation's own method does.
-
-        The same call can be sent again, by any store of the same prefix: it takes effect once.
-        """
-        if not self._events:
+        """Sends one call, with retries; returns its result or raises its error."""
+        events = self.events
+        if not (events.listeners or events.is_logged(INFO)):
             return await self._send(call)
         began = time.monotonic()
         try:
             result = await self._send(call)
         except Exception as error:
-            self._events.emit(call, error, time.monotonic() - began)
+            events.emit(call, error, time.monotonic() - began)
             raise
-        self._events.emit(call, result, time.monotonic() - began)
+        events.emit(call, result, time.monotonic() - began)
         return result
 
     async def _send(self, call: Call[T]) -> T:
@@ -65,88 +54,90 @@ class AsyncSender(BaseStore[redis.Redis | redis.RedisCluster]):
         try:
             return await self._send_once(call)
         except FAILURES as error:
-            return await self._retry(lambda: self._send_once(call), RetryState(call, began, self._retry_policy), error)
+            return await self._retry(lambda: self._send_once(call), RetryState(call, began, self.policy), error)
 
     async def _send_once(self, call: Call[T]) -> T:
-        if self._durability is not None and call.script.is_transition:
+        if self.durability is not None and call.script.is_transition:
             return await self._send_and_wait(call)
-        return call.answer(await self._execute(call))
+        return call.decode(await self._execute(call))
 
     async def _execute(self, call: Call[Any]) -> Any:
         if isinstance(self.client, redis.RedisCluster):
-            # Left to itself, redis-py lets many first calls each find out by a MOVED where their slot is.
+            # Otherwise, many concurrent first calls would each be redirected by a MOVED.
             await self.client.initialize()
-        if self._connections.can_bypass_client():
-            (reply,) = await self._connections.send(call.evalsha())
+        if self.connections.can_bypass_client():
+            (reply,) = await self.connections.send(call.evalsha())
             if isinstance(reply, NoScriptError):
-                (reply,) = await self._connections.send(call.eval())
+                (reply,) = await self.connections.send(call.eval())
             if isinstance(reply, ResponseError):
                 raise reply
             return reply
         try:
-            return await self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
+            return await self.client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:
-            return await self._untyped_client.execute_command(*call.eval(), **OPTIONS)
+            return await self.client.execute_command(*call.eval(), **OPTIONS)
 
     async def _send_and_wait(self, call: Call[T]) -> T:
         (reply,) = await self._send_to(await self._node(call), [call], load_scripts=False)
         if isinstance(reply, NoScriptError):
             (reply,) = await self._send_to(await self._node(call), [call])
         if isinstance(reply, AskError) and isinstance(self.client, redis.RedisCluster):
-            # The slot is elsewhere, or on its way. redis-py knows to follow it, but not to wait on that connection.
-            result = call.answer(await self._execute(call))
+            # The slot is on another node, or migrating. redis-py follows redirects, but cannot WAIT on that connection.
+            result = call.decode(await self._execute(call))
             (reply,) = await self._send_to(await self._node(call), [call])
             if isinstance(reply, AskError):
-                raise wire.not_replicated(call, result, "its slot is moving to another node")
-        return wire.read(call, reply)
+                raise batch.not_replicated(call, result, "its slot is moving to another node")
+        return batch.read(call, reply)
 
-    async def _retry(self, attempt: Callable[[], Awaitable[T]], sending: RetryState, error: Exception) -> T:
-        """Tries again until it succeeds, or `sending` raises what has become of it."""
+    async def _retry(self, attempt: Callable[[], Awaitable[T]], state: RetryState, error: Exception) -> T:
+        """Retries until an attempt succeeds or `state` raises the final error."""
         while True:
-            await asyncio.sleep(sending.next_pause(error))
+            await asyncio.sleep(state.next_pause(error))
             try:
                 return await attempt()
             except FAILURES as failure:
                 error = failure
 
-    async def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        if not self._events:
+    async def send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Sends calls together, with retries; returns for each its result or its error."""
+        events = self.events
+        if not (events.listeners or events.is_logged(INFO)):
             return await self._send_batch(calls)
         began = time.monotonic()
         try:
             results = await self._send_batch(calls)
         except Exception as error:
-            self._events.emit_all(calls, [error] * len(calls), time.monotonic() - began)
+            events.emit_all(calls, [error] * len(calls), time.monotonic() - began)
             raise
-        self._events.emit_all(calls, results, time.monotonic() - began)
+        events.emit_all(calls, results, time.monotonic() - began)
         return results
 
     async def _send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        sending = RetryState(None, time.monotonic(), self._retry_policy)
+        state = RetryState(None, time.monotonic(), self.policy)
         try:
-            results = await self._send_together(calls, sending)
+            results = await self._send_together(calls, state)
         except FAILURES as error:
-            results = await self._retry(lambda: self._send_together(calls, sending), sending, error)
+            results = await self._retry(lambda: self._send_together(calls, state), state, error)
         return [
-            await self._resend(call, result.error, sending) if isinstance(result, NeedsResend) else result
+            await self._resend(call, result.error, state) if isinstance(result, NeedsResend) else result
             for call, result in zip(calls, results, strict=True)
         ]
 
-    async def _send_together(self, calls: Sequence[Call[Any]], sending: RetryState) -> list[Any]:
-        if self._durability is None and self._connections.can_bypass_client():
-            commands = wire.commands(calls)
-            read = decode_replies(calls, len(commands) - len(calls), sending.may_have_run)
-            return (await self._connections.send(*commands, read=read))[
+    async def _send_together(self, calls: Sequence[Call[Any]], state: RetryState) -> list[Any]:
+        if self.durability is None and self.connections.can_bypass_client():
+            commands = batch.commands(calls)
+            read = decode_replies(calls, len(commands) - len(calls), state.may_have_run)
+            return (await self.connections.send(*commands, read=read))[
                 -len(calls) :
             ]  # each is read while the next is made
         is_one = isinstance(self.client, redis.Redis)
         replies = await self._send_to(self.client, calls) if is_one else await self._send_to_nodes(calls)
-        return [decode_reply(call, reply, sending.may_have_run) for call, reply in zip(calls, replies, strict=True)]
+        return [decode_reply(call, reply, state.may_have_run) for call, reply in zip(calls, replies, strict=True)]
 
     async def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
-        commands = wire.commands(calls, self._durability, load_scripts=load_scripts)
-        if client is self.client and self._connections.can_bypass_client():
-            replies = await self._connections.send(*commands)
+        commands = batch.commands(calls, self.durability, load_scripts=load_scripts)
+        if client is self.client and self.connections.can_bypass_client():
+            replies = await self.connections.send(*commands)
         elif isinstance(client, redis.Redis):
             pipeline: Any = client.pipeline(transaction=False)
             for command in commands:
@@ -156,7 +147,7 @@ class AsyncSender(BaseStore[redis.Redis | redis.RedisCluster]):
             sent = [_NodeCommand(command) for command in commands]
             await client.execute_pipeline(sent)
             replies = [command.result for command in sent]
-        return wire.replies_to(calls, replies, self._durability)
+        return batch.replies_to(calls, replies, self.durability)
 
     async def _send_to_nodes(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
@@ -167,85 +158,84 @@ class AsyncSender(BaseStore[redis.Redis | redis.RedisCluster]):
 
         async def send(node: Any, indexes: list[int]) -> None:
             try:
-                answered = await self._send_to(node, [calls[index] for index in indexes])
+                replied = await self._send_to(node, [calls[index] for index in indexes])
             except UNANSWERED as error:
-                answered = [error] * len(indexes)
-            for index, reply in zip(indexes, answered, strict=True):
+                replied = [error] * len(indexes)
+            for index, reply in zip(indexes, replied, strict=True):
                 replies[index] = reply
 
         await asyncio.gather(*(send(node, indexes) for node, indexes in nodes.values()))
         return replies
 
     async def _node(self, call: Call[Any]) -> Any:
-        """What sends to the server that has the call's slot: the client, or a node of the cluster's."""
+        """Returns what sends to the server of the call's slot: the client, or a node of the cluster."""
         if isinstance(self.client, redis.Redis):
             return self.client
         cluster: Any = await self.client.initialize()
         return cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0]))
 
-    async def _resend(self, call: Call[Any], error: Exception, batch: RetryState) -> Any:
-        sending = RetryState(call, batch.began, self._retry_policy, may_have_run=batch.may_have_run)
+    async def _resend(self, call: Call[Any], error: Exception, of_batch: RetryState) -> Any:
+        state = RetryState(call, of_batch.began, self.policy, may_have_run=of_batch.may_have_run)
         try:
-            if isinstance(error, (NoScriptError, AskError)):  # it has not run, and a single call finds the way
+            if isinstance(error, (NoScriptError, AskError)):  # it did not run, and a single call is redirected
                 try:
                     return await self._send_once(call)
                 except FAILURES as failure:
                     error = failure
-            return await self._retry(lambda: self._send_once(call), sending, error)
-        except Exception as failure:  # noqa: BLE001 -- each call of a batch answers for itself
+            return await self._retry(lambda: self._send_once(call), state, error)
+        except Exception as failure:  # noqa: BLE001 -- each call of a batch has its own outcome
             return failure
 
 
-async def run_workflow(store: AsyncSender, plan: Plan[T]) -> T:
-    """Does what a plan says."""
+async def run_workflow(transport: AsyncTransport, workflow: Workflow[T]) -> T:
+    """Performs the effects of a workflow; returns what it returns."""
     try:
-        wanted = next(plan)
+        effect = next(workflow)
         while True:
-            answer: Any = None
+            outcome: Any = None
             try:
-                if isinstance(wanted, Call):
-                    answer = await store.send(wanted)
-                elif isinstance(wanted, list):
-                    answer = await _broadcast(store.client, wanted)
-                elif isinstance(wanted, BlockOnStream):
-                    await _block_on_stream(store, wanted)
-                elif isinstance(wanted, tuple):
-                    answer = await store._send_all(wanted)  # pyright: ignore[reportPrivateUsage]: of this module
-                else:
-                    await asyncio.sleep(wanted)
-            except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
-                wanted = plan.throw(error)
+                match effect:
+                    case Send(call):
+                        outcome = await transport.send(call)
+                    case SendBatch(calls):
+                        outcome = await transport.send_batch(calls)
+                    case Sleep():
+                        await asyncio.sleep(effect.seconds)
+                    case BlockOnStream():
+                        await _block_on_stream(transport, effect)
+                    case Broadcast(commands):
+                        outcome = await _broadcast(transport.client, commands)
+            except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
+                effect = workflow.throw(error)
             else:
-                wanted = plan.send(answer)
+                effect = workflow.send(outcome)
     except StopIteration as end:
         return end.value
 
 
-async def _block_on_stream(store: AsyncSender, doze: BlockOnStream) -> None:
-    longest = store._longest_read / 2  # pyright: ignore[reportPrivateUsage]: of this module
-    client: Any = store.client
+async def _block_on_stream(transport: AsyncTransport, effect: BlockOnStream) -> None:
     try:
-        await client.execute_command(*doze.command(longest))
-    except RedisError:  # the next look will tell
-        await asyncio.sleep(min(doze.seconds, 0.1))
+        await transport.client.execute_command(*effect.command(transport.longest_read / 2))
+    except RedisError:  # the next poll shows the state
+        await asyncio.sleep(min(effect.seconds, 0.1))
 
 
-async def _broadcast(client: Any, commands: list[Command]) -> dict[str, list[Any]]:
-    """Sends commands to every server: by server, their replies or errors."""
+async def _broadcast(client: Any, commands: Sequence[Command]) -> dict[str, list[Any]]:
+    """Sends commands to every server; returns their replies or errors by server."""
     if isinstance(client, redis.RedisCluster):
         cluster: Any = await client.initialize()
         servers = {node.name: node for node in cluster.get_primaries()}
     else:
         servers = {"": client}
-    return {name: [answer async for answer in _answers(server, commands)] for name, server in servers.items()}
+    return {name: [answer async for answer in _replies(server, commands)] for name, server in servers.items()}
 
 
-async def _answers(server: Any, commands: list[Command]) -> AsyncIterator[Any]:
-    unanswered: Exception | None = None
+async def _replies(server: Any, commands: Sequence[Command]) -> AsyncIterator[Any]:
+    unreachable: Exception | None = None
     for command in commands:
         try:
-            yield unanswered or await server.execute_command(*command)
+            yield unreachable or await server.execute_command(*command)
         except RedisError as error:
             yield error
             if isinstance(error, UNANSWERED):
-                unanswered = error  # nor will it answer the rest
+                unreachable = error  # the other commands would fail, too

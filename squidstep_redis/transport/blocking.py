@@ -1,51 +1,41 @@
-"""The blocking way to the server: the only place where a call is waited for, and a plan carried out."""
+"""The blocking transport: sends calls and performs the effects of workflows."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from logging import INFO
 from typing import Any, TypeVar
 
 import redis
 from redis import RedisError
-from redis.backoff import NoBackoff
 from redis.exceptions import AskError, NoScriptError, ResponseError
-from redis.retry import Retry
 
-from squidstep_redis.protocol import call as wire
-from squidstep_redis.protocol.call import OPTIONS, BlockOnStream, Call, Command, Plan
-from squidstep_redis.settings import BaseStore
+from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
+from squidstep_redis.transport import batch
+from squidstep_redis.transport.base import BaseTransport
 from squidstep_redis.transport.connection import DirectConnections
 from squidstep_redis.transport.retry import FAILURES, UNANSWERED, NeedsResend, RetryState, decode_replies, decode_reply
 
 T = TypeVar("T")
 
 
-class Sender(BaseStore[redis.Redis | redis.RedisCluster]):
-    """A store's side that sends: every method of its own comes down to one of these."""
-
-    _client_types = (redis.Redis, redis.RedisCluster)
-    _connections_type = DirectConnections
-
-    @classmethod
-    def _connect(cls, url: str, options: dict[str, Any]) -> redis.Redis:
-        client: Any = redis.Redis
-        return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
+class BlockingTransport(BaseTransport):
+    """Sends calls and blocks until the reply arrives."""
 
     def send(self, call: Call[T]) -> T:
-        """Sends one call made by `calls`; what the operation's own method does.
-
-        The same call can be sent again, by any store of the same prefix: it takes effect once.
-        """
-        if not self._events:
+        """Sends one call, with retries; returns its result or raises its error."""
+        events = self.events
+        if not (events.listeners or events.is_logged(INFO)):
             return self._send(call)
         began = time.monotonic()
         try:
             result = self._send(call)
         except Exception as error:
-            self._events.emit(call, error, time.monotonic() - began)
+            events.emit(call, error, time.monotonic() - began)
             raise
-        self._events.emit(call, result, time.monotonic() - began)
+        events.emit(call, result, time.monotonic() - began)
         return result
 
     def _send(self, call: Call[T]) -> T:
@@ -53,88 +43,90 @@ class Sender(BaseStore[redis.Redis | redis.RedisCluster]):
         try:
             return self._send_once(call)
         except FAILURES as error:
-            return self._retry(lambda: self._send_once(call), RetryState(call, began, self._retry_policy), error)
+            return self._retry(lambda: self._send_once(call), RetryState(call, began, self.policy), error)
 
     def _send_once(self, call: Call[T]) -> T:
-        if self._durability is not None and call.script.is_transition:
+        if self.durability is not None and call.script.is_transition:
             return self._send_and_wait(call)
-        return call.answer(self._execute(call))
+        return call.decode(self._execute(call))
 
     def _execute(self, call: Call[Any]) -> Any:
-        if self._connections.can_bypass_client():
-            (reply,) = self._connections.send(call.evalsha())
+        if self.connections.can_bypass_client():
+            (reply,) = self.connections.send(call.evalsha())
             if isinstance(reply, NoScriptError):
-                (reply,) = self._connections.send(call.eval())
+                (reply,) = self.connections.send(call.eval())
             if isinstance(reply, ResponseError):
                 raise reply
             return reply
         try:
-            return self._untyped_client.execute_command(*call.evalsha(), **OPTIONS)
+            return self.client.execute_command(*call.evalsha(), **OPTIONS)
         except NoScriptError:
-            return self._untyped_client.execute_command(*call.eval(), **OPTIONS)
+            return self.client.execute_command(*call.eval(), **OPTIONS)
 
     def _send_and_wait(self, call: Call[T]) -> T:
         (reply,) = self._send_to(self._node(call), [call], load_scripts=False)
         if isinstance(reply, NoScriptError):
             (reply,) = self._send_to(self._node(call), [call])
         if isinstance(reply, AskError) and isinstance(self.client, redis.RedisCluster):
-            # The slot is elsewhere, or on its way. redis-py knows to follow it, but not to wait on that connection.
-            result = call.answer(self._execute(call))
+            # The slot is on another node, or migrating. redis-py follows redirects, but cannot WAIT on that connection.
+            result = call.decode(self._execute(call))
             (reply,) = self._send_to(self._node(call), [call])
             if isinstance(reply, AskError):
-                raise wire.not_replicated(call, result, "its slot is moving to another node")
-        return wire.read(call, reply)
+                raise batch.not_replicated(call, result, "its slot is moving to another node")
+        return batch.read(call, reply)
 
-    def _retry(self, attempt: Callable[[], T], sending: RetryState, error: Exception) -> T:
-        """Tries again until it succeeds, or `sending` raises what has become of it."""
+    def _retry(self, attempt: Callable[[], T], state: RetryState, error: Exception) -> T:
+        """Retries until an attempt succeeds or `state` raises the final error."""
         while True:
-            time.sleep(sending.next_pause(error))
+            time.sleep(state.next_pause(error))
             try:
                 return attempt()
             except FAILURES as failure:
                 error = failure
 
-    def _send_all(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        if not self._events:
+    def send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Sends calls together, with retries; returns for each its result or its error."""
+        events = self.events
+        if not (events.listeners or events.is_logged(INFO)):
             return self._send_batch(calls)
         began = time.monotonic()
         try:
             results = self._send_batch(calls)
         except Exception as error:
-            self._events.emit_all(calls, [error] * len(calls), time.monotonic() - began)
+            events.emit_all(calls, [error] * len(calls), time.monotonic() - began)
             raise
-        self._events.emit_all(calls, results, time.monotonic() - began)
+        events.emit_all(calls, results, time.monotonic() - began)
         return results
 
     def _send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        sending = RetryState(None, time.monotonic(), self._retry_policy)
+        state = RetryState(None, time.monotonic(), self.policy)
         try:
-            results = self._send_together(calls, sending)
+            results = self._send_together(calls, state)
         except FAILURES as error:
-            results = self._retry(lambda: self._send_together(calls, sending), sending, error)
+            results = self._retry(lambda: self._send_together(calls, state), state, error)
         return [
-            self._resend(call, result.error, sending) if isinstance(result, NeedsResend) else result
+            self._resend(call, result.error, state) if isinstance(result, NeedsResend) else result
             for call, result in zip(calls, results, strict=True)
         ]
 
-    def _send_together(self, calls: Sequence[Call[Any]], sending: RetryState) -> list[Any]:
-        if self._durability is None and self._connections.can_bypass_client():
-            commands = wire.commands(calls)
-            read = decode_replies(calls, len(commands) - len(calls), sending.may_have_run)
-            return self._connections.send(*commands, read=read)[-len(calls) :]  # each is read while the next is made
+    def _send_together(self, calls: Sequence[Call[Any]], state: RetryState) -> list[Any]:
+        if self.durability is None and self.connections.can_bypass_client():
+            commands = batch.commands(calls)
+            read = decode_replies(calls, len(commands) - len(calls), state.may_have_run)
+            return self.connections.send(*commands, read=read)[-len(calls) :]  # each is read while the next is made
         is_one = isinstance(self.client, redis.Redis)
         replies = self._send_to(self.client, calls) if is_one else self._send_to_nodes(calls)
-        return [decode_reply(call, reply, sending.may_have_run) for call, reply in zip(calls, replies, strict=True)]
+        return [decode_reply(call, reply, state.may_have_run) for call, reply in zip(calls, replies, strict=True)]
 
     def _send_to(self, client: Any, calls: Sequence[Call[Any]], *, load_scripts: bool = True) -> list[Any]:
-        commands = wire.commands(calls, self._durability, load_scripts=load_scripts)
-        lender = self._connections if client is self.client else DirectConnections(client)
-        if lender.can_bypass_client():
-            return wire.replies_to(calls, lender.send(*commands), self._durability)
+        commands = batch.commands(calls, self.durability, load_scripts=load_scripts)
+        connections = self.connections if client is self.client else DirectConnections(client)
+        if connections.can_bypass_client():
+            return batch.replies_to(calls, connections.send(*commands), self.durability)
         pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command, **OPTIONS)
-        return wire.replies_to(calls, pipeline.execute(raise_on_error=False), self._durability)
+        return batch.replies_to(calls, pipeline.execute(raise_on_error=False), self.durability)
 
     def _send_to_nodes(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
@@ -144,83 +136,82 @@ class Sender(BaseStore[redis.Redis | redis.RedisCluster]):
             nodes.setdefault(id(node), (node, []))[1].append(index)
         for node, indexes in nodes.values():
             try:
-                answered = self._send_to(node, [calls[index] for index in indexes])
+                replied = self._send_to(node, [calls[index] for index in indexes])
             except UNANSWERED as error:
-                answered = [error] * len(indexes)
-            for index, reply in zip(indexes, answered, strict=True):
+                replied = [error] * len(indexes)
+            for index, reply in zip(indexes, replied, strict=True):
                 replies[index] = reply
         return replies
 
     def _node(self, call: Call[Any]) -> Any:
-        """The client of the server that has the call's slot."""
+        """Returns the client of the server of the call's slot."""
         if isinstance(self.client, redis.Redis):
             return self.client
         cluster: Any = self.client
         return cluster.get_redis_connection(cluster.nodes_manager.get_node_from_slot(cluster.keyslot(call.keys[0])))
 
-    def _resend(self, call: Call[Any], error: Exception, batch: RetryState) -> Any:
-        sending = RetryState(call, batch.began, self._retry_policy, may_have_run=batch.may_have_run)
+    def _resend(self, call: Call[Any], error: Exception, of_batch: RetryState) -> Any:
+        state = RetryState(call, of_batch.began, self.policy, may_have_run=of_batch.may_have_run)
         try:
-            if isinstance(error, (NoScriptError, AskError)):  # it has not run, and a single call finds the way
+            if isinstance(error, (NoScriptError, AskError)):  # it did not run, and a single call is redirected
                 try:
                     return self._send_once(call)
                 except FAILURES as failure:
                     error = failure
-            return self._retry(lambda: self._send_once(call), sending, error)
-        except Exception as failure:  # noqa: BLE001 -- each call of a batch answers for itself
+            return self._retry(lambda: self._send_once(call), state, error)
+        except Exception as failure:  # noqa: BLE001 -- each call of a batch has its own outcome
             return failure
 
 
-def run_workflow(store: Sender, plan: Plan[T], sleep: Callable[[float], None] = time.sleep) -> T:
-    """Does what a plan says."""
+def run_workflow(transport: BlockingTransport, workflow: Workflow[T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """Performs the effects of a workflow; returns what it returns."""
     try:
-        wanted = next(plan)
+        effect = next(workflow)
         while True:
-            answer: Any = None
+            outcome: Any = None
             try:
-                if isinstance(wanted, Call):
-                    answer = store.send(wanted)
-                elif isinstance(wanted, list):
-                    answer = _broadcast(store.client, wanted)
-                elif isinstance(wanted, BlockOnStream):
-                    _block_on_stream(store, wanted)
-                elif isinstance(wanted, tuple):
-                    answer = store._send_all(wanted)  # pyright: ignore[reportPrivateUsage]: of this module
-                else:
-                    sleep(wanted)
-            except Exception as error:  # noqa: BLE001 -- the plan knows which errors to bear
-                wanted = plan.throw(error)
+                match effect:
+                    case Send(call):
+                        outcome = transport.send(call)
+                    case SendBatch(calls):
+                        outcome = transport.send_batch(calls)
+                    case Sleep():
+                        sleep(effect.seconds)
+                    case BlockOnStream():
+                        _block_on_stream(transport, effect)
+                    case Broadcast(commands):
+                        outcome = _broadcast(transport.client, commands)
+            except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
+                effect = workflow.throw(error)
             else:
-                wanted = plan.send(answer)
+                effect = workflow.send(outcome)
     except StopIteration as end:
         return end.value
 
 
-def _block_on_stream(store: Sender, doze: BlockOnStream) -> None:
-    longest = store._longest_read / 2  # pyright: ignore[reportPrivateUsage]: of this module
-    client: Any = store.client
+def _block_on_stream(transport: BlockingTransport, effect: BlockOnStream) -> None:
     try:
-        client.execute_command(*doze.command(longest))
-    except RedisError:  # the next look will tell
-        time.sleep(min(doze.seconds, 0.1))
+        transport.client.execute_command(*effect.command(transport.longest_read / 2))
+    except RedisError:  # the next poll shows the state
+        time.sleep(min(effect.seconds, 0.1))
 
 
-def _broadcast(client: Any, commands: list[Command]) -> dict[str, list[Any]]:
-    """Sends commands to every server: by server, their replies or errors."""
+def _broadcast(client: Any, commands: Sequence[Command]) -> dict[str, list[Any]]:
+    """Sends commands to every server; returns their replies or errors by server."""
     if isinstance(client, redis.RedisCluster):
         cluster: Any = client
         servers = {node.name: cluster.get_redis_connection(node) for node in cluster.get_primaries()}
     else:
         servers = {"": client}
-    return {name: list(_answers(server, commands)) for name, server in servers.items()}
+    return {name: list(_replies(server, commands)) for name, server in servers.items()}
 
 
-def _answers(server: Any, commands: list[Command]) -> Iterator[Any]:
-    unanswered: Exception | None = None
+def _replies(server: Any, commands: Sequence[Command]) -> Iterator[Any]:
+    unreachable: Exception | None = None
     for command in commands:
         try:
-            yield unanswered or server.execute_command(*command)
+            yield unreachable or server.execute_command(*command)
         except RedisError as error:
             yield error
             if isinstance(error, UNANSWERED):
-                unanswered = error  # nor will it answer the rest
+                unreachable = error  # the other commands would fail, too

@@ -1,9 +1,9 @@
-"""A store's way to its server: packed by hiredis, over a connection that the client's pool lends.
+"""Sends on a client's pooled connections when nothing hooks `execute_command`.
 
-`execute_command` of redis-py takes half as much of the client's time again for the same bytes: it times, retries and
-records what the store does by itself or not at all. What belongs to the connection stays as it is: time-outs, health
-checks, credentials, Sentinel, reconnecting. Whoever overrides, instruments or measures `execute_command` is asked to
-send as before: see `lends`.
+redis-py's `execute_command` adds half of the client's time for the same bytes: it measures, retries and records what
+the store does itself or not at all. What belongs to the connection stays redis-py's: timeouts, health checks,
+credentials, Sentinel, reconnecting. If `execute_command` is overridden, instrumented or measured, calls go through it;
+see `can_bypass_client`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ try:
 except ImportError:  # before redis-py 7.2
     get_observability_instance = None
 
-_hiredis: Any = hiredis  # it leaves parts of its types unknown
+_hiredis: Any = hiredis  # parts of its types are unknown
 pack_command: Callable[[Command], bytes] = _hiredis.pack_command
 
-_CHUNK: Final = 16  # a chunk goes out while the next one is packed: the server begins before the whole batch is there
+_CHUNK: Final = 16  # commands per send: the server starts on a chunk while the next one is packed
 _MAX_IDLE: Final = 16
 _FRESH_SECONDS: Final = 1.0
 _PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
@@ -38,11 +38,11 @@ _CLIENTS: Final = ("redis.client", "redis.asyncio.client")
 
 
 class BaseDirectConnections:
-    """A client, whose connections may be used in its place if nobody misses anything by it.
+    """The pooled connections of a client, used directly.
 
-    Of a client that a store made for itself, connections are kept for a moment after use: to take one from redis-py's
-    pool, which looks each time whether the server has closed it, costs a third of a call. So they are looked at again
-    only after a second without use; one that was closed within it fails, and the call is sent again, as any other.
+    For a client that the store made itself, a connection is kept for a second after use. redis-py's pool checks each
+    time whether the server has closed a connection, which costs a third of a call. A connection that was closed within
+    that second fails, and the call is retried like any other.
     """
 
     def __init__(self, client: Any, *, keep_idle: bool = False) -> None:
@@ -55,11 +55,11 @@ class BaseDirectConnections:
         self._pid = os.getpid()
 
     def can_bypass_client(self) -> bool:
-        """Asked before each call, for an instrumentation may come at any time.
+        """Whether calls may skip `execute_command`. Checked before each call: instrumentation may come at any time.
 
-        Not lent are the connections of a cluster's client, which finds the node; of one that caches replies; of one
-        whose methods are not redis-py's own: overridden, or wrapped by an instrumentation; and none while redis-py
-        measures its commands by itself, for OpenTelemetry.
+        False for a cluster's client, which finds the node; for one that caches replies; for one whose methods are not
+        redis-py's own, because they are overridden or instrumented; and while redis-py measures its commands for
+        OpenTelemetry.
         """
         return (
             self._execute_command is not None
@@ -68,9 +68,9 @@ class BaseDirectConnections:
             and (get_observability_instance is None or get_observability_instance().get_provider_manager() is None)
         )
 
-    def _last_kept(self) -> tuple[Any, float] | None:
+    def _pop_idle(self) -> tuple[Any, float] | None:
         if self._idle and self._pid != os.getpid():
-            self._idle.clear()  # they are the parent's
+            self._idle.clear()  # they belong to the parent
             self._pid = os.getpid()
         try:
             return self._idle.pop()
@@ -79,17 +79,20 @@ class BaseDirectConnections:
 
 
 class DirectConnections(BaseDirectConnections):
-    """A client of redis."""
+    """The connections of a `redis` client."""
 
     def send(self, *commands: Command, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
-        """Sends commands at once and reads their replies, of which an error is one, too.
+        """Sends commands in one write and reads their replies; an error of the server is a reply.
 
         Args:
-            commands: as redis-py takes them, but each word by itself.
-            read: what is made of a reply, given its place and the reply, while the server is at the next ones.
+            commands: tuples of words.
+            read: decodes a reply, given its index and the reply, while the server works on the next ones.
+
+        Returns:
+            The replies, decoded if `read` is given.
 
         Raises:
-            redis.ConnectionError: from connecting, sending or reading, like its TimeoutError.
+            redis.ConnectionError: connecting, sending or reading failed; or redis.TimeoutError.
         """
         connection = self._take()
         try:
@@ -99,7 +102,7 @@ class DirectConnections(BaseDirectConnections):
             else:
                 replies = [read(index, _read(connection)) for index in range(len(commands))]
         except BaseException:
-            connection.disconnect()  # what is left on it would answer the next command
+            connection.disconnect()  # a reply that is left on it would be read as the reply to the next command
             self._pool.release(connection)
             raise
         if len(self._idle) < self._max_idle:
@@ -109,9 +112,9 @@ class DirectConnections(BaseDirectConnections):
         return replies
 
     def _take(self) -> Any:
-        kept = self._last_kept()
-        if kept is not None:
-            connection, since = kept
+        idle = self._pop_idle()
+        if idle is not None:
+            connection, since = idle
             if time.monotonic() - since < _FRESH_SECONDS:
                 return connection
             self._pool.release(connection)
@@ -119,17 +122,20 @@ class DirectConnections(BaseDirectConnections):
 
 
 class AsyncDirectConnections(BaseDirectConnections):
-    """A client of redis.asyncio."""
+    """The connections of a `redis.asyncio` client."""
 
     async def send(self, *commands: Command, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
-        """Sends commands at once and reads their replies, of which an error is one, too.
+        """Sends commands in one write and reads their replies; an error of the server is a reply.
 
         Args:
-            commands: as redis-py takes them, but each word by itself.
-            read: what is made of a reply, given its place and the reply, while the server is at the next ones.
+            commands: tuples of words.
+            read: decodes a reply, given its index and the reply, while the server works on the next ones.
+
+        Returns:
+            The replies, decoded if `read` is given.
 
         Raises:
-            redis.ConnectionError: from connecting, sending or reading, like its TimeoutError.
+            redis.ConnectionError: connecting, sending or reading failed; or redis.TimeoutError.
         """
         connection = await self._take()
         try:
@@ -149,9 +155,9 @@ class AsyncDirectConnections(BaseDirectConnections):
         return replies
 
     async def _take(self) -> Any:
-        kept = self._last_kept()
-        if kept is not None:
-            connection, since = kept
+        idle = self._pop_idle()
+        if idle is not None:
+            connection, since = idle
             if time.monotonic() - since < _FRESH_SECONDS:
                 return connection
             await self._pool.release(connection)
@@ -188,16 +194,16 @@ def _is_plain(client: object) -> bool:
     pool: Any = getattr(client, "connection_pool", None)
     return (
         pool is not None
-        and all(_is_redis_pys(getattr(type(client), name)) for name in ("execute_command", "parse_response"))
+        and all(_is_redis_py_function(getattr(type(client), name)) for name in ("execute_command", "parse_response"))
         and getattr(pool, "cache", None) is None
     )
 
 
 def _follows_notifications(pool: Any) -> bool:
-    """Whether a managed service may tell a connection, at any time, to move on; a pool sees to it on its return."""
+    """Whether a managed service may ask a connection to reconnect at any time; the pool handles it on release."""
     return hasattr(pool, "maint_notifications_enabled") and bool(pool.maint_notifications_enabled())
 
 
-def _is_redis_pys(function: Any) -> bool:
-    # Not by its name or its module, which a wrapper takes over.
+def _is_redis_py_function(function: Any) -> bool:
+    # Not by its name or its module, which a wrapper copies.
     return isinstance(function, FunctionType) and function.__globals__["__name__"] in _CLIENTS

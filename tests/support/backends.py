@@ -115,15 +115,16 @@ class Driven:
 
 def ask_instead(store: Any, client: Any) -> None:
     """Lets a store ask another client, whose methods are not redis-py's own: its connections are not borrowed."""
-    store._untyped_client = client
-    store._connections = type(store._connections)(client)
+    transport = store._transport
+    transport.client = client
+    transport.connections = type(transport.connections)(client)
 
 
 def lose_replies(store: Any, times: int) -> None:
-    """Lets a store send each single call so many times more, as after lost replies, whatever way it sends."""
-    asked, name = (
-        (store._connections, "send") if store._connections.can_bypass_client() else (store.client, "execute_command")
-    )
+    """Makes a store send each single call so many times more, as after lost replies, on either path."""
+    transport = store._transport
+    bypasses = transport.connections.can_bypass_client()
+    asked, name = (transport.connections, "send") if bypasses else (transport.client, "execute_command")
     send = getattr(asked, name)
 
     def again(*args: Any, **options: Any) -> Any:
@@ -176,7 +177,7 @@ class Bench:
 
     def keys(self, run_id: str) -> list[bytes]:
         """The run's keys: steps, done, claims, failed."""
-        return list(Keys(self.prefix.encode()).run(run_id.encode()))
+        return list(Keys(self.prefix.encode()).run(run_id).keys)
 
     def dump(self) -> dict[bytes, Any]:
         """All that the store has written, to show that nothing was."""

@@ -1,0 +1,198 @@
+"""What the two stores share: construction, events, pipelines, and how an operation becomes a method. Nothing waits."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
+
+from squidstep_redis.doctor.checks import Client
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.pipeline import Queued, queue
+from squidstep_redis.settings import DEFAULT_TIMEOUT, SETTINGS, StoreSettings, check_settings, client_timeouts
+from squidstep_redis.transport.base import BaseTransport
+from squidstep_redis.transport.client import check_client, client_facts
+from squidstep_redis.transport.connection import BaseDirectConnections
+from squidstep_redis.transport.events import EventEmitter, Listener
+from squidstep_redis.transport.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from squidstep_redis.operations.calls import Calls
+    from squidstep_redis.protocol.arguments import Seconds
+    from squidstep_redis.protocol.call import Call
+
+C = TypeVar("C")
+F = TypeVar("F", bound=Callable[..., Any])
+L = TypeVar("L", bound=Listener)
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseTransport)
+
+
+class BaseStore(ABC, Generic[C, B]):
+    """Decides atomically which delivery of a step executes, and keeps each step's input, output and failure.
+
+    Every operation is one round trip. A store has no state of its own: create any number of them, share one between
+    threads or tasks, and use it after a fork.
+
+    Attributes:
+        client: the redis-py client.
+        calls: makes any operation as data, for `batch` and `queue`; same names, same arguments.
+    """
+
+    client: C
+    calls: Calls
+    _client_types: ClassVar[tuple[type, ...]]
+    _connections_type: ClassVar[type[BaseDirectConnections]]
+    _transport_type: type[B]
+
+    def __init__(self, client: C, **settings: Unpack[StoreSettings]) -> None:
+        """Makes a store on your client, which you close yourself. Nothing is sent.
+
+        Args:
+            client: a pooled `Redis` (also one that decodes responses, or from Sentinel's `master_for`), or a
+                `RedisCluster`.
+            **settings: the store's settings, each a keyword argument; see `StoreSettings`.
+
+        Raises:
+            InvalidArgumentError: a setting was rejected; UnsupportedClientError for the client.
+        """
+        check_client(client, self._client_types)
+        facts = client_facts(client)
+        checked = check_settings(settings, facts.socket_timeout)
+        self.client = client
+        self.calls = checked.calls
+        self._owns_client = False
+        self._transport = self._transport_type(
+            client,
+            self._connections_type(client),
+            RetryPolicy.of(checked.timeout, facts),
+            checked.durability,
+            EventEmitter(checked.calls.prefix),
+            facts.socket_timeout or 60,
+        )
+
+    @classmethod
+    @overload
+    def from_url(cls, url: str, **settings: Unpack[StoreSettings]) -> Self: ...
+    @classmethod
+    @overload
+    def from_url(cls, url: str, **options: Any) -> Self: ...
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> Self:
+        """Makes a store with its own client: RESP2, no retries but the store's, and timeouts that fit the store's.
+
+        The client waits 0.3 of the store's timeout for a reply and 0.15 for a connection. The store keeps up to 16
+        connections for a second after use, which is the fastest way to the server, unless `max_connections` is given.
+
+        Args:
+            url: such as `redis://localhost:6379/0`; redis-py's `Redis.from_url` has the forms.
+            **options: the store's settings, each a keyword argument, see `StoreSettings`; and options of redis-py's
+                `Redis.from_url`, which override the ones above.
+
+        Raises:
+            InvalidArgumentError: a setting was rejected.
+        """
+        settings: Any = {name: value for name, value in options.items() if name in SETTINGS}
+        client_options = {name: value for name, value in options.items() if name not in SETTINGS}
+        # RESP2, because with RESP3 redis-py may return the left-over reply of an interrupted command to the next one.
+        # No retries of its own, because the store retries until its deadline and knows what may have been written.
+        timeouts = client_timeouts(settings.get("timeout", DEFAULT_TIMEOUT))
+        client = cls._connect(url, {"protocol": 2, **timeouts, **client_options})
+        store = cls(client, **settings)
+        store._owns_client = True
+        if "max_connections" not in options:  # a pool with a limit may have no connection to spare
+            store._transport.connections = cls._connections_type(client, keep_idle=True)
+        return store
+
+    def on_event(self, listener: L) -> L:
+        """Registers a function that receives every decision of this store. Usable as a decorator.
+
+        It is called after each call, in the thread or task of the call, so it must be fast. What it raises is logged
+        and otherwise ignored. The same events go to the logger `squidstep_redis`: at INFO what an operator wants to see
+        (takeovers, refusals, failures, errors), at DEBUG the rest. `squidstep_redis.metrics` counts them for
+        Prometheus.
+
+        Args:
+            listener: a function of one `Event`.
+
+        Returns:
+            The listener.
+        """
+        self._transport.events.listeners.append(listener)
+        return listener
+
+    def queue(self, pipeline: Any, call: Call[T]) -> Queued[T]:
+        """Appends an operation to your own pipeline or transaction, so that both commit together.
+
+        Args:
+            pipeline: of a redis-py client of the same server, not yet executed.
+            call: made by `store.calls`.
+
+        Returns:
+            An object that reads the operation's reply: `queued.result(pipeline.execute())`.
+
+        Raises:
+            UnsupportedClientError: the pipeline would run the command at once, or decode payloads.
+        """
+        return queue(pipeline, call)
+
+    def _client_facts(self, lease: Seconds | None, job_timeout: Seconds | None) -> Client:
+        """Returns what the doctor checks without asking the server."""
+        durability, longest = self._transport.durability, arguments.MAX_TTL
+        return Client(
+            *client_facts(self.client),
+            timeout=self._transport.policy.timeout,
+            wait_replicas=durability.replicas if durability else 0,
+            wait_aof=durability is not None and durability.aof,
+            wait_timeout=durability.timeout_ms / 1_000 if durability else 0,
+            lease=None if lease is None else arguments.seconds("lease", lease, longest),
+            job_timeout=None if job_timeout is None else arguments.seconds("job_timeout", job_timeout, longest),
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.client!r}, prefix={self.calls.prefix!r})"
+
+    @classmethod
+    @abstractmethod
+    def _connect(cls, url: str, options: dict[str, Any]) -> C:
+        """Makes the store's own client."""
+
+
+def as_method(method: F, operation: Callable[..., Any], store: str) -> F:
+    """Gives a store's method the name, signature and docstring of the operation that it sends."""
+    wraps(operation)(method)
+    own = signature(operation)
+    context, *rest = own.parameters.values()
+    result = str(own.return_annotation).partition("[")[2].removesuffix("]")
+    annotations = {name: value for name, value in operation.__annotations__.items() if name != context.name}
+    method.__qualname__ = f"{store}.{operation.__name__}"
+    method.__annotations__ = {**annotations, "return": result}
+    parameters = [context.replace(name="self", annotation=context.empty), *rest]
+    method.__dict__["__signature__"] = own.replace(parameters=parameters, return_annotation=result)
+    return method
+
+
+def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[[F], F]:
+    """Gives a method the docstring of its blocking twin.
+
+    Args:
+        original: the blocking method.
+        **replacements: by argument, its description, where it differs or the original has no such argument.
+    """
+    doc = original.__doc__ or ""
+    for name, text in replacements.items():
+        line = f"            {name}: {text}\n"
+        doc, replaced = re.subn(rf"^            {name}: .*\n(?:                .*\n)*", line, doc, flags=re.MULTILINE)
+        if not replaced:
+            doc = doc.replace("\n        Returns:", f"{line}\n        Returns:")
+
+    def decorate(method: F) -> F:
+        method.__doc__ = doc
+        return method
+
+    return decorate

@@ -1,0 +1,225 @@
+"""The operations that read the indexes: live and lapsed claims, and failed steps, across runs.
+
+An index entry is a hint. Each is verified against its record before it is returned, and dropped if they disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+from squidstep_redis.errors import CorruptRunError
+from squidstep_redis.model import ClaimCounts, StepRun
+from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.reads import MAX_LIMIT, pairs
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.call import Call, Reply, new_nonce
+from squidstep_redis.protocol.keys import member_prefix, parse_member
+from squidstep_redis.protocol.scripts import script
+from squidstep_redis.protocol.workflow import SendBatch, Workflow, results_of
+
+Mode = Literal["failed", "lapsed", "live"]
+
+_GROWTH: Final = 8  # each further page of a bucket is so many times as large
+
+
+def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
+    """Lists step runs whose lease has expired and that no worker has taken over, longest expired first.
+
+    Usually two round trips per server: one reads the index of each of 1,024 buckets, one verifies the entries against
+    their records. An entry without its record is dropped from the index.
+
+    Args:
+        limit: how many to return at most, from 1 to 1,000.
+
+    Returns:
+        The step runs; they carry no claim.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: a key of the index holds something else.
+        ServerError: the server or the connection failed.
+    """
+    return _list(context, "lapsed", context.keys.claims(), limit)
+
+
+def live_claims(context: Context, limit: int = 100, *, owner: str | None = None) -> Workflow[list[StepRun]]:
+    """Lists step runs that are running under a lease that has not expired, soonest expiry first.
+
+    Usually two round trips per server, as `lapsed_claims`. With `owner`, one more for every `limit` live claims of
+    other owners, among the first 1,000 or so of each of 1,024 buckets.
+
+    Args:
+        limit: how many to return at most, from 1 to 1,000.
+        owner: only this owner's claims, as given to `begin_step`; None: every owner's.
+
+    Returns:
+        The step runs; they carry no claim.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: a key of the index holds something else.
+        ServerError: the server or the connection failed.
+    """
+    return _list(context, "live", context.keys.claims(), limit, arguments.owner(owner))
+
+
+def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
+    """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
+
+    Usually two round trips per server: one reads the index of each bucket, one verifies the entries against their
+    records. An entry without its record is dropped from the index.
+
+    Args:
+        limit: how many to return at most, from 1 to 1,000.
+
+    Returns:
+        The step runs.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: a key of the index holds something else.
+        ServerError: the server or the connection failed.
+    """
+    return _list(context, "failed", context.keys.failed(), limit)
+
+
+def count_claims(context: Context) -> Workflow[ClaimCounts]:
+    """Counts the claims whose lease has not expired, and those whose lease has, across all runs.
+
+    One round trip per server, of 1,024 small calls. Entries of expired or deleted runs are counted until
+    `lapsed_claims` or `live_claims` finds and drops them.
+
+    Returns:
+        The two counts.
+
+    Raises:
+        CorruptRunError: a key of the index holds something else.
+        ServerError: the server or the connection failed.
+    """
+
+    def parse(reply: Reply) -> ClaimCounts:
+        return ClaimCounts(int(reply[2]), int(reply[3]))
+
+    calls = [Call(None, script("count_claims"), (key,), (new_nonce(),), parse) for key in context.keys.claims()]
+    counts: list[ClaimCounts] = results_of((yield SendBatch(calls)))
+    return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
+
+
+def _list(
+    context: Context, mode: Mode, indexes: list[bytes], limit: int, owner: bytes = b""
+) -> Workflow[list[StepRun]]:
+    wanted = arguments.integer("limit", limit, MAX_LIMIT)
+    # The first entries are spread over the buckets: a few of each usually make a page.
+    first_page = MAX_LIMIT if owner else 4 + wanted // 250
+    incomplete = buckets = [_Bucket(key, first_page) for key in indexes]
+    verified: dict[bytes, StepRun | None] = {}
+    while True:
+        if incomplete:
+            pages = yield SendBatch([each.call(mode) for each in incomplete])
+            for each, page in zip(incomplete, results_of(pages), strict=True):
+                each.load(page)
+        merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
+        merged.sort(key=_rank, reverse=mode == "failed")
+        # Entries behind the last loaded one of an incomplete bucket may rank behind entries that are not loaded yet.
+        settled = next((place + 1 for place, each in enumerate(merged) if each.is_last_loaded), len(merged))
+        found: list[StepRun] = []
+        for start in range(0, settled, wanted):
+            entries = merged[:settled][start : start + wanted]
+            unseen = [each for each in entries if each.member not in verified]
+            yield from _verify_all(context, mode, unseen, owner, verified)
+            found += [step_run for each in entries if (step_run := verified[each.member])]
+            if len(found) >= wanted:
+                return found[:wanted]
+        if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
+            return found
+        # Load more of the buckets that may hold what is missing.
+        candidates = merged[: settled + wanted]
+        incomplete = [each.bucket for each in candidates if each.is_last_loaded and each.bucket.needs_page()]
+
+
+def _verify_all(
+    context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[bytes, StepRun | None]
+) -> Workflow[None]:
+    """Verifies entries against their records, in one round trip."""
+    if not entries:
+        return
+    outcomes = yield SendBatch([_verify(context, mode, each.member, owner) for each in entries])
+    for each, outcome in zip(entries, outcomes, strict=True):
+        verified[each.member] = outcome if isinstance(outcome, StepRun) else None
+        if isinstance(outcome, bool):
+            each.bucket.dropped += outcome
+        elif not isinstance(outcome, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
+            raise outcome
+
+
+def _verify(context: Context, mode: Mode, member: bytes, owner: bytes) -> Call[StepRun | bool]:
+    """Reads the step run of an entry; or returns whether the entry has left its place in the index."""
+    run, step = parse_member(member)
+    keys = context.keys.of_run(run)
+
+    def parse(reply: Reply) -> StepRun | bool:
+        if len(reply) > 2:
+            return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
+        return reply[0] == b"dropped" or mode == "lapsed"  # the script has moved the entry of a live claim
+
+    index = keys.failed if mode == "failed" else keys.claims
+    args = (new_nonce(), step, member_prefix(run), mode.encode(), owner)
+    return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
+
+
+class _Bucket:
+    """The index of one bucket, as far as it is loaded.
+
+    Attributes:
+        entries: score and member, first ones first.
+        size: how many entries were requested.
+        has_more: whether further entries may exist.
+        dropped: how many of them turned out to have left the index, which makes room for others.
+    """
+
+    __slots__ = ("dropped", "entries", "has_more", "key", "size")
+
+    def __init__(self, key: bytes, size: int) -> None:
+        self.key = key
+        self.size = size
+        self.entries: list[tuple[float, bytes]] = []
+        self.has_more = True
+        self.dropped = 0
+
+    def call(self, mode: Mode) -> Call[list[tuple[float, bytes]]]:
+        """Reads the first `size` entries."""
+        args = (new_nonce(), b"%d" % self.size, mode.encode())
+        return Call(None, script("list_index"), (self.key,), args, _entries)
+
+    def load(self, entries: list[tuple[float, bytes]]) -> None:
+        self.entries = entries
+        self.has_more = len(entries) >= self.size
+        self.dropped = 0
+
+    def needs_page(self) -> bool:
+        """Sets how many entries to request next; returns whether to request any."""
+        if self.size >= MAX_LIMIT and not self.dropped:
+            self.has_more = False
+        self.size = min(_GROWTH * self.size, MAX_LIMIT)
+        return self.has_more
+
+
+class _Entry(NamedTuple):
+    """An entry among those of all buckets."""
+
+    score: float
+    member: bytes
+    bucket: _Bucket
+
+    @property
+    def is_last_loaded(self) -> bool:
+        """Whether its bucket may hold further entries that come right after it."""
+        return self.bucket.has_more and self.member == self.bucket.entries[-1][1]
+
+
+def _rank(entry: _Entry) -> tuple[float, bytes]:
+    return entry[:2]
+
+
+def _entries(reply: Reply) -> list[tuple[float, bytes]]:
+    return [(float(score), member) for member, score in pairs(reply[2])]

@@ -1,0 +1,78 @@
+"""Waiting until a step has ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from squidstep_redis.errors import WaitTimeoutError
+from squidstep_redis.model import StepRun
+from squidstep_redis.operations.context import Context
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
+from squidstep_redis.protocol.call import Call, Reply, new_nonce
+from squidstep_redis.protocol.keys import Run
+from squidstep_redis.protocol.scripts import script
+from squidstep_redis.protocol.workflow import BlockOnStream, Send, Sleep, Workflow
+
+_FIRST_POLL: Final = 0.02  # seconds until a waiter looks again for a record that does not exist yet
+_LAST_POLL: Final = 1.0
+
+
+def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds) -> Workflow[StepRun]:
+    """Waits until a step is completed or failed, so that a skipped duplicate can return the winner's output.
+
+    The script that ends the step wakes the waiter. A notification can be lost, so the waiter also polls once a second,
+    and more often while the step is not scheduled or begun: one round trip per poll, one per pause. It uses one
+    connection meanwhile.
+
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+        step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+            str, else its name).
+        timeout: seconds to wait at most, from 0.001 to a day.
+
+    Returns:
+        The completed or failed step run. A retry makes a failed step run again: wait again then.
+
+    Raises:
+        WaitTimeoutError: the step did not end in time.
+        RunDeletedError: the run was deleted.
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: what is stored cannot be trusted.
+        ServerError: the server or the connection failed.
+    """
+    run = context.keys.run(run_id)
+    name = arguments.step(step)
+    limit = arguments.seconds("timeout", timeout, arguments.MAX_WAIT)
+    return _wait(context, run, name, limit)
+
+
+def _wait(context: Context, run: Run, step: Name, limit: float) -> Workflow[StepRun]:
+    end = time.monotonic() + limit
+    pause = _FIRST_POLL
+    while True:
+        step_run, last = yield Send(_await_step(context, run, step))
+        if step_run is not None and last is None:
+            return step_run
+        left = end - time.monotonic()
+        if left <= 0:
+            raise WaitTimeoutError(run.text, step.text, limit, step_run)
+        if last is None:
+            yield Sleep(min(pause, left))
+            pause = min(2 * pause, _LAST_POLL)
+        else:
+            yield BlockOnStream(run.wake, last, min(left, _LAST_POLL))
+
+
+def _await_step(context: Context, run: Run, step: Name) -> Call[tuple[StepRun | None, bytes | None]]:
+    """Reads the step run and, if it has not ended, the id of the stream entry after which to wait."""
+
+    def parse(reply: Reply) -> tuple[StepRun | None, bytes | None]:
+        if reply[0] == b"missing":
+            return None, None
+        values = [value or None for value in reply[2:6]]
+        last = reply[6] if reply[0] == b"waiting" else None
+        return context.records.record(run.text, step.text, values, run.keys.steps), last
+
+    return Call(run.text, script("await_step"), run.keys[:2], (new_nonce(), step.data), parse, None, step.text)

@@ -1,0 +1,119 @@
+"""What is sent for several calls on one connection, and what the server replied to each.
+
+First the scripts are loaded, then come the calls, then what their durability requires (WAIT, WAITAOF).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from squidstep_redis.errors import NotReplicatedError
+from squidstep_redis.protocol.call import Call, Command
+
+T = TypeVar("T")
+
+
+class Durability(NamedTuple):
+    """What a transition waits for, on the connection on which it was sent: WAIT covers no other connection.
+
+    Attributes:
+        replicas: how many replicas must have it.
+        aof: whether the server's own AOF must be on disk.
+        timeout_ms: how long to wait, in milliseconds.
+    """
+
+    replicas: int
+    aof: bool
+    timeout_ms: int
+
+    def commands(self, key: bytes) -> list[Command]:
+        """Returns the commands to send after the transitions.
+
+        The server waits for the last write of this connection. A re-sent call may write nothing, so a mark is written:
+        it replicates after everything before it.
+        """
+        mark = key[: key.index(b"}") + 1] + b":wait"  # in the slot of the keys
+        return [("SET", mark, "", "PX", 1_000), *self._waits()]
+
+    def _waits(self) -> list[Command]:
+        waits: list[Command] = []
+        if self.replicas:
+            waits.append(("WAIT", self.replicas, self.timeout_ms))
+        if self.aof:
+            waits.append(("WAITAOF", 1, 0, self.timeout_ms))
+        return waits
+
+    def unmet(self, replies: Sequence[Any]) -> tuple[str, int | None] | None:
+        """Reads the replies to `commands`: what is missing, and how many replicas have it; None if nothing is."""
+        replicas: int | None = None
+        for (name, *_), reply in zip(self._waits(), replies[1:], strict=True):
+            if isinstance(reply, Exception):
+                return f"{name} failed: {reply}", replicas
+            if name == "WAIT":
+                replicas = int(reply)
+                if replicas < self.replicas:
+                    return f"{replicas} of {self.replicas} replicas confirmed it within {self.timeout_ms} ms", replicas
+            elif not int(reply[0]):
+                return f"the AOF was not on disk within {self.timeout_ms} ms", replicas
+        return None
+
+
+def commands(
+    calls: Sequence[Call[Any]], durability: Durability | None = None, *, load_scripts: bool = True
+) -> list[Command]:
+    """Returns the commands of a batch for one server.
+
+    The scripts are loaded in one transaction. If the server then forgets them before the last call, all calls from
+    there on fail, and can be re-sent without any of them overtaking an earlier one.
+    """
+    sources = dict.fromkeys(call.script.source for call in calls)
+    load = [("MULTI",), *(("SCRIPT", "LOAD", source) for source in sources), ("EXEC",)] if load_scripts else []
+    return [*load, *(call.evalsha() for call in calls), *_waits(calls, durability)]
+
+
+def replies_to(calls: Sequence[Call[Any]], replies: list[Any], durability: Durability | None = None) -> list[Any]:
+    """Returns the reply to each call, given the replies to `commands`."""
+    end = len(replies) - len(_waits(calls, durability))
+    replied = replies[end - len(calls) : end]
+    unmet = durability.unmet(replies[end:]) if durability and end < len(replies) else None
+    if unmet is None:
+        return replied
+    return [
+        _NotConfirmed(reply, *unmet) if call.script.is_transition and not isinstance(reply, Exception) else reply
+        for call, reply in zip(calls, replied, strict=True)
+    ]
+
+
+def _waits(calls: Sequence[Call[Any]], durability: Durability | None) -> list[Command]:
+    if durability is None or not any(call.script.is_transition for call in calls):
+        return []
+    return durability.commands(calls[0].keys[0])
+
+
+class _NotConfirmed(NamedTuple):
+    """A reply of the master whose durability was not confirmed."""
+
+    reply: Any
+    problem: str
+    replicas: int | None
+
+
+def read(call: Call[T], reply: object) -> T:
+    """Reads one of the replies of `replies_to`.
+
+    Raises:
+        NotReplicatedError: the master did it, but its durability was not confirmed.
+        SquidstepError: as `Call.decode`.
+        Exception: the reply itself, if it is one.
+    """
+    if isinstance(reply, Exception):
+        raise reply
+    if isinstance(reply, _NotConfirmed):
+        raise not_replicated(call, call.decode(reply.reply), reply.problem, reply.replicas)
+    return call.decode(reply)
+
+
+def not_replicated(call: Call[T], result: T, problem: str, replicas: int | None = None) -> NotReplicatedError:
+    """Returns the error for a transition whose durability was not confirmed."""
+    return NotReplicatedError(call.script.name, call.run_id, call.step, problem, True, call, result, replicas)
