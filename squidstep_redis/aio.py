@@ -112,7 +112,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     @with_docs_of(
         StepRunStore.run_step,
         fn="does the work: a coroutine function, or a plain one. It receives the stored input and returns the output.\n"
-        "                `current_claim()` is its claim. If it blocks the event loop for longer than the lease, the claim\n"
+        "                `current_claim()` is its claim. If it blocks the event loop longer than the lease, the claim\n"
         "                is lost.",
         cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is returned all the same.",
     )
