@@ -255,7 +255,7 @@ class Reads(Operations):
         Raises:
             InvalidArgumentError: refused before anything was sent.
         """
-        return self._scan("lapsed_claims", self.keys.claims(), limit)
+        return self._scan(b"lapsed", self.keys.claims(), limit)
 
     def live_claims(self, limit: int = 100, *, owner: str | None = None) -> Exchange[list[StepRun]]:
         """Lists step runs that are being executed under a lease, soonest over first.
@@ -267,7 +267,7 @@ class Reads(Operations):
             limit: how many at most, up to 1,000.
             owner: whose claims alone, as it was given to `begin_step`; None: anybody's.
         """
-        return self._scan("live_claims", self.keys.claims(), limit, arguments.owner(owner))
+        return self._scan(b"live", self.keys.claims(), limit, arguments.owner(owner))
 
     def count_claims(self) -> Exchange[ClaimCounts]:
         """Counts the claims under a lease, and those whose lease is over, across all runs.
@@ -292,9 +292,9 @@ class Reads(Operations):
 
         Round trips, `limit` and errors as for `lapsed_claims`.
         """
-        return self._scan("failed_steps", self.keys.failed(), limit)
+        return self._scan(b"failed", self.keys.failed(), limit)
 
-    def _scan(self, name: str, indexes: list[bytes], limit: int, owner: bytes = b"") -> Exchange[list[StepRun]]:
+    def _scan(self, mode: bytes, indexes: list[bytes], limit: int, owner: bytes = b"") -> Exchange[list[StepRun]]:
         wanted = arguments.integer("limit", limit, MAX_LIMIT)
         # The first of all are spread over the buckets: a few of each make a page, as a rule.
         first_page = MAX_LIMIT if owner else 4 + wanted // 250
@@ -302,18 +302,20 @@ class Reads(Operations):
         confirmed: dict[bytes, StepRun | None] = {}
         while True:
             if asked:
-                pages = yield [Call(None, script(name), (each.key,), each.args(), _entries) for each in asked]
+                pages = yield [
+                    Call(None, script("list_index"), (each.key,), (*each.args(), mode), _entries) for each in asked
+                ]
                 for each, page in zip(asked, _all(pages), strict=True):
                     each.load(page)
             merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
-            merged.sort(key=_rank, reverse=name == "failed_steps")
+            merged.sort(key=_rank, reverse=mode == b"failed")
             # What ranks behind the last of a bucket that has more to tell may rank behind what that has to tell.
             settled = next((place + 1 for place, each in enumerate(merged) if each.is_end), len(merged))
             found: list[StepRun] = []
             for start in range(0, settled, wanted):
                 entries = merged[:settled][start : start + wanted]
                 unseen = [each for each in entries if each.member not in confirmed]
-                yield from self._verify_all(name, unseen, owner, confirmed)
+                yield from self._verify_all(mode, unseen, owner, confirmed)
                 found += [step_run for each in entries if (step_run := confirmed[each.member])]
                 if len(found) >= wanted:
                     return found[:wanted]
@@ -323,12 +325,12 @@ class Reads(Operations):
             asked = [each.bucket for each in merged[: settled + wanted] if each.is_end and each.bucket.needs_page()]
 
     def _verify_all(
-        self, name: str, entries: list[_Entry], owner: bytes, confirmed: dict[bytes, StepRun | None]
+        self, mode: bytes, entries: list[_Entry], owner: bytes, confirmed: dict[bytes, StepRun | None]
     ) -> Exchange[None]:
         """Holds entries against their records, in one round trip."""
         if not entries:
             return
-        answers = yield [self._verify(name, each.member, owner) for each in entries]
+        answers = yield [self._verify(mode, each.member, owner) for each in entries]
         for each, answer in zip(entries, answers, strict=True):
             confirmed[each.member] = answer if isinstance(answer, StepRun) else None
             if isinstance(answer, bool):
@@ -336,19 +338,18 @@ class Reads(Operations):
             elif not isinstance(answer, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
                 raise answer
 
-    def _verify(self, name: str, member: bytes, owner: bytes) -> Call[StepRun | bool]:
+    def _verify(self, mode: bytes, member: bytes, owner: bytes) -> Call[StepRun | bool]:
         """Reads the step run that an entry stands for; or answers whether the entry has left its place in the index."""
         run, step = parse_member(member)
         keys = self.keys.run(run)
-        wanted = {"failed_steps": b"failed", "lapsed_claims": b"lapsed", "live_claims": b"live"}[name]
 
         def parse(reply: Reply) -> StepRun | bool:
             if len(reply) > 2:
                 return self._records.record(run.decode(), step.decode(), reply[2:], keys.steps)
-            return reply[0] == b"dropped" or wanted == b"lapsed"  # what is live has been put where it belongs
+            return reply[0] == b"dropped" or mode == b"lapsed"  # what is live has been put where it belongs
 
-        index = keys.failed if wanted == b"failed" else keys.claims
-        args = (nonce(), step, member_prefix(run), wanted, owner)
+        index = keys.failed if mode == b"failed" else keys.claims
+        args = (nonce(), step, member_prefix(run), mode, owner)
         return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
 
 
