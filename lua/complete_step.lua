@@ -8,8 +8,7 @@
 --       5 output
 --       6 step, 7 input, …  successors: those without a record become pending
 -- REPLY "completed nonce state" | {"completed", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error}
---       {"missing", nonce}
+--       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it first replies "completed".
 
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]

@@ -12,9 +12,12 @@
 local steps, done, ttl = KEYS[1], KEYS[2], ARGV[2]
 @OPEN_EXISTING_RUN
 
-run.ttl = nil
-set_ttl(run, ttl)
-if run.ttl then
+if ttl == "" then
+  run.ttl = nil
+  redis.call("PERSIST", steps)
+  redis.call("PERSIST", done)
+else
+  run.ttl, run.unleased, run.retained_until = ttl, 0, 0
   -- A run that never expires does not count its live claims: count them now.
   for _, field in ipairs(redis.call("HKEYS", steps)) do
     if string.sub(field, 1, 1) == "s" then
@@ -29,9 +32,6 @@ if run.ttl then
     end
   end
   renew_expiry(run, steps, done, now_ms())
-else
-  redis.call("PERSIST", steps)
-  redis.call("PERSIST", done)
 end
 redis.call("HSET", steps, "r", format_run(run))
 return { "set", nonce }

@@ -7,8 +7,7 @@
 --       4 token   of the claim, or ""  any claim
 --       5 lease_ms  or ""  the claim never expires, or 0  it can be taken over immediately
 -- REPLY {"extended", nonce, state} | {"extended", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error}
---       {"missing", nonce}
+--       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it replies "extended".
 
 -- include record

@@ -7,8 +7,7 @@
 --       4 token   of the claim, or ""  any claim
 --       5 error
 -- REPLY {"failed", nonce, state} | {"failed", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error}
---       {"missing", nonce}
+--       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it first replies "failed".
 
 -- include record

@@ -24,7 +24,7 @@ if run.exists then
 end
 @CHECK_INDEXES(claims, failed)
 run.created, run.completed = ARGV[4], ARGV[5]
-set_ttl(run, ARGV[3])
+set_ttl_if_new(run, ARGV[3])
 local fields = FIRST + run.completed
 local states = {}
 for position = fields, #ARGV, 2 do

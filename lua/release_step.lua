@@ -6,8 +6,7 @@
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
 --       4 token   of the claim, or ""  any claim
 -- REPLY {"released", nonce, state} | {"released", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error}
---       {"missing", nonce}
+--       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it first replies "released".
 
 -- include record

@@ -17,9 +17,7 @@ local steps, done, step = KEYS[1], KEYS[2], ARGV[3]
 
 if not state then
   local now = now_ms()
-  if not run.exists then
-    set_ttl(run, ARGV[2])
-  end
+  set_ttl_if_new(run, ARGV[2])
   run.created = run.created + 1
   local line = @PENDING_LINE(nonce, now, run.created)
   redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "i" .. step, ARGV[4])

@@ -18,9 +18,7 @@ local FIRST = 3
 local missing, made = without_record(steps, FIRST, nonce)
 if #missing > 0 then
   local now = now_ms()
-  if not run.exists then
-    set_ttl(run, ARGV[2])
-  end
+  set_ttl_if_new(run, ARGV[2])
   write_pending(run, steps, missing, nonce, now)
   redis.call("HSET", steps, "r", format_run(run))
   renew_expiry(run, steps, done, now)

@@ -4,7 +4,7 @@
 -- ARGV  1 nonce   of this call, echoed
 --       2 cursor  "0" for the first page, then as replied
 --       3 count   of fields to scan for this page, approximately
--- REPLY {"summary", nonce, cursor, made, completed, last, {step, state, …}}  last: state of the step completed last, or ""
+-- REPLY {"summary", nonce, cursor, made, completed, last, {step, state, …}}  last: state of the last completion, or ""
 --       {"missing", nonce}
 -- Writes nothing.
 

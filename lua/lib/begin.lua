@@ -10,9 +10,7 @@ if not state then
       return failed_call(claims, reply)
     end
   end
-  if not run.exists then
-    set_ttl(run, ARGV[7] or "")
-  end
+  set_ttl_if_new(run, ARGV[7] or "")
   run.created = run.created + 1 .. ""
   retain(run, lease, now)
   local line = @FIRST_CLAIM(token, lease, now, run.created, owner)

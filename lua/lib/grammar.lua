@@ -26,13 +26,14 @@
 -- define CLAIM(attempt, released, token) attempt .. " " .. released .. " " .. token
 -- define REST(position, scheduled_by, owner) position .. " " .. scheduled_by .. " " .. owner
 -- define ANY_REST "(" .. @REST("%d+", "%S*", ".*") .. ")"
--- define READ_STATE "^" .. @STATE(@ANY_STATUS, @CLAIM("(%d+)", "(%d*)", "(%S*)"), "(%d*)", "(%d*)", "(%d*)", "(%d+)",
---   @ANY_REST) .. "$"
--- define READ_RUNNING "^" .. @STATE(@RUNNING, "(" .. @CLAIM("%d+", "%d*", "(%S+)") .. ")", "(%d*)", "(%d*)", "", "(%d+)",
---   @ANY_REST) .. "$"
+-- define READ_STATE "^" .. @STATE(@ANY_STATUS, @CLAIM("(%d+)", "(%d*)", "(%S*)"), "(%d*)", "(%d*)", "(%d*)",
+--   "(%d+)", @ANY_REST) .. "$"
+-- define READ_RUNNING "^" .. @STATE(@RUNNING, "(" .. @CLAIM("%d+", "%d*", "(%S+)") .. ")", "(%d*)", "(%d*)", "",
+--   "(%d+)", @ANY_REST) .. "$"
 -- define READ_NEVER_BEGUN "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
 --   @REST("%d+", "%S*", ""))
--- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now, @REST(position, by, ""))
+-- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now,
+--   @REST(position, by, ""))
 -- define FIRST_CLAIM(token, lease, now, position, owner) @STATE(@RUNNING, @CLAIM("1", "", token), lease, "0", "", now,
 --   @REST(position, "", owner))
 

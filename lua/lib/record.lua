@@ -1,17 +1,8 @@
 -- record: reads the records of a run, and makes the checks that every script makes first.
 --
--- The hash `steps` of a run (README.md explains each part):
---
---     r            "1 3 2"                                               run line: format, steps created, completed
---     r            "1 3 2 60000 0 1790000030000"                         the same for a run that expires
---     r            "1x mUx2Ttq5g3vA"                                     a tombstone
---     s<step>      "1r 2 1 Tk9wZ2xhc3Nl 30000 125  1790000000000 3  "    state line of a step
---     i, o, e      input, output, last error of a step: bytes that no script reads
---     w<step>      "1"                                                   a client waits for the step
---     a<n>:<step>  a past attempt: its final state line, "\n", its error
---
--- Parsed parts stay text until a script calculates with them. A script that rewrites a line pays for its changes only.
--- Times are milliseconds with fewer than 15 digits, so that .. writes them in full.
+-- README.md draws the hash `steps` and its lines. Parsed parts stay text until a script calculates with them: a script
+-- that rewrites a line pays for its changes only. Times are milliseconds with fewer than 15 digits, so that .. writes
+-- them in full.
 
 -- include grammar
 
@@ -59,8 +50,8 @@ local function parse_state(line)
 end
 
 local function format_state(state)
-  return @STATE(state.status, @CLAIM(state.attempt, state.released, state.token), state.lease, state.started, state.ended,
-    state.created, state.rest)
+  local claim = @CLAIM(state.attempt, state.released, state.token)
+  return @STATE(state.status, claim, state.lease, state.started, state.ended, state.created, state.rest)
 end
 
 -- An empty token comes from an operator: it matches any claim.

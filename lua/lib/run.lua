@@ -8,9 +8,9 @@ local function format_run(run)
   return line
 end
 
--- The run expires `ttl` after its last write; "" for never.
-local function set_ttl(run, ttl)
-  if ttl ~= "" then
+-- A new run expires `ttl` after its last write; "" for never.
+local function set_ttl_if_new(run, ttl)
+  if not run.exists and ttl ~= "" then
     run.ttl, run.unleased, run.retained_until = ttl, 0, 0
   end
 end
