@@ -1,7 +1,6 @@
--- attempts: reads what is known of a step's attempts.
+-- attempts: reads the stored attempts of a step.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 -- REPLY {"attempts", nonce, past, …, latest}  oldest first; each a state line, "\n", its error
@@ -11,18 +10,12 @@
 -- include record
 -- include history
 
-local steps, step = KEYS[1], ARGV[2]
+local steps, done, step = KEYS[1], KEYS[2], ARGV[2]
+@OPEN_EXISTING_STEP
 
-local _, state, refusal = load(steps, KEYS[2], step)
-if refusal then
-  return refusal
-end
-if not state then
-  return { "missing", nonce }
-end
 local reply = { "attempts", nonce }
 for number = math.max(1, state.attempt - HISTORY), state.attempt - 1 do
-  reply[#reply + 1] = redis.call("HGET", steps, "a" .. number .. ":" .. step) or nil
+  reply[#reply + 1] = redis.call("HGET", steps, attempt_field(number, step)) or nil
 end
 if state.attempt ~= "0" then
   reply[#reply + 1] = state.line .. "\n" .. (redis.call("HGET", steps, "e" .. step) or "")

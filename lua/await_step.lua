@@ -1,35 +1,28 @@
--- await_step: reads a step run and, if it is not over yet, leaves a mark that somebody waits for that.
+-- await_step: reads a step run and, if it has not ended, marks that a client waits for it.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 -- REPLY {"over", nonce, state, input, output, error}
---       {"waiting", nonce, state, input, output, error, last}  behind which entry of the stream to wait
+--       {"waiting", nonce, state, input, output, error, last}  last: the id of the stream entry to read after
 --       {"missing", nonce}
 -- Writes hints alone: the mark.
 
 -- include record
 -- include reply
--- include wake
+-- include notify
 
 local steps, done, step = KEYS[1], KEYS[2], ARGV[2]
+@OPEN_EXISTING_STEP
 
-local _, state, refusal = load(steps, done, step)
-if refusal then
-  return refusal
-end
-if not state then
-  return { "missing", nonce }
-end
-if state.status ~= PENDING and state.status ~= RUNNING then
+if state.status ~= @PENDING and state.status ~= @RUNNING then
   return with_record("over", steps, step)
 end
 if not state.awaited then
   redis.pcall("HSET", steps, "w" .. step, "1")
 end
 local reply = with_record("waiting", steps, step)
-local newest = redis.pcall("XREVRANGE", wake_key(steps), "+", "-", "COUNT", 1)
+local newest = redis.pcall("XREVRANGE", stream_of(steps), "+", "-", "COUNT", 1)
 for index = 3, 6 do
   reply[index] = reply[index] or "" -- a reply ends at the first nil
 end

@@ -1,38 +1,35 @@
--- begin_step: claims a step for one delivery, or says why it must be skipped.
+-- begin_step: claims a step for one delivery, or skips it with the reason.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
---       3 claims  sorted set  leased claims of the bucket, by the end of their lease
---       4 failed  sorted set  failed steps of the bucket, by the time of the failure
--- ARGV  1 token   made for this call alone; it becomes the claim's, and tells a re-sent call from a second one
+-- KEYS  1 steps, 2 done, 3 claims, 4 failed
+-- ARGV  1 token   of this call only; it becomes the claim's token, by which a re-sent call is recognized
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
---       4 input   of the caller: kept unless the step was scheduled with its own
---       5 lease_ms      or ""  the claim never ends by itself; the rest may be left out from the end
+--       4 input   of the caller; ignored if the step was scheduled with an input
+--       5 lease_ms      or ""  the claim never expires; trailing arguments may be omitted from here on
 --       6 owner         or ""
---       7 ttl_ms        or ""  for a run that this call makes
---       8 max_attempts  or ""  any number
---       9 lapse_error   last error of a step whose claim lapsed with no attempt left; comes with max_attempts
--- REPLY "execute nonce state" | {"execute", nonce, state, input}  where the input kept is not the caller's
---       {"takeover", nonce, state, input}  likewise, of a claim whose lease had ended
+--       7 ttl_ms        or ""  of the run, if this call creates it
+--       8 max_attempts  or ""  no limit
+--       9 lapse_error   last error of a step whose lease expired with no attempt left; required with max_attempts
+-- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
+--       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
 --       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
--- Writes only when it replies "execute" for the first time, or "takeover", or turns a lapsed claim into a failure ("exhausted").
+-- Writes only when it first replies "execute", or "takeover", or turns a lapsed claim into a failure ("exhausted").
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
 
--- The common case: a new step of a run that does not expire. What follows does the same, at greater cost, and all else.
+-- The common case: a new step in a run that does not expire. The general path below does the same at a higher cost.
 local lines = redis.pcall("HMGET", steps, "r", "s" .. step)
 if not lines.err and lines[1] and not lines[2] then
-  local created, completed = string.match(lines[1], "^1 (%d+) (%d+)$")
+  local created, completed = string.match(lines[1], @READ_RUN .. "$")
   if created and redis.pcall("ZCARD", done) == tonumber(completed) then
     local time = redis.call("TIME")
-    local now = time[1] .. string.sub("00000" .. time[2], -6, -4)
+    local now = @NOW(time)
     if lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)) == "number" then
       created = created + 1 .. ""
-      local line = "1r 1  " .. token .. " " .. lease .. " 0  " .. now .. " " .. created .. "  " .. owner
-      redis.call("HSET", steps, "r", "1 " .. created .. " " .. completed, "s" .. step, line, "i" .. step, input)
+      local line = @FIRST_CLAIM(token, lease, now, created, owner)
+      redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "i" .. step, input)
       return "execute " .. token .. " " .. line
     end
   end
@@ -41,10 +38,7 @@ end
 -- include record
 -- include run
 
-local run, state, refusal = load(steps, done, step)
-if refusal then
-  return refusal
-end
+@OPEN_STEP
 local now = now_ms()
 
 -- include begin

@@ -1,17 +1,15 @@
--- completed_steps: lists a stretch of a run's completed steps in the order of their completion.
+-- completed_steps: lists a range of a run's completed steps, in completion order.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
---       2 first   of the places to list, from 0
---       3 last    of them; -1: the last there is
+--       2 first   position to list, from 0
+--       3 last    position to list; -1: the last step
 -- REPLY {"steps", nonce, {step, …}}
 -- Writes nothing.
 
 -- include record
 
-local _, _, refusal = load(KEYS[1], KEYS[2])
-if refusal then
-  return refusal
-end
-return { "steps", nonce, redis.call("ZRANGE", KEYS[2], ARGV[2], ARGV[3]) }
+local steps, done = KEYS[1], KEYS[2]
+@OPEN_RUN
+
+return { "steps", nonce, redis.call("ZRANGE", done, ARGV[2], ARGV[3]) }

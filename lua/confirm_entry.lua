@@ -1,4 +1,4 @@
--- confirm_entry: holds an entry of the claims or failed index against its record, and drops it if they disagree.
+-- confirm_entry: checks an entry of the claims or failed index against its record, and drops it if they disagree.
 --
 -- KEYS  1 steps   hash        the run's records
 --       2 done    sorted set  its completed steps, in order
@@ -6,10 +6,10 @@
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>"
---       4 wanted  "failed", or of the claims "lapsed" or "live"
---       5 owner   whose live claims alone are wanted, or ""  anybody's
+--       4 wanted  "failed", or for an entry of claims "lapsed" or "live"
+--       5 owner   whose live claims are wanted, or ""  any owner
 -- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error} | {"other", nonce} | {"dropped", nonce}
--- Writes hints alone: when it replies "dropped", or of a live claim whose entry had another end of the lease.
+-- Writes hints alone: when it replies "dropped", or for a live claim whose entry had another end of the lease.
 
 -- include record
 -- include reply
@@ -17,21 +17,22 @@
 local steps, index, step, member = KEYS[1], KEYS[3], ARGV[2], ARGV[3] .. ARGV[2]
 local wanted, owner = ARGV[4], ARGV[5]
 
-local _, state, refusal = load(steps, KEYS[2], step)
+local _, state, refusal = load_run(steps, KEYS[2], step)
 if refusal and refusal[1] ~= "tombstone" then
   return refusal
 end
-if state and wanted == "failed" and (state.status == FAILED or state.status == EXPIRED) then
+if state and wanted == "failed" and (state.status == @FAILED or state.status == @EXPIRED) then
   return with_record("failed", steps, step)
 end
-if state and wanted ~= "failed" and state.status == RUNNING and state.lease ~= "" then
+if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then
+  local lapsed = has_lapsed(state, now_ms())
   local lease_end = state.created + state.started + state.lease
-  local lapsed = lease_end - now_ms() <= 0
-  -- A write that changes nothing is refused, too, when memory is full or the server is a replica.
+  -- When memory is full, or on a replica, even a write without effect is rejected.
   if not lapsed and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
     redis.call("ZADD", index, lease_end, member)
   end
-  if lapsed ~= (wanted == "lapsed") or (owner ~= "" and owner ~= string.match(state.rest, "^%d+ %S* (.*)$")) then
+  local owned = owner == "" or owner == string.match(state.rest, "^" .. @REST("%d+", "%S*", "(.*)") .. "$")
+  if lapsed ~= (wanted == "lapsed") or not owned then
     return { "other", nonce }
   end
   return with_record(wanted, steps, step)

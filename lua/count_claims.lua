@@ -1,6 +1,6 @@
--- count_claims: counts the leased claims of a bucket, those whose lease is over by themselves.
+-- count_claims: counts the leased claims of a bucket, live and lapsed ones separately.
 --
--- KEYS  1 claims  sorted set  leased claims of the bucket, by the end of their lease
+-- KEYS  1 claims
 -- ARGV  1 nonce   of this call, echoed
 -- REPLY {"counts", nonce, live, lapsed}
 -- Writes nothing.

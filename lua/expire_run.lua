@@ -1,9 +1,8 @@
--- expire_run: sets how long after its last write a run expires, or that it does not.
+-- expire_run: sets how long after its last write a run expires, or that it never expires.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
---       2 ttl_ms  or ""  the run does not expire
+--       2 ttl_ms  or ""  the run never expires
 -- REPLY {"set", nonce} | {"missing", nonce}
 -- Writes only when it replies "set".
 
@@ -11,19 +10,15 @@
 -- include run
 
 local steps, done, ttl = KEYS[1], KEYS[2], ARGV[2]
+@OPEN_EXISTING_RUN
 
-local run, _, refusal = load(steps, done)
-if refusal then
-  return refusal
-end
-if not run.exists then
-  return { "missing", nonce }
-end
-
-run.ttl = nil
-set_ttl(run, ttl)
-if run.ttl then
-  -- A run that does not expire keeps no account of its live claims: make it now, from the records.
+if ttl == "" then
+  run.ttl = nil
+  redis.call("PERSIST", steps)
+  redis.call("PERSIST", done)
+else
+  run.ttl, run.unleased, run.retained_until = ttl, 0, 0
+  -- A run that never expires does not count its live claims: count them now.
   for _, field in ipairs(redis.call("HKEYS", steps)) do
     if string.sub(field, 1, 1) == "s" then
       local line = redis.call("HGET", steps, field)
@@ -31,15 +26,12 @@ if run.ttl then
       if not state then
         return unreadable(steps, field, line)
       end
-      if state.status == RUNNING then
-        hold(run, state.lease, state.created + state.started)
+      if state.status == @RUNNING then
+        retain(run, state.lease, state.created + state.started)
       end
     end
   end
   renew_expiry(run, steps, done, now_ms())
-else
-  redis.call("PERSIST", steps)
-  redis.call("PERSIST", done)
 end
 redis.call("HSET", steps, "r", format_run(run))
 return { "set", nonce }

@@ -1,7 +1,6 @@
--- export_run: reads all that is known of a run.
+-- export_run: reads the complete records of a run.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
 -- REPLY {"run", nonce, {field, value, …}, {step, …}}  the whole hash, and the completed steps in their order
 --       {"missing", nonce}
@@ -9,11 +8,7 @@
 
 -- include record
 
-local run, _, refusal = load(KEYS[1], KEYS[2])
-if refusal then
-  return refusal
-end
-if not run.exists then
-  return { "missing", nonce }
-end
-return { "run", nonce, redis.call("HGETALL", KEYS[1]), redis.call("ZRANGE", KEYS[2], 0, -1) }
+local steps, done = KEYS[1], KEYS[2]
+@OPEN_EXISTING_RUN
+
+return { "run", nonce, redis.call("HGETALL", steps), redis.call("ZRANGE", done, 0, -1) }

@@ -1,39 +1,30 @@
--- import_run: makes a run of what was exported, all of it or nothing.
+-- import_run: creates a run from an export, completely or not at all.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
---       3 claims  sorted set  leased claims of the bucket, by the end of their lease
---       4 failed  sorted set  failed steps of the bucket, by the time of the failure
--- ARGV  1 nonce      made for this call alone; it stays on the run and tells a re-sent call from a second one
+-- KEYS  1 steps, 2 done, 3 claims, 4 failed
+-- ARGV  1 nonce      of this call only; the run stores it, so that a re-sent call is recognized
 --       2 run        "<bytes in the run id>:<run id>", for the indexes
---       3 ttl_ms     or ""  the run does not expire
---       4 made       steps
---       5 completed  steps
---       6 step, …    the completed ones, in their order; behind them field, value, … of all records
+--       3 ttl_ms     or ""  the run never expires
+--       4 made       steps created
+--       5 completed  steps completed
+--       6 step, …    the completed steps, in their order; after them field, value, … of all records
 -- REPLY {"imported", nonce} | {"exists", nonce}
--- Writes only when it replies "imported" for the first time.
+-- Writes only when it first replies "imported".
 
 -- include record
 -- include run
 -- include indexes
+-- include bulk
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local FIRST = 6
-local CHUNK = 1000 -- arguments of one redis.call; Lua's stack takes about 8,000
+@OPEN_RUN
 
-local run, _, refusal = load(steps, done)
-if refusal then
-  return refusal
-end
 if run.exists then
   return { redis.call("HGET", steps, "m") == nonce and "imported" or "exists", nonce }
 end
-refusal = check_indexes(claims, failed)
-if refusal then
-  return refusal
-end
+@CHECK_INDEXES(claims, failed)
 run.created, run.completed = ARGV[4], ARGV[5]
-set_ttl(run, ARGV[3])
+set_ttl_if_new(run, ARGV[3])
 local fields = FIRST + run.completed
 local states = {}
 for position = fields, #ARGV, 2 do
@@ -49,26 +40,22 @@ end
 
 for _, state in ipairs(states) do
   local started = state.created + (tonumber(state.started) or 0)
-  if state.status == RUNNING then
-    hold(run, state.lease, started)
+  if state.status == @RUNNING then
+    retain(run, state.lease, started)
     if state.lease ~= "" then
       redis.call("ZADD", claims, started + state.lease, state.member)
     end
-  elseif state.status == FAILED or state.status == EXPIRED then
+  elseif state.status == @FAILED or state.status == @EXPIRED then
     index_failed(failed, state.member, started + (tonumber(state.ended) or 0))
   end
 end
-for first = FIRST, fields - 1, CHUNK do
-  local members = {}
-  for position = first, math.min(first + CHUNK, fields) - 1 do
-    members[#members + 1] = position - FIRST + 1
-    members[#members + 1] = ARGV[position]
-  end
-  redis.call("ZADD", done, unpack(members))
+local members = {}
+for position = FIRST, fields - 1 do
+  members[#members + 1] = position - FIRST + 1
+  members[#members + 1] = ARGV[position]
 end
-for first = fields, #ARGV, 2 * CHUNK do
-  redis.call("HSET", steps, unpack(ARGV, first, math.min(first + 2 * CHUNK - 1, #ARGV)))
-end
+write_chunks("ZADD", done, members)
+write_chunks("HSET", steps, ARGV, fields)
 redis.call("HSET", steps, "r", format_run(run), "m", nonce)
 renew_expiry(run, steps, done, now_ms())
 return { "imported", nonce }

@@ -1,22 +1,18 @@
--- scan_steps: reads whole records of a run, a stretch of them at a time.
+-- scan_steps: reads whole records of a run, one page at a time.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
---       2 cursor  "0" to begin with, then as replied
---       3 count   of fields to pass in this stretch, more or less
--- REPLY {"page", nonce, cursor, {field, state, input, output, error, …}}  "" for what is not there; in no order
+--       2 cursor  "0" for the first page, then as replied
+--       3 count   of fields to scan for this page, approximately
+-- REPLY {"page", nonce, cursor, {field, state, input, output, error, …}}  "" for a missing value; in no order
 -- Writes nothing.
 
 -- include record
 -- include walk
 
-local steps = KEYS[1]
+local steps, done = KEYS[1], KEYS[2]
+@OPEN_RUN
 
-local _, _, refusal = load(steps, KEYS[2])
-if refusal then
-  return refusal
-end
 local cursor, fields = walk(steps, ARGV[2], ARGV[3])
 local records = {}
 for _, field in ipairs(fields) do

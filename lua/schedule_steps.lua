@@ -1,11 +1,10 @@
--- schedule_steps: makes pending records for those of many steps that have none, all of them or none.
+-- schedule_steps: creates pending records for those of many steps that have no record, all or none.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
--- ARGV  1 nonce   made for this call alone; it stays on the records and tells a re-sent call from a second one
---       2 ttl_ms  or ""  for a run that this call makes
+-- KEYS  1 steps, 2 done
+-- ARGV  1 nonce   of this call only; the records store it, so that a re-sent call is recognized
+--       2 ttl_ms  or ""  of the run, if this call creates it
 --       3 step, 4 input, …
--- REPLY {"scheduled", nonce, position, …}  of the newly scheduled among the steps given, from 0
+-- REPLY {"scheduled", nonce, position, …}  of the newly scheduled among the given steps, from 0
 -- Writes only when at least one of the steps has no record.
 
 -- include record
@@ -14,17 +13,12 @@
 
 local steps, done = KEYS[1], KEYS[2]
 local FIRST = 3
+@OPEN_RUN
 
-local run, _, refusal = load(steps, done)
-if refusal then
-  return refusal
-end
 local missing, made = without_record(steps, FIRST, nonce)
 if #missing > 0 then
   local now = now_ms()
-  if not run.exists then
-    set_ttl(run, ARGV[2])
-  end
+  set_ttl_if_new(run, ARGV[2])
   write_pending(run, steps, missing, nonce, now)
   redis.call("HSET", steps, "r", format_run(run))
   renew_expiry(run, steps, done, now)

@@ -1,38 +1,27 @@
--- step_statuses: reads the state line of every step of a run, and no payload.
+-- step_statuses: reads the state line of every step of a run, without payloads.
 --
--- KEYS  1 steps   hash        the run's records
---       2 done    sorted set  its completed steps, in order
+-- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
 -- REPLY {"states", nonce, {field, …}, {state, …}}  in no order
 -- Writes nothing.
 
 -- include record
+-- include bulk
 
-local steps = KEYS[1]
+local steps, done = KEYS[1], KEYS[2]
 local STATE = string.byte("s")
-local CHUNK = 1000 -- arguments of one redis.call; Lua's stack takes about 8,000
+@OPEN_RUN
 
-local _, _, refusal = load(steps, KEYS[2])
-if refusal then
-  return refusal
-end
--- The server picks the names out, where it knows how to, before they become Lua's.
-local answer = redis.pcall("HSCAN", steps, 0, "MATCH", "s*", "COUNT", redis.call("HLEN", steps) + 1, "NOVALUES")
-local fields, lines, count = {}, {}, 0
-if not answer.err and tostring(answer[1]) == "0" then
-  fields, count = answer[2], #answer[2]
+-- Where the server can select the names, only those of state lines reach Lua.
+local reply = redis.pcall("HSCAN", steps, 0, "MATCH", "s*", "COUNT", redis.call("HLEN", steps) + 1, "NOVALUES")
+local fields = {}
+if not reply.err and tostring(reply[1]) == "0" then
+  fields = reply[2]
 else
   for _, field in ipairs(redis.call("HKEYS", steps)) do
     if string.byte(field) == STATE then
-      count = count + 1
-      fields[count] = field
+      fields[#fields + 1] = field
     end
   end
 end
-for first = 1, count, CHUNK do
-  local last = math.min(first + CHUNK - 1, count)
-  for _, line in ipairs(redis.call("HMGET", steps, unpack(fields, first, last))) do
-    lines[#lines + 1] = line
-  end
-end
-return { "states", nonce, fields, lines }
+return { "states", nonce, fields, read_fields(steps, fields) }

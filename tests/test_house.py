@@ -1,11 +1,9 @@
-"""The house rules: the headers of the scripts say what the code does, imports point one way, names are one."""
+"""The house rules: imports point one way, names are one."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import itertools
-import re
 import typing
 from binascii import crc32
 from pathlib import Path
@@ -14,12 +12,9 @@ import pytest
 
 from squidstep_redis import AsyncStepRunStore, Calls, StepRunStore, model
 from squidstep_redis.protocol import keys
-from squidstep_redis.protocol.scripts import directory, script
 from squidstep_redis.settings import BaseStore
 
 PACKAGE = Path(inspect.getfile(model)).parent
-LUA = directory()
-SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 
 # The layers, lowest first. A module may import from its own layer and from those below, and from no other.
 LAYERS = (
@@ -90,89 +85,6 @@ def test_imports_have_no_cycle_between_modules() -> None:
         for module in free:
             del edges[module]
     assert not edges, f"a cycle among {sorted(edges)}"
-
-
-class TestScripts:
-    @pytest.fixture(params=SCRIPTS)
-    def source(self, request: pytest.FixtureRequest) -> tuple[str, str, str]:
-        """A script's name, its header and its code, includes and all."""
-        text = (LUA / f"{request.param}.lua").read_text("utf-8")
-        header = re.match(r"(--[^\n]*\n)+", text)
-        assert header is not None
-        code = "\n".join([text[header.end() :], *(self.library(name) for name in self.all_includes(text))])
-        return request.param, header[0], re.sub(r"^\s*--.*$", "", code, flags=re.MULTILINE)
-
-    @staticmethod
-    def includes(text: str) -> list[str]:
-        return re.findall(r"^\s*-- include (\w+)$", text, re.MULTILINE)
-
-    @staticmethod
-    def library(name: str) -> str:
-        return (LUA / "lib" / f"{name}.lua").read_text("utf-8")
-
-    @classmethod
-    def all_includes(cls, text: str) -> list[str]:
-        """Those of what is included, too."""
-        found = cls.includes(text)
-        inner = [cls.all_includes(cls.library(name)) for name in found]
-        return list(dict.fromkeys([*found, *itertools.chain(*inner)]))
-
-    def test_the_header_has_its_form(self, source: tuple[str, str, str]) -> None:
-        name, header, _ = source
-        first, blank, *rest = header.splitlines()
-        assert re.fullmatch(rf"-- {name}: .+\.", first)
-        assert blank == "--"
-        sections = [match[1] for line in rest if (match := re.match(r"-- (KEYS|ARGV|REPLY|Writes)\b", line))]
-        assert sections == ["KEYS", "ARGV", "REPLY", "Writes"]
-
-    @pytest.mark.parametrize("kind", ["KEYS", "ARGV"])
-    def test_the_header_names_what_the_code_reads(self, source: tuple[str, str, str], kind: str) -> None:
-        _, header, code = source
-        section = re.search(rf"-- {kind} (.*?)(?=-- [A-Z])", header, re.DOTALL)
-        assert section is not None
-        documented = {int(number) for number in re.findall(r"(?:^|-- +|, |\s)(\d+) [a-z_]+", section[1])}
-        assert documented == set(range(1, len(documented) + 1))
-        read = {int(number) for number in re.findall(rf"{kind}\[(\d+)\]", code)}
-        constants = {int(number) for number in re.findall(r"local (?:FIRST|SUCCESSORS) = (\d+)", code)}
-        if kind == "ARGV":
-            read |= constants
-            # What comes in pairs or in any number is documented by its first members.
-            assert read <= documented
-            assert max(documented) - max(read) <= (1 if constants else 0)
-        else:
-            assert read == documented
-
-    def test_the_header_names_every_reply(self, source: tuple[str, str, str]) -> None:
-        _, header, code = source
-        words = set(re.findall(r'\{ "(\w+)", nonce', code)) | set(re.findall(r'with_record\("(\w+)"', code))
-        words |= set(re.findall(r'and "(\w+)" or "\w+", (?:nonce|steps)', code))
-        refusals = {"wrongtype", "torn", "corrupt", "newer", "tombstone"}  # of every script: lib/record.lua
-        replies = re.search(r"-- REPLY (.*?)-- Writes", header, re.DOTALL)
-        assert replies is not None
-        assert words - refusals <= set(re.findall(r'"(\w+)"', replies[1]))
-
-    def test_includes_exist_and_each_comes_once(self, source: tuple[str, str, str]) -> None:
-        text = (LUA / f"{source[0]}.lua").read_text("utf-8")
-        found = self.includes(text)
-        assert found[0] == "record"
-        assert len(found) == len(set(found))
-        assert b"-- include" not in script(source[0]).source
-
-    def test_every_script_has_its_call(self) -> None:
-        # Of lapsed_claims and failed_steps; of wait_for_step; of runs, retry_run and purge.
-        inner = {"confirm_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
-        exchanges = {"batch", "runs", "retry_run", "purge"}
-        shared = {"expire_claim", "wait_for_step"}  # extend_claim with no lease, await_step
-        operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
-        assert set(SCRIPTS) - inner == operations - exchanges - shared
-
-    def test_the_status_letters_are_those_of_the_model(self) -> None:
-        record = (LUA / "lib" / "record.lua").read_text("utf-8")
-        letters = re.search(r'^local PENDING, .* = "(\w)", "(\w)", "(\w)", "(\w)", "(\w)"$', record, re.MULTILINE)
-        assert letters is not None
-        assert {letter.encode() for letter in letters.groups()} == set(model.STATUS) == set(model.OUTCOME)
-        assert f'local FORMAT = "{model.FORMAT.decode()}"' in record
-        assert f"^{model.FORMAT.decode()}([{''.join(letters.groups())}])" in record
 
 
 class TestTheTwoStores:

@@ -1,6 +1,10 @@
--- history: what a step's earlier attempts did. Needs record.
+-- history: the earlier attempts of a step. Needs record.
 
-local HISTORY = 8 -- past attempts kept of each step
+local HISTORY = 8 -- past attempts kept per step
+
+local function attempt_field(number, step)
+  return "a" .. number .. ":" .. step
+end
 
 -- The past attempt that held `token`, or nil. Only for calls that are about to be refused.
 local function past_attempt(steps, step, state, token)
@@ -8,7 +12,7 @@ local function past_attempt(steps, step, state, token)
     return nil
   end
   for number = state.attempt - 1, math.max(1, state.attempt - HISTORY), -1 do
-    local line = redis.call("HGET", steps, "a" .. number .. ":" .. step)
+    local line = redis.call("HGET", steps, attempt_field(number, step))
     local past = line and parse_state(string.match(line, "^[^\n]*"))
     if past and past.token == token then
       past.error = string.sub(line, #past.line + 2)

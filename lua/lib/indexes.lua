@@ -1,18 +1,21 @@
 -- indexes: the two sorted sets that span the runs of a bucket, claims and failed. Needs record.
 --
--- A member is "<bytes in the run id>:<run id><step>". The length keeps ("a", "bc") and ("ab", "c") apart.
+-- A member is "<bytes in the run id>:<run id><step>". The length distinguishes ("a", "bc") from ("ab", "c").
 
-local FAILED_KEPT = 1000 -- the newest of each bucket, of 1,024: a store that nobody tidies stays bounded
+local FAILED_KEPT = 1000 -- the newest entries of each of the 1,024 buckets, to bound the memory
 
--- What to reply if one of the keys is of another type. To be called before anything is written.
+-- The refusal if a key has another type, else nil.
 local function check_indexes(...)
   for _, key in ipairs({ ... }) do
-    local answer = redis.pcall("ZCARD", key)
-    if type(answer) == "table" then
-      return failed_call(key, answer)
+    local reply = redis.pcall("ZCARD", key)
+    if type(reply) == "table" then
+      return failed_call(key, reply)
     end
   end
 end
+
+-- Returns the refusal if one of two keys has another type; nil for no key. For use before the first write.
+-- define CHECK_INDEXES(first, second) refusal = check_indexes(first, second) @RETURN_REFUSAL
 
 local function index_failed(failed, member, now)
   redis.call("ZADD", failed, now, member)

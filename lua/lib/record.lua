@@ -1,51 +1,37 @@
--- record: how a run and its steps are written down, and the checks that every script makes first.
+-- record: reads the records of a run, and makes the checks that every script makes first.
 --
--- The steps hash of a run, drawn (README.md beside the scripts explains each part):
---
---     r            "1 3 2"                                               run line: format, steps made, completed
---     r            "1 3 2 60000 0 1790000030000"                         the same, of a run that expires
---     r            "1x mUx2Ttq5g3vA"                                     a tombstone
---     s<step>      "1r 2 1 Tk9wZ2xhc3Nl 30000 125  1790000000000 3  "    state line of a step
---     i, o, e      input, output, last error of a step: bytes that no script looks into
---     w<step>      "1"                                                   somebody waits for the step
---     a<n>:<step>  a past attempt: its state line as it ended, "\n", its error
---
--- What is parsed stays text until it is reckoned with: a script that rewrites a line pays for what it changes.
--- Times are milliseconds: in fewer than 15 digits, so that .. writes them whole.
+-- README.md draws the hash `steps` and its lines. Parsed parts stay text until a script calculates with them: a script
+-- that rewrites a line pays for its changes only. Times are milliseconds with fewer than 15 digits, so that .. writes
+-- them in full.
 
-local FORMAT = "1"
-
--- Status letters. "x" is a failure too: the claim lapsed and no attempt was left to take it over.
-local PENDING, RUNNING, COMPLETED, FAILED, EXPIRED = "p", "r", "c", "f", "x"
+-- include grammar
 
 local nonce = ARGV[1]
 
--- The one clock. As text: to write a number down costs as much as to call the server, to reckon with text little.
 local function now_ms()
   local time = redis.call("TIME")
-  return time[1] .. string.sub("00000" .. time[2], -6, -4)
+  return @NOW(time)
 end
 
--- What to reply about a pcall that failed: a key of another type is told apart, the rest is the server's own error.
-local function failed_call(key, answer)
-  if string.find(tostring(answer.err), "WRONGTYPE", 1, true) then -- fakeredis gives no string
+-- The reply for a failed pcall. A key of another type has its own reply; other errors are returned as they are.
+local function failed_call(key, reply)
+  if string.find(tostring(reply.err), "WRONGTYPE", 1, true) then -- on fakeredis, err is not a string
     return { "wrongtype", nonce, key }
   end
-  return answer
+  return reply
 end
 
--- What to reply about a line that does not parse: a later format is not corruption.
+-- The reply for a line that does not parse: a newer format, or corruption.
 local function unreadable(key, field, line)
   local format = string.match(line, "^(%d+)")
-  if format and format ~= FORMAT then
+  if format and format ~= @FORMAT then
     return { "newer", nonce, key, format }
   end
   return { "corrupt", nonce, key, field }
 end
 
 local function parse_state(line)
-  local status, attempt, released, token, lease, started, ended, created, rest =
-    string.match(line, "^1([prcfx]) (%d+) (%d*) (%S*) (%d*) (%d*) (%d*) (%d+) (%d+ %S* .*)$")
+  local status, attempt, released, token, lease, started, ended, created, rest = string.match(line, @READ_STATE)
   if not status then
     return nil
   end
@@ -53,53 +39,56 @@ local function parse_state(line)
     line = line,
     status = status,
     attempt = attempt,
-    released = released, -- attempts given back, which do not count against max_attempts; "" for none
+    released = released, -- attempts that do not count against max_attempts; "" for none
     token = token,
-    lease = lease, -- since started; "" if the claim never ends by itself
+    lease = lease, -- since started; "" for a claim that never expires
     started = started, -- since created
     ended = ended, -- since started
     created = created,
-    rest = rest, -- place among the run's steps, nonce of the call that scheduled it, owner
+    rest = rest,
   }
 end
 
 local function format_state(state)
-  return FORMAT .. state.status .. " " .. state.attempt .. " " .. state.released .. " " .. state.token .. " "
-    .. state.lease .. " " .. state.started .. " " .. state.ended .. " " .. state.created .. " " .. state.rest
+  local claim = @CLAIM(state.attempt, state.released, state.token)
+  return @STATE(state.status, claim, state.lease, state.started, state.ended, state.created, state.rest)
 end
 
--- The line of a step that nobody scheduled, when it is claimed for the first time.
-local function first_line(token, lease, now, nth, owner)
-  return FORMAT .. RUNNING .. " 1  " .. token .. " " .. lease .. " 0  " .. now .. " " .. nth .. "  " .. owner
-end
-
--- An empty token is an operator's: it stands for whoever holds the claim.
+-- An empty token comes from an operator: it matches any claim.
 local function holds(state, token)
-  return state.status == RUNNING and (token == state.token or token == "")
+  return state.status == @RUNNING and (token == state.token or token == "")
 end
 
--- Ends the attempt in hand. Times run on within a record even if the server's clock is set back.
+local function has_lapsed(state, now)
+  return state.lease ~= "" and state.created + state.started + state.lease - now <= 0
+end
+
 local function end_attempt(state, status, now)
   state.status = status
   state.lease = ""
-  state.ended = math.max(0, now - state.created - state.started)
+  state.ended = @DURATION(now, state.created, state.started)
 end
 
--- Reads the run's line and, if one is named, a step's, and checks the types of both keys and that they agree: a run
--- of which one key was evicted or overwritten is refused, never half believed.
--- Answers run, state (nil: no record), or nil, nil and what to reply.
-local function load(steps, done, step)
+-- The attempt was abandoned: it ended when its lease expired.
+local function end_lapsed_attempt(state)
+  state.status, state.ended, state.lease = @EXPIRED, state.lease, ""
+end
+
+-- Reads the run line and, if `step` is given, its state line. Checks the types of both keys and that they agree: a run
+-- of which one key was evicted or overwritten is refused.
+-- Returns run, state (nil if there is no record), or nil, nil, refusal.
+local function load_run(steps, done, step)
   local lines = step and redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step) or redis.pcall("HMGET", steps, "r")
   if lines.err then
     return nil, nil, failed_call(steps, lines)
   end
-  local in_order = redis.pcall("ZCARD", done)
-  if type(in_order) == "table" then
-    return nil, nil, failed_call(done, in_order)
+  local completions = redis.pcall("ZCARD", done)
+  if type(completions) == "table" then
+    return nil, nil, failed_call(done, completions)
   end
   local line = lines[1]
   if not line then
-    if in_order > 0 then
+    if completions > 0 then
       return nil, nil, { "torn", nonce, steps }
     end
     if redis.call("EXISTS", steps) == 1 then
@@ -107,26 +96,23 @@ local function load(steps, done, step)
     end
     return { created = 0, completed = 0 }
   end
-  local created, completed, expiry = string.match(line, "^1 (%d+) (%d+)(.*)$")
+  local created, completed, expiry = string.match(line, @READ_RUN .. "(.*)$")
   if not created then
-    local deleted_by = string.match(line, "^1x (.*)$")
+    local deleted_by = string.match(line, "^" .. @TOMBSTONE("(.*)") .. "$")
     if deleted_by then
       return nil, nil, { "tombstone", nonce, deleted_by }
     end
     return nil, nil, unreadable(steps, "r", line)
   end
-  if tonumber(completed) ~= in_order then
+  if tonumber(completed) ~= completions then
     return nil, nil, { "torn", nonce, done }
   end
   local run = { exists = true, created = created, completed = completed }
   if expiry ~= "" then
-    local ttl, unleased, hold = string.match(expiry, "^ (%d+) (%d+) (%d+)$")
-    if not ttl then
+    run.ttl, run.unleased, run.retained_until = string.match(expiry, @READ_RUN_EXPIRY)
+    if not run.ttl then
       return nil, nil, unreadable(steps, "r", line)
     end
-    run.ttl = ttl
-    run.unleased = unleased -- live claims without a lease
-    run.hold = hold -- when the last of its leases ends
   end
   if not lines[2] then
     return run
@@ -138,3 +124,11 @@ local function load(steps, done, step)
   state.awaited = lines[3]
   return run, state
 end
+
+-- The opening of a script, as macros. Each reads `steps`, `done` and, about a step, `step`. It defines `run`, `state`
+-- and `refusal`, and returns the reply if the run is refused or what must exist is missing.
+-- define RETURN_REFUSAL if refusal then return refusal end
+-- define OPEN_RUN local run, _, refusal = load_run(steps, done) @RETURN_REFUSAL
+-- define OPEN_EXISTING_RUN @OPEN_RUN if not run.exists then return { "missing", nonce } end
+-- define OPEN_STEP local run, state, refusal = load_run(steps, done, step) @RETURN_REFUSAL
+-- define OPEN_EXISTING_STEP @OPEN_STEP if not state then return { "missing", nonce } end

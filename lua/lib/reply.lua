@@ -1,6 +1,11 @@
--- reply: the reply that carries a whole record. Needs record.
+-- reply: replies with parts of a record. Needs record.
 
 local function with_record(word, steps, step)
   local values = redis.call("HMGET", steps, "s" .. step, "i" .. step, "o" .. step, "e" .. step)
   return { word, nonce, values[1], values[2], values[3], values[4] }
+end
+
+-- Without a token, the caller may not know the input.
+local function with_input(word, line, token, steps, step)
+  return { word, nonce, line, token == "" and redis.call("HGET", steps, "i" .. step) or nil }
 end

@@ -1,4 +1,17 @@
-"""The Lua scripts, as they are sent: found, put together with what they include, and named by their digest."""
+"""Builds the Lua scripts from their source files.
+
+`lua/NAME.lua` is a script, and `lua/lib/NAME.lua` holds code that scripts share. In a checkout `lua` lies beside the
+package, in a wheel inside it. A script is built in four steps, once per process:
+
+1. Includes: the line `-- include NAME` becomes the text of `lib/NAME.lua`; a repeated include becomes nothing.
+2. Macros: the line `-- define NAME text` or `-- define NAME(parameter, …) text` defines a macro for the whole script,
+   also above that line. Lines that begin with `--   ` continue the text. Lines of code use it as `@NAME` or
+   `@NAME(argument, …)`. A macro may use others. An argument is Lua text without parentheses, except in a literal or in
+   a macro.
+3. Comments: whole-line comments and blank lines are dropped, because batches send the source.
+4. Literals: `"a" .. "b"` becomes `"ab"`, so that a pattern that macros compose costs nothing on the server. This is a
+   textual replacement: no literal in the scripts may contain ` .. `.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +23,22 @@ from typing import Final, NamedTuple
 
 _PACKAGE: Final = Path(__file__).parent.parent
 _INCLUDE: Final = re.compile(r"^\s*-- include (\w+)$", re.MULTILINE)
+_DEFINE: Final = re.compile(r"^-- define (\w+)(?:\(([\w, ]*)\))? (.*(?:\n--   .*)*)$", re.MULTILINE)
+_CONTINUATION: Final = re.compile(r"\n--  ")
+_USE: Final = re.compile(r'@(\w++)(?:\(((?:"[^"\n]*"|[^"()@])*)\)|(?!\())')  # innermost: no macro in its arguments
+_ARGUMENT: Final = re.compile(r'(?:"[^"\n]*"|[^",])+')
 _NO_TRANSITION: Final = re.compile(r"^-- Writes (nothing|hints alone)\b", re.MULTILINE)
 _NOT_CODE: Final = re.compile(r"^\s*(--.*)?\n", re.MULTILINE)
 
 
 class Script(NamedTuple):
-    """One script: `name` is its file's stem, `source` what EVAL takes, `sha` what EVALSHA takes.
+    """A script as the server receives it.
 
-    `is_transition` is what its header says: whether it writes more than hints.
+    Attributes:
+        name: the stem of its file.
+        source: what EVAL sends.
+        sha: what EVALSHA sends.
+        is_transition: whether it writes more than hints, according to its header.
     """
 
     name: str
@@ -26,25 +47,84 @@ class Script(NamedTuple):
     is_transition: bool
 
 
+class Macro(NamedTuple):
+    """A macro: its parameters, or None if it takes no argument list, and its text."""
+
+    parameters: tuple[str, ...] | None
+    text: str
+
+
 def directory() -> Path:
-    """Where the scripts lie: inside the installed package, or beside it in a checkout."""
+    """Returns the directory of the scripts: inside an installed package, or beside it in a checkout."""
     installed = _PACKAGE / "lua"
     return installed if installed.is_dir() else _PACKAGE.parent / "lua"
 
 
 @cache
 def script(name: str) -> Script:
-    """Reads a script, once. Whole-line comments are left out of what is sent: it travels with batches."""
-    lua = directory()
-    there: set[str] = set()
+    """Builds a script, once per process.
 
-    def included(match: re.Match[str]) -> str:
-        if match[1] in there:
-            return ""
-        there.add(match[1])
-        return _INCLUDE.sub(included, (lua / "lib" / f"{match[1]}.lua").read_text("utf-8"))
+    Args:
+        name: the stem of its file.
 
-    text = (lua / f"{name}.lua").read_text("utf-8")
-    source = _NOT_CODE.sub("", _INCLUDE.sub(included, text)).encode()
+    Raises:
+        ValueError: an include or a macro is unknown, or a macro is defined twice or misused.
+    """
+    text = (directory() / f"{name}.lua").read_text("utf-8")
+    whole = _included(text, name, directory() / "lib", set())
+    source = _expanded(_NOT_CODE.sub("", whole), macros(whole, name), name).replace('" .. "', "").encode()
     sha = sha1(source, usedforsecurity=False).hexdigest().encode()
     return Script(name, source, sha, is_transition=not _NO_TRANSITION.search(text))
+
+
+def macros(text: str, name: str) -> dict[str, Macro]:
+    """Collects the macros that a text defines.
+
+    Args:
+        text: Lua, with its comments.
+        name: of the script, for an error.
+    """
+    found: dict[str, Macro] = {}
+    for macro, parameters, body in _DEFINE.findall(text):
+        if macro in found:
+            raise ValueError(f"{name}.lua: macro {macro} is defined twice; rename one of the two")
+        names = tuple(parameters.split(", ")) if parameters else None
+        found[macro] = Macro(names, _CONTINUATION.sub("", body))
+    return found
+
+
+def _included(text: str, name: str, lib: Path, seen: set[str]) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        included = match[1]
+        if included in seen:
+            return ""
+        seen.add(included)
+        path = lib / f"{included}.lua"
+        if not path.is_file():
+            raise ValueError(f"{name}.lua: include {included} is unknown; there is no lib/{included}.lua")
+        return _included(path.read_text("utf-8"), name, lib, seen)
+
+    return _INCLUDE.sub(replaced, text)
+
+
+def _expanded(code: str, known: dict[str, Macro], name: str) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        used = match[1]
+        if used not in known:
+            raise ValueError(f"{name}.lua: macro {used} is undefined, or its text uses itself")
+        parameters, text = known[used]
+        arguments = None if match[2] is None else [each.strip() for each in _ARGUMENT.findall(match[2])]
+        if (parameters and len(parameters)) != (arguments and len(arguments)):
+            expected = f"the arguments ({', '.join(parameters)})" if parameters else "no arguments"
+            raise ValueError(f"{name}.lua: macro {used} takes {expected}, not {match[0]}")
+        if parameters and arguments:
+            values = dict(zip(parameters, arguments, strict=True))
+            text = re.sub(rf"\b({'|'.join(parameters)})\b", lambda parameter: values[parameter[1]], text)
+        return _expanded(text, {other: known[other] for other in known if other != used}, name)
+
+    while "@" in code:  # each pass expands the innermost macros, then those that have them as arguments
+        code, count = _USE.subn(replaced, code)
+        if not count:
+            malformed = code[code.index("@") :].partition("\n")[0]
+            raise ValueError(f"{name}.lua: the arguments of a macro are malformed: {malformed}")
+    return code

@@ -40,12 +40,12 @@ MUTANTS = {
     "an extension brings a lost claim back": Mutant(
         "extend_claim.lua",
         "if not holds(state, token) then",
-        "if state.status == RUNNING then\n  state.token = token\nend\nif not holds(state, token) then",
+        "if state.status == @RUNNING then\n  state.token = token\nend\nif not holds(state, token) then",
     ),
     "an extension brings a failed claim back": Mutant(
         "extend_claim.lua",
         "if not holds(state, token) then",
-        "if state.status == FAILED and state.token == token then\n  state.status = RUNNING\nend\n"
+        "if state.status == @FAILED and state.token == token then\n  state.status = @RUNNING\nend\n"
         "if not holds(state, token) then",
     ),
     "late is wrong": Mutant(
@@ -85,8 +85,8 @@ MUTANTS = {
     ),
     "a release gives its number back": Mutant(
         "release_step.lua",
-        "end_attempt(state, PENDING, now)",
-        "end_attempt(state, PENDING, now)\nstate.attempt = state.attempt - 1",
+        "end_attempt(state, @PENDING, now)",
+        "end_attempt(state, @PENDING, now)\nstate.attempt = state.attempt - 1",
     ),
     "a release counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
     "one attempt too many": Mutant("lib/begin.lua", "used >= limit", "used > limit"),
@@ -102,7 +102,7 @@ MUTANTS = {
     ),
     "an ended claim forgets its begin": Mutant("lib/begin.lua", "state.token == token or past_attempt", "past_attempt"),
     "the history forgets how a past attempt failed": Mutant(
-        "fail_step.lua", "if past and past.status == FAILED", "if false"
+        "fail_step.lua", "if past and past.status == @FAILED", "if false"
     ),
     "a failure that is sent again may say otherwise": Mutant(
         "fail_step.lua", 'redis.call("HGET", steps, "e" .. step) == last_error', "true"
@@ -118,7 +118,7 @@ MUTANTS = {
     ),
     # Completion
     "a completed step is executed again": Mutant(
-        "lib/begin.lua", "if state.status == COMPLETED then", "if state.status == COMPLETED and now % 20 > 0 then"
+        "lib/begin.lua", "if state.status == @COMPLETED then", "if state.status == @COMPLETED and now % 20 > 0 then"
     ),
     "completions are ordered by time": Mutant(
         "complete_step.lua", '"ZADD", done, completed, step', '"ZADD", done, math.floor(now / 250), step'
@@ -131,7 +131,7 @@ MUTANTS = {
     "a failure overwrites a completion": Mutant(
         "fail_step.lua",
         "if not holds(state, token) then",
-        "if not holds(state, token) and not (state.status == COMPLETED and state.token == token) then",
+        "if not holds(state, token) and not (state.status == @COMPLETED and state.token == token) then",
     ),
     "the scheduled input is replaced": Mutant(
         "lib/begin.lua", "if not scheduled then\n  fields", "if true then\n  fields"

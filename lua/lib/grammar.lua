@@ -1,0 +1,48 @@
+-- grammar: the lines that the store keeps as text, as macros. README.md explains each part of a line.
+--
+-- Each line is defined once. With values as arguments, a macro formats the line; with patterns, it parses it. The
+-- loader joins adjacent literals, so a pattern reaches the server as one literal.
+
+-- define FORMAT "1"
+
+-- EXPIRED is a failure, too: the lease expired and no attempt was left to take the step over.
+-- define PENDING "p"
+-- define RUNNING "r"
+-- define COMPLETED "c"
+-- define FAILED "f"
+-- define EXPIRED "x"
+-- define ANY_STATUS "([" .. @PENDING .. @RUNNING .. @COMPLETED .. @FAILED .. @EXPIRED .. "])"
+
+-- The run line.
+-- define RUN(created, completed) @FORMAT .. " " .. created .. " " .. completed
+-- define RUN_EXPIRY(ttl, unleased, retained_until) " " .. ttl .. " " .. unleased .. " " .. retained_until
+-- define TOMBSTONE(token) @FORMAT .. "x " .. token
+-- define READ_RUN "^" .. @RUN("(%d+)", "(%d+)")
+-- define READ_RUN_EXPIRY "^" .. @RUN_EXPIRY("(%d+)", "(%d+)", "(%d+)") .. "$"
+
+-- The state line.
+-- define STATE(status, claim, lease, started, ended, created, rest) @FORMAT .. status .. " " .. claim
+--   .. " " .. lease .. " " .. started .. " " .. ended .. " " .. created .. " " .. rest
+-- define CLAIM(attempt, released, token) attempt .. " " .. released .. " " .. token
+-- define REST(position, scheduled_by, owner) position .. " " .. scheduled_by .. " " .. owner
+-- define ANY_REST "(" .. @REST("%d+", "%S*", ".*") .. ")"
+-- define READ_STATE "^" .. @STATE(@ANY_STATUS, @CLAIM("(%d+)", "(%d*)", "(%S*)"), "(%d*)", "(%d*)", "(%d*)",
+--   "(%d+)", @ANY_REST) .. "$"
+-- define READ_RUNNING "^" .. @STATE(@RUNNING, "(" .. @CLAIM("%d+", "%d*", "(%S+)") .. ")", "(%d*)", "(%d*)", "",
+--   "(%d+)", @ANY_REST) .. "$"
+-- define READ_NEVER_BEGUN "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
+--   @REST("%d+", "%S*", ""))
+-- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now,
+--   @REST(position, by, ""))
+-- define FIRST_CLAIM(token, lease, now, position, owner) @STATE(@RUNNING, @CLAIM("1", "", token), lease, "0", "", now,
+--   @REST(position, "", owner))
+
+-- The clock: milliseconds from the reply to TIME, as text. Formatting a number costs as much as a command; arithmetic
+-- on text costs little.
+-- define NOW(time) time[1] .. string.sub("00000" .. time[2], -6, -4)
+
+-- How long an attempt took. If the server's clock was set back, 0.
+-- define DURATION(now, created, started) math.max(0, now - created - started)
+
+-- Arguments of one redis.call: Lua's stack holds about 8,000.
+-- define CHUNK 1000
