@@ -31,8 +31,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.backends import Bench, Driven, ask_instead
 from support.proxy import Fault, Proxy
+from support.records import begun, stored
 from support.servers import find_binary, wait_until
-from test_contract import begun, stored
 
 from squidstep_redis import (
     AsyncClaim,

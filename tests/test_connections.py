@@ -18,8 +18,8 @@ import redis
 import redis.asyncio
 from support.backends import Backend, Bench
 from support.proxy import Proxy
+from support.records import begun
 from support.servers import find_binary
-from test_contract import begun
 from test_sending import opened
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import pytest
 from support.backends import Bench
+from support.records import begun, stored
 
 from squidstep_redis import (
-    BeginResult,
     InvalidArgumentError,
     Outcome,
     StaleStepRunError,
-    StepRun,
     StepRunNotFoundError,
     StepRunStore,
     StepStatus,
 )
-
-
-def begun(result: BeginResult) -> StepRun:
-    step_run, decision = result
-    assert decision == "execute"
-    return step_run
-
-
-def stored(store: StepRunStore, run_id: str = "run", step: str = "pay") -> StepRun:
-    step_run = store.get_step_run(run_id, step)
-    assert step_run is not None
-    return step_run
 
 
 class TestScheduleStep:

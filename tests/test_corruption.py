@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.backends import Bench
-from test_contract import begun, stored
+from support.records import begun, stored
 
 from squidstep_redis import Call, CorruptRunError, NewerFormatError, StepRun, StepRunStore
 

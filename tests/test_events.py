@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from support.backends import Backend, Bench
-from test_contract import begun
+from support.records import begun
 
 from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
 from squidstep_redis.metrics import observe

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
-from support.backends import Bench
-from test_contract import begun, stored
-from test_payloads import offline_store
+from support.backends import Bench, offline_store
+from support.records import begun, in_batch, stored
 
 from squidstep_redis import InvalidArgumentError, NotSentError, StepRun, StepRunStore, StepStatus
 from squidstep_redis.model import parse_step_run_id, step_run_id
@@ -112,14 +111,6 @@ class TestDistinctPairsAreDistinctRecords:
         own = [key for run in runs for key in keys.run(run.encode())[:2]]
         assert len(set(own)) == len(own)
         assert not set(own) & {*keys.claims(), *keys.failed()}
-
-
-def in_batch(store: StepRunStore, calls: list[Any]) -> list[Any]:
-    answers = store.batch(calls)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return answers
 
 
 class TestIds:

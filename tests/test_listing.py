@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from support.backends import Bench
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 
 from squidstep_redis import (
     InvalidArgumentError,

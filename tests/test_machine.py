@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 )
 from support.backends import Bench
 from support.model import KEPT, Claim, Model, PastAttempt, RefusedError, Shown
-from test_contract import begun
+from support.records import begun
 
 from squidstep_redis import (
     Attempt,

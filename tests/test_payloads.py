@@ -7,7 +7,6 @@ import contextlib
 import enum
 import itertools
 import math
-import socket
 import zlib
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
@@ -20,10 +19,8 @@ import pytest
 import redis
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-from support.backends import Bench
-from test_contract import begun, stored
+from support.backends import Bench, offline_store
+from support.records import begun, stored
 
 from squidstep_redis import (
     InvalidArgumentError,
@@ -37,15 +34,6 @@ from squidstep_redis import (
 )
 from squidstep_redis.model import step_run_id
 from squidstep_redis.protocol.codec import error_payload
-
-
-@contextlib.contextmanager
-def offline_store(**settings: Any) -> Iterator[StepRunStore]:
-    """A store on a port where nobody listens: whatever it sends is a NotSentError."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        with redis.Redis(port=bound.getsockname()[1], retry=Retry(NoBackoff(), 0)) as client:
-            yield StepRunStore(client, timeout=0.05, **settings)
 
 
 @pytest.fixture

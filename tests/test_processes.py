@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 from support.backends import Backend, Bench
-from test_contract import begun
+from support.records import begun
 
 from squidstep_redis import AsyncStepRunStore, BeginResult, Outcome, StaleStepRunError, StepRun, StepRunStore
 

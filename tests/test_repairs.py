@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.backends import Bench
-from test_contract import begun
+from support.records import begun
 
 from squidstep_redis import (
     CorruptRunError,

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 from support.backends import Bench
+from support.records import begun, in_batch, stored
 from support.servers import wait_until
-from test_contract import begun, stored
-from test_identifiers import in_batch
 
 from squidstep_redis import (
     InvalidArgumentError,

@@ -16,8 +16,8 @@ import redis
 from redis import exceptions
 from support.backends import Bench, Driven, ask_instead
 from support.proxy import Proxy
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 from test_wire import finish
 
 from squidstep_redis import (

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.backends import Bench, running
-from test_contract import begun
+from support.records import begun
 
 from squidstep_redis import (
     InvalidArgumentError,

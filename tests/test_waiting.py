@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import pytest
 from support.backends import Backend, Bench
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 
 from squidstep_redis import (
     InvalidArgumentError,

@@ -18,8 +18,8 @@ import redis.sentinel
 from redis.crc import key_slot
 from support.backends import Backend, Bench, Driven
 from support.proxy import Proxy
+from support.records import begun
 from support.servers import SLOTS, find_binary
-from test_contract import begun
 
 from squidstep_redis import (
     AsyncStepRunStore,

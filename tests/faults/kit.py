@@ -21,8 +21,8 @@ from redis.asyncio.retry import Retry as AsyncioRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from support.backends import Driven
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 
 from squidstep_redis import AsyncStepRunStore, ServerError, StepRunNotFoundError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from support.backends import DEFAULT_SERVERS
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 
 from squidstep_redis import Outcome, StaleStepRunError, StepRunStore
 

@@ -14,8 +14,8 @@ import pytest
 import redis
 from redis.crc import key_slot
 from support.proxy import Proxy
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 
 from squidstep_redis import NotReplicatedError, RefusedError, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer

@@ -12,8 +12,8 @@ import pytest
 import redis
 from support.backends import contents
 from support.proxy import Proxy
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 
 from squidstep_redis import BeginResult, NotReplicatedError, RefusedError, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer

@@ -13,8 +13,8 @@ import pytest
 import redis
 from support.backends import Bench, contents
 from support.proxy import Proxy
+from support.records import begun
 from support.servers import wait_until
-from test_contract import begun
 from test_wire import CALLS, EXCHANGES, perform, prepare, seen, state
 
 from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore

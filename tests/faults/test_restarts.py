@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.proxy import Proxy
-from test_contract import begun
+from support.records import begun
 from test_wire import mixed, seen
 
 from squidstep_redis import Level, StepRunStore

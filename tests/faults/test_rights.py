@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import redis
 from support.backends import Backend, Bench, contents
-from test_contract import begun
+from support.records import begun
 from test_wire import CALLS, EXCHANGES, perform, prepare
 
 from squidstep_redis import Level, OutcomeUnknownError, RefusedError, ServerError, StepRunNotFoundError, StepRunStore

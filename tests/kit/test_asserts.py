@@ -7,7 +7,7 @@ from typing import Any
 
 import fakeredis
 import pytest
-from test_contract import begun
+from support.records import begun
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.testing import (

@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 from support.backends import Backend, keys_of
+from support.records import begun, stored
 from support.servers import wait_until
-from test_contract import begun, stored
 
 from squidstep_redis import Outcome, RunDeletedError, StepBusyError, StepRunStore
 from squidstep_redis.protocol.scripts import directory, script

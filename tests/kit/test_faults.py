@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.backends import Backend
-from test_contract import begun, stored
+from support.records import begun, stored
 
 from squidstep_redis import (
     NotSentError,

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
 import fakeredis
 import redis
 import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
@@ -77,6 +80,15 @@ def running(name: str) -> Iterator[Backend]:
     else:
         with EmbeddedServer(binary=find_binary(name)) as server:
             yield Backend.of_url(name, server.url)
+
+
+@contextlib.contextmanager
+def offline_store(**settings: Any) -> Iterator[StepRunStore]:
+    """A store on a port where nothing listens: everything that it sends raises NotSentError."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        with redis.Redis(port=bound.getsockname()[1], retry=Retry(NoBackoff(), 0)) as client:
+            yield StepRunStore(client, timeout=0.05, **settings)
 
 
 def keys_of(raw: Any, prefix: str) -> set[bytes]:

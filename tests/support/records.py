@@ -1,0 +1,30 @@
+"""Short ways to make and to read step runs in a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from squidstep_redis import BeginResult, StepRun, StepRunStore
+
+
+def begun(result: BeginResult) -> StepRun:
+    """Returns the step run of a `begin_step` that says to execute."""
+    step_run, decision = result
+    assert decision == "execute"
+    return step_run
+
+
+def stored(store: StepRunStore, run_id: str = "run", step: str = "pay") -> StepRun:
+    """Returns the stored step run, which must exist."""
+    step_run = store.get_step_run(run_id, step)
+    assert step_run is not None
+    return step_run
+
+
+def in_batch(store: StepRunStore, calls: list[Any]) -> list[Any]:
+    """Returns the results of a batch, and raises the first error among them."""
+    results = store.batch(calls)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
