@@ -1,4 +1,4 @@
-"""Every code block of the README and of the guides is run, as a reader would run it."""
+"""The README and the guides: each code block runs as a reader would run it, and each link resolves."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from squidstep_redis.embedded import EmbeddedServer
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "tests" / "guide").glob("*.md"))]
-OF_THE_KIT = REPOSITORY / "tests" / "guide" / "testing.md"  # tests/kit/test_guide.py runs it
+TESTING_GUIDE = REPOSITORY / "tests" / "guide" / "testing.md"  # tests/kit/test_guide.py runs it
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[int, str, str]]:
-    """The blocks in those languages, each with the number of its first line."""
+    """The code blocks in these languages: (first line, language, code)."""
     text = page.read_text("utf-8")
     found = [(text.count("\n", 0, match.start(2)) + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
     return [(line, language, code) for line, language, code in found if language in languages]
@@ -41,24 +41,24 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The page, as a module that others can import its functions from."""
+    """The page as a module, so that its functions can be imported by name."""
     module = ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(squidstep_redis.rq, "_stores", type(squidstep_redis.rq._stores)())  # what a page configures
+    monkeypatch.setattr(squidstep_redis.rq, "_stores", type(squidstep_redis.rq._stores)())  # a page configures stores
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
-    for number, handler in handlers.items():  # an RQ worker leaves its own
+    for number, handler in handlers.items():  # an RQ worker does not restore them
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != OF_THE_KIT and blocks(page, "python")], ids=lambda page: page.name
+    "page", [page for page in PAGES if page != TESTING_GUIDE and blocks(page, "python")], ids=lambda page: page.name
 )
-def test_the_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: str) -> None:
+def test_code_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: str) -> None:
     address = url.removeprefix("redis://")
     run = {"python": run_python, "redis": run_redis, "console": run_console}
     if page == PAGES[0]:
-        del run["console"]  # they install: CI runs them
+        del run["console"]  # they install packages: CI runs them
     found = blocks(page, *run)
     assert found
     for line, language, code in found:
@@ -67,19 +67,20 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url: 
 
 
 def run_python(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
-    # The blank lines in front make a traceback point into the page.
+    """Executes the block in the namespace of the module."""
+    # Preceding blank lines make a traceback show the line number of the page.
     exec(compile("\n" * (line - 1) + code, str(page), "exec"), module.__dict__)
 
 
 def run_redis(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
-    """Commands as they are typed into redis-cli."""
+    """Sends each line as a command, as redis-cli does."""
     with redis.Redis.from_url(url) as client:
         for command in code.splitlines():
             client.execute_command(*command.split())
 
 
 def run_console(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
-    """Each command, and what it prints; "…" stands for what is different each time, or of no interest here."""
+    """Runs each command and compares what it prints; "…" in the page matches any text."""
     environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
     for command, wanted in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", code, re.MULTILINE):
         ended = subprocess.run(
@@ -97,7 +98,7 @@ def run_console(code: str, page: Path, line: int, module: ModuleType, url: str) 
         for _, _, code in blocks(page, "conf")
     ],
 )
-def test_the_doctor_is_content_with_a_configuration(page: Path, options: dict[str, str]) -> None:
+def test_doctor_finds_no_problem_with_a_documented_configuration(page: Path, options: dict[str, str]) -> None:
     with (
         EmbeddedServer(binary=find_binary("valkey"), options=options) as server,
         StepRunStore.from_url(server.url) as store,
@@ -113,15 +114,15 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     assert r"sed -n 's/^\$ //p' README.md" in (REPOSITORY / ".ci" / "run").read_text("utf-8")
 
 
-def test_no_block_is_in_a_language_that_nothing_runs() -> None:
+def test_every_code_block_is_in_a_language_that_is_tested() -> None:
     for page in PAGES:
-        shown = ["text"] if page == OF_THE_KIT else []
+        shown = ["text"] if page == TESTING_GUIDE else []
         assert len(blocks(page, "python", "redis", "console", "conf", *shown)) == len(
             BLOCK.findall(page.read_text("utf-8"))
         )
 
 
-def test_links_lead_somewhere() -> None:
+def test_relative_links_resolve() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

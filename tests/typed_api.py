@@ -1,4 +1,4 @@
-"""What a type checker makes of the public API. Never run: pyright reads it."""
+"""The types of the public API, as a type checker sees them. Never executed: pyright checks this file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Step(enum.Enum):
     PAY = "pay"
 
 
-def blocking(store: StepRunStore) -> None:
+def blocking_store(store: StepRunStore) -> None:
     result = store.begin_step("run", Step.PAY, {"amount": 1}, lease=30, max_attempts=3, owner="worker")
     assert_type(result, BeginResult)
     step_run, decision = result
@@ -70,7 +70,7 @@ def charge(input: dict[str, Any]) -> dict[str, int]:
     return {"charged": input["amount"]}
 
 
-def executing(store: StepRunStore) -> None:
+def run_step_and_claim_step(store: StepRunStore) -> None:
     assert_type(store.run_step("run", Step.PAY, charge, {"amount": 1}), dict[str, Any])
     options = store.run_step(
         "run", "pay", lambda _: {}, {}, lease=timedelta(minutes=1), max_attempts=3, on_busy="wait", owner="worker"
@@ -95,13 +95,13 @@ def executing(store: StepRunStore) -> None:
         assert_type(current.step_run, StepRun)
 
 
-def refused(busy: StepBusyError, exhausted: StepExhaustedError) -> None:
+def errors(busy: StepBusyError, exhausted: StepExhaustedError) -> None:
     assert_type(busy.retry_in, float | None)
     assert_type(busy.current, StepRun)
     assert_type(exhausted.current.last_error, dict[str, Any] | None)
 
 
-def as_data(store: StepRunStore) -> None:
+def calls_and_batches(store: StepRunStore) -> None:
     begin = store.calls.begin_step("run", "pay", {})
     assert_type(begin, Call[BeginResult])
     assert_type(store.send(begin), BeginResult)
@@ -109,7 +109,7 @@ def as_data(store: StepRunStore) -> None:
     assert_type(store.queue(object(), begin).result([]), BeginResult)
 
 
-async def for_asyncio(store: AsyncStepRunStore) -> None:
+async def asyncio_store(store: AsyncStepRunStore) -> None:
     result = await store.begin_step("run", "pay", {}, lease=30)
     assert_type(result, BeginResult)
     assert_type(await store.complete_step(result.step_run, {}), StepRun)
@@ -123,7 +123,7 @@ async def charge_later(input: dict[str, Any]) -> dict[str, int]:
     return {"charged": input["amount"]}
 
 
-async def executing_for_asyncio(store: AsyncStepRunStore) -> None:
+async def asyncio_run_step_and_claim_step(store: AsyncStepRunStore) -> None:
     assert_type(await store.run_step("run", Step.PAY, charge, {"amount": 1}, on_busy="wait"), dict[str, Any])
     assert_type(await store.run_step("run", "pay", charge_later, {}, cancel_when_lost=True), dict[str, Any])
     async with store.claim_step("run", "pay", {}, cancel_when_lost=True) as claim:
@@ -134,13 +134,13 @@ async def executing_for_asyncio(store: AsyncStepRunStore) -> None:
         assert_type(await claim.release(), StepRun)
 
 
-def what_is_wrong_is_seen(store: StepRunStore, step_run: StepRun) -> None:
-    store.begin_step("run", "pay")  # pyright: ignore[reportCallIssue]: an input is missing
-    store.begin_step("run", "pay", {}, leese=30)  # pyright: ignore[reportCallIssue]: no such argument
+def mistakes_are_reported(store: StepRunStore, step_run: StepRun) -> None:
+    store.begin_step("run", "pay")  # pyright: ignore[reportCallIssue]: missing input
+    store.begin_step("run", "pay", {}, leese=30)  # pyright: ignore[reportCallIssue]: unknown argument
     store.begin_step("run", "pay", {}, lease="30")  # pyright: ignore[reportArgumentType]: not seconds
     store.begin_step(7, "pay", {})  # pyright: ignore[reportArgumentType]: not a run id
-    store.run_step("run", "pay", charge_later, {})  # pyright: ignore[reportArgumentType]: the blocking store awaits nothing
-    store.run_step("run", "pay", charge, {}, on_busy="skip")  # pyright: ignore[reportArgumentType]: no such thing to do
-    store.claim_step("run", "pay", {}, cancel_when_lost=True)  # pyright: ignore[reportCallIssue]: for asyncio alone
+    store.run_step("run", "pay", charge_later, {})  # pyright: ignore[reportArgumentType]: a coroutine function needs the asyncio store
+    store.run_step("run", "pay", charge, {}, on_busy="skip")  # pyright: ignore[reportArgumentType]: neither "raise" nor "wait"
+    store.claim_step("run", "pay", {}, cancel_when_lost=True)  # pyright: ignore[reportCallIssue]: asyncio only
     store.complete_step(None, {})  # pyright: ignore[reportArgumentType]: neither a step run nor an id
-    step_run.status = StepStatus.FAILED  # pyright: ignore[reportAttributeAccessIssue]: a snapshot is not to be changed
+    step_run.status = StepStatus.FAILED  # pyright: ignore[reportAttributeAccessIssue]: a snapshot is read-only

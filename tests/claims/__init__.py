@@ -1,0 +1,1 @@
+"""Tests of `run_step` and `claim_step`: claims that are extended while their work runs."""

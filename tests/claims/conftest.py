@@ -1,0 +1,52 @@
+"""Fixtures of the claim tests: a worker under test, and the store of the other workers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from support.backends import Bench
+from support.claims import Worker, connected, short_lived_heartbeats
+from support.interruptions import sigalrm_raises
+from support.proxy import Proxy
+
+from squidstep_redis import StepRunStore
+from squidstep_redis.protocol.scripts import directory, script
+
+
+@pytest.fixture
+def worker(bench: Bench) -> Iterator[Worker]:
+    worker = Worker(bench)
+    yield worker
+    worker.settle()
+
+
+@pytest.fixture
+def others(bench: Bench) -> Iterator[StepRunStore]:
+    """The store of the other workers: a test observes the step with it, or takes it over."""
+    with contextlib.closing(bench.backend.connect()) as client:
+        yield StepRunStore(client, prefix=bench.prefix)
+
+
+@pytest.fixture
+def proxied(bench: Bench) -> Iterator[tuple[Worker, Proxy]]:
+    """A worker whose calls pass through a proxy, to a server that knows all scripts."""
+    for path in directory().glob("*.lua"):
+        bench.backend.raw.script_load(script(path.stem).source)
+    with Proxy.to(bench.backend.raw) as proxy, connected(bench, f"redis://127.0.0.1:{proxy.port}") as worker:
+        yield worker, proxy
+
+
+@pytest.fixture
+def alarms() -> Iterator[list[int]]:
+    """Each SIGALRM raises `AlarmError`, and is listed here."""
+    with sigalrm_raises() as raised:
+        yield raised
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """An idle heartbeat thread would disturb the tests that fork."""
+    with short_lived_heartbeats():
+        yield

@@ -1,0 +1,1 @@
+"""Tests of payloads: codecs, limits, and exceptions as payloads."""

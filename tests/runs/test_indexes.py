@@ -1,0 +1,230 @@
+"""The indexes that span runs: live claims, expired claims (`lapsed_claims`) and failed steps."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, cast
+
+import pytest
+from support.backends import Bench, offline_store
+from support.records import begun, stored
+from support.servers import wait_until
+
+from squidstep_redis import (
+    InvalidArgumentError,
+    StaleStepRunError,
+    StepRunStore,
+)
+
+# For tests that read the indexes often: each read takes a quarter of a second in fakeredis.
+real_servers = pytest.mark.servers("valkey", "cluster", "redis-7", "redis-6")
+
+
+class TestLiveClaims:
+    def test_live_claims_come_in_order_of_lease_end(self, bench: Bench, store: StepRunStore) -> None:
+        begun(store.begin_step("unleased", "pay", {}))
+        store.schedule_step("pending", "pay", {})
+        store.complete_step(begun(store.begin_step("completed", "pay", {}, lease=60)), {})
+        store.fail_step(begun(store.begin_step("failed", "pay", {}, lease=60)), {})
+        store.release_step(begun(store.begin_step("released", "pay", {}, lease=60)))
+        bench.lapse(begun(store.begin_step("lapsed", "pay", {}, lease=0.01)))
+        for run, lease in (("b", 70), ("c", 80), ("a", 60)):
+            begun(store.begin_step(run, "pay", {"of": run}, lease=lease, owner=f"worker {run}"))
+
+        live = store.live_claims()
+
+        assert live == [stored(store, run) for run in "abc"]
+        assert [(each.input, each.owner) for each in live] == [({"of": run}, f"worker {run}") for run in "abc"]
+        assert store.live_claims(limit=2) == live[:2]
+        assert [each.run_id for each in store.lapsed_claims()] == ["lapsed"]
+
+    def test_listed_step_runs_carry_no_claim_token(self, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "pay", {}, lease=60))
+
+        (live,) = store.live_claims()
+
+        with pytest.raises(StaleStepRunError, match="carries no claim"):
+            store.complete_step(live, {})
+
+    def test_extended_claim_moves_back_in_the_order(self, store: StepRunStore) -> None:
+        first = begun(store.begin_step("first", "pay", {}, lease=60))
+        begun(store.begin_step("second", "pay", {}, lease=70))
+
+        store.extend_claim(first, 80)
+
+        assert [each.run_id for each in store.live_claims()] == ["second", "first"]
+
+    @real_servers
+    def test_owner_selects_the_claims_of_that_owner(self, store: StepRunStore) -> None:
+        for number in range(12):
+            begun(store.begin_step(f"run-{number}", "pay", {}, lease=60 + number, owner=f"w{number % 3}"))
+        begun(store.begin_step("without-owner", "pay", {}, lease=60))
+
+        assert [each.run_id for each in store.live_claims(owner="w1")] == ["run-1", "run-4", "run-7", "run-10"]
+        assert [each.run_id for each in store.live_claims(2, owner="w2")] == ["run-2", "run-5"]
+        assert store.live_claims(owner="w") == store.live_claims(owner="w1 ") == []
+
+    def test_limit_counts_only_the_claims_of_the_owner(self, store: StepRunStore) -> None:
+        for number, owner in enumerate(["own", "other", "own", "own"]):
+            begun(store.begin_step("run", f"step-{number}", {}, lease=60 + number, owner=owner))
+
+        assert [each.step for each in store.live_claims(2, owner="own")] == ["step-0", "step-2"]
+
+    def test_expired_claims_do_not_hide_live_ones(self, bench: Bench, store: StepRunStore) -> None:
+        bench.lapse(begun(store.begin_step("run", "lapsed", {}, lease=0.01)))
+        live = begun(store.begin_step("run", "live", {}, lease=60))
+
+        assert store.live_claims(limit=1) == [live]
+
+    @real_servers
+    def test_owner_is_that_of_the_latest_claim(self, bench: Bench, store: StepRunStore) -> None:
+        bench.lapse(begun(store.begin_step("run", "pay", {}, lease=0.01, owner="w1")))
+        taken_over = begun(store.begin_step("run", "pay", {}, lease=60, owner="w2"))
+
+        assert (store.live_claims(owner="w1"), store.live_claims(owner="w2")) == ([], [taken_over])
+
+    def test_entries_without_a_record_do_not_hide_live_claims(self, bench: Bench, store: StepRunStore) -> None:
+        good = begun(store.begin_step("run", "good", {}, lease=60))
+        claims = bench.keys("run")[2]
+        soon = bench.backend.now() * 1000 + 30_000
+        bench.backend.raw.zadd(claims, {f"3:run{number}".encode(): soon + number for number in range(10)})
+
+        assert store.live_claims(limit=3) == [good]
+        assert bench.backend.raw.zcard(claims) == 1
+
+    def test_entry_with_a_wrong_lease_end_is_repaired(self, bench: Bench, store: StepRunStore) -> None:
+        step_run = begun(store.begin_step("run", "pay", {}, lease=60))
+        claims = bench.keys("run")[2]
+        bench.backend.raw.zadd(claims, {b"3:runpay": 9e12})
+
+        assert store.live_claims() == [step_run]
+
+        assert step_run.lease_ends_at is not None
+        assert bench.backend.raw.zscore(claims, b"3:runpay") == round(step_run.lease_ends_at.timestamp() * 1000)
+
+    @pytest.mark.parametrize("owner", ["", "a\nb", 7, "w" * 257])
+    def test_invalid_owner_is_rejected(self, owner: object) -> None:
+        with offline_store() as store, pytest.raises(InvalidArgumentError, match="owner: must be"):
+            store.live_claims(owner=cast("Any", owner))
+
+
+def wait_past(bench: Bench, time: datetime | None) -> None:
+    """Waits until the server's clock is past the millisecond: the indexes order by milliseconds."""
+    assert time is not None
+    wait_until(lambda: bench.backend.now() > time.timestamp() + 0.001)
+
+
+class TestLapsedClaimsAndFailedSteps:
+    def test_lapsed_claims_come_in_order_of_lease_end(self, bench: Bench, store: StepRunStore) -> None:
+        begun(store.begin_step("live", "pay", {}, lease=60))
+        begun(store.begin_step("unleased", "pay", {}))
+        for run in "bac":
+            begun(store.begin_step(run, "pay", {"of": run}, lease=60, owner=f"worker {run}"))
+        for run in "cab":
+            expired = store.expire_claim(stored(store, run))
+            wait_past(bench, expired.lease_ends_at)
+
+        lapsed = store.lapsed_claims()
+
+        assert lapsed == [stored(store, run) for run in "cab"]
+        assert store.lapsed_claims(limit=2) == lapsed[:2]
+
+    def test_failed_steps_come_newest_first(self, bench: Bench, store: StepRunStore) -> None:
+        for number in range(3):
+            step_run = begun(store.begin_step(f"run-{number}", "pay", {}))
+            failed = store.fail_step(step_run, {"of": number})
+            wait_past(bench, failed.ended_at)
+
+        assert [each.last_error for each in store.failed_steps()] == [{"of": 2}, {"of": 1}, {"of": 0}]
+        assert [each.run_id for each in store.failed_steps(limit=1)] == ["run-2"]
+
+    @real_servers
+    @pytest.mark.parametrize(
+        ("ending", "lapsed", "failed"),
+        [
+            ("complete", False, False),
+            ("fail", False, True),
+            ("release", False, False),
+            ("extend", False, False),
+            ("take over", False, False),
+            ("exhaust", False, True),
+            ("nothing", True, False),
+        ],
+    )
+    def test_index_entries_follow_the_claim(
+        self, bench: Bench, store: StepRunStore, ending: str, lapsed: bool, failed: bool
+    ) -> None:
+        step_run = begun(store.begin_step("run", "pay", {}, lease=0.01))
+        bench.lapse(step_run)
+
+        match ending:
+            case "complete":
+                store.complete_step(step_run, {})
+            case "fail":
+                store.fail_step(step_run, {})
+            case "release":
+                store.release_step(step_run)
+            case "extend":
+                store.extend_claim(step_run, 60)
+            case "take over":
+                begun(store.begin_step("run", "pay", {}, lease=60))
+            case "exhaust":
+                assert store.begin_step("run", "pay", {}, max_attempts=1).exhausted
+            case _:
+                pass
+
+        current = stored(store)
+        assert store.lapsed_claims() == ([current] if lapsed else [])
+        assert store.failed_steps() == ([current] if failed else [])
+
+    def test_failed_step_that_is_begun_again_leaves_the_index(self, store: StepRunStore) -> None:
+        store.fail_step(begun(store.begin_step("run", "pay", {})), {})
+        begun(store.begin_step("run", "pay", {}))
+
+        assert store.failed_steps() == []
+
+    def test_entry_without_a_record_is_dropped_and_never_returned(self, bench: Bench, store: StepRunStore) -> None:
+        bench.lapse(begun(store.begin_step("gone", "pay", {}, lease=0.01)))
+        store.fail_step(begun(store.begin_step("gone", "ship", {})), {})
+        bench.backend.raw.delete(*bench.keys("gone")[:2])
+        _, _, claims, failed = bench.keys("gone")
+        assert bench.backend.raw.zcard(claims) == bench.backend.raw.zcard(failed) == 1
+
+        assert store.lapsed_claims() == store.failed_steps() == []
+
+        assert bench.backend.keys(bench.prefix) == set()
+
+    def test_entries_without_a_record_do_not_hide_failed_steps(self, bench: Bench, store: StepRunStore) -> None:
+        # All in one bucket, so that a page of the size of the limit holds only entries without a record.
+        store.fail_step(begun(store.begin_step("run", "good", {})), {})
+        failed = bench.keys("run")[3]
+        bench.backend.raw.zadd(failed, {f"3:run{number}".encode(): 9e12 + number for number in range(10)})
+
+        assert [each.step for each in store.failed_steps(limit=3)] == ["good"]
+        assert bench.backend.raw.zcard(failed) == 1
+
+    def test_entry_with_an_old_lease_end_is_repaired(self, bench: Bench, store: StepRunStore) -> None:
+        step_run = begun(store.begin_step("run", "pay", {}, lease=60))
+        claims = bench.keys("run")[2]
+        bench.backend.raw.zadd(claims, {b"3:runpay": 1})
+
+        assert store.lapsed_claims() == []
+
+        assert step_run.lease_ends_at is not None
+        assert bench.backend.raw.zscore(claims, b"3:runpay") == round(step_run.lease_ends_at.timestamp() * 1000)
+
+    def test_failed_index_is_bounded(self, bench: Bench, store: StepRunStore) -> None:
+        failed = bench.keys("run")[3]
+        bench.backend.raw.zadd(failed, {f"3:old{number}".encode(): number for number in range(1_500)})
+
+        store.fail_step(begun(store.begin_step("run", "pay", {})), {})
+
+        assert bench.backend.raw.zcard(failed) == 1_000
+        assert bench.backend.raw.zscore(failed, b"3:runpay") is not None
+
+    @pytest.mark.parametrize("limit", [0, -1, 1_001, 2.0, True, "10", None])
+    def test_invalid_limit_is_rejected(self, limit: object) -> None:
+        with offline_store() as store:
+            for read in (store.lapsed_claims, store.live_claims, store.failed_steps):
+                with pytest.raises(InvalidArgumentError, match="limit: must be an int from 1 to 1,000"):
+                    read(cast("Any", limit))

@@ -1,0 +1,371 @@
+"""Helpers for tests of `run_step` and `claim_step`, on both flavors.
+
+All access of these tests to private attributes of stores, claims and heartbeats is in the second half of this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+import redis
+
+from squidstep_redis import (
+    AsyncClaim,
+    AsyncStepRunStore,
+    BeginResult,
+    Call,
+    Calls,
+    Claim,
+    Outcome,
+    ServerError,
+    StepRun,
+    StepRunStore,
+    current_claim,
+)
+from squidstep_redis.claims import heartbeat as heartbeats
+from squidstep_redis.claims.rules import BaseClaim
+from support.backends import Bench, Driven, ask_instead
+from support.records import stored
+from support.servers import wait_until
+
+Work = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+blocking_only = pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+asyncio_only = pytest.mark.parametrize("bench", ["asyncio"], indirect=True)
+real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
+fakeredis_only = pytest.mark.servers("fakeredis")  # behavior of the client, the same with every server
+
+# For a claim that must be extended, or found lost, within the test. It may expire without harm when the machine
+# stalls: an expired claim that was not taken over is extended again.
+SHORT_LEASE = 0.3
+
+
+class Block:
+    """A claim of either flavor as a `with` block, called like a blocking one."""
+
+    def __init__(self, claim: Any, runner: asyncio.Runner | None) -> None:
+        self.claim = claim
+        self.runner = runner
+
+    def __enter__(self) -> Any:
+        if self.runner is None:
+            self.claim.__enter__()
+        else:
+            self.runner.run(self._enter())
+        return self
+
+    async def _enter(self) -> None:
+        # Returns nothing: a task keeps its result, which must not keep the claim alive.
+        await self.claim.__aenter__()
+
+    def __exit__(self, *raised: Any) -> Any:
+        return self.claim.__exit__(*raised) if self.runner is None else self.runner.run(self.claim.__aexit__(*raised))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.claim, name)
+        return value if self.runner is None or not inspect.iscoroutinefunction(value) else self._driven(value)
+
+    def _driven(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: cast("asyncio.Runner", self.runner).run(method(*args, **kwargs))
+
+
+class Worker:
+    """Executes steps with a store of either flavor, by blocking calls."""
+
+    def __init__(self, bench: Bench, store: StepRunStore | None = None) -> None:
+        self.runner = bench.runner
+        self.store = store or bench.store()
+
+    @property
+    def plain_store(self) -> Any:
+        """The store itself: a test can replace its methods."""
+        return self.store.store if isinstance(self.store, Driven) else self.store
+
+    def execute(self, work: Work, step: str = "pay", **options: Any) -> dict[str, Any]:
+        """`run_step`. The work may block: with asyncio it runs in a thread beside the loop."""
+
+        async def beside_the_loop(input: dict[str, Any]) -> Mapping[str, Any]:
+            with ThreadPoolExecutor(1) as pool:
+                context = contextvars.copy_context()
+                return await asyncio.get_running_loop().run_in_executor(pool, context.run, work, input)
+
+        fn = work if self.runner is None else cast("Any", beside_the_loop)
+        return self.store.run_step("run", step, fn, {"amount": 1}, **options)
+
+    def claim(self, step: str = "pay", **options: Any) -> Any:
+        """`claim_step`."""
+        return Block(self.store.claim_step("run", step, {"amount": 1}, **options), self.runner)
+
+    def finish(self, result: Any) -> Any:
+        """Returns the result of a redis-py client, awaited if the client is an asyncio one."""
+
+        async def wait() -> Any:
+            return await result
+
+        return result if self.runner is None else self.runner.run(wait())
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Waits for a condition; with asyncio in the loop, whose timers go on."""
+        if self.runner is None:
+            wait_until(condition)
+        else:
+            self.runner.run(until(condition))
+
+    def wait_for_extension(self, *claims: Any) -> None:
+        """Waits until each of the claims has been extended once more, or is lost."""
+        due = [(claim, claim.next_extension_at) for claim in claims]
+        self.wait(lambda: all(claim.lost.is_set() or claim.next_extension_at > before for claim, before in due))
+
+    def settle(self) -> None:
+        """Waits for an extension in flight: it would open connections that were closed."""
+        self.wait(lambda: not has_extension_in_flight(self.store.client))
+
+
+@contextlib.contextmanager
+def connected(bench: Bench, url: str, **options: Any) -> Iterator[Worker]:
+    """A worker whose store is made by `from_url`."""
+    made = (StepRunStore if bench.runner is None else AsyncStepRunStore).from_url(url, prefix=bench.prefix, **options)
+    store = cast("StepRunStore", made if bench.runner is None else Driven(cast("Any", made), bench.runner))
+    worker = Worker(bench, store)
+    try:
+        yield worker
+    finally:
+        worker.settle()
+        store.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Waits in the event loop until the condition holds."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+class DeclinedError(Exception):
+    """An error of the work."""
+
+
+def charge(input: dict[str, Any]) -> dict[str, Any]:
+    """Work that succeeds."""
+    return {"charged": input["amount"]}
+
+
+def decline(input: dict[str, Any]) -> dict[str, Any]:
+    """Work that fails."""
+    raise DeclinedError("no funds")
+
+
+def end(claim: Any, ending: str) -> StepRun:
+    """Ends a claim: by "complete", "fail" or "release"."""
+    return claim.release() if ending == "release" else getattr(claim, ending)({})
+
+
+def outcomes(store: StepRunStore, step: str = "pay") -> list[Outcome]:
+    """The outcomes of all attempts of a step."""
+    return [attempt.outcome for attempt in store.attempts("run", step)]
+
+
+def take_over(others: StepRunStore, step: str = "pay", **options: Any) -> StepRun:
+    """Ends the lease and claims the step, as another worker would if the holder were dead."""
+    found: list[BeginResult] = []
+
+    def taken() -> bool:  # the holder may extend its claim in between
+        expire = others.calls.expire_claim(stored(others, step=step).id)
+        begin = others.calls.begin_step("run", step, {"amount": 2}, **options)
+        found.append(cast("Any", others.batch([cast("Call[Any]", expire), begin])[1]))
+        return found[-1].decision == "execute"
+
+    wait_until(taken)
+    return found[-1].step_run
+
+
+def claim_of_the_work() -> Claim | AsyncClaim:
+    """The claim under which the calling code executes."""
+    claim = current_claim()
+    assert claim is not None
+    return cast("Claim | AsyncClaim", claim)
+
+
+def is_busy(result: Any) -> bool:
+    """Whether it is the result of a `begin_step` of a step that another worker holds."""
+    return isinstance(result, BeginResult) and result.busy
+
+
+def after_reply(worker: Worker, matches: Callable[[Any], object], act: Callable[[], object]) -> None:
+    """Acts once, right after the first result of the worker's store that matches."""
+    send, done = worker.plain_store.send, []
+
+    def check(result: Any) -> Any:
+        if not done and matches(result):
+            done.append(True)
+            act()
+        return result
+
+    async def send_asyncio(call: Call[Any]) -> Any:
+        return check(await send(call))
+
+    worker.plain_store.send = (lambda call: check(send(call))) if worker.runner is None else send_asyncio
+
+
+def on_failure(worker: Worker, operation: str, act: Callable[[Exception], object]) -> None:
+    """Acts each time a call of the worker's store fails."""
+    send = worker.plain_store.send
+
+    @contextlib.contextmanager
+    def watched(call: Call[Any]) -> Iterator[None]:
+        try:
+            yield
+        except ServerError as error:
+            if call.script.name == operation:
+                act(error)
+            raise
+
+    async def send_asyncio(call: Call[Any]) -> Any:
+        with watched(call):
+            return await send(call)
+
+    def send_blocking(call: Call[Any]) -> Any:
+        with watched(call):
+            return send(call)
+
+    worker.plain_store.send = send_blocking if worker.runner is None else send_asyncio
+
+
+def around_batches(
+    worker: Worker, before: Callable[[], object] = lambda: None, after: Callable[[int], object] = lambda size: None
+) -> None:
+    """Calls `before` ahead of each batch, which may raise, and `after` with the size of each that succeeded."""
+    batch = worker.plain_store.batch
+
+    def batch_blocking(calls: list[Call[Any]]) -> Any:
+        before()
+        results = batch(calls)
+        after(len(calls))
+        return results
+
+    async def batch_asyncio(calls: list[Call[Any]]) -> Any:
+        before()
+        results = await batch(calls)
+        after(len(calls))
+        return results
+
+    worker.plain_store.batch = batch_blocking if worker.runner is None else batch_asyncio
+
+
+class UnreachableClient:
+    """A client whose server does not reply; it counts its calls."""
+
+    def __init__(self, client: Any, error: Exception) -> None:
+        self.client = client
+        self.error = error
+        self.asked = 0
+
+    def replace_client_of(self, store: Any) -> None:
+        """Makes the store use this client from now on, with a short timeout."""
+        ask_instead(store, self)
+        limit_retries(store)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        self.asked += 1
+        if isinstance(self.client, redis.Redis | redis.RedisCluster):
+            raise self.error
+        return self._refuse()
+
+    async def _refuse(self) -> Any:
+        raise self.error
+
+
+class Clock:
+    """A monotonic clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+# Access to private attributes
+
+
+def has_extension_in_flight(client: Any) -> bool:
+    """Whether the heartbeat of an asyncio client is sending a batch."""
+    heartbeat = heartbeats._async_heartbeats.get(client)
+    return heartbeat is not None and heartbeat._task is not None
+
+
+def heartbeat_threads() -> list[threading.Thread]:
+    """The heartbeat threads of this process."""
+    return [thread for thread in threading.enumerate() if thread.name == "squidstep-heartbeat"]
+
+
+@contextlib.contextmanager
+def short_lived_heartbeats() -> Iterator[None]:
+    """Heartbeat threads end soon after their last claim, and all of them by the end of the block."""
+    with mock.patch.object(heartbeats.Heartbeat, "IDLE", 0.02):
+        yield
+        for heartbeat in list(heartbeats._heartbeats.values()):
+            with heartbeat._changed:
+                heartbeat._changed.notify_all()
+        wait_until(lambda: not heartbeat_threads())
+
+
+@contextlib.contextmanager
+def undo_timeout(seconds: float) -> Iterator[None]:
+    """Sets for how long an interrupted asyncio claim tries to undo its acquisition."""
+    with mock.patch("squidstep_redis.aio.RELEASE_TIMEOUT", seconds):
+        yield
+
+
+def limit_retries(store: Any) -> None:
+    """Limits the retries of the store itself, so that those of the claim are seen."""
+    store._retry_policy = store._retry_policy._replace(timeout=0.05, last_send=0)
+
+
+def idle_connections(store: Any) -> int:
+    """How many idle connections the store keeps."""
+    return len(store._connections._idle)
+
+
+def leaked_connections(store: Any) -> int:
+    """How many connections the store, while it sends nothing, took from its client and does not keep idle."""
+    return len(store.client.connection_pool._in_use_connections) - idle_connections(store)
+
+
+def granted_claim(lease: float) -> BaseClaim[threading.Event]:
+    """A claim that has just been granted, without a server."""
+    claim = BaseClaim(Calls("test", None, 1_000, None), "run", "pay", {}, lease, None, "raise", None, threading.Event())
+    acquiring = claim._acquire()
+    next(acquiring)
+    with contextlib.suppress(StopIteration):
+        acquiring.send(cast("Any", SimpleNamespace(step_run=None, decision="execute", reason=None)))
+    return claim
+
+
+def lease_seconds(claim: BaseClaim[Any]) -> float:
+    """The lease of a claim, rounded as the server receives it."""
+    return claim._lease_seconds
+
+
+@contextlib.contextmanager
+def fake_clock() -> Iterator[Clock]:
+    """Claims and heartbeats go by the clock that is yielded."""
+    clock = Clock()
+    with (
+        mock.patch("squidstep_redis.claims.rules.time", clock),
+        mock.patch("squidstep_redis.claims.heartbeat.time", clock),
+    ):
+        yield clock

@@ -1,0 +1,65 @@
+"""Helpers for tests of what interrupts a call: signals whose handlers raise."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+class SignalingClient:
+    """A client that raises SIGUSR1 at its first call: before the server receives it, or after the script ran."""
+
+    def __init__(self, client: Any, moment: str) -> None:
+        self.client = client
+        self.moment = moment
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        self._signal("before")
+        reply = self.client.execute_command(*args, **options)
+        self._signal("after")
+        return reply
+
+    def _signal(self, moment: str) -> None:
+        if moment == self.moment:
+            self.moment = ""
+            signal.raise_signal(signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def sigusr1_raises(error: BaseException) -> Iterator[threading.Event]:
+    """In the block, SIGUSR1 raises the error; the event is set once it has."""
+    raised = threading.Event()
+
+    def raise_it(number: int, frame: object) -> None:
+        raised.set()
+        raise error
+
+    before = signal.signal(signal.SIGUSR1, raise_it)
+    try:
+        yield raised
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class AlarmError(Exception):
+    """What the handler of a timeout made with SIGALRM raises."""
+
+
+@contextlib.contextmanager
+def sigalrm_raises() -> Iterator[list[int]]:
+    """In the block, each SIGALRM raises `AlarmError`, and is listed."""
+    raised: list[int] = []
+
+    def ring(number: int, frame: object) -> None:
+        raised.append(number)
+        raise AlarmError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield raised
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
