@@ -1,8 +1,8 @@
-"""Measures squidstep_redis against the wire, against its peers, and at scale: prints one table.
+"""Measures squidstep_redis against the bare protocol, against its alternatives, and at scale. Prints one table.
 
     python tests/bench [--quick] [--only ROW] [--json FILE] [--svg FILE] [--markdown FILE]
 
-It starts the servers that it needs, and stops them. What is not on this machine is shown as missing.
+It starts and stops the servers that it needs. Rows whose packages or servers are not installed are shown as missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `bench` is a package beside the tests, whose servers it uses
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `bench` is a package in tests/, and uses tests/support
 
 from bench import rows, scale
 from bench.databases import POSTGRES_VERSION
@@ -51,10 +51,15 @@ ROWS: dict[str, rows.Row] = {
 }
 PACKAGES = ("squidstep-redis", "redis", "hiredis", "msgpack", "aws-lambda-powertools", "psycopg", "dbos")
 COLUMNS = "{:<72} {:>9}  {:>24}  {:<8}"
+HEADING = """# Benchmark results
+
+Written by `python tests/bench --markdown`. Each figure is a median, with the range of the middle half of the values.
+
+"""
 
 
 def main() -> int:
-    """Returns the exit status: 1 if a row failed, 0 whatever was measured."""
+    """Returns the exit status: 1 if a row raised an exception, else 0, even if a budget is missed."""
     asked = _arguments()
     pace = QUICK if asked.quick else FULL
     about = machine()
@@ -86,21 +91,21 @@ def main() -> int:
 
 
 def measured(names: list[str], pace: Pace) -> Iterator[Result]:
-    """Measures row after row; one that fails does not keep the others from being measured."""
+    """Measures the rows in order. A row that raises is reported as failed, and the next one is measured."""
     for name in names:
         try:
             yield from ROWS[name](pace)
-        except Exception as error:  # noqa: BLE001 -- whatever went wrong there
+        except Exception as error:  # noqa: BLE001 -- one broken row must not stop the others
             traceback.print_exc()
             yield Result(f"row {name}", None, note=f"{type(error).__name__}: {error}", failed=True)
 
 
 def machine() -> dict[str, str]:
-    """What was measured on."""
+    """Describes the machine, the packages and the servers."""
     return {
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "load": f"{_load()} when it began: what else the machine was doing",
+        "load": f"{_load()} (load average at the start)",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "servers": ", ".join(_server_versions()),
@@ -145,7 +150,7 @@ def _plot_note(about: dict[str, str]) -> str:
 
 
 def _markdown(about: dict[str, str], results: list[Result]) -> Iterator[str]:
-    yield "# What was measured\n\nBy `python tests/bench --markdown`. Medians, and where the middle half lies.\n\n"
+    yield HEADING
     yield from (f"- {name}: {value}\n" for name, value in about.items())
     yield "\n| what | measured | budget | |\n|---|---|---|---|\n"
     for result in results:
@@ -162,11 +167,15 @@ def _markdown(about: dict[str, str], results: list[Result]) -> Iterator[str]:
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(prog="python tests/bench", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--only", action="append", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}; repeatable"
+        "--only",
+        action="append",
+        choices=ROWS,
+        metavar="ROW",
+        help=f"one of {', '.join(ROWS)}; repeatable",
     )
-    parser.add_argument("--quick", action="store_true", help="about a minute in all: fewer turns, smaller stores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the peers (rows peers and databases)")
+    parser.add_argument("--quick", action="store_true", help="take about a minute: fewer turns, smaller stores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="plot the alternatives (rows peers, databases)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the whole table as Markdown")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The servers that are measured on: each started here, on a free loopback port, and gone when the benchmark ends."""
+"""Starts the servers for the benchmark, each on a free loopback port, and stops them at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.servers import find_binary
 
 from squidstep_redis.embedded import EmbeddedServer
 
-# By what an acknowledged write has survived, as it is called in the table.
+# Server options by durability, named as in the table.
 DURABILITY: dict[str, dict[str, str]] = {
     "memory": {},
     "always": {"appendonly": "yes", "appendfsync": "always"},
@@ -35,10 +35,10 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 @contextlib.contextmanager
 def server(name: str = "valkey", durability: str = "memory") -> Iterator[EmbeddedServer]:
-    """A Valkey or Redis of its own.
+    """Starts a Valkey or Redis.
 
     Raises:
-        MissingError: there is no such binary.
+        MissingError: the binary is not installed.
     """
     try:
         binary = find_binary(name)
@@ -49,16 +49,16 @@ def server(name: str = "valkey", durability: str = "memory") -> Iterator[Embedde
 
 
 def connect(started: EmbeddedServer, **options: Any) -> redis.Redis:
-    """A client as both sides of every comparison use it."""
+    """Returns a client with the settings that both sides of every comparison use."""
     return redis.Redis.from_url(started.url, protocol=2, **options)
 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """A PostgreSQL of its own, with its default settings; answers its URL, without `options`.
+    """Starts a PostgreSQL with its default settings, and yields its URL, without `options`.
 
     Raises:
-        MissingError: there is none of the version that is asked for.
+        MissingError: the required version is not installed.
     """
     binaries = _postgres_binaries()
     user = _unprivileged_user()
@@ -77,7 +77,7 @@ def postgres() -> Iterator[str]:
                 stdout=log,
                 stderr=log,
                 cwd=directory,
-                start_new_session=True,  # Ctrl-C is for the benchmark alone
+                start_new_session=True,  # Ctrl-C goes to the benchmark only
                 preexec_fn=die_with_parent,  # noqa: PLW1509 -- the benchmark has one thread
                 **rights,
             )
@@ -99,7 +99,7 @@ def _postgres_binaries() -> Path:
 
 
 def _unprivileged_user() -> pwd.struct_passwd | None:
-    """Whom to run PostgreSQL as: it refuses root."""
+    """Returns the user to run PostgreSQL as, because it refuses to run as root; None if not root."""
     if os.getuid() != 0:
         return None
     with contextlib.suppress(KeyError):
@@ -114,13 +114,13 @@ def _free_port() -> int:
 
 
 def die_with_parent() -> None:
-    """Has Linux end this process when the one that started it is gone."""
+    """Makes Linux end this process when its parent process ends."""
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         libc.prctl(_DIE_WITH_PARENT, signal.SIGINT)
 
 
 def _wait_for_postgres(process: subprocess.Popen[bytes], socket_path: Path, log: Path) -> None:
-    """Waits until it has its socket, which it makes just before it takes connections."""
+    """Waits for the socket, which PostgreSQL creates just before it accepts connections."""
     deadline = time.monotonic() + _START_SECONDS
     while not (socket_path.exists() and b"ready to accept connections" in log.read_bytes()):
         if process.poll() is not None or time.monotonic() > deadline:

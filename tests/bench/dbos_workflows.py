@@ -1,6 +1,7 @@
-"""Runs so many ten-step DBOS workflows as each line of its input says: `python dbos_workflows.py DATABASE_URL`.
+"""Runs ten-step DBOS workflows: `python dbos_workflows.py DATABASE_URL`.
 
-Imports nothing of ours, and says on its output when it is ready, and when it is done.
+Each line of its input is a number of workflows to run. It prints "ready" at the start, and "done" after each line.
+It does not import squidstep_redis.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def workflow(input: dict[str, Any]) -> None:
 
 
 def main(url: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     with contextlib.redirect_stdout(sys.stderr):
         DBOS(
             config={
@@ -39,11 +40,11 @@ def main(url: str) -> None:
             }
         )
         DBOS.launch()
-        print("ready", file=answers, flush=True)
+        print("ready", file=output, flush=True)
         for line in sys.stdin:
             for _ in range(int(line)):
                 workflow(PAYLOAD)
-            print("done", file=answers, flush=True)
+            print("done", file=output, flush=True)
         DBOS.destroy()
 
 

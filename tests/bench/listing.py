@@ -1,4 +1,4 @@
-"""How fast a store of many runs tells what is in it, and how long each command of that holds the server up."""
+"""Measures how long the listings of a large store take, and how long their commands block the server."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from squidstep_redis import StepRunStore
 
 RUNS = 100_000
 _BATCH = 1_000
-_SLOW_US = 5_000  # what a command may take of the server's time
+_SLOW_US = 5_000  # commands slower than this are reported
 
 
 class Listed(NamedTuple):
     """One measurement.
 
     Attributes:
-        what: was asked.
-        seconds: until the first page was there.
-        slow: the commands that held the server up for longer than 5 ms meanwhile, and for how many ms.
+        what: the operation.
+        seconds: the duration until its first page was returned.
+        slow: the commands that blocked the server for longer than 5 ms, each with its duration in ms.
     """
 
     what: str
@@ -30,13 +30,14 @@ class Listed(NamedTuple):
 
 
 def listing(port: int, runs: int = RUNS) -> list[Listed]:
-    """Fills a server that is empty with runs, and times the first page of each list, and a purge.
+    """Fills an empty server with runs, then times the first page of each listing, and a purge.
 
-    Of ten runs four are completed, two have failed, two have lapsed, and two are at work. One has 10,000 steps.
+    Of ten runs, four are completed, two have failed, two have an expired lease, and two are running. One additional run
+    has 10,000 steps.
 
     Args:
-        port: of the server, on loopback.
-        runs: how many.
+        port: the server's port on loopback.
+        runs: the number of runs.
     """
     with redis.Redis(port=port, protocol=2) as client, StepRunStore.from_url(f"redis://127.0.0.1:{port}") as store:
         fill(store, runs)
@@ -64,7 +65,7 @@ def listing(port: int, runs: int = RUNS) -> list[Listed]:
 
 
 def fill(store: StepRunStore, runs: int) -> None:
-    """Makes the runs."""
+    """Creates the runs."""
     calls = store.calls
     for first in range(0, runs, _BATCH):
         names = [f"run-{number}" for number in range(first, min(first + _BATCH, runs))]

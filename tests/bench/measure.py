@@ -1,8 +1,8 @@
-"""How things are measured: in turns, as ratios, by medians.
+"""The measuring method: interleaved turns, ratios, medians.
 
-The machine's speed drifts, and other work on it comes and goes. So the sides of a comparison take short turns, A B A B,
-for as long as the pace allows, and what counts is the median of the ratios of neighbouring turns: a disturbance hits
-one turn, or both sides alike. The middle half of the ratios is told beside it, as a measure of what noise was left.
+The machine's speed drifts, and its other load varies. The sides of a comparison therefore take short turns, A B A B,
+and the result is the median of the ratios of adjacent turns: a disturbance affects a single turn, or both sides equally.
+The middle half of the ratios is reported next to the median, as a measure of the remaining noise.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Work = Callable[[int], Any]  # does so many operations
+Work = Callable[[int], Any]  # executes the given number of operations
 
 
 class Side(NamedTuple):
-    """A side of a comparison whose operations come in lots: batches, whole workflows."""
+    """A side of a comparison that executes its operations in lots: batches, or whole workflows."""
 
     work: Work
     lot: int
@@ -29,7 +29,7 @@ MIN_ROUNDS = 5
 
 
 class MissingError(Exception):
-    """What a row needs is not on this machine; says how to get it."""
+    """A package or server that a row needs is not installed. The message says how to install it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Pace:
     """How long to measure.
 
     Attributes:
-        seconds: for one comparison, all sides together.
-        turn: seconds of one side's turn.
-        scale: part of the full number of runs, processes and steps.
+        seconds: duration of one comparison, all sides together.
+        turn: duration of one side's turn, in seconds.
+        scale: fraction of the full number of runs, processes and steps.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class Pace:
     scale: float
 
     def of(self, count: int, least: int = 1) -> int:
-        """So many, or as few as this pace allows."""
+        """Scales a count down to this pace, to `least` at the lowest."""
         return max(least, int(count * self.scale))
 
 
@@ -56,7 +56,7 @@ QUICK = Pace(seconds=0.4, turn=0.02, scale=0.02)
 
 
 class Spread(NamedTuple):
-    """A median, and between what bounds the middle half lies."""
+    """A median, and the bounds of the middle half of the values."""
 
     median: float
     low: float
@@ -69,11 +69,12 @@ class Spread(NamedTuple):
 
 
 class Turns:
-    """What came of the turns.
+    """The measurements of all turns.
 
     Attributes:
-        seconds: for each side, seconds per operation, round by round.
-        cpu: likewise, of this process's processors: what other work on the machine hardly changes.
+        seconds: for each side, seconds per operation, one value per round.
+        cpu: for each side, CPU seconds of this process per operation, one value per round. Other load on the machine
+            hardly affects it.
     """
 
     def __init__(self, sides: Iterable[str]) -> None:
@@ -81,7 +82,7 @@ class Turns:
         self.cpu: dict[str, list[float]] = {side: [] for side in sides}
 
     def take(self, side: str, work: Work, count: int) -> None:
-        """Lets a side have its turn."""
+        """Measures one turn of a side."""
         cpu, start = time.process_time(), time.perf_counter()
         work(count)
         self.seconds[side].append((time.perf_counter() - start) / count)
@@ -92,21 +93,21 @@ class Turns:
         return 1 / statistics.median(self.seconds[side])
 
     def times(self, side: str, other: str) -> Spread:
-        """How many times the rate of `other` the rate of `side` is."""
+        """The rate of `side` divided by the rate of `other`."""
         return Spread.of([b / a for a, b in zip(self.seconds[side], self.seconds[other], strict=True)])
 
     def rates(self, side: str, other: str, unit: str) -> str:
-        """Both rates, to be told beside their ratio."""
+        """Both rates as text, for the note next to their ratio."""
         return f"{figure(self.rate(side))} against {figure(self.rate(other))} {unit}/s"
 
     def client_cpu(self, side: str, other: str) -> str:
-        """What an operation of both costs this process, to be told beside their ratio."""
+        """The CPU time of one operation of each side as text, for the note next to their ratio."""
         mine, theirs = (1_000_000 * statistics.median(self.cpu[name]) for name in (side, other))
         return f"the client's CPU {figure(mine)} against {figure(theirs)} µs"
 
 
 def take_turns(pace: Pace, sides: Mapping[str, Work | Side]) -> Turns:
-    """Lets the sides take turns; each does in its turn as much as it takes to fill it."""
+    """Measures the sides in turns. The number of operations per turn is calibrated for each side."""
     works = {name: side.work if isinstance(side, Side) else side for name, side in sides.items()}
     counts = {
         name: _calibrated(works[name], side.lot if isinstance(side, Side) else 1, pace.turn)
@@ -123,7 +124,7 @@ def take_turns(pace: Pace, sides: Mapping[str, Work | Side]) -> Turns:
 
 
 def _calibrated(work: Work, lot: int, turn: float) -> int:
-    """How many operations fill a turn, in whole lots. Warms up, too."""
+    """Returns the number of operations that fill a turn, in whole lots. Also warms up."""
     work(lot)
     lots = 1
     while True:
@@ -136,7 +137,7 @@ def _calibrated(work: Work, lot: int, turn: float) -> int:
 
 
 class Budget(NamedTuple):
-    """What section 6 of the design allows."""
+    """The limit that a result must keep."""
 
     limit: float
     most: bool
@@ -161,12 +162,13 @@ class Result:
     """One line of the table.
 
     Attributes:
-        what: is measured.
-        value: what was measured; None: it could not be, and `note` says why.
-        unit: "x" for a ratio.
-        budget: None: it has none.
-        note: what helps to understand the value.
-        bars: rates by name, for the plot.
+        what: the label: what is measured.
+        value: the measured value; None if it could not be measured, for the reason in `note`.
+        unit: the unit; "x" for a ratio.
+        budget: the limit; None if there is none.
+        note: absolute figures and other context.
+        failed: whether the row raised an exception.
+        bars: rates by name, for the plot; None if the plot does not show this result.
     """
 
     what: str
@@ -213,7 +215,7 @@ class Result:
 
 
 def figure(value: float) -> str:
-    """A number with three digits that count."""
+    """Formats a number with three significant digits."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

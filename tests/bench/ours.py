@@ -1,7 +1,7 @@
-"""Our side of every comparison, and the yardstick: what both do, one step being one operation.
+"""The squidstep_redis side of every comparison, and the yardstick.
 
-A step is begun under a lease and completed: two transitions. Its yardstick is two calls of a script with a single HSET,
-with the same payloads, through the same kind of client.
+One operation is one step, begun under a lease and completed: two transitions. Its yardstick is two calls of a script
+with a single HSET, with the same payloads, through the same kind of client.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _numbers = itertools.count()
 
 
 def payload_of(size: int) -> dict[str, Any]:
-    """A payload that takes about so many bytes, in strings of up to 1 kB."""
+    """Returns a payload of about `size` bytes, in strings of up to 1 kB."""
     pieces, rest = divmod(max(0, size - 10), 1_000)
     return {"note": "x" * rest, "rows": ["y" * 997] * pieces}
 
 
 def new_names(count: int) -> Iterator[Name]:
-    """Runs and steps that nobody has used yet, ten steps to a run."""
+    """Yields unused pairs of run and step, ten steps per run."""
     for number in itertools.islice(_numbers, count):
         yield f"run-{number // STEPS_OF_A_RUN}", f"step-{number % STEPS_OF_A_RUN}"
 
 
 def own_store(client: redis.Redis | redis.RedisCluster) -> StepRunStore:
-    """A store with a client of its own, of the server that the yardstick's client speaks to."""
+    """Returns a store with its own client, on the server of the yardstick's client."""
     if isinstance(client, redis.RedisCluster):
         return StepRunStore(client)
     options: dict[str, Any] = client.connection_pool.connection_kwargs
@@ -49,7 +49,7 @@ def own_store(client: redis.Redis | redis.RedisCluster) -> StepRunStore:
 
 
 class Blocking:
-    """The store as `from_url` makes it, or on the cluster's client; and the yardstick on redis-py's."""
+    """A store from `from_url` (or on the cluster client), and the yardstick on redis-py's client."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Blocking:
             store.complete_step(claim, self.payload)
 
     def batched_steps(self, count: int) -> None:
-        """In batches of 100 calls."""
+        """The same steps, in batches of 100 calls."""
         calls = self.store.calls
         names = self.names(count)
         while chunk := list(itertools.islice(names, BATCH)):
@@ -83,7 +83,7 @@ class Blocking:
             self.store.batch([calls.complete_step(result.step_run, self.payload) for result in begun])
 
     def chained_steps(self, count: int) -> None:
-        """In runs of ten steps by one worker, each of which is begun as the one before is completed."""
+        """Runs of ten steps by one worker, chained with `advance_step`."""
         for number in itertools.islice(_numbers, count // STEPS_OF_A_RUN):
             claim, _ = self.store.begin_step(f"chain-{number}", "step-0", self.payload, lease=LEASE)
             for step in range(1, STEPS_OF_A_RUN):
@@ -96,7 +96,7 @@ class Blocking:
                 self.client.evalsha(self.sha, 1, "y:" + run, step, msgpack.packb(self.payload))
 
     def piped_yardsticks(self, count: int) -> None:
-        """In pipelines of 100 calls."""
+        """The same yardsticks, in pipelines of 100 calls."""
         names = self.names(count)
         while chunk := list(itertools.islice(names, BATCH)):
             for _ in range(2):
@@ -107,7 +107,7 @@ class Blocking:
 
 
 class Asyncio:
-    """The store on an asyncio client, with so many tasks at once on one pool."""
+    """The asyncio store and its yardstick, with `tasks` concurrent tasks on one pool."""
 
     def __init__(self, runner: asyncio.Runner, url: str, tasks: int) -> None:
         self.runner = runner

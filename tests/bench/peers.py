@@ -1,6 +1,6 @@
-"""What else could be used: each peer does one step per operation, with the least that its own way asks for.
+"""The alternatives. Each executes one step per operation, with the minimum that its own API requires.
 
-Where a peer keeps less than we do (no input, no claim, no order), it is left at that.
+An alternative that keeps less than squidstep_redis (no input, no claim, no order) is measured as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RUNS = 100_000
 
 
 def set_nx_and_set(client: redis.Redis) -> Work:
-    """The least that anyone could do: whoever sets the key first works, and then sets the result."""
+    """The simplest claim: the worker that sets the key first executes, then stores the result."""
 
     def steps(count: int) -> None:
         for run, step in new_names(count):
@@ -37,9 +37,9 @@ def set_nx_and_set(client: redis.Redis) -> Work:
 
 
 def lock_around_hset(client: redis.Redis) -> Work:
-    """What people write by hand: under redis-py's own lock, look for a result in a hash, else put it there.
+    """The usual hand-written solution: under redis-py's lock, check a hash for a result, else store one.
 
-    Without the look, a delivery that comes later would do the work again.
+    Without the check, a later delivery would repeat the work.
     """
 
     def steps(count: int) -> None:
@@ -52,14 +52,14 @@ def lock_around_hset(client: redis.Redis) -> Work:
 
 
 def powertools(client: redis.Redis) -> Work:
-    """Powertools for AWS Lambda: its idempotency decorator on Redis. It keeps the result, and no input."""
+    """The idempotency decorator of Powertools for AWS Lambda, on Redis. It keeps the result but not the input."""
     try:
         from aws_lambda_powertools.utilities.idempotency import idempotent_function
         from aws_lambda_powertools.utilities.idempotency.persistence.cache import CachePersistenceLayer
     except ImportError as error:
         raise MissingError("Powertools: pip install 'aws-lambda-powertools[aws-sdk,redis]'") from error
 
-    warnings.filterwarnings("ignore", "Couldn't determine the remaining time")  # there is no Lambda here
+    warnings.filterwarnings("ignore", "Couldn't determine the remaining time")  # not running in a Lambda
     layer: Any = CachePersistenceLayer(client=client)
 
     @idempotent_function(data_keyword_argument="key", persistence_store=layer)
@@ -75,10 +75,10 @@ def powertools(client: redis.Redis) -> Work:
 
 @contextlib.contextmanager
 def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
-    """The source's own way on PostgreSQL: its columns and indexes, its statements, each committed by itself.
+    """The source's SQL on PostgreSQL: its columns, indexes and statements, each committed separately.
 
-    To begin: insert unless it is there, and read the row. To complete: update it while it is running, and read it
-    again. Four round trips, prepared, as its driver does.
+    Beginning a step inserts the row unless it exists, and reads it. Completing a step updates the row if it is running,
+    and reads it again. That is four round trips of prepared statements, as with the source's driver.
     """
     try:
         import psycopg
@@ -104,7 +104,7 @@ def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
                 number = next(steps_begun)
                 run, step = runs[number // STEPS_OF_A_RUN % _RUNS], f"step-{number % STEPS_OF_A_RUN}"
                 if connection.execute(insert, (uuid.uuid4(), run, step, Jsonb(PAYLOAD))).rowcount != 1:
-                    raise RuntimeError(f"{run} {step} was there already")
+                    raise RuntimeError(f"{run} {step} exists already")
                 row = connection.execute(read, (run, step)).fetchone()
                 assert row is not None
                 if connection.execute(update, (Jsonb(PAYLOAD), row[0])).rowcount != 1:
@@ -115,7 +115,7 @@ def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
 
 
 def _source_tables(connection: Any) -> list[uuid.UUID]:
-    """Makes the tables, and the runs that the steps belong to, which are not what is measured."""
+    """Creates the tables, and the runs that the steps refer to, outside the measurement."""
     connection.execute("drop table if exists step_runs, runs")
     connection.execute("create table runs (id uuid primary key)")
     connection.execute(
@@ -140,14 +140,14 @@ def _source_tables(connection: Any) -> list[uuid.UUID]:
 
 @contextlib.contextmanager
 def dbos(url: str) -> Iterator[Work]:
-    """DBOS Transact: ten-step workflows, to be asked for in tens of steps. In a process of its own, for its threads."""
+    """DBOS Transact: ten-step workflows, in a process of its own because DBOS starts threads."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("dbos_workflows.py")), url],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the benchmark alone: the end of its input ends it
+        start_new_session=True,  # Ctrl-C goes to the benchmark only; this process ends when its input is closed
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -174,7 +174,7 @@ def dbos(url: str) -> Iterator[Work]:
 
 @contextlib.contextmanager
 def dbos_on_sqlite() -> Iterator[Work]:
-    """The same on a file, as DBOS opens it."""
+    """DBOS Transact on an SQLite file, with its default settings."""
     with (
         tempfile.TemporaryDirectory(prefix="squidstep-bench-") as directory,
         dbos(f"sqlite:///{directory}/db") as steps,

@@ -1,4 +1,4 @@
-"""The plot: how many steps a second, ours beside each peer, as an SVG that needs nothing but a viewer."""
+"""Draws steps per second, squidstep_redis next to each alternative, as a self-contained SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 from bench.measure import figure
 
 _WIDTH = 760
-_LABELS = 190  # what is left of the bars
+_LABELS = 190  # space to the left of the bars
 _BAR = 22
 _STEP = 30
 _PANEL = 52  # above the first bar of a panel
@@ -32,7 +32,7 @@ _OURS = {
 
 
 def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
-    """Draws panels of `{"panel": title, "rates": {name: steps per second}}`, each to a scale of its own."""
+    """Draws panels of `{"panel": title, "rates": {name: steps per second}}`, each with its own scale."""
     parts: list[str] = []
     y = _TITLE
     for panel in panels:
@@ -70,5 +70,5 @@ def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
 
 
 def _times(ratio: float) -> str:
-    """How ours compares, in words."""
+    """The ratio as a label."""
     return f"ours is {figure(ratio) if ratio < 10 else f'{ratio:.0f}'}x"

@@ -1,6 +1,7 @@
-"""The rows of the table on one small store: against the yardstick, against peers, by size, by flavour.
+"""The rows measured on a small store: against the yardstick and against alternatives, by payload size and API.
 
-Each row is a function that yields results; `--only` names it. What needs many steps, runs or processes is in scale.py.
+Each row is a function that yields results; `--only` selects it by name. Rows with many steps, runs or processes are in
+scale.py.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _against_the_wire(pace: Pace, ours: Blocking, title: str) -> Iterator[Result
         note=f"{turns.rates('ours', 'yardstick', 'steps')}; {turns.client_cpu('ours', 'yardstick')}",
     )
     yield Result(
-        f"{title}: the same by a store on a client of the user's",
+        f"{title}: the same, with a store on the user's client",
         turns.times("on a client", "yardstick"),
         note=f"{turns.rates('on a client', 'yardstick', 'steps')}; {turns.client_cpu('on a client', 'yardstick')}",
     )
@@ -101,7 +102,7 @@ def _server_us(client: Any, work: Work) -> float:
 
 def _bytes_per_step(ours: Blocking, runs: int) -> float:
     ours.client.execute_command("FLUSHDB", "SYNC")
-    ours.batched_steps(20 * BATCH)  # what the first runs take is not theirs: buffers, tables
+    ours.batched_steps(20 * BATCH)  # allocates the server's buffers and tables, which belong to no step
     before = ours.client.info("memory")["used_memory"]
     ours.batched_steps(runs * STEPS_OF_A_RUN)
     used = ours.client.info("memory")["used_memory"] - before
@@ -109,7 +110,7 @@ def _bytes_per_step(ours: Blocking, runs: int) -> float:
 
 
 def on_asyncio(pace: Pace) -> Iterator[Result]:
-    """Single calls on asyncio: alone, and 16 tasks at once on one pool."""
+    """Single calls on asyncio: by one task, and by 16 concurrent tasks on one pool."""
     with server() as started, asyncio.Runner() as runner:
         for tasks in (1, 16):
             ours = Asyncio(runner, started.url, tasks)
@@ -137,7 +138,7 @@ def payload_sizes(pace: Pace) -> Iterator[Result]:
 
 
 def successors(pace: Pace) -> Iterator[Result]:
-    """Completing a step and scheduling three more: in one call, and in two."""
+    """Completing a step and scheduling three more, in one call and in two calls."""
     with server() as started, connect(started) as client:
         store = own_store(client)
 
@@ -155,7 +156,7 @@ def successors(pace: Pace) -> Iterator[Result]:
         sides: dict[str, Work] = {"one": lambda count: work(count, True), "two": lambda count: work(count, False)}
         turns = take_turns(pace, sides)
         yield Result(
-            "begin + complete_step(schedule=3 steps), against schedule_steps besides",
+            "begin + complete_step(schedule=3 steps), against a separate schedule_steps",
             turns.times("one", "two"),
             note=turns.rates("one", "two", "steps"),
         )
@@ -177,7 +178,7 @@ def chains(pace: Pace) -> Iterator[Result]:
 
 
 def events(pace: Pace) -> Iterator[Result]:
-    """What it costs that a store's decisions can be watched."""
+    """The cost of events: with a listener, and without one."""
     with server() as started, connect(started) as client:
         quiet, watched = Blocking(client), Blocking(client)
         count = 0
@@ -190,7 +191,7 @@ def events(pace: Pace) -> Iterator[Result]:
         unused = min(timeit.repeat(quiet.store._events.__bool__, number=10_000)) / 10_000
         turns = take_turns(pace, {"watched": watched.steps, "quiet": quiet.steps})
         share = figure(100 * unused / statistics.median(turns.seconds["quiet"]) * 2)
-        yield Result("events nobody asked for", 1e6 * unused, "µs a call", note=f"{share} % of begin + complete")
+        yield Result("events without a listener", 1e6 * unused, "µs a call", note=f"{share} % of begin + complete")
         yield Result(
             "begin + complete with a listener, against none",
             turns.times("watched", "quiet"),
@@ -213,7 +214,7 @@ def _reads(pace: Pace, client: Any, size: int) -> Iterator[Result]:
         "completed_outputs": _repeated(lambda: store.completed_outputs(run)),
         "step_statuses": _repeated(lambda: store.step_statuses(run)),
         "get_run": _repeated(lambda: store.get_run(run)),
-        "get_run and look at all": _repeated(lambda: [(it.input, it.output) for it in store.get_run(run)]),
+        "get_run, and decode every payload": _repeated(lambda: [(it.input, it.output) for it in store.get_run(run)]),
         "HGETALL of the same hash": _repeated(lambda: client.hgetall(key)),
     }
     turns = take_turns(pace, sides)
@@ -232,7 +233,7 @@ def _repeated(call: Callable[[], Any]) -> Work:
 
 
 def against_peers(pace: Pace) -> Iterator[Result]:
-    """Single steps against what else keeps its records in the memory of a Redis."""
+    """Single steps against alternatives that keep their records in Redis, in memory."""
     with server() as started, connect(started) as client:
         ours = Blocking(client)
         sides: dict[str, Work | Side] = {"squidstep": ours.steps, "in batches": Side(ours.batched_steps, BATCH)}
@@ -244,7 +245,7 @@ def against_peers(pace: Pace) -> Iterator[Result]:
             problem = str(missing)
         turns = take_turns(pace, sides)
         yield Result(
-            "against SET NX + SET, the least that anyone could do",
+            "against SET NX + SET, the simplest claim",
             turns.times("squidstep", "SET NX + SET"),
             note=turns.rates("squidstep", "SET NX + SET", "steps"),
             bars=_bars("in memory, no AOF", sides, turns),
@@ -255,7 +256,7 @@ def against_peers(pace: Pace) -> Iterator[Result]:
 
 
 def against_databases(pace: Pace) -> Iterator[Result]:
-    """Single steps against what keeps its records in a database, with the same durability on both sides."""
+    """Single steps against alternatives that use a database, with the same durability on both sides."""
     yield from _against_databases(pace, "durable", "always", "on", 7)
     yield from _against_databases(pace, "relaxed", "everysec", "off", 3.5)
 
@@ -281,7 +282,7 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
             dbos_url = f"{url.removesuffix('postgres')}dbos?options=-csynchronous_commit%3D{commit}"
             enter("source's SQL", lambda: peers.source_sql(url, commit))
             enter("DBOS, PostgreSQL", lambda: peers.dbos(dbos_url), STEPS_OF_A_RUN)
-        if how == "durable":  # SQLite as DBOS opens it waits for the disk
+        if how == "durable":  # DBOS opens SQLite in a mode that waits for the disk
             enter("DBOS, SQLite", peers.dbos_on_sqlite, STEPS_OF_A_RUN)
         slower = Pace(3 * pace.seconds, 2 * pace.turn, pace.scale)
         turns = take_turns(slower, sides)
@@ -304,7 +305,7 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
                 yield _versus(f"{how}: batches of 100, against the same", "in batches", name, turns, "", None)
 
 
-_SURVIVES = {"durable": "a step survives a crash", "relaxed": "the last second or so may be lost"}
+_SURVIVES = {"durable": "completed steps survive a crash", "relaxed": "about the last second may be lost"}
 
 
 def _versus(what: str, side: str, other: str, turns: Turns, problem: str, least: float | None) -> Result:
@@ -332,7 +333,7 @@ print(between - start, end - between)
 
 
 def import_time(pace: Pace) -> Iterator[Result]:
-    """What `import squidstep_redis` takes beyond redis-py's own import, in a fresh interpreter: its CPU time."""
+    """The CPU time of `import squidstep_redis` after `import redis`, in a fresh interpreter."""
     own, total = [], []
     for _ in range(pace.of(20, least=5)):
         ran = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)

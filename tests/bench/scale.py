@@ -1,4 +1,4 @@
-"""The rows that need much of something: steps, runs, processes, nodes, live claims."""
+"""The rows with many steps, runs, processes, nodes or live claims."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from squidstep_redis import StepRunStore
 _CORES = multiprocessing.cpu_count()
 _processes = multiprocessing.get_context("fork")
 _LONG_RUN = "long"
-_TRIES = 5  # of what is done once, not in turns
+_TRIES = 5  # repetitions of a measurement that is not taken in turns
 
 
 def long_run(pace: Pace) -> Iterator[Result]:
@@ -45,13 +45,13 @@ def long_run(pace: Pace) -> Iterator[Result]:
 
 
 def _slowdown(what: str, turns: Turns, side: str, other: str) -> Result:
-    taken = turns.times(other, side)  # times the rate, that is to say: how many times the time
+    taken = turns.times(other, side)  # a ratio of rates is the inverse ratio of times
     note = turns.rates(side, other, "steps")
     return Result(what, taken, "x the time", Budget.at_most(1.3), note)
 
 
 def _blocking(store: StepRunStore, client: redis.Redis, size: int) -> Iterator[Result]:
-    """How long the server is busy with the longest single command of each call."""
+    """How long the longest single command of each operation blocks the server."""
     following = {f"step-{number}": PAYLOAD for number in range(size)}
     claims = [store.begin_step(f"fan-out-{turn}", "first", PAYLOAD, lease=LEASE).step_run for turn in range(_TRIES)]
     calls: dict[str, Callable[[int], Any]] = {
@@ -81,9 +81,9 @@ def _scan(store: StepRunStore, run: str) -> None:
 
 
 def _longest_ms(client: Any, call: Callable[[], Any]) -> float:
-    """The slowest of the commands that a call sends, by the server's SLOWLOG; 0 if all are below 0.1 ms."""
+    """The slowest command of a call in ms, by the server's SLOWLOG; 0 if all are below 0.1 ms."""
     client.config_set("slowlog-max-len", 100_000)
-    client.config_set("slowlog-log-slower-than", 100)  # a log of all would take the server long to clear, next time
+    client.config_set("slowlog-log-slower-than", 100)  # clearing a log of every command would be slow
     client.slowlog_reset()
     call()
     client.config_set("slowlog-log-slower-than", -1)
@@ -124,7 +124,7 @@ def many_steps(pace: Pace) -> Iterator[Result]:
 
 
 def _filled(url: str, runs: int) -> None:
-    """Takes all steps of so many runs to their end, with as many processes as there are cores."""
+    """Completes all steps of `runs` runs, with one process per core."""
     workers = [
         _processes.Process(target=_fill, args=(url, range(part, runs, _CORES)), daemon=True) for part in range(_CORES)
     ]
@@ -144,7 +144,7 @@ def _fill(url: str, runs: range) -> None:
 
 
 class Crew:
-    """Client processes that all work at once, and tell how much they did and how long each step took."""
+    """Client processes that work concurrently, and report the duration of each step."""
 
     def __init__(self, url: str, size: int) -> None:
         self._pipes: list[Connection] = []
@@ -157,10 +157,10 @@ class Crew:
             self._pipes.append(pipe)
             self._members.append(member)
         for pipe in self._pipes:
-            pipe.recv()  # it is ready
+            pipe.recv()  # wait until it is ready
 
     def rate(self, what: str, seconds: float) -> tuple[float, float]:
-        """Lets all work for so many seconds; answers steps per second, and the 99th percentile of their ms."""
+        """Runs all processes for `seconds`. Returns steps per second, and the 99th percentile of their ms."""
         start = time.monotonic() + 0.1
         for pipe in self._pipes:
             pipe.send((what, start, seconds))
@@ -169,7 +169,7 @@ class Crew:
 
     def dismiss(self) -> None:
         for pipe in self._pipes:
-            pipe.send(None)  # to close it would not tell: the members that came later hold it, too
+            pipe.send(None)  # closing is not enough: members started later have inherited the pipe
         for member in self._members:
             member.join()
 
@@ -246,14 +246,14 @@ def cluster(pace: Pace) -> Iterator[Result]:
         turns = take_turns(pace, sides)
         for what, side, other in (
             ("a cluster of three: begin + complete, against one node", "three", "one"),
-            ("a cluster of three: begin + complete, against as many yardsticks on it", "three", "yardstick"),
+            ("a cluster of three: begin + complete, against as many yardsticks on the cluster", "three", "yardstick"),
             ("a cluster of three: batches of 100, against one node", "three, batch", "one, batch"),
         ):
             yield Result(what, turns.times(side, other), note=turns.rates(side, other, "steps"))
 
 
 def indexes(pace: Pace) -> Iterator[Result]:
-    """Reading across runs while 100,000 claims are live: for the caller, and for the server."""
+    """Reads across runs with 100,000 live claims: time for the caller, and for the server."""
     count = pace.of(100_000)
     with server() as started, connect(started) as client:
         store = StepRunStore(client)
@@ -292,7 +292,7 @@ def indexes(pace: Pace) -> Iterator[Result]:
 
 
 def lists(pace: Pace) -> Iterator[Result]:
-    """The first page of each list across 100,000 runs, a purge of them, and what holds the server up meanwhile."""
+    """The first page of each listing with 100,000 runs, a purge, and how long their commands block the server."""
     runs = pace.of(RUNS)
     with server() as started:
         for listed in listing(started.port, runs):
