@@ -1,61 +1,60 @@
-"""The house rules: imports point one way, names are one."""
+"""The layers of the package, its public names, and the two stores: one rule each."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 import typing
 from binascii import crc32
 from pathlib import Path
 
 import pytest
 
+import squidstep_redis
 from squidstep_redis import AsyncStepRunStore, Calls, StepRunStore, model
-from squidstep_redis.protocol import keys
-from squidstep_redis.settings import BaseStore
+from squidstep_redis.facade import BaseStore
+from squidstep_redis.protocol.keys import Keys
 
 PACKAGE = Path(inspect.getfile(model)).parent
 
-# The layers, lowest first. A module may import from its own layer and from those below, and from no other.
+# The layers, lowest first. A module imports from its own layer and from those below it, and from no other.
 LAYERS = (
     ("errors", "model", "signals"),
     ("protocol",),
     ("operations",),
     ("transport",),
     ("claims", "doctor"),
-    ("settings", "store", "aio"),
+    ("settings", "facade", "store", "aio"),
 )
-# What is built on the library imports its public names; beside them, only what is listed here.
+# What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
     "cli": {"cli", "embedded", "operations.documents"},
     "demo": {"demo", "embedded", "rq"},
     "embedded": set[str](),
     "metrics": set[str](),
     "pytest_plugin": {"embedded", "testing"},
-    "rq": {"rq", "claims.rules", "protocol.arguments", "signals"},
+    "rq": {"rq", "claims.rules", "protocol.arguments", "signals", "transport.blocking"},
     "testing": {"testing", "claims.heartbeat", "embedded", "protocol.arguments", "protocol.scripts"},
 }
-
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
+MODULES.pop("__init__")
 
 
 def imported(module: str) -> set[str]:
+    """The modules of the package that a module imports; "" stands for the public names."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
-        names = []
+        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "squidstep_redis":
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            top, _, inner = name.partition(".")
-            if top == "squidstep_redis":
-                found.add(inner if inner in MODULES else "")
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        inner = {name.partition(".")[2] for name in names if name.partition(".")[0] == "squidstep_redis"}
+        found |= inner & MODULES.keys() or ({""} if inner else set())
     return found
 
 
@@ -64,73 +63,89 @@ def layer_of(module: str) -> int | None:
     return next((level for level, names in enumerate(LAYERS) if top in names), None)
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module])
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down_the_layers(module: str) -> None:
-    """Each of six layers imports from those below; the integrations use public names; nothing imports them."""
     level = layer_of(module)
-    allowed = BESIDE_PUBLIC_NAMES[module.partition(".")[0]] if level is None else set[str]()
     for name in imported(module):
-        if level is not None:
+        if level is None:
+            allowed = BESIDE_PUBLIC_NAMES[module.partition(".")[0]]
+            assert not name or {name, name.partition(".")[0]} & allowed, f"{module} imports {name}, no public name"
+        elif module != "errors":  # whose imports are for type checkers
             below = layer_of(name)
-            for_type_checkers = module == "errors"
-            assert below is not None, f"{module} imports the integration {name}"
-            assert below <= level or for_type_checkers, f"{module} imports {name}, of a higher layer"
-        elif name:
-            assert name in allowed or name.partition(".")[0] in allowed, f"{module} imports {name}, no public name"
+            assert below is not None, f"{module} imports {name or 'the public names'}, an integration's right"
+            assert below <= level, f"{module} imports {name}, of a higher layer"
 
 
-def test_imports_have_no_cycle_between_modules() -> None:
-    edges = {module: imported(module) - {module} for module in MODULES if module not in ("", "errors")}
+def test_modules_import_each_other_without_a_cycle() -> None:
+    edges = {module: imported(module) - {module} for module in MODULES if module != "errors"}
     while free := [module for module, names in edges.items() if not names & edges.keys()]:
         for module in free:
             del edges[module]
     assert not edges, f"a cycle among {sorted(edges)}"
 
 
+class TestPublicNames:
+    def test_type_checkers_see_the_names_that_are_loaded(self) -> None:
+        stub = PACKAGE.joinpath("__init__.pyi").read_text("utf-8")
+        declared = re.findall(r"^(?:from \S+ import |    )(\w+) as \1,?$", stub, re.MULTILINE)
+        assert sorted(declared) == squidstep_redis.__all__
+
+    @pytest.mark.parametrize("name", squidstep_redis.__all__)
+    def test_each_public_name_can_be_imported(self, name: str) -> None:
+        assert getattr(squidstep_redis, name) is not None
+        assert name in dir(squidstep_redis)
+
+    def test_an_unknown_name_is_an_attribute_error(self) -> None:
+        with pytest.raises(AttributeError, match="no_such_name"):
+            squidstep_redis.no_such_name  # noqa: B018 -- the access itself is tested
+
+
 class TestTheTwoStores:
     OPERATIONS = [name for name in dir(Calls) if not name.startswith("_") and inspect.isfunction(getattr(Calls, name))]
+    WRITTEN_OUT = ("send", "run_step", "claim_step", "doctor", "close")
 
     @pytest.mark.parametrize("name", OPERATIONS)
     @pytest.mark.parametrize("store", [StepRunStore, AsyncStepRunStore])
-    def test_each_operation_is_a_method_of_the_same_name_signature_and_docs(self, store: type, name: str) -> None:
-        method, call = getattr(store, name), getattr(Calls, name)
+    def test_each_operation_is_a_documented_method_of_both(self, store: type, name: str) -> None:
+        method, operation = getattr(store, name), getattr(Calls, name)
         assert inspect.iscoroutinefunction(method) is (store is AsyncStepRunStore)
         assert (method.__name__, method.__qualname__) == (name, f"{store.__name__}.{name}")
-        assert method.__doc__ == call.__doc__
-        assert inspect.signature(method).parameters == inspect.signature(call).parameters
-        returned = inspect.signature(call).return_annotation
-        assert returned in {
-            f"{kind}[{inspect.signature(method).return_annotation}]" for kind in ("Call", "Exchange", "Plan")
-        }
+        assert method.__doc__ == operation.__doc__
+        assert list(inspect.signature(method).parameters.values())[1:] == parameters_of(operation)
+        result = inspect.signature(operation).return_annotation
+        assert result in {f"{kind}[{inspect.signature(method).return_annotation}]" for kind in ("Call", "Workflow")}
         typing.get_type_hints(method)
 
-    def test_they_have_the_same_public_names(self) -> None:
+    def test_both_have_the_same_public_names(self) -> None:
         def names(store: type) -> set[str]:
             return {name for name in dir(store) if not name.startswith("_")}
 
         assert names(StepRunStore) == names(AsyncStepRunStore)
-        assert names(StepRunStore) - names(BaseStore) == {
-            *self.OPERATIONS,
-            "run_step",
-            "claim_step",
-            "doctor",
-            "send",
-            "close",
-        }
+        assert names(StepRunStore) - names(BaseStore) == {*self.OPERATIONS, *self.WRITTEN_OUT}
 
-    @pytest.mark.parametrize("name", [*OPERATIONS, "__init__", "from_url", "queue"])
-    def test_every_argument_is_documented(self, name: str) -> None:
-        function = getattr(Calls, name) if name in self.OPERATIONS else getattr(BaseStore, name)
-        doc = inspect.getdoc(function) or ""
-        assert doc
+    @pytest.mark.parametrize("name", [*OPERATIONS, *WRITTEN_OUT, "from_url", "queue", "on_event"])
+    @pytest.mark.parametrize("store", [StepRunStore, AsyncStepRunStore])
+    def test_every_parameter_is_described_in_place(self, store: type, name: str) -> None:
+        doc = inspect.getdoc(getattr(store, name)) or ""
+        for parameter in parameters_of(getattr(store, name)):
+            stars = {parameter.VAR_KEYWORD: r"\*\*"}.get(parameter.kind, "")
+            assert re.search(rf"^    {stars}{parameter.name}: \S", doc, re.MULTILINE), (
+                f"{name} leaves out {parameter.name}"
+            )
         if name in self.OPERATIONS:
-            assert "round trip" in doc.lower()
-            assert "Raises:" in doc or "errors as for" in doc
+            assert "round trip" in doc
+            assert "Raises:" in doc
+        assert not re.search(r"\b(as for|likewise|see there)\b", doc, re.IGNORECASE)
 
 
-def test_the_keys_are_laid_out_as_documented() -> None:
-    layout = keys.Keys(b"squidstep")
-    run = layout.run(b"run-1")
+def parameters_of(function: typing.Any) -> list[inspect.Parameter]:
+    found = list(inspect.signature(function).parameters.values())
+    return found if inspect.ismethod(function) else found[1:]
+
+
+def test_keys_are_laid_out_as_documented() -> None:
+    layout = Keys(b"squidstep")
+    run = layout.run("run-1").keys
     bucket = f"squidstep:{{{crc32(b'run-1') % 1024:x}}}:".encode()
     assert run == (bucket + b"run-1:steps", bucket + b"run-1:done", bucket + b"claims", bucket + b"failed")
     assert len(set(layout.claims()) | set(layout.failed())) == 2 * 1024
