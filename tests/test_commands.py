@@ -196,7 +196,7 @@ class TestRuns:
 def exported(run_id: str) -> dict[str, Any]:
     step = {"step": "a", "position": 1, "state": "pending", "created_at": "2026-01-01T00:00:00.000+00:00", "input": {}}
     step |= {"attempt": 0, "attempts_released": 0, "token": "", "scheduled_by": "", "history": []}
-    return {"squidstep_run": 1, "run_id": run_id, "ttl": None, "steps_made": 1, "completed": [], "steps": [step]}
+    return {"squidstep_run": 1, "run_id": run_id, "ttl": None, "steps_created": 1, "completed": [], "steps": [step]}
 
 
 class TestShow:
@@ -389,7 +389,7 @@ class TestSteering:
 
     def test_delete_is_the_cure_of_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.complete_step(store.begin_step("run", "pay", {}).step_run, {})
-        store.client.delete(store.calls.keys.run(b"run").done)
+        store.client.delete(store.calls.keys.run("run").keys.done)
         options = options_of(server, store)
         assert "corrupt" in run("delete", "run", "--dry-run", *options).stdout
         assert "evicted" in run("runs", *options).stdout

@@ -159,6 +159,6 @@ def test_the_shortcut_changes_nothing(
         ours, theirs = (contents(database, "squidstep") for database in databases)
         assert timeless(ours) == timeless(theirs)
         with contextlib.suppress(SquidstepError):
-            result = call.answer(quick)
+            result = call.decode(quick)
             if isinstance(result, BeginResult) and result.decision == "execute":
                 claims.append(result.step_run)

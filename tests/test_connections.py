@@ -46,7 +46,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 def lends(client: Any) -> bool:
     made: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
-    return made(client)._connections.can_bypass_client()
+    return made(client)._transport.connections.can_bypass_client()
 
 
 def is_open(connection: Any) -> bool:
@@ -70,14 +70,14 @@ class TestWhoLends:
 
     def test_no_client_with_a_method_put_in_its_place(self, kind: Any) -> None:
         client = kind()
-        lent = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)._connections
+        lent = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)._transport.connections
         assert lent.can_bypass_client()
         client.execute_command = lambda *_: None
         assert not lent.can_bypass_client()
 
     def test_no_client_of_a_class_that_is_instrumented(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """As OpenTelemetry's and others' instrumentations do it, under the method's own name; now or later."""
-        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())._connections
+        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())._transport.connections
         original = kind.execute_command
 
         @functools.wraps(original)

@@ -314,7 +314,7 @@ class TestClients:
             store = StepRunStore(client)
             level = found(store)["client time-out"].level
         assert (level is Level.WARNING) == (timeout is None)
-        assert store._retry_policy.last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
+        assert store._transport.policy.last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
 
 
 def mixes_replies(client: Any) -> bool:

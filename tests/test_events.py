@@ -178,7 +178,7 @@ class TestLog:
 
     def test_nothing_by_default(self, store: StepRunStore, capfd: pytest.CaptureFixture[str]) -> None:
         made: Any = store
-        assert not made._events
+        assert not made._transport.events.listeners
         store.fail_step(begun(store.begin_step("run", "pay", {})), {})
         assert capfd.readouterr() == ("", "")
 

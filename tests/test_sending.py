@@ -33,6 +33,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.operations.calls import Calls
+from squidstep_redis.transport.client import ClientFacts
 from squidstep_redis.transport.retry import RetryPolicy, RetryState
 
 on_a_real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
@@ -108,7 +109,7 @@ class TestWhatTheErrorsSay:
     def test_a_refusal_of_the_second_sending_says_nothing_of_the_first(self, name: str) -> None:
         error = raised(REFUSALS[name][0], UNANSWERED["cut"])
         assert type(error) is OutcomeUnknownError
-        assert "without an answer, and refused now" in str(error)
+        assert "no reply to an earlier attempt, and was refused now" in str(error)
 
     @pytest.mark.parametrize("error", [raised(UNANSWERED["cut"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"])
     def test_they_travel_by_pickle(self, error: ServerError) -> None:
@@ -143,13 +144,13 @@ class TestPatience:
             sending.next_pause(UNANSWERED["cut"])
 
     def test_time_is_left_for_the_last_one(self) -> None:
-        sending = RetryState(CALL, time.monotonic() - 6, RetryPolicy.of(10, OURS, is_cluster=False))
+        sending = RetryState(CALL, time.monotonic() - 6, RetryPolicy.of(10, OURS))
         with pytest.raises(OutcomeUnknownError):
             sending.next_pause(UNANSWERED["slow"])
 
     def test_a_client_that_is_slower_than_that_still_gets_half(self) -> None:
-        slow = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": redis.retry.Retry(cast("Any", None), 10)}
-        assert RetryPolicy.of(10, slow, is_cluster=False) == (10, 11, 5)
+        slow = ClientFacts(False, 5, 5, sends=11, decodes=False, reuses_dirty_connections=False)
+        assert RetryPolicy.of(10, slow) == (10, 11, 5)
 
     @pytest.mark.parametrize("name", ["timeout", "wait_timeout"])
     @pytest.mark.parametrize("value", [0, -1, float("nan"), 3_601, "1", True])
@@ -172,7 +173,7 @@ class TestPatience:
             StepRunStore(redis.Redis(socket_timeout=5), **settings)
 
 
-OURS = {"socket_timeout": 3.0, "socket_connect_timeout": 1.5}
+OURS = ClientFacts(False, 3.0, 1.5, sends=1, decodes=False, reuses_dirty_connections=False)
 
 
 def opened(bench: Bench, url: str, **options: Any) -> StepRunStore:

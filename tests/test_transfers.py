@@ -164,10 +164,10 @@ class TestTheSame:
             other.import_run(travelled(store.export_run(run)))
         raw, keys = bench.backend.raw, bench.store(prefix=other.calls.prefix).calls.keys
 
-        assert all(90 < raw.ttl(key) <= 100 for key in keys.run(b"run")[:2])
-        assert raw.ttl(keys.run(b"held").steps) == -1
+        assert all(90 < raw.ttl(key) <= 100 for key in keys.run("run").keys[:2])
+        assert raw.ttl(keys.run("held").keys.steps) == -1
         other.complete_step(other.get_run("held")[0].id, {})
-        assert 190 < raw.ttl(keys.run(b"held").steps) <= 200
+        assert 190 < raw.ttl(keys.run("held").keys.steps) <= 200
 
     def test_who_waits_for_a_step_stays_behind(self, bench: Bench, store: StepRunStore) -> None:
         begun(store.begin_step("run", "a", {}))
@@ -176,7 +176,7 @@ class TestTheSame:
 
         other.import_run(travelled(store.export_run("run")))
 
-        assert set(bench.backend.raw.hkeys(other.calls.keys.run(b"run").steps)) == {b"r", b"m", b"sa", b"ia"}
+        assert set(bench.backend.raw.hkeys(other.calls.keys.run("run").keys.steps)) == {b"r", b"m", b"sa", b"ia"}
 
     def test_a_run_of_thousands_of_steps(self, bench: Bench, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(2_100)]
@@ -205,7 +205,7 @@ class TestRefused:
 
     def test_a_run_that_is_there(self, bench: Bench, store: StepRunStore, document: dict[str, Any]) -> None:
         before = bench.dump()
-        with pytest.raises(RunExistsError, match="'run': exists already"):
+        with pytest.raises(RunExistsError, match="'run': already exists"):
             store.import_run(document)
         assert bench.dump() == before
 
@@ -252,8 +252,8 @@ class TestRefused:
             (("squidstep_run",), 2),
             (("run_id",), ""),
             (("ttl",), -1),
-            (("steps_made",), "3"),
-            (("steps_made",), 2),
+            (("steps_created",), "3"),
+            (("steps_created",), 2),
             (("completed",), ["first"]),
             (("completed",), ["first", "first"]),
             (("completed",), "first"),

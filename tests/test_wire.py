@@ -96,7 +96,7 @@ EXPORTED = {
     "squidstep_run": 1,
     "run_id": "imported",
     "ttl": None,
-    "steps_made": 1,
+    "steps_created": 1,
     "completed": [],
     "steps": [
         {

@@ -142,7 +142,7 @@ class TestCustomCodec:
             rejected = rejection(store, where if where in ("input", "output", "error") else "input", {})
 
         assert rejected.__cause__ is error
-        assert "refused by FixedCodec: no key" in str(rejected)
+        assert "rejected by FixedCodec: no key" in str(rejected)
 
     def test_other_codec_errors_propagate_and_nothing_is_sent(self) -> None:
         with offline_store(codec=FixedCodec(RuntimeError("key server is down"))) as store:

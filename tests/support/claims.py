@@ -332,12 +332,12 @@ def undo_timeout(seconds: float) -> Iterator[None]:
 
 def limit_retries(store: Any) -> None:
     """Limits the retries of the store itself, so that those of the claim are seen."""
-    store._retry_policy = store._retry_policy._replace(timeout=0.05, last_send=0)
+    store._transport.policy = store._transport.policy._replace(timeout=0.05, last_send=0)
 
 
 def idle_connections(store: Any) -> int:
     """How many idle connections the store keeps."""
-    return len(store._connections._idle)
+    return len(store._transport.connections._idle)
 
 
 def leaked_connections(store: Any) -> int:
