@@ -52,9 +52,9 @@ def batch_sizes(worker: Worker) -> list[int]:
 
 
 class TestHeartbeat:
-    @pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
+    @pytest.mark.servers("fakeredis", "valkey")
     def test_claim_lives_longer_than_its_lease(self, worker: Worker, others: StepRunStore) -> None:
-        lease = 2.0  # longer than a stall of a loaded machine
+        lease = 3.0  # much longer than a stall of a loaded machine
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
             first_end = cast("datetime", stored(others).lease_ends_at)
@@ -63,7 +63,7 @@ class TestHeartbeat:
                 assert others.begin_step("run", "pay", {}).busy
                 return cast("datetime", stored(others).lease_ends_at) > first_end + timedelta(seconds=lease)
 
-            wait_until(has_outlived_its_lease)
+            wait_until(has_outlived_its_lease, timeout=30)
             claim = claim_of_the_work()
             assert (claim.lost.is_set(), 0 < claim.lease_left <= lease) == (False, True)
             return {}

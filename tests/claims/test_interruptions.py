@@ -49,7 +49,7 @@ class TestInterruptedAcquisition:
     @blocking_only
     @pytest.mark.parametrize("scheduled", [False, True])
     @pytest.mark.parametrize("moment", ["before", "after"])
-    @pytest.mark.parametrize("error", [SystemExit(143), DeclinedError("told to stop"), KeyboardInterrupt()], ids=repr)
+    @pytest.mark.parametrize("error", [SystemExit(143), DeclinedError("stopped"), KeyboardInterrupt()], ids=repr)
     def test_signal_leaves_no_claim_behind(
         self, worker: Worker, others: StepRunStore, error: BaseException, moment: str, scheduled: bool
     ) -> None:
@@ -71,7 +71,7 @@ class TestInterruptedAcquisition:
     ) -> None:
         worker, proxy = proxied
         worker.execute(charge, "before")
-        error = DeclinedError("told to stop")
+        error = DeclinedError("stopped")
 
         with sigusr1_raises(error) as raised:
 
@@ -94,7 +94,7 @@ class TestInterruptedAcquisition:
         self, worker: Worker, others: StepRunStore
     ) -> None:
         holder = begun(others.begin_step("run", "pay", {}, lease=60))
-        error = DeclinedError("told to stop")
+        error = DeclinedError("stopped")
 
         after_reply(worker, is_busy, lambda: signal.raise_signal(signal.SIGUSR1))
 
@@ -182,7 +182,7 @@ class TestInterruptedCompletion:
 
     @blocking_only
     @pytest.mark.parametrize(("moment", "outcome"), [("before", Outcome.FAILED), ("after", Outcome.COMPLETED)])
-    @pytest.mark.parametrize("error", [SystemExit(143), DeclinedError("told to stop")], ids=repr)
+    @pytest.mark.parametrize("error", [SystemExit(143), DeclinedError("stopped")], ids=repr)
     def test_signal_leaves_the_step_completed_or_failed(
         self, worker: Worker, others: StepRunStore, error: BaseException, moment: str, outcome: Outcome
     ) -> None:

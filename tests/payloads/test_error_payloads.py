@@ -28,7 +28,7 @@ class NumericError(Exception):
 
 
 class ProxyError(Exception):
-    """Delegates unknown attributes, as exceptions of some database drivers do, and fails at it."""
+    """Delegates unknown attributes, as exceptions of some database drivers do; here that fails."""
 
     def __getattr__(self, name: str) -> Any:
         raise KeyError(name)

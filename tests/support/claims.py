@@ -146,7 +146,7 @@ def connected(bench: Bench, url: str, **options: Any) -> Iterator[Worker]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Waits in the event loop until the condition holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.01)
 
