@@ -96,7 +96,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("value", ["", "-1", "x", "1-2-", 0, b"0", "1" * 21, "٣"])
     def test_cursors(self, store: StepRunStore, value: Any) -> None:
-        with pytest.raises(InvalidArgumentError, match="cursor: must be that of another page"):
+        with pytest.raises(InvalidArgumentError, match="cursor: must be the cursor of another page"):
             store.scan_steps("run", cursor=value)
 
 

@@ -113,7 +113,7 @@ class TestRetryStep:
         store.fail_step(begun(store.send(begin)), {})
         store.retry_step("run", "pay")
 
-        assert store.send(begin).lost
+        assert store.send(begin).superseded
         assert store.step_statuses("run") == {"pay": StepStatus.PENDING}
 
     @pytest.mark.parametrize("state", ["live", "unleased", "completed"])
@@ -123,7 +123,7 @@ class TestRetryStep:
             store.complete_step(claim, {})
         before = bench.dump()
 
-        with pytest.raises(StaleStepRunError, match="is completed" if state == "completed" else "executed") as caught:
+        with pytest.raises(StaleStepRunError, match="is completed" if state == "completed" else "is running") as caught:
             store.retry_step("run", "pay")
 
         assert caught.value.current == store.get_step_run("run", "pay")

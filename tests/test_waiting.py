@@ -24,7 +24,7 @@ from squidstep_redis import (
     StepStatus,
     WaitTimeoutError,
 )
-from squidstep_redis.operations import reads
+from squidstep_redis.operations import waiting as waiting_rules
 
 LONG = 30
 
@@ -56,7 +56,7 @@ def is_awaited(bench: Bench, step: str = "pay") -> bool:
 @pytest.fixture
 def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiter that is not woken up is not heard of again."""
-    monkeypatch.setattr(reads, "_LAST_POLL", 2 * LONG)
+    monkeypatch.setattr(waiting_rules, "_LAST_POLL", 2 * LONG)
 
 
 ENDS: dict[str, Callable[[StepRunStore, StepRun], Any]] = {
@@ -107,7 +107,7 @@ def test_what_is_over_is_answered_at_once(store: StepRunStore, status: str) -> N
 def test_a_wake_up_that_is_lost_does_no_harm(
     bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "_LAST_POLL", 0.1)
+    monkeypatch.setattr(waiting_rules, "_LAST_POLL", 0.1)
     claim = begun(store.begin_step("run", "pay", {}))
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))
@@ -143,17 +143,17 @@ def test_the_timeout(store: StepRunStore, begin: bool) -> None:
     if begin:
         assert caught.value.current is not None
         assert caught.value.current.status is StepStatus.RUNNING
-        assert str(caught.value) == "run 'run', step 'pay': was not over after 0.15 s, it is running"
+        assert str(caught.value) == "run 'run', step 'pay': did not end within 0.15 s; it is running"
     else:
         assert caught.value.current is None
-        assert str(caught.value) == "run 'run', step 'pay': was not over after 0.15 s, there is no such step run yet"
+        assert str(caught.value) == "run 'run', step 'pay': did not end within 0.15 s; there is no such step run yet"
     assert isinstance(caught.value, TimeoutError)
 
 
 def test_a_run_that_is_deleted_is_not_waited_for(
     bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "_LAST_POLL", 0.1)
+    monkeypatch.setattr(waiting_rules, "_LAST_POLL", 0.1)
     store.begin_step("run", "pay", {})
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))
