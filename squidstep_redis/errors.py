@@ -134,11 +134,10 @@ class StepBusyError(SquidstepError):
     retry_in: float | None
 
     def __str__(self) -> str:
-        holder = f" by {self.current.owner}" if self.current.owner else ""
         until = "" if self.retry_in is None else f"; its lease expires in {self.retry_in:.3f} s"
         return (
-            f"{_where(self.current.run_id, self.current.step)}: attempt {self.current.attempt} is running{holder}"
-            f"{until}. Nothing was executed here; try again later"
+            f"{_where(self.current.run_id, self.current.step)}: held by {self.current.owner or 'another worker'} "
+            f"(attempt {self.current.attempt}{until}). Nothing was executed here; try again later"
         )
 
 
