@@ -358,7 +358,7 @@ class TestSteering:
         store.begin_step("run", "one", {}, lease=60)
         refused = run("retry", "run", "one", *options)
         assert (refused.returncode, refused.stdout) == (1, "")
-        assert "is being executed" in refused.stderr
+        assert "held by" in refused.stderr
 
     def test_release(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)

@@ -107,8 +107,8 @@ class TestDistinctPairsAreDistinctRecords:
         keys = Keys(prefix.encode())
 
         for run in runs:
-            assert len({key_slot(key) for key in keys.run(run.encode())}) == 1
-        own = [key for run in runs for key in keys.run(run.encode())[:2]]
+            assert len({key_slot(key) for key in keys.run(run).keys}) == 1
+        own = [key for run in runs for key in keys.run(run).keys[:2]]
         assert len(set(own)) == len(own)
         assert not set(own) & {*keys.claims(), *keys.failed()}
 

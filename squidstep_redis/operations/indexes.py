@@ -19,6 +19,8 @@ from squidstep_redis.protocol.workflow import SendBatch, Workflow, results_of
 
 Mode = Literal["failed", "lapsed", "live"]
 
+_OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
+
 _GROWTH: Final = 8  # each further page of a bucket is so many times as large
 
 
@@ -164,7 +166,9 @@ def _verify(context: Context, mode: Mode, member: bytes, owner: bytes) -> Call[S
 
     index = keys.failed if mode == "failed" else keys.claims
     args = (new_nonce(), step, member_prefix(run), mode.encode(), owner)
-    return Call(run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse)
+    return Call(
+        run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse, part_of=_OPERATIONS[mode]
+    )
 
 
 class _Bucket:
@@ -189,7 +193,7 @@ class _Bucket:
     def call(self, mode: Mode) -> Call[list[tuple[float, bytes]]]:
         """Reads the first `size` entries."""
         args = (new_nonce(), b"%d" % self.size, mode.encode())
-        return Call(None, script("list_index"), (self.key,), args, _entries)
+        return Call(None, script("list_index"), (self.key,), args, _entries, part_of=_OPERATIONS[mode])
 
     def load(self, entries: list[tuple[float, bytes]]) -> None:
         self.entries = entries

@@ -84,7 +84,7 @@ def retry_run(context: Context, run_id: RunId, *, owner: str | None = None) -> W
 
 
 def _retry_run(context: Context, run_id: str, owner: str | None) -> Workflow[list[StepRun]]:
-    scans = yield from scan_runs(context, [run_id.encode()])
+    scans = yield from scan_runs(context, "retry_run", [run_id.encode()])
     if not scans:
         raise StepRunNotFoundError(run_id, None, "there is no such run; nothing was written")
     if scans[0].problem is not None:

@@ -122,7 +122,7 @@ def runs(
     count = max(10, full)  # a run usually has two keys
     for _ in range(_SCANS_PER_PAGE):
         count = min(2 * count, _KEYS_PER_SCAN)
-        page = yield from _scan_page(context, shards, position, prefix, count)
+        page = yield from _scan_page(context, "runs", shards, position, prefix, count)
         examined += len(page.scans)
         summaries = (scan.summary() for scan in page.scans)
         found += [summary for summary in summaries if wanted is None or summary.counts[wanted]]
@@ -167,7 +167,7 @@ def purge(
     purged: list[RunSummary] = []
     position: _Position | None = None
     while True:
-        page = yield from _scan_page(context, shards, position, prefix, _KEYS_PER_SCAN)
+        page = yield from _scan_page(context, "purge", shards, position, prefix, _KEYS_PER_SCAN)
         old: list[tuple[RunScan, RunSummary]] = []
         for scan in page.scans:
             summary = scan.summary()
@@ -219,12 +219,12 @@ class RunScan:
         return RunSummary(self.run_id, counts, max(changes, default=None), self.problem)
 
 
-def scan_runs(context: Context, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
+def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
     """Reads the unfinished steps of some runs, without payloads. Runs that no longer exist are left out."""
     scans = {run_id: RunScan(run_id.decode()) for run_id in run_ids}
     cursors = dict.fromkeys(scans, b"0")
     while cursors:
-        outcomes = yield SendBatch([_summarize_run(context, run_id, at) for run_id, at in cursors.items()])
+        outcomes = yield SendBatch([_summarize_run(context, operation, run_id, at) for run_id, at in cursors.items()])
         raise_unless_corrupt(outcomes)
         scanned, cursors = list(cursors), {}
         for run_id, outcome in zip(scanned, outcomes, strict=True):
@@ -260,13 +260,13 @@ def _load(context: Context, scan: RunScan, outcome: Reply | CorruptRunError) -> 
     return cursor
 
 
-def _summarize_run(context: Context, run_id: bytes, cursor: bytes) -> Call[Reply | None]:
+def _summarize_run(context: Context, operation: str, run_id: bytes, cursor: bytes) -> Call[Reply | None]:
     def parse(reply: Reply) -> Reply | None:
         return reply[2:] if reply[0] == b"summary" else None
 
     keys = context.keys.of_run(run_id)[:2]
     args = (new_nonce(), cursor, b"%d" % _FIELDS_PER_SCAN)
-    return Call(run_id.decode(), script("summarize_run"), keys, args, parse, lambda: None)
+    return Call(run_id.decode(), script("summarize_run"), keys, args, parse, lambda: None, part_of=operation)
 
 
 def _purge_run(context: Context, scan: RunScan, tombstone_ms: bytes) -> Call[bool]:
@@ -277,7 +277,7 @@ def _purge_run(context: Context, scan: RunScan, tombstone_ms: bytes) -> Call[boo
     steps, done, _, failed = run.keys
     lines = [part for line in scan.lines.items() for part in line]
     args = (new_token(), run.member, tombstone_ms, scan.created, scan.completed, *lines)
-    return Call(run.text, script("purge_run"), (steps, done, failed), args, parse)
+    return Call(run.text, script("purge_run"), (steps, done, failed), args, parse, part_of="purge")
 
 
 # All keys of the servers
@@ -320,7 +320,12 @@ class ScanPage(NamedTuple):
 
 
 def _scan_page(
-    context: Context, shards: list[_Shard], position: _Position | None, run_id_prefix: bytes, count: int
+    context: Context,
+    operation: str,
+    shards: list[_Shard],
+    position: _Position | None,
+    run_id_prefix: bytes,
+    count: int,
 ) -> Workflow[ScanPage]:
     """Passes `count` keys of one server, from a position on, and reads the runs among them."""
     names = [shard.name for shard in shards]
@@ -335,9 +340,9 @@ def _scan_page(
         return reply[2:]
 
     args = (new_nonce(), here.scan_cursor, context.keys.pattern(run_id_prefix), b"%d" % count)
-    reply: Reply = yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse))
+    reply: Reply = yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse, part_of=operation))
     scan_cursor, keys, total, now = reply
-    scans = yield from scan_runs(context, dict.fromkeys(_runs_of(context, keys, run_id_prefix)))
+    scans = yield from scan_runs(context, operation, dict.fromkeys(_runs_of(context, keys, run_id_prefix)))
     passed = here.passed + count
     if scan_cursor != b"0":
         after: _Position | None = _Position(scan_cursor, passed, shard.name)

@@ -75,4 +75,5 @@ def _await_step(context: Context, run: Run, step: Name) -> Call[tuple[StepRun | 
         last = reply[6] if reply[0] == b"waiting" else None
         return context.records.record(run.text, step.text, values, run.keys.steps), last
 
-    return Call(run.text, script("await_step"), run.keys[:2], (new_nonce(), step.data), parse, None, step.text)
+    args = (new_nonce(), step.data)
+    return Call(run.text, script("await_step"), run.keys[:2], args, parse, step=step.text, part_of="wait_for_step")

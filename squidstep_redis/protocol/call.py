@@ -54,6 +54,7 @@ class Call(NamedTuple, Generic[T]):
         if_deleted: returns the result for a run that was deleted; None: RunDeletedError is raised.
         step: the step it is about, for error messages.
         retryable: whether a store may send it again after a transient error.
+        part_of: the operation that sends it, if the script has another name.
     """
 
     run_id: str | None
@@ -64,6 +65,12 @@ class Call(NamedTuple, Generic[T]):
     if_deleted: Callable[[], T] | None = None
     step: str | None = None
     retryable: bool = True
+    part_of: str | None = None
+
+    @property
+    def operation(self) -> str:
+        """The name of the operation, for events and error messages."""
+        return self.part_of or self.script.name
 
     def evalsha(self) -> Command:
         """Returns the command for a server that knows the script."""
@@ -85,7 +92,7 @@ class Call(NamedTuple, Generic[T]):
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if type(parts) is not list or len(parts) < 2 or parts[1] != self.args[0]:
             problem = f"an earlier call on this connection was interrupted; got the reply to it, {described(reply)}"
-            raise ReplyMismatchError(self.script.name, self.run_id, self.step, problem, True, self)
+            raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, self)
         refusal = _REFUSALS.get(parts[0])
         if refusal is not None:
             if refusal is _deleted and self.if_deleted is not None:

@@ -116,4 +116,4 @@ def read(call: Call[T], reply: object) -> T:
 
 def not_replicated(call: Call[T], result: T, problem: str, replicas: int | None = None) -> NotReplicatedError:
     """Returns the error for a transition whose durability was not confirmed."""
-    return NotReplicatedError(call.script.name, call.run_id, call.step, problem, True, call, result, replicas)
+    return NotReplicatedError(call.operation, call.run_id, call.step, problem, True, call, result, replicas)

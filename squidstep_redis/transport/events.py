@@ -106,7 +106,7 @@ class EventEmitter:
 
 def events_of(call: Call[Any], outcome: object, seconds: float, batched: bool, prefix: str) -> Iterator[Event]:
     """Returns the events of a call: none for a read, two for an advance_step."""
-    operation = call.script.name
+    operation = call.operation
     if not call.script.is_transition or call.run_id is None:
         return
 

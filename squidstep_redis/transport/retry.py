@@ -230,7 +230,7 @@ def decode_reply(call: Call[T], reply: object, may_have_run: bool) -> T | Except
 
 def _explained(error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float) -> ServerError:
     """Returns this library's error for one of redis-py's."""
-    operation, run, step = (call.script.name, call.run_id, call.step) if call else ("batch", None, None)
+    operation, run, step = (call.operation, call.run_id, call.step) if call else ("batch", None, None)
     text = (str(error) or type(error).__name__).rstrip(".")
     refusal = _refusal(error)
     if may_have_run:

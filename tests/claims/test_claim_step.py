@@ -118,7 +118,7 @@ class TestClaimStep:
     def test_claim_serves_one_block_at_a_time(self, worker: Worker, others: StepRunStore) -> None:
         claim = worker.claim()
         with claim:
-            with pytest.raises(InvalidArgumentError, match="claim: is one block's at a time"), claim:
+            with pytest.raises(InvalidArgumentError, match="claim: is already in a `with` block"), claim:
                 pytest.fail("the block was entered")
             claim.complete({"receipt": 7})
         with claim:

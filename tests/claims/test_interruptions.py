@@ -109,7 +109,7 @@ class TestInterruptedAcquisition:
         self, worker: Worker, others: StepRunStore, moment: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store: AsyncStepRunStore = worker.plain_store
-        send = store.send
+        send = store._transport.send
 
         async def main() -> None:
             async def send_and_cancel(call: Call[Any]) -> Any:
@@ -119,7 +119,7 @@ class TestInterruptedAcquisition:
                 await asyncio.sleep(0)
                 return result
 
-            monkeypatch.setattr(store, "send", send_and_cancel)
+            monkeypatch.setattr(store._transport, "send", send_and_cancel)
             task = asyncio.create_task(store.run_step("run", "pay", decline, {}))
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -140,7 +140,7 @@ class TestInterruptedAcquisition:
                     task.cancel()
                 await asyncio.Event().wait()
 
-            worker.plain_store.send = send
+            worker.plain_store._transport.send = send
             task = asyncio.create_task(worker.plain_store.run_step("run", "pay", decline, {}))
             await asyncio.wait([task], timeout=30)
             assert (task.cancelled(), len(sent)) == (True, 2)
@@ -203,7 +203,7 @@ class TestInterruptedCompletion:
         self, worker: Worker, others: StepRunStore, moment: str, outcome: Outcome
     ) -> None:
         store: AsyncStepRunStore = worker.plain_store
-        send = store.send
+        send = store._transport.send
 
         async def main() -> None:
             async def send_and_cancel(call: Call[Any]) -> Any:
@@ -217,7 +217,7 @@ class TestInterruptedCompletion:
                     await asyncio.sleep(0)
                 return result
 
-            cast("Any", store).send = send_and_cancel
+            cast("Any", store)._transport.send = send_and_cancel
             task = asyncio.create_task(store.run_step("run", "pay", charge, {"amount": 1}))
             await asyncio.wait([task], timeout=30)
             assert task.cancelled()

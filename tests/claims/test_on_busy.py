@@ -37,9 +37,7 @@ class TestBusy:
         holder = begun(store.begin_step("run", "pay", {}, lease=60, owner="worker-1"))
         before = bench.dump()
 
-        with pytest.raises(
-            StepBusyError, match=r"is being executed by worker-1, as attempt 1; its lease ends in"
-        ) as caught:
+        with pytest.raises(StepBusyError, match=r"held by worker-1 \(attempt 1; its lease expires in") as caught:
             store.run_step("run", "pay", charge, {})
 
         assert caught.value.current == holder
@@ -50,7 +48,9 @@ class TestBusy:
     def test_claim_without_a_lease_has_no_retry_time(self, store: StepRunStore) -> None:
         begun(store.begin_step("run", "pay", {}))
 
-        with pytest.raises(StepBusyError, match="is being executed, as attempt 1. Nothing was executed") as caught:
+        with pytest.raises(
+            StepBusyError, match=r"held by another worker \(attempt 1\). Nothing was executed"
+        ) as caught:
             store.run_step("run", "pay", charge, {})
 
         assert caught.value.retry_in is None
@@ -68,8 +68,8 @@ class TestBusy:
     @pytest.mark.parametrize(
         ("on_busy", "error", "problem"),
         [
-            ("raise", StepBusyError, "step 'pay': is being executed by"),
-            ("wait", InvalidArgumentError, "for ever: step 'pay' of run 'run' is being executed by this very code"),
+            ("raise", StepBusyError, "step 'pay': held by"),
+            ("wait", InvalidArgumentError, "never end: this code itself executes step 'pay' of run 'run'"),
         ],
     )
     def test_work_that_runs_its_own_step_does_not_wait(

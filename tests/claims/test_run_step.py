@@ -102,7 +102,9 @@ class TestRunStep:
             with pytest.raises(DeclinedError):
                 store.run_step("run", "pay", decline, {}, max_attempts=2)
 
-        with pytest.raises(StepExhaustedError, match="run 'run', step 'pay': all attempts are used up") as caught:
+        with pytest.raises(
+            StepExhaustedError, match="run 'run', step 'pay': max_attempts reached after attempt"
+        ) as caught:
             store.run_step("run", "pay", charge, {}, max_attempts=2)
 
         assert caught.value.current == stored(store)

@@ -203,7 +203,7 @@ def is_busy(result: Any) -> bool:
 
 def after_reply(worker: Worker, matches: Callable[[Any], object], act: Callable[[], object]) -> None:
     """Acts once, right after the first result of the worker's store that matches."""
-    send, done = worker.plain_store.send, []
+    send, done = worker.plain_store._transport.send, []
 
     def check(result: Any) -> Any:
         if not done and matches(result):
@@ -214,12 +214,12 @@ def after_reply(worker: Worker, matches: Callable[[Any], object], act: Callable[
     async def send_asyncio(call: Call[Any]) -> Any:
         return check(await send(call))
 
-    worker.plain_store.send = (lambda call: check(send(call))) if worker.runner is None else send_asyncio
+    worker.plain_store._transport.send = (lambda call: check(send(call))) if worker.runner is None else send_asyncio
 
 
 def on_failure(worker: Worker, operation: str, act: Callable[[Exception], object]) -> None:
     """Acts each time a call of the worker's store fails."""
-    send = worker.plain_store.send
+    send = worker.plain_store._transport.send
 
     @contextlib.contextmanager
     def watched(call: Call[Any]) -> Iterator[None]:
@@ -238,7 +238,7 @@ def on_failure(worker: Worker, operation: str, act: Callable[[Exception], object
         with watched(call):
             return send(call)
 
-    worker.plain_store.send = send_blocking if worker.runner is None else send_asyncio
+    worker.plain_store._transport.send = send_blocking if worker.runner is None else send_asyncio
 
 
 def around_batches(
