@@ -17,6 +17,7 @@ from support.backends import contents
 from squidstep_redis import SquidstepError
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.model import BeginResult, StepRun, step_run_id
+from squidstep_redis.operations import waiting
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol import arguments, scripts
 from squidstep_redis.protocol.call import Call
@@ -91,7 +92,7 @@ def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[A
     if kind == "delete":
         return CALLS.delete_run("run")
     if kind == "wait":
-        return CALLS._await_step(CALLS._run("run"), arguments.step(rest[0]))
+        return waiting._await_step(CALLS, CALLS.keys.run("run"), arguments.step(rest[0]))
     if kind == "again":
         return sent[-1] if sent else None
     if not claims:
