@@ -1,14 +1,15 @@
-"""Fixtures: one behaviour suite, every server, both stores."""
+"""Fixtures of the whole suite: each server that `--servers` names, and on it the blocking and the asyncio store."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,19 @@ from support.servers import find_binary
 
 from squidstep_redis import StepRunStore
 
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=100)
 settings.register_profile("soak", settings.get_profile("default"), max_examples=5_000, stateful_step_count=100)
 settings.load_profile("default")
+
+SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
+NO_SERVER = "no server that was asked for"  # a parameter of tests that are deselected
 
 _prefixes = (f"test-{number}" for number in itertools.count())
 
@@ -28,46 +39,102 @@ _prefixes = (f"test-{number}" for number in itertools.count())
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--servers",
-        default=",".join(DEFAULT_SERVERS),
-        help=f"comma-separated, of {', '.join(ALL_SERVERS)}, or 'all'. One that is named and not there is an error.",
+        default=None,
+        help=f"comma-separated, of {', '.join(ALL_SERVERS)}, or 'all'; by default {', '.join(DEFAULT_SERVERS)}, and "
+        "with -m quick fakeredis alone. A server that is named and missing is an error.",
     )
     parser.addoption("--soak-seconds", default=300, type=int, help="how long -m soak lasts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     names = config.getoption("--servers")
-    wanted = ALL_SERVERS if names == "all" else tuple(names.split(","))
+    if names is None:
+        wanted = ("fakeredis",) if config.getoption("markexpr") == "quick" else DEFAULT_SERVERS
+    else:
+        wanted = ALL_SERVERS if names == "all" else tuple(names.split(","))
     if unknown := set(wanted) - set(ALL_SERVERS):
         raise pytest.UsageError(f"--servers: unknown {sorted(unknown)}; there are {', '.join(ALL_SERVERS)}")
     config.stash[SERVERS] = wanted
     if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
-        # When the run is killed, its workers would go on with what they have been given.
+        # A worker must not go on with its tests when the run is killed.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
+# Which tests there are
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     only = metafunc.definition.get_closest_marker("servers")
     wanted = [name for name in metafunc.config.stash[SERVERS] if only is None or name in only.args]
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", wanted, indirect=True, scope="session")
+        metafunc.parametrize("backend", wanted or [NO_SERVER], indirect=True, scope="session")
     if "binary" in metafunc.fixturenames:
         names = [name for name in wanted if name in ("valkey", "redis-7", "redis-6")]
-        metafunc.parametrize("binary", names, indirect=True, scope="session")
+        metafunc.parametrize("binary", names or [NO_SERVER], indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unwanted = [item for item in items if not _is_applicable(item)]
+    if unwanted:
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in set(unwanted)]
+    for item in items:
+        if _is_quick(item):
+            item.add_marker("quick")
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+def _is_applicable(item: pytest.Item) -> bool:
+    parameters = _parameters(item)
+    server = parameters.get("backend", parameters.get("binary"))
+    not_on = item.get_closest_marker("not_on")
+    return server != NO_SERVER and (not_on is None or server not in not_on.args)
+
+
+# A module that imports one of these starts processes, servers or proxies.
+STARTERS = {"EmbeddedCluster", "EmbeddedServer", "Proxy", "demos", "multiprocessing", "pytester", "subprocess"}
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    """A quick test runs in this process, on fakeredis or on no server."""
+    if not isinstance(item, pytest.Function) or any(map(item.get_closest_marker, ("slow", "soak"))):
+        return False
+    if "backend" in (parameters := _parameters(item)):
+        return parameters["backend"] == "fakeredis"
+    return not STARTERS & {*vars(item.module), *item.fixturenames}
+
+
+# Servers and stores
 
 
 @pytest.fixture(scope="session")
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with running(request.param) as backend:
-        yield backend
+def start() -> Iterator[Callable[[str], Backend]]:
+    """Starts each server once, at its first use, whatever the order of the tests."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, Backend] = {}
+
+        def start(name: str) -> Backend:
+            if name not in started:
+                started[name] = stack.enter_context(running(name))
+            return started[name]
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest, start: Callable[[str], Backend]) -> Backend:
+    """Each server that was asked for. Every xdist worker has its own."""
+    return start(request.param)
 
 
 @pytest.fixture(scope="session")
 def binary(request: pytest.FixtureRequest) -> Path:
-    """The server binary, of each real server that was asked for."""
+    """The binary of each real server that was asked for."""
     return find_binary(request.param)
 
 
@@ -84,6 +151,7 @@ def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     bench = Bench(backend, runner, next(_prefixes))
     yield bench
     bench.close()
+    backend.flush()  # tests that scan the server must not depend on those that ran before
 
 
 @pytest.fixture

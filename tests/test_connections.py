@@ -17,14 +17,13 @@ import pytest
 import redis
 import redis.asyncio
 from support.backends import Backend, Bench
+from support.internals import can_bypass_client, check_every_connection
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import find_binary
-from test_sending import opened
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
-from squidstep_redis.transport import connection as connections
 
 
 class Counting(redis.Redis):
@@ -46,7 +45,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 def lends(client: Any) -> bool:
     made: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
-    return made(client)._transport.connections.can_bypass_client()
+    return can_bypass_client(made(client))
 
 
 def is_open(connection: Any) -> bool:
@@ -70,14 +69,14 @@ class TestWhoLends:
 
     def test_no_client_with_a_method_put_in_its_place(self, kind: Any) -> None:
         client = kind()
-        lent = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)._transport.connections
-        assert lent.can_bypass_client()
+        store = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)
+        assert can_bypass_client(store)
         client.execute_command = lambda *_: None
-        assert not lent.can_bypass_client()
+        assert not can_bypass_client(store)
 
     def test_no_client_of_a_class_that_is_instrumented(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """As OpenTelemetry's and others' instrumentations do it, under the method's own name; now or later."""
-        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())._transport.connections
+        before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())
         original = kind.execute_command
 
         @functools.wraps(original)
@@ -86,9 +85,9 @@ class TestWhoLends:
 
         with monkeypatch.context() as patch:
             patch.setattr(kind, "execute_command", traced)
-            assert not before.can_bypass_client()
+            assert not can_bypass_client(before)
             assert not lends(kind())
-        assert before.can_bypass_client()
+        assert can_bypass_client(before)
 
     def test_no_client_while_redis_py_measures_by_itself(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         providers = pytest.importorskip("redis.observability.providers", reason="redis-py measures since 7.2")
@@ -118,7 +117,7 @@ class TestKept:
     """The store's own client: a connection stays in hand for a moment."""
 
     def test_a_call_takes_the_connection_of_the_one_before(self, bench: Bench, proxy: Proxy) -> None:
-        with contextlib.closing(opened(bench, f"redis://127.0.0.1:{proxy.port}")) as store:
+        with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
             store.begin_step("run", "first", {})
             pool: Any = store.client.connection_pool
             pool.get_connection = None  # not to be asked again
@@ -127,7 +126,7 @@ class TestKept:
             del pool.get_connection
 
     def test_one_that_the_server_closed_meanwhile_costs_a_second_send(self, bench: Bench, proxy: Proxy) -> None:
-        with contextlib.closing(opened(bench, f"redis://127.0.0.1:{proxy.port}")) as store:
+        with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
             store.begin_step("run", "first", {})
             proxy.cut()
             assert begun(store.begin_step("run", "second", {})).attempt == 1
@@ -140,13 +139,13 @@ class TestKept:
         with (
             EmbeddedServer(binary=find_binary("valkey"), port=0) as server,
             redis.Redis.from_url(server.url) as admin,
-            contextlib.closing(opened(bench, server.url)) as store,
+            contextlib.closing(bench.from_url(server.url)) as store,
         ):
             store.begin_step("run", "first", {})
             admin.client_kill_filter(_type="normal", skipme=True)
             if bench.runner is not None:
                 bench.runner.run(asyncio.sleep(0.01))  # its loop hears of it
-            monkeypatch.setattr(connections, "_FRESH_SECONDS", 0.0)
+            check_every_connection(monkeypatch)
             sent_once = store.calls.begin_step("run", "pay", {})._replace(retryable=False)
             assert begun(store.send(sent_once))
 
@@ -157,7 +156,7 @@ class TestKept:
         def alarm(**_: Any) -> Any:
             raise Alarm
 
-        with contextlib.closing(opened(bench, f"redis://127.0.0.1:{proxy.port}")) as store:
+        with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
             store.begin_step("run", "first", {})
             pool: Any = store.client.connection_pool
             (connection,) = pool._in_use_connections
@@ -172,7 +171,7 @@ class TestKept:
     @pytest.mark.parametrize("most", [1, 50])
     def test_none_of_a_pool_that_is_bounded_by_the_user(self, bench: Bench, proxy: Proxy, most: int) -> None:
         url = f"redis://127.0.0.1:{proxy.port}"
-        with contextlib.closing(opened(bench, url, max_connections=most)) as store:
+        with contextlib.closing(bench.from_url(url, max_connections=most)) as store:
             store.begin_step("run", "pay", {})
             pool: Any = store.client.connection_pool
             assert not pool._in_use_connections
@@ -184,7 +183,7 @@ class TestKept:
         assert not pool._in_use_connections
 
     def test_closed_with_the_store(self, bench: Bench, proxy: Proxy) -> None:
-        store = opened(bench, f"redis://127.0.0.1:{proxy.port}")
+        store = bench.from_url(f"redis://127.0.0.1:{proxy.port}")
         store.begin_step("run", "pay", {})
         pool: Any = store.client.connection_pool
         (connection,) = pool._in_use_connections

@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from support.backends import Bench
+from support.internals import retry_policy
 from support.servers import EmbeddedCluster, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, Diagnosis, Finding, InvalidArgumentError, Level, StepRunStore
@@ -314,7 +315,7 @@ class TestClients:
             store = StepRunStore(client)
             level = found(store)["client time-out"].level
         assert (level is Level.WARNING) == (timeout is None)
-        assert store._transport.policy.last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
+        assert retry_policy(store).last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
 
 
 def mixes_replies(client: Any) -> bool:

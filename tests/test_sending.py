@@ -14,14 +14,14 @@ from typing import Any, cast
 import pytest
 import redis
 from redis import exceptions
-from support.backends import Bench, Driven, ask_instead
+from support.backends import Bench
+from support.internals import end_retries, replace_client
+from support.operations import finish
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import wait_until
-from test_wire import finish
 
 from squidstep_redis import (
-    AsyncStepRunStore,
     InvalidArgumentError,
     NotReplicatedError,
     NotSentError,
@@ -80,7 +80,7 @@ def raised(error: Exception, *before: Exception, timeout: float = 0.0) -> Server
     sending = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
     for earlier in before:
         sending.next_pause(earlier)
-    sending._retry_policy = RetryPolicy(timeout, 1, 0)
+    end_retries(sending, timeout)
     with pytest.raises(ServerError) as caught:
         sending.next_pause(error)
     return caught.value
@@ -176,14 +176,6 @@ class TestPatience:
 OURS = ClientFacts(False, 3.0, 1.5, sends=1, decodes=False, reuses_dirty_connections=False)
 
 
-def opened(bench: Bench, url: str, **options: Any) -> StepRunStore:
-    """A store made by `from_url`; closed by `finish`."""
-    options = {"prefix": bench.prefix, **options}
-    if bench.runner is None:
-        return StepRunStore.from_url(url, **options)
-    return cast("StepRunStore", Driven(AsyncStepRunStore.from_url(url, **options), bench.runner))
-
-
 @contextlib.contextmanager
 def deaf() -> Iterator[int]:
     """A server that accepts connections and never answers: its port."""
@@ -196,7 +188,7 @@ def deaf() -> Iterator[int]:
 def test_of_a_batch_that_was_sent_before_a_refusal_says_nothing(bench: Bench, word: str) -> None:
     """The first time its reply was lost; the second time the server refused: what the first one did is not known."""
     with Proxy.to(bench.backend.raw) as proxy:
-        store = opened(bench, f"redis://127.0.0.1:{proxy.port}")
+        store = bench.from_url(f"redis://127.0.0.1:{proxy.port}")
         with contextlib.closing(store), proxy.batches(1, 1):
             proxy.drop()
             proxy.answer(f"-{word} no\r\n".encode())
@@ -217,7 +209,7 @@ def test_what_a_signal_handler_raises_is_not_taken_for_the_servers(bench: Bench,
 
     store: Any = bench.store()
     made = store if bench.runner is None else store.store
-    ask_instead(made, SimpleNamespace(execute_command=interrupted))
+    replace_client(made, SimpleNamespace(execute_command=interrupted))
     with pytest.raises(type(error), match="^alarm$"):
         store.begin_step("run", "pay", {})
     assert len(asked) == 1
@@ -230,7 +222,9 @@ class TestNobodyThere:
     def test_nobody_listens(self, bench: Bench) -> None:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
-            with contextlib.closing(opened(bench, f"redis://127.0.0.1:{bound.getsockname()[1]}", timeout=0.2)) as store:
+            with contextlib.closing(
+                bench.from_url(f"redis://127.0.0.1:{bound.getsockname()[1]}", timeout=0.2)
+            ) as store:
                 with pytest.raises(NotSentError, match="nothing was sent"):
                     store.begin_step("run", "pay", {})
                 with pytest.raises(NotSentError, match="^batch: "):
@@ -239,7 +233,7 @@ class TestNobodyThere:
     @pytest.mark.parametrize("batch", [False, True])
     def test_nobody_answers(self, bench: Bench, batch: bool) -> None:
         """It does not come to the call: redis-py says hello first."""
-        with deaf() as port, contextlib.closing(opened(bench, f"redis://127.0.0.1:{port}", timeout=1)) as store:
+        with deaf() as port, contextlib.closing(bench.from_url(f"redis://127.0.0.1:{port}", timeout=1)) as store:
             call = store.calls.begin_step("run", "pay", {})
             began = time.monotonic()
             with pytest.raises(NotSentError):
@@ -251,7 +245,7 @@ class TestNobodyThere:
         with (
             Proxy.to(bench.backend.raw) as proxy,
             contextlib.closing(
-                opened(bench, f"redis://127.0.0.1:{proxy.port}", timeout=0.3, max_connections=1)
+                bench.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.3, max_connections=1)
             ) as store,
         ):
             client: Any = store.client
@@ -285,7 +279,7 @@ class TestDurability:
     ) -> None:
         master, replica = pair
         with (
-            contextlib.closing(opened(bench, master.url, wait_replicas=1, wait_aof=True)) as store,
+            contextlib.closing(bench.from_url(master.url, wait_replicas=1, wait_aof=True)) as store,
             StepRunStore.from_url(replica.url, prefix=bench.prefix) as reader,
         ):
             claim = begun(store.begin_step("run", "pay", {}, lease=60))
@@ -301,7 +295,7 @@ class TestDurability:
         self, bench: Bench, pair: tuple[EmbeddedServer, EmbeddedServer]
     ) -> None:
         master, replica = pair
-        with contextlib.closing(opened(bench, master.url, wait_replicas=1, wait_timeout=0.05)) as store:
+        with contextlib.closing(bench.from_url(master.url, wait_replicas=1, wait_timeout=0.05)) as store:
             replica.pause()
             try:
                 with pytest.raises(NotReplicatedError, match="0 of 1 replicas confirmed it within 50 ms") as caught:
@@ -310,7 +304,7 @@ class TestDurability:
                 assert (error.replicas, error.result.decision, error.step) == (0, "execute", "hang")
                 assert error.call is not None
                 # The same call writes nothing now. On a new connection there would be nothing to wait for.
-                another = opened(bench, master.url, wait_replicas=1, wait_timeout=0.05)
+                another = bench.from_url(master.url, wait_replicas=1, wait_timeout=0.05)
                 with contextlib.closing(another), pytest.raises(NotReplicatedError):
                     another.send(error.call)
                 calls = [store.calls.schedule_step("run", "later", {}), store.calls.get_step_run("run", "hang")]
@@ -319,14 +313,14 @@ class TestDurability:
                 assert cast("Any", read).status == "running"
             finally:
                 replica.resume()
-            patient = opened(bench, master.url, wait_replicas=1, wait_timeout=2)
+            patient = bench.from_url(master.url, wait_replicas=1, wait_timeout=2)
             with contextlib.closing(patient):
                 assert patient.send(error.call).step_run.attempt == 1
 
     @pytest.mark.servers("valkey")
     def test_a_read_waits_for_nobody(self, bench: Bench) -> None:
         with Proxy.to(bench.backend.raw) as proxy:
-            store = opened(bench, f"redis://127.0.0.1:{proxy.port}", wait_replicas=1, wait_timeout=0.01)
+            store = bench.from_url(f"redis://127.0.0.1:{proxy.port}", wait_replicas=1, wait_timeout=0.01)
             with contextlib.closing(store):
                 assert store.get_run("run") == []
                 assert store.batch([store.calls.get_run("run")]) == [[]]

@@ -41,8 +41,8 @@ from squidstep_redis import (
     StepRun,
     StepRunNotFoundError,
     StepRunStore,
-    scripts,
 )
+from squidstep_redis.protocol import scripts
 
 PREFIX: Final = "soak"
 GENERATION: Final = 1.0  # seconds after which new runs begin: completed steps are of no more interest

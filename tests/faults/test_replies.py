@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import redis
 from support.backends import Bench, contents
+from support.internals import shorten_pauses
+from support.operations import CALLS, EXCHANGES, perform, prepare, seen, state
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import wait_until
-from test_wire import CALLS, EXCHANGES, perform, prepare, seen, state
 
 from squidstep_redis import NotSentError, OutcomeUnknownError, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.scripts import directory, script
-from squidstep_redis.transport import retry as sending
 
 from .kit import Stores
 
@@ -39,7 +39,7 @@ class TestLost:
 
     @pytest.fixture(autouse=True)
     def without_long_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sending, "_LAST_PAUSE", 0.02)
+        shorten_pauses(monkeypatch, 0.02)
 
     @pytest.mark.parametrize("operation", [*CALLS, *EXCHANGES])
     def test_the_answer_is_the_same_and_it_takes_effect_once(self, bench: Bench, operation: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.operations import mixed, seen
 from support.proxy import Proxy
 from support.records import begun
-from test_wire import mixed, seen
 
 from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer

@@ -9,8 +9,8 @@ from typing import Any, Final
 import pytest
 import redis
 from support.backends import Backend, Bench, contents
+from support.operations import CALLS, EXCHANGES, perform, prepare
 from support.records import begun
-from test_wire import CALLS, EXCHANGES, perform, prepare
 
 from squidstep_redis import Level, OutcomeUnknownError, RefusedError, ServerError, StepRunNotFoundError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer

@@ -145,7 +145,9 @@ def test_a_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
 
 
 def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from faults.soak import soak; from servers import find_binary\n"
+    code = (
+        "import sys; from pathlib import Path; from faults.soak import soak; from support.servers import find_binary\n"
+    )
     code += "soak(100, Path(sys.argv[1]), binary=find_binary('valkey'))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

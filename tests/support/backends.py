@@ -19,6 +19,8 @@ from redis.retry import Retry
 from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.keys import Keys
+from support.internals import lose_replies
+from support.internals import replace_client as ask_instead  # noqa: F401 -- the tests of claims import it from here
 from support.servers import EmbeddedCluster, find_binary, wait_until
 
 # Without configuration: what `pip install` brings. The others are asked for with --servers, and must then be there.
@@ -51,6 +53,13 @@ class Backend:
 
     def keys(self, prefix: str) -> set[bytes]:
         return keys_of(self.raw, prefix)
+
+    def flush(self) -> None:
+        """Deletes all keys; the scripts stay."""
+        if self.name == "cluster":
+            self.raw.flushall(target_nodes="primaries")
+        else:
+            self.raw.flushall()
 
     def flush_scripts(self) -> None:
         if self.name == "cluster":
@@ -125,31 +134,6 @@ class Driven:
         return run
 
 
-def ask_instead(store: Any, client: Any) -> None:
-    """Lets a store ask another client, whose methods are not redis-py's own: its connections are not borrowed."""
-    transport = store._transport
-    transport.client = client
-    transport.connections = type(transport.connections)(client)
-
-
-def lose_replies(store: Any, times: int) -> None:
-    """Makes a store send each single call so many times more, as after lost replies, on either path."""
-    transport = store._transport
-    bypasses = transport.connections.can_bypass_client()
-    asked, name = (transport.connections, "send") if bypasses else (transport.client, "execute_command")
-    send = getattr(asked, name)
-
-    def again(*args: Any, **options: Any) -> Any:
-        more = 0 if name == "send" and len(args) > 1 else times
-        return [send(*args, **options) for _ in range(more + 1)][-1]
-
-    async def again_asyncio(*args: Any, **options: Any) -> Any:
-        more = 0 if name == "send" and len(args) > 1 else times
-        return [await send(*args, **options) for _ in range(more + 1)][-1]
-
-    setattr(asked, name, again_asyncio if inspect.iscoroutinefunction(send) else again)
-
-
 class Bench:
     """Makes stores of one flavour on one server, all with the test's own prefix."""
 
@@ -160,7 +144,7 @@ class Bench:
         self._clients: list[Any] = []
 
     def store(self, *, losing: int = 0, client_options: dict[str, Any] | None = None, **settings: Any) -> StepRunStore:
-        """A store; `losing` replies of each call are lost before one gets through."""
+        """A store. `losing` replies of each call are lost before one arrives."""
         settings = {"prefix": self.prefix, **settings}
         if self.runner is None:
             client = self.backend.connect(**(client_options or {}))
@@ -173,6 +157,13 @@ class Bench:
             lose_replies(made, losing)
         # One type for both, so that the suite is checked against the blocking store's.
         return cast("StepRunStore", Driven(made, self.runner) if self.runner else made)
+
+    def from_url(self, url: str, **settings: Any) -> StepRunStore:
+        """A store that makes its own client. The caller closes it."""
+        settings = {"prefix": self.prefix, **settings}
+        if self.runner is None:
+            return StepRunStore.from_url(url, **settings)
+        return cast("StepRunStore", Driven(AsyncStepRunStore.from_url(url, **settings), self.runner))
 
     async def _connect_asyncio(self, options: dict[str, Any]) -> Any:
         return self.backend.connect_asyncio(**options)

@@ -22,6 +22,7 @@ from rq.timeouts import JobTimeoutException
 import squidstep_redis.rq
 from squidstep_redis import StepBusyError, StepStatus, UndecodablePayloadError, current_claim
 from squidstep_redis.rq import configure, current_run, queue_completion, step, steps, store
+from support.internals import idle_connections
 
 
 def effect(name: str) -> None:
@@ -477,8 +478,7 @@ def storm(alarms: int) -> dict[str, Any]:
         "wrong": wrong,
         "struck": struck,
         "seconds": time.perf_counter() - begin,
-        "in use": len(cast("Any", own.client.connection_pool)._in_use_connections)
-        - len(cast("Any", own)._transport.connections._idle),
+        "in use": len(cast("Any", own.client.connection_pool)._in_use_connections) - idle_connections(own),
         "more connections": len(own.client.client_list()) - connections,
         "held": [step for step, status in own.step_statuses(str(this_run)).items() if status is StepStatus.RUNNING],
     }

@@ -1,0 +1,205 @@
+"""Lost replies and lost requests: a call that is sent again takes effect once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
+from support.backends import Bench, Driven
+from support.operations import (
+    CALLS,
+    EXCHANGES,
+    PAYLOAD,
+    finish,
+    perform,
+    prepare,
+    seen,
+    state,
+)
+from support.proxy import Proxy
+from support.records import begun
+
+from squidstep_redis import (
+    AsyncStepRunStore,
+    Call,
+    OutcomeUnknownError,
+    StepRunStore,
+)
+
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+
+class TestLostReplies:
+    """The server has run the call, the connection breaks in place of its reply, and redis-py sends the call again."""
+
+    @pytest.mark.parametrize("losing", [1, 3])
+    def test_begin_executes_once(self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int) -> None:
+        proxy.drop(losing)
+
+        step_run = begun(proxied.begin_step("run", "pay", PAYLOAD, lease=60))
+
+        assert proxy.names() == ["EVALSHA"] * (losing + 1)
+        assert step_run.attempt == 1
+        assert [attempt.number for attempt in proxied.attempts("run", "pay")] == [1]
+        assert proxied.complete_step(step_run, PAYLOAD).output == PAYLOAD
+
+    @pytest.mark.parametrize("losing", [1, 3])
+    def test_complete_holds_one_place(self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int) -> None:
+        step_run = begun(proxied.begin_step("run", "pay", {}))
+        proxy.clear()
+        proxy.drop(losing)
+
+        completed = proxied.complete_step(step_run, PAYLOAD, schedule={"mail": {}})
+
+        assert proxy.names() == ["EVALSHA"] * (losing + 1)
+        assert completed.output == PAYLOAD
+        assert proxied.completed_steps("run") == ["pay"]
+        assert proxied.completed_outputs("run") == [PAYLOAD]
+        assert [step_run.step for step_run in proxied.get_run("run")] == ["pay", "mail"]
+
+    @pytest.mark.parametrize("losing", [1, 3])
+    @pytest.mark.parametrize("operation", CALLS)
+    def test_every_operation_answers_the_same_as_without_loss(
+        self,
+        bench: Bench,
+        proxy: Proxy,
+        proxied: StepRunStore,
+        twin: StepRunStore,
+        known: None,
+        operation: str,
+        losing: int,
+    ) -> None:
+        expected = perform(twin, operation, prepare(bench, twin))
+        claim = prepare(bench, proxied)
+        proxy.clear()
+        proxy.drop(losing)
+
+        answer = perform(proxied, operation, claim)
+
+        assert proxy.names() == ["EVALSHA"] * (losing + 1)
+        assert seen(answer) == seen(expected)
+        assert state(proxied) == state(twin)
+
+    @pytest.mark.parametrize("operation", EXCHANGES)
+    def test_every_exchange_answers_the_same_as_without_loss(
+        self,
+        bench: Bench,
+        proxy: Proxy,
+        proxied: StepRunStore,
+        twin: StepRunStore,
+        operation: str,
+    ) -> None:
+        expected = perform(twin, operation, prepare(bench, twin))
+        claim = prepare(bench, proxied)
+        proxy.drop(2)
+
+        answer = perform(proxied, operation, claim)
+
+        assert seen(answer) == seen(expected)
+        assert state(proxied) == state(twin)
+
+    @pytest.mark.parametrize("lost", ["all of it", "its tail"])
+    def test_a_batch_that_was_run_is_sent_again_and_answers_the_same(
+        self, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, no_pauses: None, lost: str
+    ) -> None:
+        def calls(store: StepRunStore) -> list[Call[Any]]:
+            make = store.calls
+            return [
+                make.schedule_steps("run", {"scheduled": {}, "deleted": {}}),
+                make.delete_pending_steps("run", ["deleted"]),
+                make.complete_step(completing[store], PAYLOAD),
+                make.fail_step(failing[store], PAYLOAD),
+                make.release_step(releasing[store]),
+                make.begin_step("run", "begun", PAYLOAD, lease=60),
+                make.delete_run("deleted"),
+            ]
+
+        stores = (proxied, twin)
+        completing = {store: begun(store.begin_step("run", "completed", {})) for store in stores}
+        failing = {store: begun(store.begin_step("run", "failed", {})) for store in stores}
+        releasing = {store: begun(store.begin_step("run", "released", {})) for store in stores}
+        for store in stores:
+            store.schedule_step("deleted", "step", {})
+        expected = twin.batch(calls(twin))
+        sent = calls(proxied)
+
+        if lost == "all of it":
+            proxy.drop()
+            with proxy.batches(len(sent), len(sent)):
+                answers = proxied.batch(sent)
+        else:
+            proxy.after(4, proxy.drop)
+            answers = proxied.batch(sent)
+
+        assert seen(answers) == seen(expected)
+        assert state(proxied) == state(twin)
+
+    @pytest.mark.parametrize("operation", CALLS)
+    def test_a_call_that_never_arrived_is_sent_again(
+        self,
+        bench: Bench,
+        proxy: Proxy,
+        proxied: StepRunStore,
+        twin: StepRunStore,
+        operation: str,
+    ) -> None:
+        expected = perform(twin, operation, prepare(bench, twin))
+        claim = prepare(bench, proxied)
+        proxy.cut(2)
+
+        assert seen(perform(proxied, operation, claim)) == seen(expected)
+        assert state(proxied) == state(twin)
+
+    def test_until_the_deadline_and_then_the_same_call_can_be_sent_again(
+        self, proxy: Proxy, connect: Callable[..., StepRunStore], known: None
+    ) -> None:
+        store = connect(timeout=1)
+        proxy.drop(1_000)
+
+        with pytest.raises(OutcomeUnknownError, match="begin_step, run 'run', step 'pay': no answer came") as caught:
+            store.begin_step("run", "pay", {})
+
+        assert len(proxy.commands) > 2
+        proxy.heal()
+        assert caught.value.call is not None
+        assert begun(store.send(caught.value.call)).attempt == 1
+
+    @pytest.mark.parametrize("losing", [1, 3, 10])
+    def test_a_client_with_redis_pys_own_retries(
+        self, bench: Bench, proxy: Proxy, known: None, no_pauses: None, losing: int
+    ) -> None:
+        """It re-sends by itself, up to ten times, or not at all: that depends on the version of redis-py.
+
+        The store's own patience comes on top of it; here it has none.
+        """
+        if bench.runner is None:
+            client: Any = redis.Redis(host="127.0.0.1", port=proxy.port)
+            store = StepRunStore(client, prefix=bench.prefix)
+        else:
+            client = redis.asyncio.Redis(host="127.0.0.1", port=proxy.port)
+            store = cast("Any", Driven(AsyncStepRunStore(client, prefix=bench.prefix), bench.runner))
+
+        def once(call: Call[Any]) -> Any:
+            return store.send(call._replace(again=False))
+
+        def insist(call: Call[Any]) -> Any:
+            proxy.clear()
+            proxy.drop(losing)
+            for _ in range(losing):
+                with contextlib.suppress(OutcomeUnknownError):
+                    return once(call)
+            return once(call)
+
+        step_run = begun(insist(store.calls.begin_step("run", "pay", {}, lease=60)))
+        assert len(proxy.commands) == losing + 1
+        assert step_run.attempt == 1
+        completed = insist(store.calls.complete_step(step_run, PAYLOAD))
+        assert completed.output == PAYLOAD
+        assert store.completed_steps("run") == ["pay"]
+        finish(bench, client.close() if bench.runner is None else client.aclose())

@@ -1,0 +1,115 @@
+"""Round trips: what each operation costs on the network."""
+
+from __future__ import annotations
+
+import pytest
+from support.backends import Bench
+from support.operations import (
+    ACROSS_RUNS,
+    CALLS,
+    EXAMPLES,
+    OPERATIONS,
+    SCANS,
+    mixed,
+    perform,
+    prepare,
+    seen,
+    state,
+)
+from support.proxy import Proxy
+from support.records import begun
+
+from squidstep_redis import (
+    StepRunStore,
+)
+
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+
+
+class TestRoundTrips:
+    @pytest.mark.parametrize("operation", CALLS)
+    def test_an_operation_costs_one(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str
+    ) -> None:
+        claim = prepare(bench, proxied)
+        proxy.clear()
+
+        perform(proxied, operation, claim)
+
+        assert (proxy.round_trips, proxy.names()) == (1, ["EVALSHA"])
+
+    @pytest.mark.parametrize("operation", CALLS)
+    def test_an_operation_costs_two_when_the_server_does_not_know_its_script(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, operation: str
+    ) -> None:
+        expected = perform(twin, operation, prepare(bench, twin))
+        claim = prepare(bench, proxied)
+        bench.backend.flush_scripts()
+        proxy.clear()
+
+        answer = perform(proxied, operation, claim)
+
+        assert (proxy.round_trips, proxy.names()) == (2, ["EVALSHA", "EVAL"])
+        assert seen(answer) == seen(expected)
+        assert state(proxied) == state(twin)
+
+    @pytest.mark.parametrize("flushed", [False, True])
+    def test_a_batch_of_100_costs_one(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, flushed: bool
+    ) -> None:
+        if flushed:
+            bench.backend.flush_scripts()
+
+        with proxy.batches(100):
+            answers = proxied.batch(mixed(proxied, 100))
+
+        assert proxy.round_trips == 1
+        assert len(answers) == 100
+
+    @pytest.mark.parametrize("operation", ACROSS_RUNS)
+    def test_a_list_across_runs_costs_two(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, operation: str
+    ) -> None:
+        claim = prepare(bench, proxied)
+        proxy.clear()
+
+        with proxy.batches(1024, 1):
+            (found,) = perform(proxied, operation, claim)
+
+        assert proxy.round_trips == 2
+        assert found.step == ACROSS_RUNS[operation]
+
+    def test_every_operation_is_counted(self) -> None:
+        counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestTheCostOfLists.COSTS}
+        assert set(OPERATIONS) == set(EXAMPLES) == counted
+
+    def test_the_live_claims_of_one_owner_cost_one_more_for_each_page_of_others(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
+    ) -> None:
+        for number in range(5):
+            begun(proxied.begin_step("run", f"others-{number}", {}, lease=60 + number, owner="other"))
+        own = begun(proxied.begin_step("run", "own", {}, lease=120, owner="own"))
+        proxy.clear()
+
+        with proxy.batches(1024, 2, 2, 2):
+            assert proxied.live_claims(2, owner="own") == [own]
+
+        assert proxy.round_trips == 4
+
+
+class TestTheCostOfLists:
+    """On one small run; CLUSTER, by which `runs` and `purge` ask whether there are other servers, is not counted."""
+
+    COSTS = (*SCANS, "retry_run")
+
+    @pytest.mark.parametrize("operation", COSTS)
+    def test_two(self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str) -> None:
+        bench.backend.raw.flushdb()  # what other tests left would have to be passed, too
+        claim = prepare(bench, proxied)
+        proxied.runs()  # now the server knows the script that scans
+        proxy.clear()
+
+        with proxy.batches(1, 1):
+            perform(proxied, operation, claim)
+
+        assert proxy.round_trips == 2
