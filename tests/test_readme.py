@@ -44,7 +44,9 @@ def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The page, as a module that others can import its functions from."""
     module = ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(squidstep_redis.rq.stores, "_stores", squidstep_redis.rq.stores.JobStores())  # pages configure it
+    monkeypatch.setattr(
+        squidstep_redis.rq.stores, "_stores", squidstep_redis.rq.stores.JobStores()
+    )  # pages configure it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
     for number, handler in handlers.items():  # an RQ worker leaves its own
