@@ -16,7 +16,7 @@ import pytest
 import redis
 from support.servers import find_binary
 
-import squidstep_redis.rq
+import squidstep_redis.rq.stores
 from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
@@ -44,7 +44,9 @@ def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The page as a module, so that its functions can be imported by name."""
     module = ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(squidstep_redis.rq, "_stores", type(squidstep_redis.rq._stores)())  # a page configures stores
+    monkeypatch.setattr(
+        squidstep_redis.rq.stores, "_stores", squidstep_redis.rq.stores.JobStores()
+    )  # pages configure it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
     for number, handler in handlers.items():  # an RQ worker does not restore them

@@ -1,4 +1,4 @@
-"""How the call of a function becomes a step: its arguments are the input, and name the run."""
+"""The arguments of a step's function: they are the input of the step, and can make the run id."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ from inspect import BoundArguments, Parameter, Signature, iscoroutine
 from string import Formatter
 from typing import Any, Final, TypeVar, cast
 
-from squidstep_redis.errors import InvalidArgumentError, PayloadError, described
+from squidstep_redis import InvalidArgumentError, PayloadError
 
 T = TypeVar("T")
 
 RunIdOf = str | Callable[..., str]
-"""A format string over a function's arguments, or a function of them."""
+"""A format string over a function's arguments, or a function of them that returns the run id."""
 
 
 def _with_defaults(bound: BoundArguments) -> BoundArguments:
-    whole = BoundArguments(bound.signature, cast("Any", dict(bound.arguments)))
-    whole.apply_defaults()
-    return whole
+    complete = BoundArguments(bound.signature, cast("Any", dict(bound.arguments)))
+    complete.apply_defaults()
+    return complete
 
 
 def stored_arguments(bound: BoundArguments, stored: dict[str, Any]) -> BoundArguments:
-    """The arguments to call with: those given, unless the step was scheduled with others.
+    """Returns the arguments to call the function with.
+
+    Args:
+        bound: the arguments that were given.
+        stored: the stored input of the step. It differs from `bound` if the step was scheduled with another input; its
+            values then replace the given ones.
 
     Raises:
-        InvalidArgumentError: it was scheduled with arguments that the function does not take.
+        InvalidArgumentError: the stored input has an argument that the function does not have.
     """
-    if stored == _as_kept(bound.arguments):
+    if stored == _as_stored(bound.arguments):
         return bound
     parameters = bound.signature
     unknown = stored.keys() - parameters.parameters.keys()
     if unknown:
         raise InvalidArgumentError(
-            "input", f"the step was scheduled with {sorted(unknown)}, which its function does not take: {parameters}"
+            "input", f"the step was scheduled with {sorted(unknown)}, which its function does not accept: {parameters}"
         )
     scheduled = _with_defaults(BoundArguments(parameters, cast("Any", {**bound.arguments, **stored})))
     for name, parameter in parameters.parameters.items():
@@ -44,61 +49,77 @@ def stored_arguments(bound: BoundArguments, stored: dict[str, Any]) -> BoundArgu
 
 
 def result_of(fn: Callable[..., T], arguments: BoundArguments) -> T:
-    """What the function answers; raises InvalidArgumentError if that is a coroutine, which nobody would await."""
+    """Calls the function and returns its result.
+
+    Args:
+        fn: the function of the step.
+        arguments: what to call it with.
+
+    Raises:
+        InvalidArgumentError: the function returned a coroutine, which would never be awaited.
+    """
     result = fn(*arguments.args, **arguments.kwargs)
     if iscoroutine(result):
         result.close()
         raise InvalidArgumentError(
-            "fn", f"{described(fn)} is no coroutine function, but answered a coroutine: make the step of what it wraps"
+            "fn", f"{fn!r} is not a coroutine function, but returned a coroutine: decorate the function that it wraps"
         )
     return result
 
 
-_WHAT_IS_KEPT: Final = (
-    "A step keeps its function's arguments and what it answers. Hand over plain data, such as an id, and look up the "
-    "rest inside. A method's self is an argument, too: use a function, or current_run().call(name, self.method, …)."
+_STORED_DATA: Final = (
+    "A step stores the arguments and the result of its function. Pass plain data, such as an id, and load everything "
+    "else inside the function. The self of a method is an argument, too: use a function, or "
+    "current_run().call(name, self.method, …)."
 )
 
 
 def explain(error: PayloadError) -> None:
-    """Notes on the error what a payload has to do with a function."""
-    if _WHAT_IS_KEPT not in getattr(error, "__notes__", ()):  # it passes from a step within another through both
-        error.add_note(_WHAT_IS_KEPT)
+    """Adds a note to the error that says what the payload has to do with the function."""
+    if _STORED_DATA not in getattr(error, "__notes__", ()):  # an error of a nested step passes here twice
+        error.add_note(_STORED_DATA)
 
 
 def run_id_of(run_id: RunIdOf | None, parameters: Signature) -> Callable[[BoundArguments], str] | None:
-    """What makes the run id out of the arguments, defaults included.
+    """Returns a function that makes the run id from the arguments, defaults included.
+
+    Args:
+        run_id: a format string over the arguments, or a function of them; None: the arguments do not make the run id,
+            and None is returned.
+        parameters: of the step's function.
 
     Raises:
-        InvalidArgumentError: a format string is malformed, or names what is no parameter; what is answered raises it,
-            too, if a function names no run.
+        InvalidArgumentError: the format string is malformed, or names something that is not a parameter. The returned
+            function raises it, too, if `run_id` is a function and returns None.
     """
     if run_id is None:
         return None
     if not isinstance(run_id, str):
 
-        def named(bound: BoundArguments) -> str:
-            whole = _with_defaults(bound)
-            id = cast("str | None", run_id(*whole.args, **whole.kwargs))
-            if id is None:  # which elsewhere stands for no run at all
-                raise InvalidArgumentError("run_id", "must be a non-empty str, and its function answered None")
+        def call_run_id(bound: BoundArguments) -> str:
+            complete = _with_defaults(bound)
+            id = cast("str | None", run_id(*complete.args, **complete.kwargs))
+            if id is None:  # elsewhere None means that there is no run
+                raise InvalidArgumentError("run_id", "must be a non-empty str, but its function returned None")
             return id
 
-        return named
+        return call_run_id
     try:
         fields = [field for _, field, _, _ in Formatter().parse(run_id) if field is not None]
     except ValueError as error:
-        raise InvalidArgumentError("run_id", f"{run_id!r} is no format string: {error}") from error
+        raise InvalidArgumentError("run_id", f"{run_id!r} is not a valid format string: {error}") from error
     for field in fields:
         if re.split(r"[.\[]", field)[0] not in parameters.parameters:
-            raise InvalidArgumentError("run_id", f"{run_id!r} names {field!r}, no parameter of the function")
+            raise InvalidArgumentError(
+                "run_id", f"{run_id!r} names {field!r}, which is not a parameter of {parameters}"
+            )
     return lambda bound: run_id.format(**_with_defaults(bound).arguments)
 
 
-def _as_kept(value: Any) -> Any:
-    """A value as it comes back from a payload: a tuple as a list."""
+def _as_stored(value: Any) -> Any:
+    """Returns the value as a payload returns it: tuples become lists."""
     if isinstance(value, Mapping):
-        return {key: _as_kept(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+        return {key: _as_stored(item) for key, item in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [_as_kept(item) for item in cast("Sequence[Any]", value)]
+        return [_as_stored(item) for item in cast("Sequence[Any]", value)]
     return value

@@ -53,7 +53,7 @@ class TestLossDuringRunStep:
             wait_until(claim.lost.is_set)
             return {"by": "zombie"}
 
-        with pytest.raises(StepBusyError, match="held by winner \(attempt 2\)") as caught:
+        with pytest.raises(StepBusyError, match=r"held by winner \(attempt 2\)") as caught:
             worker.execute(work, lease=SHORT_LEASE)
 
         assert caught.value.current == winners[0] == stored(others)

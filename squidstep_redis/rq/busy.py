@@ -1,0 +1,118 @@
+"""Reschedules a job whose step is held by another worker."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
+
+from squidstep_redis import InvalidArgumentError, StepBusyError
+from squidstep_redis.claims.rules import DEFAULT_LEASE
+from squidstep_redis.protocol.arguments import Seconds
+from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
+from squidstep_redis.signals import defer_sigalrm
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OnBusy = Literal["reschedule", "raise", "wait"]
+"""What a decorated function does while another worker holds its step."""
+
+# RQ counts how often a job returns Retry, and fails the job beyond the maximum. A busy step is not a failure.
+MAX_RESCHEDULES: Final = 1_000_000
+_SYNCHRONOUS: Final = "sync"  # the worker's name of a job that runs inside enqueue(), where RQ ignores Retry
+
+_inside: ContextVar[bool] = ContextVar("squidstep_rq_inside", default=False)
+
+
+def check_on_busy(on_busy: object) -> None:
+    """Raises InvalidArgumentError if `on_busy` is not one of the three modes."""
+    if on_busy not in ("reschedule", "raise", "wait"):
+        raise InvalidArgumentError("on_busy", f"must be 'reschedule', 'raise' or 'wait', not {on_busy!r}")
+
+
+def rescheduling(
+    fn: Callable[P, T], call: Callable[[Any, Any], T], lease: Seconds | None, on_busy: OnBusy
+) -> Callable[P, T]:
+    """Returns the decorated function. As the function of a job it returns Retry when a step is busy.
+
+    Args:
+        fn: the function that is decorated.
+        call: calls it as a step, or as a run of steps, with its arguments and keyword arguments.
+        lease: seconds; the delay until the job runs again, if the holder's claim has no lease.
+        on_busy: "reschedule", or anything else to raise StepBusyError.
+    """
+
+    def on_busy_step(error: StepBusyError, outermost: bool) -> T:
+        job = get_current_job()
+        if on_busy != "reschedule" or not outermost or job is None or not _is_function_of(job, decorated):
+            raise error
+        if job.worker_name == _SYNCHRONOUS:
+            error.add_note("The job was not rescheduled: it runs inside enqueue(), where RQ ignores Retry.")
+            raise error
+        if not _has_scheduler(job):
+            error.add_note("The job was not rescheduled: no worker of its queue has a scheduler (--with-scheduler).")
+            raise error
+        return cast("T", Retry(max=MAX_RESCHEDULES, interval=reschedule_delay(error, lease)))
+
+    @wraps(fn)
+    def call_sync(*args: P.args, **kwargs: P.kwargs) -> T:
+        outermost = not _inside.get()
+        try:
+            _inside.set(True)
+            return call(args, kwargs)
+        except StepBusyError as error:
+            return on_busy_step(error, outermost)
+        finally:
+            _inside.set(not outermost)
+
+    @wraps(fn)
+    async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+        outermost = not _inside.get()
+        try:
+            _inside.set(True)
+            return await cast("Any", call(args, kwargs))
+        except StepBusyError as error:
+            return on_busy_step(error, outermost)
+        finally:
+            _inside.set(not outermost)
+
+    decorated = cast("Callable[P, T]", call_async) if iscoroutinefunction(fn) else call_sync
+    return decorated
+
+
+def _is_function_of(job: Job, decorated: object) -> bool:
+    """Returns whether the result of the decorated function is the result of the job."""
+    function: object = job.func
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if function is decorated:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _has_scheduler(job: Job) -> bool:
+    connection: Any = job.connection
+    with defer_sigalrm():
+        return bool(connection.exists(RQScheduler.get_locking_key(job.origin)))
+
+
+def reschedule_delay(error: StepBusyError, lease: Seconds | None) -> int:
+    """Returns the seconds until the job runs again: the rest of the holder's lease, and up to 10 % (or 1 s) of jitter.
+
+    RQ accepts whole seconds only.
+
+    Args:
+        error: says how much of the holder's lease is left.
+        lease: seconds to use instead if the holder's claim has no lease; None: the default lease.
+    """
+    rest = error.retry_in
+    if rest is None:
+        rest = lease if isinstance(lease, float | int) else DEFAULT_LEASE if lease is None else lease.total_seconds()
+    seconds = max(1, math.ceil(rest))
+    return seconds + random.randint(0, max(1, seconds // 10))  # noqa: S311 -- nothing secret

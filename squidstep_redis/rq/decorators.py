@@ -1,0 +1,122 @@
+"""`step` makes a job function one step; `steps` makes it a run of several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import iscoroutinefunction, signature
+from typing import Any, ParamSpec, TypeVar, cast
+
+from squidstep_redis.claims.rules import DEFAULT_LEASE
+from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
+from squidstep_redis.rq.execution import execute
+from squidstep_redis.rq.functions import RunIdOf, run_id_of
+from squidstep_redis.rq.runs import Run, await_in_run, call_in_run, current_run
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def step(
+    name: Step,
+    *,
+    run_id: RunIdOf | None = None,
+    lease: Seconds | None = DEFAULT_LEASE,
+    max_attempts: int | None = None,
+    on_busy: OnBusy = "reschedule",
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a function a step: it takes effect once, however often RQ runs the job.
+
+    A redelivery of a completed step returns the stored result. Outside a job the function runs as if it were not
+    decorated, unless it has a `run_id`.
+
+    Args:
+        name: the name of the step.
+        run_id: the run id, made from the function's arguments: a format string such as "order-{order_id}", or a
+            function of the arguments. None: the run of the job, see `current_run`.
+        lease: seconds after which another worker can take over the step from a dead one; None: never. A heartbeat
+            extends the lease while the function runs.
+        max_attempts: how many attempts may begin in total; None: no limit.
+        on_busy: what to do while another worker holds the step. "reschedule": RQ runs the job again after the rest of
+            the lease, without using the job's own retries; this needs a worker with a scheduler, and raises
+            StepBusyError where RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until
+            the step is completed or can be claimed.
+
+    Raises:
+        InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
+            `on_busy` is not one of the three modes.
+    """
+    check_on_busy(on_busy)
+
+    def decorate(fn: Callable[P, T]) -> Callable[P, T]:
+        parameters = signature(fn)
+        id_of = run_id_of(run_id, parameters)
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+            bound = parameters.bind(*args, **kwargs)
+            run = current_run(id_of(bound) if id_of is not None else None)
+            if run.id is None:
+                return fn(*args, **kwargs)
+            return execute(
+                run.id,
+                run.job,
+                name,
+                fn,
+                bound,
+                lease=lease,
+                max_attempts=max_attempts,
+                on_busy="wait" if on_busy == "wait" else "raise",
+            )
+
+        return rescheduling(fn, call, lease, on_busy)
+
+    return decorate
+
+
+def steps(
+    *,
+    run_id: RunIdOf | None = None,
+    lease: Seconds | None = DEFAULT_LEASE,
+    max_attempts: int | None = None,
+    on_busy: OnBusy = "reschedule",
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a job function a run of several steps.
+
+    Each step is a `current_run().call(…)` in the function, or a call of a function decorated with `step`. The function
+    itself runs at each delivery; steps that were completed before return their stored results.
+
+    Args:
+        run_id: the run id, made from the function's arguments: a format string such as "order-{order_id}", or a
+            function of the arguments. None: the run of the job, see `current_run`.
+        lease: seconds after which another worker can take over a step of `current_run().call(…)` from a dead one;
+            None: never. A heartbeat extends the lease while the step runs.
+        max_attempts: how many attempts of each step of `current_run().call(…)` may begin in total; None: no limit.
+        on_busy: what to do while another worker holds one of the steps. "reschedule": RQ runs the job again after the
+            rest of the lease, without using the job's own retries; this needs a worker with a scheduler, and raises
+            StepBusyError where RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until
+            the step is completed or can be claimed.
+
+    Raises:
+        InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
+            `on_busy` is not one of the three modes.
+    """
+    check_on_busy(on_busy)
+
+    def decorate(fn: Callable[P, T]) -> Callable[P, T]:
+        parameters = signature(fn)
+        id_of = run_id_of(run_id, parameters)
+
+        def open_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+            id = id_of(parameters.bind(*args, **kwargs)) if id_of is not None else None
+            busy_mode = "wait" if on_busy == "wait" else "raise"
+            return current_run(id, lease=lease, max_attempts=max_attempts, on_busy=busy_mode)
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+            run = open_run(args, kwargs)
+            if iscoroutinefunction(fn):
+                return cast("T", await_in_run(run, fn, args, kwargs))
+            return call_in_run(run, fn, args, kwargs)
+
+        return rescheduling(fn, call, lease, on_busy)
+
+    return decorate

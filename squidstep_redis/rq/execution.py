@@ -1,0 +1,93 @@
+"""Executes the call of a function as a step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from inspect import BoundArguments, iscoroutinefunction
+from typing import Any, Final, Literal, TypeVar, cast
+
+from squidstep_redis import PayloadError, StaleStepRunError
+from squidstep_redis.claims.rules import default_owner
+from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.rq.functions import explain, result_of, stored_arguments
+from squidstep_redis.rq.installed import Job
+from squidstep_redis.rq.stores import store_for
+
+T = TypeVar("T")
+
+_MAX_OWNER_BYTES: Final = 256
+
+
+def owner(job: Job | None, pid: int | None = None) -> str:
+    """Returns the owner of a job's claims: `host:pid job-id`. The job id is there because pids are reused.
+
+    Args:
+        job: the job that claims the step; None: outside a job, and the owner is `host:pid`.
+        pid: the process that claims the step; None: this process.
+    """
+    text = default_owner() if pid is None else f"{default_owner().rpartition(':')[0]}:{pid}"
+    if job is not None:
+        text = re.sub(r"[\x00-\x1f\x7f]", "?", f"{text} {job.id}")
+    return text.encode(errors="replace")[:_MAX_OWNER_BYTES].decode(errors="ignore")
+
+
+def execute(
+    run_id: str,
+    job: Job | None,
+    step: Step,
+    fn: Callable[..., T],
+    bound: BoundArguments,
+    *,
+    lease: Seconds | None,
+    max_attempts: int | None,
+    on_busy: Literal["raise", "wait"],
+) -> T:
+    """Executes a function as a step, once across all deliveries, and returns its stored result.
+
+    Args:
+        run_id: the run of the step.
+        job: the job at work; None: outside a job.
+        step: the name of the step.
+        fn: the function. For a coroutine function, a coroutine is returned.
+        bound: the arguments of the call. They are the input of the step.
+        lease: seconds after which another worker can take over from a dead one; None: never.
+        max_attempts: how many attempts may begin in total; None: no limit.
+        on_busy: while another worker holds the step, raise StepBusyError or wait.
+    """
+    store, input = store_for(job), dict(bound.arguments)
+    settings: Any = {"lease": lease, "max_attempts": max_attempts, "on_busy": on_busy, "owner": owner(job)}
+
+    def work(stored: dict[str, Any]) -> dict[str, Any]:
+        return {"result": result_of(fn, stored_arguments(bound, stored))}
+
+    async def work_async() -> Any:
+        # The blocking store delays no other task: RQ runs each coroutine in a loop and a process of its own.
+        while True:
+            claim = store.claim_step(run_id, step, input, **settings)
+            try:
+                with claim:
+                    if claim.decision == "execute":
+                        arguments = stored_arguments(bound, claim.input)
+                        result = await cast("Any", fn)(*arguments.args, **arguments.kwargs)
+                        if not claim.ended:
+                            claim.complete({"result": result})
+                return _result(claim.result())
+            except StaleStepRunError as error:
+                claim.raise_unless_running(error)
+            except PayloadError as error:
+                explain(error)
+                raise
+
+    if iscoroutinefunction(fn):
+        return cast("T", work_async())
+    try:
+        return _result(store.run_step(run_id, step, work, input, **settings))
+    except PayloadError as error:
+        explain(error)
+        raise
+
+
+def _result(output: dict[str, Any]) -> Any:
+    """Returns the function's result, or the whole output if the step was completed in another way."""
+    return output["result"] if output.keys() == {"result"} else output

@@ -1,0 +1,161 @@
+"""The run that a job works on, and the calls of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from inspect import signature
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+
+from squidstep_redis.claims.rules import DEFAULT_LEASE
+from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.rq.execution import execute
+from squidstep_redis.rq.installed import Job, get_current_job
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Always set inside the `try` whose `finally` restores the previous value. With a token of `ContextVar.set`, a job
+# timeout between the call and the assignment of the token would leave the run to the next job of the process.
+_run: ContextVar[Run | None] = ContextVar("squidstep_rq_run", default=None)
+
+
+class Run:
+    """The run that a job works on.
+
+    RQ knows of no job in the threads that a job starts; they can use the run all the same.
+
+    Attributes:
+        id: the run id; None outside a job, where nothing is stored and functions are simply called.
+        job: the job that works on the run; None outside a job.
+    """
+
+    def __init__(
+        self,
+        id: str | None,
+        job: Job | None,
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: Literal["raise", "wait"],
+    ) -> None:
+        self.id = id
+        self.job = job
+        self._lease = lease
+        self._max_attempts = max_attempts
+        self._on_busy: Literal["raise", "wait"] = on_busy
+
+    def call(self, step: Step, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls `fn(*args, **kwargs)` as a step: once across all deliveries.
+
+        Two round trips if the function is executed, one if the step was completed before.
+
+        Args:
+            step: the name of the step. Calls with the same name are the same step and return the same result.
+            fn: the function or coroutine function that does the work. Its result is stored as `{"result": …}`.
+            args: positional arguments of `fn`. They are stored as the step's input under the names of the parameters,
+                so a payload must be able to hold them.
+            kwargs: keyword arguments of `fn`. They are stored as the step's input, so a payload must be able to hold
+                them.
+
+        Returns:
+            The stored result of `fn`: a tuple comes back as a list.
+
+        Raises:
+            StepBusyError: another worker holds the step, or has taken it over.
+            StepExhaustedError: all `max_attempts` are used.
+            StaleStepRunError: the claim was lost, and no other worker has completed or claimed the step.
+            PayloadError: a payload cannot hold the arguments or the result; after a result, the step is recorded as
+                failed.
+            InvalidArgumentError: an argument was rejected; nothing was sent.
+            ServerError: the server could not be reached, or did not confirm the result.
+        """
+        if self.id is None:
+            return fn(*args, **kwargs)
+        bound = signature(fn).bind(*args, **kwargs)
+        return execute(
+            self.id,
+            self.job,
+            step,
+            fn,
+            bound,
+            lease=self._lease,
+            max_attempts=self._max_attempts,
+            on_busy=self._on_busy,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id!r}>"
+
+
+def current_run(
+    run_id: str | None = None,
+    *,
+    lease: Seconds | None = DEFAULT_LEASE,
+    max_attempts: int | None = None,
+    on_busy: Literal["raise", "wait"] = "raise",
+) -> Run:
+    """Returns the run of the current job, for calling several steps within one job. Nothing is sent.
+
+    Inside a function decorated with `steps`, the settings of the decorator apply, unless `run_id` is given.
+
+    Args:
+        run_id: the id of another run; None: the run of `steps`, or else the run of the job (`default_run_id`).
+        lease: seconds after which another worker can take over a step from a dead one; None: never. A heartbeat extends
+            the lease while the step is at work.
+        max_attempts: how many attempts of each step may begin in total; None: no limit.
+        on_busy: while another worker holds a step, "raise" StepBusyError, or "wait" until the step is completed or can
+            be claimed. To reschedule the job instead, decorate its function with `steps`.
+    """
+    run, job = _run.get(), get_current_job()
+    # With `is_async=False`, a job can run inside enqueue() of another job: `_run` is then the other job's.
+    if run_id is None and run is not None and (job is None or run.job == job):
+        return run
+    if run_id is None and job is not None:
+        run_id = default_run_id(job)
+    return Run(run_id, job, lease, max_attempts, on_busy)
+
+
+def default_run_id(job: Job) -> str:
+    """Returns the run id of a job without a `run_id`: the job id, and under `Repeat` also the repeats that are left.
+
+    Each repeat is a run of its own, and RQ distinguishes repeats by nothing else.
+
+    Args:
+        job: the job at work.
+    """
+    left = getattr(job, "repeats_left", None)
+    return job.id if left is None else f"{job.id}#{left}"
+
+
+def call_in_run(run: Run, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """Calls a function; meanwhile, `run` is the current run.
+
+    Args:
+        run: the run of the function's steps.
+        fn: the function to call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    before = _run.get()
+    try:
+        _run.set(run)
+        return fn(*args, **kwargs)
+    finally:
+        _run.set(before)
+
+
+async def await_in_run(run: Run, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Awaits a coroutine function; meanwhile, `run` is the current run.
+
+    Args:
+        run: the run of the function's steps.
+        fn: the coroutine function to call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    before = _run.get()
+    try:
+        _run.set(run)
+        return await cast("Any", fn)(*args, **kwargs)
+    finally:
+        _run.set(before)

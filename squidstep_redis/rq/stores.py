@@ -1,0 +1,126 @@
+"""The store of a worker process: which server it uses, and when it is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+from redis import Redis
+
+from squidstep_redis import Call, InvalidArgumentError, StepRunStore
+from squidstep_redis.rq.installed import Job, get_current_job
+from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.transport.blocking import BlockingTransport
+
+T = TypeVar("T")
+
+# The options of RQ's connection that say which server and which user. RQ sets the other options for its own needs.
+_ADDRESS: Final = ("host", "port", "path", "db", "username", "password", "credential_provider")
+_FAKEREDIS: Final = ("server", "version", "server_type", "lua_modules")  # options of fakeredis's connections
+
+
+class _JobTransport(BlockingTransport):
+    """A transport whose calls are not interrupted by the timeout of a job."""
+
+    def send(self, call: Call[T]) -> T:
+        with defer_sigalrm():
+            return super().send(call)
+
+    def send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        with defer_sigalrm():
+            return super().send_batch(calls)
+
+
+class _JobStore(StepRunStore):
+    """A store whose calls are not interrupted by the timeout of a job."""
+
+    _transport_type = _JobTransport
+
+
+class JobStores:
+    """The stores of this process. A forked work-horse makes its own."""
+
+    def __init__(self) -> None:
+        self._connect: str | Callable[[], Any] | None = os.environ.get("SQUIDSTEP_REDIS_URL")
+        self._settings: dict[str, Any] = {}
+        self._discard()
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
+            os.register_at_fork(after_in_child=self._discard)
+
+    def _discard(self) -> None:
+        self._configured: StepRunStore | None = None
+        self._by_pool: WeakKeyDictionary[Any, StepRunStore] = WeakKeyDictionary()
+
+    def configure(self, connect: str | Callable[[], Any], settings: dict[str, Any]) -> None:
+        """Sets the server and the settings, as the function `configure` does, and discards the stores made so far."""
+        self._connect, self._settings = connect, settings
+        self._discard()
+
+    def get(self, job: Job | None) -> StepRunStore:
+        """Returns the configured store, or else a store on the server of the job's connection."""
+        with defer_sigalrm():
+            if self._connect is not None:
+                self._configured = self._configured or self._make(self._connect)
+                return self._configured
+            if job is None:
+                raise InvalidArgumentError(
+                    "store", "no server is known outside a job: call squidstep_redis.rq.configure(url) first"
+                )
+            pool: Any = cast("Any", job.connection).connection_pool
+            if pool not in self._by_pool:
+                self._by_pool[pool] = self._make_from_pool(pool)
+            return self._by_pool[pool]
+
+    def _make(self, connect: str | Callable[[], Any]) -> StepRunStore:
+        if isinstance(connect, str):
+            return _JobStore.from_url(connect, **self._settings)
+        return _JobStore(connect(), **self._settings)
+
+    def _make_from_pool(self, pool: Any) -> StepRunStore:
+        options: dict[str, Any] = pool.connection_kwargs
+        if "connection_pool" in options:  # Sentinel's: after a failover it leads to another server
+            raise InvalidArgumentError(
+                "store", "RQ's connection comes from Sentinel: call configure(lambda: sentinel.master_for(…))"
+            )
+        kept = (*_ADDRESS, *_FAKEREDIS)
+        shared = {name: options[name] for name in options if name in kept or name.startswith("ssl_")}
+        return _JobStore.from_url("redis://", connection_class=pool.connection_class, **{**shared, **self._settings})
+
+
+_stores: Final = JobStores()
+
+
+def configure(connect: str | Callable[[], Redis], **settings: Any) -> None:
+    """Sets the server and the settings of the store. Call it where the job functions are defined.
+
+    No connection is opened. Without this call, the store uses the URL in SQUIDSTEP_REDIS_URL; if that is not set, it
+    uses RQ's own server, with a client of its own.
+
+    Args:
+        connect: a URL, or a function that returns a client. The function is called once in each process, after RQ has
+            forked it.
+        settings: keyword arguments of `StepRunStore`, such as `prefix`, `codec`, `run_ttl`, `timeout` or
+            `wait_replicas`.
+    """
+    _stores.configure(connect, settings)
+
+
+def store() -> StepRunStore:
+    """Returns the store of this process, for reading the results of steps or scheduling steps.
+
+    Raises:
+        InvalidArgumentError: called outside a job, and neither `configure` nor SQUIDSTEP_REDIS_URL sets a server.
+    """
+    return _stores.get(get_current_job())
+
+
+def store_for(job: Job | None) -> StepRunStore:
+    """Returns the store for the steps of a job.
+
+    Args:
+        job: the job whose connection leads to the server if none is configured; None: only a configured server is
+            known.
+    """
+    return _stores.get(job)

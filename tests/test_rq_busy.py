@@ -1,0 +1,150 @@
+"""A step that another worker holds: its job is rescheduled, or raises StepBusyError where RQ cannot reschedule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import rq
+from rq import Queue, Retry
+from rq.job import JobStatus
+from support import rq_jobs
+from support.rq_harness import KINDS_OF_WORKER, RQ_MARKS, Harness, assert_contains, traceback_of
+
+from squidstep_redis import InvalidArgumentError, StepRunStore
+from squidstep_redis.rq import step, steps
+from squidstep_redis.rq.busy import reschedule_delay
+
+pytest_plugins = ["support.rq_fixtures"]
+pytestmark = RQ_MARKS
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_WORKER)
+def test_busy_step_uses_none_of_the_jobs_retries(harness: Harness, kind: str) -> None:
+    held, _ = harness.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
+    another, _ = harness.store.begin_step("another-job", "reserve", {"amount": 7}, lease=600)
+    harness.start(kind)
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", retry=Retry(max=1))
+    several = harness.enqueue(rq_jobs.ship_at_once, 7, job_id="another-job", retry=Retry(max=1))
+    harness.until(lambda: harness.is_scheduled(job) and harness.is_scheduled(several))
+    harness.store.expire_claim(held)
+    harness.store.complete_step(another, {"result": "another parcel"})
+    harness.run_scheduled_now(job)
+    harness.run_scheduled_now(several)
+
+    harness.wait_finished(job)
+    harness.wait_finished(several)
+    assert job.return_value() == {"charged": 7}
+    assert harness.outcomes(job, "charge") == ["lease_expired", "completed"]
+    assert several.return_value() == "another parcel"
+    for each in (job, several):
+        each.refresh()
+        assert each.retries_left == 1
+    assert harness.effects() == {"charge": 1}
+
+
+def test_rescheduled_job_has_neither_succeeded_nor_failed(harness: Harness) -> None:
+    held, _ = harness.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
+    callbacks: Any = {"on_success": rq.Callback(rq_jobs.succeeded), "on_failure": rq.Callback(rq_jobs.failed)}
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", **callbacks)
+    dependent = harness.enqueue(rq_jobs.charge_at_once, 8, depends_on=job)
+    harness.start()
+    harness.until(lambda: harness.is_scheduled(job))
+    assert dependent.get_status() == JobStatus.DEFERRED
+    assert harness.effects() == {}
+    harness.store.complete_step(held, {"result": 9})
+    harness.run_scheduled_now(job)
+
+    harness.wait_finished(job)
+    harness.wait_finished(dependent)
+    assert (job.return_value(), dependent.return_value()) == (9, {"charged": 8})
+    harness.until(lambda: harness.effects() == {"succeeded with 9": 1, "charge": 1})
+
+
+def test_job_is_rescheduled_to_the_end_of_the_lease(harness: Harness) -> None:
+    before = time.time()
+    harness.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job")
+    harness.start()
+    harness.until(lambda: harness.is_scheduled(job))
+
+    at = harness.connection.zscore(harness.queue.scheduled_job_registry.key, job.id)
+    assert isinstance(at, float)
+    spent = time.time() - before
+    assert 600 - spent - 1 <= at - before <= 600 + 60 + spent + 1  # RQ stores whole seconds
+
+
+@pytest.mark.parametrize(
+    ("rest", "lease", "seconds"),
+    [
+        (60.0, 1, range(60, 67)),
+        (59.01, 1, range(60, 67)),
+        (0.2, 1, range(1, 3)),
+        (0.0, 1, range(1, 3)),
+        (None, 20, range(20, 23)),
+        (None, timedelta(seconds=20), range(20, 23)),
+        (None, None, range(30, 34)),
+    ],
+)
+def test_reschedule_delays_have_jitter(rest: float | None, lease: Any, seconds: range) -> None:
+    error: Any = SimpleNamespace(retry_in=rest)
+    assert {reschedule_delay(error, lease) for _ in range(1_000)} == set(seconds)
+
+
+@pytest.mark.parametrize("burst", [False, True])
+def test_busy_step_raises_without_a_scheduler(harness: Harness, burst: bool) -> None:
+    harness.store.begin_step("the-job", "charge", {"amount": 7})
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", retry=Retry(max=1))
+    harness.start(with_scheduler=False, burst=burst)
+
+    traceback = harness.wait_failed(job)
+    assert_contains(traceback, "StepBusyError", "no worker of its queue has a scheduler (--with-scheduler)")
+    job.refresh()
+    assert job.retries_left == 0
+    assert harness.outcomes(job, "charge") == ["running"]
+    assert harness.effects() == {}
+
+
+def test_busy_step_raises_in_a_job_without_decorator(harness: Harness) -> None:
+    harness.store.begin_step("the-job", "charge", {"amount": 7})
+    job = harness.enqueue(rq_jobs.without_decorator, 7, job_id="the-job")
+    harness.start()
+
+    traceback = harness.wait_failed(job)
+    assert "StepBusyError" in traceback
+    assert "not rescheduled" not in traceback
+    assert harness.store.completed_steps(job.id) == ["reserve"]
+    assert harness.effects() == {"reserve": 1}
+
+
+@pytest.mark.parametrize("function", [rq_jobs.charge_at_once, rq_jobs.charge_asyncio, rq_jobs.ship_at_once])
+def test_busy_step_raises_inside_enqueue(harness: Harness, queue: Queue, function: Callable[..., Any]) -> None:
+    store = StepRunStore(queue.connection)
+    for name in ("charge", "reserve"):
+        store.begin_step("the-job", name, {"amount": 7}, owner="another worker")
+    traceback = traceback_of(queue.enqueue(function, 7, job_id="the-job", retry=Retry(max=1)))
+    assert_contains(traceback, "StepBusyError", "by another worker", "it runs inside enqueue(), where RQ ignores Retry")
+    assert harness.effects() == {}
+
+
+def test_busy_step_raises_with_on_busy_raise(harness: Harness, queue: Queue) -> None:
+    StepRunStore(queue.connection).begin_step("the-job", "charge", {"amount": 7})
+    traceback = traceback_of(queue.enqueue(rq_jobs.charge_or_raise, 7, job_id="the-job"))
+    assert "StepBusyError" in traceback
+    assert "not rescheduled" not in traceback
+
+
+@pytest.mark.timeout(60)
+def test_step_that_would_wait_for_itself_raises(harness: Harness, queue: Queue) -> None:
+    traceback = traceback_of(queue.enqueue(rq_jobs.reserve_forever, 7))
+    assert_contains(traceback, "InvalidArgumentError: on_busy: 'wait' ", "step 'reserve' of run ")
+
+
+@pytest.mark.parametrize("decorator", [lambda **options: step("pay", **options), steps], ids=["step", "steps"])
+def test_unknown_on_busy_is_rejected(decorator: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="'reschedule', 'raise' or 'wait', not 'skip'"):
+        decorator(on_busy="skip")

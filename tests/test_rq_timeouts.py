@@ -1,0 +1,145 @@
+"""RQ's job timeout: an alarm whose handler raises JobTimeoutException at any instruction of the job."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rq import Retry
+from rq.job import JobStatus
+from rq.timeouts import JobTimeoutException
+from support import rq_jobs, rq_storm
+from support.rq_harness import RQ_MARKS, Harness
+
+from squidstep_redis import MsgpackCodec
+from squidstep_redis.rq import busy, configure, runs, store
+
+pytest_plugins = ["support.rq_fixtures"]
+pytestmark = RQ_MARKS
+
+
+def test_timeout_is_recorded_and_the_retry_is_another_attempt(harness: Harness) -> None:
+    harness.start()
+    job = harness.enqueue(rq_jobs.overstay, 7, retry=Retry(max=3), job_timeout=600)
+
+    harness.wait_finished(job)
+    assert job.return_value() == {"charged": 7}
+    assert harness.outcomes(job, "charge") == ["failed", "completed"]
+    error = harness.store.attempts(job.id, "charge")[0].error
+    assert error is not None
+    assert error["type"] == "rq.timeouts.JobTimeoutException"
+    assert "exceeded maximum timeout value (600 seconds)" in error["message"]
+    assert harness.effects() == {"charge": 1}
+
+
+def test_timeout_of_a_coroutine_blocks_no_longer_than_the_lease(harness: Harness) -> None:
+    harness.start()
+    job = harness.enqueue(rq_jobs.overstay_asyncio, 7, retry=Retry(max=3), job_timeout=600)
+
+    harness.wait_finished(job)
+    assert job.return_value() == {"charged": 7}
+    # RQ 3 ends the coroutine, and the step fails. RQ 2 leaves it suspended, and the lease expires.
+    first, second = harness.outcomes(job, "charge")
+    assert first in {"failed", "lease_expired"}
+    assert second == "completed"
+    assert harness.effects() == {"charge": 1}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("alarms", [1_050, pytest.param(7_000, marks=pytest.mark.soak)])
+def test_random_alarms_break_no_call_and_leak_no_connection(harness: Harness, alarms: int) -> None:
+    harness.start(with_scheduler=False)
+    job = harness.enqueue(rq_storm.storm, alarms, job_timeout=240)
+    harness.until(lambda: harness.is_at_rest(job) and job.get_status() != JobStatus.QUEUED, timeout=240)
+
+    assert job.is_finished, harness.wait_failed(job)
+    found = job.return_value()
+    assert found["wrong"] == []
+    assert (found["raised"], found["caught"]) == (alarms, alarms)
+    assert found["held"] == []
+    assert found["in use"] == 0
+    assert found["more connections"] <= 1  # the heartbeat's
+    # The alarms hit the calls themselves, each kind of call many times.
+    assert found["interrupted"].keys() == {function.__name__ for function in rq_storm.INTERRUPTED}
+    assert min(found["interrupted"].values()) > alarms / len(rq_storm.INTERRUPTED) / 10
+
+
+def test_alarm_while_a_payload_is_decoded_is_raised_unchanged(harness: Harness) -> None:
+    codec = InterruptedCodec()
+    configure(harness.url, codec=codec)
+    assert rq_jobs.charge_order(7) == "7 eu"
+    codec.is_armed = True
+    with alarms_raise(), pytest.raises(JobTimeoutException):
+        rq_jobs.charge_order(7)
+    assert rq_jobs.charge_order(7) == "7 eu"
+    assert harness.effects() == {"charge 7 eu": 1}
+
+
+def test_alarm_while_an_error_is_formatted_is_raised(harness: Harness) -> None:
+    class InterruptedError(Exception):
+        def __str__(self) -> str:
+            signal.raise_signal(signal.SIGALRM)
+            return "formatted"
+
+    configure(harness.url)
+    claim, _ = store().begin_step("run", "pay", {})
+    with alarms_raise(), pytest.raises(JobTimeoutException):
+        store().fail_step(claim, InterruptedError())
+
+
+@pytest.mark.parametrize(("module", "name"), [(runs, "_run"), (busy, "_inside")], ids=["run", "inside"])
+def test_timeout_leaves_nothing_to_the_next_job(
+    harness: Harness, module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(harness.url)
+    variable = InterruptedVariable(getattr(module, name))
+    monkeypatch.setattr(module, name, variable)
+    with pytest.raises(JobTimeoutException):
+        rq_jobs.ship_order(7)
+    assert variable.get() is variable.default
+
+
+class InterruptedVariable:
+    """A context variable; the timeout occurs just after it was set for the first time."""
+
+    def __init__(self, variable: Any) -> None:
+        self.get, self._set = variable.get, variable.set
+        self.default = variable.get()
+        self._was_set = False
+
+    def set(self, value: object) -> object:
+        token = self._set(value)
+        if not self._was_set:
+            self._was_set = True
+            raise JobTimeoutException
+        return token
+
+
+class InterruptedCodec(MsgpackCodec):
+    """A codec; once it is armed, the alarm occurs while it decodes the result of a function."""
+
+    is_armed = False
+
+    def decode(self, data: bytes) -> dict[str, Any]:
+        payload = super().decode(data)
+        if self.is_armed and "result" in payload:
+            self.is_armed = False
+            signal.raise_signal(signal.SIGALRM)
+        return payload
+
+
+@contextlib.contextmanager
+def alarms_raise() -> Iterator[None]:
+    """Within the block, an alarm raises what RQ's handler raises."""
+
+    def raise_timeout(_number: int, _frame: object) -> None:
+        raise JobTimeoutException
+
+    handler = signal.signal(signal.SIGALRM, raise_timeout)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
