@@ -1,7 +1,7 @@
 """The measuring method: interleaved turns, ratios, medians.
 
 The machine's speed drifts, and its other load varies. The sides of a comparison therefore take short turns, A B A B,
-and the result is the median of the ratios of adjacent turns: a disturbance affects a single turn, or both sides equally.
+and the result is the median of the ratios of adjacent turns: a disturbance affects one turn, or both sides equally.
 The middle half of the ratios is reported next to the median, as a measure of the remaining noise.
 """
 
