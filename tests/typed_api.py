@@ -15,6 +15,7 @@ from squidstep_redis import (
     BeginResult,
     Call,
     Claim,
+    ClaimCounts,
     Queued,
     RunPage,
     RunSummary,
@@ -62,6 +63,15 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.runs(status="failed").runs, list[RunSummary])
     assert_type(store.purge(timedelta(days=90), dry_run=True), list[RunSummary])
     assert_type(store.import_run(store.export_run("run")), str)
+    assert_type(store.advance_step(step_run, {}, Step.PAY, {}, lease=30), BeginResult)
+    assert_type(store.release_step(step_run), StepRun)
+    assert_type(store.extend_claim(step_run, timedelta(seconds=30)), StepRun)
+    assert_type(store.delete_pending_steps("run", [Step.PAY]), list[str])
+    assert_type(store.get_run("run"), list[StepRun])
+    assert_type(store.completed_steps("run"), list[str])
+    assert_type(store.wait_for_step("run", Step.PAY, timeout=10), StepRun)
+    assert_type(store.count_claims(), ClaimCounts)
+    assert_type(store.expire_run("run", timedelta(days=1)), bool)
     assert_type(step_run.input, dict[str, Any])
     assert_type(step_run.output, dict[str, Any] | None)
 
