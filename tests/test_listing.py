@@ -17,6 +17,7 @@ from squidstep_redis import (
     StepRunStore,
     StepStatus,
 )
+from squidstep_redis.operations.runs import _purge_run, scan_runs
 
 
 def every_run(store: StepRunStore, **options: Any) -> list[RunSummary]:
@@ -245,7 +246,7 @@ class TestPurge:
     ) -> None:
         store.complete_step(begun(store.begin_step("run", "a", {})), {})
         store.fail_step(begun(store.begin_step("run", "b", {})), {})
-        (walked,) = drive(store, store.calls._walk([b"run"]))
+        (scan,) = drive(store, scan_runs(store.calls, "purge", [b"run"]))
         match change:
             case "begin":
                 begun(store.begin_step("run", "b", {}))
@@ -257,7 +258,7 @@ class TestPurge:
                 store.delete_run("run")
         before = bench.dump()
 
-        assert store.send(store.calls._purge(walked, b"60000")) is False
+        assert store.send(_purge_run(store.calls, scan, b"60000")) is False
 
         assert bench.dump() == before
 
@@ -265,9 +266,9 @@ class TestPurge:
     def test_sent_again_it_answers_the_same(self, bench: Bench, losing: int) -> None:
         store = bench.store()
         store.fail_step(begun(store.begin_step("run", "a", {})), {})
-        (walked,) = drive(store, store.calls._walk([b"run"]))
+        (scan,) = drive(store, scan_runs(store.calls, "purge", [b"run"]))
 
-        assert bench.store(losing=losing).send(store.calls._purge(walked, b"60000")) is True
+        assert bench.store(losing=losing).send(_purge_run(store.calls, scan, b"60000")) is True
 
     @pytest.mark.parametrize("age", [0, -1, None, "1d", True])
     def test_what_it_refuses(self, store: StepRunStore, age: Any) -> None:
@@ -275,11 +276,11 @@ class TestPurge:
             store.purge(age)
 
 
-def drive(store: StepRunStore, batches: Any) -> Any:
+def drive(store: StepRunStore, workflow: Any) -> Any:
     try:
-        calls = next(batches)
+        effect = next(workflow)
         while True:
-            calls = batches.send(store.batch(list(calls)))
+            effect = workflow.send(store.batch(effect.calls))
     except StopIteration as end:
         return end.value
 

@@ -49,7 +49,7 @@ class Durability(NamedTuple):
         replicas: int | None = None
         for (name, *_), reply in zip(self._waits(), replies[1:], strict=True):
             if isinstance(reply, Exception):
-                return f"{name} failed: {reply}", replicas
+                return f"{name} failed: {str(reply).rstrip('.')}", replicas
             if name == "WAIT":
                 replicas = int(reply)
                 if replicas < self.replicas:

@@ -70,7 +70,10 @@ class TestRepliesToAnotherCall:
         store = connect(timeout=0.5)
         proxy.answer(*[OTHERS["of another call"]] * 1_000)
 
-        with pytest.raises(ReplyMismatchError, match="begin_step, run 'run', step 'pay': the connection") as caught:
+        with pytest.raises(
+            ReplyMismatchError,
+            match="begin_step, run 'run', step 'pay': an earlier call on this connection was interrupted",
+        ) as caught:
             store.begin_step("run", "pay", {})
 
         proxy.heal()
