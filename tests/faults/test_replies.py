@@ -34,7 +34,7 @@ def like(bench: Bench) -> Stores:
 class TestLost:
     """Eleven times: where a client that sends again ten times by itself would give up, the store goes on.
 
-    Once and three times, with the pauses that are meant: `TestLostReplies` in test_wire.py.
+    Once and three times, with the pauses that are meant: `TestLostReplies` in wire/test_lost_replies.py.
     """
 
     @pytest.fixture(autouse=True)
