@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import inspect
 import itertools
 import os
 import signal
@@ -44,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "with -m quick fakeredis alone. A server that is named and missing is an error.",
     )
     parser.addoption("--soak-seconds", default=300, type=int, help="how long -m soak lasts")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Returns the workers of `-n auto`: every worker collects all tests, so a quick run has fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Much of the other tests waits for servers.
+    return cores if config.getoption("markexpr") == "quick" else min(2 * cores, 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,13 +108,29 @@ def _is_applicable(item: pytest.Item) -> bool:
 STARTERS = {"EmbeddedCluster", "EmbeddedServer", "Proxy", "demos", "multiprocessing", "pytester", "subprocess"}
 
 
+# These read an index of all runs: 1,024 scripts, for which fakeredis takes half a second.
+ACROSS_RUNS = {"count_claims", "failed_steps", "lapsed_claims", "live_claims"}
+
+
 def _is_quick(item: pytest.Item) -> bool:
-    """A quick test runs in this process, on fakeredis or on no server."""
+    """A quick test runs in this process, on fakeredis or on no server, and reads no index of all runs."""
     if not isinstance(item, pytest.Function) or any(map(item.get_closest_marker, ("slow", "soak"))):
+        return False
+    if ACROSS_RUNS & _names_in(item):
         return False
     if "backend" in (parameters := _parameters(item)):
         return parameters["backend"] == "fakeredis"
     return not STARTERS & {*vars(item.module), *item.fixturenames}
+
+
+def _names_in(item: pytest.Function) -> set[str]:
+    """The names that a test uses, itself or in the functions of its module that it calls."""
+    test = inspect.unwrap(item.function)
+    names = set(test.__code__.co_names)
+    for helper in (vars(item.module).get(name) for name in list(names)):
+        if inspect.isfunction(helper):
+            names |= set(helper.__code__.co_names)
+    return names
 
 
 # Servers and stores

@@ -11,6 +11,9 @@ from support.records import begun, stored
 
 from squidstep_redis import Call, CorruptRunError, NewerFormatError, StepRun, StepRunStore
 
+# A run lies in one slot, so a cluster adds nothing here.
+pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
+
 
 def writes(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
     """Every write, with arguments that would make it write."""

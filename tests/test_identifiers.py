@@ -51,6 +51,7 @@ pairs = divided() | st.lists(st.tuples(names, names), min_size=2, max_size=5, un
 
 
 class TestDistinctPairsAreDistinctRecords:
+    @pytest.mark.slow
     def test_each_keeps_its_own(self, bench: Bench, store: StepRunStore) -> None:
         """All are begun, failed and begun again before any is completed: an overlap of any kind would show."""
 

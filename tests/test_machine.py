@@ -415,6 +415,8 @@ def members(runs: set[str], entries: set[tuple[str, str]]) -> set[bytes]:
     return {f"{len(run)}:{run}{step}".encode() for run, step in entries if run in runs}
 
 
+@pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")  # two runs, each in one slot
+@pytest.mark.slow
 @pytest.mark.timeout(3_600)  # a failure is made small before it is shown, which takes longer than all that passes
 def test_the_store_does_what_the_model_does(bench: Bench, store: StepRunStore) -> None:
     examples = settings.default.max_examples // (14 if bench.backend.name == "fakeredis" else 7)

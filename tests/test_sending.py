@@ -235,11 +235,15 @@ class TestNobodyThere:
         """It does not come to the call: redis-py says hello first."""
         with deaf() as port, contextlib.closing(bench.from_url(f"redis://127.0.0.1:{port}", timeout=1)) as store:
             call = store.calls.begin_step("run", "pay", {})
-            began = time.monotonic()
-            with pytest.raises(NotSentError):
-                _ = store.batch([call, call]) if batch else store.send(call)
-            # No test of speed: this would be a time-out for each time that it is sent again.
-            assert time.monotonic() - began < 4
+
+            def seconds() -> float:
+                began = time.monotonic()
+                with pytest.raises(NotSentError):
+                    _ = store.batch([call, call]) if batch else store.send(call)
+                return time.monotonic() - began
+
+            # Without one deadline each send takes a timeout of three seconds. A stall is not taken for that.
+            assert any(seconds() < 4 for _ in range(3))
 
     def test_a_pool_that_is_exhausted(self, bench: Bench) -> None:
         with (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import zlib
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import Bench, running
 from support.records import begun
@@ -90,6 +91,7 @@ def travelled(document: dict[str, Any]) -> dict[str, Any]:
 
 
 class TestTheSame:
+    @pytest.mark.slow
     def test_in_every_field(self, bench: Bench, store: StepRunStore) -> None:
         prepare(bench, store)
         other = bench.store(prefix=f"{bench.prefix}-other")
@@ -178,6 +180,7 @@ class TestTheSame:
 
         assert set(bench.backend.raw.hkeys(other.calls.keys.run("run").keys.steps)) == {b"r", b"m", b"sa", b"ia"}
 
+    @pytest.mark.servers("valkey", "redis-7", "redis-6")  # fakeredis takes ten seconds for it
     def test_a_run_of_thousands_of_steps(self, bench: Bench, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(2_100)]
         claims = store.batch([store.calls.begin_step("run", step, {}) for step in steps])
@@ -189,12 +192,23 @@ class TestTheSame:
         assert other.completed_steps("run") == steps[::-1]
         assert list(other.step_statuses("run")) == steps
 
+    @pytest.mark.slow
+    @settings(max_examples=settings.default.max_examples // 2)
     @given(st.dictionaries(st.text(), PAYLOADS))
     def test_any_payload_comes_back_from_json(self, payload: dict[str, Any]) -> None:
         assert from_json(json.loads(json.dumps(to_json(payload), allow_nan=False))) == payload
 
     def test_odd_payloads_come_back_from_json(self) -> None:
         assert repr(from_json(travelled(to_json(ODD)))) == repr(ODD)
+
+
+@functools.cache
+def valid_document() -> dict[str, Any]:
+    """A document to make invalid, in a copy."""
+    with running("fakeredis") as backend:
+        bench = Bench(backend, None, "squidstep")
+        prepare(bench, bench.store())
+        return travelled(bench.store().export_run("run"))
 
 
 class TestRefused:
@@ -284,18 +298,18 @@ class TestRefused:
             (("steps", 3, "history"), None),
         ],
     )
-    def test_what_is_no_document(self, bench: Bench, document: dict[str, Any], path: Any, value: Any) -> None:
-        broken = copy.deepcopy(document)
+    def test_what_is_no_document(self, bench: Bench, path: Any, value: Any) -> None:
+        broken = copy.deepcopy(valid_document())
         part: Any = broken
         for name in path[:-1]:
             part = part[name]
         part[path[-1]] = value
-        other = bench.store(prefix=f"{bench.prefix}-other")
+        store = bench.store()
 
         with pytest.raises(InvalidArgumentError, match="^document"):
-            other.import_run(broken)
+            store.import_run(broken)
 
-        assert other.get_run("run") == []
+        assert store.get_run("run") == []
 
     @pytest.mark.servers("fakeredis")
     @pytest.mark.parametrize("value", [None, [], "{}", 7, {}])

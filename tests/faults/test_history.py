@@ -232,6 +232,7 @@ def has_order(ops: list[Op]) -> bool:
 
 @settings(max_examples=500)
 @given(histories())
+@pytest.mark.slow
 def test_the_search_finds_an_order_where_there_is_one_and_none_where_there_is_none(ops: list[Op]) -> None:
     verdict, _ = history._linearize(ops)
     assert verdict == has_order(ops)

@@ -17,7 +17,7 @@ from support.servers import wait_until
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
-# A file, or a name in the file that came last: `test_wire.py`: `TestClients`, `TestBatch`.
+# A file, or a name in the file that came last: `wire/test_batches.py`: `TestBatch`.
 NAMED = re.compile(r"`((?:\w+/)?\w+\.py)`|`((?:Test|test_)\w+)`")
 
 

@@ -34,7 +34,7 @@ def like(bench: Bench) -> Stores:
 class TestLost:
     """Eleven times: where a client that sends again ten times by itself would give up, the store goes on.
 
-    Once and three times, with the pauses that are meant: `TestLostReplies` in test_wire.py.
+    Once and three times, with the pauses that are meant: `TestLostReplies` in wire/test_lost_replies.py.
     """
 
     @pytest.fixture(autouse=True)
@@ -146,8 +146,8 @@ class TestNever:
             with pytest.raises(OutcomeUnknownError, match="no answer came within") as caught:
                 _ = store.batch([call]) if batch else store.send(call)
 
-            # By default redis-py would go on for its time-out, times its retries. No test of speed.
-            assert time.monotonic() - began < 5
+            # redis-py's own timeout times its retries is half a minute.
+            assert time.monotonic() - began < 20
             assert 1 < len(proxy.commands) <= 3
             assert caught.value.transient
             proxy.heal()

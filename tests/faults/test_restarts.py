@@ -68,7 +68,7 @@ def test_a_kill_under_load_loses_what_doctor_had_said_it_would(binary: Path, aof
 
 
 class TestNoScript:
-    """A restart forgets the scripts, as SCRIPT FLUSH does (`TestScriptFlush` in test_wire.py)."""
+    """A restart forgets the scripts, as SCRIPT FLUSH does (`TestScriptFlush` in wire/test_script_flush.py)."""
 
     @pytest.fixture
     def server(self, binary: Path) -> Iterator[EmbeddedServer]:

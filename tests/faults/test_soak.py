@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -140,8 +141,17 @@ MUTANTS = {
 
 
 @pytest.mark.servers("valkey", "redis-7", "redis-6")
+@pytest.mark.timeout(900)
 def test_a_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
-    assert_right(soak(5, tmp_path, binary=binary))
+    """On a busy machine five seconds may be too short for everything to happen. Then another soak follows."""
+    happened = Counter[str]()
+    for seed in range(8):
+        report = soak(5, tmp_path / str(seed), binary=binary, seed=seed)
+        assert_linearizable(report)
+        happened += report.verdict.counts + report.faults
+        if not missing(happened):
+            break
+    assert not missing(happened)
 
 
 def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -153,7 +163,7 @@ def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.Popen(command, env=path, start_new_session=True)
     try:
-        wait_until(lambda: sum(log.stat().st_size > 1_000 for log in tmp_path.glob("logs/*")) >= 6, timeout=60)
+        wait_until(lambda: sum(log.stat().st_size > 1_000 for log in tmp_path.glob("logs/*")) >= 6, timeout=120)
     finally:
         killed.kill()
         killed.wait()
@@ -173,7 +183,8 @@ def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
 def test_a_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureRequest, say: Callable[..., None]) -> None:
     report = soak(request.config.getoption("--soak-seconds"), tmp_path, binary=find_binary("valkey"), seed=1)
     say("", *report.lines())
-    assert_right(report)
+    assert_linearizable(report)
+    assert not missing(report.verdict.counts + report.faults)
 
 
 @pytest.mark.soak
@@ -203,13 +214,14 @@ def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
     return say
 
 
-def assert_right(report: Report) -> None:
-    findings = report.verdict.findings
-    assert (report.problems, findings.undecided, report.verdict.errors) == ([], [], [])
-    # And that it all came about: a soak in which nothing happens shows nothing.
-    counts = report.verdict.counts + report.faults
+def assert_linearizable(report: Report) -> None:
+    assert (report.problems, report.verdict.findings.undecided, report.verdict.errors) == ([], [], [])
+
+
+def missing(counts: Counter[str]) -> list[str]:
+    """Returns what did not happen: a soak in which nothing happens shows nothing."""
     happened = ["begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "begin: lost", "takeovers"]
     happened += ["complete: done", "complete: stale", "fail: stale", "extend: stale", "release: stale", "expire: done"]
     happened += ["answers never got", "sent more than once", "zombies refused", "completions found at the end"]
     happened += ["workers killed", "replies lost", "server killed and restarted"]
-    assert not [name for name in happened if not counts[name]]
+    return [name for name in happened if not counts[name]]

@@ -116,7 +116,7 @@ class Cluster(EmbeddedCluster):
     """Three primaries and a replica of each, that soon take over from each other."""
 
     def __init__(self, binary: Path) -> None:
-        options = {**REPLICATION, "cluster-node-timeout": "1500", "cluster-replica-validity-factor": "0"}
+        options = {**REPLICATION, "cluster-node-timeout": "4000", "cluster-replica-validity-factor": "0"}
         super().__init__(binary=binary, replicated=True, options=options)
 
     def holders(self, slot: int) -> list[EmbeddedServer]:

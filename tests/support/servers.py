@@ -20,7 +20,7 @@ from squidstep_redis.embedded import EmbeddedServer, bundled_binary
 SLOTS = 16_384
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60) -> None:
     """Wait until the condition holds, and fail with its name if it never does."""
     deadline = time.monotonic() + timeout
     while not condition():

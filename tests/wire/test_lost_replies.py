@@ -186,7 +186,7 @@ class TestLostReplies:
             store = cast("Any", Driven(AsyncStepRunStore(client, prefix=bench.prefix), bench.runner))
 
         def once(call: Call[Any]) -> Any:
-            return store.send(call._replace(again=False))
+            return store.send(call._replace(retryable=False))
 
         def insist(call: Call[Any]) -> Any:
             proxy.clear()
