@@ -1,5 +1,5 @@
-"""`squidstep demo` and `squidstep demo rq`: real work under real faults, and a check of what came of it.
+"""`squidstep demo` and `squidstep demo rq`: real work under real faults, and a check of the result.
 
-`work` is what is done and how it is checked, `stage` what both demos share of a command; `plain` delivers by a `broker`
-of its own, `rq` by RQ.
+`work` is the work, `worker` and `scenario` are the two sides of the processes, `check` is the final check, `command`
+the command line. `plain` and `rq` are the two scenarios.
 """

@@ -1,104 +1,153 @@
-"""`squidstep demo`: real work under real faults, and a check that does not rest on the store's word.
-
-The parent process is the queue: it delivers steps to worker processes, a fifth of them twice, kills one worker inside
-a step and delivers again what was not acknowledged. Workers ask the store whether they may execute. Apart from the
-store, they tell the parent of each effect that they begin and end.
-"""
+"""`squidstep demo`: workers that take their deliveries from a list on the server."""
 
 from __future__ import annotations
 
-from typing import Any
+import heapq
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, Final
 
 import click
-from rich.console import RenderableType
-from rich.text import Text
+from redis import Redis
 
-from squidstep_redis import Outcome, StepRunStore
-from squidstep_redis.demo.broker import Broker
-from squidstep_redis.demo.stage import Options, Stage, options, perform, progress, screen
-from squidstep_redis.demo.work import check_runs
+from squidstep_redis import StepRunStore
+from squidstep_redis.demo.command import demo_options, run_demo
+from squidstep_redis.demo.scenario import SEED, DemoContext, Key, Scenario, WorkerProcess
+from squidstep_redis.demo.work import STEPS, Payload, execute
+from squidstep_redis.demo.worker import Event, parent
+
+LEASE: Final = 2.0
+QUEUE: Final = "demo-queue"
+
+_NEXT: Final = dict(pairwise(STEPS))
 
 
 @click.command("demo")
-@options(files=300, workers=4)
-def command(**chosen: Any) -> None:
+@demo_options(files=300)
+def command(**options: Any) -> None:
     """Does real work under real faults, and checks the result.
 
     Each file under PATH (by default the .py files of Python's standard library) is a run of three steps: its digest,
-    its compressed size, its lines and words. A fifth of the deliveries comes twice. One worker is killed inside a
-    step; when its lease ends, another takes over. Exits with 0 only if nothing was lost, nothing was executed twice
-    save the killed step, and every output agrees with a plain sequential computation.
+    its compressed size, its lines and words. A fifth of the steps is delivered twice. One worker is killed inside a
+    step; when its lease expires, another worker takes over. Exits with 0 only if nothing was lost, nothing was
+    executed twice except the killed step, and every output equals that of a sequential computation.
 
-    Left out are symbolic links, hidden directories, and files that are unreadable or over 4 MiB.
+    Symbolic links, hidden directories, unreadable files and files over 4 MiB are left out.
     """
-    perform(Options(**chosen), _play, _rows)
+    run_demo(PlainScenario, **options)
 
 
-def _play(stage: Stage) -> dict[str, Any]:
-    broker = Broker(stage.settings, stage.files, stage.say)
-    with stage.showing(f"{stage.workers} workers", lambda: _screen(broker)):
-        broker.run(stage.workers)
-    with stage.console.status("checking every output"):
-        problems = check(stage.store, broker)
-    counts = broker.tally.counts
-    attempts = stage.store.attempts(*broker.victim)
-    return stage.figures(
-        broker.tally,
-        problems,
-        broker.seconds,
-        duplicates=broker.duplicates,
-        duplicates_skipped=counts["skipped"],
-        told_to_wait=counts["busy"],
-        takeovers=counts["takeovers"],
-        workers_killed=int(broker.killed is not None),
-        killed_step={
-            "run_id": broker.victim[0],
-            "step": broker.victim[1],
-            "attempts": [{"owner": attempt.owner, "outcome": attempt.outcome} for attempt in attempts],
-        },
-    )
+def work(url: str) -> None:
+    """The worker: executes deliveries, one at a time."""
+    client: Any = Redis  # redis-py leaves parts of its types unknown
+    queue = client.from_url(url)
+    with StepRunStore.from_url(url) as store:
+        parent.send_event("ready")
+        while True:
+            if delivery := queue.blpop(QUEUE, timeout=1):
+                _execute(store, *json.loads(delivery[1]))
 
 
-def check(store: StepRunStore, broker: Broker) -> list[str]:
-    """Holds the store, and what the workers told, against a plain sequential computation.
-
-    Returns:
-        What is wrong: nothing, if all is well.
-    """
-    problems = list(check_runs(store, broker.files, broker.tally, {broker.victim}))
-    attempts = store.attempts(*broker.victim)
-    owners = [attempt.owner for attempt in attempts]
-    if [attempt.outcome for attempt in attempts] != [Outcome.LEASE_EXPIRED, Outcome.COMPLETED]:
-        problems.append(f"the attempts at the killed step are {attempts}")
-    elif broker.killed is None or owners[0] != broker.killed.owner or owners[1] == owners[0]:
-        problems.append(f"the killed step was not taken over from {broker.killed}: {attempts}")
-    counts = broker.tally.counts
-    if counts["takeovers"] != 1:
-        problems.append(f"there were {counts['takeovers']} takeovers, not 1")
-    if counts["skipped"] != broker.duplicates:
-        problems.append(f"{broker.duplicates} steps were delivered twice, {counts['skipped']} were skipped")
-    return problems
-
-
-def _screen(broker: Broker) -> RenderableType:
-    """How far it is, while it runs."""
-    counts = broker.tally.counts
-    rows: dict[str, RenderableType] = {
-        "steps done": progress(counts["completed"], broker.steps),
-        "duplicates skipped": f"{counts['skipped']} of {broker.duplicates}",
-        "takeovers": str(counts["takeovers"]),
-    }
-    for worker in list(broker.workers):
-        rows[worker.owner] = Text(worker.state, style="red" if worker is broker.killed else "")
-    return screen(rows)
+def _execute(store: StepRunStore, file: int, run_id: str, step: str, input: Payload, kill: bool) -> None:
+    parent.send_event("delivered", file, step)
+    begun = store.begin_step(run_id, step, input, lease=LEASE, owner=f"worker-{parent.worker + 1} pid {os.getpid()}")
+    step_run, decision = begun
+    if decision == "skip":
+        if step_run.output is None:
+            parent.send_event("busy", file, step, retry_in=begun.retry_in or 0.0)
+        else:
+            parent.send_event("skipped", file, step)
+        return
+    parent.send_event("started", file, step, attempt=step_run.attempt)
+    if kill and step_run.attempt == 1:
+        parent.stall(at_gate=False)
+    try:
+        output = execute(step, step_run.input)
+    except OSError as error:
+        store.fail_step(step_run, error)
+        parent.send_event("failed", file, step)
+        return
+    parent.send_event("finished", file, step)
+    successor = {_NEXT[step]: {**step_run.input, **output}} if step in _NEXT else {}
+    store.complete_step(step_run, output, schedule=successor)
+    parent.send_event("completed", file, step)
 
 
-def _rows(result: dict[str, Any]) -> dict[str, Any]:
-    killed = result["killed_step"]
-    attempts = (f"{n}: {attempt['outcome']}, {attempt['owner']}" for n, attempt in enumerate(killed["attempts"], 1))
-    return {
-        "duplicates skipped": f"{result['duplicates_skipped']} of {result['duplicates']}",
-        "takeovers": result["takeovers"],
-        "workers killed": result["workers_killed"],
-        "the killed step": "\n".join((f"{killed['step']} of {killed['run_id']}", *attempts)),
-    }
+class PlainScenario(Scenario):
+    """Delivers each step at least once: some twice, and again what a killed worker did not acknowledge."""
+
+    def __init__(self, context: DemoContext) -> None:
+        run_ids = list(context.files)
+        super().__init__(context, {(run_ids[len(run_ids) // 3], "compress"): "worker"})
+        client: Any = Redis  # redis-py leaves parts of its types unknown
+        self._queue = client.from_url(context.url)
+        rng = random.Random(SEED)  # noqa: S311 -- the same in each run
+        keys = [(run_id, step) for run_id in run_ids for step in STEPS]
+        twice = rng.sample(keys, math.ceil(len(keys) / 5))
+        self.counts["duplicates"] = len(twice)
+        self._twice_at_once = set(twice[1::2])
+        self._twice_later = {key: rng.uniform(0.05, 0.5) for key in twice[::2]}  # seconds after the first delivery
+        self._delivered: set[Key] = set()
+        self._held: dict[WorkerProcess, Key] = {}
+        self._queued = 0
+        self._delayed: list[tuple[float, Key]] = []
+
+    def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        return work, (self.context.url,)
+
+    def _deliver_all(self) -> None:
+        first = next(iter(STEPS))
+        for run_id, path in reversed(self.context.files.items()):
+            self.context.store.schedule_step(run_id, first, {"path": str(path)})
+            self._deliver_first((run_id, first))
+
+    def _is_done(self) -> bool:
+        while self._delayed and self._delayed[0][0] <= time.monotonic():
+            self._deliver(heapq.heappop(self._delayed)[1])
+        return not (self._queued or self._held or self._delayed)
+
+    def _on_event(self, worker: WorkerProcess, event: Event, key: Key) -> None:
+        if event.kind == "delivered":
+            self._queued -= 1
+            self._held[worker] = key
+        elif event.kind in ("completed", "failed", "skipped", "busy"):
+            del self._held[worker]
+            run_id, step = key
+            if event.kind == "busy":
+                self._delay(key, event.retry_in)
+            elif event.kind != "failed" and step in _NEXT:
+                self._deliver_first((run_id, _NEXT[step]))
+            if event.kind != "busy" and (delay := self._twice_later.pop(key, None)) is not None:
+                self._delay(key, delay)
+
+    def _on_exit(self, worker: WorkerProcess) -> None:
+        if key := self._held.pop(worker, None):
+            self._deliver(key)
+
+    def find_problems(self) -> Iterator[str]:
+        """Yields a problem unless each duplicate was skipped."""
+        duplicates, skipped = self.counts["duplicates"], self.counts["skipped"]
+        if skipped != duplicates:
+            yield f"{duplicates} steps were delivered twice, but {skipped} deliveries were skipped"
+
+    def _deliver_first(self, key: Key) -> None:
+        if key not in self._delivered:  # the duplicate of its predecessor is acknowledged, too
+            self._delivered.add(key)
+            for _ in range(2 if key in self._twice_at_once else 1):
+                self._deliver(key)
+
+    def _deliver(self, key: Key) -> None:
+        run_id, step = key
+        scheduled = self.context.store.get_step_run(run_id, step)
+        input = scheduled.input if scheduled is not None else {}
+        delivery = (self.run_ids.index(run_id), run_id, step, input, key in self.kill_plan)
+        self._queue.lpush(QUEUE, json.dumps(delivery))  # to the front: a run is finished before the next one starts
+        self._queued += 1
+
+    def _delay(self, key: Key, seconds: float) -> None:
+        heapq.heappush(self._delayed, (time.monotonic() + seconds, key))

@@ -1,166 +1,208 @@
-"""`squidstep demo rq`: the demo's work as jobs of real RQ workers, which are killed and started anew.
+"""`squidstep demo rq`: the same work as jobs of RQ, whose workers are killed and replaced.
 
-RQ delivers: again what died with a horse or a worker, also while the horse of a dead worker is still at it. On top,
-some jobs are enqueued twice and some finished ones requeued. The check is that of `squidstep demo`.
+RQ delivers again what died with a work-horse or a worker, even while the work-horse of a dead worker still runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import math
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 import click
-from rich.console import RenderableType
-from rich.text import Text
-from rq.job import JobStatus
+from redis import Redis
+from rq import Queue, Retry, Worker
+from rq.job import Job, JobStatus
 
-from squidstep_redis import Outcome
-from squidstep_redis.demo.rq_supervisor import Supervisor
-from squidstep_redis.demo.stage import Options, Stage, options, perform, progress, screen
-from squidstep_redis.demo.work import check_runs, sequential
+from squidstep_redis import StepBusyError, current_claim
+from squidstep_redis.demo.command import demo_options, run_demo
+from squidstep_redis.demo.scenario import SEED, DemoContext, Fault, Key, Scenario, WorkerProcess, describe
+from squidstep_redis.demo.work import STEPS, Payload, Step, execute, sequential
+from squidstep_redis.demo.worker import Event, parent
+from squidstep_redis.rq import configure, current_run, release_killed_work_horse, steps
+
+LEASE: Final = 2.0
+ABANDONED_AFTER: Final = 2  # seconds without a heartbeat of its worker until RQ considers a job abandoned
+QUEUE: Final = "demo"
+RETRIES: Final = 10  # more than the faults: on a busy machine, RQ also considers jobs of live workers abandoned
 
 
 @click.command("demo rq")
-@options(files=60, workers=2)
-def command(**chosen: Any) -> None:
-    """Does the same as jobs of RQ, whose workers are killed.
+@demo_options(files=60)
+def command(**options: Any) -> None:
+    """Does the same work as jobs of RQ, whose workers are killed.
 
     Each file under PATH (by default the .py files of Python's standard library) is a job of three steps: its digest,
     its compressed size, its lines and words. A work-horse is killed inside a step, then a worker together with its
-    horse, and a worker alone, whose horse lives on while RQ delivers the job again. A fifth of the jobs is enqueued
-    twice, a fifth requeued when finished. Exits with 0 only if each job finished, nothing was lost, nothing was
-    executed twice save the killed steps, and every output agrees with a plain sequential computation.
+    work-horse, and a worker alone, whose work-horse keeps running while RQ delivers the job again. A fifth of the jobs
+    is enqueued twice. Exits with 0 only if each job finished, nothing was lost, nothing was executed twice except the
+    killed steps, and every output equals that of a sequential computation.
 
-    RQ's intervals are shortened: seconds, instead of minutes, until it takes a job for abandoned. A file or directory
-    called "rq" is "./rq".
+    RQ's intervals are shortened: it considers a job abandoned after seconds instead of minutes. A file or directory
+    named "rq" is given as "./rq".
     """
-    perform(Options(**chosen), _play, _rows)
+    run_demo(RqScenario, **options)
 
 
-def _play(stage: Stage) -> dict[str, Any]:
-    supervisor = Supervisor(stage)
-    workers = f"{stage.workers} workers of RQ {version('rq')}"
-    with stage.showing(workers, lambda: _screen(stage, supervisor)):
-        supervisor.run()
-    with stage.console.status("checking every output"):
-        problems = check(stage, supervisor)
-    counts = supervisor.tally.counts
-    return stage.figures(
-        supervisor.tally,
-        problems,
-        supervisor.seconds,
-        rq=version("rq"),
-        jobs_finished=supervisor.finished,
-        deliveries=counts["delivered"],
-        enqueued_twice=len(supervisor.twice),
-        requeued=len(supervisor.requeued),
-        told_to_wait=counts["busy"],
-        steps_skipped=counts["skipped"],
-        takeovers=counts["takeovers"],
-        workers_restarted=supervisor.restarts,
-        killed_inside=[
-            {
-                "killed": fate,
-                "run_id": run_id,
-                "step": step,
-                "attempts": [
-                    {"owner": attempt.owner, "outcome": attempt.outcome}
-                    for attempt in stage.store.attempts(run_id, step)
-                ],
-            }
-            for (run_id, step), fate in supervisor.fates.items()
-        ],
-    )
+# The job
 
 
-# The check
+@steps(run_id="{run_id}", lease=LEASE)
+def work_on(file: int, run_id: str, path: str, kill_plan: dict[str, Fault]) -> Payload:
+    """The job: the three steps of one file.
 
-
-def check(stage: Stage, supervisor: Supervisor) -> list[str]:
-    """Holds the store, RQ, and what the horses told, against a plain sequential computation.
+    Args:
+        file: The file's index.
+        run_id: The file's run, which `steps` uses.
+        path: The file's path.
+        kill_plan: What is killed inside which step, when that step is executed for the first time.
 
     Returns:
-        What is wrong: nothing, if all is well.
+        The outputs of all steps, merged.
     """
-    twice = {key for key, fate in supervisor.fates.items() if fate != "worker"}
-    problems = list(
-        check_runs(
-            stage.store,
-            stage.files,
-            supervisor.tally,
-            twice,
-            as_input=lambda known: {"known": known},
-            as_output=lambda output: {"result": output},
-        )
+    del run_id
+    parent.send_event("delivered", file)
+    known: Payload = {"path": path}
+    for step in STEPS:
+        executed: list[str] = []
+        try:
+            function = partial(_execute, executed, file, step, kill_plan.get(step))
+            known = {**known, **current_run().call(step, function, known)}
+        except StepBusyError:
+            parent.send_event("busy", file, step)
+            raise
+        parent.send_event("completed" if executed else "skipped", file, step)
+    del known["path"]
+    return known
+
+
+def _execute(executed: list[str], file: int, step: str, fault: Fault | None, known: Payload) -> Payload:
+    claim = current_claim()
+    attempt = claim.step_run.attempt if claim is not None else 0
+    parent.send_event("started", file, step, attempt=attempt)
+    if fault is not None and attempt == 1:
+        parent.stall(at_gate=fault == "worker without work-horse")
+    output = execute(step, known)
+    executed.append(step)
+    parent.send_event("finished", file, step)
+    return output
+
+
+# The worker
+
+
+class _ImpatientWorker(Worker):
+    """RQ's worker, except that its jobs are considered abandoned after seconds instead of minutes."""
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:  # noqa: ARG002 -- RQ's signature
+        return ABANDONED_AFTER
+
+
+def work(url: str) -> None:
+    """The worker: RQ's worker and scheduler."""
+    logging.disable()  # the parent reports what happens
+    # RQ 2 starts its scheduler with the default method; only a forked one exits with the parent.
+    multiprocessing.set_start_method("fork", force=True)
+    configure(url)
+    client: Any = Redis  # redis-py leaves parts of its types unknown
+    worker = _ImpatientWorker(
+        [QUEUE],
+        name=f"{QUEUE}-worker-{parent.worker + 1}",
+        connection=client.from_url(url),
+        maintenance_interval=1,
+        worker_ttl=16,  # RQ waits for a job for 15 s less than this, before it looks for abandoned jobs
+        job_monitoring_interval=1,
+        work_horse_killed_handler=release_killed_work_horse,
     )
-    problems += _wrong_jobs(stage, supervisor)
-    problems += _wrong_attempts(stage, supervisor)
-    counts, enqueued = supervisor.tally.counts, len(stage.files) + len(supervisor.twice) + len(supervisor.requeued)
-    if counts["takeovers"] != len(twice):
-        problems.append(f"there were {counts['takeovers']} takeovers, not {len(twice)}")
-    if counts["delivered"] < enqueued + len(supervisor.fates):
-        problems.append(
-            f"{enqueued} times a job was enqueued, {len(supervisor.fates)} were killed: "
-            f"RQ delivered {counts['delivered']} times, which is too few"
-        )
-    return problems
+    parent.send_event("ready")
+    worker.work(with_scheduler=True)
 
 
-def _wrong_jobs(stage: Stage, supervisor: Supervisor) -> Iterator[str]:
-    for name, id in supervisor.jobs.items():
-        with suppress(OSError):  # of which `check_runs` tells
-            expected = {key: value for _, _, output in sequential(stage.files[name]) for key, value in output.items()}
-            job = supervisor.queue.fetch_job(id)
-            if job is None:
-                yield f"{name}: its job is gone"
-            elif (status := job.get_status()) != JobStatus.FINISHED or job.return_value() != expected:
-                latest = job.latest_result()
-                error = (latest.exc_string or "").strip().rpartition("\n")[2] if latest is not None else ""
-                yield f"{name}: its job is {status.value}, with {error or job.return_value()}"
+# The parent
 
 
-def _wrong_attempts(stage: Stage, supervisor: Supervisor) -> Iterator[str]:
-    for key, fate in supervisor.fates.items():
-        attempts, horse = stage.store.attempts(*key), supervisor.hit.get(key)
-        outcomes = [attempt.outcome for attempt in attempts]
-        if outcomes != [Outcome.LEASE_EXPIRED, Outcome.COMPLETED][fate == "worker" :]:
-            yield f"{key[0]}: the attempts at {key[1]}, when a {fate} was killed, are {attempts}"
-        elif horse is None or f":{horse.horse} " not in str(attempts[0].owner):
-            yield f"{key[0]}: {key[1]} was first begun by {attempts[0].owner}, not by {horse}"
+class RqScenario(Scenario):
+    """Enqueues jobs, some of them twice."""
 
+    title: ClassVar[str] = f"workers of RQ {version('rq')}"
+    size: ClassVar[int] = 2
 
-# What is shown
+    def __init__(self, context: DemoContext) -> None:
+        names = list(context.files)
+        faults: dict[Key, Fault] = {
+            (names[len(names) // 4], "compress"): "work-horse",
+            (names[len(names) // 2], "count"): "worker without work-horse",
+            (names[len(names) * 3 // 4], "digest"): "worker and work-horse",
+        }
+        super().__init__(context, faults)
+        client: Any = Redis  # redis-py leaves parts of its types unknown
+        self._client: Any = client.from_url(context.url)
+        self.queue: Any = Queue(QUEUE, connection=self._client)  # and so does RQ
+        self.jobs = {name: f"{QUEUE}-{number}" for number, name in enumerate(names)}
+        # Not of the jobs that are killed: their duplicates would find a step busy, like what RQ delivers again.
+        unharmed = [name for name in names if name not in {name for name, _ in faults}]
+        rng = random.Random(SEED)  # noqa: S311 -- the same in each run
+        self._twice = set(rng.sample(unharmed, math.ceil(len(unharmed) / 5)))
+        self.counts["duplicates"] = len(self._twice)
 
+    def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        return work, (self.context.url,)
 
-def _screen(stage: Stage, supervisor: Supervisor) -> RenderableType:
-    """How far it is, while it runs."""
-    counts = supervisor.tally.counts
-    rows: dict[str, RenderableType] = {
-        "jobs finished": progress(supervisor.finished, len(stage.files)),
-        "deliveries": str(counts["delivered"]),
-        "told to wait": str(counts["busy"]),
-        "takeovers": str(counts["takeovers"]),
-    }
-    for worker in list(supervisor.workers):
-        rows[worker.title] = Text(worker.state, style="red" if worker.ended else "")
-    return screen(rows)
+    def _deliver_all(self) -> None:
+        for number, (name, path) in enumerate(self.context.files.items()):
+            kill_plan = {step: fault for (run_id, step), fault in self.kill_plan.items() if run_id == name}
+            for _ in range(2 if name in self._twice else 1):
+                self.queue.enqueue_call(
+                    work_on,
+                    args=(number, name, str(path), kill_plan),
+                    job_id=self.jobs[name],
+                    retry=Retry(max=RETRIES),
+                    result_ttl=-1,
+                    failure_ttl=-1,
+                )
 
+    def _is_done(self) -> bool:
+        with self._client.pipeline() as pipeline:  # a transaction: no job is just between two of these
+            pipeline.llen(self.queue.key)
+            pipeline.llen(self.queue.intermediate_queue_key)
+            pipeline.zcard(self.queue.started_job_registry.key)
+            pipeline.zcard(self.queue.scheduled_job_registry.key)
+            return not any(pipeline.execute())
 
-def _rows(result: dict[str, Any]) -> dict[str, Any]:
-    again = f"{result['enqueued_twice']} jobs were enqueued twice, {result['requeued']} requeued"
-    rows = {
-        "jobs finished": f"{result['jobs_finished']} of {result['files']}",
-        "deliveries": f"{result['deliveries']}; {again}",
-        "told to wait": result["told_to_wait"],
-        "steps skipped": result["steps_skipped"],
-        "takeovers": result["takeovers"],
-        "workers restarted": result["workers_restarted"],
-    }
-    for killed in result["killed_inside"]:
-        owners = [str(attempt["owner"]).partition(" ")[0] for attempt in killed["attempts"]]  # without the job
-        outcomes = [attempt["outcome"] for attempt in killed["attempts"]]
-        attempts = [f"{n}: {of}, {by}" for n, (of, by) in enumerate(zip(outcomes, owners, strict=True), 1)]
-        rows[f"{killed['killed']} killed"] = "\n".join((f"inside {killed['step']} of {killed['run_id']}", *attempts))
-    return rows
+    def _on_event(self, worker: WorkerProcess, event: Event, key: Key) -> None:
+        if self.kill_plan.get(key) != "worker without work-horse" or key not in self.hit:
+            return
+        work_horse = f"work-horse {self.hit[key].pid}"
+        if event.kind == "busy" and not self.gate.closed:
+            self.context.say(f"{describe(key)} was delivered again, to {worker}, while {work_horse} is running it")
+            self.gate.close()
+        elif event.kind == "completed":
+            self.context.say(f"{work_horse}, whose worker is dead, completed {describe(key)}")
+
+    def expected(self, path: Path) -> list[Step]:
+        """Returns what the store must hold: here, inputs by parameter, and results under a key."""
+        return [Step(name, {"known": input}, {"result": output}) for name, input, output in sequential(path)]
+
+    def find_problems(self) -> Iterator[str]:
+        """Checks RQ's own records: each job finished with the right result, and was delivered often enough."""
+        for name, id in self.jobs.items():
+            with suppress(OSError):  # `check` reports unreadable files
+                steps = sequential(self.context.files[name])
+                expected = {key: value for step in steps for key, value in step.output.items()}
+                job = self.queue.fetch_job(id)
+                if job is None:
+                    yield f"{name}: its job does not exist"
+                elif (status := job.get_status()) != JobStatus.FINISHED or job.return_value() != expected:
+                    latest = job.latest_result()
+                    error = (latest.exc_string or "").strip().rpartition("\n")[2] if latest is not None else ""
+                    yield f"{name}: its job is {status.value} with {error or job.return_value()}"
+        enqueued, killed = len(self.jobs) + self.counts["duplicates"], len(self.kill_plan)
+        if (delivered := self.counts["delivered"]) < enqueued + killed:
+            yield f"{enqueued} jobs were enqueued, {killed} were killed, but only {delivered} were delivered"

@@ -1,0 +1,111 @@
+"""The command line of both demos: options, the bundled server, the summary and the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import click
+import redis
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from squidstep_redis import SquidstepError, StepRunStore
+from squidstep_redis.demo.check import find_problems
+from squidstep_redis.demo.scenario import DemoContext, Scenario, describe
+from squidstep_redis.demo.work import STEPS, Payload, find_files
+from squidstep_redis.embedded import EmbeddedServer, ServerStartError
+
+MAX_PROBLEMS: Final = 10  # printed; --json prints all of them
+
+
+def demo_options(*, files: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the parameters of a demo to its command: `path`, `files` and `as_json`.
+
+    Args:
+        files: The default of `--files`.
+    """
+    path = click.argument("path", required=False, type=click.Path(exists=True, readable=True, path_type=Path))
+    limit = click.option(
+        "--files", default=files, show_default=True, type=click.IntRange(1), help="The maximum number of files."
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    return lambda command: path(limit(as_json(command)))
+
+
+def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, files: int, as_json: bool) -> NoReturn:
+    """Runs a demo on a bundled server, prints its result and exits, with 0 only if the check finds no problem.
+
+    Args:
+        scenario: Creates the scenario.
+        path: The directory with the files; None stands for Python's standard library.
+        files: The maximum number of files.
+        as_json: Whether to print the result as JSON.
+    """
+    root, suffix = (Path(sysconfig.get_path("stdlib")), ".py") if path is None else (path, "")
+    found = find_files(root, files, suffix)
+    if not found:
+        raise click.BadParameter(f"there is no file to work on in {root}", param_hint="PATH")
+    console = Console(stderr=as_json, highlight=False)
+    console.quiet = as_json and not console.is_terminal
+    # No thread refreshes the live line: signals must reach this thread alone while it starts a worker.
+    try:
+        with (
+            EmbeddedServer() as server,
+            StepRunStore.from_url(server.url) as store,
+            Live(console=console, auto_refresh=False, transient=True) as live,
+        ):
+            context = DemoContext(found, server.url, store, console.out, lambda line: live.update(line, refresh=True))
+            result = _run(scenario(context))
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    except (ServerStartError, redis.RedisError, SquidstepError) as error:
+        raise click.ClickException(f"{type(error).__name__}: {error}") from error
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        console.print(_summary(result))
+        for problem in result["problems"][:MAX_PROBLEMS]:
+            console.out(problem, style="red")
+    sys.exit(0 if result["ok"] else 1)
+
+
+def _run(scenario: Scenario) -> Payload:
+    context = scenario.context
+    size = {"files": len(context.files), "steps": len(context.files) * len(STEPS)}
+    context.say(f"{size['files']} files, {size['steps']} steps, {scenario.size} {scenario.title}, a bundled server")
+    scenario.run()
+    context.show("checking every output")
+    problems = find_problems(scenario)
+    return {
+        "ok": not problems,
+        **size,
+        **scenario.counts,
+        "workers_replaced": len(scenario.workers) - scenario.size,
+        "seconds": round(scenario.seconds, 3),
+        "killed": {
+            f"{fault}, inside {describe(key)}": [
+                f"attempt {number}: {attempt.outcome}, {attempt.owner}"
+                for number, attempt in enumerate(context.store.attempts(*key), 1)
+            ]
+            for key, fault in scenario.kill_plan.items()
+        },
+        "problems": problems,
+    }
+
+
+def _summary(result: dict[str, Any]) -> Table:
+    killed = {f"killed: {what}": "\n".join(attempts) for what, attempts in result["killed"].items()}
+    figures = {name: value for name, value in result.items() if name not in ("ok", "killed", "problems")}
+    check = "every output is right, nothing is lost, nothing ran twice" if result["ok"] else "FAILED"
+    table = Table(box=SIMPLE_HEAD, show_header=False)
+    for name, value in {**figures, **killed, "check": check}.items():
+        table.add_row(Text(name.replace("_", " ")), Text(str(value)))
+    return table

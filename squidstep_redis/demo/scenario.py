@@ -1,0 +1,250 @@
+"""The parent's side of a demo: it starts, kills and replaces workers, and counts what they report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe, get_context, resource_tracker
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal
+
+import click
+
+from squidstep_redis import StepRunStore
+from squidstep_redis.demo.work import STEPS, Step, sequential
+from squidstep_redis.demo.worker import Event, Pipes, run_worker
+
+SEED: Final = 20  # which deliveries are duplicated, and when, is the same in each run
+POLL_INTERVAL: Final = 0.05  # seconds
+SILENCE_LIMIT: Final = 60.0  # seconds without an event from any worker
+MAX_REPLACED: Final = 10
+
+Key = tuple[str, str]  # a run id and a step
+Fault = Literal["worker", "work-horse", "worker and work-horse", "worker without work-horse"]
+"""Which processes are killed inside a step. The last one leaves RQ's work-horse running without its worker."""
+
+_KILLED: Final[dict[Fault, str]] = {
+    "worker": "{worker} was killed inside {step}; its claim stays until the lease expires",
+    "work-horse": "work-horse {pid} of {worker} was killed inside {step}",
+    "worker and work-horse": "{worker} and its work-horse {pid} were killed inside {step}",
+    "worker without work-horse": "{worker} was killed inside {step}; its work-horse {pid} keeps running",
+}
+
+
+@dataclass
+class DemoContext:
+    """What a scenario works with.
+
+    Attributes:
+        files: The files to work on, by run id.
+        url: The bundled server.
+        store: The parent's own store on that server.
+        say: Prints a line.
+        show: Shows a line of progress in place of the previous one.
+    """
+
+    files: dict[str, Path]
+    url: str
+    store: StepRunStore
+    say: Callable[[str], object]
+    show: Callable[[str], object]
+
+
+@dataclass(eq=False)
+class WorkerProcess:
+    """A worker, as the parent sees it."""
+
+    index: int
+    process: SpawnProcess
+    is_ready: bool = False
+    was_killed: bool = False
+
+    def __str__(self) -> str:
+        return f"worker-{self.index + 1} (pid {self.process.pid})"
+
+
+class Scenario:
+    """Delivers steps to workers, kills some of them, and counts what they report, independently of the store.
+
+    Attributes:
+        kill_plan: What is killed inside which step, when that step is executed for the first time.
+        hit: For each step of the kill plan, the event at which the processes were killed.
+        started: How often workers started the work of each step.
+        finished: How often they finished it.
+        counts: How often each kind of event was received; also `takeovers` and `duplicates`.
+        seconds: How long the work took, without the start of the workers.
+        gate: Where a stalled process may wait; closing it lets the process continue.
+    """
+
+    title: ClassVar[str] = "workers"
+    size: ClassVar[int] = 4  # workers at a time
+
+    def __init__(self, context: DemoContext, kill_plan: dict[Key, Fault]) -> None:
+        self.context = context
+        self.kill_plan = kill_plan
+        self.run_ids = list(context.files)
+        self.hit: dict[Key, Event] = {}
+        self.started: Counter[Key] = Counter()
+        self.finished: Counter[Key] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.seconds = 0.0
+        self.workers: list[WorkerProcess] = []
+        self._running: list[WorkerProcess] = []
+        self._last_event_at = time.monotonic()
+        self._events, events = Pipe(duplex=False)
+        lifeline, self._lifeline = Pipe(duplex=False)
+        gate, self.gate = Pipe(duplex=False)
+        self._pipes = Pipes(events, lifeline, gate)
+
+    def run(self) -> None:
+        """Starts the workers, delivers everything, waits until all of it is acknowledged, and stops the workers."""
+        try:
+            for _ in range(self.size):
+                self._start_worker()
+            while not all(worker.is_ready for worker in self.workers):  # or the first would do most of it alone
+                self._listen()
+            started = time.monotonic()
+            self._deliver_all()
+            while self._listen() or not self._is_done():
+                pass
+            self.seconds = time.monotonic() - started
+        finally:
+            self._stop()
+
+    # What a scenario defines
+
+    def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """Returns the worker's loop, and what it is called with."""
+        raise NotImplementedError
+
+    def _deliver_all(self) -> None:
+        raise NotImplementedError
+
+    def _is_done(self) -> bool:
+        """Returns whether nothing is left to deliver. Called while no events arrive; may deliver what is due."""
+        raise NotImplementedError
+
+    def _on_event(self, worker: WorkerProcess, event: Event, key: Key) -> None:
+        """Reacts to an event that has been counted."""
+
+    def _on_exit(self, worker: WorkerProcess) -> None:
+        """Delivers again what a dead worker has not acknowledged."""
+
+    def expected(self, path: Path) -> list[Step]:
+        """Returns what the store must hold for a file."""
+        return sequential(path)
+
+    def find_problems(self) -> Iterator[str]:
+        """Yields what is wrong beyond what `check` finds."""
+        raise NotImplementedError
+
+    # The processes
+
+    def _start_worker(self) -> None:
+        main, args = self._worker_main()
+        index = len(self.workers)
+        with _signals_blocked():
+            process = get_context("spawn").Process(target=run_worker, args=(main, index, self._pipes, *args))
+            process.start()
+            self.workers.append(WorkerProcess(index, process))
+        self._running.append(self.workers[-1])
+
+    def _kill(self, worker: WorkerProcess, event: Event, key: Key, fault: Fault) -> None:
+        self.hit[key] = event
+        if fault != "work-horse":
+            worker.was_killed = True
+            worker.process.kill()
+            worker.process.join()  # before its work-horse, whose death it would notice
+        if fault in ("work-horse", "worker and work-horse"):
+            os.kill(event.pid, signal.SIGKILL)
+        self.context.say(_KILLED[fault].format(worker=worker, step=describe(key), pid=event.pid))
+        if worker.was_killed:
+            self._reap(worker)
+
+    def _reap(self, worker: WorkerProcess) -> None:
+        worker.process.join()
+        self._running.remove(worker)
+        if not worker.was_killed:
+            self.context.say(f"{worker} exited by itself with exit code {worker.process.exitcode}")
+        if len(self.workers) >= self.size + MAX_REPLACED:
+            raise click.ClickException(f"{MAX_REPLACED} workers have been replaced, and {worker} exited, too")
+        self._start_worker()
+        self._on_exit(worker)
+
+    def _stop(self) -> None:
+        # By force: either nothing is left to do, or the demo was interrupted. When the lifeline closes, forked
+        # processes exit, too, also those whose worker is gone; when the last one has exited, the events end.
+        self._lifeline.close()
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.join()
+        self._pipes.events.close()
+        deadline = time.monotonic() + 5
+        with suppress(EOFError):
+            while self._events.poll(max(0.0, deadline - time.monotonic())):
+                self._events.recv()
+
+    # The events
+
+    def _listen(self) -> bool:
+        """Handles the next event. Returns whether there was one."""
+        if self._events.poll(POLL_INTERVAL):
+            self._last_event_at = time.monotonic()
+            self._handle(self._events.recv())
+            return True
+        for worker in list(self._running):  # only now: the last event of a dead worker has been handled
+            if not worker.process.is_alive():  # the sentinel would not show it: forked processes inherit it
+                self._reap(worker)
+        if time.monotonic() - self._last_event_at > SILENCE_LIMIT:
+            raise click.ClickException(f"no worker has reported anything for {SILENCE_LIMIT} s; all were stopped")
+        return False
+
+    def _handle(self, event: Event) -> None:
+        worker = self.workers[event.worker]
+        if event.kind == "ready":
+            worker.is_ready = True
+            return
+        key = (self.run_ids[event.file], event.step)
+        self.counts[event.kind] += 1
+        if event.kind == "finished":
+            self.finished[key] += 1
+        elif event.kind == "started":
+            self.started[key] += 1
+            if event.attempt > 1:
+                self.counts["takeovers"] += 1
+                process = str(worker) if event.pid == worker.process.pid else f"work-horse {event.pid} of {worker}"
+                self.context.say(f"{process} took over {describe(key)} as attempt {event.attempt}")
+            elif key in self.kill_plan and key not in self.hit:
+                self._kill(worker, event, key, self.kill_plan[key])
+        self._on_event(worker, event, key)
+        if self.counts.total() % 10 == 0:
+            steps = len(self.run_ids) * len(STEPS)
+            self.context.show(
+                f"{self.counts['completed']} of {steps} steps completed, {self.counts['skipped']} skipped"
+            )
+
+
+def describe(key: Key) -> str:
+    """Returns how messages name a step of a run."""
+    return f"{key[1]} of {key[0]}"
+
+
+@contextmanager
+def _signals_blocked() -> Generator[None]:
+    """Defers signals until the end of the block.
+
+    A worker that is started in it inherits the mask, so that no Ctrl-C hits it while it imports its modules; see
+    `run_worker`. The demo's process has no other thread that could receive the signals.
+    """
+    resource_tracker.ensure_running()  # multiprocessing starts it along with the first process, and unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

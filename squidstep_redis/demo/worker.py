@@ -1,0 +1,109 @@
+"""The workers' side of a demo: the events that they send to the parent, and how they exit with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Final, Literal, NamedTuple
+
+Kind = Literal["ready", "delivered", "started", "finished", "completed", "skipped", "busy", "failed"]
+
+
+class Event(NamedTuple):
+    """What a worker reports.
+
+    Pickled, it is shorter than the smallest PIPE_BUF that POSIX allows: one write, which no other write interrupts.
+
+    Attributes:
+        kind: `started` and `finished` are about a step's work, `completed`, `failed`, `skipped`, `busy` about its claim.
+        worker: The worker's index.
+        pid: The process that sent it: the worker, or a process that it forked.
+        file: The file's index.
+        step: The step's name; empty if the event is about all steps of the file.
+        attempt: The number of the attempt, of `started` only.
+        retry_in: The seconds until the claim's lease expires, of `busy` only.
+    """
+
+    kind: Kind
+    worker: int
+    pid: int
+    file: int = 0
+    step: str = ""
+    attempt: int = 0
+    retry_in: float = 0.0
+
+
+class Pipes(NamedTuple):
+    """The pipes that all workers share. Processes that they fork inherit them.
+
+    Attributes:
+        events: Carries events to the parent. The parent reads its end when the last of the processes has exited.
+        lifeline: Ends when the parent closes it or exits.
+        gate: Ends when the parent lets the stalled process continue.
+    """
+
+    events: Connection[Event, Any]
+    lifeline: Connection[Any, Any]
+    gate: Connection[Any, Any]
+
+
+class Parent:
+    """The parent process, as its workers see it."""
+
+    worker: int
+    pipes: Pipes
+
+    def send_event(self, kind: Kind, file: int = 0, step: str = "", **details: Any) -> None:
+        """Sends an event to the parent; the arguments are the fields of `Event`."""
+        self.pipes.events.send(Event(kind, self.worker, os.getpid(), file, step, **details))
+
+    def stall(self, *, at_gate: bool) -> None:
+        """Blocks until this process is killed.
+
+        Args:
+            at_gate: Whether this process may continue when the parent opens the gate.
+        """
+        if at_gate:
+            os.read(self.pipes.gate.fileno(), 1)
+            return
+        while True:
+            signal.pause()
+
+
+parent: Final = Parent()
+"""The parent of this worker process."""
+
+
+def run_worker(main: Callable[..., None], worker: int, pipes: Pipes, *args: Any) -> None:
+    """Runs a worker process until it is killed, or until the parent exits.
+
+    Args:
+        main: The worker's loop.
+        worker: The worker's index.
+        pipes: The workers' ends of the pipes.
+        *args: What `main` is called with.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; it is for the parent
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    parent.worker, parent.pipes = worker, pipes
+    exit_with_parent()
+    main(*args)
+
+
+def exit_with_parent() -> None:
+    """Makes this process, and each process that it forks, exit when the lifeline ends."""
+
+    def wait() -> None:
+        os.read(parent.pipes.lifeline.fileno(), 1)
+        os._exit(1)
+
+    def start_thread() -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # RQ's alarms are for its own thread
+        threading.Thread(target=wait, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    start_thread()
+    os.register_at_fork(after_in_child=start_thread)
