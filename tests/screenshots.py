@@ -17,9 +17,9 @@ from rich.terminal_theme import MONOKAI
 from support.servers import find_binary
 
 from squidstep_redis import StepRun, StepRunStore
-from squidstep_redis.cli.show import rendered
-from squidstep_redis.cli.timeline import read
-from squidstep_redis.cli.watch import run_screen
+from squidstep_redis.cli.show import render_steps
+from squidstep_redis.cli.timeline import read_timeline
+from squidstep_redis.cli.watch import render_run
 from squidstep_redis.embedded import EmbeddedServer
 
 IMAGES = Path(__file__).parent / "guide" / "images"
@@ -116,13 +116,13 @@ def screenshots(store: StepRunStore) -> dict[str, str]:
     """Each picture, by its name."""
     fill(store)
     run = "order-7301"
-    timeline = read(store, run)
+    timeline = read_timeline(store, run)
     assert timeline is not None
     pages = store.get_run("crawl-2026-11")
     return {
-        "show": screenshot("show", f"squidstep show {run}", *rendered(run, store.get_run(run), [])),
-        "timeline": screenshot("timeline", f"squidstep timeline {run}", *timeline.lines(WIDTH)),
-        "watch": screenshot("watch", "squidstep watch crawl-2026-11", run_screen("crawl-2026-11", pages, 22)),
+        "show": screenshot("show", f"squidstep show {run}", *render_steps(run, store.get_run(run), [])),
+        "timeline": screenshot("timeline", f"squidstep timeline {run}", *timeline.render(WIDTH)),
+        "watch": screenshot("watch", "squidstep watch crawl-2026-11", render_run("crawl-2026-11", pages, 22)),
     }
 
 

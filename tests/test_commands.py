@@ -1,4 +1,4 @@
-"""The commands that see and steer runs, as a user types them: on a store with failures and stuck claims."""
+"""The commands that show, repair, delete and move runs, called as a user calls them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,26 @@ from typing import Any
 
 import pytest
 import screenshots
+from support.commands import (
+    ANSI,
+    CLOSED_PORT,
+    default_environment,  # noqa: F401 -- a fixture
+    invoke,
+    options_of,
+    pipe,
+    run_on_terminal,
+)
 from support.demos import SQUIDSTEP
-from support.demos import run as run_in_a_process
+from support.demos import run as run_process
 from support.servers import EmbeddedCluster, find_binary
-from test_cli import ANSI, NOBODY, in_a_terminal, invoke, plain_environment  # noqa: F401 -- a fixture
 
-from squidstep_redis import StepRun, StepRunStore, StepStatus
-from squidstep_redis.cli import group
-from squidstep_redis.cli.bars import Timeline
-from squidstep_redis.cli.timeline import read
+from squidstep_redis import RunExistsError, StepRun, StepRunStore, StepStatus
+from squidstep_redis.cli.entry import build_group
+from squidstep_redis.cli.timeline import read_timeline
+from squidstep_redis.cli.timeline_chart import Timeline
 from squidstep_redis.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.usefixtures("default_environment")
 
 READING = [
     ["runs"],
@@ -36,7 +46,7 @@ READING = [
     ["failed"],
     ["failed", "--by-type"],
 ]
-FOUND = {"stuck": 1, "failed": 1}  # exit codes where something is found; 0 for the rest
+EXIT_CODES = {"stuck": 1, "failed": 1}  # when something is found; 0 for the other commands
 EVIL = "\x1b]0;gotcha\x07\x1b[2J\u202e\n\r\0"
 
 
@@ -55,21 +65,17 @@ def filled(server: EmbeddedServer) -> Iterator[StepRunStore]:
 
 @pytest.fixture
 def store(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[StepRunStore]:
-    """A store of its own, for what changes something."""
+    """An empty store for tests that write."""
     with StepRunStore.from_url(server.url, prefix=f"test-{abs(hash(request.node.nodeid))}") as store:
         yield store
 
 
-def options_of(server: EmbeddedServer, store: StepRunStore) -> list[str]:
-    return ["-u", server.url, "--prefix", store.calls.prefix]
-
-
-def failed_step(store: StepRunStore, run: str = "run", step: str = "pay") -> None:
+def add_failed_step(store: StepRunStore, run: str = "run", step: str = "pay") -> None:
     store.fail_step(store.begin_step(run, step, {"amount": 1}, owner="w").step_run, ValueError("declined"))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Without a process of its own, which takes half a second to start."""
+    """Calls a command in this process."""
     result = invoke(*arguments)
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
@@ -77,30 +83,32 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 class TestReading:
     @pytest.mark.parametrize("columns", [80, 140])
     @pytest.mark.parametrize("arguments", READING, ids=" ".join)
-    def test_on_a_terminal_it_fits(
+    def test_output_fits_the_terminal(
         self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str], columns: int
     ) -> None:
-        shown = in_a_terminal(columns, *arguments, "-u", server.url)
-        assert "\x1b[3" in shown  # colours
+        shown = run_on_terminal(columns, *arguments, "-u", server.url)
+        assert "\x1b[3" in shown  # colors
         lines = ANSI.sub("", shown).splitlines()
         assert len(lines) > 3
         assert max(map(len, lines)) <= columns
         assert "\x07" not in shown
 
     @pytest.mark.parametrize("arguments", READING, ids=" ".join)
-    def test_in_a_pipe_it_is_plain(self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]) -> None:
-        ended = run_in_a_process(*arguments, "-u", server.url)
-        assert ended.returncode == FOUND.get(arguments[0], 0)
+    def test_output_in_a_pipe_has_no_colors(
+        self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]
+    ) -> None:
+        ended = run_process(*arguments, "-u", server.url)
+        assert ended.returncode == EXIT_CODES.get(arguments[0], 0)
         assert ended.stderr == ("" if arguments != ["runs"] else ended.stderr)
         assert not re.search(r"\x1b| $", ended.stdout, re.MULTILINE)
 
     @pytest.mark.parametrize("arguments", READING, ids=" ".join)
-    def test_as_json(self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]) -> None:
+    def test_json_output_parses(self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]) -> None:
         result = invoke(*arguments, "-u", server.url, "--json")
-        assert result.exit_code == FOUND.get(arguments[0], 0)
+        assert result.exit_code == EXIT_CODES.get(arguments[0], 0)
         assert json.loads(result.stdout)
 
-    def test_a_long_run_is_read_by_the_page(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_a_long_run_is_read_in_pages(self, server: EmbeddedServer, store: StepRunStore) -> None:
         names = [f"step-{number}" for number in range(2_000)]
         store.schedule_steps("run", {name: {} for name in names})
         client: Any = store.client
@@ -109,29 +117,29 @@ class TestReading:
         shown = json.loads(run("show", "run", "--json", *options_of(server, store)).stdout)
 
         assert [each["step"] for each in shown] == names
-        asked = client.info("commandstats")
-        assert asked["cmdstat_hscan"]["calls"] >= 2
-        assert "cmdstat_hgetall" not in asked
+        stats = client.info("commandstats")
+        assert stats["cmdstat_hscan"]["calls"] >= 2
+        assert "cmdstat_hgetall" not in stats
         one = json.loads(run("show", "run", names[-1], "--json", *options_of(server, store)).stdout)
         assert (one["step"], one["attempts"]) == (names[-1], [])
         assert run("watch", "run", "--once", *options_of(server, store)).stdout.count(" pending ") == len(names)
 
-    def test_no_server_is_one_line(self) -> None:
-        """All at once, for each goes on asking for five seconds."""
-        asked = [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]]
-        with ThreadPoolExecutor(len(asked)) as threads:
-            for ended in threads.map(lambda arguments: run_in_a_process(*arguments, "-u", NOBODY), asked):
+    def test_an_unreachable_server_is_reported_in_one_line(self) -> None:
+        """All at once, because each command retries for five seconds."""
+        commands = [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]]
+        with ThreadPoolExecutor(len(commands)) as threads:
+            for ended in threads.map(lambda arguments: run_process(*arguments, "-u", CLOSED_PORT), commands):
                 assert (ended.returncode, ended.stdout) == (2, "")
                 assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
 
     @pytest.mark.parametrize("command", ["show", "timeline", "watch", "export", "retry", "delete"])
-    def test_a_run_that_is_not_there_is_one_line(self, server: EmbeddedServer, command: str) -> None:
+    def test_a_missing_run_is_reported_in_one_line(self, server: EmbeddedServer, command: str) -> None:
         ended = run(command, f"none{EVIL[:-1]}", "-u", server.url)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert re.fullmatch(r"squidstep: run 'none.*no.*\n", ended.stderr)
         assert "\x1b" not in ended.stderr
 
-    def test_what_is_stored_tells_the_terminal_nothing(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_stored_control_characters_are_escaped(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.fail_step(store.begin_step(EVIL, EVIL, {"x": EVIL, EVIL: b""}, owner="w").step_run, {"type": EVIL})
         store.begin_step("stuck", EVIL, {}, lease=0.001)
         store.complete_step(store.begin_step("stuck", "done", {}).step_run, {EVIL: EVIL})
@@ -143,7 +151,7 @@ class TestReading:
             result = invoke("timeline", "stuck", f"--{name}", os.devnull, *options_of(server, store))
             assert result.exit_code == 0
 
-    def test_a_store_with_nothing_in_it(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_an_empty_store_prints_nothing(self, server: EmbeddedServer, store: StepRunStore) -> None:
         for command in ("runs", "stuck", "failed"):
             ended = run(command, *options_of(server, store))
             assert (ended.returncode, ended.stdout) == (0, "")
@@ -154,10 +162,10 @@ class TestReading:
 
 
 class TestRuns:
-    def test_pages_and_filters(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_pages_and_filters_find_the_right_runs(self, server: EmbeddedServer, store: StepRunStore) -> None:
         for number in range(60):
             store.schedule_step(f"run-{number:02}", "step", {})
-        failed_step(store, "other")
+        add_failed_step(store, "other")
 
         def listed(*arguments: str) -> dict[str, Any]:
             return json.loads(invoke("runs", "--json", *arguments, *options_of(server, store)).stdout)
@@ -179,37 +187,35 @@ class TestRuns:
         assert len(listed("--run-prefix", "run-1", "--all")["runs"]) == 10
         assert "more: --cursor" in run("runs", "--limit", "5", *options_of(server, store)).stderr
 
-    def test_on_a_cluster(self) -> None:
+    def test_a_cluster_lists_the_runs_of_all_nodes(self) -> None:
         with EmbeddedCluster() as cluster:
             store = StepRunStore.from_url(cluster.url)
             store.close()
             names = [f"run-{number}" for number in range(50)]
-            lines = "".join(json.dumps(exported(name)) + "\n" for name in names)
-            imported = subprocess.run(
-                [SQUIDSTEP, "import", "-u", cluster.url], input=lines, text=True, capture_output=True, check=True
-            )
+            lines = "".join(json.dumps(exported_run(name)) + "\n" for name in names)
+            imported = pipe("import", "-u", cluster.url, input=lines)
             assert len(imported.stdout.splitlines()) == 50
             listed = json.loads(run("runs", "--all", "--json", "-u", cluster.nodes[1].url).stdout)
         assert sorted(each["run_id"] for each in listed["runs"]) == sorted(names)
 
 
-def exported(run_id: str) -> dict[str, Any]:
+def exported_run(run_id: str) -> dict[str, Any]:
     step = {"step": "a", "position": 1, "state": "pending", "created_at": "2026-01-01T00:00:00.000+00:00", "input": {}}
     step |= {"attempt": 0, "attempts_released": 0, "token": "", "scheduled_by": "", "history": []}
     return {"squidstep_run": 1, "run_id": run_id, "ttl": None, "steps_created": 1, "completed": [], "steps": [step]}
 
 
 class TestShow:
-    def test_long_payloads_are_cut_unless_asked_for(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_full_prints_long_payloads_uncut(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {"text": "x" * 2_000})
-        failed_step(store)
+        add_failed_step(store)
         brief, full = (invoke("show", "run", *more, *options_of(server, store)).stdout for more in ([], ["--full"]))
-        assert "all with --full" in brief
+        assert "use --full to see all" in brief
         assert "x" * 2_000 in full
         assert "Traceback" not in brief
         assert "ValueError: declined" in brief
 
-    def test_payloads_of_another_codec(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_payloads_of_another_codec_are_reported(self, server: EmbeddedServer, store: StepRunStore) -> None:
         class Reversed:
             def encode(self, payload: dict[str, Any]) -> bytes:
                 return json.dumps(payload).encode()[::-1]
@@ -218,17 +224,21 @@ class TestShow:
                 return json.loads(data[::-1])
 
         other = StepRunStore(store.client, prefix=store.calls.prefix, codec=Reversed())
-        failed_step(other)
+        add_failed_step(other)
         for arguments in (["show", "run"], ["failed"], ["failed", "--by-type"], ["show", "run", "--json"]):
             assert "decode" in invoke(*arguments, *options_of(server, store)).stdout
 
-    def test_each_attempt_has_its_error(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_each_attempt_shows_its_error(self, server: EmbeddedServer, store: StepRunStore) -> None:
         for problem in ("first", "second"):
             store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError(problem + EVIL))
         store.begin_step("run", "pay", {})
         arguments = ["show", "run", "pay", *options_of(server, store)]
-        told: list[dict[str, Any]] = json.loads(invoke(*arguments, "--json").stdout)["attempts"]
-        assert [each["error"] and each["error"]["message"] for each in told] == ["first" + EVIL, "second" + EVIL, None]
+        attempts: list[dict[str, Any]] = json.loads(invoke(*arguments, "--json").stdout)["attempts"]
+        assert [each["error"] and each["error"]["message"] for each in attempts] == [
+            "first" + EVIL,
+            "second" + EVIL,
+            None,
+        ]
         lines = invoke(*arguments).stdout.splitlines()
         for number, problem in ((1, "first"), (2, "second")):
             place = next(place for place, line in enumerate(lines) if f" attempt {number}  " in line)
@@ -237,7 +247,9 @@ class TestShow:
 
 
 class TestTimeline:
-    def test_its_files_stand_alone(self, server: EmbeddedServer, filled: StepRunStore, tmp_path: Path) -> None:
+    def test_files_load_nothing_from_elsewhere(
+        self, server: EmbeddedServer, filled: StepRunStore, tmp_path: Path
+    ) -> None:
         svg, html = tmp_path / "a.svg", tmp_path / "a.html"
         result = invoke("timeline", "order-7301", "--svg", str(svg), "--html", str(html), "-u", server.url)
         assert (result.exit_code, result.stdout) == (0, f"{svg}\n{html}\n")
@@ -250,18 +262,18 @@ class TestTimeline:
             assert not re.search(r"https?:|src=|@import|url\(|<script", rest)
             assert "lease expired" in rest
 
-    def test_bars_lie_where_the_attempts_did(self, filled: StepRunStore) -> None:
-        timeline = read(filled, "order-7301")
+    def test_bars_start_where_their_attempts_started(self, filled: StepRunStore) -> None:
+        timeline = read_timeline(filled, "order-7301")
         assert timeline is not None
         now = max(bar.attempt.started_at for bar in timeline.bars if bar.attempt) + timedelta(seconds=0.2)
-        lines = [line.plain for line in Timeline(timeline.run, timeline.bars, now).lines(100)]
+        lines = [line.plain for line in Timeline(timeline.run, timeline.bars, now).render(100)]
         begins = {line.split("  ")[0]: re.split("[█▒░▓┄]", line) for line in lines[2:]}
         starts = [len(begins[name][0]) for name in ("reserve", "charge", "pack", "ship")]
         assert starts == sorted(set(starts))
         assert len(begins["notify"]) == 1
         assert len(lines) == 11
 
-    def test_a_file_that_cannot_be_written(self, server: EmbeddedServer, filled: StepRunStore) -> None:
+    def test_an_unwritable_file_is_reported(self, server: EmbeddedServer, filled: StepRunStore) -> None:
         ended = run("timeline", "order-7301", "--svg", "/none/x.svg", "-u", server.url)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert ended.stderr == "squidstep: /none/x.svg: No such file or directory\n"
@@ -269,7 +281,7 @@ class TestTimeline:
 
 class TestWatch:
     @pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
-    def test_in_a_pipe_it_tells_each_change(
+    def test_in_a_pipe_each_change_is_one_line(
         self, server: EmbeddedServer, store: StepRunStore, fails: bool, code: int
     ) -> None:
         claim = store.begin_step("run", "pay", {}, owner="w").step_run
@@ -283,47 +295,53 @@ class TestWatch:
         assert re.match(r".*  pay  (failed  attempt 1  w  ValueError: no|completed  attempt 1  w)\n$", last)
 
     @pytest.mark.parametrize("columns", [80, 140])
-    def test_on_a_terminal(self, server: EmbeddedServer, store: StepRunStore, columns: int) -> None:
+    def test_a_long_run_fits_the_screen(self, server: EmbeddedServer, store: StepRunStore, columns: int) -> None:
         screenshots.crawl(store, "crawl")
         for step_run in store.get_run("crawl"):
             if step_run.status is StepStatus.RUNNING:
                 store.complete_step(step_run.id, {})
         store.delete_pending_steps("crawl", [each.step for each in store.get_run("crawl")])
-        shown = ANSI.sub("", in_a_terminal(columns, "watch", "crawl", *options_of(server, store), LINES="24"))
+        shown = ANSI.sub("", run_on_terminal(columns, "watch", "crawl", *options_of(server, store), LINES="24"))
         lines = shown.splitlines()
         assert max(map(len, lines)) <= columns
-        lines = lines[max(place for place, line in enumerate(lines) if line.startswith("crawl  ")) :]  # drawn last
+        lines = lines[
+            max(place for place, line in enumerate(lines) if line.startswith("crawl  ")) :
+        ]  # the last drawing
         assert len(lines) <= 24
         assert "4 failed, 150 completed" in lines[0]
         assert sum("404 Not Found" in line for line in lines) == 4
 
-    def test_the_store(self, server: EmbeddedServer, filled: StepRunStore) -> None:
+    def test_the_store_view_lists_running_stuck_and_failed_steps(
+        self, server: EmbeddedServer, filled: StepRunStore
+    ) -> None:
         shown = run("watch", "--once", "-u", server.url).stdout
-        for part in ("at work", "stuck", "failed", "order-7301", "stuck-0", "Declined"):
+        for part in ("running", "stuck", "failed", "order-7301", "stuck-0", "Declined"):
             assert part in shown
 
-    def test_in_a_pipe_the_store_is_told_again_and_whole(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_in_a_pipe_the_store_is_printed_repeatedly(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError("x" * 200))
         command = [SQUIDSTEP, "watch", "--interval", "0.05", *options_of(server, store)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
             assert watching.stdout is not None
             assert watching.stderr is not None
-            told = [watching.stdout.readline() for _ in range(8)]
+            lines = [watching.stdout.readline() for _ in range(8)]
             watching.send_signal(signal.SIGINT)
             assert "Traceback" not in watching.stderr.read()
-        assert sum("x" * 200 in line for line in told) == 2
+        assert sum("x" * 200 in line for line in lines) == 2
         assert watching.returncode == 128 + signal.SIGINT
 
     @pytest.mark.parametrize("arguments", [[], ["run"]])
-    def test_once(self, server: EmbeddedServer, store: StepRunStore, arguments: list[str]) -> None:
-        store.begin_step("run", "pay", {}, lease=60)  # at work, so that it would go on
+    def test_once_exits_while_steps_are_running(
+        self, server: EmbeddedServer, store: StepRunStore, arguments: list[str]
+    ) -> None:
+        store.begin_step("run", "pay", {}, lease=60)  # watching without --once would go on
         command = ["watch", *arguments, "--once", *options_of(server, store)]
         ended = run(*command)
         assert (ended.returncode, "pay" in ended.stdout) == (0, True)
-        assert "pay" in in_a_terminal(80, *command)
+        assert "pay" in run_on_terminal(80, *command)
 
     @pytest.mark.parametrize("watched", ["run", "the store"])
-    def test_for_programs_each_line_is_json(self, server: EmbeddedServer, store: StepRunStore, watched: str) -> None:
+    def test_with_json_each_line_is_an_object(self, server: EmbeddedServer, store: StepRunStore, watched: str) -> None:
         claim = store.begin_step("run", "pay", {"amount": 1}, lease=60, owner="w").step_run
         arguments = ["run"] if watched == "run" else []
         command = [SQUIDSTEP, "watch", *arguments, "--json", "--interval", "0.05", *options_of(server, store)]
@@ -341,11 +359,11 @@ class TestWatch:
         assert (last["status"], last["last_error"]["message"]) == ("failed", "no")
 
 
-class TestSteering:
-    def test_retry(self, server: EmbeddedServer, store: StepRunStore) -> None:
+class TestChanges:
+    def test_retry_makes_failed_steps_pending(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
         for step in ("one", "two", "three"):
-            failed_step(store, "run", step)
+            add_failed_step(store, "run", step)
 
         assert run("retry", "run", "one", "--dry-run", *options).stdout == "would retry one of run\n"
         assert set(store.step_statuses("run").values()) == {StepStatus.FAILED}
@@ -358,9 +376,9 @@ class TestSteering:
         store.begin_step("run", "one", {}, lease=60)
         refused = run("retry", "run", "one", *options)
         assert (refused.returncode, refused.stdout) == (1, "")
-        assert "held by" in refused.stderr
+        assert "step 'one'" in refused.stderr
 
-    def test_release(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_release_makes_a_running_step_pending(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
         store.begin_step("run", "pay", {}, owner="dead")
 
@@ -368,16 +386,16 @@ class TestSteering:
             "would release pay of run from attempt 1 by dead, no lease"
             in run("release", "run", "pay", "--dry-run", *options).stdout
         )
-        assert run("release", "run", "pay", *options).returncode == 1  # nobody said yes
+        assert run("release", "run", "pay", *options).returncode == 1  # stdin is empty: no confirmation
         assert store.step_statuses("run") == {"pay": StepStatus.RUNNING}
         assert run("release", "run", "pay", "--yes", *options).stdout == "released pay of run\n"
         assert store.step_statuses("run") == {"pay": StepStatus.PENDING}
-        assert "is pending, not running" in run("release", "run", "pay", "--yes", *options).stderr
+        assert "the step is pending, not running" in run("release", "run", "pay", "--yes", *options).stderr
         assert "no such step" in run("release", "run", "none", "--yes", *options).stderr
 
-    def test_delete(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_delete_asks_and_deletes_the_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
-        failed_step(store)
+        add_failed_step(store)
 
         assert run("delete", "run", "--dry-run", *options).stdout == "would delete run (1 failed)\n"
         refused = invoke("delete", "run", *options, input="n\n")
@@ -387,7 +405,7 @@ class TestSteering:
         assert invoke("delete", "run", *options, input="y\n").output.endswith("deleted run\n")
         assert store.get_run("run") == []
 
-    def test_delete_is_the_cure_of_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_delete_removes_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.complete_step(store.begin_step("run", "pay", {}).step_run, {})
         store.client.delete(store.calls.keys.run("run").keys.done)
         options = options_of(server, store)
@@ -396,24 +414,24 @@ class TestSteering:
         assert run("delete", "run", "--yes", *options).returncode == 0
         assert run("runs", *options).stdout == ""
 
-    def test_purge(self, server: EmbeddedServer, store: StepRunStore) -> None:
+    def test_purge_deletes_old_finished_runs(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
         for name in ("a", "b", "c", "d"):
-            failed_step(store, name)
+            add_failed_step(store, name)
         store.schedule_step("pending", "pay", {})
 
         assert run("purge", "--older-than", "1h", *options).stderr == "nothing to purge\n"
-        told = run("purge", "--older-than", "0.001", "--dry-run", *options).stdout
-        assert re.fullmatch(r"would delete 4 runs: ., ., ., …\n", told)
-        dry = json.loads(run("purge", "--older-than", "0.001", "--dry-run", "--json", *options).stdout)
-        assert {each["run_id"] for each in dry} == set("abcd")
-        assert run("purge", "--older-than", "0.001", *options).returncode == 1  # nobody said yes
+        planned = run("purge", "--older-than", "0.001", "--dry-run", *options).stdout
+        assert re.fullmatch(r"would delete 4 runs: ., ., ., …\n", planned)
+        planned_json = json.loads(run("purge", "--older-than", "0.001", "--dry-run", "--json", *options).stdout)
+        assert {each["run_id"] for each in planned_json} == set("abcd")
+        assert run("purge", "--older-than", "0.001", *options).returncode == 1  # stdin is empty: no confirmation
         assert len(store.runs().runs) == 5
         assert run("purge", "--older-than", "0.001", "--yes", *options).stdout == "deleted 4 runs\n"
         assert [each.run_id for each in store.runs().runs] == ["pending"]
 
     @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0"])
-    def test_purge_refuses_an_age(self, server: EmbeddedServer, age: str) -> None:
+    def test_purge_rejects_an_invalid_age(self, server: EmbeddedServer, age: str) -> None:
         ended = run("purge", "--older-than", age, "--yes", "-u", server.url)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert "older" in ended.stderr
@@ -421,30 +439,31 @@ class TestSteering:
 
 
 class TestTransfer:
-    def test_export_and_import(self, server: EmbeddedServer, filled: StepRunStore, store: StepRunStore) -> None:
+    def test_imported_runs_equal_the_exported_ones(
+        self, server: EmbeddedServer, filled: StepRunStore, store: StepRunStore
+    ) -> None:
         options = options_of(server, store)
         lines = run("export", "order-7301", "crawl-2026-11", "-u", server.url).stdout
         assert len(lines.splitlines()) == 2
 
-        def piped(*arguments: str, text: str = lines) -> subprocess.CompletedProcess[str]:
-            command = [SQUIDSTEP, "import", *arguments, *options]
-            return subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-
-        assert piped("--dry-run").stdout == "would import order-7301\nwould import crawl-2026-11\n"
+        assert (
+            pipe("import", "--dry-run", *options, input=lines).stdout
+            == "would import order-7301\nwould import crawl-2026-11\n"
+        )
         assert store.runs().runs == []
-        assert piped().stdout == "imported order-7301\nimported crawl-2026-11\n"
-        assert list(map(fields, store.get_run("order-7301"))) == list(map(fields, filled.get_run("order-7301")))
-        again = piped()
+        assert pipe("import", *options, input=lines).stdout == "imported order-7301\nimported crawl-2026-11\n"
+        assert list(map(fields_of, store.get_run("order-7301"))) == list(map(fields_of, filled.get_run("order-7301")))
+        again = pipe("import", *options, input=lines)
         assert (again.returncode, again.stdout) == (1, "")
-        assert "line 1: run 'order-7301': exists already" in again.stderr
+        assert f"line 1: {RunExistsError('order-7301')}" in again.stderr
         for broken in ("{", "[]", '{"squidstep_run": 2}', lines.splitlines()[0][:-1] + ', "run_id": ""}'):
-            ended = piped(text=broken + "\n")
+            ended = pipe("import", *options, input=f"{broken}\n")
             assert (ended.returncode, ended.stdout) == (1, "")
             assert ended.stderr.startswith("squidstep: line 1: ")
             assert "Traceback" not in ended.stderr
 
 
-def fields(step_run: StepRun) -> list[Any]:
+def fields_of(step_run: StepRun) -> list[Any]:
     names = (
         "step",
         "status",
@@ -461,25 +480,17 @@ def fields(step_run: StepRun) -> list[Any]:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", [name for name in group().list_commands(None) if not name.startswith("demo")])  # pyright: ignore
-    def test_every_command_has_an_example_and_says_what_it_takes(self, command: str) -> None:
+    @pytest.mark.parametrize(
+        "command", [name for name in build_group().list_commands(None) if not name.startswith("demo")]
+    )  # pyright: ignore
+    def test_every_command_has_an_example(self, command: str) -> None:
         shown = invoke(command, "--help").stdout
         assert f"Example: squidstep {command}" in shown or f"| squidstep {command}" in shown
         assert "--url" in shown
 
-    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-    def test_shells_complete_commands_and_choices(self, shell: str) -> None:
-        def completed(words: str, position: int) -> str:
-            environment = {**os.environ, "_SQUIDSTEP_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
-            environment["COMP_CWORD"] = words.rsplit(" ", maxsplit=1)[-1] if shell == "fish" else str(position)
-            return subprocess.run([SQUIDSTEP], env=environment, capture_output=True, text=True, check=True).stdout
 
-        assert "timeline" in completed("squidstep tim", 1)
-        assert "failed" in completed("squidstep runs --status f", 3)
-
-
-def test_the_pictures_are_of_these_commands() -> None:
-    """They are made again and looked at when what they show changes: no address in them, and small."""
+def test_the_guide_pictures_are_small_and_self_contained() -> None:
+    """Run tests/screenshots.py, and look at the pictures, when the commands' output changes."""
     for name in ("show", "timeline", "watch"):
         svg = (screenshots.IMAGES / f"{name}.svg").read_text("utf-8")
         assert ET.fromstring(svg) is not None
@@ -488,7 +499,7 @@ def test_the_pictures_are_of_these_commands() -> None:
         assert f"squidstep&#160;{name}" in svg
 
 
-def test_pictures_can_be_made(server: EmbeddedServer, store: StepRunStore) -> None:
-    made = screenshots.screenshots(store)
-    assert made.keys() == {"show", "timeline", "watch"}
-    assert all(len(svg) > 5_000 and "@font-face" not in svg for svg in made.values())
+def test_pictures_can_be_generated(server: EmbeddedServer, store: StepRunStore) -> None:
+    pictures = screenshots.screenshots(store)
+    assert pictures.keys() == {"show", "timeline", "watch"}
+    assert all(len(svg) > 5_000 and "@font-face" not in svg for svg in pictures.values())

@@ -1,4 +1,4 @@
-"""Runs `python -m squidstep_redis.cli`."""
+"""Runs the command line as `python -m squidstep_redis.cli`."""
 
 from squidstep_redis.cli import main
 

@@ -1,10 +1,10 @@
-"""`squidstep show`: one run, step by step."""
+"""`squidstep show`: prints the steps of one run."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import click
 from rich.console import RenderableType
@@ -12,112 +12,126 @@ from rich.padding import Padding
 from rich.text import Text
 
 from squidstep_redis import Attempt, StepRun, StepStatus
-from squidstep_redis.cli.base import Where, as_json, complain, on_a_store, reached, show, show_json, steps_of
-from squidstep_redis.cli.texts import (
-    STYLES,
-    attempt_as_dict,
-    brief_error,
+from squidstep_redis.cli.connect import read_steps, store_or_exit
+from squidstep_redis.cli.formatting import (
+    STATUS_STYLES,
     clean,
-    error_in_brief,
-    fitted,
-    lease_left,
-    payload_of,
-    span,
-    step_run_as_dict,
-    took,
-    traceback_of,
-    width_of,
+    fit,
+    format_counts,
+    format_duration,
+    format_error,
+    format_last_error,
+    format_lease,
+    format_payload,
+    traceback_lines,
+    widest,
 )
+from squidstep_redis.cli.json_output import attempt_as_dict, step_run_as_dict
+from squidstep_redis.cli.options import StoreOptions, json_option, store_options
+from squidstep_redis.cli.output import fail, print_json, print_text
 
 
 @click.command("show", epilog="Example: squidstep show order-1 charge --full")
-@on_a_store
+@store_options
 @click.argument("run")
 @click.argument("step", required=False)
-@click.option("--full", is_flag=True, help="Show payloads and errors whole, tracebacks too.")
-@as_json
-def command(url: str, prefix: str, run: str, step: str | None, full: bool, as_json: bool) -> None:
-    """Shows the steps of a run: status, attempts, owner, lease, and what went in and came out.
+@click.option("--full", is_flag=True, help="Do not cut payloads and errors, and print tracebacks.")
+@json_option
+def show_command(options: StoreOptions, run: str, step: str | None, full: bool, as_json: bool) -> None:
+    """Shows the steps of a run: status, attempt, owner, lease, input, and output or error.
 
-    With a STEP, that one alone, with each of its attempts. The exit code is 1 if there is no such run or step.
+    With a STEP it shows that step and each of its attempts. The exit code is 1 if the run or the step does not exist.
     """
-    with reached(Where(url, prefix)) as store:
+    with store_or_exit(options) as store:
         if step is None:
-            step_runs, attempts = steps_of(store, run), []
+            step_runs, attempts = read_steps(store, run), []
         else:
             found = store.get_step_run(run, step)
             step_runs, attempts = ([found], store.attempts(run, step)) if found else ([], [])
     if not step_runs:
-        complain(f"run {run!r}: there is no such {'step' if step is not None else 'run'}", 1)
-    if as_json:
-        told = [step_run_as_dict(each) for each in step_runs]
-        if step is None:
-            show_json(told)
-        else:
-            show_json({**told[0], "attempts": [attempt_as_dict(attempt) for attempt in attempts]})
-        sys.exit(0)
-    show(*rendered(run, step_runs, attempts, full=full))
+        fail(f"run {run!r}: no such run" if step is None else f"run {run!r}, step {step!r}: no such step", 1)
+    if not as_json:
+        print_text(*render_steps(run, step_runs, attempts, full=full))
+    elif step is None:
+        print_json([step_run_as_dict(each) for each in step_runs])
+    else:
+        print_json({**step_run_as_dict(step_runs[0]), "attempts": [attempt_as_dict(attempt) for attempt in attempts]})
 
 
-def rendered(
-    run: str, step_runs: list[StepRun], attempts: list[Attempt], *, full: bool = False, payloads: bool = True
+def render_steps(
+    run: str, step_runs: list[StepRun], attempts: list[Attempt], *, full: bool = False
 ) -> Iterator[RenderableType]:
-    """What is shown of step runs: a line each, and below it what went in and came out."""
-    yield heading(run, step_runs)
-    names = width_of((each.step for each in step_runs), 30)
-    owners = width_of((each.owner or "" for each in step_runs), 24)
+    """Renders step runs: a line for each, and its attempts and payloads below it.
+
+    Args:
+        run: The run's id.
+        step_runs: The step runs to show, in order.
+        attempts: The attempts of the only step run; empty if a whole run is shown.
+        full: Do not cut payloads and errors, and include tracebacks.
+    """
+    yield render_heading(run, step_runs)
+    step_width, owner_width = column_widths(step_runs)
     for each in step_runs:
-        yield line_of(each, names, owners)
+        yield render_line(each, step_width, owner_width)
         for attempt in attempts:
-            yield _attempt(attempt)
+            yield _render_attempt(attempt)
             if attempt.error is not None:
-                yield Padding(Text(error_in_brief(attempt.error), "red", overflow="fold"), (0, 0, 0, 8))
-        if payloads:
-            yield from _payloads(each, full)
+                yield Padding(Text(format_error(attempt.error), "red", overflow="fold"), (0, 0, 0, 8))
+        yield from _render_payloads(each, full)
 
 
-def heading(run: str, step_runs: list[StepRun]) -> Text:
-    """The run, and how far it is."""
-    counts = Counter(each.status for each in step_runs)
-    parts = [Text(f"{counts[status]} {status}", STYLES[status]) for status in STYLES if counts[status]]
-    return Text.assemble((clean(run), "bold"), "  ", Text(", ").join(parts))
+def render_heading(run: str, step_runs: list[StepRun]) -> Text:
+    """Renders the run's id and how many of its steps have each status."""
+    return Text.assemble((clean(run), "bold"), "  ", format_counts(Counter(each.status for each in step_runs)))
 
 
-def line_of(step_run: StepRun, names: int, owners: int) -> Text:
-    """One step run in one line."""
-    attempt = f"attempt {step_run.attempt}" if step_run.attempt > 1 else ""
+def column_widths(step_runs: list[StepRun]) -> tuple[int, int]:
+    """Returns the widths of the columns of steps and of owners."""
+    return widest((each.step for each in step_runs), 30), widest((each.owner or "" for each in step_runs), 24)
+
+
+def render_line(step_run: StepRun, step_width: int, owner_width: int) -> Text:
+    """Renders a step run as one line.
+
+    Args:
+        step_run: The step run.
+        step_width: The columns for the step's name.
+        owner_width: The columns for the owner; 0 if no step run of the list has one.
+    """
+    took = ""
+    if step_run.started_at is not None and step_run.status is not StepStatus.PENDING:
+        took = format_duration(((step_run.ended_at or datetime.now(UTC)) - step_run.started_at).total_seconds())
     line = Text.assemble(
-        f"{fitted(step_run.step, names)}  ",
-        (f"{step_run.status:9}", STYLES[step_run.status]),
-        f"  {took(step_run):>10}",
-        f"  {fitted(step_run.owner or '', owners)}" if owners else "",
-        f"  {attempt}" if attempt else "",
+        f"{fit(step_run.step, step_width)}  ",
+        (f"{step_run.status:9}", STATUS_STYLES[step_run.status]),
+        f"  {took:>10}",
+        f"  {fit(step_run.owner or '', owner_width)}" if owner_width else "",
+        f"  attempt {step_run.attempt}" if step_run.attempt > 1 else "",
     )
-    if left := lease_left(step_run):
-        line.append(f"  {left}", "magenta" if left.startswith("lapsed") else "cyan")
+    if lease := format_lease(step_run):
+        line.append(f"  {lease}", "magenta" if lease.startswith("expired") else "cyan")
     return line
 
 
-def _payloads(step_run: StepRun, full: bool) -> Iterator[RenderableType]:
-    if (input := payload_of(step_run, "input", full=full)) not in (None, "{}"):
-        yield _folded("in   ", input or "")
-    if (output := payload_of(step_run, "output", full=full)) is not None:
-        yield _folded("out  ", output)
+def _render_payloads(step_run: StepRun, full: bool) -> Iterator[RenderableType]:
+    if (input := format_payload(step_run, "input", full=full)) not in (None, "{}"):
+        yield _render_payload("in   ", input or "")
+    if (output := format_payload(step_run, "output", full=full)) is not None:
+        yield _render_payload("out  ", output)
     if step_run.status is not StepStatus.FAILED:
         return
-    yield _folded("error", brief_error(step_run), "red")
-    if full:
-        for line in traceback_of(step_run):
-            yield Padding(Text(clean(line), "red", overflow="fold"), (0, 0, 0, 10))
+    yield _render_payload("error", format_last_error(step_run), "red")
+    for line in traceback_lines(step_run) if full else []:
+        yield Padding(Text(line, "red", overflow="fold"), (0, 0, 0, 10))
 
 
-def _folded(label: str, text: str, style: str = "") -> RenderableType:
+def _render_payload(label: str, text: str, style: str = "") -> RenderableType:
     return Padding(Text.assemble((f"{label} ", "dim"), (text, style), overflow="fold"), (0, 0, 0, 4))
 
 
-def _attempt(attempt: Attempt) -> Text:
-    ended = "" if attempt.ended_at is None else span((attempt.ended_at - attempt.started_at).total_seconds())
-    started = f"{attempt.started_at:%Y-%m-%d %H:%M:%S}"
-    return Text(
-        f"    attempt {attempt.number}  {started}  {ended:>10}  {attempt.outcome}  {clean(attempt.owner or '')}"
-    )
+def _render_attempt(attempt: Attempt) -> Text:
+    took = ""
+    if attempt.ended_at is not None:
+        took = format_duration((attempt.ended_at - attempt.started_at).total_seconds())
+    when = f"{attempt.started_at:%Y-%m-%d %H:%M:%S}  {took:>10}"
+    return Text(f"    attempt {attempt.number}  {when}  {attempt.outcome}  {clean(attempt.owner or '')}")

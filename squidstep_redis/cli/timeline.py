@@ -1,62 +1,65 @@
-"""`squidstep timeline`: when each attempt of each step of a run ran."""
+"""`squidstep timeline`: shows when each attempt of each step of a run was executed."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.cli.bars import Bar, Timeline
-from squidstep_redis.cli.base import (
-    Where,
-    as_json,
-    complain,
-    console_width,
-    on_a_store,
-    reached,
-    show,
-    show_json,
-    steps_of,
-)
-from squidstep_redis.cli.drawing import as_html, as_svg
-from squidstep_redis.cli.texts import attempt_as_dict
+from squidstep_redis.cli.connect import read_steps, store_or_exit
+from squidstep_redis.cli.json_output import attempt_as_dict
+from squidstep_redis.cli.options import StoreOptions, json_option, store_options
+from squidstep_redis.cli.output import fail, print_json, print_line, print_text, terminal_width
+from squidstep_redis.cli.timeline_chart import Bar, Timeline
+from squidstep_redis.cli.timeline_files import as_html, as_svg
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("timeline", epilog="Example: squidstep timeline order-1 --html order-1.html")
-@on_a_store
+@store_options
 @click.argument("run")
-@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="Write it as an SVG image.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write it as a page of its own.")
-@as_json
-def command(url: str, prefix: str, run: str, svg: Path | None, html: Path | None, as_json: bool) -> None:
-    """Shows when each attempt of each step of a run ran, as bars: the last nine of each step.
+@click.option("--svg", type=_FILE, help="Write the timeline to this file as an SVG image.")
+@click.option("--html", type=_FILE, help="Write the timeline to this file as an HTML page.")
+@json_option
+def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Path | None, as_json: bool) -> None:
+    """Shows when each attempt of each step of a run was executed, as bars.
 
-    An --svg or --html file needs nothing but itself. The exit code is 1 if there is no such run.
+    The store keeps the last nine attempts of a step. The files load nothing from elsewhere. The exit code is 1 if the
+    run does not exist.
     """
-    with reached(Where(url, prefix)) as store:
-        timeline = read(store, run)
+    with store_or_exit(options) as store:
+        timeline = read_timeline(store, run)
     if timeline is None:
-        complain(f"run {run!r}: there is no such run", 1)
-    for path, drawn in ((svg, as_svg), (html, as_html)):
-        if path is not None:
-            try:
-                path.write_text(drawn(timeline), "utf-8")
-            except OSError as error:
-                complain(f"{path}: {error.strerror}", 1)
+        fail(f"run {run!r}: no such run", 1)
+    files = [(path, render) for path, render in ((svg, as_svg), (html, as_html)) if path is not None]
+    for path, render in files:
+        try:
+            path.write_text(render(timeline), "utf-8")
+        except OSError as error:
+            fail(f"{path}: {error.strerror}", 1)
     if as_json:
-        show_json(_as_dict(timeline))
-    elif svg is None and html is None:
-        show(*timeline.lines(console_width()))
+        attempts = [(bar.step, bar.attempt) for bar in timeline.bars if bar.attempt is not None]
+        print_json([{"step": step, **attempt_as_dict(attempt)} for step, attempt in attempts])
+    elif files:
+        for path, _ in files:
+            print_line(str(path))
     else:
-        sys.stdout.write("".join(f"{path}\n" for path in (svg, html) if path is not None))
+        print_text(*timeline.render(terminal_width()))
 
 
-def read(store: StepRunStore, run: str) -> Timeline | None:
-    """Reads a run and its attempts; None if there is no such run."""
-    step_runs = steps_of(store, run)
+def read_timeline(store: StepRunStore, run: str) -> Timeline | None:
+    """Reads a run and its attempts.
+
+    Args:
+        store: The store to read from.
+        run: The run's id.
+
+    Returns:
+        None if there is no such run.
+    """
+    step_runs = read_steps(store, run)
     if not step_runs:
         return None
     histories = store.batch([store.calls.attempts(run, step_run.step) for step_run in step_runs])
@@ -66,7 +69,3 @@ def read(store: StepRunStore, run: str) -> Timeline | None:
             raise attempts
         bars += [Bar(step_run.step, attempt) for attempt in attempts] or [Bar(step_run.step, None)]
     return Timeline(run, bars)
-
-
-def _as_dict(timeline: Timeline) -> list[dict[str, Any]]:
-    return [{"step": bar.step, **attempt_as_dict(bar.attempt)} for bar in timeline.bars if bar.attempt is not None]

@@ -1,11 +1,11 @@
-"""`squidstep watch`: a run, or the whole store, while it works."""
+"""`squidstep watch`: follows a run, or the whole store."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Final
 
@@ -15,128 +15,148 @@ from rich.live import Live
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
-from squidstep_redis.cli.base import Where, as_json, complain, on_a_store, reached, show, steps_of
-from squidstep_redis.cli.show import heading, line_of
-from squidstep_redis.cli.texts import (
-    STYLES,
-    ago,
-    brief_error,
+from squidstep_redis.cli.connect import read_steps, store_or_exit
+from squidstep_redis.cli.formatting import (
+    STATUS_STYLES,
     clean,
-    fitted,
-    lease_left,
-    step_run_as_dict,
-    width_of,
+    fit,
+    format_age,
+    format_last_error,
+    format_lease,
+    widest,
 )
+from squidstep_redis.cli.json_output import step_run_as_dict
+from squidstep_redis.cli.options import StoreOptions, json_option, store_options
+from squidstep_redis.cli.output import fail, print_text
+from squidstep_redis.cli.show import column_widths, render_heading, render_line
 
-_MOST: Final = 1_000  # of each kind
+_MAX_LISTED: Final = 1_000  # step runs of each kind
 
-# Where the lines do not all fit on the screen, these come first.
-_URGENT: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, StepStatus.COMPLETED)
+# The order in which step runs are kept if the screen has too few lines for all.
+_BY_URGENCY: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, StepStatus.COMPLETED)
 
 
 @click.command("watch", epilog="Example: squidstep watch order-1")
-@on_a_store
+@store_options
 @click.argument("run", required=False)
-@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3_600), help="Seconds.")
-@click.option("--once", is_flag=True, help="Show it as it is now, and end.")
-@as_json
-def command(url: str, prefix: str, run: str | None, interval: float, once: bool, as_json: bool) -> None:
-    """Shows a run while it works, until all its steps are completed or failed; without a RUN, the whole store.
+@click.option(
+    "--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3_600), help="Seconds between two reads."
+)
+@click.option("--once", is_flag=True, help="Show the current state, and exit.")
+@json_option
+def watch_command(options: StoreOptions, run: str | None, interval: float, once: bool, as_json: bool) -> None:
+    """Shows a run until all its steps are completed or failed. Without a RUN it shows the whole store.
 
-    In a pipe it prints a line for each change in a run; of the store, all of it each time. With --json each line is an
-    object: the step run that changed, or what is at work, stuck and failed. Control-C ends it.
+    In a pipe it prints one line for each change of a run, or repeats the state of the store. With --json each line is
+    an object: the step run that changed, or the running, stuck and failed steps of the store. Press Control-C to end
+    it.
 
     \b
     The exit code, with a RUN:
-      0  all its steps are completed; with --once, or it is still at work
-      1  a step has failed, or there is no such run
-      2  the server was not reached
+      0  all its steps are completed, or --once was given and the run is not over
+      1  a step has failed, or the run does not exist
+      2  the server cannot be reached
     """  # noqa: D301 -- \b is click's own
-    with reached(Where(url, prefix)) as store:
-        console = Console(highlight=False)
-        if run is None:
-            _watch_all(store, console, interval, once=once, as_json=as_json)
-        elif console.is_terminal and not as_json:
-            sys.exit(_watch_run(store, run, console, interval, once=once))
-        else:
-            sys.exit(_log_run(store, run, interval, once=once, as_json=as_json))
+    console = Console(highlight=False)
+    on_screen = console.is_terminal and not as_json
+    with store_or_exit(options) as store:
+        if run is not None:
+            follow = _show_run_live if on_screen else _print_changes
+            sys.exit(follow(store, run, console, interval, once, as_json))
+        if on_screen and not once:
+            with Live(_render_store(store, console.height), console=console, auto_refresh=False) as live:
+                while True:
+                    time.sleep(interval)
+                    live.update(_render_store(store, console.height), refresh=True)
+        while True:
+            _print_store(store, console, as_json)
+            if once:
+                return
+            time.sleep(interval)
 
 
-def _read(store: StepRunStore, run: str) -> list[StepRun]:
-    step_runs = steps_of(store, run)
-    if _code(step_runs) is not None:
-        step_runs = store.get_run(run)  # whether that was all is to be seen at one moment
+def _read_run(store: StepRunStore, run: str) -> tuple[list[StepRun], int | None]:
+    """Reads a run.
+
+    Returns:
+        Its step runs, and the exit code: None if the run is not over.
+    """
+    step_runs = read_steps(store, run)
+    if _exit_code(step_runs) is not None:
+        step_runs = store.get_run(run)  # pages are read one after another: confirm with one atomic read
     if not step_runs:
-        complain(f"run {run!r}: there is no such run", 1)
-    return step_runs
+        fail(f"run {run!r}: no such run", 1)
+    return step_runs, _exit_code(step_runs)
 
 
-def _code(step_runs: Iterable[StepRun]) -> int | None:
-    """What to exit with: None, as long as the run is at work."""
+def _exit_code(step_runs: list[StepRun]) -> int | None:
     statuses = {step_run.status for step_run in step_runs}
     if statuses <= {StepStatus.COMPLETED}:
         return 0
     return None if statuses & {StepStatus.PENDING, StepStatus.RUNNING} else 1
 
 
-def _watch_run(store: StepRunStore, run: str, console: Console, interval: float, *, once: bool) -> int:
-    step_runs = _read(store, run)
-    with Live(run_screen(run, step_runs, console.height), console=console, auto_refresh=False) as live:
-        while (code := _code(step_runs)) is None and not once:
+def _show_run_live(store: StepRunStore, run: str, console: Console, interval: float, once: bool, _: bool) -> int:
+    step_runs, code = _read_run(store, run)
+    with Live(render_run(run, step_runs, console.height), console=console, auto_refresh=False) as live:
+        while code is None and not once:
             time.sleep(interval)
-            step_runs = _read(store, run)
-            live.update(run_screen(run, step_runs, console.height), refresh=True)
+            step_runs, code = _read_run(store, run)
+            live.update(render_run(run, step_runs, console.height), refresh=True)
     return code or 0
 
 
-def _log_run(store: StepRunStore, run: str, interval: float, *, once: bool, as_json: bool) -> int:
-    """A line for each change, for logs."""
-    line_for = _json_of if as_json else _change_of
-    before: dict[str, StepRun] = {}
+def _print_changes(store: StepRunStore, run: str, _: Console, interval: float, once: bool, as_json: bool) -> int:
+    """Prints one line for each change, for logs and programs."""
+    format_change: Callable[[StepRun], str] = _as_json_line if as_json else _as_log_line
+    seen: dict[str, tuple[StepStatus, int]] = {}
     while True:
-        step_runs = _read(store, run)
+        step_runs, code = _read_run(store, run)
         for step_run in step_runs:
-            old = before.get(step_run.step)
-            if old is None or (old.status, old.attempt) != (step_run.status, step_run.attempt):
-                sys.stdout.write(f"{line_for(step_run)}\n")
+            if seen.get(step_run.step) != (step_run.status, step_run.attempt):
+                seen[step_run.step] = (step_run.status, step_run.attempt)
+                sys.stdout.write(f"{format_change(step_run)}\n")
         sys.stdout.flush()
-        before = {step_run.step: step_run for step_run in step_runs}
-        if (code := _code(step_runs)) is not None or once:
+        if code is not None or once:
             return code or 0
         time.sleep(interval)
 
 
-def _change_of(step_run: StepRun) -> str:
-    error = f"  {brief_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
+def _as_json_line(step_run: StepRun) -> str:
+    return json.dumps(step_run_as_dict(step_run))
+
+
+def _as_log_line(step_run: StepRun) -> str:
+    error = f"  {format_last_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
     owner = f"  {clean(step_run.owner)}" if step_run.owner else ""
     line = f"{clean(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
     return f"{datetime.now(UTC):%H:%M:%S}  {line}"
 
 
-def _json_of(step_run: StepRun) -> str:
-    return json.dumps(step_run_as_dict(step_run))
+def render_run(run: str, step_runs: list[StepRun], height: int) -> RenderableType:
+    """Renders a run with a progress bar.
 
-
-def run_screen(run: str, step_runs: list[StepRun], height: int) -> RenderableType:
-    """The run, in no more lines than there are: what is at work or has failed first, if they are too few."""
-    counts = {status: sum(each.status is status for each in step_runs) for status in _URGENT}
+    Args:
+        run: The run's id.
+        step_runs: All its step runs, in order.
+        height: The lines of the screen. If they are too few, running and failed steps are kept first.
+    """
+    counts = {status: sum(each.status is status for each in step_runs) for status in _BY_URGENCY}
     bar = Text()
     for status, glyph in zip((StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.RUNNING), "██▒", strict=True):
-        bar.append(glyph * round(40 * counts[status] / len(step_runs)), STYLES[status])
+        bar.append(glyph * round(40 * counts[status] / len(step_runs)), STATUS_STYLES[status])
     bar.append("·" * max(40 - len(bar), 0), "dim")
     bar.append(f"  {counts[StepStatus.COMPLETED]} of {len(step_runs)}")
-    room = max(height - 4, 3)
+    max_lines = max(height - 4, 3)
     shown = step_runs
-    if len(step_runs) > room:
-        by_urgency = sorted(step_runs, key=_urgency)
-        shown = sorted(by_urgency[: room - 1], key=lambda each: each.position)
-    names = width_of((each.step for each in shown), 30)
-    owners = width_of((each.owner or "" for each in shown), 24)
-    lines: list[RenderableType] = [heading(run, step_runs), bar]
+    if len(step_runs) > max_lines:
+        shown = sorted(sorted(step_runs, key=_urgency)[: max_lines - 1], key=lambda each: each.position)
+    lines: list[RenderableType] = [render_heading(run, step_runs), bar]
+    widths = column_widths(shown)
     for each in shown:
-        line = line_of(each, names, owners)
+        line = render_line(each, *widths)
         if each.status is StepStatus.FAILED:
-            line.append(f"  {brief_error(each)}", "red")
+            line.append(f"  {format_last_error(each)}", "red")
         line.no_wrap, line.overflow = True, "ellipsis"
         lines.append(line)
     if len(shown) < len(step_runs):
@@ -145,38 +165,13 @@ def run_screen(run: str, step_runs: list[StepRun], height: int) -> RenderableTyp
 
 
 def _urgency(step_run: StepRun) -> tuple[int, int]:
-    """What is at work comes first; of what is pending, what comes next."""
-    is_next = step_run.status is StepStatus.PENDING
-    return _URGENT.index(step_run.status), step_run.position if is_next else -step_run.position
+    """Returns the sort key: the status, then the next pending step, or the newest of the others."""
+    is_pending = step_run.status is StepStatus.PENDING
+    return _BY_URGENCY.index(step_run.status), step_run.position if is_pending else -step_run.position
 
 
-def _watch_all(store: StepRunStore, console: Console, interval: float, *, once: bool, as_json: bool) -> None:
-    if once or as_json or not console.is_terminal:
-        while True:
-            if as_json:
-                told = {name: [step_run_as_dict(each) for each in found] for name, found in _at_hand(store).items()}
-                sys.stdout.write(json.dumps(told) + "\n")
-            else:
-                show(_store_screen(store, console.height if console.is_terminal else 10_000))
-            sys.stdout.flush()
-            if once:
-                return
-            time.sleep(interval)
-    with Live(_store_screen(store, console.height), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(interval)
-            live.update(_store_screen(store, console.height), refresh=True)
-
-
-def _store_screen(store: StepRunStore, height: int) -> RenderableType:
-    """What is at work in the store, what is stuck and what has failed, in no more lines than there are."""
-    found = _at_hand(store, max((height - 8) // 3, 2))
-    groups = (("at work", "cyan", "at_work"), ("stuck", "magenta", "stuck"), ("failed", "red", "failed"))
-    return Group(*(line for name, style, key in groups for line in _lines(name, style, found[key])))
-
-
-def _at_hand(store: StepRunStore, room: int = _MOST) -> dict[str, list[StepRun]]:
-    limit = min(room, _MOST)
+def _read_store(store: StepRunStore, limit: int = _MAX_LISTED) -> dict[str, list[StepRun]]:
+    limit = min(limit, _MAX_LISTED)
     return {
         "at_work": store.live_claims(limit),
         "stuck": store.lapsed_claims(limit),
@@ -184,14 +179,28 @@ def _at_hand(store: StepRunStore, room: int = _MOST) -> dict[str, list[StepRun]]
     }
 
 
-def _lines(name: str, style: str, found: list[StepRun]) -> Iterator[Text]:
-    yield Text(name if found else f"{name}: nothing", f"bold {style}" if found else "dim")
-    runs = width_of((each.run_id for each in found), 24)
-    steps = width_of((each.step for each in found), 20)
-    for each in found:
-        when = brief_error(each) if each.status is StepStatus.FAILED else lease_left(each)
-        since = ago(each.ended_at or each.started_at)
-        line = (
-            f"  {fitted(each.run_id, runs)}  {fitted(each.step, steps)}  {since:>14}  {clean(each.owner or '')}  {when}"
-        )
-        yield Text(line, no_wrap=True, overflow="ellipsis")
+def _print_store(store: StepRunStore, console: Console, as_json: bool) -> None:
+    if as_json:
+        found = _read_store(store)
+        sys.stdout.write(json.dumps({key: [step_run_as_dict(each) for each in found[key]] for key in found}) + "\n")
+    else:
+        print_text(_render_store(store, console.height if console.is_terminal else 10_000))
+    sys.stdout.flush()
+
+
+def _render_store(store: StepRunStore, height: int) -> RenderableType:
+    """Renders the running, stuck and failed steps of the store in at most `height` lines."""
+    found = _read_store(store, max((height - 8) // 3, 2))
+    groups = (("running", "cyan", "at_work"), ("stuck", "magenta", "stuck"), ("failed", "red", "failed"))
+    return Group(*(line for name, style, key in groups for line in _render_group(name, style, found[key])))
+
+
+def _render_group(name: str, style: str, step_runs: list[StepRun]) -> Iterator[Text]:
+    yield Text(name if step_runs else f"{name}: none", f"bold {style}" if step_runs else "dim")
+    run_width = widest((each.run_id for each in step_runs), 24)
+    step_width = widest((each.step for each in step_runs), 20)
+    for each in step_runs:
+        detail = format_last_error(each) if each.status is StepStatus.FAILED else format_lease(each)
+        names = f"{fit(each.run_id, run_width)}  {fit(each.step, step_width)}"
+        age = format_age(each.ended_at or each.started_at)
+        yield Text(f"  {names}  {age:>14}  {clean(each.owner or '')}  {detail}", no_wrap=True, overflow="ellipsis")

@@ -1,0 +1,112 @@
+"""Opens the store that a command works on, and reads long runs from it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import click
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException, RedisError
+from redis.retry import Retry
+
+from squidstep_redis import InvalidArgumentError, ServerError, SquidstepError, StepRun, StepRunStore
+from squidstep_redis.cli.options import StoreOptions
+from squidstep_redis.cli.output import fail
+
+UNREACHABLE: Final = (RedisError, RedisClusterException)
+"""What `open_store` raises when no node of a cluster can be reached."""
+
+# For cluster clients. They match `StepRunStore.from_url`: the client does not retry, because the store does.
+_CLUSTER_OPTIONS: Final[dict[str, Any]] = {
+    "protocol": 2,
+    "socket_timeout": 3.0,
+    "socket_connect_timeout": 1.5,
+    **(
+        {"retry": Retry(NoBackoff(), 0)}
+        if int(redis.__version__.partition(".")[0]) >= 6
+        else {"cluster_error_retry_attempts": 0}
+    ),
+}
+_PAGE_SIZE: Final = 500  # steps; the server spends 2 to 3 ms on a page
+
+
+@contextmanager
+def open_store(options: StoreOptions) -> Generator[StepRunStore]:
+    """Opens a store for the `with` block. If the server belongs to a cluster, the store uses all its nodes.
+
+    Args:
+        options: The server's URL and the key prefix.
+
+    Raises:
+        click.UsageError: The URL or the prefix is malformed.
+        RedisError, RedisClusterException: No node of the cluster can be reached. A single server is not contacted
+            before the first call.
+    """
+    try:
+        store = StepRunStore.from_url(options.url, prefix=options.prefix)
+        is_cluster = _is_cluster(store.client)
+    except InvalidArgumentError as error:
+        raise click.BadParameter(str(error), param_hint="--prefix") from error
+    except (ValueError, TypeError) as error:  # such as an option in the URL that redis-py does not know
+        problem = str(error).partition(" as ")[0]  # the rest may quote a part of the password
+        raise click.BadParameter(f"{options.safe_url}: {problem}", param_hint="--url") from error
+    with store:
+        if not is_cluster:
+            yield store
+            return
+    connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
+    with connect(options.url, **_CLUSTER_OPTIONS) as cluster:
+        yield StepRunStore(cluster, prefix=options.prefix)
+
+
+@contextmanager
+def store_or_exit(options: StoreOptions) -> Generator[StepRunStore]:
+    """Opens a store for the `with` block. An error inside ends the program with one line on stderr.
+
+    The exit code is 2 if the server failed or an argument is invalid, and 1 for any other error of the store.
+
+    Args:
+        options: The server's URL and the key prefix.
+    """
+    try:
+        with open_store(options) as store:
+            yield store
+    except (ServerError, *UNREACHABLE) as error:
+        fail(str(error), 2)
+    except InvalidArgumentError as error:
+        raise click.UsageError(str(error)) from error
+    except SquidstepError as error:
+        fail(str(error), 1)
+
+
+def read_steps(store: StepRunStore, run: str) -> list[StepRun]:
+    """Returns the step runs of a run in the order they were created.
+
+    It reads a long run page by page, so that workers do not wait for the command.
+
+    Args:
+        store: The store to read from.
+        run: The run's id.
+    """
+    found: dict[str, StepRun] = {}
+    cursor: str | None = None
+    while True:
+        page = store.scan_steps(run, limit=_PAGE_SIZE, cursor=cursor)
+        found |= {each.step: each for each in page.step_runs}
+        cursor = page.cursor
+        if cursor is None:
+            return sorted(found.values(), key=lambda each: each.position)
+
+
+def _is_cluster(client: Any) -> bool:
+    """Whether the server returns cluster slots. A single server returns an error, and so may its ACL."""
+    try:
+        slots = client.execute_command("CLUSTER SLOTS")
+    except UNREACHABLE:
+        return False
+    if not slots:
+        raise RedisClusterException("none of its slots is served: check CLUSTER NODES")
+    return True

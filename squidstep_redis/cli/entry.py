@@ -1,0 +1,129 @@
+"""The entry point of `squidstep`, and the group of its commands.
+
+This module imports neither click nor rich, so that it can name the missing extra. Each command's module is imported
+when it is needed.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    import click
+
+
+class _Source(NamedTuple):
+    """The module and attribute of a command, and the extra that installs its dependencies."""
+
+    module: str
+    attribute: str
+    extra: str = "cli"
+
+
+_CLI: Final = "squidstep_redis.cli"
+_COMMANDS: Final = {
+    "demo": _Source("squidstep_redis.demo.plain", "command", "demo"),
+    "demo rq": _Source("squidstep_redis.demo.rq", "command", "demo"),
+    "runs": _Source(f"{_CLI}.runs", "runs_command"),
+    "show": _Source(f"{_CLI}.show", "show_command"),
+    "timeline": _Source(f"{_CLI}.timeline", "timeline_command"),
+    "watch": _Source(f"{_CLI}.watch", "watch_command"),
+    "stuck": _Source(f"{_CLI}.problems", "stuck_command"),
+    "failed": _Source(f"{_CLI}.problems", "failed_command"),
+    "retry": _Source(f"{_CLI}.repair", "retry_command"),
+    "release": _Source(f"{_CLI}.repair", "release_command"),
+    "delete": _Source(f"{_CLI}.removal", "delete_command"),
+    "purge": _Source(f"{_CLI}.removal", "purge_command"),
+    "export": _Source(f"{_CLI}.transfer", "export_command"),
+    "import": _Source(f"{_CLI}.transfer", "import_command"),
+    "doctor": _Source(f"{_CLI}.doctor", "doctor_command"),
+}
+_FROM_EXTRAS: Final = ("click", "rich", "rq")
+_EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _SignalExit(SystemExit):
+    """A signal ended the program. It is not a KeyboardInterrupt: click would turn that into exit code 1."""
+
+
+def main() -> None:
+    """Runs the command line. The console script `squidstep` calls this."""
+    for number in _EXIT_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _exit_on_signal)
+    try:
+        build_group()()
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        source = _COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "", _COMMANDS["doctor"])
+        sys.exit(f"squidstep: {_missing_extra(error, source)}")
+    except _SignalExit as ended:
+        name = signal.Signals(int(str(ended)) - 128).name
+        print(f"squidstep: ended by {name}", file=sys.stderr)  # noqa: T201 -- click may not be installed
+        raise
+
+
+def build_group() -> click.Group:
+    """Builds the group of all commands.
+
+    Raises:
+        ModuleNotFoundError: click is not installed.
+    """
+    import click  # noqa: PLC0415 -- `main` reports it when it is missing
+
+    class Group(click.Group):
+        """Supports command names of two words, and imports a command when it is used."""
+
+        def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+            return list(_COMMANDS)
+
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 -- click's signature
+            if (source := _COMMANDS.get(cmd_name)) is None:
+                return None
+            try:
+                return getattr(import_module(source.module), source.attribute)
+            except ImportError as error:
+                if (problem := _missing_extra(error, source)) is None:
+                    raise
+                return unavailable(cmd_name, problem)
+
+        def resolve_command(
+            self, ctx: click.Context, args: list[str]
+        ) -> tuple[str | None, click.Command | None, list[str]]:
+            words = " ".join(args[:2])
+            return super().resolve_command(ctx, [words, *args[2:]] if words in _COMMANDS else args)
+
+    def unavailable(name: str, problem: str) -> click.Command:
+        """Builds a command that only reports its missing extra. The other commands stay usable."""
+        return click.Command(
+            name,
+            callback=lambda: sys.exit(f"squidstep: {problem}"),
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED, expose_value=False)],
+            context_settings={"ignore_unknown_options": True},
+            add_help_option=False,
+            short_help=f"({problem})",
+        )
+
+    group = Group("squidstep", help="Command-line tools for squidstep_redis.")
+    return click.version_option(package_name="squidstep-redis", prog_name="squidstep")(group)
+
+
+def _missing_extra(error: ImportError, source: _Source) -> str | None:
+    """Returns the message for a failed import, or None if installing an extra would not help."""
+    if error.name is None:  # raised by squidstep_redis itself, such as for an RQ version that is too old
+        return str(error)
+    name = error.name.partition(".")[0]
+    if name not in _FROM_EXTRAS or not isinstance(error, ModuleNotFoundError):
+        return None
+    return f"{name} is not installed: pip install 'squidstep_redis[{source.extra}]'"
+
+
+def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+    """Unwinds the program so that context managers clean up. Later signals are ignored."""
+    for each in _EXIT_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise _SignalExit(128 + number)

@@ -1,0 +1,145 @@
+"""Formats times, payloads and errors for people. All text that these functions return is safe to print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Final, cast
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from squidstep_redis import StepRun, StepStatus, UndecodablePayloadError
+
+STATUS_STYLES: Final = {
+    StepStatus.FAILED: "red",
+    StepStatus.RUNNING: "cyan",
+    StepStatus.PENDING: "dim",
+    StepStatus.COMPLETED: "green",
+}
+_UNITS: Final = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+_MAX_PAYLOAD: Final = 400  # characters, unless a command is called with --full
+
+
+def clean(text: str) -> str:
+    """Returns untrusted text as one line without control characters, which could change the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def fit(text: str, width: int) -> str:
+    """Returns clean text that takes exactly `width` columns, padded or cut with an ellipsis."""
+    text = clean(text)
+    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+def widest(texts: Iterable[str], limit: int) -> int:
+    """Returns the columns that the widest text takes, at most `limit`."""
+    return min(max((cell_len(clean(text)) for text in texts), default=0), limit)
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration such as `1.25 s` or `3 h 20 min`."""
+    if seconds < 0.9995:
+        return f"{max(seconds, 0) * 1_000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    index = next(index for index, (size, _) in enumerate(_UNITS) if seconds >= size)
+    (size, name), (smaller_size, smaller_name) = _UNITS[index : index + 2]
+    rest = int(seconds % size // smaller_size)
+    return f"{int(seconds // size)} {name}" + (f" {rest} {smaller_name}" if rest else "")
+
+
+def format_age(moment: datetime | None) -> str:
+    """Returns how long ago a moment was, by this machine's clock."""
+    return "" if moment is None else f"{format_duration((datetime.now(UTC) - moment).total_seconds())} ago"
+
+
+def format_lease(step_run: StepRun) -> str:
+    """Returns what is left of a running step's lease."""
+    if step_run.status is not StepStatus.RUNNING:
+        return ""
+    if step_run.lease_ends_at is None:
+        return "no lease"
+    left = (step_run.lease_ends_at - datetime.now(UTC)).total_seconds()
+    return f"lease {format_duration(left)}" if left > 0 else f"expired {format_duration(-left)} ago"
+
+
+def format_payload(step_run: StepRun, name: str, *, full: bool = True) -> str | None:
+    """Returns a payload as one line that resembles JSON.
+
+    Args:
+        step_run: The step run that has the payload.
+        name: The payload's attribute: `input`, `output` or `last_error`.
+        full: Do not cut a long payload.
+
+    Returns:
+        None if there is no such payload.
+    """
+    try:
+        value = getattr(step_run, name)
+    except UndecodablePayloadError as error:
+        return f"({clean(str(error))})"
+    if value is None:
+        return None
+    text = _to_line(value)
+    cut = f"{text[:_MAX_PAYLOAD]}… ({len(text):,} characters; use --full to see all)"
+    return text if full or len(text) <= _MAX_PAYLOAD else cut
+
+
+def format_error(error: Mapping[str, Any]) -> str:
+    """Returns an error's type and message in one line, or all of it if it has no type or message."""
+    if "type" in error and "message" in error:
+        return clean(f"{error['type']}: {error['message']}")
+    return _to_line(error)
+
+
+def format_last_error(step_run: StepRun) -> str:
+    """Returns the last error of a step run in one line."""
+    try:
+        error = step_run.last_error
+    except UndecodablePayloadError:
+        return format_payload(step_run, "last_error") or ""
+    return "" if error is None else format_error(error)
+
+
+def error_type(step_run: StepRun) -> str:
+    """Returns the type of a step run's last error."""
+    try:
+        return clean(str((step_run.last_error or {}).get("type", "(without a type)")))
+    except UndecodablePayloadError:
+        return "(cannot be decoded)"
+
+
+def traceback_lines(step_run: StepRun) -> list[str]:
+    """Returns the traceback that `fail_step` stored for an exception."""
+    with suppress(UndecodablePayloadError):
+        traceback = (step_run.last_error or {}).get("traceback")
+        if isinstance(traceback, str):
+            return [clean(line) for line in traceback.splitlines()]
+    return []
+
+
+def format_counts(counts: Mapping[StepStatus, int]) -> Text:
+    """Returns colored counts such as `1 failed, 3 completed`."""
+    parts = [Text(f"{counts[status]} {status}", style) for status, style in STATUS_STYLES.items() if counts[status]]
+    return Text(", ").join(parts)
+
+
+def _to_line(value: Any) -> str:
+    return clean(json.dumps(_readable(value), ensure_ascii=False))
+
+
+def _readable(value: Any) -> Any:
+    """Replaces the values that JSON does not have."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {key if isinstance(key, str) else str(key): _readable(item) for key, item in items}
+    if isinstance(value, list):
+        return [_readable(item) for item in cast("list[Any]", value)]
+    if isinstance(value, bytes):
+        return f"<{len(value):,} bytes>"
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)

@@ -1,0 +1,66 @@
+"""Calls the `squidstep` commands: in this process, and in a process of its own on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import subprocess
+
+import pytest
+from click.testing import CliRunner, Result
+
+from squidstep_redis import StepRunStore
+from squidstep_redis.cli.entry import build_group
+from squidstep_redis.embedded import EmbeddedServer
+from support.demos import SQUIDSTEP
+
+CLOSED_PORT = "redis://127.0.0.1:1"
+ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.fixture
+def default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes the variables that change what the commands do."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "SQUIDSTEP_REDIS_URL", "RQ_REDIS_URL", "SQUIDSTEP_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def invoke(*arguments: str, input: str | None = None, **environment: str) -> Result:
+    """Calls a command in this process: starting another takes half a second."""
+    result = CliRunner().invoke(build_group(), list(arguments), input=input, env=environment)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def pipe(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:
+    """Calls a command in a process of its own, with this text on its stdin."""
+    return subprocess.run([SQUIDSTEP, *arguments], input=input, text=True, capture_output=True, check=False)
+
+
+def run_on_terminal(columns: int, *arguments: str, **environment: str) -> str:
+    """Returns what a command prints on a terminal of this width."""
+    reader, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), **environment}
+    printed = b""
+    with subprocess.Popen([SQUIDSTEP, *arguments], stdout=terminal, env=environment):
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
+            while part := os.read(reader, 10_000):
+                printed += part
+    os.close(reader)
+    return printed.decode().replace("\r\n", "\n")
+
+
+def complete(shell: str, words: str) -> str:
+    """Returns what a shell offers to complete the last word of a command line."""
+    environment = {**os.environ, "_SQUIDSTEP_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
+    *before, last = words.split(" ")
+    environment["COMP_CWORD"] = last if shell == "fish" else str(len(before))
+    return subprocess.run([SQUIDSTEP], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def options_of(server: EmbeddedServer, store: StepRunStore) -> list[str]:
+    """Returns the options that name a store."""
+    return ["-u", server.url, "--prefix", store.calls.prefix]
