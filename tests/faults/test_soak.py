@@ -220,8 +220,14 @@ def assert_linearizable(report: Report) -> None:
 
 def missing(counts: Counter[str]) -> list[str]:
     """Returns what did not happen: a soak in which nothing happens shows nothing."""
-    happened = ["begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "begin: lost", "takeovers"]
+    happened = ["begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "begin: superseded"]
     happened += ["complete: done", "complete: stale", "fail: stale", "extend: stale", "release: stale", "expire: done"]
-    happened += ["answers never got", "sent more than once", "zombies refused", "completions found at the end"]
+    happened += [
+        "takeovers",
+        "answers never got",
+        "sent more than once",
+        "zombies refused",
+        "completions found at the end",
+    ]
     happened += ["workers killed", "replies lost", "server killed and restarted"]
     return [name for name in happened if not counts[name]]
