@@ -51,7 +51,7 @@ def _check_attempts(scenario: Scenario, key: Key, fault: Fault) -> Iterator[str]
         yield f"{describe(key)}: no {fault} was killed"
     elif outcomes != expected:
         yield f"{describe(key)}: after a {fault} was killed, its attempts are {attempts}"
-    elif not re.search(rf"\b{event.pid}\b", str(attempts[0].owner)):
+    elif not re.search(rf"[ :]{event.pid}\b", str(attempts[0].owner)):
         yield f"{describe(key)}: process {event.pid} was killed, but the first attempt's owner is {attempts[0].owner}"
 
 
