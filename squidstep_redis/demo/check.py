@@ -12,11 +12,7 @@ from squidstep_redis.demo.work import STEPS
 
 
 def find_problems(scenario: Scenario) -> list[str]:
-    """Checks what a scenario left in the store.
-
-    Returns:
-        What is wrong; empty if nothing is.
-    """
+    """Checks what a scenario left in the store, and returns what is wrong."""
     problems = [problem for run_id in scenario.run_ids for problem in _check_run(scenario, run_id)]
     for key, fault in scenario.kill_plan.items():
         problems += _check_attempts(scenario, key, fault)
@@ -38,7 +34,7 @@ def _check_run(scenario: Scenario, run_id: str) -> Iterator[str]:
     for found, computed in zip_longest(stored, expected):
         if found != computed:
             yield f"{run_id}: the store holds {found}, a sequential computation gives {computed}"
-    if (order, outputs) != (list(STEPS), [step.output for step in expected]):
+    if (order, outputs) != (list(STEPS), [output for _, _, output in expected]):
         yield f"{run_id}: the completed steps are {order}, in this order, with {outputs}"
     for step in STEPS:
         key = (run_id, step)
@@ -55,7 +51,7 @@ def _check_attempts(scenario: Scenario, key: Key, fault: Fault) -> Iterator[str]
         yield f"{describe(key)}: no {fault} was killed"
     elif outcomes != expected:
         yield f"{describe(key)}: after a {fault} was killed, its attempts are {attempts}"
-    elif not re.search(rf"\b{event.pid}\b", str(attempts[0].owner)):
+    elif not re.search(rf"[ :]{event.pid}\b", str(attempts[0].owner)):
         yield f"{describe(key)}: process {event.pid} was killed, but the first attempt's owner is {attempts[0].owner}"
 
 

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import click
 import redis
@@ -22,8 +22,6 @@ from squidstep_redis.demo.check import find_problems
 from squidstep_redis.demo.scenario import DemoContext, Scenario, describe
 from squidstep_redis.demo.work import STEPS, Payload, find_files
 from squidstep_redis.embedded import EmbeddedServer, ServerStartError
-
-MAX_PROBLEMS: Final = 10  # printed; --json prints all of them
 
 
 def demo_options(*, files: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -54,7 +52,6 @@ def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, 
     if not found:
         raise click.BadParameter(f"there is no file to work on in {root}", param_hint="PATH")
     console = Console(stderr=as_json, highlight=False)
-    console.quiet = as_json and not console.is_terminal
     # No thread refreshes the live line: signals must reach this thread alone while it starts a worker.
     try:
         with (
@@ -64,15 +61,13 @@ def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, 
         ):
             context = DemoContext(found, server.url, store, console.out, lambda line: live.update(line, refresh=True))
             result = _run(scenario(context))
-    except ImportError as error:
-        raise click.ClickException(str(error)) from error
-    except (ServerStartError, redis.RedisError, SquidstepError) as error:
+    except (ImportError, ServerStartError, redis.RedisError, SquidstepError) as error:
         raise click.ClickException(f"{type(error).__name__}: {error}") from error
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         console.print(_summary(result))
-        for problem in result["problems"][:MAX_PROBLEMS]:
+        for problem in result["problems"][:10]:
             console.out(problem, style="red")
     sys.exit(0 if result["ok"] else 1)
 
@@ -91,9 +86,8 @@ def _run(scenario: Scenario) -> Payload:
         "workers_replaced": len(scenario.workers) - scenario.size,
         "seconds": round(scenario.seconds, 3),
         "killed": {
-            f"{fault}, inside {describe(key)}": [
-                f"attempt {number}: {attempt.outcome}, {attempt.owner}"
-                for number, attempt in enumerate(context.store.attempts(*key), 1)
+            f"{fault} inside {describe(key)}": [
+                f"{attempt.outcome}, {attempt.owner}" for attempt in context.store.attempts(*key)
             ]
             for key, fault in scenario.kill_plan.items()
         },
@@ -102,10 +96,11 @@ def _run(scenario: Scenario) -> Payload:
 
 
 def _summary(result: dict[str, Any]) -> Table:
-    killed = {f"killed: {what}": "\n".join(attempts) for what, attempts in result["killed"].items()}
-    figures = {name: value for name, value in result.items() if name not in ("ok", "killed", "problems")}
-    check = "every output is right, nothing is lost, nothing ran twice" if result["ok"] else "FAILED"
     table = Table(box=SIMPLE_HEAD, show_header=False)
-    for name, value in {**figures, **killed, "check": check}.items():
-        table.add_row(Text(name.replace("_", " ")), Text(str(value)))
+    for name, value in result.items():
+        if name not in ("ok", "killed", "problems"):
+            table.add_row(name.replace("_", " "), str(value))
+    for killed, attempts in result["killed"].items():
+        table.add_row(Text(f"killed: {killed}"), Text("\n".join(attempts)))
+    table.add_row("check", "every output is right, nothing is lost or duplicated" if result["ok"] else "FAILED")
     return table

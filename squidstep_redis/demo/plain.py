@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,7 +15,7 @@ from redis import Redis
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.demo.command import demo_options, run_demo
-from squidstep_redis.demo.scenario import SEED, DemoContext, Key, Scenario, WorkerProcess
+from squidstep_redis.demo.scenario import DemoContext, Key, Scenario, WorkerProcess, pick_duplicates
 from squidstep_redis.demo.work import STEPS, Payload, execute
 from squidstep_redis.demo.worker import Event, parent
 
@@ -42,8 +40,8 @@ def command(**options: Any) -> None:
     run_demo(PlainScenario, **options)
 
 
-def work(url: str) -> None:
-    """The worker: executes deliveries, one at a time."""
+def execute_deliveries(url: str) -> None:
+    """Runs the worker: it executes one delivery at a time."""
     client: Any = Redis  # redis-py leaves parts of its types unknown
     queue = client.from_url(url)
     with StepRunStore.from_url(url) as store:
@@ -53,7 +51,7 @@ def work(url: str) -> None:
                 _execute(store, *json.loads(delivery[1]))
 
 
-def _execute(store: StepRunStore, file: int, run_id: str, step: str, input: Payload, kill: bool) -> None:
+def _execute(store: StepRunStore, run_id: str, step: str, input: Payload, file: int, kill: bool) -> None:
     parent.send_event("delivered", file, step)
     begun = store.begin_step(run_id, step, input, lease=LEASE, owner=f"worker-{parent.worker + 1} pid {os.getpid()}")
     step_run, decision = begun
@@ -84,21 +82,18 @@ class PlainScenario(Scenario):
     def __init__(self, context: DemoContext) -> None:
         run_ids = list(context.files)
         super().__init__(context, {(run_ids[len(run_ids) // 3], "compress"): "worker"})
-        client: Any = Redis  # redis-py leaves parts of its types unknown
-        self._queue = client.from_url(context.url)
-        rng = random.Random(SEED)  # noqa: S311 -- the same in each run
-        keys = [(run_id, step) for run_id in run_ids for step in STEPS]
-        twice = rng.sample(keys, math.ceil(len(keys) / 5))
+        self._queue: Any = context.store.client
+        twice = pick_duplicates([(run_id, step) for run_id in run_ids for step in STEPS])
         self.counts["duplicates"] = len(twice)
         self._twice_at_once = set(twice[1::2])
-        self._twice_later = {key: rng.uniform(0.05, 0.5) for key in twice[::2]}  # seconds after the first delivery
+        self._twice_later = set(twice[::2])
         self._delivered: set[Key] = set()
         self._held: dict[WorkerProcess, Key] = {}
         self._queued = 0
         self._delayed: list[tuple[float, Key]] = []
 
     def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        return work, (self.context.url,)
+        return execute_deliveries, (self.context.url,)
 
     def _deliver_all(self) -> None:
         first = next(iter(STEPS))
@@ -119,11 +114,12 @@ class PlainScenario(Scenario):
             del self._held[worker]
             run_id, step = key
             if event.kind == "busy":
-                self._delay(key, event.retry_in)
+                heapq.heappush(self._delayed, (time.monotonic() + event.retry_in, key))
             elif event.kind != "failed" and step in _NEXT:
                 self._deliver_first((run_id, _NEXT[step]))
-            if event.kind != "busy" and (delay := self._twice_later.pop(key, None)) is not None:
-                self._delay(key, delay)
+            if event.kind != "busy" and key in self._twice_later:
+                self._twice_later.remove(key)
+                self._deliver(key)
 
     def _on_exit(self, worker: WorkerProcess) -> None:
         if key := self._held.pop(worker, None):
@@ -131,9 +127,8 @@ class PlainScenario(Scenario):
 
     def find_problems(self) -> Iterator[str]:
         """Yields a problem unless each duplicate was skipped."""
-        duplicates, skipped = self.counts["duplicates"], self.counts["skipped"]
-        if skipped != duplicates:
-            yield f"{duplicates} steps were delivered twice, but {skipped} deliveries were skipped"
+        if self.counts["skipped"] != self.counts["duplicates"]:
+            yield f"{self.counts['duplicates']} steps were delivered twice, but {self.counts['skipped']} were skipped"
 
     def _deliver_first(self, key: Key) -> None:
         if key not in self._delivered:  # the duplicate of its predecessor is acknowledged, too
@@ -144,10 +139,6 @@ class PlainScenario(Scenario):
     def _deliver(self, key: Key) -> None:
         run_id, step = key
         scheduled = self.context.store.get_step_run(run_id, step)
-        input = scheduled.input if scheduled is not None else {}
-        delivery = (self.run_ids.index(run_id), run_id, step, input, key in self.kill_plan)
+        delivery = (run_id, step, scheduled and scheduled.input, self.run_ids.index(run_id), key in self.kill_plan)
         self._queue.lpush(QUEUE, json.dumps(delivery))  # to the front: a run is finished before the next one starts
         self._queued += 1
-
-    def _delay(self, key: Key, seconds: float) -> None:
-        heapq.heappush(self._delayed, (time.monotonic() + seconds, key))

@@ -6,9 +6,7 @@ RQ delivers again what died with a work-horse or a worker, even while the work-h
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
-import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -23,7 +21,7 @@ from rq.job import Job, JobStatus
 
 from squidstep_redis import StepBusyError, current_claim
 from squidstep_redis.demo.command import demo_options, run_demo
-from squidstep_redis.demo.scenario import SEED, DemoContext, Fault, Key, Scenario, WorkerProcess, describe
+from squidstep_redis.demo.scenario import DemoContext, Fault, Key, Scenario, WorkerProcess, describe, pick_duplicates
 from squidstep_redis.demo.work import STEPS, Payload, Step, execute, sequential
 from squidstep_redis.demo.worker import Event, parent
 from squidstep_redis.rq import configure, current_run, release_killed_work_horse, steps
@@ -51,9 +49,6 @@ def command(**options: Any) -> None:
     run_demo(RqScenario, **options)
 
 
-# The job
-
-
 @steps(run_id="{run_id}", lease=LEASE)
 def work_on(file: int, run_id: str, path: str, kill_plan: dict[str, Fault]) -> Payload:
     """The job: the three steps of one file.
@@ -63,9 +58,6 @@ def work_on(file: int, run_id: str, path: str, kill_plan: dict[str, Fault]) -> P
         run_id: The file's run, which `steps` uses.
         path: The file's path.
         kill_plan: What is killed inside which step, when that step is executed for the first time.
-
-    Returns:
-        The outputs of all steps, merged.
     """
     del run_id
     parent.send_event("delivered", file)
@@ -95,9 +87,6 @@ def _execute(executed: list[str], file: int, step: str, fault: Fault | None, kno
     return output
 
 
-# The worker
-
-
 class _ImpatientWorker(Worker):
     """RQ's worker, except that its jobs are considered abandoned after seconds instead of minutes."""
 
@@ -105,8 +94,8 @@ class _ImpatientWorker(Worker):
         return ABANDONED_AFTER
 
 
-def work(url: str) -> None:
-    """The worker: RQ's worker and scheduler."""
+def run_rq(url: str) -> None:
+    """Runs RQ's worker and scheduler."""
     logging.disable()  # the parent reports what happens
     # RQ 2 starts its scheduler with the default method; only a forked one exits with the parent.
     multiprocessing.set_start_method("fork", force=True)
@@ -125,9 +114,6 @@ def work(url: str) -> None:
     worker.work(with_scheduler=True)
 
 
-# The parent
-
-
 class RqScenario(Scenario):
     """Enqueues jobs, some of them twice."""
 
@@ -142,18 +128,16 @@ class RqScenario(Scenario):
             (names[len(names) * 3 // 4], "digest"): "worker and work-horse",
         }
         super().__init__(context, faults)
-        client: Any = Redis  # redis-py leaves parts of its types unknown
-        self._client: Any = client.from_url(context.url)
-        self.queue: Any = Queue(QUEUE, connection=self._client)  # and so does RQ
+        self._client: Any = context.store.client  # redis-py leaves parts of its types unknown, and so does RQ
+        self.queue: Any = Queue(QUEUE, connection=self._client)
         self.jobs = {name: f"{QUEUE}-{number}" for number, name in enumerate(names)}
         # Not of the jobs that are killed: their duplicates would find a step busy, like what RQ delivers again.
         unharmed = [name for name in names if name not in {name for name, _ in faults}]
-        rng = random.Random(SEED)  # noqa: S311 -- the same in each run
-        self._twice = set(rng.sample(unharmed, math.ceil(len(unharmed) / 5)))
+        self._twice = set(pick_duplicates(unharmed))
         self.counts["duplicates"] = len(self._twice)
 
     def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        return work, (self.context.url,)
+        return run_rq, (self.context.url,)
 
     def _deliver_all(self) -> None:
         for number, (name, path) in enumerate(self.context.files.items()):
@@ -188,21 +172,19 @@ class RqScenario(Scenario):
 
     def expected(self, path: Path) -> list[Step]:
         """Returns what the store must hold: here, inputs by parameter, and results under a key."""
-        return [Step(name, {"known": input}, {"result": output}) for name, input, output in sequential(path)]
+        return [(name, {"known": input}, {"result": output}) for name, input, output in sequential(path)]
 
     def find_problems(self) -> Iterator[str]:
         """Checks RQ's own records: each job finished with the right result, and was delivered often enough."""
         for name, id in self.jobs.items():
             with suppress(OSError):  # `check` reports unreadable files
-                steps = sequential(self.context.files[name])
-                expected = {key: value for step in steps for key, value in step.output.items()}
+                outputs = [output for _, _, output in sequential(self.context.files[name])]
+                expected = {key: value for output in outputs for key, value in output.items()}
                 job = self.queue.fetch_job(id)
                 if job is None:
                     yield f"{name}: its job does not exist"
                 elif (status := job.get_status()) != JobStatus.FINISHED or job.return_value() != expected:
-                    latest = job.latest_result()
-                    error = (latest.exc_string or "").strip().rpartition("\n")[2] if latest is not None else ""
-                    yield f"{name}: its job is {status.value} with {error or job.return_value()}"
+                    yield f"{name}: its job is {status.value} with {job.return_value()}"
         enqueued, killed = len(self.jobs) + self.counts["duplicates"], len(self.kill_plan)
         if (delivered := self.counts["delivered"]) < enqueued + killed:
             yield f"{enqueued} jobs were enqueued, {killed} were killed, but only {delivered} were delivered"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe, get_context, resource_tracker
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import click
 
@@ -20,11 +22,11 @@ from squidstep_redis import StepRunStore
 from squidstep_redis.demo.work import STEPS, Step, sequential
 from squidstep_redis.demo.worker import Event, Pipes, run_worker
 
-SEED: Final = 20  # which deliveries are duplicated, and when, is the same in each run
 POLL_INTERVAL: Final = 0.05  # seconds
 SILENCE_LIMIT: Final = 60.0  # seconds without an event from any worker
 MAX_REPLACED: Final = 10
 
+T = TypeVar("T")
 Key = tuple[str, str]  # a run id and a step
 Fault = Literal["worker", "work-horse", "worker and work-horse", "worker without work-horse"]
 """Which processes are killed inside a step. The last one leaves RQ's work-horse running without its worker."""
@@ -43,7 +45,7 @@ class DemoContext:
 
     Attributes:
         files: The files to work on, by run id.
-        url: The bundled server.
+        url: The bundled server's URL.
         store: The parent's own store on that server.
         say: Prints a line.
         show: Shows a line of progress in place of the previous one.
@@ -62,7 +64,6 @@ class WorkerProcess:
 
     index: int
     process: SpawnProcess
-    is_ready: bool = False
     was_killed: bool = False
 
     def __str__(self) -> str:
@@ -96,6 +97,7 @@ class Scenario:
         self.seconds = 0.0
         self.workers: list[WorkerProcess] = []
         self._running: list[WorkerProcess] = []
+        self._ready = 0
         self._last_event_at = time.monotonic()
         self._events, events = Pipe(duplex=False)
         lifeline, self._lifeline = Pipe(duplex=False)
@@ -107,7 +109,7 @@ class Scenario:
         try:
             for _ in range(self.size):
                 self._start_worker()
-            while not all(worker.is_ready for worker in self.workers):  # or the first would do most of it alone
+            while self._ready < self.size:  # or the first would do most of it alone
                 self._listen()
             started = time.monotonic()
             self._deliver_all()
@@ -116,8 +118,6 @@ class Scenario:
             self.seconds = time.monotonic() - started
         finally:
             self._stop()
-
-    # What a scenario defines
 
     def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
         """Returns the worker's loop, and what it is called with."""
@@ -144,15 +144,19 @@ class Scenario:
         """Yields what is wrong beyond what `check` finds."""
         raise NotImplementedError
 
-    # The processes
-
     def _start_worker(self) -> None:
         main, args = self._worker_main()
         index = len(self.workers)
-        with _signals_blocked():
+        # The worker inherits the blocked signals, so that no Ctrl-C hits it while it imports its modules; see
+        # `run_worker`. The demo's process has no other thread that could receive them.
+        resource_tracker.ensure_running()  # it would start along with the first worker, and unblock the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        try:
             process = get_context("spawn").Process(target=run_worker, args=(main, index, self._pipes, *args))
             process.start()
             self.workers.append(WorkerProcess(index, process))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._running.append(self.workers[-1])
 
     def _kill(self, worker: WorkerProcess, event: Event, key: Key, fault: Fault) -> None:
@@ -190,8 +194,6 @@ class Scenario:
             while self._events.poll(max(0.0, deadline - time.monotonic())):
                 self._events.recv()
 
-    # The events
-
     def _listen(self) -> bool:
         """Handles the next event. Returns whether there was one."""
         if self._events.poll(POLL_INTERVAL):
@@ -208,7 +210,7 @@ class Scenario:
     def _handle(self, event: Event) -> None:
         worker = self.workers[event.worker]
         if event.kind == "ready":
-            worker.is_ready = True
+            self._ready += 1
             return
         key = (self.run_ids[event.file], event.step)
         self.counts[event.kind] += 1
@@ -218,8 +220,8 @@ class Scenario:
             self.started[key] += 1
             if event.attempt > 1:
                 self.counts["takeovers"] += 1
-                process = str(worker) if event.pid == worker.process.pid else f"work-horse {event.pid} of {worker}"
-                self.context.say(f"{process} took over {describe(key)} as attempt {event.attempt}")
+                work_horse = "" if event.pid == worker.process.pid else f"work-horse {event.pid} of "
+                self.context.say(f"{work_horse}{worker} took over {describe(key)} as attempt {event.attempt}")
             elif key in self.kill_plan and key not in self.hit:
                 self._kill(worker, event, key, self.kill_plan[key])
         self._on_event(worker, event, key)
@@ -235,16 +237,6 @@ def describe(key: Key) -> str:
     return f"{key[1]} of {key[0]}"
 
 
-@contextmanager
-def _signals_blocked() -> Generator[None]:
-    """Defers signals until the end of the block.
-
-    A worker that is started in it inherits the mask, so that no Ctrl-C hits it while it imports its modules; see
-    `run_worker`. The demo's process has no other thread that could receive the signals.
-    """
-    resource_tracker.ensure_running()  # multiprocessing starts it along with the first process, and unblocks signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def pick_duplicates(items: list[T]) -> list[T]:
+    """Returns a fifth of the items, the same in each run."""
+    return random.Random(20).sample(items, math.ceil(len(items) / 5))  # noqa: S311

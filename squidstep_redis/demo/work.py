@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 MAX_BYTES: Final = 4 * 1024 * 1024  # per file: no step may come near the end of its lease
 IGNORED_FOLDERS: Final = ("__pycache__", "site-packages")
@@ -17,36 +17,17 @@ IGNORED_FOLDERS: Final = ("__pycache__", "site-packages")
 Payload = dict[str, Any]
 
 
-class Step(NamedTuple):
-    """A step with the input and the output that the store must hold in the end."""
+Step = tuple[str, Payload, Payload]  # with its input and output
 
-    name: str
-    input: Payload
-    output: Payload
-
-
-def _digest(data: bytes) -> Payload:
-    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-
-
-def _compress(data: bytes) -> Payload:
-    return {"compressed": len(zlib.compress(data))}
-
-
-def _count(data: bytes) -> Payload:
-    return {"lines": data.count(b"\n"), "words": len(data.split())}
-
-
-STEPS: Final[dict[str, Callable[[bytes], Payload]]] = {"digest": _digest, "compress": _compress, "count": _count}
+STEPS: Final[dict[str, Callable[[bytes], Payload]]] = {
+    "digest": lambda data: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)},
+    "compress": lambda data: {"compressed": len(zlib.compress(data))},
+    "count": lambda data: {"lines": data.count(b"\n"), "words": len(data.split())},
+}
 
 
 def execute(step: str, input: Payload) -> Payload:
-    """Executes one step.
-
-    Args:
-        step: A key of `STEPS`.
-        input: The path of the file, and the outputs of the steps before.
-    """
+    """Executes one step: `input` has the path of the file, and the outputs of the steps before."""
     return STEPS[step](Path(input["path"]).read_bytes())
 
 
@@ -55,8 +36,9 @@ def sequential(path: Path) -> list[Step]:
     known: Payload = {"path": str(path)}
     steps: list[Step] = []
     for name in STEPS:
-        steps.append(Step(name, known, execute(name, known)))
-        known = {**known, **steps[-1].output}
+        output = execute(name, known)
+        steps.append((name, known, output))
+        known = {**known, **output}
     return steps
 
 

@@ -16,38 +16,23 @@ class Event(NamedTuple):
     """What a worker reports.
 
     Pickled, it is shorter than the smallest PIPE_BUF that POSIX allows: one write, which no other write interrupts.
-
-    Attributes:
-        kind: `started` and `finished` are about a step's work, `completed`, `failed`, `skipped`, `busy` about its claim.
-        worker: The worker's index.
-        pid: The process that sent it: the worker, or a process that it forked.
-        file: The file's index.
-        step: The step's name; empty if the event is about all steps of the file.
-        attempt: The number of the attempt, of `started` only.
-        retry_in: The seconds until the claim's lease expires, of `busy` only.
     """
 
-    kind: Kind
-    worker: int
-    pid: int
-    file: int = 0
-    step: str = ""
-    attempt: int = 0
-    retry_in: float = 0.0
+    kind: Kind  # "started" and "finished" are about a step's work, the kinds after them about its claim
+    worker: int  # its index
+    pid: int  # of the sender: the worker, or a process that it forked
+    file: int = 0  # its index
+    step: str = ""  # empty if the event is about all steps of the file
+    attempt: int = 0  # of "started"
+    retry_in: float = 0.0  # of "busy": the seconds until the claim's lease expires
 
 
 class Pipes(NamedTuple):
-    """The pipes that all workers share. Processes that they fork inherit them.
+    """The pipes that all workers share, and that the processes inherit that they fork."""
 
-    Attributes:
-        events: Carries events to the parent. The parent reads its end when the last of the processes has exited.
-        lifeline: Ends when the parent closes it or exits.
-        gate: Ends when the parent lets the stalled process continue.
-    """
-
-    events: Connection[Event, Any]
-    lifeline: Connection[Any, Any]
-    gate: Connection[Any, Any]
+    events: Connection[Event, Any]  # ends for the parent when the last of the processes has exited
+    lifeline: Connection[Any, Any]  # ends when the parent closes it or exits
+    gate: Connection[Any, Any]  # ends when the parent lets a stalled process continue
 
 
 class Parent:
@@ -61,15 +46,10 @@ class Parent:
         self.pipes.events.send(Event(kind, self.worker, os.getpid(), file, step, **details))
 
     def stall(self, *, at_gate: bool) -> None:
-        """Blocks until this process is killed.
-
-        Args:
-            at_gate: Whether this process may continue when the parent opens the gate.
-        """
+        """Blocks until this process is killed; `at_gate`, until the parent opens the gate."""
         if at_gate:
             os.read(self.pipes.gate.fileno(), 1)
-            return
-        while True:
+        while not at_gate:
             signal.pause()
 
 
@@ -78,14 +58,7 @@ parent: Final = Parent()
 
 
 def run_worker(main: Callable[..., None], worker: int, pipes: Pipes, *args: Any) -> None:
-    """Runs a worker process until it is killed, or until the parent exits.
-
-    Args:
-        main: The worker's loop.
-        worker: The worker's index.
-        pipes: The workers' ends of the pipes.
-        *args: What `main` is called with.
-    """
+    """Calls `main` with `args` in the process of the worker with this index; it exits with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; it is for the parent
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     parent.worker, parent.pipes = worker, pipes
