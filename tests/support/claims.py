@@ -34,6 +34,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.claims import heartbeat as heartbeats
 from squidstep_redis.claims.rules import BaseClaim
+from squidstep_redis.protocol.workflow import Workflow
 from support.backends import Bench, Driven, ask_instead
 from support.records import stored
 from support.servers import wait_until
@@ -369,3 +370,18 @@ def fake_clock() -> Iterator[Clock]:
         mock.patch("squidstep_redis.claims.heartbeat.time", clock),
     ):
         yield clock
+
+
+def acquisition(claim: Any) -> Workflow[None]:
+    """The workflow that enters the claim's block."""
+    return claim._acquire()
+
+
+def extend_now(worker: Worker, claim: Any, clock: Clock) -> None:
+    """Lets the heartbeat extend the claim, whose extension is due, in the calling thread."""
+    clock.now = claim.next_extension_at
+    client = worker.plain_store.client
+    if worker.runner is None:
+        heartbeats.heartbeat_of(client)._beat([claim])
+    else:
+        worker.runner.run(heartbeats.async_heartbeat_of(client)._beat())
