@@ -99,7 +99,7 @@ class Server(NamedTuple):
 
     @property
     def version_text(self) -> str:
-        """The version as the server writes it. Valkey reports its own beside the Redis version it is compatible with."""
+        """The version as the server writes it; Valkey reports its own in addition to a Redis version."""
         return self.info.get("valkey_version") or self.info.get("redis_version", "")
 
     def number(self, name: str) -> int:
@@ -190,8 +190,8 @@ def _version(server: Server) -> Found:
         return FAILURE, f"{name} {text} is not supported. Upgrade to {_dotted(OLDEST_SERVER)} or newer"
     if server.client.wait_aof and version < OLDEST_WITH_WAITAOF:
         return FAILURE, (
-            f"{name} {text} has no WAITAOF, which wait_aof needs: each call raises NotReplicatedError. Upgrade to Redis "
-            f"{_dotted(OLDEST_WITH_WAITAOF)} or Valkey, or turn wait_aof off"
+            f"{name} {text} has no WAITAOF, which wait_aof needs: each call raises NotReplicatedError. Upgrade to "
+            f"Redis {_dotted(OLDEST_WITH_WAITAOF)} or Valkey, or turn wait_aof off"
         )
     return OK, f"{name} {text}"
 
@@ -276,7 +276,7 @@ def _persistence(server: Server) -> Found:
     if (store := server.client).wait_aof:
         if fsync == "everysec" and store.wait_timeout < EVERYSEC:
             return WARNING, (
-                f"the store waits {store.wait_timeout:g} s for the AOF, which is flushed once a second: on a slow disk, "
+                f"the store waits {store.wait_timeout:g} s for the AOF, which is flushed once a second: if it is slow, "
                 f"calls raise NotReplicatedError. Set wait_timeout to {EVERYSEC:g} s or more, or appendfsync to always"
             )
         return OK, "appendonly is on, and the store waits for the AOF: acknowledged transitions survive"
