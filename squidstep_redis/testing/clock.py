@@ -69,7 +69,7 @@ def _source(name: str, ahead_ms: int) -> bytes:
 
 
 class StepClock:
-    """A kit's clock: the server's clock plus the time by which it was advanced. Leases expire without sleeping.
+    """A clock ahead of the server's by the advances made so far. Leases expire without sleeping.
 
     It applies to all stores of the kit, and to all commands sent through their clients. It controls leases, takeovers,
     `retry_in`, all times on records, `run_ttl`, `expire_run`, tombstones, `lapsed_claims` and `live_claims`.
@@ -102,7 +102,7 @@ class StepClock:
         """
         seconds = span.total_seconds() if isinstance(span, timedelta) else span
         if not seconds >= 0:
-            raise ValueError(f"span: must be 0 seconds or more, or such a timedelta, not {span!r}")
+            raise ValueError(f"span: must be 0 or more seconds, or a timedelta, not {span!r}")
         self._ahead_ms += -int(-seconds * 1_000 // 1)  # rounded up, so that a lease with 0.4 ms left expires
 
     def advance_to(self, moment: datetime) -> None:
@@ -120,7 +120,7 @@ class StepClock:
         return server + timedelta(milliseconds=self._ahead_ms)
 
     def shift(self, command: list[bytes]) -> list[bytes]:
-        """Returns the command to send instead of a command, with the clock's offset in its script.
+        """Returns a command with the clock's offset in its script; other commands unchanged.
 
         Scripts are always sent in full. So each operation is one command, and no fault applies to an EVALSHA that the
         server rejects with NOSCRIPT.

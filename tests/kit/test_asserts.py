@@ -115,14 +115,14 @@ def test_without_a_kit_only_a_blocking_store_works() -> None:
     asyncio.run(asynchronous.client.aclose())
 
 
-def test_the_stores_of_a_kit_that_has_ended_are_asserted_no_more() -> None:
+def test_assertions_reject_the_asyncio_store_of_a_closed_kit() -> None:
     with StepKit() as kit:
         pass
     with pytest.raises(TypeError, match="asyncio store of a StepKit"):
         assert_completed(kit.async_store, "run", "pay")
 
 
-def test_another_store_on_the_kits_client_is_asserted_by_its_own_prefix(kit: StepKit) -> None:
+def test_store_on_the_kits_client_is_read_by_its_own_prefix(kit: StepKit) -> None:
     other = StepRunStore(kit.store.client, prefix=f"{kit.prefix}:other")
     other.complete_step(begun(other.begin_step("run", "pay", {})), {})
 
