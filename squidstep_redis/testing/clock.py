@@ -74,7 +74,7 @@ class StepClock:
     It applies to all stores of the kit, and to all commands sent through their clients. It controls leases, takeovers,
     `retry_in`, all times on records, `run_ttl`, `expire_run`, tombstones, `lapsed_claims` and `live_claims`.
 
-    It does not control the timers of the process (heartbeats, pauses of `on_busy="wait"`, a store's `timeout`), nor your
+    It does not control the timers of the process (heartbeats, pauses of `on_busy="wait"`, a store's `timeout`) or your
     own commands: `TTL` returns the server's value, which includes the offset, and an expired key remains until a store
     accesses it.
     """

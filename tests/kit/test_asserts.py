@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import fakeredis
@@ -134,3 +135,9 @@ def test_store_on_the_kits_client_is_read_by_its_own_prefix(kit: StepKit) -> Non
 def test_prefix_of_a_kit_cannot_be_set() -> None:
     with pytest.raises(TypeError, match="prefix"):
         StepKit(prefix="production")
+
+
+def test_kit_without_fakeredis_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fakeredis", None)
+    with pytest.raises(ImportError, match=r"needs fakeredis: pip install 'squidstep_redis\[testing\]'"), StepKit():
+        pass
