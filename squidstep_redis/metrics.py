@@ -1,10 +1,10 @@
-"""Metrics of stores for Prometheus: the extra `prometheus`.
+"""Prometheus metrics of stores: pip install 'squidstep_redis[prometheus]'.
 
     store = StepRunStore.from_url(url)
     observe(store)
 
-What is counted is what this process decided; live and lapsed claims are those of the whole server, asked for when the
-metrics are collected.
+The counters cover the calls of this process. The numbers of live and lapsed claims cover the whole server, and are
+queried at each collection.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from collections.abc import Iterator
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+    from prometheus_client.core import GaugeMetricFamily
+    from prometheus_client.registry import Collector
+except ImportError as missing:
+    raise ImportError(
+        "squidstep_redis.metrics needs prometheus_client: pip install 'squidstep_redis[prometheus]'"
+    ) from missing
 
 from squidstep_redis import AsyncStepRunStore, Event, SquidstepError, StepRunStore
 
@@ -23,53 +28,59 @@ _BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 
 
 def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry = REGISTRY) -> None:
-    """Has a store's decisions counted, and the time that its calls take.
+    """Counts a store's decisions from now on, and measures its calls.
 
     | metric | labels | counts |
     |---|---|---|
     | `squidstep_executes_total` | prefix | claims granted |
-    | `squidstep_takeovers_total` | prefix | … of them over a claim whose lease had ended |
+    | `squidstep_takeovers_total` | prefix | claims granted over a claim whose lease had expired |
     | `squidstep_skips_total` | prefix, reason | deliveries that did not execute |
-    | `squidstep_completions_total`, `…_failures_total`, `…_releases_total` | prefix | claims that ended |
-    | `squidstep_refused_zombies_total` | prefix, operation | calls on a claim that was not held any more |
-    | `squidstep_errors_total` | prefix, error | calls that raised anything else |
-    | `squidstep_transition_seconds` | prefix, operation | what they took, re-sends included; batches not |
-    | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | of the whole server; of a blocking store only |
+    | `squidstep_completions_total`, `…_failures_total`, `…_releases_total` | prefix | claims that ended this way |
+    | `squidstep_refused_zombies_total` | prefix, operation | calls with a claim that was lost |
+    | `squidstep_errors_total` | prefix, error | calls that raised any other error |
+    | `squidstep_transition_seconds` | prefix, operation | seconds per call, re-sends included; no batches |
+    | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
 
-    A collection takes one round trip per server for the last two. If the server cannot be asked, they are left out.
+    A collection takes one round trip per server for the last two. If the server is unreachable, they are omitted.
 
     Args:
-        store: counted from now on. Give each store once.
-        registry: where the metrics are to be found.
+        store: the store; pass each store only once, or its decisions are counted twice.
+        registry: the registry of the metrics.
     """
     metrics = _metrics.get(registry)
     if metrics is None:
         metrics = _metrics[registry] = Metrics(registry)
     store.on_event(metrics.count)
     if isinstance(store, StepRunStore):
-        metrics.ask(store)
+        metrics.add_store(store)
 
 
 class Metrics(Collector):
     """The metrics of one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        """Makes the metrics and registers them.
+
+        Args:
+            registry: the registry of the metrics.
+        """
+
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(f"squidstep_{name}", help, ["prefix", *labels], registry=registry)
 
         self._executes = counter("executes", "Claims granted")
-        self._takeovers = counter("takeovers", "Claims granted over one whose lease had ended")
+        self._takeovers = counter("takeovers", "Claims granted over a claim whose lease had expired")
         self._skips = counter("skips", "Deliveries that did not execute", "reason")
         self._ended = {
             "complete": counter("completions", "Steps completed"),
             "fail": counter("failures", "Attempts that failed"),
-            "release": counter("releases", "Claims given back"),
+            "release": counter("releases", "Claims released"),
         }
-        self._refused = counter("refused_zombies", "Calls on a claim that was not held any more", "operation")
-        self._errors = counter("errors", "Calls that raised anything else", "error")
+        self._refused = counter("refused_zombies", "Calls with a claim that was lost", "operation")
+        self._errors = counter("errors", "Calls that raised any other error", "error")
         self._seconds = Histogram(
             "squidstep_transition_seconds",
-            "What a transition took, re-sends included",
+            "Seconds per transition, re-sends included",
             ["prefix", "operation"],
             buckets=_BUCKETS,
             registry=registry,
@@ -77,12 +88,20 @@ class Metrics(Collector):
         self._stores: dict[str, StepRunStore] = {}
         registry.register(self)
 
-    def ask(self, store: StepRunStore) -> None:
-        """Has the claims of the store's prefix counted at each collection."""
+    def add_store(self, store: StepRunStore) -> None:
+        """Queries the number of claims of a store's prefix at each collection.
+
+        Args:
+            store: a blocking store.
+        """
         self._stores[store.calls.prefix] = store
 
     def count(self, event: Event) -> None:
-        """Takes in one decision."""
+        """Counts one decision.
+
+        Args:
+            event: the store's event.
+        """
         prefix = event.prefix
         if event.kind == "execute":
             self._executes.labels(prefix).inc()
@@ -100,18 +119,18 @@ class Metrics(Collector):
             self._seconds.labels(prefix, event.operation).observe(event.seconds)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """The names of what `collect` asks the server for, without asking it."""
+        """Yields the metrics that `collect` queries, without values."""
         yield GaugeMetricFamily("squidstep_live_claims", "Claims under a lease", labels=["prefix"])
-        yield GaugeMetricFamily("squidstep_lapsed_claims", "Claims whose lease is over", labels=["prefix"])
+        yield GaugeMetricFamily("squidstep_lapsed_claims", "Claims whose lease has expired", labels=["prefix"])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Asks the server."""
+        """Queries the server."""
         live, lapsed = self.describe()
         for prefix, store in list(self._stores.items()):
             try:
                 counts = store.count_claims()
             except SquidstepError:
-                continue  # no number is better than an old one, and the other metrics are not to be lost
+                continue  # omitted, so that the other metrics are still collected
             live.add_metric([prefix], counts.live)
             lapsed.add_metric([prefix], counts.lapsed)
         yield live

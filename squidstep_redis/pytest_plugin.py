@@ -1,6 +1,7 @@
-"""The pytest plugin: fixtures for those who test code that uses a store; `squidstep_redis.testing` is what they give.
+"""The pytest plugin: fixtures for testing code that uses a store, made of `squidstep_redis.testing`.
 
-pytest loads it wherever this library is installed, so it imports nothing before a test asks for a fixture.
+pytest loads the plugin wherever the library is installed. So the plugin imports the library only when a test uses a
+fixture.
 """
 
 from __future__ import annotations
@@ -14,67 +15,71 @@ if TYPE_CHECKING:
     from squidstep_redis import AsyncStepRunStore, StepRunStore
     from squidstep_redis.testing import StepClock, StepFaults, StepKit
 
-_WHERE = "'fakeredis' (the default), 'embedded' for a Valkey that comes and goes with the tests, or the URL of a server"
+_SERVERS = "'fakeredis' (the default), 'embedded' (a Valkey server for this test session), or the URL of a server"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the option, and the same in the ini file."""
+    """Adds the command-line option and the ini setting.
+
+    Args:
+        parser: pytest's parser.
+    """
     group = parser.getgroup("squidstep")
-    group.addoption("--squidstep-server", metavar="WHERE", help=f"where step_store keeps its runs: {_WHERE}")
-    parser.addini("squidstep_server", f"where step_store keeps its runs: {_WHERE}", default="fakeredis")
+    group.addoption("--squidstep-server", metavar="SERVER", help=f"the server of step_store: {_SERVERS}")
+    parser.addini("squidstep_server", f"the server of step_store: {_SERVERS}", default="fakeredis")
 
 
 @pytest.fixture(scope="session")
 def step_server(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the stores of this session keep their runs: "fakeredis", or a URL."""
-    where: str = request.config.getoption("--squidstep-server") or request.config.getini("squidstep_server")
-    if where != "embedded":
-        yield where
+    """The server of this session's stores: "fakeredis" or a URL."""
+    server: str = request.config.getoption("--squidstep-server") or request.config.getini("squidstep_server")
+    if server != "embedded":
+        yield server
         return
     from squidstep_redis.embedded import EmbeddedServer
 
-    with EmbeddedServer() as server:
-        yield server.url
+    with EmbeddedServer() as embedded:
+        yield embedded.url
 
 
 @pytest.fixture
 def step_settings() -> dict[str, Any]:
-    """Settings of the stores, such as `run_ttl` or `codec`: override it in your conftest.py."""
+    """Settings of the stores, such as `run_ttl` or `codec`. Override this fixture in your conftest.py."""
     return {}
 
 
 @pytest.fixture
 def step_kit(request: pytest.FixtureRequest, step_server: str, step_settings: dict[str, Any]) -> Iterator[StepKit]:
-    """All that the other fixtures give, in one: a `squidstep_redis.testing.StepKit`."""
+    """A `squidstep_redis.testing.StepKit`, which has everything that the other fixtures provide."""
     from squidstep_redis.testing import StepKit
 
     failed_before = request.session.testsfailed
     with StepKit(step_server, **step_settings) as kit:
         yield kit
         pending = kit.faults.pending()
-    if pending and request.session.testsfailed == failed_before:  # a test that failed has said enough
-        pytest.fail("faults that the test asked for never struck: " + "; ".join(pending), pytrace=False)
+    if pending and request.session.testsfailed == failed_before:  # do not hide the test's own failure
+        pytest.fail("faults that the test requested did not occur: " + "; ".join(pending), pytrace=False)
 
 
 @pytest.fixture
 def step_store(step_kit: StepKit) -> StepRunStore:
-    """A store of the test's own: on fakeredis, or where `--squidstep-server` says."""
+    """A store with no runs, on fakeredis or on the server that `--squidstep-server` names."""
     return step_kit.store
 
 
 @pytest.fixture
 def async_step_store(step_kit: StepKit) -> AsyncStepRunStore:
-    """The same for asyncio, with the same runs; it connects in the loop that uses it, and is closed by itself."""
+    """An asyncio store of the same runs. It connects in the loop that uses it, and is closed automatically."""
     return step_kit.async_store
 
 
 @pytest.fixture
 def step_clock(step_kit: StepKit) -> StepClock:
-    """The clock of both stores: `step_clock.advance(30)` ends leases without any sleep."""
+    """The clock of both stores: `step_clock.advance(30)` expires leases without sleeping."""
     return step_kit.clock
 
 
 @pytest.fixture
 def step_faults(step_kit: StepKit) -> StepFaults:
-    """What can go wrong for both stores: lost replies, takeovers, a worker that is killed, a server that is away."""
+    """Faults for both stores: lost replies, takeovers, a killed worker, an unreachable server."""
     return step_kit.faults

@@ -1,4 +1,4 @@
-"""doctor: it finds what would break a promise, on real servers that are set up to."""
+"""doctor: reports what breaks the guarantees, on real servers that are configured that way."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from squidstep_redis.embedded import EmbeddedServer
 
 SOUND = {"appendonly": "yes", "appendfsync": "always", "maxmemory": "100mb"}
 RIGHTS = "+@read +@write +@scripting +@transaction -@dangerous +time"
-SETTINGS = "+config|get +info +cluster|info +cluster|nodes"  # beyond what a store needs
+SETTINGS = "+config|get +info +cluster|info +cluster|nodes"  # the doctor needs these, a store does not
 
 
-def found(store: StepRunStore, **asked: Any) -> dict[str, Finding]:
-    return {finding.check: finding for finding in store.doctor(**asked).findings}
+def found(store: StepRunStore, **options: Any) -> dict[str, Finding]:
+    return {finding.check: finding for finding in store.doctor(**options).findings}
 
 
 def wrong(findings: dict[str, Finding]) -> dict[str, Level]:
     return {check: finding.level for check, finding in findings.items() if finding.level}
 
 
-# On a port: redis-py 5.0.2 forgets the socket_timeout of a unix socket, as its doctor rightly says.
+# On a port, because redis-py 5.0.2 ignores the socket_timeout of a unix socket, which the doctor would report.
 def examined(binary: Path, options: dict[str, str], **client_options: Any) -> dict[str, Finding]:
     with EmbeddedServer(binary=binary, options=options, port=0) as server:
         store = StepRunStore.from_url(server.url, **client_options)
@@ -42,32 +42,32 @@ def examined(binary: Path, options: dict[str, str], **client_options: Any) -> di
             return found(store)
 
 
-def test_on_every_server_a_scratch_run_goes_through_every_transition(bench: Bench) -> None:
+def test_scratch_run_passes_every_transition_on_every_server(bench: Bench) -> None:
     diagnosis = bench.store().doctor()
     assert "self-test" in {finding.check for finding in diagnosis.findings if finding.level is Level.OK}
     assert all(finding.message for finding in diagnosis.findings)
 
 
-def test_nothing_is_left_of_the_scratch_run(bench: Bench) -> None:
+def test_scratch_run_leaves_no_keys(bench: Bench) -> None:
     bench.store().doctor()
     wait_until(lambda: not bench.backend.keys(bench.prefix))
 
 
 @pytest.mark.servers("cluster")
 class TestOnACluster:
-    def test_every_node_is_examined_and_tried(self, bench: Bench) -> None:
+    def test_every_node_is_examined_and_self_tested(self, bench: Bench) -> None:
         findings = bench.store().doctor().findings
         for check in ("connection", "self-test", "cluster"):
             nodes = {finding.server: finding.level for finding in findings if finding.check == check}
             assert list(nodes.values()) == [Level.OK] * 3, check
 
-    def test_a_client_that_knows_one_node_alone(self, bench: Bench) -> None:
+    def test_plain_client_of_a_cluster_node_is_a_failure(self, bench: Bench) -> None:
         node = bench.backend.raw.get_primaries()[0]
         with StepRunStore.from_url(f"redis://{node.host}:{node.port}") as store:
             finding = found(store)["cluster"]
         assert (finding.level, "RedisCluster" in finding.message) == (Level.FAILURE, True)
 
-    def test_a_node_without_the_rights_that_the_others_have(self, bench: Bench) -> None:
+    def test_missing_permission_on_one_node_is_reported_for_that_node(self, bench: Bench) -> None:
         cluster = bench.backend.raw
         first, *others = cluster.get_primaries()
         try:
@@ -83,7 +83,7 @@ class TestOnACluster:
         assert tested == {first.name: Level.FAILURE, **{node.name: Level.OK for node in others}}
 
 
-def test_a_cluster_of_which_a_node_is_gone() -> None:
+def test_unreachable_cluster_node_is_reported() -> None:
     with EmbeddedCluster(options={"cluster-node-timeout": "500"}) as cluster:
         client: Any = redis.RedisCluster.from_url(cluster.url, protocol=2)
         with client, redis.Redis.from_url(cluster.url, decode_responses=True) as first:
@@ -93,12 +93,12 @@ def test_a_cluster_of_which_a_node_is_gone() -> None:
             findings = StepRunStore(client, timeout=1).doctor().findings
     levels = [finding.level for finding in findings if finding.check == "cluster"]
     assert levels == [Level.FAILURE] * 2
-    unreached = [finding.server for finding in findings if finding.check == "connection" and finding.level]
-    assert unreached == [gone]
+    unreachable = [finding.server for finding in findings if finding.check == "connection" and finding.level]
+    assert unreachable == [gone]
 
 
 @pytest.mark.servers("fakeredis")
-def test_what_a_server_does_not_tell_is_unknown(bench: Bench) -> None:
+def test_missing_server_information_is_unknown(bench: Bench) -> None:
     diagnosis = bench.store(client_options={"protocol": 2, "socket_timeout": 3}, timeout=60).doctor()
     assert (diagnosis.findings[-1].level, diagnosis.level) == (Level.UNKNOWN, Level.UNKNOWN)
 
@@ -112,37 +112,37 @@ def test_what_a_server_does_not_tell_is_unknown(bench: Bench) -> None:
         ([Level.WARNING, Level.FAILURE, Level.UNKNOWN], Level.FAILURE),
     ],
 )
-def test_the_worst_counts_and_what_is_unknown_is_not_the_worst(levels: list[Level], worst: Level) -> None:
+def test_level_of_a_diagnosis_is_the_highest_severity(levels: list[Level], worst: Level) -> None:
     assert Diagnosis([Finding("check", level, "") for level in levels]).level is worst
 
 
 class TestOnARealServer:
-    def test_all_is_well(self, binary: Path) -> None:
+    def test_a_sound_server_passes_every_check(self, binary: Path) -> None:
         findings = examined(binary, SOUND)
         assert wrong(findings) == {}
         assert set(findings) == {
-            *("client time-out", "client deadline", "connection", "self-test", "version", "role"),
+            *("client timeout", "client deadline", "connection", "self-test", "version", "role"),
             *("eviction", "memory", "persistence", "disk", "clock"),
         }
 
     @pytest.mark.parametrize(
-        ("options", "check", "level", "said"),
+        ("options", "check", "level", "message"),
         [
             ({"maxmemory-policy": "allkeys-lru"}, "eviction", Level.FAILURE, "noeviction"),
             ({"maxmemory": "0"}, "memory", Level.WARNING, "maxmemory is not set"),
-            ({"appendonly": "no"}, "persistence", Level.WARNING, "forgets everything"),
+            ({"appendonly": "no"}, "persistence", Level.WARNING, "loses everything"),
             ({"appendfsync": "everysec"}, "persistence", Level.WARNING, "a second or two"),
             ({"appendfsync": "no"}, "persistence", Level.WARNING, "half a minute"),
         ],
     )
-    def test_a_setting_that_breaks_a_promise(
-        self, binary: Path, options: dict[str, str], check: str, level: Level, said: str
+    def test_unsafe_setting_is_reported(
+        self, binary: Path, options: dict[str, str], check: str, level: Level, message: str
     ) -> None:
         findings = examined(binary, {**SOUND, **options})
         assert wrong(findings) == {check: level}
-        assert said in findings[check].message
+        assert message in findings[check].message
 
-    def test_a_server_that_is_nearly_full_and_has_evicted(self, binary: Path) -> None:
+    def test_nearly_full_server_and_evicted_keys_are_warnings(self, binary: Path) -> None:
         options = {**SOUND, "maxmemory-policy": "allkeys-lru"}
         with (
             EmbeddedServer(binary=binary, options=options, port=0) as server,
@@ -159,7 +159,7 @@ class TestOnARealServer:
         ("refuse", "level", "self_test"),
         [("yes", Level.FAILURE, Level.FAILURE), ("no", Level.WARNING, Level.OK)],
     )
-    def test_a_snapshot_that_failed(
+    def test_failed_snapshot_is_reported(
         self, binary: Path, tmp_path: Path, refuse: str, level: Level, self_test: Level
     ) -> None:
         options = {**SOUND, "appendonly": "no", "stop-writes-on-bgsave-error": refuse}
@@ -176,7 +176,7 @@ class TestOnARealServer:
         assert (findings["disk"].level, findings["self-test"].level) == (level, self_test)
         assert "since the last snapshot" in findings["persistence"].message
 
-    def test_a_replica(self, binary: Path) -> None:
+    def test_replicas_and_their_settings_are_checked(self, binary: Path) -> None:
         with (
             EmbeddedServer(binary=binary, options=SOUND, port=0) as master,
             EmbeddedServer(binary=binary, options=SOUND, port=0) as replica,
@@ -202,18 +202,18 @@ class TestOnARealServer:
         assert wrong(too_few) == {"replication": Level.FAILURE, "self-test": Level.FAILURE}
         assert "NotReplicatedError" in too_few["self-test"].message
         if held["version"].message.startswith("Redis 6"):
-            assert wrong(held) == wrong(refused) == {"replication": Level.WARNING}  # and the self-test is not refused
-            assert "holds no script" in held["replication"].message
+            assert wrong(held) == wrong(refused) == {"replication": Level.WARNING}  # and the self-test passes
+            assert "does not apply it to scripts" in held["replication"].message
         else:
             assert wrong(held) == {}
             assert wrong(refused) == {"replication": Level.FAILURE, "self-test": Level.FAILURE}
             assert "NOREPLICAS" in refused["replication"].message
 
-    def test_waiting_for_an_aof_that_is_off(self, binary: Path) -> None:
+    def test_wait_aof_without_an_aof_is_a_failure(self, binary: Path) -> None:
         findings = examined(binary, {**SOUND, "appendonly": "no"}, wait_aof=True, wait_timeout=0.1, timeout=1)
         assert (findings["persistence"].level, findings["self-test"].level) == (Level.FAILURE, Level.FAILURE)
 
-    def test_waiting_for_the_aof(self, binary: Path) -> None:
+    def test_wait_aof_with_everysec_needs_waitaof(self, binary: Path) -> None:
         findings = examined(binary, {**SOUND, "appendfsync": "everysec"}, wait_aof=True, wait_timeout=2.5)
         knows_waitaof = findings["version"].message.startswith("Valkey")
         assert findings["persistence"].level is Level.OK
@@ -223,13 +223,13 @@ class TestOnARealServer:
         ("fsync", "wait_timeout", "level"),
         [("everysec", 1.9, Level.WARNING), ("everysec", 2, Level.OK), ("always", 1, Level.OK)],
     )
-    def test_waiting_for_the_aof_for_too_short_a_while(
+    def test_wait_timeout_below_two_seconds_with_everysec_is_a_warning(
         self, binary: Path, fsync: str, wait_timeout: float, level: Level
     ) -> None:
         findings = examined(binary, {**SOUND, "appendfsync": fsync}, wait_aof=True, wait_timeout=wait_timeout)
         assert findings["persistence"].level is level
 
-    def test_nothing_is_left_where_the_scratch_run_failed(self, binary: Path) -> None:
+    def test_failed_scratch_run_leaves_no_keys(self, binary: Path) -> None:
         waiting = {"timeout": 1, "wait_replicas": 1, "wait_timeout": 0.01}
         with (
             EmbeddedServer(binary=binary, options=SOUND, port=0) as server,
@@ -248,7 +248,9 @@ class TestOnARealServer:
             (f"~squidstep:* {RIGHTS}", {"server": Level.UNKNOWN}),
         ],
     )
-    def test_a_user_with_these_rights(self, binary: Path, rights: str, expected: dict[str, Level]) -> None:
+    def test_missing_permissions_are_reported_with_advice(
+        self, binary: Path, rights: str, expected: dict[str, Level]
+    ) -> None:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
             with redis.Redis.from_url(server.url) as client:
                 client.execute_command(f"ACL SETUSER limited on >secret {rights}")
@@ -259,16 +261,16 @@ class TestOnARealServer:
             advice = f"grant the user ~<prefix>:* {RIGHTS}"
             assert findings["self-test"].message.count(advice) == 1
 
-    def test_a_store_whose_lease_is_too_short(self, binary: Path) -> None:
+    def test_too_short_lease_is_a_warning(self, binary: Path) -> None:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server, StepRunStore.from_url(server.url) as store:
             assert wrong(found(store, lease=60, job_timeout=60)) == {}
-            for asked, said in (
+            for options, message in (
                 ({"lease": 60, "job_timeout": 61}, "a second worker begins"),
                 ({"lease": 10}, "timeout of 10 s"),
             ):
-                findings = found(store, **asked)
+                findings = found(store, **options)
                 assert wrong(findings) == {"lease": Level.WARNING}
-                assert said in findings["lease"].message
+                assert message in findings["lease"].message
             with pytest.raises(InvalidArgumentError, match="job_timeout"):
                 store.doctor(lease=60, job_timeout=0)
 
@@ -277,28 +279,30 @@ class TestClients:
     @pytest.mark.parametrize(
         ("options", "check"),
         [
-            ({"socket_timeout": None}, "client time-out"),
-            ({"socket_timeout": 415, "timeout": 2_000}, "client time-out"),
+            ({"socket_timeout": None}, "client timeout"),
+            ({"socket_timeout": 415, "timeout": 2_000}, "client timeout"),
             ({"decode_responses": True}, "client decoding"),
             ({"retry": Retry(NoBackoff(), 10)}, "client deadline"),
             ({"socket_timeout": 4, "socket_connect_timeout": 2}, "client deadline"),
         ],
     )
-    def test_one_that_limits_a_promise(self, binary: Path, options: dict[str, Any], check: str) -> None:
+    def test_client_option_that_limits_a_guarantee_is_a_warning(
+        self, binary: Path, options: dict[str, Any], check: str
+    ) -> None:
         assert wrong(examined(binary, SOUND, **options)) == {check: Level.WARNING}
 
     @pytest.mark.parametrize("pool", [redis.ConnectionPool, redis.BlockingConnectionPool])
     @pytest.mark.parametrize("options", [{}, {"protocol": 2}, {"protocol": 3}])
-    def test_what_is_said_of_its_protocol_is_so(
+    def test_protocol_warning_matches_the_behavior_of_redis_py(
         self, binary: Path, pool: type[redis.ConnectionPool], options: dict[str, Any]
     ) -> None:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
             client: Any = redis.Redis(connection_pool=pool.from_url(server.url, **options))
             with client:
                 warned = "client protocol" in found(StepRunStore(client))
-                assert mixes_replies(client) is warned
+                assert reuses_dirty_connections(client) is warned
 
-    def test_asyncio_is_not_warned_of_what_a_cancellation_does_not_do(self, binary: Path) -> None:
+    def test_asyncio_client_gets_no_protocol_warning(self, binary: Path) -> None:
         async def main(url: str) -> dict[str, Finding]:
             async with redis.asyncio.Redis.from_url(url, protocol=3) as client:
                 diagnosis = await AsyncStepRunStore(client).doctor()
@@ -307,51 +311,55 @@ class TestClients:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
             assert "client protocol" not in asyncio.run(main(server.url))
 
-    def test_redis_pys_defaults_are_taken_as_they_are(self, binary: Path) -> None:
+    def test_default_timeouts_of_redis_py_are_recognized(self, binary: Path) -> None:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server, redis.Redis.from_url(server.url) as client:
             pool: Any = client.connection_pool
             made = pool.connection_class(**pool.connection_kwargs)
             timeout, connect = made.socket_timeout, made.socket_connect_timeout
             store = StepRunStore(client)
-            level = found(store)["client time-out"].level
+            level = found(store)["client timeout"].level
         assert (level is Level.WARNING) == (timeout is None)
-        assert retry_policy(store).last_send == min((timeout or 0) + (connect or 0), 5)  # it counts them, too
+        assert retry_policy(store).last_send == min(
+            (timeout or 0) + (connect or 0), 5
+        )  # the retry policy uses the same values
 
 
-def mixes_replies(client: Any) -> bool:
-    """Whether a reply that an interrupted command left on its connection answers the next command."""
+def reuses_dirty_connections(client: Any) -> bool:
+    """Returns whether the next command gets the reply that an interrupted command left on its connection."""
     pool = client.connection_pool
     version = tuple(int(part) for part in redis.__version__.split(".")[:2])
     connection = pool.get_connection() if version >= (5, 3) else pool.get_connection("_")
     pool.release(connection)
     send = connection.send_command
 
-    def send_and_be_interrupted(*args: Any, **options: Any) -> None:
+    def send_then_interrupt(*args: Any, **options: Any) -> None:
         send(*args, **options)
         wait_until(connection.can_read)
         raise KeyboardInterrupt
 
-    connection.send_command = send_and_be_interrupted
+    connection.send_command = send_then_interrupt
     with pytest.raises(KeyboardInterrupt):
         client.echo("first")
     connection.send_command = send
     return client.echo("second") != b"second"
 
 
-class TestNoServer:
+class TestUnreachableServer:
     def refused(self, server: EmbeddedServer) -> str:
         url = server.url
         server.stop()
         return url
 
     def wrong_password(self, server: EmbeddedServer) -> str:
-        return f"redis://nobody:wrong@{server.host}:{server.port}/0"
+        return f"redis://unknown:wrong@{server.host}:{server.port}/0"
 
     @pytest.mark.parametrize(
         ("make", "advice"),
-        [(refused, "Is the server running"), (wrong_password, "Give a user and a password")],
+        [(refused, "Is the server running"), (wrong_password, "Check the user name and the password")],
     )
-    def test_is_one_finding(self, make: Callable[[TestNoServer, EmbeddedServer], str], advice: str) -> None:
+    def test_unreachable_server_yields_one_finding(
+        self, make: Callable[[TestUnreachableServer, EmbeddedServer], str], advice: str
+    ) -> None:
         with (
             EmbeddedServer(binary=find_binary("valkey"), port=0) as server,
             StepRunStore.from_url(make(self, server)) as store,
@@ -360,7 +368,7 @@ class TestNoServer:
         assert wrong(findings) == {"connection": Level.FAILURE}
         assert advice in findings["connection"].message
 
-    def test_one_that_hangs_is_asked_once(self) -> None:
+    def test_hanging_server_yields_one_finding(self) -> None:
         with (
             EmbeddedServer(binary=find_binary("valkey"), port=0) as server,
             StepRunStore.from_url(server.url, socket_timeout=0.2) as store,
@@ -389,7 +397,7 @@ CLIENT = Client(
 
 
 @pytest.mark.parametrize(
-    ("check", "told", "level"),
+    ("check", "facts", "level"),
     [
         ("version", {"info": {"redis_version": "6.0.16"}}, Level.FAILURE),
         ("version", {"info": {"redis_version": "6.2.0"}}, Level.OK),
@@ -410,8 +418,8 @@ CLIENT = Client(
         ("clock", {"info": {}, "skew": 1.5}, Level.WARNING),
     ],
 )
-def test_what_no_server_at_hand_tells(check: str, told: dict[str, Any], level: Level) -> None:
-    server = Server(**{"settings": {}, "cluster": {}, "skew": 0.0, "client": CLIENT, **told})
-    judged = CHECKS_OF_SERVERS[check](server)
-    assert judged is not None
-    assert judged[0] is level
+def test_check_judges_recorded_server_information(check: str, facts: dict[str, Any], level: Level) -> None:
+    server = Server(**{"settings": {}, "cluster": {}, "skew": 0.0, "client": CLIENT, **facts})
+    result = CHECKS_OF_SERVERS[check](server)
+    assert result is not None
+    assert result[0] is level

@@ -1,4 +1,4 @@
-"""The embedded server, on real processes: it serves, and it leaves nothing behind."""
+"""The embedded server: it serves clients, survives faults, and leaves no process or file behind."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from support.servers import EmbeddedCluster, wait_until
 from squidstep_redis.embedded import EmbeddedServer, ServerStartError
 
 REPOSITORY = Path(__file__).parents[1]
-Redis: Any = redis.Redis  # its own annotations are not complete
+Redis: Any = redis.Redis  # its type annotations are incomplete
 
 
 def client_of(server: EmbeddedServer, **options: Any) -> Any:
@@ -35,7 +35,7 @@ def supervisor_of(server: EmbeddedServer) -> int:
 
 
 def process_field(pid: int, field: str) -> str:
-    """The state or the parent of a process; empty if there is none."""
+    """Returns the state or the parent of a process; an empty string if there is no such process."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -45,7 +45,7 @@ def process_field(pid: int, field: str) -> str:
 
 @contextmanager
 def owner_process(ending: str) -> Generator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """Run a Python process that starts a server, tells about it, and goes on with `ending`."""
+    """Runs a Python process that starts a server, prints its facts, and then executes `ending`."""
     script = """
         import json, multiprocessing, os, signal, sys
         from squidstep_redis.embedded import EmbeddedServer
@@ -76,16 +76,16 @@ def owner_process(ending: str) -> Generator[tuple[subprocess.Popen[str], dict[st
             process.kill()
 
 
-def assert_nothing_left(facts: dict[str, Any]) -> None:
-    def nothing_left() -> bool:
+def assert_cleaned_up(facts: dict[str, Any]) -> None:
+    def is_cleaned_up() -> bool:
         running = [pid for pid in facts["pids"] if is_running(pid)]
         return not running and not Path(facts["directory"]).exists()
 
-    wait_until(nothing_left)
+    wait_until(is_cleaned_up)
 
 
 class TestServing:
-    def test_unix_socket_alone(self, binary: Path) -> None:
+    def test_by_default_only_the_unix_socket_is_open(self, binary: Path) -> None:
         with EmbeddedServer(binary=binary) as server:
             client = client_of(server)
             assert client.ping()
@@ -94,13 +94,13 @@ class TestServing:
             with pytest.raises(RuntimeError, match="no port"):
                 _ = server.port
 
-    def test_loopback_port(self, binary: Path) -> None:
+    def test_port_is_open_on_loopback_only(self, binary: Path) -> None:
         with EmbeddedServer(binary=binary, port=0) as server:
             assert Redis(host=server.host, port=server.port).ping()
             assert client_of(server).config_get("bind") == {"bind": "127.0.0.1"}
             assert Redis(unix_socket_path=server.socket_path).ping()
 
-    def test_options(self, binary: Path) -> None:
+    def test_options_configure_the_server(self, binary: Path) -> None:
         options = {"maxmemory-policy": "allkeys-lru", "save": "", "requirepass": "two words"}
         with EmbeddedServer(binary=binary, options=options) as server:
             client = client_of(server, password="two words")
@@ -121,20 +121,22 @@ class TestServing:
             assert server.pid != pid
             assert client_of(server).ping()
 
-    def test_long_temporary_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_long_temporary_directory_does_not_break_the_socket(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 25)))
         with EmbeddedServer(directory=tmp_path / "data") as server:
             assert client_of(server).ping()
             assert server.log.parent == tmp_path / "data"
 
-    def test_a_taken_port_is_refused(self) -> None:
+    def test_start_fails_if_the_given_port_is_in_use(self) -> None:
         with EmbeddedServer(port=0) as server:
             other = EmbeddedServer(port=server.port)
             with pytest.raises(ServerStartError, match="already in use"):
                 other.start()
             assert client_of(server).ping()
 
-    def test_a_taken_port_is_not_picked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_port_in_use_is_not_picked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with EmbeddedServer(port=0) as server:
             ports = range(server.port, server.port + 5)
 
@@ -162,14 +164,14 @@ class TestFaults:
             assert (server.url, server.pid != pid) == (url, True)
             assert client.get("key") == b"value"
 
-    def test_a_given_directory_outlives_the_server(self, binary: Path, tmp_path: Path) -> None:
+    def test_given_directory_is_kept_and_loaded_again(self, binary: Path, tmp_path: Path) -> None:
         options = {"appendonly": "yes", "appendfsync": "no"}
         for expected in (None, b"value"):
             with EmbeddedServer(binary=binary, options=options, directory=tmp_path) as server:
                 assert client_of(server).get("key") == expected
                 client_of(server).set("key", "value")
 
-    def test_pause_and_resume(self) -> None:
+    def test_paused_server_does_not_reply_until_resumed(self) -> None:
         with EmbeddedServer() as server:
             client = client_of(server, socket_timeout=0.1)
             server.pause()
@@ -179,29 +181,29 @@ class TestFaults:
             server.resume()
             assert client_of(server).ping()
 
-    @pytest.mark.parametrize("kept", [False, True])
-    def test_stop_of_a_paused_server(self, kept: bool, tmp_path: Path) -> None:
-        with EmbeddedServer(directory=tmp_path if kept else None) as server:
+    @pytest.mark.parametrize("keep_files", [False, True])
+    def test_paused_server_can_be_stopped(self, keep_files: bool, tmp_path: Path) -> None:
+        with EmbeddedServer(directory=tmp_path if keep_files else None) as server:
             pid = server.pid
             server.pause()
         assert not is_running(pid)
 
-    def test_start_after_a_shutdown(self) -> None:
+    def test_server_starts_again_after_a_shutdown(self) -> None:
         with EmbeddedServer() as server:
             pid = server.pid
             client_of(server).shutdown(nosave=True)
-            server.kill()  # which waits, even if there is nothing to kill
+            server.kill()  # waits for the process, even if it has already ended
             server.start()
             assert server.pid != pid
             assert client_of(server).ping()
 
-    def test_missing_binary(self, tmp_path: Path) -> None:
+    def test_missing_binary_is_reported(self, tmp_path: Path) -> None:
         server = EmbeddedServer(binary=tmp_path / "no-server")
         with pytest.raises(ServerStartError, match=r"no-server: .*No such file"):
             server.start()
         assert not server.directory.exists()
 
-    def test_refused_option(self, binary: Path) -> None:
+    def test_invalid_option_is_reported_with_the_log(self, binary: Path) -> None:
         server = EmbeddedServer(binary=binary, options={"maxmemory-policy": "nonsense"})
         with pytest.raises(ServerStartError, match=r"exited with status 1[\s\S]*nonsense"):
             server.start()
@@ -209,7 +211,7 @@ class TestFaults:
         with pytest.raises(RuntimeError, match="not started"):
             server.kill()
 
-    def test_missing_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def find_nothing(_name: str) -> None: ...
 
         monkeypatch.setattr(importlib.util, "find_spec", find_nothing)
@@ -217,9 +219,9 @@ class TestFaults:
             EmbeddedServer()
 
 
-class TestNothingIsLeft:
+class TestCleanup:
     @pytest.mark.parametrize("port", [None, 0])
-    def test_after_stop(self, port: int | None) -> None:
+    def test_stop_removes_processes_and_files(self, port: int | None) -> None:
         with EmbeddedServer(port=port) as server:
             pids = [server.pid, supervisor_of(server)]
             assert all(is_running(pid) for pid in pids)
@@ -231,18 +233,18 @@ class TestNothingIsLeft:
         "ending",
         ["", "sys.exit(3)", "raise ValueError", "os._exit(0)", "os.abort()"],
     )
-    def test_after_the_owner_ends(self, ending: str) -> None:
+    def test_owner_ending_removes_everything(self, ending: str) -> None:
         with owner_process(ending) as (_, facts):
-            assert_nothing_left(facts)
+            assert_cleaned_up(facts)
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_after_a_signal(self, number: signal.Signals) -> None:
+    def test_signal_to_the_owner_removes_everything(self, number: signal.Signals) -> None:
         with owner_process("signal.pause()") as (owner, facts):
             assert all(is_running(pid) for pid in facts["pids"])
-            os.killpg(owner.pid, number)  # to the whole group, as Ctrl-C is
-            assert_nothing_left(facts)
+            os.killpg(owner.pid, number)  # to the whole process group, as Ctrl-C does
+            assert_cleaned_up(facts)
 
-    def test_a_fork_that_lives_on_does_not_keep_it(self) -> None:
+    def test_surviving_fork_does_not_keep_the_server_running(self) -> None:
         ending = """
             child = os.fork()
             if child:
@@ -254,12 +256,12 @@ class TestNothingIsLeft:
             child = int(owner.stdout.readline())
             try:
                 owner.kill()
-                assert_nothing_left(facts)
+                assert_cleaned_up(facts)
                 assert is_running(child)
             finally:
                 os.kill(child, signal.SIGKILL)
 
-    def test_ctrl_c_is_for_the_owner_alone(self) -> None:
+    def test_server_is_not_in_the_process_group_of_ctrl_c(self) -> None:
         with EmbeddedServer() as server:
             groups = {os.getpgid(pid) for pid in (server.pid, supervisor_of(server))}
             assert os.getpgid(0) not in groups
@@ -273,8 +275,8 @@ class TestNothingIsLeft:
             "multiprocessing.get_context('fork').Process(target=int).start()",
         ],
     )
-    def test_a_forked_child_ends_alone(self, fork: str) -> None:
-        # The child has ended when `wait` returns; the owner then ends when its input does.
+    def test_ending_of_a_forked_child_keeps_the_server_running(self, fork: str) -> None:
+        # The child has ended when `wait` returns. The owner ends when its input is closed.
         ending = f"{fork}\nos.wait()\nprint('waited', flush=True)\nsys.stdin.read()"
         with owner_process(ending) as (owner, facts):
             assert owner.stdout is not None
@@ -282,7 +284,7 @@ class TestNothingIsLeft:
             assert all(is_running(pid) for pid in facts["pids"])
             assert Path(facts["directory"]).exists()
 
-    def test_a_forked_child_has_no_say(self) -> None:
+    def test_forked_child_cannot_control_the_server(self) -> None:
         ending = """
             child = os.fork()
             if not child:
@@ -299,26 +301,26 @@ class TestNothingIsLeft:
             assert all(is_running(pid) for pid in facts["pids"])
 
     @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-    def test_a_killed_supervisor_takes_the_server_along(self) -> None:
+    def test_killing_the_supervisor_kills_the_server(self) -> None:
         with EmbeddedServer() as server:
             pid = server.pid
             os.kill(supervisor_of(server), signal.SIGKILL)
             wait_until(lambda: not is_running(pid))
-            with pytest.raises(ServerStartError, match="supervisor is gone"):
+            with pytest.raises(ServerStartError, match="supervisor was killed"):
                 server.pause()
             server.start()
             assert client_of(server).ping()
         assert not server.directory.exists()
 
-    def test_a_terminated_supervisor_tidies_up(self) -> None:
+    def test_terminated_supervisor_removes_everything(self) -> None:
         with EmbeddedServer() as server:
             pids = [server.pid, supervisor_of(server)]
             os.kill(pids[1], signal.SIGTERM)
-            assert_nothing_left({"pids": pids, "directory": str(server.directory)})
+            assert_cleaned_up({"pids": pids, "directory": str(server.directory)})
 
 
 class TestCluster:
-    def test_serves_every_slot(self, binary: Path) -> None:
+    def test_cluster_serves_every_slot(self, binary: Path) -> None:
         with EmbeddedCluster(binary=binary) as cluster:
             client: Any = redis.RedisCluster(host=cluster.nodes[0].host, port=cluster.nodes[0].port)
             with client:
@@ -329,7 +331,7 @@ class TestCluster:
             pids = [node.pid for node in cluster.nodes]
         assert not any(is_running(pid) for pid in pids)
 
-    def test_a_node_comes_back(self) -> None:
+    def test_killed_node_rejoins_the_cluster(self) -> None:
         with EmbeddedCluster() as cluster:
             cluster.nodes[1].kill()
             cluster.nodes[1].start()

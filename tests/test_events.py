@@ -1,9 +1,11 @@
-"""What a store tells of its decisions: to listeners, the log, Prometheus, and to OpenTelemetry through redis-py."""
+"""The events of a store: for listeners, the log and Prometheus; and the spans of OpenTelemetry."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from support.backends import Backend, Bench
+from support.internals import event_listeners
 from support.records import begun
 
 from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
@@ -22,17 +25,18 @@ from squidstep_redis.metrics import observe
 
 
 @pytest.fixture
-def told(store: StepRunStore) -> list[Event]:
-    events: list[Event] = []
-    store.on_event(events.append)
-    return events
+def events(store: StepRunStore) -> list[Event]:
+    """All events that the store has emitted."""
+    emitted: list[Event] = []
+    store.on_event(emitted.append)
+    return emitted
 
 
 def kinds(events: list[Event]) -> list[tuple[str, str | None, str | None]]:
     return [(event.kind, event.step, event.reason) for event in events]
 
 
-def test_each_decision_is_told_once(store: StepRunStore, told: list[Event]) -> None:
+def test_each_decision_emits_one_event(store: StepRunStore, events: list[Event]) -> None:
     claim = begun(store.begin_step("run", "pay", {"card": "secret"}, lease=60, owner="worker-1"))
     store.begin_step("run", "pay", {})
     store.extend_claim(claim, 60)
@@ -43,7 +47,7 @@ def test_each_decision_is_told_once(store: StepRunStore, told: list[Event]) -> N
     claim = begun(store.begin_step("run", "mail", {}))
     store.complete_step(claim, {})
     store.begin_step("run", "mail", {})
-    assert kinds(told) == [
+    assert kinds(events) == [
         ("execute", "pay", None),
         ("skip", "pay", "busy"),
         ("extend", "pay", None),
@@ -55,52 +59,52 @@ def test_each_decision_is_told_once(store: StepRunStore, told: list[Event]) -> N
         ("complete", "mail", None),
         ("skip", "mail", "completed"),
     ]
-    first = told[0]
+    first = events[0]
     assert (first.run_id, first.operation, first.attempt, first.owner) == ("run", "begin_step", 1, "worker-1")
     assert 0 < first.seconds < 10
     assert pickle.loads(pickle.dumps(first)) == first
 
 
-def test_a_takeover_and_the_zombie_that_it_refuses(store: StepRunStore, told: list[Event]) -> None:
+def test_takeover_and_refused_zombie_emit_events(store: StepRunStore, events: list[Event]) -> None:
     zombie = begun(store.begin_step("run", "pay", {}, lease=60, owner="old"))
     store.expire_claim(zombie)
     result = store.begin_step("run", "pay", {}, lease=60, owner="new")
     assert result.takeover
     with pytest.raises(StaleStepRunError):
         store.complete_step(zombie, {})
-    taken, refused = told[-2:]
+    taken, refused = events[-2:]
     assert (taken.kind, taken.takeover, taken.attempt, taken.owner) == ("execute", True, 2, "new")
     assert (refused.kind, refused.reason, refused.owner) == ("refuse", "StaleStepRunError", "new")
     assert "run 'run', step 'pay': execute, attempt 2, a takeover by new (begin_step, " in str(taken)
 
 
-@pytest.mark.parametrize("how", ["failed", "released", "scheduled"])
-def test_another_attempt_is_no_takeover(store: StepRunStore, how: str) -> None:
-    if how == "scheduled":
+@pytest.mark.parametrize("state", ["failed", "released", "scheduled"])
+def test_reclaiming_a_free_step_is_not_a_takeover(store: StepRunStore, state: str) -> None:
+    if state == "scheduled":
         store.schedule_step("run", "pay", {})
     else:
         claim = begun(store.begin_step("run", "pay", {}))
-        _ = store.fail_step(claim, {}) if how == "failed" else store.release_step(claim)
+        _ = store.fail_step(claim, {}) if state == "failed" else store.release_step(claim)
     result = store.begin_step("run", "pay", {})
     assert (result.decision, result.takeover) == ("execute", False)
     assert pickle.loads(pickle.dumps(result)).takeover is False
 
 
-def test_a_takeover_by_advance_step(store: StepRunStore, told: list[Event]) -> None:
+def test_takeover_by_advance_step_is_marked(store: StepRunStore, events: list[Event]) -> None:
     store.expire_claim(begun(store.begin_step("run", "b", {}, lease=60)))
     claim = begun(store.begin_step("run", "a", {}))
     assert store.advance_step(claim, {}, "b", {}).takeover
-    assert [(event.kind, event.step, event.takeover) for event in told[-2:]] == [
+    assert [(event.kind, event.step, event.takeover) for event in events[-2:]] == [
         ("complete", "a", False),
         ("execute", "b", True),
     ]
 
 
-def test_a_batch_tells_of_each_call(store: StepRunStore, told: list[Event]) -> None:
+def test_batch_emits_an_event_for_each_call(store: StepRunStore, events: list[Event]) -> None:
     calls = store.calls
     missing = begun(store.begin_step("gone", "pay", {}))
     store.delete_run("gone")
-    told.clear()
+    events.clear()
     store.batch(
         [
             calls.begin_step("run", "a", {}),
@@ -109,30 +113,30 @@ def test_a_batch_tells_of_each_call(store: StepRunStore, told: list[Event]) -> N
             calls.schedule_steps("run", {"b": {}, "c": {}}),
         ]
     )
-    assert kinds(told) == [("execute", "a", None), ("refuse", "pay", "RunDeletedError"), ("schedule", None, None)]
-    assert all(event.batched for event in told)
+    assert kinds(events) == [("execute", "a", None), ("refuse", "pay", "RunDeletedError"), ("schedule", None, None)]
+    assert all(event.batched for event in events)
 
 
-def test_what_was_never_sent_and_what_is_read_is_not_told(store: StepRunStore, told: list[Event]) -> None:
+def test_unsent_calls_and_reads_emit_no_events(store: StepRunStore, events: list[Event]) -> None:
     with pytest.raises(PayloadError):
         store.begin_step("run", "pay", {"price": object()})
     store.get_run("run")
     store.lapsed_claims()
     store.step_statuses("run")
-    assert told == []
+    assert events == []
 
 
-def test_a_run_that_was_deleted(store: StepRunStore, told: list[Event]) -> None:
+def test_call_on_a_deleted_run_emits_a_refusal(store: StepRunStore, events: list[Event]) -> None:
     claim = begun(store.begin_step("run", "pay", {}))
     store.delete_run("run")
-    told.clear()
+    events.clear()
     with pytest.raises(RunDeletedError):
         store.complete_step(claim, {})
-    assert kinds(told) == [("refuse", "pay", "RunDeletedError")]
+    assert kinds(events) == [("refuse", "pay", "RunDeletedError")]
 
 
-def test_a_listener_that_fails_changes_nothing(
-    store: StepRunStore, told: list[Event], caplog: pytest.LogCaptureFixture
+def test_failing_listener_is_logged_and_affects_nothing_else(
+    store: StepRunStore, events: list[Event], caplog: pytest.LogCaptureFixture
 ) -> None:
     @store.on_event
     def broken(event: Event) -> None:
@@ -141,26 +145,26 @@ def test_a_listener_that_fails_changes_nothing(
     later: list[Event] = []
     store.on_event(later.append)
     assert begun(store.begin_step("run", "pay", {})).attempt == 1
-    assert kinds(told) == kinds(later) == [("execute", "pay", None)]
+    assert kinds(events) == kinds(later) == [("execute", "pay", None)]
     assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
 
 
 @pytest.mark.servers("valkey")
 @pytest.mark.parametrize("batch", [False, True])
-def test_a_server_that_is_away(bench: Bench, batch: bool) -> None:
-    made = bench.store(timeout=0.05)
-    client: Any = made.client
+def test_unreachable_server_emits_an_error_event(bench: Bench, batch: bool) -> None:
+    store = bench.store(timeout=0.05)
+    client: Any = store.client
     client.connection_pool.connection_kwargs["path"] += ".gone"
     events: list[Event] = []
-    made.on_event(events.append)
-    call = made.calls.begin_step("run", "pay", {})
+    store.on_event(events.append)
+    call = store.calls.begin_step("run", "pay", {})
     with pytest.raises(ServerError):
-        _ = made.batch([call]) if batch else made.send(call)
+        _ = store.batch([call]) if batch else store.send(call)
     assert kinds(events) == [("error", "pay", "NotSentError")]
 
 
 class TestLog:
-    def test_a_line_for_each_decision_and_never_a_payload(
+    def test_each_decision_is_logged_without_its_payload(
         self, store: StepRunStore, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.DEBUG, "squidstep_redis")
@@ -176,14 +180,13 @@ class TestLog:
         ]
         assert "secret" not in caplog.text
 
-    def test_nothing_by_default(self, store: StepRunStore, capfd: pytest.CaptureFixture[str]) -> None:
-        made: Any = store
-        assert not made._transport.events.listeners
+    def test_nothing_is_logged_by_default(self, store: StepRunStore, capfd: pytest.CaptureFixture[str]) -> None:
+        assert event_listeners(store) == []
         store.fail_step(begun(store.begin_step("run", "pay", {})), {})
         assert capfd.readouterr() == ("", "")
 
 
-def test_live_and_lapsed_claims_are_counted(store: StepRunStore) -> None:
+def test_count_claims_returns_live_and_lapsed_claims(store: StepRunStore) -> None:
     assert store.count_claims() == (0, 0)
     claims = [begun(store.begin_step(f"run-{number}", "pay", {}, lease=60)) for number in range(5)]
     store.begin_step("run-0", "without a lease", {})
@@ -194,14 +197,14 @@ def test_live_and_lapsed_claims_are_counted(store: StepRunStore) -> None:
     assert (counts.live, counts.lapsed) == (2, 2)
 
 
-def plain(bench: Bench, store: Any) -> Any:
+def unwrapped(bench: Bench, store: Any) -> Any:
     return store if bench.runner is None else store.store
 
 
 class TestPrometheus:
-    def test_what_is_counted(self, bench: Bench, store: StepRunStore) -> None:
+    def test_every_metric_counts_its_decisions(self, bench: Bench, store: StepRunStore) -> None:
         registry = CollectorRegistry()
-        observe(plain(bench, store), registry)
+        observe(unwrapped(bench, store), registry)
         zombie = begun(store.begin_step("run", "pay", {}, lease=60))
         store.begin_step("run", "pay", {}, lease=60)
         store.expire_claim(zombie)
@@ -225,18 +228,24 @@ class TestPrometheus:
         if bench.runner is None:
             assert (value("live_claims"), value("lapsed_claims")) == (1, 0)
 
-    def test_two_stores_in_one_registry(self, bench: Bench) -> None:
+    def test_two_stores_can_share_a_registry(self, bench: Bench) -> None:
         registry = CollectorRegistry()
         for number in range(2):
             store = bench.store(prefix=f"{bench.prefix}-{number}")
-            observe(plain(bench, store), registry)
+            observe(unwrapped(bench, store), registry)
             store.begin_step("run", "pay", {})
         for number in range(2):
             labels = {"prefix": f"{bench.prefix}-{number}"}
             assert registry.get_sample_value("squidstep_executes_total", labels) == 1
 
+    def test_missing_prometheus_client_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "prometheus_client", None)
+        monkeypatch.delitem(sys.modules, "squidstep_redis.metrics")
+        with pytest.raises(ImportError, match=r"needs prometheus_client: pip install 'squidstep_redis\[prometheus\]'"):
+            importlib.import_module("squidstep_redis.metrics")
+
     @pytest.mark.servers("valkey")
-    def test_a_server_that_is_away_hides_no_other_metric(self, backend: Backend, tmp_path: Path) -> None:
+    def test_unreachable_server_hides_no_other_metric(self, backend: Backend, tmp_path: Path) -> None:
         registry, prefix = CollectorRegistry(), tmp_path.name
         with backend.connect() as client:
             store = StepRunStore(client, prefix=prefix, timeout=0.05)
@@ -260,9 +269,9 @@ def spans() -> Iterator[InMemorySpanExporter]:
 
 
 @pytest.mark.servers("valkey")
-def test_open_telemetrys_instrumentation_sees_every_call(bench: Bench, spans: InMemorySpanExporter) -> None:
+def test_open_telemetry_records_a_span_per_call(bench: Bench, spans: InMemorySpanExporter) -> None:
     store = bench.store()
-    store.begin_step("run", "first", {})  # the scripts are known
+    store.begin_step("run", "first", {})  # loads the scripts
     spans.clear()
     store.complete_step(begun(store.begin_step("run", "pay", {"card": "secret"})), {"receipt": "secret"})
     assert [span.name for span in spans.get_finished_spans()][-1] == "EVALSHA"

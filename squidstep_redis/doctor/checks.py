@@ -1,7 +1,7 @@
-"""What the doctor holds a client and a server against: each check is a small function of what is known of them.
+"""The doctor's checks: small functions of what is known about a client or a server; no I/O.
 
-It answers how bad it is, and what was found and what to do about it; or None, where there is nothing to say. The tables
-at the end name them.
+Each check returns a level and a message, which says what was found and what to do; or None if it does not apply. The
+tables at the end list the checks by name.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Final, NamedTuple
 
 OLDEST_SERVER: Final = (6, 2)
 OLDEST_WITH_WAITAOF: Final = (7, 2)
-FIRST_THAT_HOLDS_SCRIPTS: Final = (7, 0)  # to min-replicas-to-write
-NEARLY_FULL: Final = 0.9  # of maxmemory
-SKEW: Final = 1.0  # seconds between this machine's clock and the server's
+OLDEST_WITH_GUARDED_SCRIPTS: Final = (7, 0)  # older servers do not apply min-replicas-to-write to scripts
+NEARLY_FULL: Final = 0.9  # fraction of maxmemory
+MAX_SKEW: Final = 1.0  # seconds between this machine's clock and the server's
 LONG_TIMEOUT: Final = 60.0  # seconds
-EVERYSEC: Final = 2.0  # seconds: what appendfsync everysec leaves between two, at most
+EVERYSEC: Final = 2.0  # seconds: the longest time between two flushes with appendfsync everysec
 SLOTS: Final = 16_384
 
 
 class Level(IntEnum):
-    """How bad it is; the numbers are the exit codes that monitoring knows."""
+    """The severity of a finding. The numbers are the exit codes that monitoring systems use."""
 
     OK = 0
     WARNING = 1
-    """A promise has a limit here that you should know of."""
+    """A guarantee is limited."""
     FAILURE = 2
-    """A promise cannot be kept here."""
+    """A guarantee is broken."""
     UNKNOWN = 3
-    """The server does not say: a managed one that refuses CONFIG, as a rule."""
+    """The server does not show what the check needs. Usually it is a managed server that refuses CONFIG."""
 
 
 OK, WARNING, FAILURE, UNKNOWN = Level
@@ -38,21 +38,21 @@ Found = tuple[Level, str] | None
 
 
 class Client(NamedTuple):
-    """What is known of a redis-py client before it sends anything, and of the store that it serves.
+    """What is known about a redis-py client before it sends anything, and about its store.
 
     Attributes:
-        is_cluster: whether it knows a whole cluster.
-        socket_timeout: seconds it waits for a reply; None: for ever.
-        connect_timeout: seconds it waits for a connection; None: for ever.
-        sends: how often it sends a command that is not answered.
+        is_cluster: whether it is a client of a whole cluster.
+        socket_timeout: seconds it waits for a reply; None: without a limit.
+        connect_timeout: seconds it waits for a connection; None: without a limit.
+        sends: how many times it sends a command that gets no reply.
         decodes: whether it decodes replies.
-        reuses_dirty_connections: whether it hands a reply that was left on a connection to the next command.
-        timeout: seconds that the store allows a call.
-        wait_replicas: of how many replicas the store waits to hear.
+        reuses_dirty_connections: whether an unread reply on a connection can become the reply to the next command.
+        timeout: the store's timeout for a call, in seconds.
+        wait_replicas: the number of replicas the store waits for.
         wait_aof: whether the store waits for the AOF.
-        wait_timeout: seconds for which it waits for these two.
-        lease: seconds of the claims that nothing extends; None: not told.
-        job_timeout: seconds that the work may take; None: not told.
+        wait_timeout: seconds it waits for replicas and the AOF.
+        lease: seconds of a lease that no heartbeat extends; None: not given.
+        job_timeout: seconds the work may take; None: not given.
     """
 
     is_cluster: bool
@@ -70,14 +70,14 @@ class Client(NamedTuple):
 
 
 class Server(NamedTuple):
-    """What a server told.
+    """What a server reports about itself.
 
     Attributes:
-        info: what INFO answered.
-        settings: of the CONFIG that is asked for, what it does not refuse.
-        cluster: what CLUSTER INFO answered.
-        skew: seconds by which its clock and this machine's differ at least.
-        client: who asks.
+        info: the fields of INFO.
+        settings: the values of CONFIG GET that the server did not refuse.
+        cluster: the fields of CLUSTER INFO.
+        skew: the smallest possible difference between its clock and this machine's, in seconds.
+        client: the client that the doctor uses.
     """
 
     info: Mapping[str, str]
@@ -88,51 +88,57 @@ class Server(NamedTuple):
 
     @property
     def replicas(self) -> int:
-        """How many replicas are up to date enough to be waited for."""
+        """The number of replicas that are online and can acknowledge a write."""
         lines = (value for name, value in self.info.items() if re.fullmatch(r"slave\d+", name))
         return sum("state=online" in line for line in lines)
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Major and minor; empty if it does not tell."""
+        """Major and minor version; empty if unknown."""
         return tuple(int(part) for part in re.findall(r"\d+", self.version_text)[:2])
 
     @property
     def version_text(self) -> str:
-        """As it tells it; Valkey has a version of its own beside Redis's."""
+        """The version as the server writes it; Valkey reports its own in addition to a Redis version."""
         return self.info.get("valkey_version") or self.info.get("redis_version", "")
 
     def number(self, name: str) -> int:
-        """A number out of INFO; 0 if it is not there."""
+        """Returns a numeric field of INFO, 0 if it is missing.
+
+        Args:
+            name: the field's name.
+        """
         return int(self.info.get(name, "0"))
 
 
 SETTINGS: Final = ("appendfsync", "save", "min-replicas-to-write", "stop-writes-on-bgsave-error")
 
 
-# Of clients
+# Checks of the client
 
 
 def _client_timeout(client: Client) -> Found:
     timeout = client.socket_timeout
     if timeout is None or timeout > LONG_TIMEOUT:
-        span = "no socket_timeout" if timeout is None else f"a socket_timeout of {timeout:g} s"
-        return WARNING, f"the client has {span}: a server that hangs holds its callers up as long"
+        now = "no socket_timeout" if timeout is None else f"a socket_timeout of {timeout:g} s"
+        wait = "forever" if timeout is None else "that long"
+        return WARNING, f"the client has {now}: a call to a server that hangs blocks {wait}. Set socket_timeout=3"
     return OK, f"the client waits {timeout:g} s for a reply"
 
 
 def _client_deadline(client: Client) -> Found:
     if client.socket_timeout is None:
-        return None  # the check above says it
-    connect, answer, sends = client.connect_timeout or 0.0, client.socket_timeout, client.sends
-    # The store begins its last send so early that it ends in time, but no earlier than at half the time-out.
-    half, one_send = client.timeout / 2, sends * (connect + answer)
+        return None  # _client_timeout reports it
+    connect, reply, sends = client.connect_timeout or 0.0, client.socket_timeout, client.sends
+    # The store starts its last send early enough to end in time, but not before half of the timeout has passed.
+    half, one_send = client.timeout / 2, sends * (connect + reply)
     if one_send > half:
         times = "once" if sends == 1 else f"up to {sends} times"
         return WARNING, (
-            f"a call to a server that hangs can take {half + one_send:g} s, though the store's timeout is "
-            f"{client.timeout:g} s: the client sends it {times}, with {connect:g} s to connect and {answer:g} s to be "
-            "answered. Lower these and its retries (the store has its own), or use from_url"
+            f"a call to a server that hangs can take {half + one_send:g} s, although the store's timeout is "
+            f"{client.timeout:g} s: the client sends it {times} and waits {connect:g} s for a connection and "
+            f"{reply:g} s for the reply. Lower these timeouts and the client's retries (the store retries by itself), "
+            "or use from_url"
         )
     return OK, f"a call ends within {client.timeout:g} s"
 
@@ -140,15 +146,18 @@ def _client_deadline(client: Client) -> Found:
 def _client_protocol(client: Client) -> Found:
     if client.reuses_dirty_connections:
         return WARNING, (
-            "with RESP3, this redis-py can hand a reply that an interrupted command left over to the next one (it is "
-            "noticed, and raises ReplyMismatchError). Use protocol=2"
+            "with RESP3, this version of redis-py can return the reply of an interrupted command to the next command "
+            "(the store detects it and raises ReplyMismatchError). Set protocol=2"
         )
     return None
 
 
 def _client_decoding(client: Client) -> Found:
     if client.decodes:
-        return WARNING, "decode_responses=True: transactions of your own cannot take operations"
+        return WARNING, (
+            "the client has decode_responses=True: operations cannot be queued in your own transactions. Use a client "
+            "without it for these"
+        )
     return None
 
 
@@ -159,29 +168,31 @@ def _lease(client: Client) -> Found:
     if work is not None and lease < work:
         return WARNING, (
             f"the lease of {lease:g} s is shorter than the {work:g} s that the work may take: a second worker begins "
-            "while the first is at it. Lengthen it, or have run_step or claim_step extend it"
+            "while the first is still working. Set a longer lease, or let run_step or claim_step extend it"
         )
     if lease <= client.timeout:
         return WARNING, (
-            f"the lease of {lease:g} s is not longer than the store's timeout of {client.timeout:g} s: it can be over "
-            "before a begin_step that had to be sent again is answered"
+            f"the lease of {lease:g} s is not longer than the store's timeout of {client.timeout:g} s: it can expire "
+            "before a re-sent begin_step returns. Set a longer lease, or a shorter timeout"
         )
-    return OK, f"a lease of {lease:g} s covers the work and the store's timeout"
+    return OK, f"the lease of {lease:g} s is longer than the work and the store's timeout"
 
 
-# Of servers
+# Checks of the server
 
 
 def _version(server: Server) -> Found:
     name = "Valkey" if server.info.get("server_name") == "valkey" else "Redis"
     text, version = server.version_text, server.version
     if not version:
-        return UNKNOWN, f"the server does not tell its version: {_dotted(OLDEST_SERVER)} is the oldest supported"
+        return UNKNOWN, f"the server does not show its version. {_dotted(OLDEST_SERVER)} or newer is required"
     if version < OLDEST_SERVER:
-        return FAILURE, f"{name} {text} is not supported: the oldest is {_dotted(OLDEST_SERVER)}"
+        return FAILURE, f"{name} {text} is not supported. Upgrade to {_dotted(OLDEST_SERVER)} or newer"
     if server.client.wait_aof and version < OLDEST_WITH_WAITAOF:
-        oldest = _dotted(OLDEST_WITH_WAITAOF)
-        return FAILURE, f"wait_aof needs Redis {oldest} or Valkey, this is {text}: each call raises NotReplicatedError"
+        return FAILURE, (
+            f"{name} {text} has no WAITAOF, which wait_aof needs: each call raises NotReplicatedError. Upgrade to "
+            f"Redis {_dotted(OLDEST_WITH_WAITAOF)} or Valkey, or turn wait_aof off"
+        )
     return OK, f"{name} {text}"
 
 
@@ -191,10 +202,10 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _role(server: Server) -> Found:
     if server.info.get("redis_mode") == "sentinel":
-        return FAILURE, "this is a Sentinel: connect to the master that it names (Sentinel's master_for does)"
+        return FAILURE, "this is a Sentinel, which stores no runs. Connect to its primary, with Sentinel's master_for"
     if server.info.get("role") == "slave":
-        return FAILURE, "this is a replica: it refuses writes. Connect to the master"
-    return OK, f"a master; replicas that are up to date: {server.replicas}"
+        return FAILURE, "this is a replica, which rejects writes. Connect to the primary"
+    return OK, f"the server is a primary; replicas online: {server.replicas}"
 
 
 def _cluster(server: Server) -> Found:
@@ -203,123 +214,142 @@ def _cluster(server: Server) -> Found:
     if not server.client.is_cluster:
         if server.cluster.get("cluster_size") == "1":
             return OK, "a cluster of one node"
-        return FAILURE, "this is one node of a cluster, and refuses most runs: give the store a redis.RedisCluster"
+        return FAILURE, "this is one node of a cluster, which rejects most runs. Give the store a redis.RedisCluster"
     state = server.cluster.get("cluster_state")
     if state is None:
-        return UNKNOWN, "the node refuses CLUSTER INFO: its cluster_state must be ok"
+        return UNKNOWN, "the node refuses CLUSTER INFO. Grant +cluster|info, or check that cluster_state is ok"
     missing = SLOTS - int(server.cluster.get("cluster_slots_ok", "0"))
     if state != "ok":
-        return FAILURE, f"cluster_state is {state}: {missing:,} slots are not served. See CLUSTER NODES"
+        return FAILURE, f"cluster_state is {state}, and {missing:,} slots are not served. Check CLUSTER NODES"
     if missing:
-        return FAILURE, f"{missing:,} slots are not served, and with them some runs. See CLUSTER NODES"
+        return FAILURE, f"{missing:,} slots are not served: the runs in them are unreachable. Check CLUSTER NODES"
     return OK, "cluster_state is ok, and all slots are served"
 
 
 def _eviction(server: Server) -> Found:
     policy = server.info.get("maxmemory_policy")
     if policy is None:
-        return UNKNOWN, "the server does not tell its maxmemory-policy: it must be noeviction"
+        return UNKNOWN, "the server does not show maxmemory-policy. It must be noeviction"
     if policy != "noeviction":
-        return FAILURE, f"maxmemory-policy is {policy}: runs can vanish, and be executed again. Set it to noeviction"
+        return FAILURE, f"maxmemory-policy is {policy}: runs can disappear and be executed again. Set it to noeviction"
     return OK, "maxmemory-policy is noeviction"
 
 
 def _evicted(server: Server) -> Found:
     if evicted := server.number("evicted_keys"):
-        return WARNING, f"{evicted:,} keys were evicted since the server started"
+        return WARNING, (
+            f"{evicted:,} keys were evicted since the server started, runs possibly among them. Set maxmemory-policy "
+            "to noeviction"
+        )
     return None
 
 
 def _memory(server: Server) -> Found:
     if "maxmemory" not in server.info:
-        return UNKNOWN, "the server does not tell its maxmemory"
-    used, most = server.number("used_memory"), server.number("maxmemory")
-    if not most:
+        return UNKNOWN, "the server does not show maxmemory. It should be set"
+    used, limit = server.number("used_memory"), server.number("maxmemory")
+    if not limit:
         return WARNING, (
-            "maxmemory is not set: a server that outgrows its machine is killed, where one that is full refuses "
-            "writes. Set it to what the machine can spare"
+            "maxmemory is not set: if memory runs out, the operating system kills the server; with a limit, the server "
+            "only rejects writes. Set it to what the machine can spare"
         )
-    if used > NEARLY_FULL * most:
-        return WARNING, f"{used / most:.0%} of maxmemory is used: when it is full, nothing can be begun"
-    return OK, f"{used / most:.0%} of maxmemory is used"
+    if used > NEARLY_FULL * limit:
+        return WARNING, (
+            f"{used / limit:.0%} of maxmemory is used: a full server rejects every write. Raise maxmemory, or remove "
+            "runs with purge, expire_run or run_ttl"
+        )
+    return OK, f"{used / limit:.0%} of maxmemory is used"
 
 
 def _persistence(server: Server) -> Found:
     aof, fsync = server.info.get("aof_enabled"), server.settings.get("appendfsync")
     if aof is None:
-        return UNKNOWN, "the server does not tell whether appendonly is on"
+        return UNKNOWN, "the server does not show whether appendonly is on. It should be"
     if aof != "1":
         if server.client.wait_aof:
-            return FAILURE, "appendonly is off, and the store is to wait for it: each call raises NotReplicatedError"
-        lost = "everything" if server.settings.get("save") == "" else "all since the last snapshot"
-        return WARNING, f"appendonly is off: a restart forgets {lost}, and steps are executed again. Turn it on"
-    if (wait := server.client).wait_aof:
-        if fsync == "everysec" and wait.wait_timeout < EVERYSEC:
+            return FAILURE, (
+                "appendonly is off, but the store waits for the AOF: each call raises NotReplicatedError. Set "
+                "appendonly to yes, or turn wait_aof off"
+            )
+        lost = "everything" if server.settings.get("save") == "" else "everything since the last snapshot"
+        return WARNING, f"appendonly is off: a restart loses {lost}, and steps are executed again. Set it to yes"
+    if (store := server.client).wait_aof:
+        if fsync == "everysec" and store.wait_timeout < EVERYSEC:
             return WARNING, (
-                f"the store waits {wait.wait_timeout:g} s for an AOF that is written once a second: a slow disk makes "
+                f"the store waits {store.wait_timeout:g} s for the AOF, which is flushed once a second: if it is slow, "
                 f"calls raise NotReplicatedError. Set wait_timeout to {EVERYSEC:g} s or more, or appendfsync to always"
             )
-        return OK, "appendonly, and the store waits for it: what was acknowledged stays"
+        return OK, "appendonly is on, and the store waits for the AOF: acknowledged transitions survive"
     if fsync is None:
-        return UNKNOWN, "appendonly is on; the server does not tell its appendfsync"
+        return UNKNOWN, "appendonly is on, but the server does not show appendfsync. It should be always"
     if fsync == "always":
-        return OK, "appendonly with appendfsync always: what was acknowledged stays"
+        return OK, "appendonly is on, and appendfsync is always: acknowledged transitions survive"
     lost = "a second or two" if fsync == "everysec" else "half a minute"
     return WARNING, (
-        f"appendfsync is {fsync}: a power cut can take {lost} of claims and completions, and so can a crash of the "
-        "server while its disk is busy. Set it to always, or give the store wait_aof=True"
+        f"appendfsync is {fsync}: a power failure, or a crash of the server while its disk is busy, can lose {lost} of "
+        "claims and completions. Set it to always, or give the store wait_aof=True"
     )
 
 
 def _disk(server: Server) -> Found:
-    told, settings = server.info, server.settings
-    if told.get("aof_last_write_status") == "err":
-        return FAILURE, "the AOF could not be written, and writes are refused: is the disk full?"
-    if told.get("rdb_last_bgsave_status") == "err":
+    info, settings = server.info, server.settings
+    if info.get("aof_last_write_status") == "err":
+        return FAILURE, "writing the AOF failed, and the server rejects writes. Check whether the disk is full"
+    if info.get("rdb_last_bgsave_status") == "err":
         if settings.get("save") == "" or settings.get("stop-writes-on-bgsave-error") == "no":
-            return WARNING, "the last snapshot failed: is the disk full? The server's log says why"
-        return FAILURE, "the last snapshot failed, and writes are refused until one succeeds: is the disk full?"
-    if told.get("aof_last_bgrewrite_status") == "err":
-        return WARNING, "the AOF could not be rewritten, and grows: is the disk full?"
-    return (OK, "the last writes to disk succeeded") if "rdb_last_bgsave_status" in told else None
+            return WARNING, "the last snapshot failed. Check the server's log, and whether the disk is full"
+        return FAILURE, (
+            "the last snapshot failed, and the server rejects writes until one succeeds. Check whether the disk is full"
+        )
+    if info.get("aof_last_bgrewrite_status") == "err":
+        return WARNING, "rewriting the AOF failed, so the file keeps growing. Check whether the disk is full"
+    return (OK, "the last writes to disk succeeded") if "rdb_last_bgsave_status" in info else None
 
 
 def _replication(server: Server) -> Found:
-    wanted, least = server.client.wait_replicas, server.settings.get("min-replicas-to-write")
-    good, holds_scripts = server.number("min_slaves_good_slaves"), server.version >= FIRST_THAT_HOLDS_SCRIPTS
+    wanted, required = server.client.wait_replicas, server.settings.get("min-replicas-to-write")
+    good, guards_scripts = server.number("min_slaves_good_slaves"), server.version >= OLDEST_WITH_GUARDED_SCRIPTS
     if server.replicas < wanted:
-        there = f"the store waits for {wanted} replicas, and {server.replicas} are up to date"
-        return FAILURE, f"{there}: each call raises NotReplicatedError"
-    if least is not None and good < int(least) and holds_scripts:
-        return FAILURE, f"min-replicas-to-write is {least}, and {good} keep up: writes are refused (NOREPLICAS)"
+        return FAILURE, (
+            f"the store waits for {wanted} replicas, but {server.replicas} are online: each call raises "
+            "NotReplicatedError. Start the missing replicas, or lower wait_replicas"
+        )
+    if required is not None and good < int(required) and guards_scripts:
+        return FAILURE, (
+            f"min-replicas-to-write is {required}, but {good} replicas are in sync: the server rejects writes "
+            "(NOREPLICAS). Start the missing replicas"
+        )
     if wanted:
         return OK, f"the store waits for {wanted} replicas"
     if not server.number("connected_slaves"):
         return None
-    if least is None:
-        return UNKNOWN, "the server does not tell its min-replicas-to-write"
-    if int(least) == 0:
+    if required is None:
+        return UNKNOWN, "the server does not show min-replicas-to-write. With replicas, it should be 1 or more"
+    if int(required) == 0:
         return WARNING, (
-            "there are replicas, and min-replicas-to-write is 0: an old master that was cut off goes on accepting "
-            "writes, which are then lost. Set it to 1, or give the store wait_replicas=1"
+            "min-replicas-to-write is 0, although there are replicas: after a failover, an isolated old primary keeps "
+            "accepting writes, which are then lost. Set it to 1, or give the store wait_replicas=1"
         )
-    if not holds_scripts:
+    if not guards_scripts:
         return WARNING, (
-            f"min-replicas-to-write is {least}, to which this server holds no script: an old master that was cut off "
-            "goes on accepting writes, which are then lost. Upgrade to Redis 7, or give the store wait_replicas=1"
+            f"min-replicas-to-write is {required}, but this server does not apply it to scripts: after a failover, an "
+            "isolated old primary keeps accepting writes, which are then lost. Upgrade to Redis 7, or give the store "
+            "wait_replicas=1"
         )
-    return OK, f"min-replicas-to-write is {least}"
+    return OK, f"min-replicas-to-write is {required}"
 
 
 def _clock(server: Server) -> Found:
-    if server.skew > SKEW:
-        ahead = f"the server's clock and this machine's differ by {server.skew:.1f} s"
-        return WARNING, f"{ahead}: leases are right, but times may mislead. Is NTP running on both?"
+    if server.skew > MAX_SKEW:
+        return WARNING, (
+            f"the server's clock and this machine's differ by {server.skew:.1f} s: leases are unaffected, but times on "
+            "records look wrong. Check that NTP runs on both"
+        )
     return OK, "the server's clock agrees with this machine's"
 
 
 CHECKS_OF_CLIENTS: Final[Mapping[str, Callable[[Client], Found]]] = {
-    "client time-out": _client_timeout,
+    "client timeout": _client_timeout,
     "client deadline": _client_deadline,
     "client protocol": _client_protocol,
     "client decoding": _client_decoding,

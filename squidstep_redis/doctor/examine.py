@@ -1,7 +1,6 @@
-"""Is this server, seen by this client, one on which a store can keep its promises? The examination, without waiting.
+"""Examines whether a store can keep its guarantees with its client and its server; no I/O.
 
-`examine` is a plan, which says what to send and is told the replies; the two stores' `doctor` carries it out. What it
-holds against the replies stands in checks.py.
+`examine` is a workflow, which both stores' `doctor` runs. The checks that it applies to the replies are in checks.py.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ _SEVERITY: Final = (Level.OK, Level.UNKNOWN, Level.WARNING, Level.FAILURE)
 
 
 class Finding(NamedTuple):
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        check: a word for it, the same each time: "eviction", "persistence", …
-        level: how bad it is.
-        message: what was found, and what to do about it.
-        server: "host:port" of a node of a cluster; "" for the only server, and for what concerns the client.
+        check: the name of the check, which is stable: "eviction", "persistence", …
+        level: the severity.
+        message: what was found, and what to do.
+        server: "host:port" of a cluster node; "" for a standalone server, and for checks of the client.
     """
 
     check: str
@@ -45,17 +44,17 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What all checks found, in the order they were made."""
+    """The results of all checks, in the order of the checks."""
 
     findings: list[Finding]
 
     @property
     def level(self) -> Level:
-        """The worst that was found: a failure, else a warning, else what is unknown."""
+        """The highest severity: failure, then warning, then unknown, then ok."""
         return max((finding.level for finding in self.findings), key=_SEVERITY.index)
 
 
-# redis-py leaves the replies to these as they are: it knows INFO and CONFIG GET by other names.
+# In this form, redis-py does not parse the replies: its parsers are registered under other command names.
 _COMMANDS: Final[list[Command]] = [
     ("TIME",),
     ("INFO default",),
@@ -66,25 +65,28 @@ _COMMANDS: Final[list[Command]] = [
 
 
 def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
-    """The examination of one store.
+    """Examines the client and the server of one store.
 
     Args:
-        calls: of the store.
-        client: what is known of its client.
+        calls: builds the store's calls.
+        client: what is known about the store's client.
+
+    Returns:
+        A workflow that sends the commands of the examination and returns the diagnosis.
     """
     findings = list(_findings(CHECKS_OF_CLIENTS, client))
-    asked_at = time.time()
+    sent_at = time.time()
     try:
         replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS)
-    except UNANSWERED as error:  # a cluster of which no node answers
+    except UNANSWERED as error:  # no node of a cluster is reachable
         replies = {"": [error]}
-    elapsed = time.time() - asked_at
-    for name, (clock, *told) in replies.items():
+    elapsed = time.time() - sent_at
+    for name, (clock, *rest) in replies.items():
         found = [_connection(clock)]
         if found[0].level is Level.OK:
-            info, cluster, nodes, *settings = told
+            info, cluster, nodes, *settings = rest
             found += yield from _self_test(calls, _slots(nodes) if client.is_cluster else None)
-            found += _server(info, cluster, settings, _skew(clock, asked_at, elapsed), client)
+            found += _server(info, cluster, settings, _skew(clock, sent_at, elapsed), client)
         findings += [finding._replace(server=name) for finding in found]
     return Diagnosis(findings)
 
@@ -95,40 +97,44 @@ def _findings(checks: Mapping[str, Callable[[S], Found]], subject: S) -> Iterato
             yield Finding(name, *found)
 
 
-# What a server tells
+# The replies of a server
 
 
 def _connection(clock: Any) -> Finding:
-    """Whether the server can be reached at all."""
+    """Returns whether the server is reachable."""
     if not isinstance(clock, UNANSWERED):
-        return Finding("connection", Level.OK, "the server answers")
+        return Finding("connection", Level.OK, "the server is reachable")
     if isinstance(clock, AuthenticationError):
-        advice = "Give a user and a password that the server knows: redis://user:password@host:port"
+        advice = "Check the user name and the password: redis://user:password@host:port"
     elif isinstance(clock, BusyLoadingError):
-        advice = "It is reading its data from disk: wait. INFO persistence says how far it is"
+        advice = "The server is loading its data from disk. Wait; INFO persistence shows the progress"
     elif isinstance(clock, TimeoutError):
-        advice = "The server hangs, or a firewall swallows what is sent to it"
+        advice = "The server hangs, or a firewall drops the packets. Check both"
     else:
         advice = "Is the server running, and are host, port and TLS (rediss://) right?"
     return Finding("connection", Level.FAILURE, f"{str(clock).rstrip('.')}. {advice}")
 
 
 def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: Client) -> Iterator[Finding]:
-    told = _lines(info)
-    if told:
+    fields = _lines(info)
+    if fields:
         values = {name: value for name, reply in zip(SETTINGS, settings, strict=True) for value in _setting(reply)}
-        yield from _findings(CHECKS_OF_SERVERS, Server(told, values, _lines(cluster), skew, client))
+        yield from _findings(CHECKS_OF_SERVERS, Server(fields, values, _lines(cluster), skew, client))
     else:
-        yield Finding("server", Level.UNKNOWN, f"it refuses INFO, on which all further checks rest: {info}")
+        yield Finding(
+            "server",
+            Level.UNKNOWN,
+            f"the server refuses INFO, which all other checks need: {str(info).rstrip('.')}. Grant +info",
+        )
 
 
 def _lines(reply: Any) -> dict[str, str]:
-    """What INFO and its like answer; empty if they were refused."""
+    """Parses a reply of lines such as INFO's; empty if the command was refused."""
     return dict(re.findall(r"^(\w+):(.*?)\r?$", _text(reply), re.MULTILINE))
 
 
 def _setting(reply: Any) -> Iterator[str]:
-    """The value of a CONFIG GET, unless it was refused or the server does not know the setting."""
+    """Yields the value in a reply of CONFIG GET; nothing if it was refused, or the setting is unknown."""
     if isinstance(reply, Mapping):  # RESP3
         reply = [part for pair in cast("Mapping[Any, Any]", reply).items() for part in pair]
     for value in cast("list[Any]", reply)[1:2] if isinstance(reply, list) else []:
@@ -136,29 +142,29 @@ def _setting(reply: Any) -> Iterator[str]:
 
 
 def _text(reply: Any) -> str:
-    """A reply, whether or not the client decodes; empty for an error."""
+    """Returns a reply as text, whether or not the client decodes; empty for an error."""
     return reply.decode(errors="replace") if isinstance(reply, bytes) else reply if isinstance(reply, str) else ""
 
 
-def _skew(clock: Any, asked_at: float, elapsed: float) -> float:
+def _skew(clock: Any, sent_at: float, elapsed: float) -> float:
     if not isinstance(clock, list | tuple):
-        return 0.0  # it refuses TIME, of which the self-test will tell
+        return 0.0  # the server refuses TIME, which the self-test reports
     seconds, microseconds = (int(part) for part in cast("list[Any]", clock))
     now = seconds + microseconds / 1_000_000
-    return max(asked_at - now, now - asked_at - elapsed, 0.0)
+    return max(sent_at - now, now - sent_at - elapsed, 0.0)
 
 
 # The scratch run
 
 
 def _self_test(calls: Calls, slots: list[range] | None) -> Workflow[list[Finding]]:
-    """Takes a scratch step through every transition: rights, types and the scripts themselves."""
+    """Takes a scratch step through every transition, which tests permissions, key types and the scripts."""
     run = _scratch_run(calls, slots)
-    if run is None:  # no key of a store lies on this node
+    if run is None:  # this node serves no key of the store
         return []
     try:
         yield Send(calls.schedule_step(run, "step", {}))
-        yield Send(calls.expire_run(run, 60))  # should nothing after this get through
+        yield Send(calls.expire_run(run, 60))  # removes the run even if every later call fails
         begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
         yield Send(calls.release_step(begun.step_run))
         begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
@@ -167,38 +173,45 @@ def _self_test(calls: Calls, slots: list[range] | None) -> Workflow[list[Finding
         yield Send(calls.extend_claim(begun.step_run, 60))
         yield Send(calls.complete_step(begun.step_run, {}, schedule={"next": {}}))
         yield Send(calls.delete_pending_steps(run, ["next"]))
-        answers = yield SendBatch((calls.completed_outputs(run), calls.delete_run(run, tombstone=0.001)))
+        replies = yield SendBatch((calls.completed_outputs(run), calls.delete_run(run, tombstone=0.001)))
     except SquidstepError as error:
         with suppress(SquidstepError):
             yield Send(calls.delete_run(run, tombstone=0.001))
-        problem = f"a scratch run failed with {type(error).__name__}: {error}{_advice(error)}"
+        reason = str(error).rstrip(".")
+        problem = f"a scratch run failed with {type(error).__name__}: {reason}{_advice(error)}"
         return [Finding("self-test", Level.FAILURE, problem)]
-    if answers != [[{}], True]:
-        problem = f"a batch on a scratch run answered {answers}{_advice(answers)}"
+    if replies != [[{}], True]:
+        problem = f"a batch on a scratch run returned {replies}{_advice(replies)}"
         return [Finding("self-test", Level.FAILURE, problem)]
     return [Finding("self-test", Level.OK, "a scratch run went through every transition")]
 
 
 def _scratch_run(calls: Calls, slots: list[range] | None) -> str | None:
-    """A run whose keys lie in one of these slots, if there is such a run; None: in any."""
-    for _ in range(20_000):  # each of 1,024 buckets comes up
+    """Returns the id of a run whose keys lie in the given slots, or None if there is none.
+
+    Args:
+        calls: builds the store's calls.
+        slots: slot ranges; None accepts any slot.
+    """
+    for _ in range(20_000):  # enough to hit each of the 1,024 buckets
         run = f"doctor-{secrets.token_hex(8)}"
-        if slots is None or any(key_slot(calls.keys.run(run).keys.steps) in some for some in slots):
+        if slots is None or any(key_slot(calls.keys.run(run).keys.steps) in span for span in slots):
             return run
     return None
 
 
 def _slots(nodes: Any) -> list[range] | None:
-    """The slots of the node that answered CLUSTER NODES; None if it did not."""
+    """Parses the node's own slots from CLUSTER NODES; None if it was refused."""
     own = re.search(r"^\S+ \S+ \S*myself\S* .*$", _text(nodes), re.MULTILINE)
     if own is None:
         return None
-    found = [word.partition("-") for word in own[0].split()[8:] if word[0] != "["]  # a slot that is on its way
+    found = [word.partition("-") for word in own[0].split()[8:] if word[0] != "["]  # skips slots that are migrating
     return [range(int(first), int(last or first) + 1) for first, _, last in found]
 
 
 def _advice(error: object) -> str:
-    # What a script may not do, each server says in its own words; what a command may not, `RefusedError` advises on.
+    # RefusedError already advises on a refused command. For a command refused within a script, each server has its own
+    # message.
     if re.search(r"ACL|can't run", text := str(error)) and RIGHTS not in text:
         return f". What to do: grant the user {RIGHTS}"
     return ""

@@ -1,7 +1,7 @@
-"""For testing code that uses a store: pip install 'squidstep_redis[testing]'.
+"""Tools for testing code that uses a store: pip install 'squidstep_redis[testing]'.
 
-With pytest, the fixtures `step_store`, `async_step_store`, `step_clock` and `step_faults` are there by themselves;
-without it, `StepKit` has all four. The guide is tests/guide/testing.md.
+pytest finds the fixtures `step_store`, `async_step_store`, `step_clock` and `step_faults` by itself. Without pytest,
+`StepKit` provides all four. The guide is tests/guide/testing.md.
 """
 
 from squidstep_redis.testing.asserts import (

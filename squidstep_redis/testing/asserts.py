@@ -1,4 +1,4 @@
-"""What became of a step: assertions whose failures show the run."""
+"""Assertions about steps. Their failure messages show the whole run."""
 
 from __future__ import annotations
 
@@ -18,65 +18,67 @@ _WIDTH: Final = 60
 
 
 def assert_completed(store: Store, run: RunId, step: Step, output: Mapping[str, Any] | object = _ANY) -> StepRun:
-    """Asserts that a step is completed. One round trip; nothing to await, also with the asyncio store of a kit.
+    """Asserts that a step is completed. One round trip. Never awaited, even with the asyncio store of a kit.
 
     Args:
-        store: on which to look.
-        run: the run.
-        step: the step.
-        output: what it gave; left out: anything.
+        store: a blocking store, or the asyncio store of a kit.
+        run: the id of the run.
+        step: the name of the step.
+        output: the expected output; any output if omitted.
 
     Returns:
         The step run.
 
     Raises:
-        AssertionError: it is not; the message shows the run.
+        AssertionError: the step is not completed, or its output differs. The message shows the run.
     """
     __tracebackhide__ = True
     found = _found(store, run, step, StepStatus.COMPLETED)
     if output is not _ANY and found.output != output:
-        _fail(store, run, step, f"gave {found.output!r}, not {output!r}")
+        _fail(store, run, step, f"has the output {found.output!r}, not {output!r}")
     return found
 
 
 def assert_failed(store: Store, run: RunId, step: Step, match: str = "") -> StepRun:
-    """Asserts that the latest attempt at a step failed, and nobody has begun another. One round trip.
+    """Asserts that the latest attempt at a step failed and no other has begun. One round trip.
 
     Args:
-        store: as for `assert_completed`.
-        run: see there.
-        step: see there.
-        match: a pattern to find in the error, as `"type: message"` for exceptions, else as the dict's `repr`.
+        store: a blocking store, or the asyncio store of a kit.
+        run: the id of the run.
+        step: the name of the step.
+        match: a regular expression to find in the error: in `"type: message"` for an exception, else in the dict's
+            `repr`. Any error if empty.
 
     Returns:
         The step run.
 
     Raises:
-        AssertionError: it did not; the message shows the run.
+        AssertionError: the step is not failed, or its error does not match. The message shows the run.
     """
     __tracebackhide__ = True
     found = _found(store, run, step, StepStatus.FAILED)
     error = _error(found.last_error)
     if not re.search(match, error):
-        _fail(store, run, step, f"failed with {error!r}, in which {match!r} is not found")
+        _fail(store, run, step, f"failed with {error!r}, which does not match {match!r}")
     return found
 
 
 def assert_executed_once(store: Store, run: RunId, step: Step) -> StepRun:
-    """Asserts that a step is completed, and that one delivery alone was ever told to execute it. Two round trips.
+    """Asserts that a step is completed, and that exactly one delivery executed it. Two round trips.
 
-    A takeover, or an attempt that failed, is another execution; one that was released is none.
+    A takeover and a failed attempt count as executions; a released attempt does not.
 
     Args:
-        store: as for `assert_completed`.
-        run: see there.
-        step: see there.
+        store: a blocking store, or the asyncio store of a kit.
+        run: the id of the run.
+        step: the name of the step.
 
     Returns:
         The step run.
 
     Raises:
-        AssertionError: it is not; the message shows the run, and the attempts.
+        AssertionError: the step is not completed, or was executed more than once. The message shows the run and the
+            attempts.
     """
     __tracebackhide__ = True
     found = _found(store, run, step, StepStatus.COMPLETED)
@@ -87,30 +89,30 @@ def assert_executed_once(store: Store, run: RunId, step: Step) -> StepRun:
 
 
 def assert_not_begun(store: Store, run: RunId, step: Step) -> None:
-    """Asserts that nobody was ever told to execute a step: there is no record, or one that was never claimed.
-
-    One round trip.
+    """Asserts that no delivery ever claimed a step: it has no record, or only a scheduled one. One round trip.
 
     Args:
-        store: as for `assert_completed`.
-        run: see there.
-        step: see there.
+        store: a blocking store, or the asyncio store of a kit.
+        run: the id of the run.
+        step: the name of the step.
 
     Raises:
-        AssertionError: somebody was; the message shows the run.
+        AssertionError: the step was claimed. The message shows the run.
     """
     __tracebackhide__ = True
     found = observer_of(store).send(store.calls.get_step_run(run, step))
     if found is not None and found.attempt:
-        _fail(store, run, step, f"was begun: it is {found.status}")
+        _fail(store, run, step, f"was begun, and is {found.status}")
 
 
 def describe_run(store: Store, run: RunId) -> str:
-    """The steps of a run as a table, and the attempts at those that took more than one. One round trip, and one each.
+    """Returns a table of a run's steps, and one of the attempts at each step that took more than one.
+
+    One round trip, and another for each step with several attempts.
 
     Args:
-        store: as for `assert_completed`.
-        run: the run.
+        store: a blocking store, or the asyncio store of a kit.
+        run: the id of the run.
     """
     steps = observer_of(store).send(store.calls.get_run(run))
     if not steps:
@@ -127,19 +129,19 @@ def describe_run(store: Store, run: RunId) -> str:
     return "\n".join(parts)
 
 
-def _found(store: Store, run: RunId, step: Step, wanted: StepStatus) -> StepRun:
+def _found(store: Store, run: RunId, step: Step, expected: StepStatus) -> StepRun:
     __tracebackhide__ = True
     found = observer_of(store).send(store.calls.get_step_run(run, step))
     if found is None:
         _fail(store, run, step, "has no record")
-    if found.status is not wanted:
-        _fail(store, run, step, f"is {found.status}, not {wanted}")
+    if found.status is not expected:
+        _fail(store, run, step, f"is {found.status}, not {expected}")
     return found
 
 
-def _fail(store: Store, run: RunId, step: Step, what: str) -> NoReturn:
+def _fail(store: Store, run: RunId, step: Step, problem: str) -> NoReturn:
     __tracebackhide__ = True
-    raise AssertionError(f"step {step_name(step).text!r} of run {str(run)!r} {what}\n\n{describe_run(store, run)}")
+    raise AssertionError(f"step {step_name(step).text!r} of run {str(run)!r} {problem}\n\n{describe_run(store, run)}")
 
 
 def _attempts(store: Store, run: RunId, step: Step) -> list[Attempt]:

@@ -1,7 +1,7 @@
-"""A clock that tests move: what a script of the store takes for the server's time, and for a key that has expired.
+"""A clock that tests move forward: it shifts the server time and the key expiry that the store's scripts see.
 
-The scripts are sent as they are, behind a prelude which stands between them and the server. A script with a prelude is
-another script; a store that is not of a kit never sends one.
+When the clock is ahead, each script is sent with a prelude that wraps `redis.call` and `redis.pcall`. A script with a
+prelude has a digest of its own, and only the stores of a kit send it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Final
 
 from squidstep_redis.protocol.scripts import directory, script
 
-# A key of the store is over when the moved clock says so, which may be before the server drops it: what expires is
-# written down by the moved clock, and looked at before each script, as a server looks at keys that are asked for.
+# A key expires when the test clock says so, which may be before the server drops it. So the prelude adds the offset to
+# each expiry that a script sets, and before each script deletes the keys that have expired by the test clock.
 _PRELUDE: Final = """\
 local server, ahead = redis, %d
 for _, key in ipairs(KEYS) do
@@ -23,7 +23,7 @@ for _, key in ipairs(KEYS) do
     server.call("DEL", key)
   end
 end
-local function moved(send, command, ...)
+local function shifted(send, command, ...)
   if command == "TIME" then
     local time = send("TIME")
     local micros = time[2] + ahead %% 1000 * 1000
@@ -36,21 +36,25 @@ local function moved(send, command, ...)
   return send(command, ...)
 end
 local redis = setmetatable({
-  call = function(...) return moved(server.call, ...) end,
-  pcall = function(...) return moved(server.pcall, ...) end,
+  call = function(...) return shifted(server.call, ...) end,
+  pcall = function(...) return shifted(server.pcall, ...) end,
 }, { __index = server })
 """
 
 
 @cache
 def _names() -> dict[bytes, str]:
-    """Which script it is, by its source and by its digest."""
+    """The names of all scripts, by source and by digest."""
     known = [script(path.stem) for path in directory().glob("*.lua")]
     return {key: each.name for each in known for key in (each.source, each.sha)}
 
 
 def script_of(command: list[bytes]) -> str | None:
-    """The name of the store's script that a command runs or loads; None if it is another command."""
+    """Returns the name of the store's script that a command runs or loads; None for any other command.
+
+    Args:
+        command: the words of the command.
+    """
     if command[0].upper() in (b"EVALSHA", b"EVAL") and len(command) > 1:
         return _names().get(command[1])
     if [word.upper() for word in command[:2]] == [b"SCRIPT", b"LOAD"]:
@@ -60,22 +64,27 @@ def script_of(command: list[bytes]) -> str | None:
 
 @lru_cache(1_024)
 def _source(name: str, ahead_ms: int) -> bytes:
-    """A script, behind the prelude if the clock is ahead."""
+    """Returns the source of a script, with the prelude if the clock is ahead."""
     return (_PRELUDE % ahead_ms).encode() + script(name).source if ahead_ms else script(name).source
 
 
 class StepClock:
-    """The clock of a kit: ahead of the server's by what it was advanced. Leases end by it without anybody sleeping.
+    """A clock ahead of the server's by the advances made so far. Leases expire without sleeping.
 
-    It moves for all stores of the kit, and for whatever is sent through their clients. What goes by it: leases,
-    takeovers, `retry_in`, all times on records, `run_ttl`, `expire_run`, tombstones, `lapsed_claims`, `live_claims`.
+    It applies to all stores of the kit, and to all commands sent through their clients. It controls leases, takeovers,
+    `retry_in`, all times on records, `run_ttl`, `expire_run`, tombstones, `lapsed_claims` and `live_claims`.
 
-    What does not: the timers of the process (heartbeats, pauses of `on_busy="wait"`, a store's `timeout`), and commands
-    of your own (`TTL` shows more by what the clock is ahead, and a key that is over stays until a store looks at it).
+    It does not control the timers of the process (heartbeats, pauses of `on_busy="wait"`, a store's `timeout`) or your
+    own commands: `TTL` returns the server's value, which includes the offset, and an expired key remains until a store
+    accesses it.
     """
 
     def __init__(self, server_time: Callable[[], tuple[int, int]]) -> None:
-        """Made by the kit alone; `server_time` asks the server for seconds and microseconds."""
+        """Makes a clock; only the kit does.
+
+        Args:
+            server_time: returns the server's time as seconds and microseconds.
+        """
         self._server_time = server_time
         self._ahead_ms = 0
 
@@ -86,34 +95,38 @@ class StepClock:
         """Moves the clock forward, for every call that is sent from now on.
 
         Args:
-            span: seconds, or a timedelta. A clock that is set back is not to be had: leases would last.
+            span: seconds, or a timedelta; 0 or more. The clock cannot be set back.
 
         Raises:
-            ValueError: it is less than nothing.
+            ValueError: the span is negative.
         """
         seconds = span.total_seconds() if isinstance(span, timedelta) else span
         if not seconds >= 0:
-            raise ValueError(f"span: must be seconds from 0 or a timedelta, not {span!r}")
-        self._ahead_ms += -int(-seconds * 1_000 // 1)  # up: a lease of which 0.4 ms are left is to be over
+            raise ValueError(f"span: must be 0 or more seconds, or a timedelta, not {span!r}")
+        self._ahead_ms += -int(-seconds * 1_000 // 1)  # rounded up, so that a lease with 0.4 ms left expires
 
     def advance_to(self, moment: datetime) -> None:
-        """Moves the clock forward to a moment; if that has passed, not at all.
+        """Moves the clock forward to a moment; does nothing if it has passed.
 
         Args:
-            moment: aware, such as `step_run.lease_ends_at`.
+            moment: a datetime with a time zone, such as `step_run.lease_ends_at`.
         """
         self.advance(max(timedelta(), moment - self.now()))
 
     def now(self) -> datetime:
-        """What the clock shows, in UTC. One round trip."""
+        """Returns the current time of the clock, in UTC. One round trip."""
         seconds, microseconds = self._server_time()
         server = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds, microseconds=microseconds)
         return server + timedelta(milliseconds=self._ahead_ms)
 
-    def moved(self, command: list[bytes]) -> list[bytes]:
-        """What to send in place of a command, for the kit's own connections: a script always in full.
+    def shift(self, command: list[bytes]) -> list[bytes]:
+        """Returns a command with the clock's offset in its script; other commands unchanged.
 
-        So that an operation is one command: a fault is not to strike a first one that the server answers NOSCRIPT.
+        Scripts are always sent in full. So each operation is one command, and no fault applies to an EVALSHA that the
+        server rejects with NOSCRIPT.
+
+        Args:
+            command: the words of the command.
         """
         name = script_of(command)
         if name is None:

@@ -1,4 +1,4 @@
-"""What goes wrong between a store and its server, or beside it, at the moment that a test chooses."""
+"""Faults between a store and its server, at the moment that a test chooses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from squidstep_redis import StepRun, StepRunStore, StepStatus
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step, run_id, step
 from squidstep_redis.protocol.scripts import directory
 from squidstep_redis.testing.clock import StepClock, script_of
-from squidstep_redis.testing.tap import Command
+from squidstep_redis.testing.interception import Command
 
 _Kind = Literal["lose_reply", "lose_request", "refuse", "before", "killed_at"]
 
@@ -24,82 +24,96 @@ OUT_OF_MEMORY: Final = "OOM command not allowed when used memory > 'maxmemory'"
 
 
 class WorkerKilled(BaseException):
-    """Ends the code that `killed_at` kills: no `except Exception` is to catch it, as none catches a SIGKILL."""
+    """Ends the code in a block of `killed_at`. A BaseException, because no code can catch a SIGKILL either."""
 
 
 @dataclass
 class _Fault:
-    """One fault that is still to strike."""
+    """A fault that a test has requested."""
 
     kind: _Kind
     operation: str
     times: int
-    key_end: bytes  # of the run's first key; empty for any run
-    step: bytes  # empty for any step
+    key_end: bytes  # the end of the run's first key; empty: any run
+    step: bytes  # empty: any step
     detail: Any = None
 
-    def fits(self, command: Command, operation: str | None) -> bool:
-        """Whether it strikes this command."""
+    def applies_to(self, command: Command, operation: str | None) -> bool:
+        """Returns whether the fault applies to a command.
+
+        Args:
+            command: the words of the command.
+            operation: the operation it runs.
+        """
         if operation != self.operation or not self.times:
             return False
         return command[3].endswith(self.key_end) and (not self.step or self.step in command[3:])
 
     def __str__(self) -> str:
         of = "".join((f" of step {self.step.decode()!r}" if self.step else "", " of that run" if self.key_end else ""))
-        return f"{self.kind}({self.operation!r}){of}: {self.times} to go"
+        return f"{self.kind}({self.operation!r}){of}: {self.times} left"
 
 
 class StepFaults:
-    """Faults for the stores of a kit, and for whatever else is sent through their clients.
+    """Faults for the stores of a kit, and for all other commands sent through their clients.
 
-    Each names an operation (`"complete_step"`), and strikes when it is sent next, be it by itself, in a batch, by a
-    heartbeat or on a pipeline: `times` times, for any run and step unless you name them. A fault that has not struck by
-    the end of the test is an error: the test has not tested what it says. `heal` calls them off.
+    Each fault names an operation, such as `"complete_step"`. It occurs when the operation is next sent: alone, in a
+    batch, on a pipeline, or by a heartbeat. A fault that has not occurred by the end of the test is an error, because
+    the test has not tested what it claims. `heal` cancels all faults.
     """
 
     def __init__(self, clock: StepClock, observer: Callable[[], StepRunStore]) -> None:
-        """Made by the kit alone; the observer's own calls are spared."""
+        """Makes the faults of a kit; only the kit does.
+
+        Args:
+            clock: shifts the time of each command.
+            observer: returns the kit's observing store, which no fault affects.
+        """
         self._clock = clock
         self._observer = observer
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
         self._is_away = False
-        self._killed: object = None  # the task or thread that was
+        self._killed: object = None  # the task or thread that `killed_at` killed
 
     def __repr__(self) -> str:
         return f"<StepFaults {self.pending()}>"
 
-    # What a test asks for
+    # For tests
 
     def lose_reply(self, operation: str, *, times: int = 1, run: RunId | None = None, step: Step | None = None) -> None:
-        """Lets the server carry out an operation, and loses its reply: the connection breaks.
+        """Lets the server execute an operation, then loses its reply and breaks the connection.
 
-        The store sends the very same call again, and is answered the same, until its `timeout`. With more `times` than
-        that it raises OutcomeUnknownError.
+        The store re-sends the same call until its `timeout`, and gets the same result. If every reply until then is
+        lost, it raises OutcomeUnknownError.
 
         Args:
-            operation: the name of the method, such as `"begin_step"`.
-            times: how often, in a row.
-            run: of this run alone.
-            step: of this step alone.
+            operation: the name of the store's method, such as `"begin_step"`.
+            times: how many calls in a row the fault applies to; 1 or more.
+            run: the id of the run; None: any run.
+            step: the name of the step; None: any step.
 
         Raises:
-            ValueError: there is no such operation.
+            ValueError: there is no such operation, or `times` is less than 1.
         """
         self._add("lose_reply", operation, times, run, step)
 
     def lose_request(
         self, operation: str, *, times: int = 1, run: RunId | None = None, step: Step | None = None
     ) -> None:
-        """Breaks the connection before the server has heard of an operation; the store cannot tell that from the above.
+        """Breaks the connection before an operation reaches the server.
 
-        What was to be sent in one go, such as a batch, is lost as a whole.
+        The store cannot distinguish this from a lost reply. Commands that are sent in one go, such as a batch, are lost
+        together.
 
         Args:
-            operation: as for `lose_reply`, like the rest.
-            times: see there.
-            run: see there.
-            step: see there.
+            operation: the name of the store's method, such as `"begin_step"`.
+            times: how many calls in a row the fault applies to; 1 or more.
+            run: the id of the run; None: any run.
+            step: the name of the step; None: any step.
+
+        Raises:
+            ValueError: there is no such operation, or `times` is less than 1.
         """
         self._add("lose_request", operation, times, run, step)
 
@@ -112,15 +126,18 @@ class StepFaults:
         run: RunId | None = None,
         step: Step | None = None,
     ) -> None:
-        """Answers an operation with an error in place of the server, which never hears of it.
+        """Rejects an operation with a server error. The operation does not reach the server.
 
         Args:
-            operation: as for `lose_reply`, like all but `error`.
-            error: as a server words it. OOM becomes RefusedError at once; what may pass within seconds (READONLY,
-                LOADING, …) is sent again first, until the store's `timeout`.
-            times: see there.
-            run: see there.
-            step: see there.
+            operation: the name of the store's method, such as `"begin_step"`.
+            error: the server's error message. OOM raises RefusedError at once. Transient errors (READONLY, LOADING, …)
+                are retried until the store's `timeout`.
+            times: how many calls in a row the fault applies to; 1 or more.
+            run: the id of the run; None: any run.
+            step: the name of the step; None: any step.
+
+        Raises:
+            ValueError: there is no such operation, or `times` is less than 1.
         """
         self._add("refuse", operation, times, run, step, error)
 
@@ -133,17 +150,18 @@ class StepFaults:
         run: RunId | None = None,
         step: Step | None = None,
     ) -> None:
-        """Calls a function at the moment at which an operation is about to be sent: what happens meanwhile.
-
-        It may use the store, deliver the step a second time, or move the clock. For `async_step_store` it may be a
-        coroutine function.
+        """Calls a function immediately before an operation is sent.
 
         Args:
-            operation: as for `lose_reply`, like all but `hook`.
-            hook: what to call; what it raises, the operation raises.
-            times: see there.
-            run: see there.
-            step: see there.
+            operation: the name of the store's method, such as `"begin_step"`.
+            hook: the function, without parameters. It may use the store, deliver the step a second time, or advance the
+                clock. With `async_step_store` it may be a coroutine function. The operation raises what it raises.
+            times: how many calls in a row the fault applies to; 1 or more.
+            run: the id of the run; None: any run.
+            step: the name of the step; None: any step.
+
+        Raises:
+            ValueError: there is no such operation, or `times` is less than 1.
         """
         self._add("before", operation, times, run, step, hook)
 
@@ -157,21 +175,21 @@ class StepFaults:
         lease: Seconds | None = 30,
         owner: str = "another worker",
     ) -> StepRun | None:
-        """Lets another worker take the step over: its lease ends now, and is followed by another's claim.
+        """Lets another worker take over a claimed step: expires the lease and claims the step again.
 
         Args:
-            run: the run.
-            step: the step, which somebody holds.
-            output: what the other worker completes it with; None: it is still at it.
-            before: the operation before which it happens, such as `"complete_step"`; None: now.
-            lease: of the other worker's claim.
-            owner: who the other worker is.
+            run: the id of the run.
+            step: the name of the step, which must be running.
+            output: the output with which the other worker completes the step; None: it is still working.
+            before: take over immediately before this operation is sent, such as `"complete_step"`; None: now.
+            lease: the other worker's lease, in seconds; None: its claim never expires.
+            owner: the other worker's name.
 
         Returns:
-            The other worker's step run, which carries its claim; None if it is still to happen.
+            The other worker's step run, which carries its claim; None if `before` is given.
 
         Raises:
-            AssertionError: nobody holds the step.
+            AssertionError: the step is not running.
         """
         if before is not None:
             self.before(
@@ -181,14 +199,14 @@ class StepFaults:
         store = self._observer()
         held = store.get_step_run(run, step)
         if held is None or held.status is not StepStatus.RUNNING:
-            raise AssertionError(f"take_over: nobody holds step {step!r} of run {run!r}: {held}")
+            raise AssertionError(f"take_over: step {step!r} of run {run!r} is not running: {held}")
         store.expire_claim(held)
         taken = store.begin_step(run, step, held.input, lease=lease, owner=owner).step_run
         return taken if output is None else store.complete_step(taken, output)
 
     @contextmanager
     def server_away(self) -> Generator[None, None, None]:
-        """Inside the block, nobody answers and nobody can connect: NotSentError after the store's `timeout`."""
+        """Makes the server unreachable within the block. Calls raise NotSentError after the store's `timeout`."""
         self._is_away = True
         try:
             yield
@@ -199,18 +217,19 @@ class StepFaults:
     def killed_at(
         self, operation: str, *, run: RunId | None = None, step: Step | None = None
     ) -> Generator[None, None, None]:
-        """Kills the code in the block at the moment at which it is about to send an operation.
+        """Kills the code in the block when it is about to send an operation. The test continues after the block.
 
-        As of a process that is killed, nothing is heard of it any more: no failure is recorded, no claim given back.
-        What it did outside of the store is done. `finally` clauses do run; the test goes on behind the block.
+        As with a killed process, no failure is recorded and no claim released, but effects outside the store remain.
+        Unlike in a killed process, `finally` clauses run.
 
         Args:
-            operation: as for `lose_reply`, like the rest.
-            run: see there.
-            step: see there.
+            operation: the name of the store's method, such as `"begin_step"`.
+            run: the id of the run; None: any run.
+            step: the name of the step; None: any step.
 
         Raises:
-            AssertionError: the block ended by itself.
+            AssertionError: the block ended without sending the operation.
+            ValueError: there is no such operation.
         """
         fault = self._add("killed_at", operation, 1, run, step)
         try:
@@ -225,12 +244,12 @@ class StepFaults:
             raise AssertionError(f"killed_at: the block never sent {operation}")
 
     def pending(self) -> list[str]:
-        """The faults that have not struck yet."""
+        """Returns a description of each fault that has not occurred yet."""
         with self._lock:
             return [str(fault) for fault in self._faults if fault.times]
 
     def heal(self) -> None:
-        """Calls off what has not struck yet."""
+        """Cancels all faults that have not occurred yet."""
         with self._lock:
             self._faults.clear()
 
@@ -239,8 +258,8 @@ class StepFaults:
     ) -> _Fault:
         known = {path.stem for path in directory().glob("*.lua")}
         if operation not in known:
-            hint = ", which is sent as an extend_claim" if operation == "expire_claim" else ""
-            raise ValueError(f"operation: {operation!r} is none{hint}; there are {', '.join(sorted(known))}")
+            hint = " (expire_claim is sent as extend_claim)" if operation == "expire_claim" else ""
+            raise ValueError(f"operation: {operation!r} does not exist{hint}; use one of {', '.join(sorted(known))}")
         if times < 1:
             raise ValueError(f"times: must be 1 or more, not {times!r}")
         key_end = b"" if run is None else b"}:%b:steps" % run_id(run).data
@@ -249,73 +268,94 @@ class StepFaults:
             self._faults.append(fault)
         return fault
 
-    # The line's side: see tap.Line
+    # As an Interceptor
 
     def check(self) -> None:
-        """Raises ConnectionError if the server is away."""
+        """Raises ConnectionError if the server is away, and WorkerKilled in the code that was killed."""
         if self._is_away or self._killed is not None:
-            if self._killed == _who():
+            if self._killed == _current_worker():
                 raise WorkerKilled
             raise ConnectionError("Connection refused (by step_faults)")
 
     def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:
-        """What is to be called before these commands are sent; each is handed out once."""
-        return [fault.detail for command in commands for fault in self._struck(command, "before")]
+        """Returns the functions to call before the commands are sent, and uses up their faults.
 
-    def strike(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
-        """What to send in place of these commands, and of which the reply is to be lost."""
+        Args:
+            commands: the commands, which are about to be sent in one go.
+        """
+        return [fault.detail for command in commands for fault in self._use_fault(command, "before")]
+
+    def intercept(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
+        """Applies the faults to the commands: returns the commands to send, and for each whether its reply is lost.
+
+        Args:
+            commands: the commands, which are about to be sent in one go.
+        """
         self.check()
         sent: list[Command] = []
         losses: list[bool] = []
         for command in commands:
             kinds = {
                 fault.kind: fault
-                for fault in self._struck(command, "lose_reply", "lose_request", "refuse", "killed_at")
+                for fault in self._use_fault(command, "lose_reply", "lose_request", "refuse", "killed_at")
             }
             if "killed_at" in kinds:
-                self._killed = _who()
+                self._killed = _current_worker()
                 self.check()
             if "lose_request" in kinds:
                 raise ConnectionError("the request was lost (by step_faults)")
             refusal = kinds.get("refuse")
-            sent.append([b"EVAL", _ERROR, b"0", refusal.detail.encode()] if refusal else self._clock.moved(command))
+            sent.append([b"EVAL", _ERROR, b"0", refusal.detail.encode()] if refusal else self._clock.shift(command))
             losses.append("lose_reply" in kinds)
         return sent, losses
 
-    def _struck(self, command: Command, *kinds: _Kind) -> list[_Fault]:
-        """The fault that strikes a command now, if there is one: of several the first that was asked for."""
-        operation = script_of(command) if len(command) > 3 else None  # SCRIPT LOAD runs nothing
+    def _use_fault(self, command: Command, *kinds: _Kind) -> list[_Fault]:
+        """Uses up and returns the first fault that applies to a command; an empty list if none does."""
+        operation = script_of(command) if len(command) > 3 else None  # SCRIPT LOAD executes nothing
         if operation is None:
             return []
         with self._lock:
             for fault in self._faults:
-                if fault.kind in kinds and fault.fits(command, operation):
+                if fault.kind in kinds and fault.applies_to(command, operation):
                     fault.times -= 1
                     return [fault]
         return []
 
 
-def _who() -> object:
-    """The task that now runs, or else the thread."""
+def _current_worker() -> object:
+    """Returns the current task, or the current thread's id outside of one."""
     with suppress(RuntimeError):
         if (task := asyncio.current_task()) is not None:
             return task
     return threading.get_ident()
 
 
-class Undisturbed:
-    """The line of a kit's own connections: they go by the clock, and nothing happens to them."""
+class PassThrough:
+    """The interceptor of a kit's observing store: applies the clock, and no faults."""
 
     def __init__(self, clock: StepClock) -> None:
+        """Makes an interceptor.
+
+        Args:
+            clock: shifts the time of each command.
+        """
         self._clock = clock
 
     def check(self) -> None:
-        """The server is there."""
+        """Does nothing: the server is never away."""
 
-    def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:  # noqa: ARG002 -- of every line
-        """None."""
+    def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:  # noqa: ARG002 -- Interceptor requires it
+        """Returns no functions.
+
+        Args:
+            commands: the commands, which are about to be sent in one go.
+        """
         return ()
 
-    def strike(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
-        """The commands, as they go by the clock."""
-        return [self._clock.moved(command) for command in commands], [False] * len(commands)
+    def intercept(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
+        """Returns the commands with the clock's offset. No reply is lost.
+
+        Args:
+            commands: the commands, which are about to be sent in one go.
+        """
+        return [self._clock.shift(command) for command in commands], [False] * len(commands)

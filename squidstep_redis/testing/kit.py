@@ -1,4 +1,4 @@
-"""The kit: two stores on one server, fake or real, their clock, and what goes wrong between them."""
+"""The kit: a blocking and an asyncio store on one server, fake or real, with a test clock and faults."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.claims.heartbeat import async_heartbeat_of
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.testing.clock import StepClock
-from squidstep_redis.testing.faults import StepFaults, Undisturbed
-from squidstep_redis.testing.tap import Line, LoopGuard, tap, tap_asyncio
+from squidstep_redis.testing.faults import PassThrough, StepFaults
+from squidstep_redis.testing.interception import Interceptor, LoopGuard, intercepted, intercepted_asyncio
 
 FAKEREDIS: Final = "fakeredis"
 EMBEDDED: Final = "embedded"
 
-# A server that is away shall not hold up a test for ten seconds; one that is slow, as in CI, shall be waited for. And
-# redis-py's client of a cluster asks all its nodes again before it sends again.
+# In seconds. Short, so that tests of an unreachable server are fast; long enough for a slow CI machine. A cluster needs
+# longer, because redis-py's cluster client queries all nodes before it retries.
 _TIMEOUT: Final = 2.0
 _CLUSTER_TIMEOUT: Final = 5.0
 _CLIENT: Final[dict[str, Any]] = {"socket_timeout": 10, "socket_connect_timeout": 10, "protocol": 2}
 
 
 class StepKit:
-    """What the fixtures are made of, for those who test without pytest: a `with` block.
+    """Two stores, a clock and faults in a `with` block: everything the fixtures provide, without pytest.
 
-    On a real server all keys have a prefix of the kit's own, and are deleted at the end of the block. On fakeredis the
-    server is the kit's own.
+    On a real server, all keys have a prefix that is unique to the kit, and are deleted at the end of the block. On
+    fakeredis, the kit has a server to itself.
 
         with StepKit() as kit:
             handle(kit.store, {"order": 1})
@@ -43,11 +43,11 @@ class StepKit:
 
     Attributes:
         store: a blocking store.
-        async_store: an asyncio store of the same runs. It may be used in one event loop after another, and connects in
-            the one that runs; what is open is closed when that loop is shut down.
-        clock: moves the time by which both go, see `StepClock`.
-        faults: makes something go wrong for both, see `StepFaults`.
-        observer: a blocking store of the same runs which no fault strikes: for looking on.
+        async_store: an asyncio store of the same runs. It can be used in one event loop after another: it connects in
+            the running loop, and its connections are closed when that loop shuts down.
+        clock: the clock of all three stores.
+        faults: the faults of `store` and `async_store`.
+        observer: a blocking store of the same runs that no fault affects, for assertions.
     """
 
     store: StepRunStore
@@ -57,19 +57,19 @@ class StepKit:
     observer: StepRunStore
 
     def __init__(self, server: str = FAKEREDIS, **settings: Any) -> None:
-        """Prepares a kit; nothing is sent before the block is entered.
+        """Prepares a kit. Nothing is sent before the block is entered.
 
         Args:
-            server: "fakeredis"; "embedded", for a Valkey of the kit's own; or the URL of a server, of which a cluster
-                is recognised.
-            settings: of the stores, see `StepRunStore`; all but `prefix`. `timeout` is two seconds if not given, on a
-                cluster five.
+            server: "fakeredis"; "embedded", which starts a Valkey server for the kit; or the URL of a server or of a
+                cluster node.
+            **settings: the stores' settings, each a keyword argument, see `StoreSettings`; all but `prefix`. The
+                default of `timeout` is 2 seconds, on a cluster 5.
 
         Raises:
-            TypeError: a `prefix` is given. All that has the kit's prefix is deleted in the end.
+            TypeError: `prefix` is given.
         """
         if "prefix" in settings:
-            raise TypeError("prefix: is the kit's own, for all that has it is deleted in the end")
+            raise TypeError("prefix: cannot be set, because the kit deletes all keys with its prefix at the end")
         self._server = server
         self._settings: dict[str, Any] = {**settings, "prefix": f"squidstep-test-{secrets.token_hex(6)}"}
         self._stack = ExitStack()
@@ -87,7 +87,7 @@ class StepKit:
 
     @property
     def prefix(self) -> str:
-        """Of all keys: for stores of your own, on `store.client`."""
+        """The prefix of all keys, for additional stores on `store.client`."""
         return self._settings["prefix"]
 
     def _open(self, stack: ExitStack) -> None:
@@ -102,7 +102,7 @@ class StepKit:
         self.faults = StepFaults(self.clock, lambda: self.observer)
         guard = LoopGuard(lambda: clients.close_asyncio(self.async_store.client))
 
-        observing = clients.blocking(Undisturbed(self.clock))
+        observing = clients.blocking(PassThrough(self.clock))
         stack.callback(observing.close)
         self.observer = StepRunStore(observing, **self._settings)
         if url:
@@ -118,56 +118,75 @@ class StepKit:
             stack.callback(_kits.pop, each)
 
 
-_kits: WeakKeyDictionary[Any, StepKit] = WeakKeyDictionary()  # by client; each is taken out when its block ends
+_kits: WeakKeyDictionary[Any, StepKit] = WeakKeyDictionary()  # by client; an entry is removed when its block ends
 
 
 def observer_of(store: StepRunStore | AsyncStepRunStore) -> StepRunStore:
-    """A blocking store which can look at what another has: that of its kit, or itself.
+    """Returns a blocking store of the same runs: the observer of the store's kit, or else the store itself.
+
+    Args:
+        store: a blocking store, or the asyncio store of a kit.
 
     Raises:
-        TypeError: it is an asyncio store of no kit.
+        TypeError: the store is an asyncio store without a kit.
     """
     kit = _kits.get(store.client)
     if kit is not None:
         return kit.observer
     if isinstance(store, StepRunStore):
         return store
-    raise TypeError(f"store: must be a blocking one, or of a kit, to be looked at without await; not {store!r}")
+    raise TypeError(f"store: must be a blocking store, or the asyncio store of a StepKit, not {store!r}")
 
 
 class _Clients:
-    """Makes the clients of one server."""
+    """Makes clients of one server."""
 
     def __init__(self, url: str) -> None:
-        """`url` is empty for fakeredis."""
+        """Prepares clients; asks a real server whether it is a cluster.
+
+        Args:
+            url: the server's URL; empty for fakeredis.
+        """
         self._url = url
         self._fake = None if url else _fakeredis().FakeServer()
         self.is_cluster = bool(url) and _is_cluster(url)
 
-    def blocking(self, line: Line) -> Any:
-        """A blocking client on whose connections `line` listens. One of a cluster connects at once."""
+    def blocking(self, interceptor: Interceptor) -> Any:
+        """Returns a blocking client. A cluster client connects at once.
+
+        Args:
+            interceptor: sees all commands that the client sends.
+        """
         retry = Retry(NoBackoff(), 0)
         if self.is_cluster:
             cluster: Any = RedisCluster
-            return cluster.from_url(self._url, connection_class=tap(Connection, line), retry=retry, **_CLIENT)
+            return cluster.from_url(
+                self._url, connection_class=intercepted(Connection, interceptor), retry=retry, **_CLIENT
+            )
         plain: Any = Redis
         if self._url:
             client = plain.from_url(self._url, retry=retry, **_CLIENT)
         else:
             client = _fakeredis().FakeStrictRedis(server=self._fake)
             client.connection_pool.connection_kwargs["retry"] = retry
-        client.connection_pool.connection_class = tap(client.connection_pool.connection_class, line)
+        client.connection_pool.connection_class = intercepted(client.connection_pool.connection_class, interceptor)
         return client
 
-    def asyncio(self, line: Line, guard: LoopGuard) -> Any:
-        """An asyncio client of the same kind; it connects when it is first used."""
+    def asyncio(self, interceptor: Interceptor, guard: LoopGuard) -> Any:
+        """Returns an asyncio client, which connects when it is first used.
+
+        Args:
+            interceptor: sees all commands that the client sends.
+            guard: closes the client's connections when a loop shuts down.
+        """
         retry = AsyncRetry(NoBackoff(), 0)
         if self.is_cluster:
             cluster: Any = redis_asyncio.RedisCluster
             client = cluster.from_url(self._url, retry=retry, **_CLIENT)
-            client.connection_kwargs["connection_class"] = tapped = tap_asyncio(redis_asyncio.Connection, line, guard)
+            connection_class = intercepted_asyncio(redis_asyncio.Connection, interceptor, guard)
+            client.connection_kwargs["connection_class"] = connection_class
             for node in client.nodes_manager.startup_nodes.values():
-                node.connection_class = tapped
+                node.connection_class = connection_class
             return client
         plain: Any = redis_asyncio.Redis
         if self._url:
@@ -175,11 +194,16 @@ class _Clients:
         else:
             client = _fakeredis().FakeAsyncRedis(server=self._fake)
             client.connection_pool.connection_kwargs["retry"] = retry
-        client.connection_pool.connection_class = tap_asyncio(client.connection_pool.connection_class, line, guard)
+        pool = client.connection_pool
+        pool.connection_class = intercepted_asyncio(pool.connection_class, interceptor, guard)
         return client
 
     async def close_asyncio(self, client: Any) -> None:
-        """Closes all connections; the client can be used again."""
+        """Closes all connections of a client, which can be used again afterwards.
+
+        Args:
+            client: an asyncio client made here.
+        """
         await async_heartbeat_of(client).stop()
         if self.is_cluster:
             await client.aclose()
@@ -187,17 +211,26 @@ class _Clients:
             await client.connection_pool.disconnect()
 
     def time(self, client: Any) -> tuple[int, int]:
-        """The server's clock: seconds and microseconds."""
+        """Returns the server's time, as seconds and microseconds.
+
+        Args:
+            client: a blocking client made here.
+        """
         return client.time(target_nodes="random") if self.is_cluster else client.time()
 
     def delete(self, client: Any, prefix: str) -> None:
-        """Deletes all keys of a prefix."""
+        """Deletes all keys with a prefix.
+
+        Args:
+            client: a blocking client made here.
+            prefix: the prefix of a kit.
+        """
         for key in client.scan_iter(match=f"{prefix}:*", count=1_000):
             client.unlink(key)
 
 
 def _is_cluster(url: str) -> bool:
-    client: Any = Redis.from_url(url, **_CLIENT)  # pyright: ignore[reportUnknownMemberType]: redis-py leaves it untyped
+    client: Any = Redis.from_url(url, **_CLIENT)  # pyright: ignore[reportUnknownMemberType]: redis-py has no types for it
     with client:
         return bool(client.info("cluster").get("cluster_enabled"))
 
@@ -205,6 +238,8 @@ def _is_cluster(url: str) -> bool:
 def _fakeredis() -> Any:
     try:
         import fakeredis  # noqa: PLC0415 -- not needed on a real server
-    except ImportError:
-        raise ImportError("on fakeredis, a kit needs it: pip install 'squidstep_redis[testing]'") from None
+    except ImportError as missing:
+        raise ImportError(
+            "a StepKit without a server needs fakeredis: pip install 'squidstep_redis[testing]', or give it a server"
+        ) from missing
     return fakeredis

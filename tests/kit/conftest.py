@@ -1,4 +1,4 @@
-"""Kits on each server; the store that is looked at is their blocking one, or their asyncio one, driven."""
+"""Kits on each server. `store` is the blocking store of a kit, or its asyncio store behind a blocking interface."""
 
 from __future__ import annotations
 

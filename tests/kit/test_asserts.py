@@ -1,8 +1,9 @@
-"""The assertions hold what they say, and a failure shows the run."""
+"""The assertions check what they claim, and their failures show the run."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import fakeredis
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.servers("fakeredis", "valkey")
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
-def looked_at(request: pytest.FixtureRequest, kit: StepKit) -> Any:
-    """The store that is handed to the assertions: nothing to await on either."""
+def asserted(request: pytest.FixtureRequest, kit: StepKit) -> Any:
+    """The store that the assertions get; neither kind needs an await."""
     return kit.store if request.param == "blocking" else kit.async_store
 
 
@@ -32,64 +33,64 @@ def failing(message: str) -> Any:
     return pytest.raises(AssertionError, match=message)
 
 
-def test_completed(kit: StepKit, looked_at: Any) -> None:
+def test_assert_completed_checks_status_and_output(kit: StepKit, asserted: Any) -> None:
     with failing("^step 'pay' of run 'run' has no record\n\nrun 'run' has no steps$"):
-        assert_completed(looked_at, "run", "pay")
+        assert_completed(asserted, "run", "pay")
     step_run = begun(kit.store.begin_step("run", "pay", {"amount": 42}, owner="worker-1"))
     with failing("^step 'pay' of run 'run' is running, not completed\n"):
-        assert_completed(looked_at, "run", "pay")
+        assert_completed(asserted, "run", "pay")
     kit.store.complete_step(step_run, {"charged": 42})
 
-    assert assert_completed(looked_at, "run", "pay").attempt == 1
-    assert assert_completed(looked_at, "run", "pay", {"charged": 42}).output == {"charged": 42}
-    with failing("gave {'charged': 42}, not {'charged': 7}"):
-        assert_completed(looked_at, "run", "pay", {"charged": 7})
-    with failing("gave {'charged': 42}, not None"):
-        assert_completed(looked_at, "run", "pay", None)
+    assert assert_completed(asserted, "run", "pay").attempt == 1
+    assert assert_completed(asserted, "run", "pay", {"charged": 42}).output == {"charged": 42}
+    with failing("has the output {'charged': 42}, not {'charged': 7}"):
+        assert_completed(asserted, "run", "pay", {"charged": 7})
+    with failing("has the output {'charged': 42}, not None"):
+        assert_completed(asserted, "run", "pay", None)
     with failing("is completed, not failed"):
-        assert_failed(looked_at, "run", "pay")
+        assert_failed(asserted, "run", "pay")
 
 
-def test_failed(kit: StepKit, looked_at: Any) -> None:
+def test_assert_failed_checks_status_and_error(kit: StepKit, asserted: Any) -> None:
     kit.store.fail_step(begun(kit.store.begin_step("run", "pay", {})), ValueError("card declined"))
     kit.store.fail_step(begun(kit.store.begin_step("run", "mail", {})), {"code": 550})
 
-    assert assert_failed(looked_at, "run", "pay").last_error is not None
-    assert_failed(looked_at, "run", "pay", match="^ValueError: card declined$")
-    assert_failed(looked_at, "run", "mail", match="'code': 550")
-    with failing("failed with 'ValueError: card declined', in which 'timeout' is not found"):
-        assert_failed(looked_at, "run", "pay", match="timeout")
+    assert assert_failed(asserted, "run", "pay").last_error is not None
+    assert_failed(asserted, "run", "pay", match="^ValueError: card declined$")
+    assert_failed(asserted, "run", "mail", match="'code': 550")
+    with failing("failed with 'ValueError: card declined', which does not match 'timeout'"):
+        assert_failed(asserted, "run", "pay", match="timeout")
     with failing("is failed, not completed"):
-        assert_executed_once(looked_at, "run", "pay")
+        assert_executed_once(asserted, "run", "pay")
 
 
-def test_executed_once(kit: StepKit, looked_at: Any) -> None:
+def test_assert_executed_once_counts_takeovers_but_not_releases(kit: StepKit, asserted: Any) -> None:
     kit.store.release_step(begun(kit.store.begin_step("run", "pay", {})))
     kit.store.complete_step(begun(kit.store.begin_step("run", "pay", {})), {})
-    assert assert_executed_once(looked_at, "run", "pay").attempt == 2
+    assert assert_executed_once(asserted, "run", "pay").attempt == 2
 
     begun(kit.store.begin_step("run", "mail", {}))
     kit.faults.take_over("run", "mail", output={})
     with failing("was executed 2 times, not once\n"):
-        assert_executed_once(looked_at, "run", "mail")
+        assert_executed_once(asserted, "run", "mail")
 
 
-def test_not_begun(kit: StepKit, looked_at: Any) -> None:
-    assert_not_begun(looked_at, "run", "pay")
+def test_assert_not_begun_accepts_a_scheduled_step(kit: StepKit, asserted: Any) -> None:
+    assert_not_begun(asserted, "run", "pay")
     kit.store.schedule_step("run", "pay", {})
-    assert_not_begun(looked_at, "run", "pay")
+    assert_not_begun(asserted, "run", "pay")
     kit.store.release_step(begun(kit.store.begin_step("run", "pay", {})))
 
-    with failing("was begun: it is pending"):
-        assert_not_begun(looked_at, "run", "pay")
+    with failing("was begun, and is pending"):
+        assert_not_begun(asserted, "run", "pay")
 
 
-def test_a_failure_shows_the_run(kit: StepKit, looked_at: Any) -> None:
+def test_describe_run_shows_steps_and_attempts(kit: StepKit, asserted: Any) -> None:
     kit.store.fail_step(begun(kit.store.begin_step("run", "pay", {}, owner="worker-1")), ValueError("card\ndeclined"))
     kit.store.complete_step(begun(kit.store.begin_step("run", "pay", {}, owner="worker-2")), {"text": "x" * 100})
     kit.store.schedule_step("run", "mail", {"to": "Bergen"})
 
-    *lines, first, second = describe_run(looked_at, "run").splitlines()
+    *lines, first, second = describe_run(asserted, "run").splitlines()
 
     assert lines == [
         "run 'run'",
@@ -103,34 +104,40 @@ def test_a_failure_shows_the_run(kit: StepKit, looked_at: Any) -> None:
     assert second.startswith("  2  completed  worker-2  0.0")
 
 
-def test_stores_of_no_kit() -> None:
+def test_without_a_kit_only_a_blocking_store_works() -> None:
     server = fakeredis.FakeServer()
-    mine = StepRunStore(fakeredis.FakeStrictRedis(server=server))
-    mine.complete_step(begun(mine.begin_step("run", "pay", {})), {"paid": 1})
-    assert_completed(mine, "run", "pay", {"paid": 1})
+    blocking = StepRunStore(fakeredis.FakeStrictRedis(server=server))
+    blocking.complete_step(begun(blocking.begin_step("run", "pay", {})), {"paid": 1})
+    assert_completed(blocking, "run", "pay", {"paid": 1})
 
-    theirs = AsyncStepRunStore(fakeredis.FakeAsyncRedis(server=server))
-    with pytest.raises(TypeError, match="must be a blocking one, or of a kit"):
-        assert_completed(theirs, "run", "pay")
-    asyncio.run(theirs.client.aclose())
+    asynchronous = AsyncStepRunStore(fakeredis.FakeAsyncRedis(server=server))
+    with pytest.raises(TypeError, match="must be a blocking store, or the asyncio store of a StepKit"):
+        assert_completed(asynchronous, "run", "pay")
+    asyncio.run(asynchronous.client.aclose())
 
 
-def test_the_stores_of_a_kit_that_has_ended_are_looked_at_no_more() -> None:
+def test_assertions_reject_the_asyncio_store_of_a_closed_kit() -> None:
     with StepKit() as kit:
         pass
-    with pytest.raises(TypeError, match="of a kit"):
+    with pytest.raises(TypeError, match="asyncio store of a StepKit"):
         assert_completed(kit.async_store, "run", "pay")
 
 
-def test_another_store_on_the_kits_client_is_looked_at_by_its_own_prefix(kit: StepKit) -> None:
-    mine = StepRunStore(kit.store.client, prefix=f"{kit.prefix}:mine")
-    mine.complete_step(begun(mine.begin_step("run", "pay", {})), {})
+def test_store_on_the_kits_client_is_read_by_its_own_prefix(kit: StepKit) -> None:
+    other = StepRunStore(kit.store.client, prefix=f"{kit.prefix}:other")
+    other.complete_step(begun(other.begin_step("run", "pay", {})), {})
 
-    assert_completed(mine, "run", "pay")
+    assert_completed(other, "run", "pay")
     with failing("has no record"):
         assert_completed(kit.store, "run", "pay")
 
 
-def test_nobody_names_the_prefix_of_a_kit() -> None:
+def test_prefix_of_a_kit_cannot_be_set() -> None:
     with pytest.raises(TypeError, match="prefix"):
         StepKit(prefix="production")
+
+
+def test_kit_without_fakeredis_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fakeredis", None)
+    with pytest.raises(ImportError, match=r"needs fakeredis: pip install 'squidstep_redis\[testing\]'"), StepKit():
+        pass

@@ -1,4 +1,4 @@
-"""What a kit lets go wrong, on each server and for both stores."""
+"""The faults of a kit, on each server and for both stores."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from squidstep_redis import (
 )
 from squidstep_redis.testing import StepKit, WorkerKilled, assert_completed, assert_executed_once
 
-# Not on a cluster: redis-py's client of a cluster takes seconds to find its nodes again.
+# Not on a cluster, because redis-py's cluster client takes seconds to rediscover its nodes.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
 
-ROUND: dict[str, Callable[[StepRunStore], Any]] = {
+OPERATIONS: dict[str, Callable[[StepRunStore], Any]] = {
     "begin_step": lambda store: begun(store.begin_step("run", "pay", {}, lease=60)).attempt,
     "complete_step": lambda store: store.complete_step(begun(store.begin_step("run", "pay", {})), {"paid": 1}).status,
     "fail_step": lambda store: store.fail_step(begun(store.begin_step("run", "pay", {})), {"no": 1}).status,
@@ -34,25 +34,25 @@ ROUND: dict[str, Callable[[StepRunStore], Any]] = {
     "get_run": lambda store: store.get_run("run"),
 }
 
-# Of a cluster, redis-py looks for another node, and does not say whether it has sent anything.
+# Indexed by "is a cluster": there, redis-py tries another node and hides whether it has sent anything.
 NOT_SENT = (NotSentError, OutcomeUnknownError)
 
 
-class TestLosses:
-    @pytest.mark.parametrize("operation", ROUND)
+class TestLostMessages:
+    @pytest.mark.parametrize("operation", OPERATIONS)
     @pytest.mark.parametrize("fault", ["lose_reply", "lose_request"])
-    def test_the_store_sends_it_again(
+    def test_store_resends_after_a_lost_message(
         self, kit: StepKit, store: StepRunStore, fault: str, operation: str, backend: Backend
     ) -> None:
         getattr(kit.faults, fault)(operation)
-        answered = ROUND[operation](store)
+        result = OPERATIONS[operation](store)
 
         assert kit.faults.pending() == []
-        with StepKit(backend.url or "fakeredis") as undisturbed:
-            assert ROUND[operation](undisturbed.store) == answered
+        with StepKit(backend.url or "fakeredis") as other:
+            assert OPERATIONS[operation](other.store) == result
         assert [len(kit.observer.attempts("run", "pay"))] == [operation not in ("schedule_step", "get_run")]
 
-    def test_a_lost_reply_was_carried_out_and_a_lost_request_was_not(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_lost_reply_was_executed_and_lost_request_was_not(self, kit: StepKit, store: StepRunStore) -> None:
         seen = list[object]()
 
         def look() -> None:
@@ -66,9 +66,7 @@ class TestLosses:
 
         assert [step_run is None for step_run in seen] == [True, True, False]
 
-    def test_too_many_are_an_unknown_outcome_and_the_call_can_be_sent_again(
-        self, kit: StepKit, store: StepRunStore
-    ) -> None:
+    def test_losing_every_reply_raises_outcome_unknown(self, kit: StepKit, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
         kit.faults.lose_reply("complete_step", times=1_000)
 
@@ -80,7 +78,7 @@ class TestLosses:
         assert store.send(caught.value.call).output == {"paid": 1}
         assert_executed_once(kit.store, "run", "pay")
 
-    def test_of_one_run_and_step_alone(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_fault_applies_only_to_the_named_run_and_step(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.refuse("begin_step", run="b", step="pay")
 
         begun(store.begin_step("a", "pay", {}))
@@ -89,7 +87,7 @@ class TestLosses:
             store.begin_step("b", "pay", {})
         begun(store.begin_step("b", "pay", {}))
 
-    def test_in_a_batch(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_messages_of_a_batch_can_be_lost(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.lose_reply("begin_step", step="two")
         kit.faults.lose_request("begin_step", step="three")
         steps = ["one", "two", "three"]
@@ -101,7 +99,7 @@ class TestLosses:
 
 
 class TestRefusals:
-    def test_nothing_is_written(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_refused_operation_writes_nothing(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.refuse("begin_step")
 
         with pytest.raises(RefusedError, match="memory"):
@@ -109,7 +107,7 @@ class TestRefusals:
 
         assert kit.observer.get_run("run") == []
 
-    def test_what_may_pass_within_seconds_is_sent_again(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_transient_error_is_retried(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.refuse("begin_step", "READONLY You can't write against a read only replica.", times=2)
 
         assert begun(store.begin_step("run", "pay", {})).attempt == 1
@@ -117,20 +115,22 @@ class TestRefusals:
 
 
 class TestServerAway:
-    def test_it_is_not_sent_and_the_store_comes_back(self, kit: StepKit, store: StepRunStore, backend: Backend) -> None:
+    def test_call_raises_not_sent_and_the_store_recovers(
+        self, kit: StepKit, store: StepRunStore, backend: Backend
+    ) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
         with kit.faults.server_away():
             began = time.monotonic()
             with pytest.raises(NOT_SENT[backend.name == "cluster"]):
                 store.complete_step(step_run, {})
             assert time.monotonic() - began < 20
-            assert stored(kit.observer).status == "running"  # who looks on is spared
+            assert stored(kit.observer).status == "running"  # the observer is not affected
 
         assert store.complete_step(step_run, {}).status == "completed"
 
 
 class TestTakeOver:
-    def test_now(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_takeover_happens_at_once_by_default(self, kit: StepKit, store: StepRunStore) -> None:
         zombie = begun(store.begin_step("run", "pay", {"amount": 1}))
 
         winner = kit.faults.take_over("run", "pay", owner="worker-2")
@@ -141,7 +141,7 @@ class TestTakeOver:
             store.complete_step(zombie, {})
         assert store.complete_step(winner, {}).status == "completed"
 
-    def test_before_an_operation(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_takeover_can_happen_before_an_operation(self, kit: StepKit, store: StepRunStore) -> None:
         assert kit.faults.take_over("run", "pay", before="complete_step", output={"by": "another"}) is None
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
@@ -153,22 +153,22 @@ class TestTakeOver:
             Outcome.COMPLETED,
         ]
 
-    def test_who_is_still_at_it(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_without_an_output_the_other_worker_stays_busy(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.take_over("run", "pay", before="complete_step")
 
         with pytest.raises(StepBusyError):
             store.run_step("run", "pay", lambda _: {}, {})
 
-    def test_of_what_nobody_holds(self, kit: StepKit, store: StepRunStore) -> None:
-        with pytest.raises(AssertionError, match="nobody holds step 'pay' of run 'run'"):
+    def test_step_that_is_not_running_cannot_be_taken_over(self, kit: StepKit, store: StepRunStore) -> None:
+        with pytest.raises(AssertionError, match="step 'pay' of run 'run' is not running: None"):
             kit.faults.take_over("run", "pay")
         store.schedule_step("run", "pay", {})
-        with pytest.raises(AssertionError, match="pending"):
+        with pytest.raises(AssertionError, match="is not running: .*pending"):
             kit.faults.take_over("run", "pay")
 
 
 class TestBefore:
-    def test_a_second_delivery_in_the_middle_of_the_first(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_hook_can_deliver_the_step_a_second_time(self, kit: StepKit, store: StepRunStore) -> None:
         worked = list[str]()
 
         def deliver(who: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class TestBefore:
         assert deliver("first") == {"by": "second"}
         assert worked == ["first", "second"]
 
-    def test_a_coroutine_function_for_the_asyncio_store(self, kit: StepKit, runner: asyncio.Runner) -> None:
+    def test_hook_of_the_asyncio_store_may_be_a_coroutine_function(self, kit: StepKit, runner: asyncio.Runner) -> None:
         async def meanwhile() -> None:
             assert (await kit.async_store.begin_step("run", "pay", {})).busy
 
@@ -200,7 +200,7 @@ class TestBefore:
         assert_completed(kit.async_store, "run", "pay", {})
 
     @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-    def test_but_not_for_the_blocking_one(self, kit: StepKit) -> None:
+    def test_blocking_store_rejects_a_coroutine_function(self, kit: StepKit) -> None:
         async def meanwhile() -> None: ...
 
         kit.faults.before("begin_step", meanwhile)
@@ -209,7 +209,7 @@ class TestBefore:
 
 
 class TestKilledAt:
-    def test_nothing_more_is_heard_of_it(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_killed_worker_records_nothing_and_keeps_its_claim(self, kit: StepKit, store: StepRunStore) -> None:
         worked = list[int]()
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class TestKilledAt:
 
         with kit.faults.killed_at("complete_step"):
             store.run_step("run", "pay", work, {}, lease=30)
-            raise NotImplementedError  # nobody gets here
+            raise NotImplementedError  # unreachable
 
         assert stored(kit.observer).status == "running"  # and no failure was recorded
         with pytest.raises(StepBusyError):
@@ -227,13 +227,13 @@ class TestKilledAt:
         assert store.run_step("run", "pay", work, {}, lease=30) == {}
         assert len(worked) == 2
 
-    def test_before_it_has_begun(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_worker_killed_at_begin_step_leaves_no_record(self, kit: StepKit, store: StepRunStore) -> None:
         with kit.faults.killed_at("begin_step"):
             store.run_step("run", "pay", lambda _: {}, {})
 
         assert store.get_run("run") == []
 
-    def test_a_block_that_ends_by_itself_is_an_error(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_block_that_never_sends_the_operation_is_an_error(self, kit: StepKit, store: StepRunStore) -> None:
         with pytest.raises(AssertionError, match="never sent complete_step"), kit.faults.killed_at("complete_step"):
             store.begin_step("run", "pay", {})
 
@@ -241,17 +241,17 @@ class TestKilledAt:
             raise KeyError
         assert kit.faults.pending() == []
 
-    def test_no_except_exception_survives_it(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_except_exception_does_not_catch_the_kill(self, kit: StepKit, store: StepRunStore) -> None:
         assert not issubclass(WorkerKilled, Exception)
         survived = False
         with kit.faults.killed_at("begin_step"):
             try:
                 store.begin_step("run", "pay", {})
-            except Exception:  # noqa: BLE001 -- the very thing
+            except Exception:  # noqa: BLE001 -- the subject of the test
                 survived = True
         assert not survived
 
-    def test_other_threads_live_on_without_a_server(self, kit: StepKit, backend: Backend) -> None:
+    def test_other_threads_lose_the_server_but_are_not_killed(self, kit: StepKit, backend: Backend) -> None:
         errors = list[Exception]()
 
         def other() -> None:
@@ -271,33 +271,33 @@ class TestKilledAt:
         assert [type(error) for error in errors] == [NOT_SENT[backend.name == "cluster"]]
 
 
-class TestWhatIsAskedFor:
-    def test_an_operation_that_is_none(self, kit: StepKit) -> None:
-        with pytest.raises(ValueError, match="'complete' is none; there are .*complete_step"):
+class TestRequests:
+    def test_invalid_requests_raise_value_error(self, kit: StepKit) -> None:
+        with pytest.raises(ValueError, match="'complete' does not exist; use one of .*complete_step"):
             kit.faults.lose_reply("complete")
-        with pytest.raises(ValueError, match="sent as an extend_claim"):
+        with pytest.raises(ValueError, match="expire_claim is sent as extend_claim"):
             kit.faults.refuse("expire_claim")
         with pytest.raises(ValueError, match="times"):
             kit.faults.refuse("begin_step", times=0)
 
-    def test_what_has_not_struck_is_told(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_pending_faults_are_listed_and_can_be_canceled(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.lose_reply("begin_step", times=2, step="pay")
-        assert kit.faults.pending() == ["lose_reply('begin_step') of step 'pay': 2 to go"]
+        assert kit.faults.pending() == ["lose_reply('begin_step') of step 'pay': 2 left"]
 
         kit.faults.heal()
 
         assert kit.faults.pending() == []
         begun(store.begin_step("run", "pay", {}))
 
-    def test_several_at_once_strike_in_the_order_they_were_asked_for(self, kit: StepKit, store: StepRunStore) -> None:
+    def test_faults_occur_in_the_order_of_their_requests(self, kit: StepKit, store: StepRunStore) -> None:
         kit.faults.refuse("begin_step", "OOM first")
         kit.faults.refuse("begin_step", "OOM second")
 
-        for wanted in ("first", "second"):
-            with pytest.raises(RefusedError, match=wanted):
+        for message in ("first", "second"):
+            with pytest.raises(RefusedError, match=message):
                 store.begin_step("run", "pay", {})
 
-    def test_a_heartbeat_is_struck_as_well(self, kit: StepKit) -> None:
+    def test_faults_apply_to_heartbeats(self, kit: StepKit) -> None:
         lost = threading.Event()
         kit.faults.before("extend_claim", lost.set)
 

@@ -1,4 +1,4 @@
-"""The fixtures, as somebody meets them who has installed the library: in a pytest of its own."""
+"""The fixtures in a separate pytest process, as in a project that has installed the library."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from squidstep_redis.embedded import EmbeddedServer
 from .test_guide import ran
 
 
-def written(directory: Path, source: str, *options: str) -> str:
+def run_tests(directory: Path, source: str, *options: str) -> str:
     (directory / "test_it.py").write_text(source, "utf-8")
     return ran(directory, *options)
 
 
-def test_each_test_has_a_store_of_its_own(tmp_path: Path) -> None:
+def test_each_test_gets_an_empty_store(tmp_path: Path) -> None:
     source = """
 import pytest
 
@@ -29,7 +29,7 @@ def test_it(step_store, number):
     assert step_store.get_run("run") == []
     assert step_store.begin_step("run", "pay", {}).decision == "execute"
 """
-    assert "3 passed" in written(tmp_path, source)
+    assert "3 passed" in run_tests(tmp_path, source)
 
 
 ASYNC = """
@@ -68,13 +68,13 @@ def anyio_backend():
 
 
 @pytest.mark.parametrize("options", [(), ("--squidstep-server", "embedded")], ids=["fakeredis", "embedded"])
-def test_asyncio_however_it_is_run(tmp_path: Path, options: tuple[str, ...]) -> None:
-    assert "4 passed" in written(tmp_path, ASYNC, *options)
+def test_asyncio_store_works_under_every_runner(tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert "4 passed" in run_tests(tmp_path, ASYNC, *options)
 
 
-def test_a_server_of_ones_own_is_left_as_it_was(tmp_path: Path) -> None:
+def test_existing_keys_of_a_server_are_kept(tmp_path: Path) -> None:
     with EmbeddedServer(binary=find_binary("valkey"), port=0) as server, redis.Redis.from_url(server.url) as client:
-        client.set("mine", 1)
+        client.set("other", 1)
         source = """
 def test_it(step_store, step_clock):
     claim = step_store.begin_step("run", "pay", {}, lease=3600).step_run
@@ -83,11 +83,11 @@ def test_it(step_store, step_clock):
     assert step_store.client.keys("squidstep-test-*")
 """
         (tmp_path / "pytest.ini").write_text(f"[pytest]\nsquidstep_server = {server.url}\n", "utf-8")
-        assert "1 passed" in written(tmp_path, source)
-        assert client.keys() == [b"mine"]
+        assert "1 passed" in run_tests(tmp_path, source)
+        assert client.keys() == [b"other"]
 
 
-def test_settings_are_overridden_in_a_conftest(tmp_path: Path) -> None:
+def test_conftest_can_override_the_settings(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         "import pytest\n\n@pytest.fixture\ndef step_settings():\n    return {'max_payload_bytes': 10}\n", "utf-8"
     )
@@ -99,26 +99,26 @@ def test_it(step_store):
     with pytest.raises(PayloadTooLargeError):
         step_store.begin_step("run", "pay", {"text": "x" * 20})
 """
-    assert "1 passed" in written(tmp_path, source)
+    assert "1 passed" in run_tests(tmp_path, source)
 
 
-def test_a_fault_that_never_struck_is_an_error(tmp_path: Path) -> None:
+def test_fault_that_did_not_occur_is_an_error(tmp_path: Path) -> None:
     source = """
 def test_it(step_store, step_faults):
     step_faults.lose_reply("complete_step")
     step_store.begin_step("run", "pay", {})
 
-def test_called_off(step_store, step_faults):
+def test_canceled(step_store, step_faults):
     step_faults.lose_reply("complete_step")
     step_faults.heal()
 """
-    output = written(tmp_path, source)
+    output = run_tests(tmp_path, source)
     assert "2 passed, 1 error" in output
-    assert "faults that the test asked for never struck: lose_reply('complete_step')" in output
+    assert "faults that the test requested did not occur: lose_reply('complete_step')" in output
 
 
-def test_it_costs_nothing_where_nobody_uses_it() -> None:
-    """pytest loads it in every project: neither redis-py nor fakeredis come with it."""
+def test_plugin_does_not_import_the_library() -> None:
+    """pytest loads the plugin in every project, also where no test uses it."""
     code = "import sys, squidstep_redis.pytest_plugin; print({'redis', 'fakeredis', 'msgpack'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -25,6 +25,11 @@ def can_bypass_client(store: Any) -> bool:
     return store._transport.connections.can_bypass_client()
 
 
+def event_listeners(store: Any) -> list[Any]:
+    """Returns the functions that receive the store's events."""
+    return list(store._transport.events.listeners)
+
+
 def idle_connections(store: Any) -> int:
     """Returns how many connections the store keeps for its next calls."""
     return len(store._transport.connections._idle)

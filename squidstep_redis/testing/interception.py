@@ -1,4 +1,4 @@
-"""The connections of a kit: redis-py's or fakeredis's own, with somebody who looks at what is sent, and may lose it."""
+"""Connection classes of redis-py or fakeredis whose commands and replies an interceptor can change or lose."""
 
 from __future__ import annotations
 
@@ -14,38 +14,51 @@ from redis.exceptions import ConnectionError, ResponseError
 Command = list[bytes]
 
 
-class Line(Protocol):
-    """Who looks at what is sent."""
+class Interceptor(Protocol):
+    """Sees each command before it is sent, and decides what is sent and which replies are lost."""
 
     def check(self) -> None:
-        """Raises ConnectionError if nobody is there to connect to."""
+        """Raises ConnectionError if the server is to appear unreachable."""
 
     def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:
-        """What is to be called before these commands are sent."""
+        """Returns the functions to call before the commands are sent.
+
+        Args:
+            commands: the commands, which are about to be sent in one go.
+        """
         ...
 
-    def strike(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
-        """What to send in their place, and of each whether its reply is to be lost; raises if none is to be sent."""
+    def intercept(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
+        """Returns the commands to send instead, and for each whether its reply is lost. Raises to send nothing.
+
+        Args:
+            commands: the commands, which are about to be sent in one go.
+        """
         ...
 
 
 class LoopGuard:
-    """Closes what was opened in an event loop when that loop is shut down, as asyncio does with its generators.
+    """Closes a client's connections when the event loop that opened them shuts down its asynchronous generators.
 
-    So a client can be made before there is a loop, serve one loop after another, and leave nothing open, whoever runs
-    the loop: asyncio.run, pytest-asyncio, anyio.
+    So a client can be made before a loop exists and can be used in one loop after another, under asyncio.run,
+    pytest-asyncio or anyio.
     """
 
     def __init__(self, close: Callable[[], Awaitable[object]]) -> None:
+        """Makes a guard that watches no loop yet.
+
+        Args:
+            close: closes the connections; called in the loop that shuts down.
+        """
         self._close = close
         self._guards: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
 
     async def attach(self) -> None:
-        """Looks after the running loop from now on."""
+        """Watches the running loop from now on."""
         loop = asyncio.get_running_loop()
         if loop not in self._guards:
             guard = self._guards[loop] = self._until_shutdown()
-            await anext(guard)  # which makes it known to the loop
+            await anext(guard)  # registers the generator with the loop
 
     async def _until_shutdown(self) -> AsyncGenerator[None, None]:
         try:
@@ -55,124 +68,142 @@ class LoopGuard:
             await self._close()
 
     def close(self) -> None:
-        """Closes what is open in loops that are neither shut down nor running; a running one sees to it in the end."""
+        """Closes the connections of idle loops. A running loop closes its own when it ends."""
         for loop, guard in list(self._guards.items()):
             if not loop.is_closed() and not loop.is_running() and asyncio._get_running_loop() is None:
                 loop.run_until_complete(guard.aclose())
 
 
-def tap(connection_class: type[Any], line: Line) -> type[Any]:
-    """A class of blocking connections on which `line` listens."""
-    return type(f"Tapped{connection_class.__name__}", (_Tapped, connection_class), {"line": line})
+def intercepted(connection_class: type[Any], interceptor: Interceptor) -> type[Any]:
+    """Returns a subclass of a blocking connection class whose traffic passes through an interceptor.
+
+    Args:
+        connection_class: the class of redis-py or fakeredis.
+        interceptor: decides what is sent and lost.
+    """
+    body = {"interceptor": interceptor}
+    return type(f"Intercepted{connection_class.__name__}", (_Intercepted, connection_class), body)
 
 
-def tap_asyncio(connection_class: type[Any], line: Line, guard: LoopGuard) -> type[Any]:
-    """A class of asyncio connections on which `line` listens, and of which `guard` knows."""
-    body = {"line": line, "guard": guard}
-    return type(f"Tapped{connection_class.__name__}", (_TappedAsyncio, connection_class), body)
+def intercepted_asyncio(connection_class: type[Any], interceptor: Interceptor, guard: LoopGuard) -> type[Any]:
+    """Returns a subclass of an asyncio connection class whose traffic passes through an interceptor.
+
+    Args:
+        connection_class: the class of redis-py or fakeredis.
+        interceptor: decides what is sent and lost.
+        guard: watches each loop that opens a connection.
+    """
+    body = {"interceptor": interceptor, "guard": guard}
+    return type(f"Intercepted{connection_class.__name__}", (_InterceptedAsyncio, connection_class), body)
 
 
-class _Taps:
-    """What the two kinds of connection share."""
+class _Base:
+    """Shared by blocking and asyncio connections."""
 
-    line: Line
-    _due: deque[bool]  # of each reply that is still to be read: whether it is to be lost
+    interceptor: Interceptor
+    _losses: deque[bool]  # for each reply not yet read: whether it is lost
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._due = deque()
+        self._losses = deque()
         super().__init__(*args, **kwargs)
 
-    def _is_to_be_lost(self) -> bool:
-        return bool(self._due) and self._due.popleft()
+    def _loses_next_reply(self) -> bool:
+        return bool(self._losses) and self._losses.popleft()
 
 
 _LOST = "the reply was lost (by step_faults)"
 
 
-class _Tapped(_Taps):
+class _Intercepted(_Base):
     def connect(self) -> None:
         try:
-            self.line.check()
+            self.interceptor.check()
         except ConnectionError:
             self.disconnect()
             raise
         cast("Any", super()).connect()
 
     def disconnect(self, *args: Any, **kwargs: Any) -> None:
-        self._due.clear()
+        self._losses.clear()
         cast("Any", super()).disconnect(*args, **kwargs)
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        command = command if isinstance(command, str | bytes) else list(command)  # a generator can be read but once
+        command = (
+            command if isinstance(command, str | bytes) else list(command)
+        )  # redis-py may pass a generator, which is consumed once
         commands = split(command)
-        for hook in self.line.hooks(commands):
+        for hook in self.interceptor.hooks(commands):
             if isawaitable(hook()):
-                raise TypeError(f"{hook} is asynchronous, and what it was to be called before is not")
+                raise TypeError(f"hook: {hook} is asynchronous, but the store is blocking; give it a plain function")
         try:
-            sent, losses = self.line.strike(commands)
+            sent, losses = self.interceptor.intercept(commands)
         except BaseException:
             self.disconnect()
             raise
         cast("Any", super()).send_packed_command(command if sent == commands else join(sent), check_health)
-        self._due.extend(losses)
+        self._losses.extend(losses)
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_to_be_lost():
+        if not self._loses_next_reply():
             return cast("Any", super()).read_response(*args, **kwargs)
         with suppress(ResponseError):
-            cast("Any", super()).read_response(*args, **kwargs)  # so that the server has surely run it
+            cast("Any", super()).read_response(*args, **kwargs)  # waits until the server has run it
         self.disconnect()
         raise ConnectionError(_LOST)
 
 
-class _TappedAsyncio(_Taps):
+class _InterceptedAsyncio(_Base):
     guard: LoopGuard
 
     async def connect(self) -> None:
         await self.guard.attach()
         try:
-            self.line.check()
+            self.interceptor.check()
         except ConnectionError:
             await self.disconnect()
             raise
         await cast("Any", super()).connect()
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
-        self._due.clear()
+        self._losses.clear()
         await cast("Any", super()).disconnect(*args, **kwargs)
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         await self.guard.attach()
         command = command if isinstance(command, str | bytes) else list(command)
         commands = split(command)
-        for hook in self.line.hooks(commands):
-            answer = hook()
-            if isawaitable(answer):
-                await answer
+        for hook in self.interceptor.hooks(commands):
+            result = hook()
+            if isawaitable(result):
+                await result
         try:
-            sent, losses = self.line.strike(commands)
+            sent, losses = self.interceptor.intercept(commands)
         except BaseException:
             await self.disconnect()
             raise
         await cast("Any", super()).send_packed_command(command if sent == commands else join(sent), check_health)
-        self._due.extend(losses)
+        self._losses.extend(losses)
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_to_be_lost():
+        if not self._loses_next_reply():
             return await cast("Any", super()).read_response(*args, **kwargs)
         with suppress(ResponseError):
-            await cast("Any", super()).read_response(*args, **kwargs)  # so that the server has surely run it
+            await cast("Any", super()).read_response(*args, **kwargs)  # waits until the server has run it
         await self.disconnect()
         raise ConnectionError(_LOST)
 
 
 def split(packed: Any) -> list[Command]:
-    """The commands in what redis-py has packed: bytes, or a list of pieces."""
+    """Returns the commands in data that redis-py has packed.
+
+    Args:
+        packed: a string, bytes, or a list of byte strings.
+    """
     data = packed.encode() if isinstance(packed, str) else packed if isinstance(packed, bytes) else b"".join(packed)
     commands: list[Command] = []
     position = 0
 
-    def number() -> int:  # behind a sign of its kind, "*" or "$"
+    def number() -> int:  # reads the number after "*" or "$"
         nonlocal position
         end = data.index(b"\r\n", position)
         found = int(data[position + 1 : end])
@@ -190,7 +221,11 @@ def split(packed: Any) -> list[Command]:
 
 
 def join(commands: list[Command]) -> list[bytes]:
-    """Packs commands."""
+    """Packs commands, each into one byte string.
+
+    Args:
+        commands: the commands, as lists of words.
+    """
     return [
         b"".join((b"*%d\r\n" % len(words), *(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)))
         for words in commands
