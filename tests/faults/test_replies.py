@@ -13,7 +13,7 @@ import pytest
 import redis
 from support.backends import Bench, contents
 from support.internals import shorten_pauses
-from support.operations import CALLS, EXCHANGES, perform, prepare, seen, state
+from support.operations import CALLS, WORKFLOWS, perform, prepare, seen, state
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import wait_until
@@ -41,7 +41,7 @@ class TestLost:
     def without_long_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         shorten_pauses(monkeypatch, 0.02)
 
-    @pytest.mark.parametrize("operation", [*CALLS, *EXCHANGES])
+    @pytest.mark.parametrize("operation", [*CALLS, *WORKFLOWS])
     def test_the_answer_is_the_same_and_it_takes_effect_once(self, bench: Bench, operation: str) -> None:
         twin = bench.store(prefix=f"{bench.prefix}-twin")
         expected = perform(twin, operation, prepare(bench, twin))

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import redis
 from support.backends import Backend, Bench, contents
-from support.operations import CALLS, EXCHANGES, perform, prepare
+from support.operations import CALLS, WORKFLOWS, perform, prepare
 from support.records import begun
 
 from squidstep_redis import Level, OutcomeUnknownError, RefusedError, ServerError, StepRunNotFoundError, StepRunStore
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 OWN: Final = "own"
 COMMANDS: Final = "+@read +@write +@scripting +@transaction -@dangerous +time"  # as the errors advise
 RIGHTS: Final = f"~{OWN}:* {COMMANDS}"
-OPERATIONS: Final = [*CALLS, *EXCHANGES]
+OPERATIONS: Final = [*CALLS, *WORKFLOWS]
 # What a user may be denied as a whole.
 DENIALS: Final = ["-@write", "-@hash", "-@sortedset", "-@read", "-@scripting", "resetkeys", f"resetkeys ~{OWN}-2:*"]
 

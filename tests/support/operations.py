@@ -27,7 +27,8 @@ PAYLOAD = {"bytes": bytes(range(256)), "text": "naïve ☃ 𝄞 \r\n\0", "int": 
 OPERATIONS = {name: make for name, make in inspect.getmembers(Calls, inspect.isfunction) if name[0] != "_"}
 SCANS = ("runs", "purge")
 WORKFLOWS = [name for name, make in OPERATIONS.items() if str(make.__annotations__["return"]).startswith("Workflow[")]
-CALLS = [name for name in OPERATIONS if name not in WORKFLOWS or name == "wait_for_step"]  # of a step that has ended
+WORKFLOWS.remove("wait_for_step")  # one call, for a step that has ended
+CALLS = [name for name in OPERATIONS if name not in WORKFLOWS]
 
 # One call of each operation on what `prepare` leaves behind. An operation that is missing here fails every test below.
 EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {

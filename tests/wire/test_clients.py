@@ -14,8 +14,8 @@ import redis.sentinel
 from support.backends import Bench, Driven
 from support.operations import (
     CALLS,
-    EXCHANGES,
     PAYLOAD,
+    WORKFLOWS,
     finish,
     perform,
     prepare,
@@ -63,7 +63,7 @@ class TestClientOptions:
         else:
             store = request.getfixturevalue("connect")(**options)  # TCP: redis-py 7 has no RESP3 over a unix socket
 
-        for operation in [*EXCHANGES, *CALLS]:
+        for operation in [*WORKFLOWS, *CALLS]:
             expected = perform(twin, operation, prepare(bench, twin, operation))
             assert seen(perform(store, operation, prepare(bench, store, operation))) == seen(expected)
             assert state(store, operation) == state(twin, operation)

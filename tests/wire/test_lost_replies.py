@@ -14,8 +14,8 @@ import redis.sentinel
 from support.backends import Bench, Driven
 from support.operations import (
     CALLS,
-    EXCHANGES,
     PAYLOAD,
+    WORKFLOWS,
     finish,
     perform,
     prepare,
@@ -86,7 +86,7 @@ class TestLostReplies:
         assert seen(answer) == seen(expected)
         assert state(proxied) == state(twin)
 
-    @pytest.mark.parametrize("operation", EXCHANGES)
+    @pytest.mark.parametrize("operation", WORKFLOWS)
     def test_every_exchange_answers_the_same_as_without_loss(
         self,
         bench: Bench,
