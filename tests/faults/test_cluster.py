@@ -56,7 +56,7 @@ def run() -> str:
 
 
 def slot_of(run: str) -> int:
-    return key_slot(Keys(b"squidstep").run(run.encode()).steps)
+    return key_slot(Keys(b"squidstep").of_run(run.encode()).steps)
 
 
 def load_on(cluster: Cluster, runs: int, **settings: Any) -> Load:
@@ -133,7 +133,7 @@ class TestASlotOnItsWay:
         """ASK."""
         store = stores.on_cluster(cluster.url, timeout=60)
         with Migration(cluster, slot_of(run)) as migration:
-            migration.move(*Keys(b"squidstep").run(run.encode()))
+            migration.move(*Keys(b"squidstep").of_run(run.encode()))
             assert_it_works(store, run, claim, batch)
 
     @pytest.mark.parametrize("moved", [["steps"], ["done", "claims"]])
@@ -145,7 +145,7 @@ class TestASlotOnItsWay:
         with redis.RedisCluster.from_url(cluster.url) as client:
             before = everything_stored(client, run)
             with Migration(cluster, slot_of(run)) as migration:
-                migration.move(*(getattr(Keys(b"squidstep").run(run.encode()), key) for key in moved))
+                migration.move(*(getattr(Keys(b"squidstep").of_run(run.encode()), key) for key in moved))
                 calls = [store.calls.begin_step(run, "new", {}, lease=60), store.calls.complete_step(claim, {})]
                 for call in calls:
                     with pytest.raises(RefusedError, match="slot is moving") as caught:
@@ -161,7 +161,7 @@ class TestASlotOnItsWay:
         with Migration(cluster, slot_of(run)) as migration, through_a_proxy(migration.source) as (proxy, remap):
             store = stores.on_cluster(cluster.url, address_remap=remap, timeout=60)
             assert store.get_step_run(run, "running") is not None
-            migration.move(Keys(b"squidstep").run(run.encode()).done)
+            migration.move(Keys(b"squidstep").of_run(run.encode()).done)
             proxy.clear()
             proxy.after(9 if batch else 3, migration.finish)
             assert_it_works(store, run, claim, batch)
@@ -220,7 +220,7 @@ def assert_it_works(store: StepRunStore, run: str, claim: StepRun, batch: bool) 
 
 
 def everything_stored(client: Any, run: str) -> list[Any]:
-    steps, done, claims, failed = Keys(b"squidstep").run(run.encode())
+    steps, done, claims, failed = Keys(b"squidstep").of_run(run.encode())
     ordered = [client.zrange(key, 0, -1, withscores=True) for key in (done, claims, failed)]
     return [client.hgetall(steps), *ordered]
 
