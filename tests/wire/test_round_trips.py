@@ -83,7 +83,7 @@ class TestRoundTrips:
         counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestTheCostOfLists.COSTS}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
-    def test_filtering_live_claims_costs_one_round_trip_per_page_of_others(
+    def test_filtering_by_owner_costs_one_round_trip_per_page(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
     ) -> None:
         for number in range(5):
