@@ -38,8 +38,7 @@ class Op:
         answered: when; inf if it never was.
         answer: None if it is not known. "execute", attempt, whose input, end of the lease; "busy" or "exhausted",
             attempt, holder; "completed", attempt, holder, output; "superseded"; "schedule" or "skip"; of an extension
-            "done",
-            end of the lease; of the rest "done"; of a refused one "stale" with status, attempt and holder, or
+            "done", end of the lease; of the rest "done"; of a refused one "stale" with status, attempt and holder, or
             "missing"; of a read status, attempt, holder and payload.
         value: the output of a completion, the error of a failure.
         lease: seconds, of begin and extend.

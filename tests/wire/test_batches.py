@@ -67,17 +67,17 @@ class TestBatch:
         assert isinstance(answers[3], StepRunNotFoundError)
         assert answers[4] == [{"receipt": 7}]
 
-    def test_an_empty_one_sends_nothing(self, proxy: Proxy, proxied: StepRunStore) -> None:
+    def test_an_empty_batch_sends_nothing(self, proxy: Proxy, proxied: StepRunStore) -> None:
         assert proxied.batch([]) == []
         assert proxy.commands == []
 
-    def test_any_iterable_will_do(self, store: StepRunStore) -> None:
+    def test_a_batch_takes_any_iterable(self, store: StepRunStore) -> None:
         calls = (store.calls.schedule_step("run", f"step-{number}", {}) for number in range(3))
 
         assert [answer.decision for answer in cast("list[ScheduleResult]", store.batch(calls))] == ["schedule"] * 3
 
     @pytest.mark.parametrize("item", [None, "call", ("run", "pay")])
-    def test_what_is_no_call_is_refused_and_nothing_sent(
+    def test_an_item_that_is_no_call_is_rejected_before_sending(
         self, proxy: Proxy, proxied: StepRunStore, item: object
     ) -> None:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store\.calls"):
@@ -85,10 +85,8 @@ class TestBatch:
 
         assert proxy.commands == []
 
-    def test_a_script_that_the_server_refuses_is_that_calls_error_alone(
-        self, bench: Bench, store: StepRunStore
-    ) -> None:
-        """Here: an ACL user may not touch one of two runs, so the server stops the script itself."""
+    def test_a_call_that_the_server_rejects_fails_alone(self, bench: Bench, store: StepRunStore) -> None:
+        """The ACL denies a user one of two runs, so the server stops the script."""
         allowed, forbidden = (bench.keys(run)[0].rpartition(b":")[0].decode() for run in ("allowed", "forbidden"))
         assert allowed != forbidden
         raw = bench.backend.raw
@@ -100,7 +98,7 @@ class TestBatch:
         finally:
             raw.execute_command("ACL DELUSER", bench.prefix)
 
-        assert isinstance(answers[0], RefusedError | OutcomeUnknownError)  # which of them, the server's words decide
+        assert isinstance(answers[0], RefusedError | OutcomeUnknownError)  # depends on the message of the server
         assert isinstance(answers[1], ScheduleResult)
         assert store.get_run("forbidden") == []
 
@@ -135,7 +133,7 @@ class TestBatchOnACluster:
         nodes = [key_slot(call.keys[0]) * 3 // SLOTS for call in calls]
         return [nodes.count(node) for node in range(3)]
 
-    def test_it_costs_one_round_trip_per_node(
+    def test_a_batch_costs_one_round_trip_per_node(
         self, proxies: list[Proxy], proxied: StepRunStore, twin: StepRunStore
     ) -> None:
         calls = mixed(proxied, 100)
@@ -162,7 +160,7 @@ class TestBatchOnACluster:
         assert sum(proxy.round_trips for proxy in proxies) == 2
 
     @pytest.mark.parametrize("lost", ["all of it", "its tail"])
-    def test_a_node_that_does_not_answer_is_asked_again(
+    def test_calls_lost_on_one_node_are_sent_again(
         self, proxies: list[Proxy], proxied: StepRunStore, twin: StepRunStore, lost: str
     ) -> None:
         def calls(store: StepRunStore) -> list[Call[Any]]:
@@ -180,7 +178,7 @@ class TestBatchOnACluster:
         assert seen(answers) == seen(twin.batch(calls(twin)))
         assert all(len(proxied.attempts(f"run-{number}", "pay")) == 1 for number in range(30))
 
-    def test_the_order_within_a_run_is_that_of_the_calls(self, store: StepRunStore) -> None:
+    def test_calls_on_one_run_take_effect_in_order(self, store: StepRunStore) -> None:
         runs = [f"run-{number}" for number in range(12)]
         steps = [f"step-{number}" for number in range(5)]
         store.batch(store.calls.begin_step(run, step, {}) for step in steps for run in runs)
@@ -190,7 +188,7 @@ class TestBatchOnACluster:
 
         assert [store.completed_steps(run) for run in runs] == [steps[::-1]] * 12
 
-    def test_scripts_that_one_node_forgot(self, proxies: list[Proxy], proxied: StepRunStore) -> None:
+    def test_scripts_that_one_node_forgot_are_loaded_again(self, proxies: list[Proxy], proxied: StepRunStore) -> None:
         with redis.Redis(port=cast("Any", proxies[1].server)[1]) as node:
             proxies[1].after(2, node.script_flush)
             answers = proxied.batch(proxied.calls.begin_step(f"run-{number}", "pay", {}) for number in range(30))

@@ -55,7 +55,7 @@ class TestClientOptions:
         ],
         ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
     )
-    def test_every_operation_works(
+    def test_every_operation_works_with_each_client_option(
         self, request: pytest.FixtureRequest, bench: Bench, twin: StepRunStore, options: dict[str, Any]
     ) -> None:
         if bench.backend.name == "cluster":
@@ -69,7 +69,7 @@ class TestClientOptions:
             assert state(store, operation) == state(twin, operation)
 
     @pytest.mark.servers("valkey", "redis-7", "redis-6")
-    def test_db_selection(self, bench: Bench, connect: Callable[..., StepRunStore]) -> None:
+    def test_each_database_has_its_own_runs(self, bench: Bench, connect: Callable[..., StepRunStore]) -> None:
         store = connect(db=3)
 
         store.complete_step(begun(store.begin_step("run", "pay", PAYLOAD)), PAYLOAD)
@@ -79,7 +79,7 @@ class TestClientOptions:
         assert bench.dump() == {}
 
     @pytest.mark.servers("valkey", "redis-7", "redis-6")
-    def test_from_url_takes_redis_pys_options_over_its_own(self, connect: Callable[..., StepRunStore]) -> None:
+    def test_from_url_accepts_the_options_of_redis_py(self, connect: Callable[..., StepRunStore]) -> None:
         store = connect(decode_responses=True, protocol=3, socket_timeout=1, client_name="worker")
 
         assert begun(store.begin_step("run", "pay", PAYLOAD)).input == PAYLOAD
@@ -87,7 +87,7 @@ class TestClientOptions:
 
 
 class TestClients:
-    """With what the promises cannot be kept is refused when the store is made."""
+    """A store rejects clients with which it cannot keep its guarantees."""
 
     @pytest.fixture
     def client(self, bench: Bench) -> Any:
@@ -97,7 +97,7 @@ class TestClients:
     def make(self, bench: Bench) -> Callable[[Any], object]:
         return StepRunStore if bench.runner is None else AsyncStepRunStore
 
-    def test_a_single_connection_client(self, bench: Bench, make: Callable[[Any], object]) -> None:
+    def test_a_single_connection_client_is_rejected(self, bench: Bench, make: Callable[[Any], object]) -> None:
         connect = bench.backend.connect if bench.runner is None else bench.backend.connect_asyncio
         client = connect(single_connection_client=True)
 
@@ -105,7 +105,7 @@ class TestClients:
             make(client)
         finish(bench, client.close() if bench.runner is None else client.aclose())
 
-    def test_a_single_connection_client_made_from_another(
+    def test_a_single_connection_client_of_another_is_rejected(
         self, bench: Bench, client: Any, make: Callable[[Any], object]
     ) -> None:
         single = client.client()
@@ -115,17 +115,17 @@ class TestClients:
         finish(bench, single.close() if bench.runner is None else single.aclose())
 
     @pytest.mark.parametrize("transaction", [True, False])
-    def test_a_pipeline(self, client: Any, make: Callable[[Any], object], transaction: bool) -> None:
+    def test_a_pipeline_is_rejected(self, client: Any, make: Callable[[Any], object], transaction: bool) -> None:
         with pytest.raises(UnsupportedClientError, match="client: must be a redis"):
             make(client.pipeline(transaction=transaction))
 
     @pytest.mark.parametrize("client", ["redis://localhost", None, 6379, redis.ConnectionPool, redis.Redis])
-    def test_no_client_at_all(self, make: Callable[[Any], object], client: object) -> None:
+    def test_a_value_that_is_no_client_is_rejected(self, make: Callable[[Any], object], client: object) -> None:
         with pytest.raises(UnsupportedClientError, match="client: must be a redis"):
             make(client)
 
     @pytest.mark.servers("valkey", "cluster")
-    def test_one_of_the_other_flavour(self, bench: Bench, make: Callable[[Any], object]) -> None:
+    def test_a_client_of_the_other_flavor_is_rejected(self, bench: Bench, make: Callable[[Any], object]) -> None:
         wrong = bench.backend.connect_asyncio if bench.runner is None else bench.backend.connect
         client = wrong()
 
@@ -135,18 +135,18 @@ class TestClients:
             client.close()
 
     @pytest.mark.servers("cluster")
-    def test_a_pipeline_of_a_cluster(self, client: Any, make: Callable[[Any], object]) -> None:
+    def test_a_pipeline_of_a_cluster_is_rejected(self, client: Any, make: Callable[[Any], object]) -> None:
         with pytest.raises(UnsupportedClientError, match="client: must be a redis"):
             make(client.pipeline())
 
-    def test_a_pooled_client_whose_pool_has_one_connection(self, bench: Bench) -> None:
+    def test_a_pool_of_one_connection_is_enough(self, bench: Bench) -> None:
         store = bench.store(client_options={"max_connections": 1})
 
         assert store.complete_step(begun(store.begin_step("run", "pay", PAYLOAD)), {}).input == PAYLOAD
 
 
 @pytest.mark.servers("valkey")
-def test_a_client_from_sentinel(bench: Bench, tmp_path: Path) -> None:
+def test_a_client_from_sentinel_works(bench: Bench, tmp_path: Path) -> None:
     binary = find_binary(bench.backend.name)
     config, launcher = tmp_path / "sentinel.conf", tmp_path / "sentinel"
     config.touch()

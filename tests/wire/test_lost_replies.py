@@ -36,7 +36,7 @@ pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 
 class TestLostReplies:
-    """The server has run the call, the connection breaks in place of its reply, and redis-py sends the call again."""
+    """The server runs the call, the connection breaks before the reply, and the call is sent again."""
 
     @pytest.mark.parametrize("losing", [1, 3])
     def test_begin_executes_once(self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int) -> None:
@@ -50,7 +50,9 @@ class TestLostReplies:
         assert proxied.complete_step(step_run, PAYLOAD).output == PAYLOAD
 
     @pytest.mark.parametrize("losing", [1, 3])
-    def test_complete_holds_one_place(self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int) -> None:
+    def test_complete_takes_one_place_in_the_order(
+        self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int
+    ) -> None:
         step_run = begun(proxied.begin_step("run", "pay", {}))
         proxy.clear()
         proxy.drop(losing)
@@ -65,7 +67,7 @@ class TestLostReplies:
 
     @pytest.mark.parametrize("losing", [1, 3])
     @pytest.mark.parametrize("operation", CALLS)
-    def test_every_operation_answers_the_same_as_without_loss(
+    def test_every_operation_returns_the_same_as_without_loss(
         self,
         bench: Bench,
         proxy: Proxy,
@@ -87,7 +89,7 @@ class TestLostReplies:
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("operation", WORKFLOWS)
-    def test_every_exchange_answers_the_same_as_without_loss(
+    def test_every_exchange_returns_the_same_as_without_loss(
         self,
         bench: Bench,
         proxy: Proxy,
@@ -105,7 +107,7 @@ class TestLostReplies:
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("lost", ["all of it", "its tail"])
-    def test_a_batch_that_was_run_is_sent_again_and_answers_the_same(
+    def test_a_batch_that_is_sent_again_returns_the_same(
         self, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, no_pauses: None, lost: str
     ) -> None:
         def calls(store: StepRunStore) -> list[Call[Any]]:
@@ -156,7 +158,7 @@ class TestLostReplies:
         assert seen(perform(proxied, operation, claim)) == seen(expected)
         assert state(proxied) == state(twin)
 
-    def test_until_the_deadline_and_then_the_same_call_can_be_sent_again(
+    def test_after_the_deadline_the_same_call_can_be_sent_again(
         self, proxy: Proxy, connect: Callable[..., StepRunStore], known: None
     ) -> None:
         store = connect(timeout=1)
@@ -171,12 +173,12 @@ class TestLostReplies:
         assert begun(store.send(caught.value.call)).attempt == 1
 
     @pytest.mark.parametrize("losing", [1, 3, 10])
-    def test_a_client_with_redis_pys_own_retries(
+    def test_retries_of_redis_py_itself_take_effect_once(
         self, bench: Bench, proxy: Proxy, known: None, no_pauses: None, losing: int
     ) -> None:
-        """It re-sends by itself, up to ten times, or not at all: that depends on the version of redis-py.
+        """Depending on its version redis-py sends again up to ten times, or never.
 
-        The store's own patience comes on top of it; here it has none.
+        The store retries on top of that; here it does not.
         """
         if bench.runner is None:
             client: Any = redis.Redis(host="127.0.0.1", port=proxy.port)
@@ -188,7 +190,7 @@ class TestLostReplies:
         def once(call: Call[Any]) -> Any:
             return store.send(call._replace(retryable=False))
 
-        def insist(call: Call[Any]) -> Any:
+        def retry(call: Call[Any]) -> Any:
             proxy.clear()
             proxy.drop(losing)
             for _ in range(losing):
@@ -196,10 +198,10 @@ class TestLostReplies:
                     return once(call)
             return once(call)
 
-        step_run = begun(insist(store.calls.begin_step("run", "pay", {}, lease=60)))
+        step_run = begun(retry(store.calls.begin_step("run", "pay", {}, lease=60)))
         assert len(proxy.commands) == losing + 1
         assert step_run.attempt == 1
-        completed = insist(store.calls.complete_step(step_run, PAYLOAD))
+        completed = retry(store.calls.complete_step(step_run, PAYLOAD))
         assert completed.output == PAYLOAD
         assert store.completed_steps("run") == ["pay"]
         finish(bench, client.close() if bench.runner is None else client.aclose())

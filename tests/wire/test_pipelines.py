@@ -33,10 +33,12 @@ pytestmark = [
 
 
 class TestQueue:
-    """The user's own pipeline: his commands and the store's commit together."""
+    """The user's own pipeline: its commands and the store's calls commit together."""
 
     @pytest.mark.parametrize("transaction", [True, False])
-    def test_own_commands_around_it(self, bench: Bench, store: StepRunStore, transaction: bool) -> None:
+    def test_commands_of_the_user_and_calls_run_in_order(
+        self, bench: Bench, store: StepRunStore, transaction: bool
+    ) -> None:
         pipeline = store.client.pipeline(transaction=transaction)
         key = f"{bench.prefix}:own"
 
@@ -54,7 +56,7 @@ class TestQueue:
         assert statuses.result(replies) == {"pay": "running"}
         assert store.complete_step(step_run, PAYLOAD).output == PAYLOAD
 
-    def test_a_refusal_is_raised_by_result_and_the_rest_took_effect(self, bench: Bench, store: StepRunStore) -> None:
+    def test_result_raises_a_refusal_and_the_rest_takes_effect(self, bench: Bench, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
         store.complete_step(step_run.id, {"by": "operator"})
         pipeline = store.client.pipeline()
@@ -81,7 +83,7 @@ class TestQueue:
 
         assert bench.dump() == {key.encode(): b"another's"}
 
-    def test_watching_without_a_conflict(self, bench: Bench, store: StepRunStore) -> None:
+    def test_watching_without_a_conflict_executes_the_call(self, bench: Bench, store: StepRunStore) -> None:
         pipeline = store.client.pipeline()
         finish(bench, pipeline.watch(f"{bench.prefix}:own"))
         pipeline.multi()
@@ -90,7 +92,9 @@ class TestQueue:
         assert begun(began.result(finish(bench, pipeline.execute()))).input == PAYLOAD
 
     @pytest.mark.parametrize("transaction", [True, False])
-    def test_watching_without_multi_is_refused(self, bench: Bench, store: StepRunStore, transaction: bool) -> None:
+    def test_queueing_between_watch_and_multi_is_rejected(
+        self, bench: Bench, store: StepRunStore, transaction: bool
+    ) -> None:
         with pipeline_of(bench, store, transaction=transaction) as pipeline:
             finish(bench, pipeline.watch(f"{bench.prefix}:own"))
 
@@ -99,7 +103,7 @@ class TestQueue:
 
         assert bench.dump() == {}
 
-    def test_a_transaction_of_a_client_that_decodes_is_refused(self, bench: Bench) -> None:
+    def test_a_transaction_of_a_decoding_client_is_rejected(self, bench: Bench) -> None:
         store = bench.store(client_options={"decode_responses": True})
         pipeline = store.client.pipeline()
 
@@ -117,7 +121,7 @@ class TestQueue:
             with pytest.raises(UnsupportedClientError, match="use a client without decode_responses"):
                 store.queue(pipeline, store.calls.begin_step("run", "pay", PAYLOAD))
 
-    def test_a_plain_pipeline_of_a_client_that_decodes(self, bench: Bench) -> None:
+    def test_a_plain_pipeline_of_a_decoding_client_works(self, bench: Bench) -> None:
         store = bench.store(client_options={"decode_responses": True})
         pipeline = store.client.pipeline(transaction=False)
         pipeline.set(f"{bench.prefix}:own", "text")
@@ -131,7 +135,7 @@ class TestQueue:
         assert read.result(replies).step_run.input == PAYLOAD
         assert replies[3] == "text"
 
-    def test_a_resp3_client(self, bench: Bench, connect: Callable[..., StepRunStore]) -> None:
+    def test_a_pipeline_of_a_resp3_client_works(self, bench: Bench, connect: Callable[..., StepRunStore]) -> None:
         store = connect(protocol=3)
         pipeline = store.client.pipeline()
         began = store.queue(pipeline, store.calls.begin_step("run", "pay", PAYLOAD))
@@ -143,14 +147,14 @@ class TestQueue:
         assert read.result(replies)[0].input == PAYLOAD
 
     @pytest.mark.parametrize("what", ["pipeline", "client", "list"])
-    def test_what_is_no_pipeline_is_refused(self, store: StepRunStore, what: str) -> None:
+    def test_a_value_that_is_no_pipeline_is_rejected(self, store: StepRunStore, what: str) -> None:
         pipeline = {"pipeline": None, "client": store.client, "list": []}[what]
 
         with pytest.raises(UnsupportedClientError, match="must be a redis-py pipeline"):
             store.queue(pipeline, store.calls.begin_step("run", "pay", {}))
 
     @pytest.mark.parametrize("item", [None, "call", ("run", "pay")])
-    def test_what_is_no_call_is_refused(self, store: StepRunStore, item: Any) -> None:
+    def test_a_value_that_is_no_call_is_rejected(self, store: StepRunStore, item: Any) -> None:
         pipeline = store.client.pipeline()
 
         with pytest.raises(InvalidArgumentError, match=r"must be a Call from store\.calls"):
@@ -174,7 +178,7 @@ class TestQueueOnACluster:
             pytest.skip("this redis-py has no transactions on a cluster: they came with 6.1, for asyncio with 6.2")
 
     @pytest.mark.parametrize("decoding", [False, True])
-    def test_own_commands_around_it(self, bench: Bench, decoding: bool) -> None:
+    def test_commands_of_the_user_and_calls_run_in_order(self, bench: Bench, decoding: bool) -> None:
         store = bench.store(client_options={"decode_responses": decoding})
         pipeline = store.client.pipeline()
         runs = [f"run-{number}" for number in range(6)]  # on all three nodes
@@ -198,7 +202,7 @@ class TestQueueOnACluster:
         return store
 
     @pytest.mark.usefixtures("has_transactions")
-    def test_a_transaction_in_the_runs_slot(self, bench: Bench, store: StepRunStore) -> None:
+    def test_a_transaction_in_the_slot_of_the_run_works(self, bench: Bench, store: StepRunStore) -> None:
         key = self.own_key(bench, "run")
         pipeline = store.client.pipeline(transaction=True)
         pipeline.set(key, "mine")
@@ -225,7 +229,7 @@ class TestQueueOnACluster:
 
     @pytest.mark.usefixtures("has_transactions")
     @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-    def test_watching_without_multi_is_refused(self, bench: Bench, store: StepRunStore) -> None:
+    def test_queueing_between_watch_and_multi_is_rejected(self, bench: Bench, store: StepRunStore) -> None:
         with pipeline_of(bench, store, transaction=True) as pipeline:
             finish(bench, pipeline.watch(self.own_key(bench, "run")))
 
@@ -235,7 +239,7 @@ class TestQueueOnACluster:
         assert bench.dump() == {}
 
     @pytest.mark.usefixtures("has_transactions")
-    def test_a_transaction_of_a_client_that_decodes_is_refused(self, bench: Bench) -> None:
+    def test_a_transaction_of_a_decoding_client_is_rejected(self, bench: Bench) -> None:
         store = bench.store(client_options={"decode_responses": True})
         store.get_run("run")
         pipeline = store.client.pipeline(transaction=True)

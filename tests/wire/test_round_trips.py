@@ -28,7 +28,7 @@ pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 class TestRoundTrips:
     @pytest.mark.parametrize("operation", CALLS)
-    def test_an_operation_costs_one(
+    def test_an_operation_costs_one_round_trip(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str
     ) -> None:
         claim = prepare(bench, proxied)
@@ -39,7 +39,7 @@ class TestRoundTrips:
         assert (proxy.round_trips, proxy.names()) == (1, ["EVALSHA"])
 
     @pytest.mark.parametrize("operation", CALLS)
-    def test_an_operation_costs_two_when_the_server_does_not_know_its_script(
+    def test_an_operation_with_an_unknown_script_costs_two_round_trips(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, operation: str
     ) -> None:
         expected = perform(twin, operation, prepare(bench, twin))
@@ -54,7 +54,7 @@ class TestRoundTrips:
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("flushed", [False, True])
-    def test_a_batch_of_100_costs_one(
+    def test_a_batch_of_100_costs_one_round_trip(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, flushed: bool
     ) -> None:
         if flushed:
@@ -67,7 +67,7 @@ class TestRoundTrips:
         assert len(answers) == 100
 
     @pytest.mark.parametrize("operation", ACROSS_RUNS)
-    def test_a_list_across_runs_costs_two(
+    def test_a_list_across_runs_costs_two_round_trips(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, operation: str
     ) -> None:
         claim = prepare(bench, proxied)
@@ -83,7 +83,7 @@ class TestRoundTrips:
         counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestTheCostOfLists.COSTS}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
-    def test_the_live_claims_of_one_owner_cost_one_more_for_each_page_of_others(
+    def test_filtering_by_owner_costs_one_round_trip_per_page(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
     ) -> None:
         for number in range(5):
@@ -98,13 +98,15 @@ class TestRoundTrips:
 
 
 class TestTheCostOfLists:
-    """On one small run; CLUSTER, by which `runs` and `purge` ask whether there are other servers, is not counted."""
+    """On one small run. CLUSTER, with which `runs` and `purge` look for other servers, is not counted."""
 
     COSTS = (*SCANS, "retry_run")
 
     @pytest.mark.parametrize("operation", COSTS)
-    def test_two(self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str) -> None:
-        bench.backend.raw.flushdb()  # what other tests left would have to be passed, too
+    def test_a_scan_of_one_small_run_costs_two_round_trips(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str
+    ) -> None:
+        bench.backend.raw.flushdb()  # a scan passes the keys of every prefix
         claim = prepare(bench, proxied)
         proxied.runs()  # now the server knows the script that scans
         proxy.clear()

@@ -27,9 +27,11 @@ pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 
 class TestScriptFlush:
-    """SCRIPT FLUSH, a restart or a failover: the server forgets the scripts, at the worst moment."""
+    """SCRIPT FLUSH, a restart or a failover in the middle of calls."""
 
-    def test_before_a_batch(self, bench: Bench, store: StepRunStore, twin: StepRunStore) -> None:
+    def test_a_batch_after_a_flush_returns_the_same(
+        self, bench: Bench, store: StepRunStore, twin: StepRunStore
+    ) -> None:
         expected = twin.batch(mixed(twin, 40))
         bench.backend.flush_scripts()
 
@@ -38,7 +40,7 @@ class TestScriptFlush:
         assert seen(answers) == seen(expected)
 
     @pytest.mark.parametrize("after", range(1, 6))
-    def test_within_a_batch_nothing_runs_twice(
+    def test_a_flush_within_a_batch_runs_nothing_twice(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, after: int
     ) -> None:
         calls = proxied.calls
@@ -57,7 +59,7 @@ class TestScriptFlush:
         assert sorted(proxied.completed_steps("run")) == [claim.step for claim in claims]
 
     @pytest.mark.parametrize("after", range(1, 15))
-    def test_within_a_batch_the_order_in_a_run_is_kept(
+    def test_a_flush_within_a_batch_keeps_the_order_of_calls(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, after: int
     ) -> None:
         def calls(store: StepRunStore) -> list[Call[Any]]:
@@ -84,7 +86,7 @@ class TestScriptFlush:
 
     @pytest.mark.parametrize("transaction", [True, False])
     @pytest.mark.parametrize("after", range(5))
-    def test_within_a_pipeline_of_the_users_own(
+    def test_a_flush_within_a_users_pipeline_runs_nothing_twice(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, transaction: bool, after: int
     ) -> None:
         pipeline = proxied.client.pipeline(transaction=transaction)

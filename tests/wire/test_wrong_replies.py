@@ -45,7 +45,7 @@ OTHERS = {
 
 class TestRepliesToAnotherCall:
     @pytest.mark.parametrize("reply", OTHERS.values(), ids=OTHERS)
-    def test_is_noticed_and_the_call_sent_again(
+    def test_a_wrong_reply_is_noticed_and_the_call_sent_again(
         self, proxy: Proxy, proxied: StepRunStore, known: None, reply: bytes
     ) -> None:
         proxy.answer(reply)
@@ -54,7 +54,7 @@ class TestRepliesToAnotherCall:
         assert proxy.names() == ["EVALSHA", "EVALSHA"]
 
     @pytest.mark.parametrize("operation", CALLS)
-    def test_is_noticed_by_every_operation(
+    def test_every_operation_notices_a_wrong_reply(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, known: None, operation: str
     ) -> None:
         expected = perform(twin, operation, prepare(bench, twin))
@@ -64,7 +64,7 @@ class TestRepliesToAnotherCall:
         assert seen(perform(proxied, operation, claim)) == seen(expected)
         assert state(proxied) == state(twin)
 
-    def test_to_the_deadline_it_is_an_error_and_the_same_call_can_be_sent_again(
+    def test_after_the_deadline_the_same_call_can_be_sent_again(
         self, proxy: Proxy, connect: Callable[..., StepRunStore], known: None
     ) -> None:
         store = connect(timeout=0.5)
@@ -80,7 +80,7 @@ class TestRepliesToAnotherCall:
         assert caught.value.call is not None
         assert begun(store.send(caught.value.call)).attempt == 1
 
-    def test_a_reply_left_on_the_connection_answers_nobody(
+    def test_a_reply_left_on_the_connection_reaches_no_call(
         self, proxy: Proxy, proxied: StepRunStore, known: None
     ) -> None:
         left = OTHERS["of another call"]
@@ -90,7 +90,7 @@ class TestRepliesToAnotherCall:
             step_run = begun(proxied.begin_step(f"run-{number}", "pay", {"n": number}))
             assert (step_run.attempt, step_run.input) == (1, {"n": number})
 
-    def test_in_a_batch_each_call_is_sent_again(self, proxy: Proxy, proxied: StepRunStore) -> None:
+    def test_a_batch_with_a_wrong_reply_is_sent_again(self, proxy: Proxy, proxied: StepRunStore) -> None:
         calls = [proxied.calls.begin_step(f"run-{number}", "pay", {"n": number}) for number in range(5)]
         left = OTHERS["of another call"]
         proxy.answer(left + left)
@@ -102,7 +102,7 @@ class TestRepliesToAnotherCall:
 
 @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")
 def test_a_cancelled_task_leaves_no_reply_behind(backend: Backend, runner: asyncio.Runner) -> None:
-    """Cancelled at every point of a call or of a batch: the calls that follow get their own replies."""
+    """A task is cancelled at every point of a call. The calls that follow get their own replies."""
 
     async def main() -> None:
         client = backend.connect_asyncio()
