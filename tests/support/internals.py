@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from typing import Any
 
+from squidstep_redis.protocol import codec
 from squidstep_redis.transport import connection
 from squidstep_redis.transport import retry as retry_module
 from squidstep_redis.transport.retry import RetryPolicy
@@ -70,3 +72,8 @@ def shorten_pauses(monkeypatch: Any, longest: float) -> None:
 def end_retries(state: Any, timeout: float) -> None:
     """Gives a call under way another deadline."""
     state._retry_policy = RetryPolicy(timeout, 1, 0)
+
+
+def idle_packers() -> deque[Any]:
+    """Returns the packers of the default codec that wait for their next payload."""
+    return codec._packers
