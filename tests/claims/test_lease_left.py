@@ -21,6 +21,7 @@ from support.claims import (
     fake_clock,
     fakeredis_only,
     granted_claim,
+    no_heartbeat_threads,
     undo_timeout,
 )
 from support.records import begun
@@ -77,7 +78,7 @@ class TestLeaseLeft:
         def delay(size: int) -> None:
             clock.now += DELAY
 
-        with worker.claim(lease=LEASE) as block:
+        with no_heartbeat_threads(), worker.claim(lease=LEASE) as block:
             around_batches(worker, after=delay)
             extend_now(worker, block.claim, clock)
 
@@ -126,7 +127,7 @@ class TestDeadClaim:
     @fakeredis_only
     def test_ended_claim_is_dropped_when_it_is_due(self, worker: Worker, clock: Clock) -> None:
         schedule: ExtensionSchedule = ExtensionSchedule()
-        with worker.claim(lease=LEASE) as block:
+        with no_heartbeat_threads(), worker.claim(lease=LEASE) as block:
             schedule.add(block.claim)
             block.complete({})
         clock.now += LEASE
@@ -144,10 +145,10 @@ class TestDeadClaim:
 
         schedule.on_extension_results([lost, live], [StaleStepRunError(current, "was taken over"), None], clock.now)
 
+        assert len(schedule) == 1
         assert (lost.lost.is_set(), live.lost.is_set()) == (True, False)
         clock.now += LEASE
         assert schedule.due() == [live]
-        assert len(schedule) == 1
 
 
 @fakeredis_only

@@ -377,6 +377,13 @@ def acquisition(claim: Any) -> Workflow[None]:
     return claim._acquire()
 
 
+@contextlib.contextmanager
+def no_heartbeat_threads() -> Iterator[None]:
+    """The heartbeat threads that are started in the block end at once: the test extends the claims itself."""
+    with mock.patch.object(heartbeats.Heartbeat, "_run", return_value=None):
+        yield
+
+
 def extend_now(worker: Worker, claim: Any, clock: Clock) -> None:
     """Lets the heartbeat extend the claim, whose extension is due, in the calling thread."""
     clock.now = claim.next_extension_at

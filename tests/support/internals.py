@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+from squidstep_redis.protocol import codec
 from squidstep_redis.transport import connection
 from squidstep_redis.transport import retry as retry_module
 from squidstep_redis.transport.retry import RetryPolicy
@@ -16,7 +21,7 @@ def retry_policy(store: Any) -> RetryPolicy:
 
 
 def give_up_early(store: Any, timeout: float = 0.05) -> None:
-    """Lets a store retry a call for `timeout` seconds only."""
+    """Lets a store retry a call for `timeout` seconds only, all of which it uses."""
     store._transport.policy = store._transport.policy._replace(timeout=timeout, last_send=0)
 
 
@@ -75,3 +80,52 @@ def shorten_pauses(monkeypatch: Any, longest: float) -> None:
 def end_retries(state: Any, timeout: float) -> None:
     """Gives a call under way another deadline."""
     state._retry_policy = RetryPolicy(timeout, 1, 0)
+
+
+def idle_packers() -> deque[Any]:
+    """Returns the packers of the default codec that wait for their next payload."""
+    return codec._packers
+
+
+class ScriptedConnections:
+    """Connections without a server: a function decides what each send returns or raises.
+
+    Attributes:
+        sends: how many sends there were.
+    """
+
+    def __init__(self, is_asyncio: bool, reply: Callable[[int], Any]) -> None:
+        """`reply` is given the number of the send, from 0; it returns the reply to each call, or raises."""
+        self.sends = 0
+        self.send = self._send_asyncio if is_asyncio else self._send
+        self._reply = reply
+
+    def replace_connections_of(self, store: Any) -> None:
+        """Lets a store send on these connections."""
+        store._transport.connections = self
+
+    def can_bypass_client(self) -> bool:
+        return True
+
+    def _send(self, *commands: Any, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
+        self.sends += 1
+        reply = self._reply(self.sends - 1)
+        return [reply if read is None else read(index, reply) for index in range(len(commands))]
+
+    async def _send_asyncio(self, *commands: Any, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
+        return self._send(*commands, read=read)
+
+
+@contextlib.contextmanager
+def transport_clock(clock: Any) -> Iterator[None]:
+    """In the block, transports read this clock: an object with `monotonic()` and `sleep(seconds)`."""
+    names = ("blocking", "aio", "retry")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch(f"squidstep_redis.transport.{name}.time", clock))
+        yield
+
+
+def plain_store(store: Any) -> Any:
+    """Returns the store itself, whether or not a test drives it from outside of its event loop."""
+    return vars(store).get("store", store)
