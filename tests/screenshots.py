@@ -1,6 +1,6 @@
-"""Makes the pictures of the guide: `python tests/screenshots.py`, with a server that it brings along.
+"""Generates the pictures of the guide: `python tests/screenshots.py`. It starts a server of its own.
 
-`fill` makes the store that they show: an order with failures and a takeover, claims that are stuck, a run of 200 steps.
+`fill` writes what they show: an order with failures and a takeover, stuck claims, and a run of 200 steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTH = 100
 
 
 def fill(store: StepRunStore) -> None:
-    """A store as it looks after some work, and with some at hand."""
+    """Fills a store with finished, running, failed and stuck steps."""
     order(store, "order-7301")
     for number in range(12):
         run = f"order-{7302 + number}"
@@ -48,7 +48,7 @@ def begin(store: StepRunStore, run: str, step: str, input: dict[str, Any], owner
 
 
 def order(store: StepRunStore, run: str) -> None:
-    """Six steps, one of which failed twice, one of which was taken over, one of which is at work."""
+    """Creates a run of six steps: one failed twice, one was taken over, and one is running."""
     store.schedule_steps(run, {"reserve": {"items": ["kettle", "tea"]}, "invoice": {}, "notify": {"by": "mail"}})
     claim = begin(store, run, "reserve", {}, "worker-1")
     time.sleep(0.12)
@@ -57,7 +57,7 @@ def order(store: StepRunStore, run: str) -> None:
         claim = begin(store, run, "charge", {"amount": 42, "currency": "EUR", "card": "…4242"}, "worker-2")
         time.sleep(0.05 + 0.06 * attempt)
         if attempt < 2:
-            store.fail_step(claim, TimeoutError("bank.example did not answer within 50 ms"))
+            store.fail_step(claim, TimeoutError("bank.example timed out after 50 ms"))
             time.sleep(0.04)
     store.complete_step(claim, {"receipt": "R-20261125-0042", "charged": 42})
     begin(store, run, "pack", {"parcels": 1}, "worker-3", lease=0.1)
@@ -73,7 +73,7 @@ def order(store: StepRunStore, run: str) -> None:
 
 
 def crawl(store: StepRunStore, run: str) -> None:
-    """200 steps: most are completed, some have failed, some are at work."""
+    """Creates a run of 200 steps: most are completed, some failed, some are running or pending."""
     pages = {f"page-{number:03}": {"url": f"https://site.example/{number}"} for number in range(200)}
     store.schedule_steps(run, pages)
     for number, (page, input) in enumerate(pages.items()):
@@ -87,21 +87,23 @@ def crawl(store: StepRunStore, run: str) -> None:
             begin(store, run, page, input, f"worker-{number % 4}")
 
 
-def screenshot(name: str, title: str, *shown: Any) -> str:
-    """What a terminal shows, as an SVG image that needs nothing from anywhere."""
-    with Path("/dev/null").open("w") as nowhere:
-        console = Console(record=True, width=WIDTH, file=nowhere, highlight=False, force_terminal=True)
-        console.print(*shown, sep="\n")
+def screenshot(name: str, title: str, *renderables: Any) -> str:
+    """Returns what a terminal shows, as an SVG image that loads nothing from elsewhere."""
+    with Path("/dev/null").open("w") as discarded:
+        console = Console(record=True, width=WIDTH, file=discarded, highlight=False, force_terminal=True)
+        console.print(*renderables, sep="\n")
     svg = console.export_svg(title=title, theme=MONOKAI, unique_id=name)
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # fonts from elsewhere
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # they refer to another host
     svg = svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace")
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<text class="([^"]*)" x="([^"]*)" ([^>]*?) textLength="([^"]*)"([^>]*)>([^<]*)</text>', _placed, svg)
+    svg = re.sub(
+        r'<text class="([^"]*)" x="([^"]*)" ([^>]*?) textLength="([^"]*)"([^>]*)>([^<]*)</text>', _position_words, svg
+    )
     return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
 
 
-def _placed(match: re.Match[str]) -> str:
-    """Places each word group by itself: not every viewer keeps spaces, or the length that a text is to have."""
+def _position_words(match: re.Match[str]) -> str:
+    """Positions each group of words by itself, because some viewers drop spaces or ignore `textLength`."""
     style, x, before, length, after, escaped = match.groups()
     text = unescape(escaped).replace("\xa0", " ")
     width = float(length) / max(cell_len(text), 1)
@@ -113,7 +115,7 @@ def _placed(match: re.Match[str]) -> str:
 
 
 def screenshots(store: StepRunStore) -> dict[str, str]:
-    """Each picture, by its name."""
+    """Returns the pictures by name."""
     fill(store)
     run = "order-7301"
     timeline = read_timeline(store, run)

@@ -1,4 +1,4 @@
-"""The commands that show, repair, delete and move runs, called as a user calls them."""
+"""The commands that show runs, called as a user calls them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ import screenshots
 from support.commands import (
     ANSI,
     CLOSED_PORT,
+    add_failed_step,
     default_environment,  # noqa: F401 -- a fixture
+    empty_store,
     invoke,
     options_of,
     pipe,
+    run,
     run_on_terminal,
 )
 from support.demos import SQUIDSTEP
 from support.demos import run as run_process
 from support.servers import EmbeddedCluster, find_binary
 
-from squidstep_redis import RunExistsError, StepRun, StepRunStore, StepStatus
+from squidstep_redis import StepRunStore, StepStatus
 from squidstep_redis.cli.entry import build_group
 from squidstep_redis.cli.timeline import read_timeline
 from squidstep_redis.cli.timeline_chart import Timeline
@@ -64,20 +67,10 @@ def filled(server: EmbeddedServer) -> Iterator[StepRunStore]:
 
 
 @pytest.fixture
-def store(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[StepRunStore]:
+def store(server: EmbeddedServer) -> Iterator[StepRunStore]:
     """An empty store for tests that write."""
-    with StepRunStore.from_url(server.url, prefix=f"test-{abs(hash(request.node.nodeid))}") as store:
+    with empty_store(server) as store:
         yield store
-
-
-def add_failed_step(store: StepRunStore, run: str = "run", step: str = "pay") -> None:
-    store.fail_step(store.begin_step(run, step, {"amount": 1}, owner="w").step_run, ValueError("declined"))
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Calls a command in this process."""
-    result = invoke(*arguments)
-    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 class TestReading:
@@ -359,6 +352,7 @@ class TestWatch:
         assert (last["status"], last["last_error"]["message"]) == ("failed", "no")
 
 
+<<<<<<< HEAD
 class TestChanges:
     def test_retry_makes_failed_steps_pending(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
@@ -479,6 +473,8 @@ def fields_of(step_run: StepRun) -> list[Any]:
     return [getattr(step_run, name) for name in (*names, "ended_at", "lease_ends_at")]
 
 
+=======
+>>>>>>> w-cli
 class TestHelp:
     @pytest.mark.parametrize(
         "command", [name for name in build_group().list_commands(None) if not name.startswith("demo")]

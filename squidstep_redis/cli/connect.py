@@ -37,9 +37,6 @@ _PAGE_SIZE: Final = 500  # steps; the server spends 2 to 3 ms on a page
 def open_store(options: StoreOptions) -> Generator[StepRunStore]:
     """Opens a store for the `with` block. If the server belongs to a cluster, the store uses all its nodes.
 
-    Args:
-        options: The server's URL and the key prefix.
-
     Raises:
         click.UsageError: The URL or the prefix is malformed.
         RedisError, RedisClusterException: No node of the cluster can be reached. A single server is not contacted
@@ -67,9 +64,6 @@ def store_or_exit(options: StoreOptions) -> Generator[StepRunStore]:
     """Opens a store for the `with` block. An error inside ends the program with one line on stderr.
 
     The exit code is 2 if the server failed or an argument is invalid, and 1 for any other error of the store.
-
-    Args:
-        options: The server's URL and the key prefix.
     """
     try:
         with open_store(options) as store:
@@ -83,14 +77,7 @@ def store_or_exit(options: StoreOptions) -> Generator[StepRunStore]:
 
 
 def read_steps(store: StepRunStore, run: str) -> list[StepRun]:
-    """Returns the step runs of a run in the order they were created.
-
-    It reads a long run page by page, so that workers do not wait for the command.
-
-    Args:
-        store: The store to read from.
-        run: The run's id.
-    """
+    """Returns the step runs of a run in creation order, read page by page so that workers do not wait."""
     found: dict[str, StepRun] = {}
     cursor: str | None = None
     while True:

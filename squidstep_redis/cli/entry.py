@@ -16,30 +16,29 @@ if TYPE_CHECKING:
 
 
 class _Source(NamedTuple):
-    """The module and attribute of a command, and the extra that installs its dependencies."""
+    """Where a command is defined, and the extra that installs its dependencies."""
 
     module: str
     attribute: str
-    extra: str = "cli"
+    extra: str
 
 
-_CLI: Final = "squidstep_redis.cli"
 _COMMANDS: Final = {
     "demo": _Source("squidstep_redis.demo.plain", "command", "demo"),
     "demo rq": _Source("squidstep_redis.demo.rq", "command", "demo"),
-    "runs": _Source(f"{_CLI}.runs", "runs_command"),
-    "show": _Source(f"{_CLI}.show", "show_command"),
-    "timeline": _Source(f"{_CLI}.timeline", "timeline_command"),
-    "watch": _Source(f"{_CLI}.watch", "watch_command"),
-    "stuck": _Source(f"{_CLI}.problems", "stuck_command"),
-    "failed": _Source(f"{_CLI}.problems", "failed_command"),
-    "retry": _Source(f"{_CLI}.repair", "retry_command"),
-    "release": _Source(f"{_CLI}.repair", "release_command"),
-    "delete": _Source(f"{_CLI}.removal", "delete_command"),
-    "purge": _Source(f"{_CLI}.removal", "purge_command"),
-    "export": _Source(f"{_CLI}.transfer", "export_command"),
-    "import": _Source(f"{_CLI}.transfer", "import_command"),
-    "doctor": _Source(f"{_CLI}.doctor", "doctor_command"),
+    **{
+        name: _Source(f"squidstep_redis.cli.{module}", f"{name}_command", "cli")
+        for module, names in {
+            "listing": ("runs", "stuck", "failed"),
+            "show": ("show",),
+            "timeline": ("timeline",),
+            "watch": ("watch",),
+            "changes": ("retry", "release", "delete", "purge"),
+            "transfer": ("export", "import"),
+            "doctor": ("doctor",),
+        }.items()
+        for name in names
+    },
 }
 _FROM_EXTRAS: Final = ("click", "rich", "rq")
 _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -26,7 +26,7 @@ from squidstep_redis.cli.formatting import (
     traceback_lines,
     widest,
 )
-from squidstep_redis.cli.json_output import attempt_as_dict, step_run_as_dict
+from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_text
 
@@ -53,9 +53,9 @@ def show_command(options: StoreOptions, run: str, step: str | None, full: bool, 
     if not as_json:
         print_text(*render_steps(run, step_runs, attempts, full=full))
     elif step is None:
-        print_json([step_run_as_dict(each) for each in step_runs])
+        print_json([as_dict(each) for each in step_runs])
     else:
-        print_json({**step_run_as_dict(step_runs[0]), "attempts": [attempt_as_dict(attempt) for attempt in attempts]})
+        print_json({**as_dict(step_runs[0]), "attempts": [as_dict(attempt) for attempt in attempts]})
 
 
 def render_steps(
@@ -66,7 +66,7 @@ def render_steps(
     Args:
         run: The run's id.
         step_runs: The step runs to show, in order.
-        attempts: The attempts of the only step run; empty if a whole run is shown.
+        attempts: The attempts at the only step run; empty for a whole run.
         full: Do not cut payloads and errors, and include tracebacks.
     """
     yield render_heading(run, step_runs)
@@ -91,13 +91,7 @@ def column_widths(step_runs: list[StepRun]) -> tuple[int, int]:
 
 
 def render_line(step_run: StepRun, step_width: int, owner_width: int) -> Text:
-    """Renders a step run as one line.
-
-    Args:
-        step_run: The step run.
-        step_width: The columns for the step's name.
-        owner_width: The columns for the owner; 0 if no step run of the list has one.
-    """
+    """Renders a step run as one line, with step and owner in columns of these widths (see `column_widths`)."""
     took = ""
     if step_run.started_at is not None and step_run.status is not StepStatus.PENDING:
         took = format_duration(((step_run.ended_at or datetime.now(UTC)) - step_run.started_at).total_seconds())

@@ -8,7 +8,7 @@ import click
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.cli.connect import read_steps, store_or_exit
-from squidstep_redis.cli.json_output import attempt_as_dict
+from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_line, print_text, terminal_width
 from squidstep_redis.cli.timeline_chart import Bar, Timeline
@@ -41,7 +41,7 @@ def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Pa
             fail(f"{path}: {error.strerror}", 1)
     if as_json:
         attempts = [(bar.step, bar.attempt) for bar in timeline.bars if bar.attempt is not None]
-        print_json([{"step": step, **attempt_as_dict(attempt)} for step, attempt in attempts])
+        print_json([{"step": step, **as_dict(attempt)} for step, attempt in attempts])
     elif files:
         for path, _ in files:
             print_line(str(path))
@@ -50,15 +50,7 @@ def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Pa
 
 
 def read_timeline(store: StepRunStore, run: str) -> Timeline | None:
-    """Reads a run and its attempts.
-
-    Args:
-        store: The store to read from.
-        run: The run's id.
-
-    Returns:
-        None if there is no such run.
-    """
+    """Reads a run and its attempts. Returns None if there is no such run."""
     step_runs = read_steps(store, run)
     if not step_runs:
         return None

@@ -33,21 +33,13 @@ _STYLE: Final = (
     ".m{text-anchor:middle}line{stroke:#ddd}@media(prefers-color-scheme:dark){text{fill:#ddd}.d{fill:#888}line{stroke:#333}"
     "rect.p{fill:#16181c}}"
 )
-_PAGE: Final = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="color-scheme" content="light dark">
+_PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <title>{title}</title>
-<style>
-body{{font:14px ui-sans-serif,system-ui,sans-serif;margin:1rem}}
-svg{{max-width:100%;height:auto}}
-td,th{{text-align:left;padding:.1rem 1.2rem .1rem 0}}
-</style>
-{svg}<table>
-<tr><th>step<th>attempt<th>owner<th>started (UTC)<th>took, outcome</tr>
+<style>body{{font:14px ui-sans-serif,system-ui,sans-serif;margin:1rem}}svg{{max-width:100%;height:auto}}
+td,th{{text-align:left;padding:.1rem 1.2rem .1rem 0}}</style>
+{svg}<table><tr><th>step<th>attempt<th>owner<th>started (UTC)<th>took, outcome</tr>
 {rows}
-</table>
-</html>
+</table></html>
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Final
 
@@ -25,7 +25,7 @@ from squidstep_redis.cli.formatting import (
     format_lease,
     widest,
 )
-from squidstep_redis.cli.json_output import step_run_as_dict
+from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_text
 from squidstep_redis.cli.show import column_widths, render_heading, render_line
@@ -60,27 +60,16 @@ def watch_command(options: StoreOptions, run: str | None, interval: float, once:
     console = Console(highlight=False)
     on_screen = console.is_terminal and not as_json
     with store_or_exit(options) as store:
-        if run is not None:
-            follow = _show_run_live if on_screen else _print_changes
-            sys.exit(follow(store, run, console, interval, once, as_json))
-        if on_screen and not once:
-            with Live(_render_store(store, console.height), console=console, auto_refresh=False) as live:
-                while True:
-                    time.sleep(interval)
-                    live.update(_render_store(store, console.height), refresh=True)
-        while True:
-            _print_store(store, console, as_json)
-            if once:
-                return
-            time.sleep(interval)
+        if run is None:
+            _watch_store(store, console, interval, once, as_json)
+        elif on_screen:
+            sys.exit(_show_run(store, run, console, interval, once))
+        else:
+            sys.exit(_print_changes(store, run, interval, once, as_json))
 
 
 def _read_run(store: StepRunStore, run: str) -> tuple[list[StepRun], int | None]:
-    """Reads a run.
-
-    Returns:
-        Its step runs, and the exit code: None if the run is not over.
-    """
+    """Returns a run's step runs, and the exit code: None if the run is not over."""
     step_runs = read_steps(store, run)
     if _exit_code(step_runs) is not None:
         step_runs = store.get_run(run)  # pages are read one after another: confirm with one atomic read
@@ -96,37 +85,32 @@ def _exit_code(step_runs: list[StepRun]) -> int | None:
     return None if statuses & {StepStatus.PENDING, StepStatus.RUNNING} else 1
 
 
-def _show_run_live(store: StepRunStore, run: str, console: Console, interval: float, once: bool, _: bool) -> int:
-    step_runs, code = _read_run(store, run)
-    with Live(render_run(run, step_runs, console.height), console=console, auto_refresh=False) as live:
-        while code is None and not once:
-            time.sleep(interval)
+def _show_run(store: StepRunStore, run: str, console: Console, interval: float, once: bool) -> int:
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
             step_runs, code = _read_run(store, run)
             live.update(render_run(run, step_runs, console.height), refresh=True)
-    return code or 0
+            if code is not None or once:
+                return code or 0
+            time.sleep(interval)
 
 
-def _print_changes(store: StepRunStore, run: str, _: Console, interval: float, once: bool, as_json: bool) -> int:
+def _print_changes(store: StepRunStore, run: str, interval: float, once: bool, as_json: bool) -> int:
     """Prints one line for each change, for logs and programs."""
-    format_change: Callable[[StepRun], str] = _as_json_line if as_json else _as_log_line
     seen: dict[str, tuple[StepStatus, int]] = {}
     while True:
         step_runs, code = _read_run(store, run)
         for step_run in step_runs:
             if seen.get(step_run.step) != (step_run.status, step_run.attempt):
                 seen[step_run.step] = (step_run.status, step_run.attempt)
-                sys.stdout.write(f"{format_change(step_run)}\n")
+                sys.stdout.write(f"{json.dumps(as_dict(step_run)) if as_json else _log_line(step_run)}\n")
         sys.stdout.flush()
         if code is not None or once:
             return code or 0
         time.sleep(interval)
 
 
-def _as_json_line(step_run: StepRun) -> str:
-    return json.dumps(step_run_as_dict(step_run))
-
-
-def _as_log_line(step_run: StepRun) -> str:
+def _log_line(step_run: StepRun) -> str:
     error = f"  {format_last_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
     owner = f"  {clean(step_run.owner)}" if step_run.owner else ""
     line = f"{clean(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
@@ -134,13 +118,7 @@ def _as_log_line(step_run: StepRun) -> str:
 
 
 def render_run(run: str, step_runs: list[StepRun], height: int) -> RenderableType:
-    """Renders a run with a progress bar.
-
-    Args:
-        run: The run's id.
-        step_runs: All its step runs, in order.
-        height: The lines of the screen. If they are too few, running and failed steps are kept first.
-    """
+    """Renders a run for a screen of `height` lines. If they are too few, running and failed steps come first."""
     counts = {status: sum(each.status is status for each in step_runs) for status in _BY_URGENCY}
     bar = Text()
     for status, glyph in zip((StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.RUNNING), "██▒", strict=True):
@@ -179,13 +157,22 @@ def _read_store(store: StepRunStore, limit: int = _MAX_LISTED) -> dict[str, list
     }
 
 
-def _print_store(store: StepRunStore, console: Console, as_json: bool) -> None:
-    if as_json:
-        found = _read_store(store)
-        sys.stdout.write(json.dumps({key: [step_run_as_dict(each) for each in found[key]] for key in found}) + "\n")
-    else:
-        print_text(_render_store(store, console.height if console.is_terminal else 10_000))
-    sys.stdout.flush()
+def _watch_store(store: StepRunStore, console: Console, interval: float, once: bool, as_json: bool) -> None:
+    if console.is_terminal and not as_json and not once:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(_render_store(store, console.height), refresh=True)
+                time.sleep(interval)
+    while True:
+        if as_json:
+            found = {key: [as_dict(each) for each in step_runs] for key, step_runs in _read_store(store).items()}
+            sys.stdout.write(json.dumps(found) + "\n")
+        else:
+            print_text(_render_store(store, console.height if console.is_terminal else 10_000))
+        sys.stdout.flush()
+        if once:
+            return
+        time.sleep(interval)
 
 
 def _render_store(store: StepRunStore, height: int) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from squidstep_redis.embedded import EmbeddedServer
 from support.demos import SQUIDSTEP
 
 CLOSED_PORT = "redis://127.0.0.1:1"
+_numbers = itertools.count()
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -27,11 +29,26 @@ def default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def empty_store(server: EmbeddedServer) -> StepRunStore:
+    """Opens a store whose prefix no other test uses."""
+    return StepRunStore.from_url(server.url, prefix=f"test-{next(_numbers)}")
+
+
+def add_failed_step(store: StepRunStore, run: str = "run", step: str = "pay") -> None:
+    store.fail_step(store.begin_step(run, step, {"amount": 1}, owner="w").step_run, ValueError("declined"))
+
+
 def invoke(*arguments: str, input: str | None = None, **environment: str) -> Result:
     """Calls a command in this process: starting another takes half a second."""
     result = CliRunner().invoke(build_group(), list(arguments), input=input, env=environment)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Calls a command in this process."""
+    result = invoke(*arguments)
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def pipe(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,160 @@
+"""The commands that repair, delete, export and import runs, called as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import screenshots
+from support.commands import (
+    add_failed_step,
+    default_environment,  # noqa: F401 -- a fixture
+    empty_store,
+    invoke,
+    options_of,
+    pipe,
+    run,
+)
+from support.servers import find_binary
+
+from squidstep_redis import RunExistsError, StepRun, StepRunStore, StepStatus
+from squidstep_redis.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.usefixtures("default_environment")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(binary=find_binary("valkey"), port=0) as server:
+        yield server
+
+
+@pytest.fixture
+def store(server: EmbeddedServer) -> Iterator[StepRunStore]:
+    """An empty store for tests that write."""
+    with empty_store(server) as store:
+        yield store
+
+
+class TestChanges:
+    def test_retry_makes_failed_steps_pending(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for step in ("one", "two", "three"):
+            add_failed_step(store, "run", step)
+
+        assert run("retry", "run", "one", "--dry-run", *options).stdout == "would retry one of run\n"
+        assert set(store.step_statuses("run").values()) == {StepStatus.FAILED}
+        assert run("retry", "run", "one", *options).stdout == "pending: one of run\n"
+        assert run("retry", "run", *options).stdout == "pending: two of run\npending: three of run\n"
+        assert set(store.step_statuses("run").values()) == {StepStatus.PENDING}
+        assert (store.attempts("run", "one")[-1].owner or "").startswith("retry by ")
+        again = run("retry", "run", *options)
+        assert (again.returncode, again.stderr) == (1, "squidstep: run 'run': nothing to retry\n")
+        store.begin_step("run", "one", {}, lease=60)
+        refused = run("retry", "run", "one", *options)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "step 'one'" in refused.stderr
+
+    def test_release_makes_a_running_step_pending(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        store.begin_step("run", "pay", {}, owner="dead")
+
+        assert (
+            "would release pay of run from attempt 1 by dead, no lease"
+            in run("release", "run", "pay", "--dry-run", *options).stdout
+        )
+        assert run("release", "run", "pay", *options).returncode == 1  # stdin is empty: no confirmation
+        assert store.step_statuses("run") == {"pay": StepStatus.RUNNING}
+        assert run("release", "run", "pay", "--yes", *options).stdout == "released pay of run\n"
+        assert store.step_statuses("run") == {"pay": StepStatus.PENDING}
+        assert "the step is pending, not running" in run("release", "run", "pay", "--yes", *options).stderr
+        assert "no such step" in run("release", "run", "none", "--yes", *options).stderr
+
+    def test_delete_asks_and_deletes_the_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        add_failed_step(store)
+
+        assert run("delete", "run", "--dry-run", *options).stdout == "would delete run (1 failed)\n"
+        refused = invoke("delete", "run", *options, input="n\n")
+        assert refused.exit_code == 1
+        assert "Delete run (1 failed)? [y/N]" in refused.output
+        assert store.get_run("run")
+        assert invoke("delete", "run", *options, input="y\n").output.endswith("deleted run\n")
+        assert store.get_run("run") == []
+
+    def test_delete_removes_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        store.complete_step(store.begin_step("run", "pay", {}).step_run, {})
+        store.client.delete(store.calls.keys.run(b"run").done)
+        options = options_of(server, store)
+        assert "corrupt" in run("delete", "run", "--dry-run", *options).stdout
+        assert "evicted" in run("runs", *options).stdout
+        assert run("delete", "run", "--yes", *options).returncode == 0
+        assert run("runs", *options).stdout == ""
+
+    def test_purge_deletes_old_finished_runs(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for name in ("a", "b", "c", "d"):
+            add_failed_step(store, name)
+        store.schedule_step("pending", "pay", {})
+
+        assert run("purge", "--older-than", "1h", *options).stderr == "nothing to purge\n"
+        planned = run("purge", "--older-than", "0.001", "--dry-run", *options).stdout
+        assert re.fullmatch(r"would delete 4 runs: ., ., ., …\n", planned)
+        planned_json = json.loads(run("purge", "--older-than", "0.001", "--dry-run", "--json", *options).stdout)
+        assert {each["run_id"] for each in planned_json} == set("abcd")
+        assert run("purge", "--older-than", "0.001", *options).returncode == 1  # stdin is empty: no confirmation
+        assert len(store.runs().runs) == 5
+        assert run("purge", "--older-than", "0.001", "--yes", *options).stdout == "deleted 4 runs\n"
+        assert [each.run_id for each in store.runs().runs] == ["pending"]
+
+    @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0"])
+    def test_purge_rejects_an_invalid_age(self, server: EmbeddedServer, age: str) -> None:
+        ended = run("purge", "--older-than", age, "--yes", "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "older" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+class TestTransfer:
+    def test_imported_runs_equal_the_exported_ones(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        with empty_store(server) as source:
+            screenshots.fill(source)
+            expected = source.get_run("order-7301")
+            lines = run("export", "order-7301", "crawl-2026-11", *options_of(server, source)).stdout
+        assert len(lines.splitlines()) == 2
+
+        assert (
+            pipe("import", "--dry-run", *options, input=lines).stdout
+            == "would import order-7301\nwould import crawl-2026-11\n"
+        )
+        assert store.runs().runs == []
+        assert pipe("import", *options, input=lines).stdout == "imported order-7301\nimported crawl-2026-11\n"
+        assert list(map(fields_of, store.get_run("order-7301"))) == list(map(fields_of, expected))
+        again = pipe("import", *options, input=lines)
+        assert (again.returncode, again.stdout) == (1, "")
+        assert f"line 1: {RunExistsError('order-7301')}" in again.stderr
+        for broken in ("{", "[]", '{"squidstep_run": 2}', lines.splitlines()[0][:-1] + ', "run_id": ""}'):
+            ended = pipe("import", *options, input=f"{broken}\n")
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert ended.stderr.startswith("squidstep: line 1: ")
+            assert "Traceback" not in ended.stderr
+
+
+def fields_of(step_run: StepRun) -> list[Any]:
+    names = (
+        "step",
+        "status",
+        "attempt",
+        "owner",
+        "input",
+        "output",
+        "last_error",
+        "created_at",
+        "started_at",
+        "position",
+    )
+    return [getattr(step_run, name) for name in (*names, "ended_at", "lease_ends_at")]
