@@ -87,7 +87,7 @@ class TestChanges:
 
     def test_delete_removes_a_corrupt_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.complete_step(store.begin_step("run", "pay", {}).step_run, {})
-        store.client.delete(store.calls.keys.run(b"run").done)
+        store.client.delete(store.calls.keys.run("run").keys.done)
         options = options_of(server, store)
         assert "corrupt" in run("delete", "run", "--dry-run", *options).stdout
         assert "evicted" in run("runs", *options).stdout

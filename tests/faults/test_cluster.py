@@ -148,7 +148,7 @@ class TestASlotOnItsWay:
                 migration.move(*(getattr(Keys(b"squidstep").of_run(run.encode()), key) for key in moved))
                 calls = [store.calls.begin_step(run, "new", {}, lease=60), store.calls.complete_step(claim, {})]
                 for call in calls:
-                    with pytest.raises(RefusedError, match="slot is moving") as caught:
+                    with pytest.raises(RefusedError, match="slot is migrating") as caught:
                         store.send(call)
                     assert caught.value.transient
                 assert [type(answer) for answer in store.batch(calls)] == [RefusedError, RefusedError]
