@@ -278,48 +278,39 @@ class StepFaults:
             raise ConnectionError("Connection refused (by step_faults)")
 
     def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:
-        """Returns the functions to call before the commands are sent, and uses up their faults.
-
-        Args:
-            commands: the commands, which are about to be sent in one go.
-        """
-        return [fault.detail for command in commands for fault in self._use_fault(command, "before")]
+        """Returns the functions to call before the commands are sent, and uses up their faults."""
+        faults = [self._use_fault(command, "before") for command in commands]
+        return [fault.detail for fault in faults if fault is not None]
 
     def intercept(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
-        """Applies the faults to the commands: returns the commands to send, and for each whether its reply is lost.
-
-        Args:
-            commands: the commands, which are about to be sent in one go.
-        """
+        """Applies the faults to the commands: returns the commands to send, and for each whether its reply is lost."""
         self.check()
         sent: list[Command] = []
         losses: list[bool] = []
         for command in commands:
-            kinds = {
-                fault.kind: fault
-                for fault in self._use_fault(command, "lose_reply", "lose_request", "refuse", "killed_at")
-            }
-            if "killed_at" in kinds:
+            fault = self._use_fault(command, "lose_reply", "lose_request", "refuse", "killed_at")
+            kind, detail = (fault.kind, fault.detail) if fault else (None, None)
+            if kind == "killed_at":
                 self._killed = _current_worker()
                 self.check()
-            if "lose_request" in kinds:
+            if kind == "lose_request":
                 raise ConnectionError("the request was lost (by step_faults)")
-            refusal = kinds.get("refuse")
-            sent.append([b"EVAL", _ERROR, b"0", refusal.detail.encode()] if refusal else self._clock.shift(command))
-            losses.append("lose_reply" in kinds)
+            refusal = [b"EVAL", _ERROR, b"0", str(detail).encode()]
+            sent.append(refusal if kind == "refuse" else self._clock.shift(command))
+            losses.append(kind == "lose_reply")
         return sent, losses
 
-    def _use_fault(self, command: Command, *kinds: _Kind) -> list[_Fault]:
-        """Uses up and returns the first fault that applies to a command; an empty list if none does."""
+    def _use_fault(self, command: Command, *kinds: _Kind) -> _Fault | None:
+        """Uses up and returns the first fault that applies to a command; None if none does."""
         operation = script_of(command) if len(command) > 3 else None  # SCRIPT LOAD executes nothing
         if operation is None:
-            return []
+            return None
         with self._lock:
             for fault in self._faults:
                 if fault.kind in kinds and fault.applies_to(command, operation):
                     fault.times -= 1
-                    return [fault]
-        return []
+                    return fault
+        return None
 
 
 def _current_worker() -> object:
@@ -328,34 +319,3 @@ def _current_worker() -> object:
         if (task := asyncio.current_task()) is not None:
             return task
     return threading.get_ident()
-
-
-class PassThrough:
-    """The interceptor of a kit's observing store: applies the clock, and no faults."""
-
-    def __init__(self, clock: StepClock) -> None:
-        """Makes an interceptor.
-
-        Args:
-            clock: shifts the time of each command.
-        """
-        self._clock = clock
-
-    def check(self) -> None:
-        """Does nothing: the server is never away."""
-
-    def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:  # noqa: ARG002 -- Interceptor requires it
-        """Returns no functions.
-
-        Args:
-            commands: the commands, which are about to be sent in one go.
-        """
-        return ()
-
-    def intercept(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
-        """Returns the commands with the clock's offset. No reply is lost.
-
-        Args:
-            commands: the commands, which are about to be sent in one go.
-        """
-        return [self._clock.shift(command) for command in commands], [False] * len(commands)

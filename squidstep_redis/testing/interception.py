@@ -15,25 +15,17 @@ Command = list[bytes]
 
 
 class Interceptor(Protocol):
-    """Sees each command before it is sent, and decides what is sent and which replies are lost."""
+    """Sees the commands that are about to be sent in one go, and decides what is sent and which replies are lost."""
 
     def check(self) -> None:
         """Raises ConnectionError if the server is to appear unreachable."""
 
     def hooks(self, commands: list[Command]) -> Iterable[Callable[[], object]]:
-        """Returns the functions to call before the commands are sent.
-
-        Args:
-            commands: the commands, which are about to be sent in one go.
-        """
+        """Returns the functions to call before the commands are sent."""
         ...
 
     def intercept(self, commands: list[Command]) -> tuple[list[Command], list[bool]]:
-        """Returns the commands to send instead, and for each whether its reply is lost. Raises to send nothing.
-
-        Args:
-            commands: the commands, which are about to be sent in one go.
-        """
+        """Returns the commands to send instead, and for each whether its reply is lost. Raises to send nothing."""
         ...
 
 
@@ -128,10 +120,7 @@ class _Intercepted(_Base):
         cast("Any", super()).disconnect(*args, **kwargs)
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        command = (
-            command if isinstance(command, str | bytes) else list(command)
-        )  # redis-py may pass a generator, which is consumed once
-        commands = split(command)
+        command, commands = _unpacked(command)
         for hook in self.interceptor.hooks(commands):
             if isawaitable(hook()):
                 raise TypeError(f"hook: {hook} is asynchronous, but the store is blocking; give it a plain function")
@@ -140,7 +129,7 @@ class _Intercepted(_Base):
         except BaseException:
             self.disconnect()
             raise
-        cast("Any", super()).send_packed_command(command if sent == commands else join(sent), check_health)
+        cast("Any", super()).send_packed_command(command if sent == commands else _packed(sent), check_health)
         self._losses.extend(losses)
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,8 +159,7 @@ class _InterceptedAsyncio(_Base):
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         await self.guard.attach()
-        command = command if isinstance(command, str | bytes) else list(command)
-        commands = split(command)
+        command, commands = _unpacked(command)
         for hook in self.interceptor.hooks(commands):
             result = hook()
             if isawaitable(result):
@@ -181,7 +169,7 @@ class _InterceptedAsyncio(_Base):
         except BaseException:
             await self.disconnect()
             raise
-        await cast("Any", super()).send_packed_command(command if sent == commands else join(sent), check_health)
+        await cast("Any", super()).send_packed_command(command if sent == commands else _packed(sent), check_health)
         self._losses.extend(losses)
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,12 +181,13 @@ class _InterceptedAsyncio(_Base):
         raise ConnectionError(_LOST)
 
 
-def split(packed: Any) -> list[Command]:
-    """Returns the commands in data that redis-py has packed.
+def _unpacked(packed: Any) -> tuple[Any, list[Command]]:
+    """Returns data that redis-py has packed, with a generator read into a list, and the commands in it.
 
     Args:
-        packed: a string, bytes, or a list of byte strings.
+        packed: a string, bytes, or an iterable of byte strings.
     """
+    packed = packed if isinstance(packed, str | bytes) else list(packed)
     data = packed.encode() if isinstance(packed, str) else packed if isinstance(packed, bytes) else b"".join(packed)
     commands: list[Command] = []
     position = 0
@@ -217,10 +206,10 @@ def split(packed: Any) -> list[Command]:
             words.append(data[position : position + size])
             position += size + 2
         commands.append(words)
-    return commands
+    return packed, commands
 
 
-def join(commands: list[Command]) -> list[bytes]:
+def _packed(commands: list[Command]) -> list[bytes]:
     """Packs commands, each into one byte string.
 
     Args:

@@ -18,7 +18,7 @@ from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.claims.heartbeat import async_heartbeat_of
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.testing.clock import StepClock
-from squidstep_redis.testing.faults import PassThrough, StepFaults
+from squidstep_redis.testing.faults import StepFaults
 from squidstep_redis.testing.interception import Interceptor, LoopGuard, intercepted, intercepted_asyncio
 
 FAKEREDIS: Final = "fakeredis"
@@ -91,18 +91,16 @@ class StepKit:
         return self._settings["prefix"]
 
     def _open(self, stack: ExitStack) -> None:
-        url = ""
+        url = "" if self._server == FAKEREDIS else self._server
         if self._server == EMBEDDED:
             url = stack.enter_context(EmbeddedServer()).url
-        elif self._server != FAKEREDIS:
-            url = self._server
         clients = _Clients(url)
         self._settings.setdefault("timeout", _CLUSTER_TIMEOUT if clients.is_cluster else _TIMEOUT)
         self.clock = StepClock(lambda: clients.time(self.observer.client))
-        self.faults = StepFaults(self.clock, lambda: self.observer)
+        self.faults, no_faults = (StepFaults(self.clock, lambda: self.observer) for _ in range(2))
         guard = LoopGuard(lambda: clients.close_asyncio(self.async_store.client))
 
-        observing = clients.blocking(PassThrough(self.clock))
+        observing = clients.blocking(no_faults)
         stack.callback(observing.close)
         self.observer = StepRunStore(observing, **self._settings)
         if url:
@@ -139,46 +137,26 @@ def observer_of(store: StepRunStore | AsyncStepRunStore) -> StepRunStore:
 
 
 class _Clients:
-    """Makes clients of one server."""
+    """Makes clients of one server, whose URL is empty for fakeredis."""
 
     def __init__(self, url: str) -> None:
-        """Prepares clients; asks a real server whether it is a cluster.
-
-        Args:
-            url: the server's URL; empty for fakeredis.
-        """
         self._url = url
         self._fake = None if url else _fakeredis().FakeServer()
         self.is_cluster = bool(url) and _is_cluster(url)
 
     def blocking(self, interceptor: Interceptor) -> Any:
-        """Returns a blocking client. A cluster client connects at once.
-
-        Args:
-            interceptor: sees all commands that the client sends.
-        """
+        """Returns a blocking client whose commands the interceptor sees. A cluster client connects at once."""
         retry = Retry(NoBackoff(), 0)
         if self.is_cluster:
             cluster: Any = RedisCluster
-            return cluster.from_url(
-                self._url, connection_class=intercepted(Connection, interceptor), retry=retry, **_CLIENT
-            )
-        plain: Any = Redis
-        if self._url:
-            client = plain.from_url(self._url, retry=retry, **_CLIENT)
-        else:
-            client = _fakeredis().FakeStrictRedis(server=self._fake)
-            client.connection_pool.connection_kwargs["retry"] = retry
+            connection_class = intercepted(Connection, interceptor)
+            return cluster.from_url(self._url, connection_class=connection_class, retry=retry, **_CLIENT)
+        client = self._single(Redis, "FakeStrictRedis", retry)
         client.connection_pool.connection_class = intercepted(client.connection_pool.connection_class, interceptor)
         return client
 
     def asyncio(self, interceptor: Interceptor, guard: LoopGuard) -> Any:
-        """Returns an asyncio client, which connects when it is first used.
-
-        Args:
-            interceptor: sees all commands that the client sends.
-            guard: closes the client's connections when a loop shuts down.
-        """
+        """Returns an asyncio client, which connects when it is first used, and which the guard closes with its loop."""
         retry = AsyncRetry(NoBackoff(), 0)
         if self.is_cluster:
             cluster: Any = redis_asyncio.RedisCluster
@@ -188,43 +166,29 @@ class _Clients:
             for node in client.nodes_manager.startup_nodes.values():
                 node.connection_class = connection_class
             return client
-        plain: Any = redis_asyncio.Redis
-        if self._url:
-            client = plain.from_url(self._url, retry=retry, **_CLIENT)
-        else:
-            client = _fakeredis().FakeAsyncRedis(server=self._fake)
-            client.connection_pool.connection_kwargs["retry"] = retry
+        client = self._single(redis_asyncio.Redis, "FakeAsyncRedis", retry)
         pool = client.connection_pool
         pool.connection_class = intercepted_asyncio(pool.connection_class, interceptor, guard)
         return client
 
-    async def close_asyncio(self, client: Any) -> None:
-        """Closes all connections of a client, which can be used again afterwards.
+    def _single(self, kind: Any, fake: str, retry: object) -> Any:
+        if self._url:
+            return kind.from_url(self._url, retry=retry, **_CLIENT)
+        client = getattr(_fakeredis(), fake)(server=self._fake)
+        client.connection_pool.connection_kwargs["retry"] = retry
+        return client
 
-        Args:
-            client: an asyncio client made here.
-        """
+    async def close_asyncio(self, client: Any) -> None:
+        """Closes all connections of an asyncio client, which can be used again afterwards."""
         await async_heartbeat_of(client).stop()
-        if self.is_cluster:
-            await client.aclose()
-        else:
-            await client.connection_pool.disconnect()
+        await (client.aclose() if self.is_cluster else client.connection_pool.disconnect())
 
     def time(self, client: Any) -> tuple[int, int]:
-        """Returns the server's time, as seconds and microseconds.
-
-        Args:
-            client: a blocking client made here.
-        """
+        """Returns the server's time, as seconds and microseconds."""
         return client.time(target_nodes="random") if self.is_cluster else client.time()
 
     def delete(self, client: Any, prefix: str) -> None:
-        """Deletes all keys with a prefix.
-
-        Args:
-            client: a blocking client made here.
-            prefix: the prefix of a kit.
-        """
+        """Deletes all keys with a prefix."""
         for key in client.scan_iter(match=f"{prefix}:*", count=1_000):
             client.unlink(key)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +32,6 @@ OPERATIONS: dict[str, Callable[[StepRunStore], Any]] = {
     "schedule_step": lambda store: store.schedule_step("run", "pay", {}).decision,
     "get_run": lambda store: store.get_run("run"),
 }
-
-# Indexed by "is a cluster": there, redis-py tries another node and hides whether it has sent anything.
-NOT_SENT = (NotSentError, OutcomeUnknownError)
 
 
 class TestLostMessages:
@@ -115,15 +111,11 @@ class TestRefusals:
 
 
 class TestServerAway:
-    def test_call_raises_not_sent_and_the_store_recovers(
-        self, kit: StepKit, store: StepRunStore, backend: Backend
-    ) -> None:
+    def test_call_raises_not_sent_and_the_store_recovers(self, kit: StepKit, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
         with kit.faults.server_away():
-            began = time.monotonic()
-            with pytest.raises(NOT_SENT[backend.name == "cluster"]):
+            with pytest.raises(NotSentError):
                 store.complete_step(step_run, {})
-            assert time.monotonic() - began < 20
             assert stored(kit.observer).status == "running"  # the observer is not affected
 
         assert store.complete_step(step_run, {}).status == "completed"
@@ -251,7 +243,7 @@ class TestKilledAt:
                 survived = True
         assert not survived
 
-    def test_other_threads_lose_the_server_but_are_not_killed(self, kit: StepKit, backend: Backend) -> None:
+    def test_other_threads_lose_the_server_but_are_not_killed(self, kit: StepKit) -> None:
         errors = list[Exception]()
 
         def other() -> None:
@@ -268,7 +260,7 @@ class TestKilledAt:
                 thread.start()
                 thread.join()
 
-        assert [type(error) for error in errors] == [NOT_SENT[backend.name == "cluster"]]
+        assert [type(error) for error in errors] == [NotSentError]
 
 
 class TestRequests:
@@ -298,11 +290,11 @@ class TestRequests:
                 store.begin_step("run", "pay", {})
 
     def test_faults_apply_to_heartbeats(self, kit: StepKit) -> None:
-        lost = threading.Event()
-        kit.faults.before("extend_claim", lost.set)
+        extended = threading.Event()
+        kit.faults.before("extend_claim", extended.set)
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
-            assert lost.wait(10)
+            assert extended.wait(30)
             return {}
 
-        assert kit.store.run_step("run", "pay", work, {}, lease=0.1) == {}
+        assert kit.store.run_step("run", "pay", work, {}, lease=1) == {}
