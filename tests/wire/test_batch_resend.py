@@ -16,7 +16,7 @@ pytestmark = pytest.mark.servers("fakeredis")
 
 TIMEOUT = 10.0  # seconds, of the store
 SEND = 3.0  # seconds that each send takes
-LOADING = exceptions.BusyLoadingError("Redis is loading the dataset in memory")
+BUSY = exceptions.ResponseError("BUSY Redis is busy running a script. You can only call SCRIPT KILL")
 CUT = exceptions.ConnectionError("Connection closed by server.")
 
 
@@ -61,14 +61,14 @@ def send_batch(bench: Bench, *replies: Exception, monkeypatch: pytest.MonkeyPatc
 
 
 def test_resend_has_the_deadline_of_the_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, seconds = send_batch(bench, LOADING, monkeypatch=monkeypatch)
+    error, seconds = send_batch(bench, BUSY, monkeypatch=monkeypatch)
 
     assert type(error) is RefusedError
     assert seconds < TIMEOUT + SEND
 
 
 def test_refusal_after_a_lost_batch_leaves_the_outcome_unknown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, seconds = send_batch(bench, CUT, LOADING, monkeypatch=monkeypatch)
+    error, seconds = send_batch(bench, CUT, BUSY, monkeypatch=monkeypatch)
 
     assert type(error) is OutcomeUnknownError
     assert "got no reply to an earlier attempt, and was refused now" in str(error)
@@ -76,6 +76,6 @@ def test_refusal_after_a_lost_batch_leaves_the_outcome_unknown(bench: Bench, mon
 
 
 def test_refusal_after_a_lost_resend_leaves_the_outcome_unknown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, _ = send_batch(bench, LOADING, CUT, LOADING, monkeypatch=monkeypatch)
+    error, _ = send_batch(bench, BUSY, CUT, BUSY, monkeypatch=monkeypatch)
 
     assert type(error) is OutcomeUnknownError

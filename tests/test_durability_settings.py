@@ -1,0 +1,120 @@
+"""`wait_replicas` and `wait_aof`: what a transition asks the server for, and when that is confirmed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from redis import exceptions
+from support.backends import Bench
+from support.servers import find_binary, wait_until
+
+from squidstep_redis import NotReplicatedError, StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.settings import StoreSettings, check_settings
+from squidstep_redis.transport.batch import Durability
+
+KEY = b"squidstep:{c0}:run:steps"
+WRITTEN = True  # the reply to the mark
+
+
+def durability(settings: StoreSettings) -> Durability:
+    """Returns what a store with these settings waits for."""
+    checked = check_settings(settings, None).durability
+    assert checked is not None
+    return checked
+
+
+@pytest.mark.parametrize(
+    ("settings", "waits"),
+    [
+        ({"wait_replicas": 2}, [("WAIT", 2, 1_000)]),
+        ({"wait_aof": True}, [("WAITAOF", 1, 0, 1_000)]),
+        ({"wait_replicas": 3, "wait_aof": True, "wait_timeout": 0.25}, [("WAIT", 3, 250), ("WAITAOF", 1, 0, 250)]),
+    ],
+)
+def test_settings_become_commands_after_the_mark(settings: Any, waits: list[Any]) -> None:
+    mark, *commands = durability(settings).commands(KEY)
+
+    assert mark[0] == "SET"
+    assert commands == waits
+
+
+@pytest.mark.parametrize("settings", [{}, {"wait_replicas": 0}, {"wait_aof": False}, {"wait_timeout": 5}])
+def test_without_replicas_and_aof_nothing_is_waited_for(settings: Any) -> None:
+    assert check_settings(settings, None).durability is None
+
+
+class TestReplies:
+    @pytest.mark.parametrize("confirmed", [2, 3])
+    def test_enough_replicas_confirm_it(self, confirmed: int) -> None:
+        assert durability({"wait_replicas": 2}).unmet([WRITTEN, confirmed]) is None
+
+    @pytest.mark.parametrize("confirmed", [0, 1])
+    def test_fewer_replicas_do_not_confirm_it(self, confirmed: int) -> None:
+        problem = f"{confirmed} of 2 replicas confirmed it within 1000 ms"
+        assert durability({"wait_replicas": 2}).unmet([WRITTEN, confirmed]) == (problem, confirmed)
+
+    def test_aof_on_disk_confirms_it(self) -> None:
+        assert durability({"wait_aof": True}).unmet([WRITTEN, [1, 0]]) is None
+
+    def test_aof_that_is_not_on_disk_does_not_confirm_it(self) -> None:
+        problem = "the AOF was not on disk within 1000 ms"
+        assert durability({"wait_aof": True}).unmet([WRITTEN, [0, 2]]) == (problem, None)
+
+    def test_both_must_confirm_it(self) -> None:
+        both = durability({"wait_replicas": 1, "wait_aof": True})
+        assert both.unmet([WRITTEN, 1, [1, 0]]) is None
+        assert both.unmet([WRITTEN, 0, [1, 0]]) == ("0 of 1 replicas confirmed it within 1000 ms", 0)
+        assert both.unmet([WRITTEN, 1, [0, 0]]) == ("the AOF was not on disk within 1000 ms", 1)
+
+    def test_error_of_the_server_does_not_confirm_it(self) -> None:
+        refused = exceptions.ResponseError("WAITAOF cannot be used when appendonly is disabled")
+        unmet = durability({"wait_aof": True}).unmet([WRITTEN, refused])
+        assert unmet == (f"WAITAOF failed: {refused}", None)
+
+
+@pytest.fixture(scope="module")
+def master(self) -> Iterator[EmbeddedServer]:
+    """A server with one replica, and with an AOF that it does not write to disk by itself."""
+    options = {"repl-diskless-sync-delay": "0", "appendonly": "yes", "appendfsync": "no"}
+    valkey = find_binary("valkey")
+    with (
+        EmbeddedServer(binary=valkey, port=0, options=options) as master,
+        EmbeddedServer(binary=valkey, port=0) as replica,
+        redis.Redis.from_url(replica.url) as client,
+    ):
+        client.replicaof(master.host, master.port)
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up", 30)
+        yield master
+
+
+@pytest.mark.servers("valkey")
+class TestServers:
+    @pytest.mark.parametrize(
+        ("settings", "problem", "replicas"),
+        [
+            ({"wait_replicas": 2}, "1 of 2 replicas confirmed it within 500 ms", 1),
+            ({"wait_aof": True}, "the AOF was not on disk within 500 ms", None),
+        ],
+        ids=["replicas", "aof"],
+    )
+    def test_transition_that_is_not_confirmed_raises(
+        self, bench: Bench, master: EmbeddedServer, settings: Any, problem: str, replicas: int | None
+    ) -> None:
+        with contextlib.closing(bench.from_url(master.url, wait_timeout=0.5, **settings)) as store:
+            with pytest.raises(NotReplicatedError, match=problem) as single:
+                store.schedule_step("run", "single", {})
+            (batched,) = store.batch([store.calls.schedule_step("run", "batched", {})])
+
+        assert isinstance(batched, NotReplicatedError)
+        assert single.value.replicas == batched.replicas == replicas
+
+    def test_transition_that_the_replica_has_is_confirmed(self, bench: Bench, master: EmbeddedServer) -> None:
+        with contextlib.closing(bench.from_url(master.url, wait_replicas=1, timeout=60, wait_timeout=10)) as store:
+            assert store.schedule_step("run", "pay", {}).decision == "schedule"
+        with StepRunStore.from_url(master.url, prefix=bench.prefix) as reader:
+            assert reader.step_statuses("run") == {"pay": "pending"}
