@@ -24,7 +24,7 @@ from rq.scheduler import RQScheduler
 from squidstep_redis import StepRunStore
 from squidstep_redis.claims.rules import default_owner
 from squidstep_redis.rq import release_killed_work_horse
-from support.rq_workers import DEADLINE, WorkerProcess, start_process
+from support.rq_workers import DEADLINE, WorkerProcess, is_alive, start_process
 
 HOST: Final = default_owner().rpartition(":")[0]
 RQ_VERSION: Final = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("rq"))[:3])
@@ -94,8 +94,10 @@ class PausedJob:
 
     def wait_dead(self) -> None:
         """Waits until the job's process is dead."""
-        with contextlib.suppress(ConnectionResetError):
-            assert self._connection.recv(1) == b""
+        deadline = time.monotonic() + DEADLINE
+        while is_alive(self.pid):
+            assert time.monotonic() < deadline, f"process {self.pid} did not end within {DEADLINE} seconds"
+            time.sleep(0.005)
 
     def close(self) -> None:
         self._connection.close()

@@ -78,13 +78,23 @@ def _kill_sessions(sessions: Collection[int]) -> None:
 
 def _sessions() -> dict[int, int]:
     """Returns the session of each process that is alive."""
-    found: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # the process has ended meanwhile
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            if state != "Z":
-                found[int(path.parent.name)] = int(session)
-    return found
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return {pid: session for pid in pids if (session := _session(pid)) is not None}
+
+
+def _session(pid: int) -> int | None:
+    """Returns the session of a process, or None if the process is dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, _, _, session = stat.rpartition(")")[2].split()[:4]
+    return None if state == "Z" else int(session)
+
+
+def is_alive(pid: int) -> bool:
+    """Returns whether the process is alive; a zombie is not."""
+    return _session(pid) is not None
 
 
 class WorkerProcess:
