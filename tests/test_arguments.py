@@ -219,13 +219,13 @@ class TestClients:
 
     def test_a_codec_has_two_methods(self) -> None:
         with pytest.raises(InvalidArgumentError, match=r"codec: must have encode\(\) and decode\(\)"):
-            StepRunStore(redis.Redis(), codec=object())  # pyright: ignore[reportArgumentType]: likewise
+            StepRunStore(redis.Redis(), codec=object())  # pyright: ignore[reportArgumentType]: wrong on purpose
         with pytest.raises(InvalidArgumentError, match="codec: must have"):
             StepRunStore(redis.Redis(), codec=MsgpackCodec)  # pyright: ignore[reportArgumentType]: its class
 
     def test_a_batch_takes_calls(self, store: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store.calls, not str"):
-            store.batch([store.calls.get_run("run"), "get_run"])  # pyright: ignore[reportArgumentType]: likewise
+            store.batch([store.calls.get_run("run"), "get_run"])  # pyright: ignore[reportArgumentType]: wrong on purpose
         assert store.batch([]) == []
 
 

@@ -1,4 +1,4 @@
-"""When a store sends over a connection that its client lends, and when it asks the client."""
+"""When a store sends on its client's pooled connections, and when it calls the client."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def lends(client: Any) -> bool:
+def bypasses(client: Any) -> bool:
     made: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
     return can_bypass_client(made(client))
 
@@ -57,15 +57,15 @@ class TestWhoLends:
     @pytest.mark.parametrize("protocol", [2, 3])
     @pytest.mark.parametrize("decode_responses", [False, True])
     def test_every_plain_client(self, kind: Any, protocol: int, decode_responses: bool) -> None:
-        assert lends(kind(protocol=protocol, decode_responses=decode_responses))
+        assert bypasses(kind(protocol=protocol, decode_responses=decode_responses))
 
     def test_fakeredis(self) -> None:
-        assert lends(fakeredis.FakeRedis())
-        assert lends(fakeredis.FakeAsyncRedis())
+        assert bypasses(fakeredis.FakeRedis())
+        assert bypasses(fakeredis.FakeAsyncRedis())
 
     def test_no_client_that_overrides_what_sends(self, kind: Any) -> None:
         for name in ("execute_command", "parse_response"):
-            assert not lends(type("Own", (kind,), {name: lambda *_: None})())
+            assert not bypasses(type("Own", (kind,), {name: lambda *_: None})())
 
     def test_no_client_with_a_method_put_in_its_place(self, kind: Any) -> None:
         client = kind()
@@ -86,14 +86,14 @@ class TestWhoLends:
         with monkeypatch.context() as patch:
             patch.setattr(kind, "execute_command", traced)
             assert not can_bypass_client(before)
-            assert not lends(kind())
+            assert not bypasses(kind())
         assert can_bypass_client(before)
 
     def test_no_client_while_redis_py_measures_by_itself(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         providers = pytest.importorskip("redis.observability.providers", reason="redis-py measures since 7.2")
-        assert lends(kind())
+        assert bypasses(kind())
         monkeypatch.setattr(providers.get_observability_instance(), "get_provider_manager", object)
-        assert not lends(kind())
+        assert not bypasses(kind())
 
 
 @pytest.mark.servers("valkey")

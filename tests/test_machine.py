@@ -436,7 +436,7 @@ def release_and_begin_again(store: StepRunStore, claim: StepRun) -> None:
 
 
 class TestABeginThatArrivesLate:
-    """The copy of a call that was overtaken by its own re-send: nobody waits for its answer any more.
+    """The copy of a call that was overtaken by its own re-send: no caller waits for its reply any more.
 
     Granted a second time it would be a claim without a holder, which locks all others out; and as it comes with the
     token of the first, the first one's StepRun would hold the claim again, against which it is to be fenced.

@@ -28,7 +28,7 @@ Connect = Callable[[], Any]
 
 
 def in_processes(count: int, work: Callable[..., Any], *args: Any, method: str = "fork") -> list[Any]:
-    """What `work(index, barrier, *args)` answers in each of so many processes."""
+    """Returns what `work(index, barrier, *args)` returns in each of that many processes."""
     context: Any = multiprocessing.get_context(method)
     barrier = context.Barrier(count)
     started = []
@@ -145,7 +145,7 @@ class TestOneStepAtOnce:
     def test_many_tasks_may_be_the_first_to_use_a_cluster_client(
         self, backend: Backend, runner: asyncio.Runner
     ) -> None:
-        """Each finds its node: redis-py answers a handful of MOVED by cutting the connections of all other tasks."""
+        """Each finds its node: redis-py reacts to a few MOVED by closing the connections of all other tasks."""
 
         async def main() -> None:
             client = backend.connect_asyncio(max_connections=200)
@@ -239,7 +239,7 @@ def test_a_store_that_was_connected_before_the_fork_works_in_every_child(backend
 
 
 def complete_steps(index: int, barrier: Barrier, connect: Connect, prefix: str) -> tuple[list[str], list[list[str]]]:
-    """Completes its share of the run's steps, one by one and in batches; answers them, and all it saw of the order."""
+    """Completes its share of the run's steps, one by one and in batches; returns them, and every order that it read."""
     client = connect()
     store = StepRunStore(client, prefix=prefix)
     steps = [f"step-{index}-{number}" for number in range(30)]
@@ -267,7 +267,7 @@ def test_steps_completed_by_many_processes_have_one_order(backend: Backend) -> N
     for steps, seen in answers:
         assert [step for step in order if step in steps] == steps
         assert seen[-1] == seen[-2] == order
-        # Nothing is ever put in before what somebody has seen.
+        # No step ever appears before one that was read earlier.
         assert all(order[: len(earlier)] == earlier for earlier in seen)
 
 

@@ -178,7 +178,7 @@ OURS = ClientFacts(False, 3.0, 1.5, sends=1, decodes=False, reuses_dirty_connect
 
 @contextlib.contextmanager
 def deaf() -> Iterator[int]:
-    """A server that accepts connections and never answers: its port."""
+    """Returns the port of a server that accepts connections and never replies."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
         yield listener.getsockname()[1]
 

@@ -31,7 +31,7 @@ LONG = 30
 
 @contextmanager
 def waiting(bench: Bench, store: StepRunStore, *steps: str, timeout: float = LONG) -> Iterator[list[Future[StepRun]]]:
-    """Inside, somebody waits for each of the steps, and the server knows."""
+    """In the block, a waiter waits for each of the steps, and the server knows."""
     with ThreadPoolExecutor(len(steps)) as threads:
         yield [threads.submit(waiter(bench), step, timeout) for step in steps]
 

@@ -80,7 +80,7 @@ class TestInterruptedAcquisition:
                 assert raised.wait(30)
                 return reply
 
-            proxy.strike(Fault(reply=interrupt))
+            proxy.add_fault(Fault(reply=interrupt))
             with pytest.raises(DeclinedError) as caught:
                 worker.execute(decline)
 

@@ -1,4 +1,4 @@
-"""Checks the soak's history while it is made: each generation of runs as soon as nobody has a call to make on it.
+"""Checks the soak's history while it is made: each generation of runs as soon as no worker has a call to make on it.
 
 A process of its own. It reads what the workers write down, has a look of its own at each generation when it is over,
 and at the end at all of them again: what was acknowledged must be there after all that happened since.
@@ -206,7 +206,7 @@ class Audit:
         counts["operations"] += len(generation.orders)
         for op in generation.ops:
             if op.answer is None:
-                counts["answers never got"] += 1
+                counts["replies never received"] += 1
                 continue
             counts["operations"] += 1
             counts["sent more than once"] += op.resent

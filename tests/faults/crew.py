@@ -157,7 +157,7 @@ def _refused(error: Exception) -> list[Any] | None:
         case OutcomeUnknownError() if error.transient:
             return None
         case SquidstepError() if not isinstance(error, OutcomeUnknownError):
-            return ["error", f"{type(error).__name__}: {error}"]  # which no right store answers
+            return ["error", f"{type(error).__name__}: {error}"]  # which a correct store never returns
         case _:
             raise error  # a script that fails, or an error of redis-py's own
 
@@ -252,7 +252,7 @@ class Hand:
                 return begin._replace(call=call, kind="complete", value=value)
 
     def _look(self, begins: list[Deed], results: list[Any]) -> list[Deed]:
-        """Readings, and now and then the end of a claim that was seen: as whoever knows its holder to be dead."""
+        """Reads, and sometimes expires a claim, as an operator does who knows that its holder is dead."""
         run, step = begins[0].run, begins[0].step
         deeds = [
             Deed(self.calls.get_step_run(run, step), "read", run, step),
@@ -273,7 +273,7 @@ def work(url: str, log: Path, seed: int, kind: str, lua: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    os.nice(5)  # whoever kills and whoever checks come first
+    os.nice(5)  # the killer and the checker come first
     if lua is not None:  # a store that is broken on purpose
         scripts.directory = lambda: Path(lua)
     if kind == "asyncio":

@@ -81,7 +81,7 @@ Outcome = tuple[State, tuple[Any, ...]]
 
 
 def outcomes(state: State, op: Op) -> Iterable[Outcome]:
-    """The sequential contract: what the call may do to a step in that state, and what it then answers."""
+    """The sequential contract: what the call may do to a step in that state, and what it then returns."""
     match op.kind:
         case "begin":
             return _begin(state, op)
@@ -294,12 +294,12 @@ def _linearize(history: list[Op]) -> tuple[bool | None, str]:
                 stack.append(node)
         if len(seen) > SEARCH_LIMIT:
             return None, f"undecided after {len(seen)} states of {search.known} calls; the first {furthest} fit"
-    culprit = search.ops[furthest]
-    return False, f"no order of the {search.known} answered calls explains them all: {furthest} fit, not {culprit}"
+    offender = search.ops[furthest]
+    return False, f"no order of the {search.known} answered calls explains them all: {furthest} fit, not {offender}"
 
 
 class _Search:
-    """What the search of one step looks up: its answered calls, by when they were, and those that nobody knows of."""
+    """What the search of one step looks up: calls with a reply, by time, and calls with an unknown outcome."""
 
     def __init__(self, history: list[Op]) -> None:
         self.ops = sorted((op for op in history if op.answer is not None), key=lambda op: (op.answered, op.sent))
@@ -391,7 +391,7 @@ def _check_order(seen: list[Order], completions: list[Op]) -> Iterator[str]:
             done[op.step] = min(op.answered, done.get(op.step, math.inf))
     for step in longest:
         if step not in sent:
-            yield f"{step} is among the completed {longest}, and nobody completed it"
+            yield f"{step} is among the completed {longest}, and no call completed it"
     for earlier, step in combinations(longest, 2):
         if done.get(step, math.inf) < sent.get(earlier, -math.inf):
             yield f"{step} was completed before {earlier} was begun to be, and comes after it in {longest}"

@@ -78,7 +78,7 @@ class Stores:
         return cast("StepRunStore", Driven(AsyncStepRunStore(client, **settings), self.runner))
 
     def wait(self, answer: Any) -> Any:
-        """What a client of this flavour answers."""
+        """Returns what a client of this flavor returns."""
 
         async def wait() -> Any:
             return await answer

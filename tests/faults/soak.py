@@ -48,7 +48,7 @@ class Report:
             "takeovers": counts["takeovers"],
             "zombies refused": counts["zombies refused"],
             "operations sent more than once": counts["sent more than once"],
-            "operations whose answer never came": counts["answers never got"],
+            "operations without a reply": counts["replies never received"],
             "completions found at the end": counts["completions found at the end"],
             "lost": len(findings.lost),
             "doubly executed": len(findings.doubly_executed),

@@ -65,7 +65,7 @@ def test_back_is_a_late_takeover(clock: MovedClock, store: StepRunStore) -> None
     lapsed = begun(store.begin_step("run", "mail", {}, lease=0.01))
     clock.move(0)
 
-    # By this clock the leases end in an hour: nobody else may work, but the holder may, and may give up.
+    # By this clock the leases end in an hour: no other worker may claim, but the holder may, and may give up.
     busy = store.begin_step("run", "mail", {}, lease=60)
     assert busy.busy
     assert busy.retry_in is not None

@@ -41,7 +41,7 @@ def started(binary: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(started: Cluster) -> Iterator[Cluster]:
-    """All six are up and follow each other, whoever is primary by now."""
+    """All six are up and follow each other, whichever is primary by now."""
     for node in started.nodes:
         node.start()
     wait_until(started.is_ready, timeout=60)
@@ -104,7 +104,7 @@ class TestFailover:
 
 
 def everything_of(run: str, store: StepRunStore) -> StepRun:
-    """Makes all four keys of a run, and answers a claim in hand."""
+    """Creates all four keys of a run; returns a claim that is held."""
     store.complete_step(begun(store.begin_step(run, "completed", {})), {})
     store.fail_step(begun(store.begin_step(run, "failed", {})), {})
     return begun(store.begin_step(run, "running", {}, lease=600))
@@ -151,7 +151,7 @@ class TestASlotOnItsWay:
                     with pytest.raises(RefusedError, match="slot is migrating") as caught:
                         store.send(call)
                     assert caught.value.transient
-                assert [type(answer) for answer in store.batch(calls)] == [RefusedError, RefusedError]
+                assert [type(outcome) for outcome in store.batch(calls)] == [RefusedError, RefusedError]
             assert everything_stored(client, run) == before
 
     @pytest.mark.parametrize("batch", [False, True])
@@ -212,9 +212,9 @@ class TestASlotThatNobodyServes:
 def assert_it_works(store: StepRunStore, run: str, claim: StepRun, batch: bool) -> None:
     """A claim can be taken and another completed, once each."""
     calls = [store.calls.begin_step(run, "new", {}, lease=60), store.calls.complete_step(claim, {"receipt": 7})]
-    answers: list[Any] = store.batch(calls) if batch else [store.send(call) for call in calls]
-    assert begun(answers[0]).attempt == 1
-    assert answers[1].output == {"receipt": 7}
+    outcomes: list[Any] = store.batch(calls) if batch else [store.send(call) for call in calls]
+    assert begun(outcomes[0]).attempt == 1
+    assert outcomes[1].output == {"receipt": 7}
     assert [attempt.number for attempt in store.attempts(run, "new")] == [1]
     assert store.completed_steps(run) == ["completed", claim.step]
 

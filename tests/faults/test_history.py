@@ -50,7 +50,7 @@ POSSIBLE = {
         op("begin", "b", 3, 3.1, "busy", 1, "a"),
         EXECUTED,
     ],
-    "an attempt that nobody saw": [op("begin", "a", 0, math.inf), op("begin", "b", 2, 3, "execute", 2, "b", 4.0)],
+    "an attempt that no reply showed": [op("begin", "a", 0, math.inf), op("begin", "b", 2, 3, "execute", 2, "b", 4.0)],
     "completed by the one whose answer was lost": [
         EXECUTED,
         op("complete", "a", 2, math.inf, value=7),
@@ -99,7 +99,7 @@ IMPOSSIBLE = {
         op("read", "", 0, 1, "running", 1, "a", None),
         op("begin", "a", 2, 3, "execute", 1, "a", 4.0),
     ],
-    "stale although nobody took over": [EXECUTED, op("complete", "a", 2, 3, "stale", "running", 1, "a", value=7)],
+    "stale without a takeover": [EXECUTED, op("complete", "a", 2, 3, "stale", "running", 1, "a", value=7)],
     "lost although it was sent once": [op("begin", "a", 0, 1, "superseded")],
     "sent again, and it says otherwise": [EXECUTED, FAILED, op("fail", "a", 4, 5, "done", value=8)],
     "a released attempt that counts": [
@@ -112,7 +112,7 @@ IMPOSSIBLE = {
         op("schedule", "a", 0, 1, "schedule"),
         op("begin", "b", 2, 3, "execute", 1, "b", 3.5),
     ],
-}  # fmt: skip -- likewise
+}  # fmt: skip -- a table
 
 
 @pytest.mark.parametrize("name", POSSIBLE)

@@ -63,7 +63,7 @@ def read_only(server: EmbeddedServer) -> Iterator[Heal]:
 
 @contextlib.contextmanager
 def master_down(server: EmbeddedServer) -> Iterator[Heal]:
-    """It is a replica that has lost its master, and does not answer out of its memory."""
+    """It is a replica that has lost its master, and does not outcome out of its memory."""
     with connected(server) as client:
         client.config_set("replica-serve-stale-data", "no")
         client.execute_command("REPLICAOF", "127.0.0.1", 1)
@@ -81,14 +81,14 @@ def too_few_replicas(server: EmbeddedServer) -> Iterator[Heal]:
 def loading(server: EmbeddedServer) -> Iterator[Heal]:
     """It comes back with many keys, and is slow to read them."""
     with connected(server) as client:
-        # It answers once in two megabytes, and sleeps with each key.
+        # It replies once in two megabytes, and sleeps with each key.
         client.mset({f"filler-{number}": "x" * 200_000 for number in range(300)})
         client.save()
     server.kill()
     starting = threading.Thread(target=server.start)
     starting.start()
 
-    def answers() -> bool:
+    def replies() -> bool:
         with contextlib.suppress(redis.ConnectionError), connected(server) as client:
             return "LOADING" in answer_of(client)
         return False
@@ -99,14 +99,14 @@ def loading(server: EmbeddedServer) -> Iterator[Heal]:
         starting.join()
 
     try:
-        wait_until(answers)
+        wait_until(replies)
         yield hurry
     finally:
         starting.join()
 
 
 def answer_of(client: Any) -> str:
-    """What a server answers to a read, as text."""
+    """Returns a server's reply to a read, as text."""
     try:
         return str(client.get("key"))
     except redis.BusyLoadingError:
@@ -168,11 +168,11 @@ class TestWhatPasses:
                 with pytest.raises(RefusedError, match="nothing was written.*What to do") as caught:
                     store.send(begin)
                 try:
-                    answers = store.batch([begin, complete])
+                    outcomes = store.batch([begin, complete])
                 except RefusedError:  # as a whole: redis-py takes LOADING for a broken connection
                     assert trouble == "LOADING"
                 else:
-                    assert [type(answer) for answer in answers] == [RefusedError, RefusedError]
+                    assert [type(outcome) for outcome in outcomes] == [RefusedError, RefusedError]
                 heal()
             assert caught.value.transient
             assert contents(client, PREFIX) == before
@@ -187,12 +187,12 @@ class TestWhatPasses:
             begin, complete = store.calls.begin_step("run", "ship", {}), store.calls.complete_step(held, {"to": 7})
             proxy.after(9 if batch else 3, heal)  # a batch loads its scripts first: two tries of it and one more
 
-            answers = store.batch([begin, complete]) if batch else [store.send(begin), store.send(complete)]
+            outcomes = store.batch([begin, complete]) if batch else [store.send(begin), store.send(complete)]
 
-        assert isinstance(answers[0], BeginResult)
-        assert begun(answers[0]).attempt == 1
-        assert isinstance(answers[1], StepRun)
-        assert answers[1].output == {"to": 7}
+        assert isinstance(outcomes[0], BeginResult)
+        assert begun(outcomes[0]).attempt == 1
+        assert isinstance(outcomes[1], StepRun)
+        assert outcomes[1].output == {"to": 7}
 
 
 class TestOutOfMemory:
@@ -221,7 +221,7 @@ class TestOutOfMemory:
                     store.send(call)
                 assert caught.value.transient
                 assert "nothing was written" in str(caught.value)
-            assert {type(answer) for answer in store.batch(calls)} == {RefusedError}
+            assert {type(outcome) for outcome in store.batch(calls)} == {RefusedError}
             assert contents(client, PREFIX) == before
 
             # Reads, and what only reads.
@@ -237,7 +237,7 @@ class TestOutOfMemory:
 
 
 def fill(client: Any) -> Heal:
-    """Writes until the server has no memory left; answers what frees it."""
+    """Writes until the server has no memory left; returns a function that frees it."""
     client.config_set("maxmemory-policy", "noeviction")
     client.config_set("maxmemory", client.info("memory")["used_memory"] + 1_000_000)
     with contextlib.suppress(redis.OutOfMemoryError):

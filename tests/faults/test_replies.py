@@ -131,7 +131,7 @@ class Scene:
 
 
 class TestNever:
-    """A server, or what is between, that takes what is sent to it and never answers."""
+    """A server, or a proxy, that accepts data and never replies."""
 
     @pytest.mark.parametrize("batch", [False, True])
     def test_one_deadline_for_the_call(self, server: EmbeddedServer, stores: Stores, batch: bool) -> None:

@@ -42,7 +42,7 @@ def admin(server: EmbeddedServer) -> Iterator[Any]:
 
 
 def user(admin: Any, server: EmbeddedServer, rights: str) -> str:
-    """Makes a user, in place of the last; answers the URL by which it connects."""
+    """Creates a user in place of the last one; returns its URL."""
     admin.execute_command("ACL", "SETUSER", "worker", "reset", "on", ">secret", *rights.split())
     return f"redis://worker:secret@{server.host}:{server.port}/0"
 

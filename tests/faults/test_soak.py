@@ -224,7 +224,7 @@ def missing(counts: Counter[str]) -> list[str]:
     happened += ["complete: done", "complete: stale", "fail: stale", "extend: stale", "release: stale", "expire: done"]
     happened += [
         "takeovers",
-        "answers never got",
+        "replies never received",
         "sent more than once",
         "zombies refused",
         "completions found at the end",

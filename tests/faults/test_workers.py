@@ -120,7 +120,7 @@ def killed_completing(scene: Scene, arrives: Callable[[bytes], bytes]) -> None:
         worker.wait()
         return arrives(request)
 
-    scene.proxy.strike(Fault(request=kill_and_pass_on, script="complete_step"))
+    scene.proxy.add_fault(Fault(request=kill_and_pass_on, script="complete_step"))
     assert worker.wait(60) == -9
 
 

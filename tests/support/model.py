@@ -1,4 +1,4 @@
-"""The contract in plain Python: what each operation does to a store, and what it answers.
+"""The contract in plain Python: what each operation does to a store, and what it returns.
 
 No Redis, no Lua, no concurrency and no clock: this is the sequential specification, against which test_machine.py
 holds the real store, one operation at a time. Three things make it short:
@@ -46,7 +46,7 @@ class Shown(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What complete_step and its like are handed: a claim, or with no `call` a bare id, for whoever holds the claim."""
+    """What complete_step and its like are handed: a claim, or without `call` a bare id, for its current holder."""
 
     run: str
     step: str
@@ -328,7 +328,7 @@ class Model:
         return self._records(claim.run)[claim.step]
 
     def _end(self, claim: Claim, outcome: str, output: Payload | None = None, error: Payload | None = None) -> Shown:
-        """Ends the attempt that is held; a call sent again finds it ended in just this way, and answers the same."""
+        """Ends the attempt that is held; a call sent again finds it ended in just this way, and returns the same."""
         record = self._existing(claim)
         if record.held_by(claim):
             record.latest.outcome, record.latest.output, record.latest.error = outcome, output, error

@@ -89,7 +89,7 @@ ACROSS_RUNS = {"lapsed_claims": "lapsed", "live_claims": "running", "failed_step
 
 
 def prepare(bench: Bench, store: StepRunStore, run_id: str = "run") -> StepRun:
-    """Makes a run with a step in every state, and answers the claim of the running one."""
+    """Creates a run with a step in every state; returns the claim of the running one."""
     store.schedule_step(run_id, "pending", PAYLOAD)
     store.complete_step(begun(store.begin_step(run_id, "completed", PAYLOAD)), PAYLOAD)
     store.fail_step(begun(store.begin_step(run_id, "failed", {})), PAYLOAD)

@@ -72,8 +72,8 @@ class Proxy:
     def names(self) -> list[str]:
         return [command[0].decode().upper() for command in self.commands]
 
-    def strike(self, fault: Fault) -> None:
-        """Lets a fault strike, after those that are waiting to."""
+    def add_fault(self, fault: Fault) -> None:
+        """Adds a fault, after those that are waiting."""
         self._faults.append(fault)
 
     def drop(self, times: int = 1, script: str | None = None) -> None:
@@ -123,7 +123,7 @@ class Proxy:
 
     @contextlib.contextmanager
     def batches(self, *sizes: int) -> Iterator[None]:
-        """Inside, nothing is answered before so many EVAL and EVALSHA came, and faults strike whole batches."""
+        """In the block, replies wait for that many EVAL and EVALSHA, and faults hit whole batches."""
         self._batches.extend(sizes)
         try:
             yield

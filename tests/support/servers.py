@@ -163,7 +163,7 @@ class EmbeddedCluster:
                 slots = range(SLOTS * index // self.primaries, SLOTS * (index + 1) // self.primaries)
                 client.execute_command("CLUSTER ADDSLOTS", *slots)
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
-            # Every pair meets, so that nobody waits for gossip.
+            # Every pair meets, so that no node waits for gossip.
             for other in self.nodes[:index]:
                 client.execute_command("CLUSTER MEET", other.host, other.port)
         for index, client in enumerate(self._clients()):

@@ -50,7 +50,7 @@ class TestBatch:
         unknown = step_run_id(calls.prefix, "run", "unknown")
         store.fail_step(ship.id, {})
 
-        answers = store.batch(
+        outcomes = store.batch(
             [
                 calls.get_step_run("run", "unknown"),
                 calls.complete_step(ship, {}),
@@ -60,12 +60,12 @@ class TestBatch:
             ]
         )
 
-        assert answers[0] is None
-        assert isinstance(answers[1], StaleStepRunError)
-        assert answers[1].current.step == "ship"
-        assert isinstance(answers[2], StepRun)
-        assert isinstance(answers[3], StepRunNotFoundError)
-        assert answers[4] == [{"receipt": 7}]
+        assert outcomes[0] is None
+        assert isinstance(outcomes[1], StaleStepRunError)
+        assert outcomes[1].current.step == "ship"
+        assert isinstance(outcomes[2], StepRun)
+        assert isinstance(outcomes[3], StepRunNotFoundError)
+        assert outcomes[4] == [{"receipt": 7}]
 
     def test_an_empty_batch_sends_nothing(self, proxy: Proxy, proxied: StepRunStore) -> None:
         assert proxied.batch([]) == []
@@ -74,7 +74,7 @@ class TestBatch:
     def test_a_batch_takes_any_iterable(self, store: StepRunStore) -> None:
         calls = (store.calls.schedule_step("run", f"step-{number}", {}) for number in range(3))
 
-        assert [answer.decision for answer in cast("list[ScheduleResult]", store.batch(calls))] == ["schedule"] * 3
+        assert [outcome.decision for outcome in cast("list[ScheduleResult]", store.batch(calls))] == ["schedule"] * 3
 
     @pytest.mark.parametrize("item", [None, "call", ("run", "pay")])
     def test_an_item_that_is_no_call_is_rejected_before_sending(
@@ -94,12 +94,12 @@ class TestBatch:
         raw.execute_command("ACL SETUSER", bench.prefix, "on", ">secret", "+@all", *keys)
         try:
             limited = bench.store(client_options={"username": bench.prefix, "password": "secret"})
-            answers = limited.batch([limited.calls.schedule_step(run, "pay", {}) for run in ("forbidden", "allowed")])
+            outcomes = limited.batch([limited.calls.schedule_step(run, "pay", {}) for run in ("forbidden", "allowed")])
         finally:
             raw.execute_command("ACL DELUSER", bench.prefix)
 
-        assert isinstance(answers[0], RefusedError | OutcomeUnknownError)  # depends on the message of the server
-        assert isinstance(answers[1], ScheduleResult)
+        assert isinstance(outcomes[0], RefusedError | OutcomeUnknownError)  # depends on the message of the server
+        assert isinstance(outcomes[1], ScheduleResult)
         assert store.get_run("forbidden") == []
 
 
@@ -143,10 +143,10 @@ class TestBatchOnACluster:
         with contextlib.ExitStack() as stack:
             for proxy, count in zip(proxies, counts, strict=True):
                 stack.enter_context(proxy.batches(count))
-            answers = proxied.batch(calls)
+            outcomes = proxied.batch(calls)
 
         assert [proxy.round_trips for proxy in proxies] == [1, 1, 1]
-        assert seen(answers) == seen(twin.batch(mixed(twin, 100)))
+        assert seen(outcomes) == seen(twin.batch(mixed(twin, 100)))
 
     def test_an_operation_costs_one_round_trip(self, proxies: list[Proxy], proxied: StepRunStore) -> None:
         step_run = begun(proxied.begin_step("run-1", "pay", {}))
@@ -170,12 +170,12 @@ class TestBatchOnACluster:
         if lost == "all of it":
             proxies[1].drop()
             with proxies[1].batches(counts[1]):
-                answers = proxied.batch(calls(proxied))
+                outcomes = proxied.batch(calls(proxied))
         else:
             proxies[1].after(3, proxies[1].drop)
-            answers = proxied.batch(calls(proxied))
+            outcomes = proxied.batch(calls(proxied))
 
-        assert seen(answers) == seen(twin.batch(calls(twin)))
+        assert seen(outcomes) == seen(twin.batch(calls(twin)))
         assert all(len(proxied.attempts(f"run-{number}", "pay")) == 1 for number in range(30))
 
     def test_calls_on_one_run_take_effect_in_order(self, store: StepRunStore) -> None:
@@ -191,6 +191,6 @@ class TestBatchOnACluster:
     def test_scripts_that_one_node_forgot_are_loaded_again(self, proxies: list[Proxy], proxied: StepRunStore) -> None:
         with redis.Redis(port=cast("Any", proxies[1].server)[1]) as node:
             proxies[1].after(2, node.script_flush)
-            answers = proxied.batch(proxied.calls.begin_step(f"run-{number}", "pay", {}) for number in range(30))
+            outcomes = proxied.batch(proxied.calls.begin_step(f"run-{number}", "pay", {}) for number in range(30))
 
-        assert [begun(cast("BeginResult", answer)).attempt for answer in answers] == [1] * 30
+        assert [begun(cast("BeginResult", outcome)).attempt for outcome in outcomes] == [1] * 30

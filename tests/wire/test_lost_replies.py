@@ -82,10 +82,10 @@ class TestLostReplies:
         proxy.clear()
         proxy.drop(losing)
 
-        answer = perform(proxied, operation, claim)
+        outcome = perform(proxied, operation, claim)
 
         assert proxy.names() == ["EVALSHA"] * (losing + 1)
-        assert seen(answer) == seen(expected)
+        assert seen(outcome) == seen(expected)
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("operation", WORKFLOWS)
@@ -101,9 +101,9 @@ class TestLostReplies:
         claim = prepare(bench, proxied)
         proxy.drop(2)
 
-        answer = perform(proxied, operation, claim)
+        outcome = perform(proxied, operation, claim)
 
-        assert seen(answer) == seen(expected)
+        assert seen(outcome) == seen(expected)
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("lost", ["all of it", "its tail"])
@@ -134,12 +134,12 @@ class TestLostReplies:
         if lost == "all of it":
             proxy.drop()
             with proxy.batches(len(sent), len(sent)):
-                answers = proxied.batch(sent)
+                outcomes = proxied.batch(sent)
         else:
             proxy.after(4, proxy.drop)
-            answers = proxied.batch(sent)
+            outcomes = proxied.batch(sent)
 
-        assert seen(answers) == seen(expected)
+        assert seen(outcomes) == seen(expected)
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("operation", CALLS)
@@ -164,7 +164,7 @@ class TestLostReplies:
         store = connect(timeout=1)
         proxy.drop(1_000)
 
-        with pytest.raises(OutcomeUnknownError, match="begin_step, run 'run', step 'pay': no answer came") as caught:
+        with pytest.raises(OutcomeUnknownError, match="begin_step, run 'run', step 'pay': no outcome came") as caught:
             store.begin_step("run", "pay", {})
 
         assert len(proxy.commands) > 2

@@ -47,10 +47,10 @@ class TestRoundTrips:
         bench.backend.flush_scripts()
         proxy.clear()
 
-        answer = perform(proxied, operation, claim)
+        outcome = perform(proxied, operation, claim)
 
         assert (proxy.round_trips, proxy.names()) == (2, ["EVALSHA", "EVAL"])
-        assert seen(answer) == seen(expected)
+        assert seen(outcome) == seen(expected)
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("flushed", [False, True])
@@ -61,10 +61,10 @@ class TestRoundTrips:
             bench.backend.flush_scripts()
 
         with proxy.batches(100):
-            answers = proxied.batch(mixed(proxied, 100))
+            outcomes = proxied.batch(mixed(proxied, 100))
 
         assert proxy.round_trips == 1
-        assert len(answers) == 100
+        assert len(outcomes) == 100
 
     @pytest.mark.parametrize("operation", ACROSS_RUNS)
     def test_a_list_across_runs_costs_two_round_trips(

@@ -35,9 +35,9 @@ class TestScriptFlush:
         expected = twin.batch(mixed(twin, 40))
         bench.backend.flush_scripts()
 
-        answers = store.batch(mixed(store, 40))
+        outcomes = store.batch(mixed(store, 40))
 
-        assert seen(answers) == seen(expected)
+        assert seen(outcomes) == seen(expected)
 
     @pytest.mark.parametrize("after", range(1, 6))
     def test_a_flush_within_a_batch_runs_nothing_twice(
@@ -48,14 +48,14 @@ class TestScriptFlush:
         proxy.clear()
         proxy.after(after, bench.backend.flush_scripts)
 
-        answers = proxied.batch(
+        outcomes = proxied.batch(
             [calls.begin_step(f"run-{number}", "pay", {}) for number in range(3)]
             + [calls.complete_step(claim, {"of": claim.step}) for claim in claims]
         )
 
-        assert [begun(answer).attempt for answer in answers[:3]] == [1, 1, 1]
+        assert [begun(outcome).attempt for outcome in outcomes[:3]] == [1, 1, 1]
         assert [len(proxied.attempts(f"run-{number}", "pay")) for number in range(3)] == [1, 1, 1]
-        assert [answer.output for answer in answers[3:]] == [{"of": claim.step} for claim in claims]
+        assert [outcome.output for outcome in outcomes[3:]] == [{"of": claim.step} for claim in claims]
         assert sorted(proxied.completed_steps("run")) == [claim.step for claim in claims]
 
     @pytest.mark.parametrize("after", range(1, 15))
@@ -79,9 +79,9 @@ class TestScriptFlush:
         expected = twin.batch(calls(twin))
         proxy.after(after, bench.backend.flush_scripts)
 
-        answers = proxied.batch(calls(proxied))
+        outcomes = proxied.batch(calls(proxied))
 
-        assert seen(answers) == seen(expected)
+        assert seen(outcomes) == seen(expected)
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("transaction", [True, False])

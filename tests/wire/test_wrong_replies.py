@@ -95,9 +95,9 @@ class TestRepliesToAnotherCall:
         left = OTHERS["of another call"]
         proxy.answer(left + left)
 
-        answers = [begun(cast("BeginResult", answer)) for answer in proxied.batch(calls)]
+        outcomes = [begun(cast("BeginResult", outcome)) for outcome in proxied.batch(calls)]
 
-        assert [(step_run.attempt, step_run.input["n"]) for step_run in answers] == [(1, n) for n in range(5)]
+        assert [(step_run.attempt, step_run.input["n"]) for step_run in outcomes] == [(1, n) for n in range(5)]
 
 
 @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")
