@@ -78,7 +78,7 @@ class TestReplies:
 
 
 @pytest.fixture(scope="module")
-def master(self) -> Iterator[EmbeddedServer]:
+def master() -> Iterator[EmbeddedServer]:
     """A server with one replica, and with an AOF that it does not write to disk by itself."""
     options = {"repl-diskless-sync-delay": "0", "appendonly": "yes", "appendfsync": "no"}
     valkey = find_binary("valkey")
