@@ -111,11 +111,11 @@ def test_an_event_is_sent_in_one_write() -> None:
 @pytest.mark.parametrize(
     ("number", "moment", "processes"),
     [
-        # The demo, its server, the server's supervisor, multiprocessing's tracker, and a worker that starts.
-        (signal.SIGINT, "4 files", 5),
+        # The demo, its server, the server's supervisor, and a worker that starts.
+        (signal.SIGINT, "4 files", 4),
         # Also a scheduler, and the work-horse that waits.
-        (signal.SIGTERM, "keeps running", 7),
-        (signal.SIGKILL, "keeps running", 7),
+        (signal.SIGTERM, "keeps running", 6),
+        (signal.SIGKILL, "keeps running", 6),
     ],
 )
 def test_ended_demo_leaves_no_process_and_no_file(

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe, get_context, resource_tracker
-from multiprocessing.context import SpawnProcess
+from multiprocessing import Pipe, get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
@@ -20,7 +20,7 @@ import click
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.demo.work import STEPS, Step, sequential
-from squidstep_redis.demo.worker import Event, Pipes, run_worker
+from squidstep_redis.demo.worker import Event, Pipes, set_up_worker
 
 POLL_INTERVAL: Final = 0.05  # seconds
 SILENCE_LIMIT: Final = 60.0  # seconds without an event from any worker
@@ -63,7 +63,7 @@ class WorkerProcess:
     """A worker, as the parent sees it."""
 
     index: int
-    process: SpawnProcess
+    process: ForkProcess
     was_killed: bool = False
 
     def __str__(self) -> str:
@@ -123,8 +123,7 @@ class Scenario:
         """Returns the worker's loop, and what it is called with."""
         raise NotImplementedError
 
-    def _deliver_all(self) -> None:
-        raise NotImplementedError
+    def _deliver_all(self) -> None: ...
 
     def _is_done(self) -> bool:
         """Returns whether nothing is left to deliver. Called while no events arrive; may deliver what is due."""
@@ -147,17 +146,21 @@ class Scenario:
     def _start_worker(self) -> None:
         main, args = self._worker_main()
         index = len(self.workers)
-        # The worker inherits the blocked signals, so that no Ctrl-C hits it while it imports its modules; see
-        # `run_worker`. The demo's process has no other thread that could receive them.
-        resource_tracker.ensure_running()  # it would start along with the first worker, and unblock the signals
+        # Until the worker has its own signal handlers, and the parent knows of it. No other thread receives signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
-            process = get_context("spawn").Process(target=run_worker, args=(main, index, self._pipes, *args))
+            process = get_context("fork").Process(target=self._run_worker, args=(index, main, args))
             process.start()
             self.workers.append(WorkerProcess(index, process))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._running.append(self.workers[-1])
+
+    def _run_worker(self, index: int, main: Callable[..., None], args: tuple[Any, ...]) -> None:
+        for end in (self._events, self._lifeline, self.gate):  # the parent's, which end for all when it exits
+            end.close()
+        set_up_worker(index, self._pipes)
+        main(*args)
 
     def _kill(self, worker: WorkerProcess, event: Event, key: Key, fault: Fault) -> None:
         self.hit[key] = event
@@ -201,7 +204,7 @@ class Scenario:
             self._handle(self._events.recv())
             return True
         for worker in list(self._running):  # only now: the last event of a dead worker has been handled
-            if not worker.process.is_alive():  # the sentinel would not show it: forked processes inherit it
+            if not worker.process.is_alive():
                 self._reap(worker)
         if time.monotonic() - self._last_event_at > SILENCE_LIMIT:
             raise click.ClickException(f"no worker has reported anything for {SILENCE_LIMIT} s; all were stopped")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Final, Literal, NamedTuple
 
@@ -57,13 +56,12 @@ parent: Final = Parent()
 """The parent of this worker process."""
 
 
-def run_worker(main: Callable[..., None], worker: int, pipes: Pipes, *args: Any) -> None:
-    """Calls `main` with `args` in the process of the worker with this index; it exits with the parent."""
+def set_up_worker(worker: int, pipes: Pipes) -> None:
+    """Prepares the process of the worker with this index."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; it is for the parent
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     parent.worker, parent.pipes = worker, pipes
     exit_with_parent()
-    main(*args)
 
 
 def exit_with_parent() -> None:
