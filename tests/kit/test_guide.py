@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[1] / "guide" / "testing.md"
+REPOSITORY = Path(__file__).parents[2]
+GUIDE = REPOSITORY / "tests" / "guide" / "testing.md"
 FILES = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -17,8 +18,9 @@ def ran(directory: Path, *options: str) -> str:
     """Runs the tests of a directory in a pytest process, and returns its output."""
     asyncio = ("-o", "asyncio_default_fixture_loop_scope=function")  # else pytest-asyncio warns
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error", *asyncio, *options]
-    # Wide, so that pytest does not truncate the errors in its summary.
-    environment = {"COLUMNS": "1000", "PATH": ""}
+    # Wide, so that pytest does not truncate the errors in its summary. With this checkout's package, even if another is
+    # installed.
+    environment = {"COLUMNS": "1000", "PATH": "", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
