@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.servers import wait_until
-
 from squidstep_redis import StepRunStore
 from squidstep_redis.demo.scenario import DemoContext
 from squidstep_redis.demo.work import MAX_BYTES, find_files
 from squidstep_redis.embedded import EmbeddedServer
+from support.servers import wait_until
 
 SQUIDSTEP = str(Path(sysconfig.get_path("scripts"), "squidstep"))
 TIMEOUT = 60.0  # seconds; only a test that fails waits for so long
