@@ -27,6 +27,9 @@ from squidstep_redis.demo.check import find_problems
 from squidstep_redis.demo.plain import LEASE, PlainScenario
 from squidstep_redis.demo.work import find_files
 
+# Python 3.12 and later: in a test's process, unlike in the command's, there are other threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:

@@ -29,7 +29,11 @@ from squidstep_redis.demo.check import find_problems
 from squidstep_redis.demo.rq import RqScenario
 from squidstep_redis.demo.worker import Event
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+    # Python 3.12 and later: in a test's process, unlike in the command's, there are other threads.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
 @pytest.fixture
