@@ -192,7 +192,7 @@ class TestASlotThatNobodyServes:
                 calls = [store.calls.begin_step(run, "new", {}), store.calls.complete_step(claim, {})]
                 refused: list[Any] = store.batch(calls)
                 assert [type(error) for error in refused] == [RefusedError, RefusedError]
-                assert all("slots is not served" in str(error) and error.transient for error in refused)
+                assert all("slots of the cluster are not served" in str(error) and error.transient for error in refused)
             wait_until(cluster.is_ready, timeout=30)
             assert everything_stored(client, run) == before
 

@@ -143,7 +143,7 @@ class TestNever:
             call = store.calls.begin_step("run", "pay", {})
 
             began = time.monotonic()
-            with pytest.raises(OutcomeUnknownError, match="no answer came within") as caught:
+            with pytest.raises(OutcomeUnknownError, match="no reply within") as caught:
                 _ = store.batch([call]) if batch else store.send(call)
 
             # redis-py's own timeout times its retries is half a minute.

@@ -101,7 +101,7 @@ class TestTooFew:
 
         findings = {finding.check: finding.level for finding in store.doctor().findings}
         assert findings["self-test"] is Level.FAILURE
-        with pytest.raises(OutcomeUnknownError, match="half-way"):
+        with pytest.raises(OutcomeUnknownError, match="halfway"):
             live_through(store)
 
 

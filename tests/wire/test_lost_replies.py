@@ -164,7 +164,7 @@ class TestLostReplies:
         store = connect(timeout=1)
         proxy.drop(1_000)
 
-        with pytest.raises(OutcomeUnknownError, match="begin_step, run 'run', step 'pay': no outcome came") as caught:
+        with pytest.raises(OutcomeUnknownError, match="begin_step, run 'run', step 'pay': no reply within") as caught:
             store.begin_step("run", "pay", {})
 
         assert len(proxy.commands) > 2
