@@ -58,6 +58,7 @@ def test_random_alarms_break_no_call_and_leak_no_connection(harness: Harness, al
     assert job.is_finished, harness.wait_failed(job)
     found = job.return_value()
     assert found["wrong"] == []
+    assert found["ignored"] == []
     assert (found["raised"], found["caught"]) == (alarms, alarms)
     assert found["held"] == []
     assert found["in use"] == 0

@@ -1,4 +1,4 @@
-"""What a type checker makes of the API beside RQ. Never run: pyright reads it."""
+"""Type tests of squidstep_redis.rq. Pyright checks this file; it is never run."""
 
 from __future__ import annotations
 

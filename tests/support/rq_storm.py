@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import signal
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from traceback import format_exception
 from typing import Any, cast
 
 from rq.timeouts import JobTimeoutException
@@ -104,6 +106,13 @@ def storm(alarms: int) -> dict[str, Any]:
         while raised <= number:
             pass
 
+    ignored: list[str] = []
+
+    def report_ignored(unraisable: Any) -> None:
+        traceback = format_exception(unraisable.exc_value)
+        ignored.append(f"ignored in {unraisable.object!r}: {''.join(traceback)}")
+
+    sys.unraisablehook = report_ignored  # Python cannot raise what a handler raises in a destructor
     signal.signal(signal.SIGALRM, alarm)
     for number in range(alarms):
         function = INTERRUPTED[number % len(INTERRUPTED)]
@@ -132,6 +141,7 @@ def storm(alarms: int) -> dict[str, Any]:
         "raised": raised,
         "caught": caught,
         "wrong": wrong,
+        "ignored": ignored,
         "interrupted": interrupted,
         "in use": len(cast("Any", own.client.connection_pool)._in_use_connections)
         - len(cast("Any", own)._transport.connections._idle),
