@@ -239,7 +239,9 @@ class TestCleanup:
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     def test_signal_to_the_owner_removes_everything(self, number: signal.Signals) -> None:
-        with owner_process("signal.pause()") as (owner, facts):
+        # In a background job of a shell, SIGINT is ignored unless a handler is set.
+        ending = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.pause()"
+        with owner_process(ending) as (owner, facts):
             assert all(is_running(pid) for pid in facts["pids"])
             os.killpg(owner.pid, number)  # to the whole process group, as Ctrl-C does
             assert_cleaned_up(facts)
