@@ -308,7 +308,7 @@ class BaseClaim(Generic[E]):
         return self._step_run
 
     def _reconcile(self) -> Workflow[StepRun]:
-        """Reads the step whose claim was lost. The winner's result stands, whatever the work here returned."""
+        """Reads the step whose claim was lost. The winner's result stands; the result of the work here is discarded."""
         current = yield Send(self._calls.get_step_run(self.step_run.run_id, self.step_run.step))
         if current is None:
             if isinstance(self._loss, StepRunNotFoundError):

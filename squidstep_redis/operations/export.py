@@ -48,7 +48,7 @@ def import_run(context: Context, document: Mapping[str, Any]) -> Call[str]:
 
     One round trip, all or nothing; a run of 10,000 steps blocks the server for about 0.15 s. The run is the same in all
     that `get_run` and `attempts` return. Its claims are included: their holders can complete them here, and on the old
-    server too while the run exists there. Its `ttl` starts anew.
+    server too while the run exists there. Its `ttl` restarts.
 
     Args:
         document: what `export_run` returned, also after `json.dumps` and `json.loads`.

@@ -21,7 +21,7 @@ _STEPS_PER_BATCH: Final = 1_000
 def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None = None) -> Call[StepRun]:
     """Makes a failed step pending again, with its input; the attempt counter is reset.
 
-    One round trip. The next `begin_step` executes it, whatever its `max_attempts`. This call executes nothing: have the
+    One round trip. The next `begin_step` executes it, for any `max_attempts`. This call executes nothing: have the
     step delivered again. The history keeps the failed attempt and shows one more, `released`, by `owner`, as if
     the caller had claimed and released the step. A step whose lease has expired counts as failed. A pending step stays
     as it is. Re-sent, it returns the same.

@@ -144,7 +144,7 @@ def purge(
     """Deletes the runs in which every step is completed or failed and nothing changed for some time.
 
     It passes all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
-    such runs. Each run is deleted at once, whatever its size, if it has not changed since it was read; its memory is
+    such runs. Each run is deleted at once, at any size, if it has not changed since it was read; its memory is
     freed in the background. A run with more than 1,000 failed steps stays; use `delete_run`.
 
     Args:

@@ -15,7 +15,7 @@ from squidstep_redis.protocol.scripts import script
 
 
 def schedule_step(context: Context, run_id: RunId, step: Step, input: Mapping[str, Any]) -> Call[ScheduleResult]:
-    """Creates a pending record for a step that has none. The step keeps this input, whatever a begin_step passes.
+    """Creates a pending record for a step that has none. A later begin_step does not replace this input.
 
     One round trip.
 

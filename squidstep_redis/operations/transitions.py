@@ -187,7 +187,7 @@ def fail_step(context: Context, step_run: StepRun | str, error: Mapping[str, Any
 
 
 def extend_claim(context: Context, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
-    """Starts the lease of a claim anew: it then expires `lease` seconds from now, by the server's clock.
+    """Restarts the lease of a claim: it then expires `lease` seconds from now, by the server's clock.
 
     One round trip.
 
