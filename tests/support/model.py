@@ -27,7 +27,7 @@ STATUS: Final = {
     "released": "pending",
     "lease_expired": "failed",
 }
-LAPSED: Final = {"type": "LeaseExpired", "message": "the lease of the last attempt ended without a result"}
+LAPSED: Final = {"type": "LeaseExpired", "message": "the lease of the last attempt expired without a result"}
 
 
 class Shown(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rq import Queue
 
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.rq import stores
-from support.rq_harness import Harness
+from support.rq_harness import LEAVES_LOOPS_OPEN, Harness
 from support.servers import find_binary
 
 
@@ -43,6 +44,8 @@ def harness(
         for name, value in harness.environment.items():
             monkeypatch.setenv(name, value)
         yield harness
+    if LEAVES_LOOPS_OPEN:
+        gc.collect()
 
 
 @pytest.fixture(params=["fakeredis", "valkey"])

@@ -32,7 +32,8 @@ RQ_VERSION: Final = tuple(int(part) for part in re.findall(r"\d+", importlib.met
 SINCE: Final = {"SpawnWorker": (2, 11), "Repeat": (2, 3)}
 
 RQ_MARKS: Final = [pytest.mark.usefixtures("fresh_stores")]
-if RQ_VERSION < (3,):  # it does not close the event loop of a coroutine function
+LEAVES_LOOPS_OPEN: Final = RQ_VERSION < (3,)  # that of a coroutine function; its warnings must not reach a later test
+if LEAVES_LOOPS_OPEN:
     RQ_MARKS.append(pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"))
     RQ_MARKS.append(pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"))
 
