@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
 from support.servers import find_binary
 
@@ -27,7 +27,9 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=100)
+settings.register_profile(  # CI: a failure is shown at once and not made smaller, which can take minutes
+    "thorough", settings.get_profile("default"), max_examples=250, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("soak", settings.get_profile("default"), max_examples=5_000, stateful_step_count=100)
 settings.load_profile("default")
 

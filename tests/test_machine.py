@@ -417,7 +417,7 @@ def members(runs: set[str], entries: set[tuple[str, str]]) -> set[bytes]:
 
 @pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")  # two runs, each in one slot
 @pytest.mark.slow
-@pytest.mark.timeout(3_600)  # a failure is made small before it is shown, which takes longer than all that passes
+@pytest.mark.timeout(3_600)  # a failure is made small before it is shown
 def test_the_store_does_what_the_model_does(bench: Bench, store: StepRunStore) -> None:
     examples = settings.default.max_examples // (14 if bench.backend.name == "fakeredis" else 7)
     run_state_machine_as_test(
