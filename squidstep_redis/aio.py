@@ -33,34 +33,34 @@ T = TypeVar("T")
 RELEASE_TIMEOUT: Final = 1.0  # seconds to release a claim after a cancellation; after that its lease expires
 
 
-def _call(
-    operation: Callable[Concatenate[Calls, P], Call[T]],
-) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
-    """Returns the method that sends an operation's call."""
-
-    async def method(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._transport.send(operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
-
-    return as_method(method, operation, "AsyncStepRunStore")
-
-
-def _workflow(
-    operation: Callable[Concatenate[Calls, P], Workflow[T]],
-) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
-    """Returns the method that runs an operation's workflow."""
-
-    async def method(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await run_workflow(self._transport, operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
-
-    return as_method(method, operation, "AsyncStepRunStore")
-
-
 class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTransport]):
     """Decides which delivery of a step executes, and keeps its input, output and failure: the asyncio store."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
     _connections_type = AsyncDirectConnections
     _transport_type = AsyncTransport
+
+    @staticmethod
+    def _call(
+        operation: Callable[Concatenate[Calls, P], Call[T]],
+    ) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
+        """Returns the method that sends an operation's call."""
+
+        async def method(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+            return await self._transport.send(operation(self.calls, *args, **kwargs))
+
+        return as_method(method, operation, "AsyncStepRunStore")
+
+    @staticmethod
+    def _workflow(
+        operation: Callable[Concatenate[Calls, P], Workflow[T]],
+    ) -> Callable[Concatenate[AsyncStepRunStore, P], Coroutine[Any, Any, T]]:
+        """Returns the method that runs an operation's workflow."""
+
+        async def method(self: AsyncStepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+            return await run_workflow(self._transport, operation(self.calls, *args, **kwargs))
+
+        return as_method(method, operation, "AsyncStepRunStore")
 
     schedule_step = _call(Calls.schedule_step)
     schedule_steps = _call(Calls.schedule_steps)
@@ -106,7 +106,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         return client.from_url(url, **{"retry": Retry(NoBackoff(), 0), **options})
 
     @with_docs_of(StepRunStore.send)
-    async def send(self, call: Call[T]) -> T:  # noqa: D102 -- the decorator adds it
+    async def send(self, call: Call[T]) -> T:
         return await self._transport.send(call)
 
     @with_docs_of(
@@ -116,7 +116,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         "                is lost.",
         cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is returned all the same.",
     )
-    async def run_step(  # noqa: D102 -- the decorator adds it
+    async def run_step(
         self,
         run_id: RunId,
         step: Step,
@@ -158,7 +158,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         cancel_when_lost="whether to cancel the block when the claim is lost; the block then ends as with\n"
         "                `claim.complete`.",
     )
-    def claim_step(  # noqa: D102 -- the decorator adds it
+    def claim_step(
         self,
         run_id: RunId,
         step: Step,
@@ -170,12 +170,12 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         owner: str | None = None,
         cancel_when_lost: bool = False,
     ) -> AsyncClaim:
-        return AsyncClaim(self, run_id, step, input, lease, max_attempts, on_busy, owner, cancel_when_lost)
+        return AsyncClaim(
+            self, self._transport, run_id, step, input, lease, max_attempts, on_busy, owner, cancel_when_lost
+        )
 
     @with_docs_of(StepRunStore.doctor)
-    async def doctor(  # noqa: D102 -- the decorator adds it
-        self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None
-    ) -> Diagnosis:
+    async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         return await run_workflow(self._transport, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     async def close(self) -> None:
@@ -199,6 +199,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
     def __init__(
         self,
         store: AsyncStepRunStore,
+        transport: AsyncTransport,
         run_id: RunId,
         step: Step,
         input: Mapping[str, Any],
@@ -210,7 +211,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
     ) -> None:
         super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, asyncio.Event())
         self.store = store
-        self._transport = store._transport  # pyright: ignore[reportPrivateUsage]: its own
+        self._transport = transport
         self._cancels = cancel_when_lost
         self._task: asyncio.Task[Any] | None = None
         self._has_cancelled = False
@@ -251,17 +252,15 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         return False
 
     @with_docs_of(Claim.complete)
-    async def complete(  # noqa: D102 -- the decorator adds it
-        self, output: Mapping[str, Any], *, schedule: StepInputs | None = None
-    ) -> StepRun:
+    async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
         return await run_workflow(self._transport, self._complete(output, schedule))
 
     @with_docs_of(Claim.fail)
-    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:  # noqa: D102 -- the decorator adds it
+    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
         return await run_workflow(self._transport, self._fail(error))
 
     @with_docs_of(Claim.release)
-    async def release(self) -> StepRun:  # noqa: D102 -- the decorator adds it
+    async def release(self) -> StepRun:
         return await run_workflow(self._transport, self._release())
 
     def is_of_this_code(self, step_run: StepRun) -> bool:

@@ -38,6 +38,7 @@ _error = dataclass(eq=False, repr=False)
 """Makes an exception's fields the arguments of its constructor. Compared and shown as exceptions are."""
 
 
+@dataclass(init=False, eq=False, repr=False)  # of no fields; those of a subclass are its arguments
 class SquidstepError(Exception):
     """Base of all errors that this library raises."""
 
@@ -47,7 +48,7 @@ class SquidstepError(Exception):
 
     def _travelling(self) -> tuple[Any, ...]:
         """Returns the constructor's arguments after pickling."""
-        return tuple(getattr(self, field.name) for field in fields(self))  # pyright: ignore[reportArgumentType]: each subclass is a dataclass
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 @_error

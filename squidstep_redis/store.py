@@ -30,30 +30,30 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _call(operation: Callable[Concatenate[Calls, P], Call[T]]) -> Callable[Concatenate[StepRunStore, P], T]:
-    """Returns the method that sends an operation's call."""
-
-    def method(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._transport.send(operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
-
-    return as_method(method, operation, "StepRunStore")
-
-
-def _workflow(operation: Callable[Concatenate[Calls, P], Workflow[T]]) -> Callable[Concatenate[StepRunStore, P], T]:
-    """Returns the method that runs an operation's workflow."""
-
-    def method(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
-        return run_workflow(self._transport, operation(self.calls, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]: its own
-
-    return as_method(method, operation, "StepRunStore")
-
-
 class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport]):
     """Decides which delivery of a step executes, and keeps its input, output and failure: the blocking store."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
     _connections_type = DirectConnections
     _transport_type = BlockingTransport
+
+    @staticmethod
+    def _call(operation: Callable[Concatenate[Calls, P], Call[T]]) -> Callable[Concatenate[StepRunStore, P], T]:
+        """Returns the method that sends an operation's call."""
+
+        def method(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+            return self._transport.send(operation(self.calls, *args, **kwargs))
+
+        return as_method(method, operation, "StepRunStore")
+
+    @staticmethod
+    def _workflow(operation: Callable[Concatenate[Calls, P], Workflow[T]]) -> Callable[Concatenate[StepRunStore, P], T]:
+        """Returns the method that runs an operation's workflow."""
+
+        def method(self: StepRunStore, *args: P.args, **kwargs: P.kwargs) -> T:
+            return run_workflow(self._transport, operation(self.calls, *args, **kwargs))
+
+        return as_method(method, operation, "StepRunStore")
 
     schedule_step = _call(Calls.schedule_step)
     schedule_steps = _call(Calls.schedule_steps)
@@ -212,7 +212,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         Raises:
             InvalidArgumentError: `lease` or `on_busy` was rejected.
         """
-        return Claim(self, run_id, step, input, lease, max_attempts, on_busy, owner)
+        return Claim(self, self._transport, run_id, step, input, lease, max_attempts, on_busy, owner)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Checks whether the server and the client can keep the guarantees, and what limits them.
@@ -253,6 +253,7 @@ class Claim(BaseClaim[threading.Event]):
     def __init__(
         self,
         store: StepRunStore,
+        transport: BlockingTransport,
         run_id: RunId,
         step: Step,
         input: Mapping[str, Any],
@@ -263,7 +264,7 @@ class Claim(BaseClaim[threading.Event]):
     ) -> None:
         super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, threading.Event())
         self.store = store
-        self._transport = store._transport  # pyright: ignore[reportPrivateUsage]: its own
+        self._transport = transport
 
     def __enter__(self) -> Self:
         try:

@@ -184,3 +184,13 @@ def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
 def store(bench: Bench) -> StepRunStore:
     """A store with the default settings: on each server, blocking and asyncio."""
     return bench.store()
+
+
+# Commands
+
+
+@pytest.fixture
+def default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes the variables that change what the commands do."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "SQUIDSTEP_REDIS_URL", "RQ_REDIS_URL", "SQUIDSTEP_PREFIX"):
+        monkeypatch.delenv(name, raising=False)

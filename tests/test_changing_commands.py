@@ -11,7 +11,6 @@ import pytest
 import screenshots
 from support.commands import (
     add_failed_step,
-    default_environment,  # noqa: F401 -- a fixture
     empty_store,
     invoke,
     options_of,

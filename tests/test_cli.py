@@ -16,7 +16,6 @@ from support.commands import (
     ANSI,
     CLOSED_PORT,
     complete,
-    default_environment,  # noqa: F401 -- a fixture
     invoke,
     run_on_terminal,
 )

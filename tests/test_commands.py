@@ -14,13 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import screenshots
 from support.commands import (
     ANSI,
     CLOSED_PORT,
     add_failed_step,
-    default_environment,  # noqa: F401 -- a fixture
     empty_store,
     invoke,
     options_of,
@@ -39,6 +39,9 @@ from squidstep_redis.cli.timeline_chart import Timeline
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.usefixtures("default_environment")
+
+GROUP = build_group()
+COMMANDS = GROUP.list_commands(click.Context(GROUP))
 
 READING = [
     ["runs"],
@@ -353,9 +356,7 @@ class TestWatch:
 
 
 class TestHelp:
-    @pytest.mark.parametrize(
-        "command", [name for name in build_group().list_commands(None) if not name.startswith("demo")]
-    )  # pyright: ignore
+    @pytest.mark.parametrize("command", [name for name in COMMANDS if not name.startswith("demo")])
     def test_every_command_has_an_example(self, command: str) -> None:
         shown = invoke(command, "--help").stdout
         assert f"Example: squidstep {command}" in shown or f"| squidstep {command}" in shown

@@ -180,6 +180,41 @@ class TestALineThatDoesNotParse:
         assert_refused(bench, store, broken, CorruptRunError, key)
 
 
+class TestAStepNameThatIsNotUTF8:
+    def test_in_the_completion_order(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+        key = bench.keys("run")[1]
+        bench.backend.raw.delete(key)
+        bench.backend.raw.zadd(key, {b"\xff": 1})
+
+        assert_refused(
+            bench, store, [store.calls.completed_steps("run"), store.calls.export_run("run")], CorruptRunError, key
+        )
+
+    @pytest.mark.parametrize("field", [b"s", b"s\xff"])
+    def test_among_the_records(self, bench: Bench, store: StepRunStore, held: StepRun, field: bytes) -> None:
+        key = bench.keys("run")[0]
+        line = bench.field("run", "sheld")
+        assert line is not None
+        bench.backend.raw.hset(key, mapping={field: line, b"i" + field[1:]: b"\x80"})
+        calls = store.calls
+
+        broken = [calls.get_run("run"), calls.scan_steps("run"), calls.step_statuses("run"), calls.export_run("run")]
+        assert_refused(bench, store, broken, CorruptRunError, key)
+        with pytest.raises(CorruptRunError):
+            store.retry_run("run")
+
+    def test_hides_no_other_run_from_a_listing(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+        bench.backend.raw.hset(bench.keys("run")[0], b"s\xff", bench.field("run", "sheld"))
+        store.complete_step(begun(store.begin_step("sound", "pay", {})), {})
+        bench.lapse(begun(store.begin_step("timer", "pay", {}, lease=0.005)))  # the server's clock moves on
+
+        problems = {summary.run_id: summary.problem for summary in store.runs().runs}
+
+        assert problems.pop("run") is not None
+        assert set(problems.values()) == {None}
+        assert [summary.run_id for summary in store.purge(0.001)] == ["sound"]
+
+
 class TestALaterFormat:
     """A record written by a newer format is an error, never a guess; what both know works side by side."""
 

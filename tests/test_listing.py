@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.backends import Bench
-from support.records import begun
+from support.records import begun, in_batch
 from support.servers import wait_until
 
 from squidstep_redis import (
@@ -234,9 +234,9 @@ class TestPurge:
     def test_a_run_of_thousands_of_steps_goes(self, store: StepRunStore, bench: Bench) -> None:
         steps = {f"step-{number}": {} for number in range(700)}
         store.schedule_steps("large", steps)
-        claims = store.batch([store.calls.begin_step("large", step, {}) for step in steps])
-        ends = [store.calls.fail_step(claim.step_run, {}) for claim in claims[:900]]  # pyright: ignore
-        ends += [store.calls.complete_step(claim.step_run, {}) for claim in claims[900:]]  # pyright: ignore
+        claims = in_batch(store, [store.calls.begin_step("large", step, {}) for step in steps])
+        ends = [store.calls.fail_step(claim.step_run, {}) for claim in claims[:900]]
+        ends += [store.calls.complete_step(claim.step_run, {}) for claim in claims[900:]]
         store.batch(ends)
         age(bench)
 
@@ -250,8 +250,8 @@ class TestPurge:
         self, bench: Bench, store: StepRunStore
     ) -> None:
         steps = {f"step-{number}": {} for number in range(1_001)}
-        claims = store.batch([store.calls.begin_step("large", step, {}) for step in steps])
-        store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])  # pyright: ignore
+        claims = in_batch(store, [store.calls.begin_step("large", step, {}) for step in steps])
+        store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])
         age(bench)
 
         assert store.purge(0.001) == store.purge(0.001, dry_run=True) == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.backends import Bench
-from support.records import begun
+from support.records import begun, in_batch
 
 from squidstep_redis import (
     CorruptRunError,
@@ -238,8 +238,8 @@ class TestRetryRun:
     @pytest.mark.servers("valkey", "redis-7", "redis-6")  # fakeredis takes ten seconds for it
     def test_thousands(self, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(1_100)]
-        claims = store.batch([store.calls.begin_step("run", step, {}) for step in steps])
-        store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])  # pyright: ignore
+        claims = in_batch(store, [store.calls.begin_step("run", step, {}) for step in steps])
+        store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])
 
         assert [each.step for each in store.retry_run("run")] == steps
 

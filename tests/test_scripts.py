@@ -208,7 +208,7 @@ class TestHeaders:
 
     def test_every_operation_has_its_script(self) -> None:
         # Scripts that several calls share, or that are one part of an operation.
-        inner = {"list_index", "confirm_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
+        inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
         listings = {"failed_steps", "lapsed_claims", "live_claims"}  # list_index
         exchanges = {"batch", "runs", "retry_run", "purge"}
         shared = {"expire_claim", "wait_for_step"}  # extend_claim with no lease, await_step

@@ -18,6 +18,7 @@ from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, Undeco
 from squidstep_redis.model import StateLine, moment
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.codec import Payloads
+from squidstep_redis.protocol.records import step_name
 
 VERSION: Final = 1
 
@@ -52,7 +53,7 @@ class Imported(NamedTuple):
 # Export
 
 
-def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[bytes], payloads: Payloads) -> Document:
+def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list[str], payloads: Payloads) -> Document:
     """Returns the document of a run.
 
     Raises:
@@ -67,21 +68,21 @@ def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[b
     for name, line in fields.items():
         if name[:1] != b"s":
             continue
-        step = name[1:]
+        step = step_name(run_id, name[1:], key)
         state, rest = _state(run_id, key, step, line)
 
-        def payload(kind: bytes, called: str, step: bytes = step) -> Any:
-            data = fields.get(kind + step)
-            return None if data is None else _payload_out(data, run_id, step.decode(), called, payloads)
+        def payload(kind: bytes, called: str, step: str = step) -> Any:
+            data = fields.get(kind + step.encode())
+            return None if data is None else _payload_out(data, run_id, step, called, payloads)
 
         history: list[Document] = []
-        for _, entry in sorted(histories.get(step, [])):
+        for _, entry in sorted(histories.get(name[1:], [])):
             past, _, error = entry.partition(b"\n")
-            decoded = _payload_out(error, run_id, step.decode(), "error", payloads) if error else None
+            decoded = _payload_out(error, run_id, step, "error", payloads) if error else None
             history.append({**_state(run_id, key, step, past)[0], "error": decoded})
         steps.append(
             {
-                "step": step.decode(),
+                "step": step,
                 **rest,
                 **state,
                 "input": payload(b"i", "input"),
@@ -95,18 +96,18 @@ def to_document(run_id: str, key: str, fields: dict[bytes, bytes], order: list[b
         "run_id": run_id,
         "ttl": int(expiry[0]) / 1_000 if expiry else None,
         "steps_created": int(created),
-        "completed": [step.decode() for step in order],
+        "completed": order,
         "steps": sorted(steps, key=lambda step: cast("int", step["position"])),
     }
 
 
-def _state(run_id: str, key: str, step: bytes, line: bytes) -> tuple[Document, Document]:
+def _state(run_id: str, key: bytes, step: str, line: bytes) -> tuple[Document, Document]:
     """Returns what a state line says about the attempt, and what it says about the step."""
     try:
         state = StateLine.parse(line)
     except ValueError:
-        problem = f"field 's{step.decode()}' is not what squidstep_redis writes"
-        raise CorruptRunError(run_id, key, problem) from None
+        problem = f"field 's{step}' is not what squidstep_redis writes"
+        raise CorruptRunError(run_id, key.decode(), problem) from None
     return {
         "state": _STATES[state.letter],
         "attempt": int(state.attempt),

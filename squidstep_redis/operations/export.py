@@ -11,6 +11,7 @@ from squidstep_redis.operations.documents import Document, from_document, to_doc
 from squidstep_redis.operations.reads import pairs
 from squidstep_redis.protocol.arguments import RunId
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
+from squidstep_redis.protocol.records import step_name
 from squidstep_redis.protocol.scripts import script
 
 
@@ -38,7 +39,8 @@ def export_run(context: Context, run_id: RunId) -> Call[Document]:
     def parse(reply: Reply) -> Document:
         if reply[0] == b"missing":
             raise StepRunNotFoundError(run.text, None, "there is no such run")
-        return to_document(run.text, run.keys.steps.decode(), dict(pairs(reply[2])), reply[3], context.payloads)
+        order = [step_name(run.text, step, run.keys.done) for step in reply[3]]
+        return to_document(run.text, run.keys.steps, dict(pairs(reply[2])), order, context.payloads)
 
     return Call(run.text, script("export_run"), run.keys[:2], (new_nonce(),), parse)
 

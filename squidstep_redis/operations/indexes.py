@@ -1,6 +1,7 @@
 """The operations that read the indexes: live and lapsed claims, and failed steps, across runs.
 
-An index entry is a hint. Each is verified against its record before it is returned, and dropped if they disagree.
+An index entry is a hint. Each is verified against its record before it is returned, and dropped if they disagree. An
+entry that this library did not write, or in the index of another bucket, stands for no record and is dropped, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow, results_of
 
 Mode = Literal["failed", "lapsed", "live"]
+_Place = tuple[bytes, bytes]  # an index, and a member of it
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
@@ -28,7 +30,7 @@ def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]
     """Lists step runs whose lease has expired and that no worker has taken over, longest expired first.
 
     Usually two round trips per server: one reads the index of each of 1,024 buckets, one verifies the entries against
-    their records. An entry without its record is dropped from the index.
+    their records. An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -69,7 +71,7 @@ def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
     """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
 
     Usually two round trips per server: one reads the index of each bucket, one verifies the entries against their
-    records. An entry without its record is dropped from the index.
+    records. An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -88,8 +90,8 @@ def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
     """Counts the claims whose lease has not expired, and those whose lease has, across all runs.
 
-    One round trip per server, of 1,024 small calls. Entries of expired or deleted runs are counted until
-    `lapsed_claims` or `live_claims` finds and drops them.
+    One round trip per server, of 1,024 small calls. Entries of expired or deleted runs, and entries that this library
+    did not write, are counted until `lapsed_claims` or `live_claims` finds and drops them.
 
     Returns:
         The two counts.
@@ -114,7 +116,7 @@ def _list(
     # The first entries are spread over the buckets: a few of each usually make a page.
     first_page = MAX_LIMIT if owner else 4 + wanted // 250
     incomplete = buckets = [_Bucket(key, first_page) for key in indexes]
-    verified: dict[bytes, StepRun | None] = {}
+    verified: dict[_Place, StepRun | None] = {}
     while True:
         if incomplete:
             pages = yield SendBatch([each.call(mode) for each in incomplete])
@@ -127,9 +129,9 @@ def _list(
         found: list[StepRun] = []
         for start in range(0, settled, wanted):
             entries = merged[:settled][start : start + wanted]
-            unseen = [each for each in entries if each.member not in verified]
+            unseen = [each for each in entries if each.place not in verified]
             yield from _verify_all(context, mode, unseen, owner, verified)
-            found += [step_run for each in entries if (step_run := verified[each.member])]
+            found += [step_run for each in entries if (step_run := verified[each.place])]
             if len(found) >= wanted:
                 return found[:wanted]
         if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
@@ -140,35 +142,50 @@ def _list(
 
 
 def _verify_all(
-    context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[bytes, StepRun | None]
+    context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[_Place, StepRun | None]
 ) -> Workflow[None]:
     """Verifies entries against their records, in one round trip."""
     if not entries:
         return
-    outcomes = yield SendBatch([_verify(context, mode, each.member, owner) for each in entries])
+    outcomes = yield SendBatch([_verify(context, mode, each, owner) for each in entries])
     for each, outcome in zip(entries, outcomes, strict=True):
-        verified[each.member] = outcome if isinstance(outcome, StepRun) else None
+        verified[each.place] = outcome if isinstance(outcome, StepRun) else None
         if isinstance(outcome, bool):
             each.bucket.dropped += outcome
         elif not isinstance(outcome, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
             raise outcome
 
 
-def _verify(context: Context, mode: Mode, member: bytes, owner: bytes) -> Call[StepRun | bool]:
+def _verify(context: Context, mode: Mode, entry: _Entry, owner: bytes) -> Call[StepRun | bool]:
     """Reads the step run of an entry; or returns whether the entry has left its place in the index."""
-    run, step = parse_member(member)
+    names = parse_member(entry.member)
+    if names is None:
+        return _drop(mode, entry)
+    run, step = names
     keys = context.keys.of_run(run)
+    index = keys.failed if mode == "failed" else keys.claims
+    if index != entry.bucket.key:
+        return _drop(mode, entry)
 
     def parse(reply: Reply) -> StepRun | bool:
         if len(reply) > 2:
             return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
         return reply[0] == b"dropped" or mode == "lapsed"  # the script has moved the entry of a live claim
 
-    index = keys.failed if mode == "failed" else keys.claims
     args = (new_nonce(), step, member_prefix(run), mode.encode(), owner)
     return Call(
         run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse, part_of=_OPERATIONS[mode]
     )
+
+
+def _drop(mode: Mode, entry: _Entry) -> Call[StepRun | bool]:
+    """Drops an entry that stands for no record; returns whether it has left the index."""
+
+    def parse(reply: Reply) -> StepRun | bool:
+        return reply[0] == b"dropped"
+
+    args = (new_nonce(), entry.member)
+    return Call(None, script("drop_entry"), (entry.bucket.key,), args, parse, part_of=_OPERATIONS[mode])
 
 
 class _Bucket:
@@ -214,6 +231,11 @@ class _Entry(NamedTuple):
     score: float
     member: bytes
     bucket: _Bucket
+
+    @property
+    def place(self) -> _Place:
+        """The entry's index and member: a member that is foreign in one index may be right in another."""
+        return self.bucket.key, self.member
 
     @property
     def is_last_loaded(self) -> bool:

@@ -13,6 +13,7 @@ from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Step
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
+from squidstep_redis.protocol.records import step_name
 from squidstep_redis.protocol.scripts import script
 
 MAX_LIMIT: Final = 1_000
@@ -81,7 +82,8 @@ def get_run(context: Context, run_id: RunId) -> Call[list[StepRun]]:
             if field[:1] == b"s":
                 step = field[1:]
                 values = [line, *(fields.get(kind + step) for kind in _PAYLOADS)]
-                found.append(context.records.record(run.text, step.decode(), values, run.keys.steps))
+                name = step_name(run.text, step, run.keys.steps)
+                found.append(context.records.record(run.text, name, values, run.keys.steps))
         return sorted(found, key=_by_position)
 
     return Call(run.text, script("get_run"), run.keys[:2], (new_nonce(),), parse, list)
@@ -115,7 +117,8 @@ def scan_steps(context: Context, run_id: RunId, *, limit: int = 100, cursor: str
         found: list[StepRun] = []
         for at in range(0, len(flat), 1 + len(_PARTS)):
             values = [value or None for value in flat[at + 1 : at + 1 + len(_PARTS)]]
-            found.append(context.records.record(run.text, flat[at][1:].decode(), values, run.keys.steps))
+            name = step_name(run.text, flat[at][1:], run.keys.steps)
+            found.append(context.records.record(run.text, name, values, run.keys.steps))
         return StepPage(found, None if reply[2] == b"0" else reply[2].decode())
 
     args = (new_nonce(), _hscan_cursor(cursor), b"%d" % fields)
@@ -171,7 +174,7 @@ def completed_steps(context: Context, run_id: RunId, *, after: int = 0, limit: i
     run = context.keys.run(run_id)
 
     def parse(reply: Reply) -> list[str]:
-        return [step.decode() for step in reply[2]]
+        return [step_name(run.text, step, run.keys.done) for step in reply[2]]
 
     args = (new_nonce(), *_range(after, limit))
     return Call(run.text, script("completed_steps"), run.keys[:2], args, parse, list)
@@ -202,7 +205,7 @@ def completed_outputs(
 
     def parse(reply: Reply) -> list[dict[str, Any]]:
         return [
-            context.payloads.decode(output, run.text, step.decode(), "output")
+            context.payloads.decode(output, run.text, step_name(run.text, step, run.keys.done), "output")
             for step, output in zip(reply[2], reply[3], strict=True)
         ]
 
@@ -229,8 +232,9 @@ def step_statuses(context: Context, run_id: RunId) -> Call[dict[str, StepStatus]
     run = context.keys.run(run_id)
 
     def parse(reply: Reply) -> dict[str, StepStatus]:
+        key = run.keys.steps
         found = [
-            context.records.step_run(run.text, field[1:].decode(), line, (None, None, None), run.keys.steps)
+            context.records.step_run(run.text, step_name(run.text, field[1:], key), line, (None, None, None), key)
             for field, line in zip(reply[2], reply[3], strict=True)
         ]
         return {step_run.step: step_run.status for step_run in sorted(found, key=_by_position)}

@@ -18,6 +18,7 @@ from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
+from squidstep_redis.protocol.records import step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
 
@@ -255,7 +256,8 @@ def _load(context: Context, scan: RunScan, outcome: Reply | CorruptRunError) -> 
     if last:
         scan.newest = context.records.step_run(scan.run_id, "", last, (None, None, None), key)
     for step, line in pairs(lines):
-        step_run = context.records.step_run(scan.run_id, step.decode(), line, (None, None, None), key)
+        name = step_name(scan.run_id, step, key)
+        step_run = context.records.step_run(scan.run_id, name, line, (None, None, None), key)
         scan.unfinished[step], scan.lines[step] = step_run, line
     return cursor
 

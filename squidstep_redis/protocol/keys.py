@@ -14,6 +14,7 @@ BUCKETS: Final = 1024
 RUNS_CACHED: Final = 1_024  # per store: usually the worker that begins a step also completes it
 
 _GLOB: Final = re.compile(rb"[*?\[\]\\^-]")
+_MEMBER: Final = re.compile(rb"([1-9]\d{0,2}):(.+)", re.DOTALL)
 
 
 class RunKeys(NamedTuple):
@@ -88,7 +89,21 @@ def member_prefix(run_id: bytes) -> bytes:
     return b"%d:%b" % (len(run_id), run_id)
 
 
-def parse_member(member: bytes) -> tuple[bytes, bytes]:
-    """Returns the run and the step of an index member."""
-    length, _, names = member.partition(b":")
-    return names[: int(length)], names[int(length) :]
+def parse_member(member: bytes) -> tuple[bytes, bytes] | None:
+    """Returns the run and the step that an index member names; None if this library would not write the member."""
+    match = _MEMBER.fullmatch(member)
+    if match is None:
+        return None
+    length, names = int(match[1]), match[2]
+    run, step = names[:length], names[length:]
+    if not all(_is_identifier(name) for name in (run, step)):
+        return None
+    return run, step
+
+
+def _is_identifier(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return 0 < len(name) <= arguments.MAX_IDENTIFIER_BYTES

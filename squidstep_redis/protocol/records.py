@@ -6,12 +6,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from squidstep_redis.errors import SquidstepError
+from squidstep_redis.errors import CorruptRunError, SquidstepError
 from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StepRun
 from squidstep_redis.protocol.call import corrupt, newer
 from squidstep_redis.protocol.codec import Payloads
 
 StoredPayloads = tuple[bytes | None, bytes | None, bytes | None]
+
+
+def step_name(run: str, name: bytes, key: bytes) -> str:
+    """Returns the name of a stored step as text.
+
+    Raises:
+        CorruptRunError: this library would not store it. It names `key`.
+    """
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if not text:
+        raise CorruptRunError(run, key.decode(), f"names the step {name!r}, which squidstep_redis did not write")
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
 
-OLDEST: Final = (2, 1)
+try:
+    installed = version("rq")
+except PackageNotFoundError as missing:
+    raise ImportError("squidstep_redis.rq needs RQ: pip install 'squidstep_redis[rq]'") from missing
+if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < (OLDEST := (2, 1)):
+    raise ImportError(
+        f"squidstep_redis.rq needs RQ 2.1 or later, where a job function can return Retry; RQ {installed} is "
+        "installed: pip install --upgrade 'squidstep_redis[rq]'"
+    )
 
-
-def _check_version() -> None:
-    try:
-        installed = version("rq")
-    except PackageNotFoundError as missing:
-        raise ImportError("squidstep_redis.rq needs RQ: pip install 'squidstep_redis[rq]'") from missing
-    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < OLDEST:
-        raise ImportError(
-            f"squidstep_redis.rq needs RQ 2.1 or later, where a job function can return Retry; RQ {installed} is "
-            "installed: pip install --upgrade 'squidstep_redis[rq]'"
-        )
-
-
-_check_version()
-
-from rq import Retry, get_current_job  # noqa: E402 -- after the check, whose errors say what to install
-from rq.job import Job  # noqa: E402 -- after the check
-from rq.scheduler import RQScheduler  # noqa: E402 -- after the check
+from rq import Retry, get_current_job
+from rq.job import Job
+from rq.scheduler import RQScheduler
 
 __all__ = ["OLDEST", "Job", "RQScheduler", "Retry", "get_current_job"]

@@ -194,8 +194,8 @@ class _Clients:
 
 
 def _is_cluster(url: str) -> bool:
-    client: Any = Redis.from_url(url, **_CLIENT)  # pyright: ignore[reportUnknownMemberType]: redis-py has no types for it
-    with client:
+    client_class: Any = Redis
+    with client_class.from_url(url, **_CLIENT) as client:
         return bool(client.info("cluster").get("cluster_enabled"))
 
 

@@ -9,7 +9,6 @@ import threading
 from typing import Any, cast
 
 import pytest
-from support.backends import ask_instead
 from support.claims import (
     DeclinedError,
     Worker,
@@ -24,6 +23,7 @@ from support.claims import (
     real_server,
     undo_timeout,
 )
+from support.internals import replace_client
 from support.interruptions import SignalingClient, sigusr1_raises
 from support.proxy import Fault, Proxy
 from support.records import begun, stored
@@ -55,7 +55,7 @@ class TestInterruptedAcquisition:
     ) -> None:
         if scheduled:
             others.schedule_step("run", "pay", {"amount": 7})
-        ask_instead(worker.store, SignalingClient(worker.store.client, moment))
+        replace_client(worker.store, SignalingClient(worker.store.client, moment))
 
         with sigusr1_raises(error), pytest.raises(type(error)) as caught:
             worker.execute(decline)
@@ -187,7 +187,7 @@ class TestInterruptedCompletion:
         self, worker: Worker, others: StepRunStore, error: BaseException, moment: str, outcome: Outcome
     ) -> None:
         def work(input: dict[str, Any]) -> dict[str, Any]:
-            ask_instead(worker.store, SignalingClient(worker.store.client, moment))
+            replace_client(worker.store, SignalingClient(worker.store.client, moment))
             return charge(input)
 
         with sigusr1_raises(error), pytest.raises(type(error)) as caught:

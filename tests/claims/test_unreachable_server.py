@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import redis
-from support.backends import Bench, ask_instead
+from support.backends import Bench
 from support.claims import (
     SHORT_LEASE,
     DeclinedError,
@@ -20,6 +20,7 @@ from support.claims import (
     real_server,
     take_over,
 )
+from support.internals import replace_client
 from support.servers import find_binary, wait_until
 
 from squidstep_redis import (
@@ -104,7 +105,7 @@ class TestUnreachableServer:
                 claim.complete({})
             assert caught.value.__cause__ is error
             assert unreachable.asked == 1
-            ask_instead(worker.plain_store, worker.store.client)
+            replace_client(worker.plain_store, worker.store.client)
             claim.complete({})
 
     def test_completion_that_failed_can_be_repeated(self, worker: Worker, others: StepRunStore) -> None:
@@ -113,7 +114,7 @@ class TestUnreachableServer:
             UnreachableClient(client, redis.ConnectionError("down")).replace_client_of(worker.plain_store)
             with pytest.raises(OutcomeUnknownError):
                 claim.complete({"receipt": 7})
-            ask_instead(worker.plain_store, client)
+            replace_client(worker.plain_store, client)
             worker.wait_for_extension(claim)
             claim.complete({"receipt": 7})
 
@@ -125,7 +126,7 @@ class TestUnreachableServer:
             UnreachableClient(client, redis.ConnectionError("down")).replace_client_of(worker.plain_store)
             with pytest.raises(OutcomeUnknownError):
                 claim.complete({"by": "zombie"})
-            ask_instead(worker.plain_store, client)
+            replace_client(worker.plain_store, client)
             take_over(others)
 
             worker.wait(claim.lost.is_set)

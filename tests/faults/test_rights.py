@@ -105,6 +105,24 @@ class TestTooFew:
             live_through(store)
 
 
+class TestReadsOnly:
+    def test_member_that_cannot_be_dropped_hides_nothing(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
+    ) -> None:
+        """Such a user may watch a store; it cannot drop what this library did not write from the indexes."""
+        prepare(bench, bench.store())
+        for key, score in ((bench.keys("run")[2], 1), (bench.keys("run")[3], 9e12)):
+            admin.zadd(key, {b"garbage": score})
+        store = stores.from_url(user(admin, server, f"{RIGHTS} -@write"), prefix=OWN)
+        before = contents(admin, OWN)
+
+        assert [each.step for each in store.lapsed_claims(1)] == ["lapsed"]
+        assert [each.step for each in store.live_claims(1)] == ["running"]
+        assert [each.step for each in store.failed_steps(1)] == ["failed"]
+
+        assert contents(admin, OWN) == before
+
+
 class TestJustEnough:
     def test_what_the_errors_advise_suffices_for_every_operation(
         self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench

@@ -20,7 +20,6 @@ from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.keys import Keys
 from support.internals import lose_replies
-from support.internals import replace_client as ask_instead  # noqa: F401 -- the tests of claims import it from here
 from support.servers import EmbeddedCluster, find_binary, wait_until
 
 # Without configuration: what `pip install` brings. The others are asked for with --servers, and must then be there.

@@ -35,7 +35,8 @@ from squidstep_redis import (
 from squidstep_redis.claims import heartbeat as heartbeats
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.protocol.workflow import Workflow
-from support.backends import Bench, Driven, ask_instead
+from support.backends import Bench, Driven
+from support.internals import replace_client
 from support.records import stored
 from support.servers import wait_until
 
@@ -273,7 +274,7 @@ class UnreachableClient:
 
     def replace_client_of(self, store: Any) -> None:
         """Makes the store use this client from now on, with a short timeout."""
-        ask_instead(store, self)
+        replace_client(store, self)
         limit_retries(store)
 
     def __getattr__(self, name: str) -> Any:

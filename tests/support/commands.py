@@ -9,7 +9,6 @@ import pty
 import re
 import subprocess
 
-import pytest
 from click.testing import CliRunner, Result
 
 from squidstep_redis import StepRunStore
@@ -20,13 +19,6 @@ from support.demos import SQUIDSTEP
 CLOSED_PORT = "redis://127.0.0.1:1"
 _numbers = itertools.count()
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-
-
-@pytest.fixture
-def default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes the variables that change what the commands do."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "SQUIDSTEP_REDIS_URL", "RQ_REDIS_URL", "SQUIDSTEP_PREFIX"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def empty_store(server: EmbeddedServer) -> StepRunStore:
