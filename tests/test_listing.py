@@ -279,13 +279,13 @@ class TestPurge:
 
         assert bench.dump() == before
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_deletion_returns_the_same(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_deletion_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
         store = bench.store()
         store.fail_step(begun(store.begin_step("run", "a", {})), {})
         (scan,) = run_workflow(store, scan_runs(store.calls, "purge", [b"run"]))
 
-        assert bench.store(losing=losing).send(_purge_run(store.calls, scan, b"60000")) is True
+        assert bench.store(lost_replies=lost_replies).send(_purge_run(store.calls, scan, b"60000")) is True
 
     @pytest.mark.parametrize("age", [0, -1, None, "1d", True])
     def test_invalid_age_is_rejected(self, store: StepRunStore, age: Any) -> None:

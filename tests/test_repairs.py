@@ -156,11 +156,11 @@ class TestRetryStep:
         with pytest.raises(InvalidArgumentError, match="owner"):
             store.retry_step("run", "pay", owner="a\nb")
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_retry_takes_effect_once(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_retry_takes_effect_once(self, bench: Bench, lost_replies: int) -> None:
         fail_step(bench.store())
 
-        retried = bench.store(losing=losing).retry_step("run", "pay")
+        retried = bench.store(lost_replies=lost_replies).retry_step("run", "pay")
 
         assert retried == bench.store().get_step_run("run", "pay")
         assert retried.attempt == 2

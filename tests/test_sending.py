@@ -195,7 +195,7 @@ def test_refusal_after_a_lost_reply_leaves_a_batch_unknown(bench: Bench, word: s
         store = bench.from_url(f"redis://127.0.0.1:{proxy.port}")
         with contextlib.closing(store), proxy.batches(1, 1):
             proxy.drop()
-            proxy.answer(f"-{word} no\r\n".encode())
+            proxy.replace_replies(f"-{word} no\r\n".encode())
             (result,) = store.batch([store.calls.begin_step("run", "pay", {})])
     assert type(result) is OutcomeUnknownError
     assert bench.store().step_statuses("run") == {"pay": "running"}

@@ -238,13 +238,13 @@ class TestRejected:
         with pytest.raises(StepRunNotFoundError, match="there is no such run"):
             store.export_run("run")
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_import_takes_effect_once(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_import_takes_effect_once(self, bench: Bench, lost_replies: int) -> None:
         begun(bench.store().begin_step("run", "a", {}))
         document = bench.store().export_run("run")
         other = f"{bench.prefix}-other"
 
-        assert bench.store(prefix=other, losing=losing).import_run(document) == "run"
+        assert bench.store(prefix=other, lost_replies=lost_replies).import_run(document) == "run"
 
         with pytest.raises(RunExistsError):
             bench.store(prefix=other).import_run(document)

@@ -48,7 +48,7 @@ class TestRepliesToAnotherCall:
     def test_a_wrong_reply_is_noticed_and_the_call_sent_again(
         self, proxy: Proxy, proxied: StepRunStore, known: None, reply: bytes
     ) -> None:
-        proxy.answer(reply)
+        proxy.replace_replies(reply)
 
         assert begun(proxied.begin_step("run", "pay", {})).attempt == 1
         assert proxy.names() == ["EVALSHA", "EVALSHA"]
@@ -59,7 +59,7 @@ class TestRepliesToAnotherCall:
     ) -> None:
         expected = perform(twin, operation, prepare(bench, twin))
         claim = prepare(bench, proxied)
-        proxy.answer(OTHERS["of another call"])
+        proxy.replace_replies(OTHERS["of another call"])
 
         assert seen(perform(proxied, operation, claim)) == seen(expected)
         assert state(proxied) == state(twin)
@@ -68,7 +68,7 @@ class TestRepliesToAnotherCall:
         self, proxy: Proxy, connect: Callable[..., StepRunStore], known: None
     ) -> None:
         store = connect(timeout=0.5)
-        proxy.answer(*[OTHERS["of another call"]] * 1_000)
+        proxy.replace_replies(*[OTHERS["of another call"]] * 1_000)
 
         with pytest.raises(
             ReplyMismatchError,
@@ -84,7 +84,7 @@ class TestRepliesToAnotherCall:
         self, proxy: Proxy, proxied: StepRunStore, known: None
     ) -> None:
         left = OTHERS["of another call"]
-        proxy.answer(left + left)  # of which one stays behind
+        proxy.replace_replies(left + left)  # of which one stays behind
 
         for number in range(5):
             step_run = begun(proxied.begin_step(f"run-{number}", "pay", {"n": number}))
@@ -93,7 +93,7 @@ class TestRepliesToAnotherCall:
     def test_a_batch_with_a_wrong_reply_is_sent_again(self, proxy: Proxy, proxied: StepRunStore) -> None:
         calls = [proxied.calls.begin_step(f"run-{number}", "pay", {"n": number}) for number in range(5)]
         left = OTHERS["of another call"]
-        proxy.answer(left + left)
+        proxy.replace_replies(left + left)
 
         outcomes = [begun(cast("BeginResult", outcome)) for outcome in proxied.batch(calls)]
 
