@@ -1,4 +1,4 @@
-"""Lost replies and lost requests: a call that is sent again takes effect once."""
+"""Lost replies and lost requests: a re-sent call takes effect once."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TestLostReplies:
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("operation", WORKFLOWS)
-    def test_every_exchange_returns_the_same_as_without_loss(
+    def test_every_workflow_returns_the_same_as_without_loss(
         self,
         bench: Bench,
         proxy: Proxy,
@@ -106,7 +106,7 @@ class TestLostReplies:
         assert seen(outcome) == seen(expected)
         assert state(proxied) == state(twin)
 
-    @pytest.mark.parametrize("lost", ["all of it", "its tail"])
+    @pytest.mark.parametrize("lost", ["the whole batch", "the end of the batch"])
     def test_a_batch_that_is_sent_again_returns_the_same(
         self, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, no_pauses: None, lost: str
     ) -> None:
@@ -131,7 +131,7 @@ class TestLostReplies:
         expected = twin.batch(calls(twin))
         sent = calls(proxied)
 
-        if lost == "all of it":
+        if lost == "the whole batch":
             proxy.drop()
             with proxy.batches(len(sent), len(sent)):
                 outcomes = proxied.batch(sent)
@@ -176,9 +176,9 @@ class TestLostReplies:
     def test_retries_of_redis_py_itself_take_effect_once(
         self, bench: Bench, proxy: Proxy, known: None, no_pauses: None, lost_replies: int
     ) -> None:
-        """Depending on its version redis-py sends again up to ten times, or never.
+        """Depending on its version, redis-py re-sends up to ten times, or never.
 
-        The store retries on top of that; here it does not.
+        The store retries on top of that, but not in this test.
         """
         if bench.runner is None:
             client: Any = redis.Redis(host="127.0.0.1", port=proxy.port)
