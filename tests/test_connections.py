@@ -26,8 +26,8 @@ from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
 
-class Counting(redis.Redis):
-    """A client of a user's own, that looks at what is sent."""
+class RecordingClient(redis.Redis):
+    """A client whose own `execute_command` records the commands."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -40,42 +40,43 @@ class Counting(redis.Redis):
 
 @pytest.fixture(params=[redis.Redis, redis.asyncio.Redis])
 def kind(request: pytest.FixtureRequest) -> Any:
+    """The class of the client."""
     return request.param
 
 
 def bypasses(client: Any) -> bool:
-    made: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
-    return can_bypass_client(made(client))
+    store_class: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
+    return can_bypass_client(store_class(client))
 
 
 def is_open(connection: Any) -> bool:
-    """Of redis-py 5, too, whose blocking connections do not say."""
+    """Returns whether a connection is open; blocking connections of redis-py 5 have no attribute for it."""
     return any(getattr(connection, name, None) is not None for name in ("_sock", "_reader"))
 
 
-class TestWhoLends:
+class TestClientBypass:
     @pytest.mark.parametrize("protocol", [2, 3])
     @pytest.mark.parametrize("decode_responses", [False, True])
-    def test_every_plain_client(self, kind: Any, protocol: int, decode_responses: bool) -> None:
+    def test_plain_client_is_bypassed(self, kind: Any, protocol: int, decode_responses: bool) -> None:
         assert bypasses(kind(protocol=protocol, decode_responses=decode_responses))
 
-    def test_fakeredis(self) -> None:
+    def test_fakeredis_is_bypassed(self) -> None:
         assert bypasses(fakeredis.FakeRedis())
         assert bypasses(fakeredis.FakeAsyncRedis())
 
-    def test_no_client_that_overrides_what_sends(self, kind: Any) -> None:
+    def test_client_that_overrides_sending_is_not_bypassed(self, kind: Any) -> None:
         for name in ("execute_command", "parse_response"):
             assert not bypasses(type("Own", (kind,), {name: lambda *_: None})())
 
-    def test_no_client_with_a_method_put_in_its_place(self, kind: Any) -> None:
+    def test_client_with_a_patched_method_is_not_bypassed(self, kind: Any) -> None:
         client = kind()
         store = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(client)
         assert can_bypass_client(store)
         client.execute_command = lambda *_: None
         assert not can_bypass_client(store)
 
-    def test_no_client_of_a_class_that_is_instrumented(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As OpenTelemetry's and others' instrumentations do it, under the method's own name; now or later."""
+    def test_client_of_an_instrumented_class_is_not_bypassed(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Instrumentation such as OpenTelemetry's patches the class under the method's own name, at any time."""
         before = (AsyncStepRunStore if kind is redis.asyncio.Redis else StepRunStore)(kind())
         original = kind.execute_command
 
@@ -89,18 +90,18 @@ class TestWhoLends:
             assert not bypasses(kind())
         assert can_bypass_client(before)
 
-    def test_no_client_while_redis_py_measures_by_itself(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        providers = pytest.importorskip("redis.observability.providers", reason="redis-py measures since 7.2")
+    def test_client_that_records_metrics_is_not_bypassed(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        providers = pytest.importorskip("redis.observability.providers", reason="redis-py records metrics since 7.2")
         assert bypasses(kind())
         monkeypatch.setattr(providers.get_observability_instance(), "get_provider_manager", object)
         assert not bypasses(kind())
 
 
 @pytest.mark.servers("valkey")
-def test_an_overridden_method_sees_all_that_is_sent(backend: Backend, bench: Bench) -> None:
+def test_overridden_execute_command_receives_every_call(backend: Backend, bench: Bench) -> None:
     options = backend.raw.connection_pool.connection_kwargs
     pool: Any = redis.ConnectionPool(connection_class=backend.raw.connection_pool.connection_class, **options)
-    with contextlib.closing(Counting(connection_pool=pool)) as client:
+    with contextlib.closing(RecordingClient(connection_pool=pool)) as client:
         store = StepRunStore(client, prefix=bench.prefix)
         store.complete_step(begun(store.begin_step("run", "pay", {})), {})
         assert [name for name in client.sent if name == "EVALSHA"] == ["EVALSHA"] * 2
@@ -113,19 +114,19 @@ def proxy(backend: Backend) -> Iterator[Proxy]:
 
 
 @pytest.mark.servers("valkey")
-class TestKept:
-    """The store's own client: a connection stays in hand for a moment."""
+class TestIdleConnections:
+    """A store with its own client keeps connections for its next calls."""
 
-    def test_a_call_takes_the_connection_of_the_one_before(self, bench: Bench, proxy: Proxy) -> None:
+    def test_next_call_reuses_the_connection(self, bench: Bench, proxy: Proxy) -> None:
         with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
             store.begin_step("run", "first", {})
             pool: Any = store.client.connection_pool
-            pool.get_connection = None  # not to be asked again
+            pool.get_connection = None  # a call of it would fail
             for number in range(20):
                 assert begun(store.begin_step("run", f"step-{number}", {}))
             del pool.get_connection
 
-    def test_one_that_the_server_closed_meanwhile_costs_a_second_send(self, bench: Bench, proxy: Proxy) -> None:
+    def test_connection_that_the_server_closed_costs_one_resend(self, bench: Bench, proxy: Proxy) -> None:
         with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
             store.begin_step("run", "first", {})
             proxy.cut()
@@ -134,8 +135,10 @@ class TestKept:
             assert begun(store.begin_step("run", "third", {})).attempt == 1
             assert store.step_statuses("run") == dict.fromkeys(["first", "second", "third"], "running")
 
-    def test_after_a_rest_it_is_looked_at_first(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        """So a server that closes idle connections causes no failure, not even one that is sent again."""
+    def test_idle_connection_is_checked_before_its_next_use(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server that closes idle connections causes no failure, not even a retried one."""
         with (
             EmbeddedServer(binary=find_binary("valkey"), port=0) as server,
             redis.Redis.from_url(server.url) as admin,
@@ -144,12 +147,12 @@ class TestKept:
             store.begin_step("run", "first", {})
             admin.client_kill_filter(_type="normal", skipme=True)
             if bench.runner is not None:
-                bench.runner.run(asyncio.sleep(0.01))  # its loop hears of it
+                bench.runner.run(asyncio.sleep(0.01))  # lets the event loop notice
             check_every_connection(monkeypatch)
             sent_once = store.calls.begin_step("run", "pay", {})._replace(retryable=False)
             assert begun(store.send(sent_once))
 
-    def test_what_is_interrupted_leaves_no_reply_behind(self, bench: Bench, proxy: Proxy) -> None:
+    def test_interrupted_call_leaves_no_reply_behind(self, bench: Bench, proxy: Proxy) -> None:
         class Alarm(BaseException):
             pass
 
@@ -168,21 +171,21 @@ class TestKept:
             assert not pool._in_use_connections
             assert begun(store.begin_step("run", "third", {})).step == "third"
 
-    @pytest.mark.parametrize("most", [1, 50])
-    def test_none_of_a_pool_that_is_bounded_by_the_user(self, bench: Bench, proxy: Proxy, most: int) -> None:
+    @pytest.mark.parametrize("limit", [1, 50])
+    def test_connections_of_a_limited_pool_are_not_kept(self, bench: Bench, proxy: Proxy, limit: int) -> None:
         url = f"redis://127.0.0.1:{proxy.port}"
-        with contextlib.closing(bench.from_url(url, max_connections=most)) as store:
+        with contextlib.closing(bench.from_url(url, max_connections=limit)) as store:
             store.begin_step("run", "pay", {})
             pool: Any = store.client.connection_pool
             assert not pool._in_use_connections
 
-    def test_none_of_a_client_of_the_users(self, bench: Bench) -> None:
+    def test_connections_of_the_users_client_are_not_kept(self, bench: Bench) -> None:
         store = bench.store()
         store.begin_step("run", "pay", {})
         pool: Any = store.client.connection_pool
         assert not pool._in_use_connections
 
-    def test_closed_with_the_store(self, bench: Bench, proxy: Proxy) -> None:
+    def test_idle_connection_is_closed_with_the_store(self, bench: Bench, proxy: Proxy) -> None:
         store = bench.from_url(f"redis://127.0.0.1:{proxy.port}")
         store.begin_step("run", "pay", {})
         pool: Any = store.client.connection_pool
@@ -192,8 +195,8 @@ class TestKept:
 
 
 @pytest.mark.servers("valkey")
-def test_threads_share_what_is_kept(proxy: Proxy, tmp_path: Path) -> None:
-    """More threads than connections are kept: none is used by two at once, and the others go back."""
+def test_no_two_threads_use_one_idle_connection(proxy: Proxy, tmp_path: Path) -> None:
+    """There are more threads than idle connections: the others go back to the pool."""
     store = StepRunStore.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=tmp_path.name)
     ready = threading.Barrier(30)
 
@@ -211,7 +214,7 @@ def test_threads_share_what_is_kept(proxy: Proxy, tmp_path: Path) -> None:
 
 
 @pytest.mark.servers("valkey")
-def test_a_child_does_not_use_its_parents(proxy: Proxy, tmp_path: Path) -> None:
+def test_forked_child_does_not_use_its_parents_connections(proxy: Proxy, tmp_path: Path) -> None:
     store = StepRunStore.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=tmp_path.name)
     with contextlib.closing(store):
         store.begin_step("run", "before", {})

@@ -1,4 +1,4 @@
-"""What cannot be trusted is refused by a typed error that names the key, is never executed, and nothing is written."""
+"""Corrupt data raises a typed error that names the key; nothing is executed or written."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from support.records import begun, stored
 
 from squidstep_redis import Call, CorruptRunError, NewerFormatError, StepRun, StepRunStore
 
-# A run lies in one slot, so a cluster adds nothing here.
+# A run is in one slot, so a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
 
 
-def writes(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
-    """Every write, with arguments that would make it write."""
+def write_calls(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
+    """Returns calls of all operations that write; on a sound run each of them would write."""
     calls = store.calls
     return [
         calls.schedule_step("run", "new", {}),
@@ -35,11 +35,11 @@ def writes(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
     ]
 
 
-def housekeeping(store: StepRunStore) -> list[Call[Any]]:
+def housekeeping_calls(store: StepRunStore) -> list[Call[Any]]:
     return [store.calls.delete_pending_steps("run", ["pending"]), store.calls.expire_run("run", 60)]
 
 
-def reads(store: StepRunStore) -> list[Call[Any]]:
+def read_calls(store: StepRunStore) -> list[Call[Any]]:
     calls = store.calls
     return [
         calls.get_step_run("run", "held"),
@@ -55,7 +55,7 @@ def reads(store: StepRunStore) -> list[Call[Any]]:
 
 @pytest.fixture
 def held(bench: Bench, store: StepRunStore) -> StepRun:
-    """A run with a step in every state; the one that is held."""
+    """Creates a run with a step in every state; returns the claim of the running one."""
     store.schedule_step("run", "pending", {})
     store.fail_step(begun(store.begin_step("run", "failed", {})), {"reason": "declined"})
     store.complete_step(begun(store.begin_step("run", "completed", {})), {"receipt": 7})
@@ -63,9 +63,10 @@ def held(bench: Bench, store: StepRunStore) -> StepRun:
     return begun(store.begin_step("run", "held", {}, lease=60))
 
 
-def assert_refused(
+def assert_rejected(
     bench: Bench, store: StepRunStore, calls: list[Call[Any]], error: type[Exception], key: bytes
 ) -> None:
+    """Asserts that each call raises the error, which names the key, and writes nothing."""
     before = bench.dump()
     for call in calls:
         with pytest.raises(error, match=key.decode().replace("{", r"\{")) as caught:
@@ -74,124 +75,144 @@ def assert_refused(
         assert bench.dump() == before, call.script.name
 
 
-class TestAKeyOfAnotherType:
-    def test_steps(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+class TestKeyOfAnotherType:
+    def test_every_call_rejects_steps_key_of_another_type(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
         key = bench.keys("run")[0]
         bench.backend.raw.delete(key)
         bench.backend.raw.set(key, "a string")
 
-        calls = writes(store, held) + housekeeping(store) + reads(store) + [store.calls.delete_run("run")]
-        assert_refused(bench, store, calls, CorruptRunError, key)
+        calls = (
+            write_calls(store, held) + housekeeping_calls(store) + read_calls(store) + [store.calls.delete_run("run")]
+        )
+        assert_rejected(bench, store, calls, CorruptRunError, key)
 
-    def test_done(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_every_call_rejects_done_key_of_another_type(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
         key = bench.keys("run")[1]
         bench.backend.raw.delete(key)
         bench.backend.raw.set(key, "a string")
 
-        calls = writes(store, held) + housekeeping(store) + reads(store) + [store.calls.delete_run("run")]
-        assert_refused(bench, store, calls, CorruptRunError, key)
+        calls = (
+            write_calls(store, held) + housekeeping_calls(store) + read_calls(store) + [store.calls.delete_run("run")]
+        )
+        assert_rejected(bench, store, calls, CorruptRunError, key)
 
-    def test_claims(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_claims_key_of_another_type_is_rejected(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         key = bench.keys("run")[2]
         bench.backend.raw.delete(key)
         bench.backend.raw.set(key, "a string")
 
-        calls = [call for call in writes(store, held) if not call.script.name.startswith("schedule")]
-        assert_refused(bench, store, [*calls, store.calls.delete_run("run")], CorruptRunError, key)
+        calls = [call for call in write_calls(store, held) if not call.script.name.startswith("schedule")]
+        assert_rejected(bench, store, [*calls, store.calls.delete_run("run")], CorruptRunError, key)
         with pytest.raises(CorruptRunError):
             store.lapsed_claims()
 
-    def test_failed(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_failed_key_of_another_type_is_rejected(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         key = bench.keys("run")[3]
         bench.backend.raw.delete(key)
         bench.backend.raw.set(key, "a string")
 
         calls = [store.calls.begin_step("run", "failed", {}), store.calls.begin_step("run", "lapsed", {})]
         calls += [store.calls.begin_step("run", "lapsed", {}, max_attempts=1), store.calls.fail_step(held, {})]
-        assert_refused(bench, store, [*calls, store.calls.delete_run("run")], CorruptRunError, key)
+        assert_rejected(bench, store, [*calls, store.calls.delete_run("run")], CorruptRunError, key)
         with pytest.raises(CorruptRunError):
             store.failed_steps()
 
 
-class TestARunOfWhichOneKeyIsGone:
-    def test_done_evicted(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+class TestMissingKey:
+    def test_every_call_rejects_a_run_without_its_done_key(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
         bench.backend.raw.delete(bench.keys("run")[1])
 
-        calls = writes(store, held) + housekeeping(store) + reads(store)
-        assert_refused(bench, store, calls, CorruptRunError, bench.keys("run")[1])
+        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        assert_rejected(bench, store, calls, CorruptRunError, bench.keys("run")[1])
 
-    def test_steps_evicted(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_every_call_rejects_a_run_without_its_steps_key(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
         bench.backend.raw.delete(bench.keys("run")[0])
 
-        calls = writes(store, held) + housekeeping(store) + reads(store)
-        assert_refused(bench, store, calls, CorruptRunError, bench.keys("run")[0])
+        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        assert_rejected(bench, store, calls, CorruptRunError, bench.keys("run")[0])
 
-    @pytest.mark.parametrize("evicted", [0, 1])
-    def test_delete_run_is_the_cure(self, bench: Bench, store: StepRunStore, held: StepRun, evicted: int) -> None:
-        bench.backend.raw.delete(bench.keys("run")[evicted])
+    @pytest.mark.parametrize("missing", [0, 1], ids=["steps", "done"])
+    def test_delete_run_removes_a_run_with_a_missing_key(
+        self, bench: Bench, store: StepRunStore, held: StepRun, missing: int
+    ) -> None:
+        bench.backend.raw.delete(bench.keys("run")[missing])
 
         assert store.delete_run("run", tombstone=0.001) is True
         assert store.get_run("run") == []
 
 
-class TestALineThatDoesNotParse:
+class TestInvalidLine:
     @pytest.mark.parametrize(
         "line", [b"", b"nonsense", b"1", b"1p 0 x", b"1z 1      1790000000000 1  ", b"1r one  t    1 1  "]
     )
-    def test_of_a_step(self, bench: Bench, store: StepRunStore, held: StepRun, line: bytes) -> None:
+    def test_invalid_step_line_is_rejected_but_can_be_deleted(
+        self, bench: Bench, store: StepRunStore, held: StepRun, line: bytes
+    ) -> None:
         key = bench.keys("run")[0]
         for step in ("held", "new", "failed", "lapsed", "pending"):
             bench.backend.raw.hset(key, f"s{step}", line)
 
-        calls = [call for call in writes(store, held) if call.script.name != "schedule_steps" and len(call.args) < 7]
+        calls = [
+            call for call in write_calls(store, held) if call.script.name != "schedule_steps" and len(call.args) < 7
+        ]
         calls += [
             store.calls.get_step_run("run", "held"),
             store.calls.get_run("run"),
             store.calls.scan_steps("run"),
             store.calls.expire_run("run", 60),
         ]
-        calls += [store.calls.step_statuses("run"), *housekeeping(store), store.calls.attempts("run", "held")]
-        assert_refused(bench, store, calls, CorruptRunError, key)
+        calls += [store.calls.step_statuses("run"), *housekeeping_calls(store), store.calls.attempts("run", "held")]
+        assert_rejected(bench, store, calls, CorruptRunError, key)
         assert store.delete_run("run") is True
 
     @pytest.mark.parametrize("line", [b"", b"nonsense", b"1", b"1 x y", b"1 5 1 60000"])
-    def test_of_the_run(self, bench: Bench, store: StepRunStore, held: StepRun, line: bytes) -> None:
+    def test_invalid_run_line_is_rejected_but_can_be_deleted(
+        self, bench: Bench, store: StepRunStore, held: StepRun, line: bytes
+    ) -> None:
         key = bench.keys("run")[0]
         bench.backend.raw.hset(key, "r", line)
 
-        calls = writes(store, held) + housekeeping(store) + reads(store)
-        assert_refused(bench, store, calls, CorruptRunError, key)
+        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        assert_rejected(bench, store, calls, CorruptRunError, key)
         assert store.delete_run("run") is True
 
-    def test_no_line_of_the_run(self, bench: Bench, store: StepRunStore) -> None:
+    def test_missing_run_line_is_rejected(self, bench: Bench, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "held", {}))
         key = bench.keys("run")[0]
         bench.backend.raw.hdel(key, "r")
 
-        assert_refused(bench, store, writes(store, step_run) + reads(store), CorruptRunError, key)
+        assert_rejected(bench, store, write_calls(store, step_run) + read_calls(store), CorruptRunError, key)
 
-    def test_a_payload_is_missing(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_missing_payload_is_rejected(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         key = bench.keys("run")[0]
         bench.backend.raw.hdel(key, "iheld", "ocompleted")
         calls = store.calls
         broken = [calls.get_step_run("run", "held"), calls.get_step_run("run", "completed"), calls.get_run("run")]
         broken += [calls.scan_steps("run"), calls.completed_outputs("run"), calls.begin_step("run", "completed", {})]
 
-        assert_refused(bench, store, broken, CorruptRunError, key)
+        assert_rejected(bench, store, broken, CorruptRunError, key)
 
 
-class TestAStepNameThatIsNotUTF8:
-    def test_in_the_completion_order(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+class TestInvalidStepName:
+    def test_step_in_the_order_that_is_not_utf8_is_reported(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         key = bench.keys("run")[1]
         bench.backend.raw.delete(key)
         bench.backend.raw.zadd(key, {b"\xff": 1})
 
-        assert_refused(
+        assert_rejected(
             bench, store, [store.calls.completed_steps("run"), store.calls.export_run("run")], CorruptRunError, key
         )
 
     @pytest.mark.parametrize("field", [b"s", b"s\xff"])
-    def test_among_the_records(self, bench: Bench, store: StepRunStore, held: StepRun, field: bytes) -> None:
+    def test_record_whose_step_is_not_utf8_is_reported(self, bench: Bench, store: StepRunStore, held: StepRun, field: bytes) -> None:
         key = bench.keys("run")[0]
         line = bench.field("run", "sheld")
         assert line is not None
@@ -199,11 +220,11 @@ class TestAStepNameThatIsNotUTF8:
         calls = store.calls
 
         broken = [calls.get_run("run"), calls.scan_steps("run"), calls.step_statuses("run"), calls.export_run("run")]
-        assert_refused(bench, store, broken, CorruptRunError, key)
+        assert_rejected(bench, store, broken, CorruptRunError, key)
         with pytest.raises(CorruptRunError):
             store.retry_run("run")
 
-    def test_hides_no_other_run_from_a_listing(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_run_with_an_invalid_step_name_hides_no_other_run(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         bench.backend.raw.hset(bench.keys("run")[0], b"s\xff", bench.field("run", "sheld"))
         store.complete_step(begun(store.begin_step("sound", "pay", {})), {})
         bench.lapse(begun(store.begin_step("timer", "pay", {}, lease=0.005)))  # the server's clock moves on
@@ -215,10 +236,10 @@ class TestAStepNameThatIsNotUTF8:
         assert [summary.run_id for summary in store.purge(0.001)] == ["sound"]
 
 
-class TestALaterFormat:
-    """A record written by a newer format is an error, never a guess; what both know works side by side."""
+class TestNewerFormat:
+    """A record in a newer format raises an error; records in the known format still work."""
 
-    def test_of_a_step(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_step_in_a_newer_format_is_rejected(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         key = bench.keys("run")[0]
         line = bench.field("run", "sheld")
         assert line is not None
@@ -240,9 +261,9 @@ class TestALaterFormat:
         assert stored(store, "run", "completed").output == {"receipt": 7}
         assert begun(store.begin_step("run", "failed", {})).attempt == 2
 
-    def test_of_a_run(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_run_in_a_newer_format_is_rejected(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         key = bench.keys("run")[0]
         bench.backend.raw.hset(key, "r", b"2 5 1 and more")
 
-        calls = writes(store, held) + housekeeping(store) + reads(store)
-        assert_refused(bench, store, calls, NewerFormatError, key)
+        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        assert_rejected(bench, store, calls, NewerFormatError, key)

@@ -1,4 +1,4 @@
-"""Identifiers: whatever the characters, distinct pairs of run and step are distinct records, or are refused by name."""
+"""Run ids and steps: distinct pairs are distinct records, whatever their characters; invalid names are rejected."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from squidstep_redis.protocol.keys import Keys
 
 @pytest.fixture
 def offline() -> Iterator[StepRunStore]:
-    """A store on which whatever is sent is a NotSentError."""
+    """A store without a server: every send raises NotSentError."""
     with offline_store() as store:
         yield store
 
 
-# Names that a layout less careful would take for something else: a hash tag, a separator, another key or field.
+# Names that a careless key layout would confuse with a hash tag, a separator, or another key or field.
 HOSTILE = [
     *("{", "}", "{}", "{0}", "a{b}c", "}{", "squidstep:{0}:claims", "claims", "failed", ":", "::", ":steps", ":done"),
     *("a:steps", "a:done", "r", "s", "i", "o", "e", "a", "x", "1x", "s:steps", "1:x", "a1:x", "11:x", "3:abc", "1"),
@@ -41,19 +41,19 @@ names = st.sampled_from(HOSTILE) | st.text(min_size=1, max_size=40) | st.text("{
 
 
 @st.composite
-def divided(draw: st.DrawFn) -> list[tuple[str, str]]:
-    """One string divided into run and step in every way: ("a", "bc"), ("ab", "c")."""
+def split_names(draw: st.DrawFn) -> list[tuple[str, str]]:
+    """Splits one string into run id and step in every possible way: ("a", "bc"), ("ab", "c")."""
     text = draw(st.text("ab:{}1 \0é", min_size=3, max_size=6) | st.just(":steps") | st.just("1:x1:x"))
     return [(text[:end], text[end:]) for end in range(1, len(text))]
 
 
-pairs = divided() | st.lists(st.tuples(names, names), min_size=2, max_size=5, unique=True)
+pairs = split_names() | st.lists(st.tuples(names, names), min_size=2, max_size=5, unique=True)
 
 
-class TestDistinctPairsAreDistinctRecords:
+class TestDistinctPairs:
     @pytest.mark.slow
-    def test_each_keeps_its_own(self, bench: Bench, store: StepRunStore) -> None:
-        """All are begun, failed and begun again before any is completed: an overlap of any kind would show."""
+    def test_distinct_pairs_have_distinct_records(self, bench: Bench, store: StepRunStore) -> None:
+        """All steps are begun, failed and begun again before any is completed, so that any overlap shows."""
 
         @settings(
             max_examples=max(1, settings.default.max_examples // (10 if bench.backend.name == "fakeredis" else 5))
@@ -94,7 +94,7 @@ class TestDistinctPairsAreDistinctRecords:
 
         check()
 
-    def test_the_indexes_tell_them_apart(self, bench: Bench, store: StepRunStore) -> None:
+    def test_indexes_distinguish_pairs_of_the_same_concatenation(self, bench: Bench, store: StepRunStore) -> None:
         pairs = [("a", "bc"), ("ab", "c"), ("run", "\0"), ("{", "}"), ("é" * 256, "1:x"), ("1:x", "😀" * 128)]
         for pair in pairs:
             store.fail_step(begun(store.begin_step(*pair, {})), {"of": pair})
@@ -104,7 +104,7 @@ class TestDistinctPairsAreDistinctRecords:
         assert {(each.run_id, each.step) for each in store.failed_steps()} == set(pairs[1:])
 
     @given(runs=st.lists(names, min_size=2, unique=True), prefix=st.sampled_from(["squidstep", ":", "a:b", "é", "\0"]))
-    def test_a_runs_keys_are_its_own_and_in_one_slot(self, runs: list[str], prefix: str) -> None:
+    def test_keys_of_a_run_are_unique_and_in_one_slot(self, runs: list[str], prefix: str) -> None:
         keys = Keys(prefix.encode())
 
         for run in runs:
@@ -114,16 +114,16 @@ class TestDistinctPairsAreDistinctRecords:
         assert not set(own) & {*keys.claims(), *keys.failed()}
 
 
-class TestIds:
+class TestStepRunId:
     @given(pairs=pairs)
-    def test_an_id_leads_back_to_run_and_step(self, pairs: list[tuple[str, str]]) -> None:
+    def test_id_can_be_parsed_into_run_and_step(self, pairs: list[tuple[str, str]]) -> None:
         ids = [step_run_id("squidstep", *pair) for pair in pairs]
 
         assert [parse_step_run_id("squidstep", id) for id in ids] == pairs
         assert len(set(ids)) == len(ids)
         assert all(id.isascii() and id.replace("-", "").replace("_", "").isalnum() for id in ids)
 
-    def test_it_is_the_same_from_schedule_to_completion(self, store: StepRunStore) -> None:
+    def test_id_stays_the_same_from_schedule_to_completion(self, store: StepRunStore) -> None:
         scheduled = store.schedule_step("run", "pay", {}).step_run
         claim = begun(store.begin_step("run", "pay", {}))
         released = store.release_step(claim)
@@ -132,20 +132,20 @@ class TestIds:
         assert len({step_run.id for step_run in (scheduled, claim, released, completed, stored(store))}) == 1
 
     @given(pair=st.tuples(names, names), prefix=st.sampled_from(["other", "squidste", "squidstep2", ":", "\0"]))
-    def test_one_of_another_prefix_is_refused(self, pair: tuple[str, str], prefix: str) -> None:
+    def test_id_of_another_prefix_is_rejected(self, pair: tuple[str, str], prefix: str) -> None:
         with offline_store() as store:
-            for end in ending(store, step_run_id(prefix, *pair)):
+            for end in endings(store, step_run_id(prefix, *pair)):
                 with pytest.raises(
                     InvalidArgumentError, match="not the id of a step run of prefix 'squidstep'"
                 ) as caught:
                     end()
                 assert caught.value.argument == "step_run"
 
-    def test_so_is_a_step_run_of_another_prefix(self, bench: Bench, store: StepRunStore) -> None:
+    def test_step_run_of_another_prefix_is_rejected(self, bench: Bench, store: StepRunStore) -> None:
         claim = begun(bench.store(prefix=f"{bench.prefix}-other").begin_step("run", "pay", {}))
         before = bench.dump()
 
-        for end in ending(store, claim):
+        for end in endings(store, claim):
             with pytest.raises(InvalidArgumentError, match=f"prefix '{bench.prefix}-other'") as caught:
                 end()
             assert caught.value.argument == "step_run"
@@ -161,24 +161,24 @@ class TestIds:
     @example(id=step_run_id("squidstep", "run", "pay").lower())
     @example(id="x" * 1_000_000)
     @example(id="caf\udce9")
-    def test_so_is_what_was_never_an_id(self, id: str) -> None:
+    def test_string_that_is_no_id_is_rejected(self, id: str) -> None:
         with offline_store() as store:
-            for end in ending(store, id):
+            for end in endings(store, id):
                 with pytest.raises(InvalidArgumentError, match=r"^step_run: is not the id of a step run") as caught:
                     end()
                 assert len(str(caught.value)) < 300
 
     @pytest.mark.parametrize("id", [None, 1, b"id", ("run", "pay"), UUID(int=1)])
-    def test_so_is_what_is_no_str(self, offline: StepRunStore, id: Any) -> None:
-        for end in ending(offline, id):
+    def test_value_that_is_no_string_is_rejected(self, offline: StepRunStore, id: Any) -> None:
+        for end in endings(offline, id):
             with pytest.raises(InvalidArgumentError, match="must be a StepRun or a StepRun.id") as caught:
                 end()
             assert caught.value.argument == "step_run"
             assert type(id).__name__ in str(caught.value)
 
 
-def ending(store: StepRunStore, step_run: StepRun | str) -> list[Callable[[], object]]:
-    """All that a step run or its id is handed to."""
+def endings(store: StepRunStore, step_run: StepRun | str) -> list[Callable[[], object]]:
+    """Returns a call of each operation that takes a step run or its id."""
     return [
         lambda: store.complete_step(step_run, {}),
         lambda: store.fail_step(step_run, {}),
@@ -187,9 +187,9 @@ def ending(store: StepRunStore, step_run: StepRun | str) -> list[Callable[[], ob
     ]
 
 
-# What is refused
+# Invalid names
 
-REFUSED: dict[str, Any] = {
+INVALID: dict[str, Any] = {
     "empty": "",
     "513 bytes": "x" * 513,
     "513 bytes of UTF-8": "é" * 256 + "x",
@@ -219,7 +219,7 @@ TAKES_A_RUN: dict[str, Callable[[StepRunStore, Any], object]] = {
     "delete_run": lambda store, run: store.delete_run(run),
 }
 ID = step_run_id("squidstep", "run", "pay")
-# What each calls the step in an error: where there are several, it names them all or says which.
+# The argument that an error names. If there are several steps, it names all of them or the invalid one.
 TAKES_A_STEP: dict[str, tuple[str, Callable[[StepRunStore, Any], object]]] = {
     "schedule_step": ("step", lambda store, step: store.schedule_step("run", step, {})),
     "begin_step": ("step", lambda store, step: store.begin_step("run", step, {})),
@@ -231,8 +231,8 @@ TAKES_A_STEP: dict[str, tuple[str, Callable[[StepRunStore, Any], object]]] = {
 }
 
 
-def assert_tells(error: InvalidArgumentError, value: object) -> None:
-    """The message names the type of what was given, says what is allowed, and does not fill the screen."""
+def assert_explains(error: InvalidArgumentError, value: object) -> None:
+    """Asserts that the message has the type and start of the value, says what is allowed, and is short."""
     message = str(error)
     assert f"{type(value).__name__} {repr(value)[:50]}" in message
     assert len(message) < 300
@@ -242,34 +242,34 @@ def assert_tells(error: InvalidArgumentError, value: object) -> None:
         assert "must be a non-empty str" in message
 
 
-class TestWhatIsRefused:
-    @pytest.mark.parametrize("run_id", REFUSED.values(), ids=REFUSED)
+class TestInvalidNames:
+    @pytest.mark.parametrize("run_id", INVALID.values(), ids=INVALID)
     @pytest.mark.parametrize("operation", TAKES_A_RUN)
-    def test_as_a_run_id(self, offline: StepRunStore, operation: str, run_id: object) -> None:
+    def test_invalid_run_id_is_rejected(self, offline: StepRunStore, operation: str, run_id: object) -> None:
         with pytest.raises(InvalidArgumentError) as caught:
             TAKES_A_RUN[operation](offline, run_id)
 
         assert caught.value.argument == "run_id"
-        assert_tells(caught.value, run_id)
+        assert_explains(caught.value, run_id)
 
-    @pytest.mark.parametrize("step", [*REFUSED.values(), UUID(int=1)], ids=[*REFUSED, "UUID"])
+    @pytest.mark.parametrize("step", [*INVALID.values(), UUID(int=1)], ids=[*INVALID, "UUID"])
     @pytest.mark.parametrize("operation", TAKES_A_STEP)
-    def test_as_a_step(self, offline: StepRunStore, operation: str, step: Any) -> None:
+    def test_invalid_step_is_rejected(self, offline: StepRunStore, operation: str, step: Any) -> None:
         argument, call = TAKES_A_STEP[operation]
 
         with pytest.raises(InvalidArgumentError) as caught:
             call(offline, step)
 
         assert argument in caught.value.argument
-        assert_tells(caught.value, step)
+        assert_explains(caught.value, step)
 
     @pytest.mark.parametrize("steps", [None, 7, "pay", b"pay", {"pay": {}}, [None], object()])
-    def test_as_steps_to_delete(self, offline: StepRunStore, steps: Any) -> None:
+    def test_steps_to_delete_must_be_a_list_of_names(self, offline: StepRunStore, steps: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^steps"):
             offline.delete_pending_steps("run", steps)
 
     @pytest.mark.parametrize("steps", [None, 7, "pay", ["pay"], [("pay", {})]])
-    def test_as_steps_to_schedule(self, offline: StepRunStore, steps: Any) -> None:
+    def test_steps_to_schedule_must_be_a_dict(self, offline: StepRunStore, steps: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^steps: must be a dict"):
             offline.schedule_steps("run", steps)
         if steps is not None:
@@ -277,8 +277,8 @@ class TestWhatIsRefused:
                 offline.complete_step(ID, {}, schedule=steps)
 
     @pytest.mark.parametrize("name", ["x" * 512, "é" * 256, "😀" * 128, "\0", " ", "\n", "{}"])
-    def test_but_not_what_only_looks_odd(self, offline: StepRunStore, name: str) -> None:
-        """It is sent, which here is a NotSentError."""
+    def test_unusual_but_valid_name_is_accepted(self, offline: StepRunStore, name: str) -> None:
+        """Without a server, an accepted call raises NotSentError."""
         for call in TAKES_A_RUN.values():
             with pytest.raises(NotSentError):
                 call(offline, name)
@@ -310,20 +310,20 @@ class Flags(enum.Flag):
     SHIP = 2
 
 
-class Name(str):
+class StrSubclass(str):
     __slots__ = ()
 
 
-class TestStandIns:
+class TestUuidsAndEnumMembers:
     @given(uuid=st.uuids())
-    def test_a_uuid_stands_for_its_text_as_a_run_id(self, uuid: UUID) -> None:
+    def test_uuid_and_its_text_are_the_same_run_id(self, uuid: UUID) -> None:
         with offline_store() as store:
             call, other = store.calls.get_step_run(uuid, "pay"), store.calls.get_step_run(str(uuid), "pay")
 
         assert (call.run_id, call.keys, call.args[1:]) == (other.run_id, other.keys, other.args[1:])
         assert call.run_id == str(uuid)
 
-    def test_a_run_begun_by_its_uuid(self, store: StepRunStore) -> None:
+    def test_run_begun_by_uuid_can_be_read_by_text(self, store: StepRunStore) -> None:
         uuid = UUID("12345678-1234-5678-1234-567812345678")
 
         claim = begun(store.begin_step(uuid, "pay", {}))
@@ -341,12 +341,10 @@ class TestStandIns:
             (Plain.MAIL, "MAIL"),
             (Number.PAY, "PAY"),
             (Flags.SHIP, "SHIP"),
-            (Name("pay"), "pay"),
+            (StrSubclass("pay"), "pay"),
         ],
     )
-    def test_an_enum_member_stands_for_its_value_if_that_is_a_str_else_for_its_name(
-        self, store: StepRunStore, member: Any, name: str
-    ) -> None:
+    def test_enum_member_names_a_step_by_value_or_name(self, store: StepRunStore, member: Any, name: str) -> None:
         result = store.schedule_step("run", member, {"by": name})
 
         assert type(result.step_run.step) is str
@@ -360,16 +358,16 @@ class TestStandIns:
         assert [each.number for each in store.attempts("run", member)] == [1]
         assert store.delete_pending_steps("run", [member]) == []
 
-    def test_a_member_whose_value_is_refused_is_refused(self, offline: StepRunStore) -> None:
+    def test_enum_member_with_an_invalid_value_is_rejected(self, offline: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match=r"^step: must be 1 to 512 bytes of UTF-8, not 0"):
             offline.begin_step("run", Plain.EMPTY, {})
 
-    def test_a_member_is_no_run_id_unless_it_is_a_str(self, offline: StepRunStore) -> None:
+    def test_only_a_string_enum_member_can_be_a_run_id(self, offline: StepRunStore) -> None:
         assert offline.calls.get_run(Word.PAY).keys == offline.calls.get_run("pay").keys
         with pytest.raises(InvalidArgumentError, match="^run_id: must be a non-empty str, not Plain"):
-            offline.get_run(Plain.PAY)  # pyright: ignore[reportArgumentType]: what is refused is the point
+            offline.get_run(Plain.PAY)  # pyright: ignore[reportArgumentType]: the type is what is tested
 
-    def test_one_step_under_two_names_is_refused(self, offline: StepRunStore) -> None:
+    def test_step_that_is_named_twice_is_rejected(self, offline: StepRunStore) -> None:
         for one, other in itertools.permutations(["pay", Plain.PAY]):
             twice: dict[Any, Any] = {one: {"a": 1}, other: {"a": 2}}
             with pytest.raises(InvalidArgumentError, match=r"^steps: names the step 'pay' twice"):
@@ -379,6 +377,6 @@ class TestStandIns:
             with pytest.raises(InvalidArgumentError, match=r"^steps: names the step 'pay' twice"):
                 offline.delete_pending_steps("run", [one, other])
 
-    def test_an_error_in_a_payload_of_a_member_names_the_step(self, offline: StepRunStore) -> None:
+    def test_payload_error_of_an_enum_member_names_the_step(self, offline: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match=r"^steps\['pay'\]\['price'\]: complex"):
             offline.schedule_steps("run", {Plain.PAY: {"price": 1j}})

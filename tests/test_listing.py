@@ -1,4 +1,4 @@
-"""Lists of runs, and what clears them away: `runs` and `purge`, on every server and both stores."""
+"""Listing and deleting runs: `runs` and `purge`, on every server and both stores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from squidstep_redis.operations.runs import _purge_run, scan_runs
 
 
 def every_run(store: StepRunStore, **options: Any) -> list[RunSummary]:
+    """Returns the runs of all pages."""
     found: list[RunSummary] = []
     page = store.runs(**options)
     pages = 1
@@ -35,27 +36,27 @@ def every_run(store: StepRunStore, **options: Any) -> list[RunSummary]:
         assert pages < 1_000
 
 
-def counts(**given: int) -> dict[StepStatus, int]:
-    return {status: given.get(status, 0) for status in StepStatus}
+def counts(**counted: int) -> dict[StepStatus, int]:
+    return {status: counted.get(status, 0) for status in StepStatus}
 
 
-def pause(bench: Bench) -> None:
-    """Until the server's clock, in milliseconds, has moved on."""
+def wait_one_millisecond(bench: Bench) -> None:
+    """Waits for the next millisecond of the server's clock."""
     now = int(bench.backend.now() * 1_000)
     wait_until(lambda: int(bench.backend.now() * 1_000) > now)
 
 
 def age(bench: Bench) -> None:
-    """Until what is there is more than a millisecond old."""
+    """Waits until everything stored is more than a millisecond old."""
     end = bench.backend.now() + 0.002
     wait_until(lambda: bench.backend.now() > end)
 
 
 class TestRuns:
-    def test_none(self, store: StepRunStore) -> None:
+    def test_empty_store_has_no_runs(self, store: StepRunStore) -> None:
         assert store.runs() == ([], None, 1.0)
 
-    def test_each_is_told_with_its_counts_and_its_newest_change(self, bench: Bench, store: StepRunStore) -> None:
+    def test_summary_has_counts_and_the_time_of_the_newest_change(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_steps("scheduled", {"a": {}, "b": {}})
         store.complete_step(begun(store.begin_step("done", "a", {})), {})
         store.fail_step(begun(store.begin_step("mixed", "f", {})), {})
@@ -75,15 +76,15 @@ class TestRuns:
             changes = [each.ended_at or each.started_at or each.created_at for each in store.get_run(run)]
             assert summary.changed_at == max(changes)
 
-    def test_a_page_has_the_newest_change_first(self, bench: Bench, store: StepRunStore) -> None:
+    def test_most_recently_changed_run_comes_first(self, bench: Bench, store: StepRunStore) -> None:
         for run in "bca":
             store.schedule_step(run, "step", {})
-            pause(bench)
+            wait_one_millisecond(bench)
         begun(store.begin_step("c", "step", {}))
 
         assert [summary.run_id for summary in store.runs().runs] == ["c", "a", "b"]
 
-    def test_runs_changed_at_the_same_time_come_by_run_id(self, bench: Bench, store: StepRunStore) -> None:
+    def test_runs_changed_at_the_same_time_are_sorted_by_id(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {})
         document = store.export_run("run")
         store.schedule_step("newer", "step", {})
@@ -97,7 +98,7 @@ class TestRuns:
         assert [summary.run_id for summary in found] == sorted([*names, "run"])
 
     @pytest.mark.slow
-    def test_pages_hold_each_run_once(self, bench: Bench, store: StepRunStore) -> None:
+    def test_pages_have_each_run_once(self, bench: Bench, store: StepRunStore) -> None:
         names = {f"run-{number}" for number in range(700)}
         store.batch([store.calls.schedule_step(run, "step", {}) for run in sorted(names)])
         bench.store(prefix=f"{bench.prefix}-other").schedule_step("not ours", "step", {})
@@ -105,7 +106,7 @@ class TestRuns:
         first = store.runs(limit=10)
         found = [summary.run_id for summary in every_run(store, limit=10)]
 
-        if bench.backend.name != "fakeredis":  # there a page is as large as the server is small
+        if bench.backend.name != "fakeredis":  # it returns all runs on one page
             assert 10 <= len(first.runs) < 700
             assert first.cursor is not None
         assert sorted(found) == sorted(names)
@@ -113,7 +114,9 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("status", "found"), [("pending", {"p", "m"}), ("completed", {"m", "c"}), (StepStatus.FAILED, {"f"})]
     )
-    def test_those_with_a_step_of_a_status(self, store: StepRunStore, status: Any, found: set[str]) -> None:
+    def test_status_selects_runs_with_a_step_of_that_status(
+        self, store: StepRunStore, status: Any, found: set[str]
+    ) -> None:
         store.schedule_step("p", "step", {})
         store.complete_step(begun(store.begin_step("m", "first", {})), {}, schedule={"next": {}})
         store.complete_step(begun(store.begin_step("c", "step", {})), {})
@@ -122,28 +125,28 @@ class TestRuns:
         assert {summary.run_id for summary in every_run(store, status=status)} == found
 
     @pytest.mark.parametrize("prefix", ["order-", "a*", "a[b]", "a\\", "a?", "ø", "^-"])
-    def test_those_whose_id_begins_so_whatever_a_pattern_makes_of_it(self, store: StepRunStore, prefix: str) -> None:
+    def test_run_id_prefix_is_matched_literally(self, store: StepRunStore, prefix: str) -> None:
         ours = {f"{prefix}1", f"{prefix}:steps", prefix}
         for run in (*ours, "order", "axx", "ab", "a", "b"):
             store.schedule_step(run, "step", {})
 
         assert {summary.run_id for summary in every_run(store, run_id_prefix=prefix)} == ours
 
-    def test_a_prefix_of_keys_is_no_pattern(self, bench: Bench) -> None:
+    def test_store_prefix_is_matched_literally(self, bench: Bench) -> None:
         for prefix in ("a*", "a?", "[a]"):
             store = bench.store(prefix=bench.prefix + prefix)
-            bench.store(prefix=f"{bench.prefix}a!").schedule_step("another's", "step", {})
+            bench.store(prefix=f"{bench.prefix}a!").schedule_step("not ours", "step", {})
             store.schedule_step("ours", "step", {})
             assert [summary.run_id for summary in every_run(store)] == ["ours"]
 
-    def test_other_keys_are_not_taken_for_runs(self, bench: Bench, store: StepRunStore) -> None:
+    def test_keys_of_other_formats_are_not_listed(self, bench: Bench, store: StepRunStore) -> None:
         for key in (b"{0}:wrong bucket:steps", b"{}::steps", b"{0}:\xff:steps", b"{zz}:x:steps"):
             bench.backend.raw.set(bench.prefix.encode() + b":" + key, "")
         store.schedule_step("ours", "step", {})
 
         assert [summary.run_id for summary in every_run(store)] == ["ours"]
 
-    def test_a_corrupt_run_is_told_and_a_deleted_one_is_not(self, bench: Bench, store: StepRunStore) -> None:
+    def test_corrupt_run_is_listed_and_a_deleted_one_is_not(self, bench: Bench, store: StepRunStore) -> None:
         for run in ("torn", "typed", "line", "deleted", "sound"):
             store.complete_step(begun(store.begin_step(run, "step", {})), {}, schedule={"next": {}})
         raw = bench.backend.raw
@@ -160,7 +163,7 @@ class TestRuns:
         assert bench.keys("torn")[1].decode() in (found["torn"].problem or "")
         assert not any(summary.is_over for summary in found.values())
 
-    def test_a_large_run_is_read_in_stretches(self, store: StepRunStore) -> None:
+    def test_all_steps_of_a_large_run_are_counted(self, store: StepRunStore) -> None:
         steps = {f"step-{number}": {} for number in range(2_500)}
         store.schedule_steps("large", steps)
         store.batch(
@@ -171,21 +174,21 @@ class TestRuns:
 
         assert summary.counts == counts(pending=2_497, completed=3)
 
-    def test_deleted_pending_steps_do_not_count(self, store: StepRunStore) -> None:
+    def test_deleted_pending_steps_are_not_counted(self, store: StepRunStore) -> None:
         store.complete_step(begun(store.begin_step("run", "a", {})), {}, schedule={"b": {}, "c": {}})
         store.delete_pending_steps("run", ["b", "c"])
 
         assert [summary.counts for summary in every_run(store)] == [counts(completed=1)]
 
     @pytest.mark.parametrize(
-        "refused",
+        "options",
         [{"limit": 0}, {"limit": 1_001}, {"status": "done"}, {"cursor": "x"}, {"cursor": 3}, {"run_id_prefix": 7}],
     )
-    def test_what_it_refuses(self, store: StepRunStore, refused: dict[str, Any]) -> None:
-        with pytest.raises(InvalidArgumentError, match=f"^{next(iter(refused))}: "):
-            store.runs(**refused)
+    def test_invalid_argument_is_rejected(self, store: StepRunStore, options: dict[str, Any]) -> None:
+        with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
+            store.runs(**options)
 
-    def test_a_cursor_of_a_server_that_is_gone_goes_on_with_the_next(self, store: StepRunStore) -> None:
+    def test_cursor_of_a_removed_server_continues_with_the_next(self, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {})
 
         assert store.runs(cursor="0-0-zzzz") == ([], None, 1.0)
@@ -194,7 +197,7 @@ class TestRuns:
 class TestPurge:
     @pytest.fixture
     def old(self, bench: Bench, store: StepRunStore) -> set[str]:
-        """Runs of all kinds, and which of them are over."""
+        """Creates runs in all states; returns those that are over."""
         store.complete_step(begun(store.begin_step("completed", "a", {})), {})
         store.fail_step(begun(store.begin_step("failed", "a", {})), {})
         store.complete_step(begun(store.begin_step("failed", "b", {})), {})
@@ -205,7 +208,7 @@ class TestPurge:
         age(bench)
         return {"completed", "failed"}
 
-    def test_what_is_over_and_old_goes(self, bench: Bench, store: StepRunStore, old: set[str]) -> None:
+    def test_purge_deletes_old_runs_that_are_over(self, bench: Bench, store: StepRunStore, old: set[str]) -> None:
         purged = store.purge(0.001, tombstone=60)
 
         assert {summary.run_id for summary in purged} == old
@@ -216,22 +219,24 @@ class TestPurge:
             store.begin_step("completed", "a", {})
         assert store.purge(0.001) == []
 
-    def test_a_dry_run_tells_the_same_and_does_nothing(self, bench: Bench, store: StepRunStore, old: set[str]) -> None:
+    def test_dry_run_returns_the_same_and_deletes_nothing(
+        self, bench: Bench, store: StepRunStore, old: set[str]
+    ) -> None:
         before = bench.dump()
 
-        told = store.purge(0.001, dry_run=True)
+        listed = store.purge(0.001, dry_run=True)
 
         assert bench.dump() == before
-        assert told == store.purge(0.001)
+        assert listed == store.purge(0.001)
 
-    def test_what_changed_since_stays(self, store: StepRunStore, old: set[str]) -> None:
+    def test_recently_changed_runs_are_kept(self, store: StepRunStore, old: set[str]) -> None:
         assert store.purge(3_600) == []
 
-    def test_those_whose_id_begins_so(self, store: StepRunStore, old: set[str]) -> None:
+    def test_run_id_prefix_selects_the_runs_to_delete(self, store: StepRunStore, old: set[str]) -> None:
         assert [summary.run_id for summary in store.purge(0.001, run_id_prefix="comp")] == ["completed"]
 
-    @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")  # fakeredis takes ten seconds for it
-    def test_a_run_of_thousands_of_steps_goes(self, store: StepRunStore, bench: Bench) -> None:
+    @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")  # on fakeredis it takes ten seconds
+    def test_run_of_700_failed_steps_is_deleted(self, store: StepRunStore, bench: Bench) -> None:
         steps = {f"step-{number}": {} for number in range(700)}
         store.schedule_steps("large", steps)
         claims = in_batch(store, [store.calls.begin_step("large", step, {}) for step in steps])
@@ -245,10 +250,8 @@ class TestPurge:
         assert store.get_run("large") == []
         assert store.failed_steps() == []
 
-    @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")  # fakeredis takes ten seconds for it
-    def test_a_run_with_more_failed_steps_than_one_script_looks_at_stays(
-        self, bench: Bench, store: StepRunStore
-    ) -> None:
+    @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")  # on fakeredis it takes ten seconds
+    def test_run_of_more_than_1000_failed_steps_is_kept(self, bench: Bench, store: StepRunStore) -> None:
         steps = {f"step-{number}": {} for number in range(1_001)}
         claims = in_batch(store, [store.calls.begin_step("large", step, {}) for step in steps])
         store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])
@@ -257,12 +260,10 @@ class TestPurge:
         assert store.purge(0.001) == store.purge(0.001, dry_run=True) == []
 
     @pytest.mark.parametrize("change", ["begin", "schedule", "retry", "delete"])
-    def test_a_run_that_changes_after_it_was_looked_at_stays(
-        self, bench: Bench, store: StepRunStore, change: str
-    ) -> None:
+    def test_run_that_changes_after_the_scan_is_kept(self, bench: Bench, store: StepRunStore, change: str) -> None:
         store.complete_step(begun(store.begin_step("run", "a", {})), {})
         store.fail_step(begun(store.begin_step("run", "b", {})), {})
-        (scan,) = drive(store, scan_runs(store.calls, "purge", [b"run"]))
+        (scan,) = run_workflow(store, scan_runs(store.calls, "purge", [b"run"]))
         match change:
             case "begin":
                 begun(store.begin_step("run", "b", {}))
@@ -278,21 +279,21 @@ class TestPurge:
 
         assert bench.dump() == before
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_sent_again_it_answers_the_same(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_deletion_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
         store = bench.store()
         store.fail_step(begun(store.begin_step("run", "a", {})), {})
-        (scan,) = drive(store, scan_runs(store.calls, "purge", [b"run"]))
+        (scan,) = run_workflow(store, scan_runs(store.calls, "purge", [b"run"]))
 
-        assert bench.store(losing=losing).send(_purge_run(store.calls, scan, b"60000")) is True
+        assert bench.store(lost_replies=lost_replies).send(_purge_run(store.calls, scan, b"60000")) is True
 
     @pytest.mark.parametrize("age", [0, -1, None, "1d", True])
-    def test_what_it_refuses(self, store: StepRunStore, age: Any) -> None:
+    def test_invalid_age_is_rejected(self, store: StepRunStore, age: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="older_than"):
             store.purge(age)
 
 
-def drive(store: StepRunStore, workflow: Any) -> Any:
+def run_workflow(store: StepRunStore, workflow: Any) -> Any:
     try:
         effect = next(workflow)
         while True:
@@ -301,7 +302,7 @@ def drive(store: StepRunStore, workflow: Any) -> Any:
         return end.value
 
 
-def test_a_summary_is_json(store: StepRunStore) -> None:
+def test_counts_of_a_summary_can_be_encoded_as_json(store: StepRunStore) -> None:
     store.schedule_step("run", "step", {})
     (summary,) = store.runs().runs
     assert json.loads(json.dumps(summary.counts)) == {"pending": 1, "running": 0, "completed": 0, "failed": 0}

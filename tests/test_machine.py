@@ -1,20 +1,17 @@
-"""The store against its specification: Hypothesis drives it and model.py side by side, and compares all there is.
+"""The store and its specification: Hypothesis performs the same operations on both, and compares everything readable.
 
-Two runs of a few steps, and as many claimants as claims were ever granted: none forgets its claim, so most of them are
-zombies. Every call that was made is kept too, and may be sent again: at once, as after a lost reply, or much later.
+There are two runs of a few steps. Every claim that was ever acquired stays in use, so most claims are stale. Every call
+is kept, and may be re-sent: at once, as after a lost reply, or much later.
 
-    pytest tests/test_machine.py --hypothesis-profile=soak      for longer histories, and more of them
+    pytest tests/test_machine.py --hypothesis-profile=soak      runs longer histories, and more of them
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from binascii import crc32
 from collections.abc import Callable
-from datetime import datetime
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -28,17 +25,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.backends import Bench
-from support.model import KEPT, Claim, Model, PastAttempt, RefusedError, Shown
+from support.machine import Holder, Operation, RecordedCall, as_model, expire_lease, index_members
+from support.model import MAX_PAST_ATTEMPTS, Claim, Model
 from support.records import begun
 
 from squidstep_redis import (
-    Attempt,
     BeginResult,
-    Call,
-    RunDeletedError,
     ScheduleResult,
     StaleStepRunError,
-    StepPage,
     StepRun,
     StepRunNotFoundError,
     StepRunStore,
@@ -48,164 +42,59 @@ from squidstep_redis.protocol.keys import BUCKETS
 
 T = TypeVar("T")
 
-# The runs of an example: with indexes in common, or on nodes of their own. A run id that begins with the other, and
-# steps to match, so that an index that only strung the two together would take ("run", "2x") for ("run2", "x").
+# The two runs of an example have the same index keys, or different ones. One run id is a prefix of the other, and the
+# steps fit: an index that only concatenated run id and step would confuse ("run", "2x") with ("run2", "x").
 TWIN = next(f"run{n}" for n in range(1_000_000) if crc32(f"run{n}".encode()) % BUCKETS == crc32(b"run") % BUCKETS)
 RUN_PAIRS = [("run", TWIN), ("run", "another")]
 STEPS = ("x", TWIN.removeprefix("run") + "x", "1:x")
 
 
-class Holder(NamedTuple):
-    """Whoever wants to end a claim: with the step run it was granted, or with a bare id."""
+# The operations. The machine knows the runs and the claims.
 
-    step_run: StepRun | str
-    claim: Claim
-
-
-class Order(NamedTuple):
-    """One operation, said once for the store and once for the model."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def call(self, calls: Any) -> Call[Any]:
-        args = (arg.step_run if isinstance(arg, Holder) else arg for arg in self.args)
-        return getattr(calls, self.name)(*args, **self.kwargs)
-
-    def apply(self, model: Model, call: int) -> object:
-        args = (arg.claim if isinstance(arg, Holder) else arg for arg in self.args)
-        try:
-            return getattr(model, self.name)(*args, **self.kwargs, call=call)
-        except RefusedError as refusal:
-            return refusal.args
-
-
-class Sent(NamedTuple):
-    """An order that has been sent, and can be sent again."""
-
-    order: Order
-    call: Call[Any]
-    id: int
-
-    def __repr__(self) -> str:
-        return f"<call {self.id}, {self.order}>"
-
-
-def plain(answer: object) -> object:
-    """What the store answered, in the model's words."""
-    match answer:
-        case StepRun():
-            return shown(answer)
-        case BeginResult():
-            assert answer.decision == ("skip" if answer.reason else "execute")
-            return shown(answer.step_run), answer.reason, seconds(answer.retry_in)
-        case StepPage():
-            assert answer.cursor is None
-            return [shown(each) for each in sorted(answer.step_runs, key=lambda step_run: step_run.position)]
-        case ScheduleResult():
-            return shown(answer.step_run), answer.decision
-        case Attempt():
-            assert_in_order(answer.started_at, answer.ended_at)
-            assert (answer.ended_at is None) == (answer.outcome == "running")
-            return PastAttempt(answer.number, answer.owner, answer.outcome, answer.error)
-        case RunDeletedError():
-            return ("deleted", None)
-        case StepRunNotFoundError():
-            return ("missing", None)
-        case StaleStepRunError():
-            return ("stale", shown(answer.current))
-        case Exception():
-            raise answer
-        case list():
-            return [plain(each) for each in answer]
-        case _:
-            return answer
-
-
-def shown(step_run: StepRun) -> Shown:
-    assert_in_order(step_run.created_at, step_run.started_at, step_run.ended_at)
-    assert (step_run.started_at is None) == (step_run.attempt == 0)
-    assert (step_run.ended_at is None) == (step_run.attempt == 0 or step_run.status == "running")
-    return Shown(
-        step_run.run_id,
-        step_run.step,
-        step_run.status,
-        step_run.attempt,
-        step_run.owner,
-        step_run.input,
-        step_run.output,
-        step_run.last_error,
-        seconds(step_run.lease_ends_at and step_run.lease_ends_at.timestamp() - time.time()),
-        step_run.position,
-    )
-
-
-def seconds(left: float | None) -> int | None:
-    """What is left of a lease as the model has it: leases are so long that the time a test takes rounds away."""
-    return None if left is None else max(0, round(left, -3))
-
-
-def assert_in_order(*times: datetime | None) -> None:
-    assert all(earlier <= later for earlier, later in pairwise(time for time in times if time is not None))
-
-
-def end_lease(raw: Any, keys: list[bytes], run: str, step: str) -> None:
-    """Lets the lease of the step's claim end without waiting for it: by setting it to no time at all.
-
-    What is rewritten is what the scripts wrote: the lease in the step's state line (lua/lib/record.lua) and the score
-    of the entry in the claims index (lua/lib/indexes.lua), if they made one.
-    """
-    steps, _, claims, _ = keys
-    head, attempt, released, token, _, started, ended, created, rest = raw.hget(steps, f"s{step}").split(b" ", 8)
-    raw.hset(steps, f"s{step}", b" ".join((head, attempt, released, token, b"0", started, ended, created, rest)))
-    raw.zadd(claims, {f"{len(run)}:{run}{step}": int(created) + int(started)}, xx=True)
-
-
-# What can be ordered. The machine knows which runs there are, and who holds what.
-
-the_machine: st.SearchStrategy[Any] = st.runner()
-runs = the_machine.flatmap(lambda machine: st.sampled_from([machine.runs[0], *machine.runs]))
-steps = st.sampled_from([STEPS[0], STEPS[0], *STEPS])  # one is busier: some histories are to grow long
+machines: st.SearchStrategy[Any] = st.runner()
+runs = machines.flatmap(lambda machine: st.sampled_from([machine.runs[0], *machine.runs]))
+steps = st.sampled_from([STEPS[0], STEPS[0], *STEPS])  # one is used more, for some long histories
 payloads = st.integers(0, 3).map(lambda n: {"n": n})
 inputs = st.dictionaries(steps, payloads, max_size=len(STEPS))
 leases = st.sampled_from([1_000, 2_000, None])
-limits = st.sampled_from([None, None, 1, 2, KEPT])
+limits = st.sampled_from([None, None, 1, 2, MAX_PAST_ATTEMPTS])
 times = st.sampled_from([1, 1, 1, 2, 4])
 
 
 def newest_first(items: list[T]) -> st.SearchStrategy[T]:
-    """One of the last few as often as one of all."""
+    """Draws from the last five items half of the time, and from all items otherwise."""
     return st.sampled_from(items[:-6:-1]) | st.sampled_from(items[::-1])
 
 
 @st.composite
 def holders(draw: st.DrawFn) -> Holder:
-    machine: Machine = draw(the_machine)
+    machine: Machine = draw(machines)
     if machine.holders and draw(st.integers(0, 5)):
         return draw(newest_first(machine.holders))
     run, step = draw(runs), draw(steps)
     return Holder(step_run_id(machine.bench.prefix, run, step), Claim(run, step, None))
 
 
-def order(name: str, *args: st.SearchStrategy[Any], **kwargs: st.SearchStrategy[Any]) -> st.SearchStrategy[Order]:
-    return st.builds(Order, st.just(name), st.tuples(*args), st.fixed_dictionaries(kwargs))
+def operations(
+    name: str, *args: st.SearchStrategy[Any], **kwargs: st.SearchStrategy[Any]
+) -> st.SearchStrategy[Operation]:
+    return st.builds(Operation, st.just(name), st.tuples(*args), st.fixed_dictionaries(kwargs))
 
 
 CLAIMS = {"lease": leases, "max_attempts": limits, "owner": st.sampled_from([None, "worker 1", "worker 2"])}
-BEGIN_STEP = order("begin_step", runs, steps, payloads, **CLAIMS)
-ADVANCE_STEP = order("advance_step", holders(), payloads, steps, payloads, **CLAIMS).filter(
-    lambda order: order.args[0].claim.step != order.args[2]
+BEGIN_STEP = operations("begin_step", runs, steps, payloads, **CLAIMS)
+ADVANCE_STEP = operations("advance_step", holders(), payloads, steps, payloads, **CLAIMS).filter(
+    lambda operation: operation.args[0].claim.step != operation.args[2]
 )
-COMPLETE_STEP = order("complete_step", holders(), payloads, schedule=st.none() | inputs)
-FAIL_STEP = order("fail_step", holders(), payloads)
-EXTEND_CLAIM = order("extend_claim", holders(), leases)
-RELEASE_STEP = order("release_step", holders())
-RETRY_STEP = order("retry_step", runs, steps, owner=st.sampled_from([None, "operator"]))
-SCHEDULE = order("schedule_step", runs, steps, payloads) | order("schedule_steps", runs, inputs)
-DELETE_PENDING_STEPS = order("delete_pending_steps", runs, st.lists(steps, unique=True))
-EXPIRE_RUN = order("expire_run", runs, st.sampled_from([None, 10_000]))
-DELETE_RUN = order("delete_run", runs)
+COMPLETE_STEP = operations("complete_step", holders(), payloads, schedule=st.none() | inputs)
+FAIL_STEP = operations("fail_step", holders(), payloads)
+EXTEND_CLAIM = operations("extend_claim", holders(), leases)
+RELEASE_STEP = operations("release_step", holders())
+RETRY_STEP = operations("retry_step", runs, steps, owner=st.sampled_from([None, "operator"]))
+SCHEDULE = operations("schedule_step", runs, steps, payloads) | operations("schedule_steps", runs, inputs)
+DELETE_PENDING_STEPS = operations("delete_pending_steps", runs, st.lists(steps, unique=True))
+EXPIRE_RUN = operations("expire_run", runs, st.sampled_from([None, 10_000]))
+DELETE_RUN = operations("delete_run", runs)
 ANY = st.one_of(
     BEGIN_STEP,
     COMPLETE_STEP,
@@ -221,18 +110,18 @@ ANY = st.one_of(
 )
 
 
-def rule_for(name: str, orders: st.SearchStrategy[Order]) -> Callable[..., None]:
-    """The rule that orders this, once or as after a number of lost replies."""
+def rule_for(name: str, operations: st.SearchStrategy[Operation]) -> Callable[..., None]:
+    """Returns a rule that sends such an operation, once, or several times as after lost replies."""
 
-    def ordered(self: Machine, order: Order, times: int) -> None:
-        self.send(self.make(order), times)
+    def send(self: Machine, operation: Operation, times: int) -> None:
+        self.send(self.record(operation), times)
 
-    ordered.__name__ = name
-    return rule(order=orders, times=times)(ordered)
+    send.__name__ = name
+    return rule(operation=operations, times=times)(send)
 
 
 class Machine(RuleBasedStateMachine):
-    """A store and the model of it. Each rule does the same to both, and all that can be read is compared after it."""
+    """A store and its model. Each rule does the same to both, and everything readable is compared after it."""
 
     def __init__(self, bench: Bench, store: StepRunStore) -> None:
         super().__init__()
@@ -240,7 +129,7 @@ class Machine(RuleBasedStateMachine):
         self.store = store
         self.model = Model()
         self.runs = RUN_PAIRS[0]
-        self.sent: list[Sent] = []
+        self.recorded: list[RecordedCall] = []
         self.holders: list[Holder] = []
         self.granted: set[int] = set()
 
@@ -262,57 +151,57 @@ class Machine(RuleBasedStateMachine):
     delete_pending_steps = rule_for("delete_pending_steps", DELETE_PENDING_STEPS)
     expire_or_delete_run = rule_for("expire_or_delete_run", EXPIRE_RUN | EXPIRE_RUN | DELETE_RUN)
 
-    @rule(orders=st.lists(ANY, min_size=2, max_size=6))
-    def batch(self, orders: list[Order]) -> None:
-        self.send_all([self.make(order) for order in orders])
+    @rule(operations=st.lists(ANY, min_size=2, max_size=6))
+    def batch(self, operations: list[Operation]) -> None:
+        self.send_batch([self.record(operation) for operation in operations])
 
-    @rule(run=runs, step=steps, times=st.integers(1, KEPT + 2), release=st.booleans())
-    def try_in_vain(self, run: str, step: str, times: int, release: bool) -> None:
-        """Attempts enough to push earlier ones out of the history."""
+    @rule(run=runs, step=steps, times=st.integers(1, MAX_PAST_ATTEMPTS + 2), release=st.booleans())
+    def fill_history(self, run: str, step: str, times: int, release: bool) -> None:
+        """Begins and ends enough attempts to drop earlier ones from the history."""
         holder = Holder(step_run_id(self.bench.prefix, run, step), Claim(run, step, None))
-        begin = Order("begin_step", (run, step, {"n": 0}), {"lease": 1_000})
-        end = Order("release_step", (holder,), {}) if release else Order("fail_step", (holder, {"n": 0}), {})
-        self.send_all([self.make(order) for order in (begin, end) * times])
+        begin = Operation("begin_step", (run, step, {"n": 0}), {"lease": 1_000})
+        end = Operation("release_step", (holder,), {}) if release else Operation("fail_step", (holder, {"n": 0}), {})
+        self.send_batch([self.record(operation) for operation in (begin, end) * times])
 
-    @precondition(lambda self: self.may_come_late())
-    @rule(sent=the_machine.flatmap(lambda machine: newest_first(machine.may_come_late())), times=times)
-    def send_again(self, sent: Sent, times: int) -> None:
-        """A call arrives late, when others have come between: a re-send after a time-out, or the copy it overtook."""
-        self.send(sent, times)
+    @precondition(lambda self: self.resendable())
+    @rule(recorded=machines.flatmap(lambda machine: newest_first(machine.resendable())), times=times)
+    def resend(self, recorded: RecordedCall, times: int) -> None:
+        """Sends an earlier call after others: a re-send after a timeout, or a delayed copy."""
+        self.send(recorded, times)
 
     @precondition(lambda self: self.model.leased_claims())
     @rule(
-        claim=the_machine.flatmap(lambda machine: st.sampled_from(sorted(machine.model.leased_claims()))),
+        claim=machines.flatmap(lambda machine: st.sampled_from(sorted(machine.model.leased_claims()))),
         take_over=st.booleans(),
         lease=leases,
         max_attempts=limits,
     )
     def lapse(self, claim: tuple[str, str], take_over: bool, lease: int | None, max_attempts: int | None) -> None:
         run, step = claim
-        end_lease(self.bench.backend.raw, self.keys[run], run, step)
+        expire_lease(self.bench.backend.raw, self.keys[run], run, step)
         self.model.lapse(run, step)
         if take_over:
-            order = Order("begin_step", (run, step, {"n": -1}), {"lease": lease, "max_attempts": max_attempts})
-            self.send(self.make(order), times=1)
+            begin = Operation("begin_step", (run, step, {"n": -1}), {"lease": lease, "max_attempts": max_attempts})
+            self.send(self.record(begin), times=1)
 
     @precondition(lambda self: self.model.tombstones)
-    @rule(run=the_machine.flatmap(lambda machine: st.sampled_from(sorted(machine.model.tombstones))))
+    @rule(run=machines.flatmap(lambda machine: st.sampled_from(sorted(machine.model.tombstones))))
     def end_tombstone(self, run: str) -> None:
-        """It goes by itself after an hour: waiting for that is the server's business."""
+        """Deletes a tombstone, which would expire after an hour."""
         steps, *_ = self.keys[run]
         assert 3_000_000 < self.bench.backend.raw.pttl(steps) <= 3_600_000
         self.bench.backend.raw.delete(steps)
         self.model.end_tombstone(run)
 
-    @rule(look=st.sampled_from([False] * 9 + [True]))
-    def look_across_runs(self, look: bool) -> None:
-        """Now and then only: each reads 1,024 buckets."""
-        if look:
+    @rule(enabled=st.sampled_from([False] * 9 + [True]))
+    def compare_indexes(self, enabled: bool) -> None:
+        """Runs rarely, because each read takes 1,024 scripts."""
+        if enabled:
             assert {(each.run_id, each.step) for each in self.store.lapsed_claims()} == self.model.lapsed_claims()
             assert {(each.run_id, each.step) for each in self.store.failed_steps()} == self.model.failed_steps()
 
     @invariant()
-    def all_that_is_read_agrees(self) -> None:
+    def reads_agree(self) -> None:
         reads = [
             *(("get_run", run) for run in self.runs),
             *(("scan_steps", run) for run in self.runs),
@@ -321,16 +210,16 @@ class Machine(RuleBasedStateMachine):
             *(("completed_outputs", run) for run in self.runs),
             *(("attempts", run, step) for run in self.runs for step in STEPS),
         ]
-        answers = self.store.batch([getattr(self.store.calls, name)(*args) for name, *args in reads])
-        for (name, *args), answer in zip(reads, answers, strict=True):
+        results = self.store.batch([getattr(self.store.calls, name)(*args) for name, *args in reads])
+        for (name, *args), result in zip(reads, results, strict=True):
             expected = getattr(self.model, name)(*args)
-            assert plain(answer) == expected, (name, *args)
-            if isinstance(answer, dict):
-                assert list(answer) == list(expected)
+            assert as_model(result) == expected, (name, *args)
+            if isinstance(result, dict):
+                assert list(result) == list(expected)
 
     @invariant()
-    def nothing_is_left_behind(self) -> None:
-        """Each field belongs to a record, each index entry to a claim or a failure, and a run's keys expire as one."""
+    def nothing_is_left_over(self) -> None:
+        """Each field has a record, each index entry a claim or failure, and the keys of a run expire together."""
         pipeline = self.bench.backend.raw.pipeline(transaction=False)
         for run in self.runs:
             steps, done, claims, failed = self.keys[run]
@@ -345,8 +234,8 @@ class Machine(RuleBasedStateMachine):
                 if self.model.completed_steps(run):
                     assert (done_ttl > 0) == expires
             bucket = {other for other in self.runs if self.keys[other][2] == self.keys[run][2]}
-            assert set(claims) == members(bucket, self.model.leased_claims())
-            assert set(failed) == members(bucket, self.model.failed_steps())
+            assert set(claims) == index_members(bucket, self.model.leased_claims())
+            assert set(failed) == index_members(bucket, self.model.failed_steps())
 
     def expected_fields(self, run: str) -> set[str]:
         if run in self.model.tombstones:
@@ -357,68 +246,63 @@ class Machine(RuleBasedStateMachine):
         for step, record in self.model.runs[run].records.items():
             kinds = {"completed": "sio", "failed": "sie"}.get(record.status, "si")
             fields |= {kind + step for kind in kinds}
-            fields |= {f"a{attempt.number}:{step}" for attempt in record.remembered[:-1]}
+            fields |= {f"a{attempt.number}:{step}" for attempt in record.kept_attempts[:-1]}
         return fields
 
-    # What the rules share
+    # Helpers of the rules
 
-    def may_come_late(self) -> list[Sent]:
-        """All calls, but for those that were granted a claim of which nothing is known any more.
+    def resendable(self) -> list[RecordedCall]:
+        """Returns all calls except those that acquired a claim of which no record is left.
 
-        Its record was deleted, or it lies further back than the history reaches: there such a begin is a new one.
+        The record was deleted, or the claim has dropped out of the history: a re-send is then a new begin.
         """
-        return [each for each in self.sent if each.id not in self.granted or self.model.remembers(each.id)]
+        return [each for each in self.recorded if each.id not in self.granted or self.model.has_claim_of(each.id)]
 
-    def make(self, order: Order) -> Sent:
-        self.sent.append(Sent(order, order.call(self.store.calls), len(self.sent)))
-        return self.sent[-1]
+    def record(self, operation: Operation) -> RecordedCall:
+        self.recorded.append(RecordedCall(operation, operation.call(self.store.calls), len(self.recorded)))
+        return self.recorded[-1]
 
-    def send(self, sent: Sent, times: int) -> None:
-        """Sends a call; the answer that gets through is the last one, and it is what the first would have been."""
-        answers: list[Any] = []
+    def send(self, recorded: RecordedCall, times: int) -> None:
+        """Sends a call several times, as after lost replies. Each send returns the same."""
+        results: list[Any] = []
         for _ in range(times):
             try:
-                answers.append(self.store.send(sent.call))
-            except (StaleStepRunError, StepRunNotFoundError) as refusal:
-                answers.append(refusal)
-            self.compare(sent, answers[-1])
-        assert all(plain(answer) == plain(answers[0]) for answer in answers)
-        self.look_closely(answers[-1])
+                results.append(self.store.send(recorded.call))
+            except (StaleStepRunError, StepRunNotFoundError) as error:
+                results.append(error)
+            self.compare(recorded, results[-1])
+        assert all(as_model(result) == as_model(results[0]) for result in results)
+        self.compare_with_stored(results[-1])
 
-    def send_all(self, sent: list[Sent]) -> None:
-        for each, answer in zip(sent, self.store.batch([each.call for each in sent]), strict=True):
-            self.compare(each, answer)
+    def send_batch(self, recorded: list[RecordedCall]) -> None:
+        for each, result in zip(recorded, self.store.batch([each.call for each in recorded]), strict=True):
+            self.compare(each, result)
 
-    def compare(self, sent: Sent, answer: object) -> None:
-        assert plain(answer) == sent.order.apply(self.model, sent.id)
-        if sent.order.name == "retry_step" and self.model.remembers(sent.id):
-            self.granted.add(sent.id)
-        if isinstance(answer, BeginResult):
-            assert bool(answer.step_run.token) == (answer.decision == "execute")
-            if answer.step_run.token and sent.id not in self.granted:
-                claim = Claim(answer.step_run.run_id, answer.step_run.step, sent.id)
-                self.holders.append(Holder(answer.step_run, claim))
-                self.granted.add(sent.id)
+    def compare(self, recorded: RecordedCall, result: object) -> None:
+        assert as_model(result) == recorded.operation.apply(self.model, recorded.id)
+        if recorded.operation.name == "retry_step" and self.model.has_claim_of(recorded.id):
+            self.granted.add(recorded.id)
+        if isinstance(result, BeginResult):
+            assert bool(result.step_run.token) == (result.decision == "execute")
+            if result.step_run.token and recorded.id not in self.granted:
+                claim = Claim(result.step_run.run_id, result.step_run.step, recorded.id)
+                self.holders.append(Holder(result.step_run, claim))
+                self.granted.add(recorded.id)
 
-    def look_closely(self, answer: Any) -> None:
-        """A step run that was answered equals the one that is stored, times included, unless that has moved on."""
-        step_run = answer[0] if isinstance(answer, BeginResult | ScheduleResult) else answer
+    def compare_with_stored(self, result: Any) -> None:
+        """Asserts that a returned step run equals the stored one, times included, unless that has changed since."""
+        step_run = result[0] if isinstance(result, BeginResult | ScheduleResult) else result
         if isinstance(step_run, StepRun):
             stored = self.store.get_step_run(step_run.run_id, step_run.step)
-            assert plain(stored) == self.model.get_step_run(step_run.run_id, step_run.step)
+            assert as_model(stored) == self.model.get_step_run(step_run.run_id, step_run.step)
             if stored is None or stored.attempt == step_run.attempt:
                 assert step_run == stored
 
 
-def members(runs: set[str], entries: set[tuple[str, str]]) -> set[bytes]:
-    """Entries as an index of these runs has them."""
-    return {f"{len(run)}:{run}{step}".encode() for run, step in entries if run in runs}
-
-
 @pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")  # two runs, each in one slot
 @pytest.mark.slow
-@pytest.mark.timeout(3_600)  # a failure is made small before it is shown
-def test_the_store_does_what_the_model_does(bench: Bench, store: StepRunStore) -> None:
+@pytest.mark.timeout(3_600)  # shrinking a failure takes long
+def test_store_and_model_return_the_same(bench: Bench, store: StepRunStore) -> None:
     examples = settings.default.max_examples // (14 if bench.backend.name == "fakeredis" else 7)
     run_state_machine_as_test(
         functools.partial(Machine, bench, store), settings=settings(max_examples=examples, report_multiple_bugs=False)
@@ -435,11 +319,11 @@ def release_and_begin_again(store: StepRunStore, claim: StepRun) -> None:
     begun(store.begin_step("run", "pay", {}))
 
 
-class TestABeginThatArrivesLate:
-    """The copy of a call that was overtaken by its own re-send: no caller waits for its reply any more.
+class TestLateBegin:
+    """A delayed copy of a begin arrives after its own re-send, and no caller waits for its reply.
 
-    Granted a second time it would be a claim without a holder, which locks all others out; and as it comes with the
-    token of the first, the first one's StepRun would hold the claim again, against which it is to be fenced.
+    A second claim would have no holder, and would block all other workers. It would also have the token of the first
+    claim, so that the fenced StepRun of the first claim would be valid again.
     """
 
     @pytest.mark.parametrize(
@@ -452,9 +336,11 @@ class TestABeginThatArrivesLate:
             fail_and_begin_again,
             release_and_begin_again,
         ],
-        ids=["completed", "failed", "released", "released by its id", "failed and begun", "released and begun"],
+        ids=["completed", "failed", "released", "released by id", "failed and begun", "released and begun"],
     )
-    def test_it_is_not_granted_again(self, bench: Bench, store: StepRunStore, then: Callable[..., object]) -> None:
+    def test_late_begin_acquires_no_second_claim(
+        self, bench: Bench, store: StepRunStore, then: Callable[..., object]
+    ) -> None:
         call = store.calls.begin_step("run", "pay", {}, lease=60)
         then(store, begun(store.send(call)))
         before = bench.dump()
@@ -464,12 +350,12 @@ class TestABeginThatArrivesLate:
         assert bench.dump() == before
 
     @pytest.mark.parametrize("max_attempts", [None, 1])
-    def test_it_is_not_granted_again_after_its_lease(
+    def test_late_begin_after_a_takeover_acquires_no_claim(
         self, bench: Bench, store: StepRunStore, max_attempts: int | None
     ) -> None:
         call = store.calls.begin_step("run", "pay", {}, lease=60)
         begun(store.send(call))
-        end_lease(bench.backend.raw, bench.keys("run"), "run", "pay")
+        expire_lease(bench.backend.raw, bench.keys("run"), "run", "pay")
         taken_over = store.begin_step("run", "pay", {}, max_attempts=max_attempts)
         assert taken_over.exhausted == (max_attempts == 1)
         before = bench.dump()

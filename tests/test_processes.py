@@ -1,4 +1,4 @@
-"""Real operating-system processes, threads and tasks, all at one step or one run at the same moment."""
+"""Processes, threads and tasks that use one step or one run at the same time."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ DEADLINE = 60.0
 Connect = Callable[[], Any]
 
 
-def in_processes(count: int, work: Callable[..., Any], *args: Any, method: str = "fork") -> list[Any]:
-    """Returns what `work(index, barrier, *args)` returns in each of that many processes."""
+def run_in_processes(count: int, work: Callable[..., Any], *args: Any, method: str = "fork") -> list[Any]:
+    """Runs `work(index, barrier, *args)` in `count` processes, and returns their results."""
     context: Any = multiprocessing.get_context(method)
     barrier = context.Barrier(count)
     started = []
     for index in range(count):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(sender, work, index, barrier, *args), daemon=True)
+        process = context.Process(target=_send_result, args=(sender, work, index, barrier, *args), daemon=True)
         process.start()
         sender.close()
         started.append((process, receiver))
-    answers = []
+    results = []
     for process, receiver in started:
-        assert receiver.poll(DEADLINE), f"{process} does not answer"
-        answers.append(receiver.recv())
+        assert receiver.poll(DEADLINE), f"{process} sent no result within {DEADLINE} seconds"
+        results.append(receiver.recv())
         receiver.close()
         process.join(DEADLINE)
         assert process.exitcode == 0
         process.close()
-    assert not [answer for answer in answers if isinstance(answer, _Failure)]
-    return answers
+    assert not [result for result in results if isinstance(result, _Failure)]
+    return results
 
 
 class _Failure(str):
@@ -57,29 +57,29 @@ class _Failure(str):
     __repr__ = str.__str__
 
 
-def _answer(sender: Any, work: Callable[..., Any], *args: Any) -> None:
+def _send_result(sender: Any, work: Callable[..., Any], *args: Any) -> None:
     try:
         sender.send(work(*args))
-    except Exception:  # noqa: BLE001 -- the parent fails with it
+    except Exception:  # noqa: BLE001 -- the parent process reports it
         sender.send(_Failure(traceback.format_exc()))
 
 
 def begin_at_once(index: int, barrier: Barrier, connect: Connect, prefix: str) -> BeginResult:
     client = connect()
     store = StepRunStore(client, prefix=prefix)
-    store.get_run("run")  # is connected
+    store.get_run("run")  # connects
     barrier.wait(DEADLINE)
     result = store.begin_step("run", "pay", {"from": index}, lease=60, owner=f"process-{index}")
     client.close()
     return result
 
 
-class TestOneStepAtOnce:
+class TestConcurrentBegin:
     @pytest.mark.parametrize(("method", "count"), [("fork", 64), ("spawn", 3)])
-    def test_of_many_processes_one_executes(self, backend: Backend, method: str, count: int) -> None:
+    def test_one_of_many_processes_executes(self, backend: Backend, method: str, count: int) -> None:
         prefix = f"test-at-once-{method}"
 
-        results = in_processes(count, begin_at_once, backend.connect, prefix, method=method)
+        results = run_in_processes(count, begin_at_once, backend.connect, prefix, method=method)
 
         executing = [index for index, result in enumerate(results) if result.decision == "execute"]
         assert len(executing) == 1
@@ -89,7 +89,7 @@ class TestOneStepAtOnce:
         client = backend.connect()
         store = StepRunStore(client, prefix=prefix)
         assert [attempt.number for attempt in store.attempts("run", "pay")] == [1]
-        # The claim came through the pickle; the others carry none.
+        # Only the result of the process that executes carries a claim.
         for result in results:
             if result.decision == "skip":
                 with pytest.raises(StaleStepRunError, match="carries no claim"):
@@ -97,12 +97,12 @@ class TestOneStepAtOnce:
         assert store.complete_step(results[executing[0]].step_run, {"receipt": 7}).output == {"receipt": 7}
         client.close()
 
-    def test_of_many_threads_that_share_a_store_one_executes(self, backend: Backend) -> None:
+    def test_one_of_many_threads_with_one_store_executes(self, backend: Backend) -> None:
         client = backend.connect()
         store = StepRunStore(client, prefix="test-threads")
         barrier = threading.Barrier(32)
         results: list[BeginResult] = []
-        mistaken: list[Any] = []
+        unexpected: list[Any] = []
 
         def work(index: int) -> None:
             barrier.wait(DEADLINE)
@@ -110,7 +110,7 @@ class TestOneStepAtOnce:
             for number in range(10):
                 own = store.begin_step(f"run-{index}", f"step-{number}", {"from": index, "n": number})
                 if own.decision != "execute" or own.step_run.input != {"from": index, "n": number}:
-                    mistaken.append(own)
+                    unexpected.append(own)
 
         threads = [threading.Thread(target=work, args=(index,)) for index in range(32)]
         for thread in threads:
@@ -121,14 +121,14 @@ class TestOneStepAtOnce:
         assert [result.reason for result in results].count(None) == 1
         assert [result.reason for result in results].count("busy") == 31
         assert len({result.step_run.input["from"] for result in results}) == 1
-        assert mistaken == []
+        assert unexpected == []
         client.close()
 
-    def test_of_many_tasks_that_share_a_store_one_executes(self, backend: Backend, runner: asyncio.Runner) -> None:
+    def test_one_of_many_tasks_with_one_store_executes(self, backend: Backend, runner: asyncio.Runner) -> None:
         async def main() -> None:
-            client = backend.connect_asyncio(max_connections=200)  # redis-py's own pools have 100, and do not wait
+            client = backend.connect_asyncio(max_connections=200)  # redis-py's default is 100; an exhausted pool raises
             store = AsyncStepRunStore(client, prefix="test-tasks")
-            await store.get_run("run")  # is connected
+            await store.get_run("run")  # connects
 
             results = await asyncio.gather(*(store.begin_step("run", "pay", {"from": n}) for n in range(200)))
             own = await asyncio.gather(*(store.begin_step(f"run-{n}", "pay", {"from": n}) for n in range(200)))
@@ -142,10 +142,10 @@ class TestOneStepAtOnce:
         runner.run(main())
 
     @pytest.mark.servers("cluster")
-    def test_many_tasks_may_be_the_first_to_use_a_cluster_client(
+    def test_tasks_that_share_a_new_cluster_client_are_never_redirected(
         self, backend: Backend, runner: asyncio.Runner
     ) -> None:
-        """Each finds its node: redis-py reacts to a few MOVED by closing the connections of all other tasks."""
+        """After a few MOVED replies, redis-py would close the connections of all other tasks."""
 
         async def main() -> None:
             client = backend.connect_asyncio(max_connections=200)
@@ -165,7 +165,7 @@ class TestOneStepAtOnce:
         assert moved() == before
 
 
-# Takes a claim, hands it out, and works until it is killed.
+# Acquires a claim, prints it, and waits until it is killed.
 HOLDER = """
 import base64, pickle, sys
 connect, prefix = pickle.loads(base64.b64decode(sys.argv[1]))
@@ -176,7 +176,7 @@ sys.stdin.read()
 """
 
 
-def test_a_killed_holder_is_taken_over_when_its_lease_ends(bench: Bench, store: StepRunStore) -> None:
+def test_killed_holder_is_taken_over_when_its_lease_ends(bench: Bench, store: StepRunStore) -> None:
     argument = base64.b64encode(pickle.dumps((bench.backend.connect, bench.prefix))).decode()
     command = [sys.executable, "-c", HOLDER, argument]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -207,7 +207,7 @@ def test_a_killed_holder_is_taken_over_when_its_lease_ends(bench: Bench, store: 
     assert outcomes == [("victim", Outcome.LEASE_EXPIRED), (None, Outcome.COMPLETED)]
 
 
-def work_on_an_inherited_store(index: int, barrier: Barrier, store: StepRunStore) -> list[Any]:
+def complete_steps_with_an_inherited_store(index: int, barrier: Barrier, store: StepRunStore) -> list[Any]:
     barrier.wait(DEADLINE)
     seen = []
     for number in range(25):
@@ -219,27 +219,27 @@ def work_on_an_inherited_store(index: int, barrier: Barrier, store: StepRunStore
     return seen
 
 
-def test_a_store_that_was_connected_before_the_fork_works_in_every_child(backend: Backend) -> None:
+def test_store_connected_before_a_fork_works_in_every_child(backend: Backend) -> None:
     client = backend.connect()
     store = StepRunStore(client, prefix="test-fork")
     for number in range(12):
-        store.begin_step(f"before-{number}", "pay", {})  # is connected, to all nodes
+        store.begin_step(f"before-{number}", "pay", {})  # connects to all nodes
 
-    answers = in_processes(8, work_on_an_inherited_store, store)
+    results = run_in_processes(8, complete_steps_with_an_inherited_store, store)
 
-    for index, answered in enumerate(answers):
+    for index, result in enumerate(results):
         inputs = [{"process": index, "number": number} for number in range(25)]
         expected = [(f"run-{index}", f"step-{input['number']}", input, {"of": input}) for input in inputs]
-        assert answered[:-1] == expected
-    assert sorted(answered[-1] for answered in answers) == ["execute"] + ["skip"] * 7
-    # And in the parent it goes on working.
+        assert result[:-1] == expected
+    assert sorted(result[-1] for result in results) == ["execute"] + ["skip"] * 7
+    # It still works in the parent.
     assert begun(store.begin_step("after", "pay", {"n": 1})).input == {"n": 1}
     assert len(store.completed_steps("run-7")) == 25
     client.close()
 
 
 def complete_steps(index: int, barrier: Barrier, connect: Connect, prefix: str) -> tuple[list[str], list[list[str]]]:
-    """Completes its share of the run's steps, one by one and in batches; returns them, and every order that it read."""
+    """Completes 30 steps, singly and in a batch; returns them, and each completion order that it read."""
     client = connect()
     store = StepRunStore(client, prefix=prefix)
     steps = [f"step-{index}-{number}" for number in range(30)]
@@ -258,47 +258,49 @@ def complete_steps(index: int, barrier: Barrier, connect: Connect, prefix: str) 
 
 
 def test_steps_completed_by_many_processes_have_one_order(backend: Backend) -> None:
-    answers = in_processes(8, complete_steps, backend.connect, "test-order")
+    results = run_in_processes(8, complete_steps, backend.connect, "test-order")
 
     client = backend.connect()
     order = StepRunStore(client, prefix="test-order").completed_steps("run")
     client.close()
-    assert sorted(order) == sorted(step for steps, _ in answers for step in steps)
-    for steps, seen in answers:
+    assert sorted(order) == sorted(step for steps, _ in results for step in steps)
+    for steps, seen in results:
         assert [step for step in order if step in steps] == steps
         assert seen[-1] == seen[-2] == order
-        # No step ever appears before one that was read earlier.
+        # A later read only appends to an earlier one.
         assert all(order[: len(earlier)] == earlier for earlier in seen)
 
 
-def take_over(index: int, barrier: Barrier, connect: Connect, prefix: str, claim: StepRun) -> tuple[str, bool]:
-    """Every other process is the zombie that held the lapsed claim; the others want to take it over."""
+def complete_or_take_over(
+    index: int, barrier: Barrier, connect: Connect, prefix: str, claim: StepRun
+) -> tuple[str, bool]:
+    """Completes the expired claim in processes of an even index, and takes it over in the others."""
     client = connect()
     store = StepRunStore(client, prefix=prefix)
     store.get_run("run")
     barrier.wait(DEADLINE)
     if index % 2:
-        answer = ("begin", store.begin_step("run", "pay", {"from": index}, lease=60).decision == "execute")
+        result = ("begin", store.begin_step("run", "pay", {"from": index}, lease=60).decision == "execute")
     else:
         try:
             store.complete_step(claim, {"from": index})
-            answer = ("complete", True)
+            result = ("complete", True)
         except StaleStepRunError:
-            answer = ("complete", False)
+            result = ("complete", False)
     client.close()
-    return answer
+    return result
 
 
 @pytest.mark.parametrize("attempt", range(2))
-def test_a_late_completion_and_a_takeover_exclude_each_other(backend: Backend, attempt: int) -> None:
+def test_late_completion_and_takeover_exclude_each_other(backend: Backend, attempt: int) -> None:
     bench = Bench(backend, None, f"test-late-{attempt}")
     store = bench.store()
     claim = begun(store.begin_step("run", "pay", {}, lease=0.001))
     bench.lapse(claim)
 
-    answers = in_processes(8, take_over, backend.connect, bench.prefix, claim)
+    results = run_in_processes(8, complete_or_take_over, backend.connect, bench.prefix, claim)
 
-    assert [won for _, won in answers].count(True) == 1
+    assert [won for _, won in results].count(True) == 1
     (current,) = store.get_run("run")
     assert (current.status, current.attempt) in {("completed", 1), ("running", 2)}
     bench.close()

@@ -1,4 +1,4 @@
-"""`retry_step` and `retry_run`: what failed can be claimed again, with attempts that count anew."""
+"""`retry_step` and `retry_run`: failed steps can be claimed again, and their attempt counter is reset."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from squidstep_redis import (
     StepStatus,
 )
 
-# Not on a cluster: one run is one slot: a cluster adds nothing here.
+# A run is in one slot, so a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
 
 
-def failed(store: StepRunStore, times: int = 1, step: str = "pay", lease: float | None = None) -> StepRun:
-    """A step that failed so often; the last claim on it."""
+def fail_step(store: StepRunStore, times: int = 1, step: str = "pay", lease: float | None = None) -> StepRun:
+    """Begins and fails a step `times` times; returns the last claim."""
     claim = None
     for number in range(times):
         claim = begun(store.begin_step("run", step, {"given": number}, lease=lease, owner=f"w{number}"))
@@ -35,12 +35,13 @@ def failed(store: StepRunStore, times: int = 1, step: str = "pay", lease: float 
 
 
 def outcomes(store: StepRunStore) -> list[tuple[int, str | None, Outcome, Any]]:
+    """Returns number, owner, outcome and error of each attempt."""
     return [attempt[:4] for attempt in store.attempts("run", "pay")]
 
 
 class TestRetryStep:
-    def test_the_step_is_pending_with_the_input_it_had(self, store: StepRunStore) -> None:
-        failed(store, 2)
+    def test_retried_step_is_pending_with_its_last_input(self, store: StepRunStore) -> None:
+        fail_step(store, 2)
 
         retried = store.retry_step("run", "pay", owner="me")
 
@@ -57,18 +58,18 @@ class TestRetryStep:
             (4, None, Outcome.RUNNING, None),
         ]
 
-    @pytest.mark.parametrize("most", [1, 2, 3])
-    def test_max_attempts_count_anew(self, store: StepRunStore, most: int) -> None:
-        failed(store, 3)
-        assert store.begin_step("run", "pay", {}, max_attempts=most).exhausted
+    @pytest.mark.parametrize("limit", [1, 2, 3])
+    def test_attempt_counter_is_reset(self, store: StepRunStore, limit: int) -> None:
+        fail_step(store, 3)
+        assert store.begin_step("run", "pay", {}, max_attempts=limit).exhausted
 
         store.retry_step("run", "pay")
 
-        for _ in range(most):
-            store.fail_step(begun(store.begin_step("run", "pay", {}, max_attempts=most)), {})
-        assert store.begin_step("run", "pay", {}, max_attempts=most).exhausted
+        for _ in range(limit):
+            store.fail_step(begun(store.begin_step("run", "pay", {}, max_attempts=limit)), {})
+        assert store.begin_step("run", "pay", {}, max_attempts=limit).exhausted
 
-    def test_an_exhausted_claim_that_lapsed(self, bench: Bench, store: StepRunStore) -> None:
+    def test_exhausted_step_can_be_begun_again(self, bench: Bench, store: StepRunStore) -> None:
         bench.lapse(begun(store.begin_step("run", "pay", {}, lease=0.001, owner="w")))
         assert store.begin_step("run", "pay", {}, max_attempts=1).exhausted
 
@@ -78,7 +79,7 @@ class TestRetryStep:
         assert store.attempts("run", "pay")[0].error is not None
         assert begun(store.begin_step("run", "pay", {}, max_attempts=1)).attempt == 3
 
-    def test_a_claim_that_lapsed_counts_as_failed(self, bench: Bench, store: StepRunStore) -> None:
+    def test_step_with_an_expired_claim_can_be_retried(self, bench: Bench, store: StepRunStore) -> None:
         claim = begun(store.begin_step("run", "pay", {}, lease=0.001, owner="w"))
         bench.lapse(claim)
 
@@ -90,25 +91,25 @@ class TestRetryStep:
         with pytest.raises(StaleStepRunError):
             store.complete_step(claim, {})
 
-    def test_old_tokens_stay_refused(self, bench: Bench, store: StepRunStore) -> None:
-        claim = failed(store)
+    def test_claims_before_the_retry_stay_stale(self, bench: Bench, store: StepRunStore) -> None:
+        claim = fail_step(store)
         store.retry_step("run", "pay")
         before = bench.dump()
 
         calls = store.calls
-        for refused in (
+        for call in (
             calls.complete_step(claim, {}),
             calls.extend_claim(claim, 60),
             calls.release_step(claim),
             calls.fail_step(claim, {"of": "another"}),
         ):
             with pytest.raises(StaleStepRunError):
-                store.send(refused)
+                store.send(call)
         assert bench.dump() == before
-        assert store.fail_step(claim, {"of": 0}).status is StepStatus.FAILED  # the same call, sent again
+        assert store.fail_step(claim, {"of": 0}).status is StepStatus.FAILED  # the same call, re-sent
         assert bench.dump() == before
 
-    def test_a_begin_that_is_sent_again_claims_nothing(self, store: StepRunStore) -> None:
+    def test_resent_begin_acquires_no_claim(self, store: StepRunStore) -> None:
         begin = store.calls.begin_step("run", "pay", {})
         store.fail_step(begun(store.send(begin)), {})
         store.retry_step("run", "pay")
@@ -117,7 +118,7 @@ class TestRetryStep:
         assert store.step_statuses("run") == {"pay": StepStatus.PENDING}
 
     @pytest.mark.parametrize("state", ["live", "unleased", "completed"])
-    def test_what_is_at_work_or_done_is_refused(self, bench: Bench, store: StepRunStore, state: str) -> None:
+    def test_running_or_completed_step_is_rejected(self, bench: Bench, store: StepRunStore, state: str) -> None:
         claim = begun(store.begin_step("run", "pay", {}, lease=60 if state == "live" else None))
         if state == "completed":
             store.complete_step(claim, {})
@@ -130,13 +131,13 @@ class TestRetryStep:
         assert bench.dump() == before
 
     @pytest.mark.parametrize("how", ["scheduled", "released", "retried"])
-    def test_what_is_pending_stays_as_it_is(self, bench: Bench, store: StepRunStore, how: str) -> None:
+    def test_pending_step_is_not_changed(self, bench: Bench, store: StepRunStore, how: str) -> None:
         if how == "scheduled":
             store.schedule_step("run", "pay", {"given": 1})
         elif how == "released":
             store.release_step(begun(store.begin_step("run", "pay", {"given": 1})))
         else:
-            failed(store)
+            fail_step(store)
             store.retry_step("run", "pay")
         before = bench.dump()
 
@@ -144,7 +145,7 @@ class TestRetryStep:
 
         assert bench.dump() == before
 
-    def test_what_is_not_there(self, bench: Bench, store: StepRunStore) -> None:
+    def test_missing_step_or_run_is_rejected(self, bench: Bench, store: StepRunStore) -> None:
         for run in ("none", "run"):
             with pytest.raises(StepRunNotFoundError):
                 store.retry_step(run, "pay")
@@ -155,17 +156,17 @@ class TestRetryStep:
         with pytest.raises(InvalidArgumentError, match="owner"):
             store.retry_step("run", "pay", owner="a\nb")
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_sent_again_it_takes_effect_once(self, bench: Bench, losing: int) -> None:
-        failed(bench.store())
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_retry_takes_effect_once(self, bench: Bench, lost_replies: int) -> None:
+        fail_step(bench.store())
 
-        retried = bench.store(losing=losing).retry_step("run", "pay")
+        retried = bench.store(lost_replies=lost_replies).retry_step("run", "pay")
 
         assert retried == bench.store().get_step_run("run", "pay")
         assert retried.attempt == 2
 
-    def test_sent_again_late_it_disturbs_no_later_claim(self, bench: Bench, store: StepRunStore) -> None:
-        failed(store)
+    def test_late_resend_does_not_change_a_later_attempt(self, bench: Bench, store: StepRunStore) -> None:
+        fail_step(store)
         retry = store.calls.retry_step("run", "pay")
         first = store.send(retry)
         store.fail_step(begun(store.begin_step("run", "pay", {})), {})
@@ -176,8 +177,8 @@ class TestRetryStep:
         assert (again.status, again.attempt) == (first.status, first.attempt)
         assert bench.dump() == before
 
-    def test_the_history_stays_bounded(self, bench: Bench, store: StepRunStore) -> None:
-        failed(store, 9)
+    def test_history_stays_bounded(self, bench: Bench, store: StepRunStore) -> None:
+        fail_step(store, 9)
 
         for _ in range(3):
             store.retry_step("run", "pay")
@@ -187,9 +188,9 @@ class TestRetryStep:
         fields = bench.backend.raw.hkeys(bench.keys("run")[0])
         assert len([field for field in fields if field[:1] == b"a"]) == 8
 
-    def test_it_renews_the_expiry(self, bench: Bench) -> None:
+    def test_retry_renews_the_expiry(self, bench: Bench) -> None:
         store = bench.store(run_ttl=100)
-        failed(store)
+        fail_step(store)
         for key in bench.keys("run")[:2]:
             bench.backend.raw.expire(key, 10)
 
@@ -198,9 +199,9 @@ class TestRetryStep:
         assert 90 < bench.backend.raw.ttl(bench.keys("run")[0]) <= 100
 
     @pytest.mark.parametrize("key", [0, 1, 2, 3])
-    def test_a_key_of_another_type_is_refused(self, bench: Bench, store: StepRunStore, key: int) -> None:
+    def test_key_of_another_type_is_rejected(self, bench: Bench, store: StepRunStore, key: int) -> None:
         store.complete_step(begun(store.begin_step("run", "done", {})), {})
-        failed(store)
+        fail_step(store)
         bench.backend.raw.delete(bench.keys("run")[key])
         bench.backend.raw.set(bench.keys("run")[key], "x")
         before = bench.dump()
@@ -213,10 +214,10 @@ class TestRetryStep:
 
 
 class TestRetryRun:
-    def test_all_failed_steps_and_no_others(self, bench: Bench, store: StepRunStore) -> None:
+    def test_exactly_the_failed_steps_are_retried(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "pending", {})
         store.complete_step(begun(store.begin_step("run", "completed", {})), {})
-        failed(store, step="one")
+        fail_step(store, step="one")
         begun(store.begin_step("run", "running", {}))
         bench.lapse(begun(store.begin_step("run", "exhausted", {}, lease=0.001)))
         assert store.begin_step("run", "exhausted", {}, max_attempts=1).exhausted
@@ -235,15 +236,15 @@ class TestRetryRun:
         }
         assert store.retry_run("run") == []
 
-    @pytest.mark.servers("valkey", "redis-7", "redis-6")  # fakeredis takes ten seconds for it
-    def test_thousands(self, store: StepRunStore) -> None:
+    @pytest.mark.servers("valkey", "redis-7", "redis-6")  # on fakeredis it takes ten seconds
+    def test_run_of_1100_failed_steps_is_retried_completely(self, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(1_100)]
         claims = in_batch(store, [store.calls.begin_step("run", step, {}) for step in steps])
         store.batch([store.calls.fail_step(claim.step_run, {}) for claim in claims])
 
         assert [each.step for each in store.retry_run("run")] == steps
 
-    def test_what_is_not_there_or_corrupt(self, bench: Bench, store: StepRunStore) -> None:
+    def test_missing_or_corrupt_run_is_rejected(self, bench: Bench, store: StepRunStore) -> None:
         with pytest.raises(StepRunNotFoundError):
             store.retry_run("run")
         store.complete_step(begun(store.begin_step("run", "done", {})), {})

@@ -1,4 +1,4 @@
-"""What is sent again, for how long, and what the errors say when a call does not get through."""
+"""Retries of a call, their deadline, and the errors that a failed call raises."""
 
 from __future__ import annotations
 
@@ -36,59 +36,61 @@ from squidstep_redis.operations.calls import Calls
 from squidstep_redis.transport.client import ClientFacts
 from squidstep_redis.transport.retry import RetryPolicy, RetryState
 
-on_a_real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
+real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 CALL = Calls("squidstep", None, 1_000, None).begin_step("run", "pay", {})
 
-# What redis-py raises for the words of each server; and Redis 6.2 for what a script was refused.
+# The exceptions that redis-py raises for refusals, and whether each is transient. Redis 6.2 wraps those of scripts.
 REFUSALS: dict[str, tuple[Exception, bool]] = {
     "loading": (exceptions.BusyLoadingError("Redis is loading the dataset in memory"), True),
     "read-only": (exceptions.ReadOnlyError("You can't write against a read only replica."), True),
-    "a script on a replica": (
+    "read-only, in a script": (
         exceptions.ResponseError("Error running script (call to f_0): @user_script:3: -READONLY You can't write"),
         True,
     ),
     "busy": (exceptions.ResponseError("BUSY Redis is busy running a script. You can only call SCRIPT KILL"), True),
     "try again": (exceptions.TryAgainError("Multiple keys request during rehashing of slot"), True),
-    "try again, and again": (exceptions.ClusterError("TTL exhausted."), True),
+    "too many redirects": (exceptions.ClusterError("TTL exhausted."), True),
     "cluster down": (exceptions.ClusterDownError("Hash slot not served"), True),
     "master down": (exceptions.MasterDownError("Link with MASTER is down"), True),
     "too few replicas": (exceptions.ResponseError("NOREPLICAS Not enough good replicas to write."), True),
     "out of memory": (exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), True),
-    "a script out of memory": (
+    "out of memory, in a script": (
         exceptions.ResponseError("Error running script (call to f_0): @user_script:3: -OOM command not allowed"),
         True,
     ),
-    "a disk that is full": (exceptions.ResponseError("MISCONF Errors writing to the AOF file"), True),
-    "no user": (exceptions.AuthenticationError("invalid username-password pair"), False),
-    "no rights": (exceptions.NoPermissionError("User x has no permissions to run the 'evalsha' command"), False),
-    "a node of a cluster": (exceptions.MovedError("1 127.0.0.1:7000"), False),
+    "disk full": (exceptions.ResponseError("MISCONF Errors writing to the AOF file"), True),
+    "wrong password": (exceptions.AuthenticationError("invalid username-password pair"), False),
+    "no permission": (exceptions.NoPermissionError("User x has no permissions to run the 'evalsha' command"), False),
+    "moved": (exceptions.MovedError("1 127.0.0.1:7000"), False),
 }
-UNANSWERED: dict[str, Exception] = {
-    "cut": exceptions.ConnectionError("Connection closed by server."),
-    "slow": exceptions.TimeoutError("Timeout reading from socket"),
-    "no cluster": exceptions.RedisClusterException("Redis Cluster cannot be connected."),
+NO_REPLY: dict[str, Exception] = {
+    "connection closed": exceptions.ConnectionError("Connection closed by server."),
+    "timeout": exceptions.TimeoutError("Timeout reading from socket"),
+    "cluster unreachable": exceptions.RedisClusterException("Redis Cluster cannot be connected."),
 }
-OTHERS: dict[str, Exception] = {
-    "half-way": exceptions.ResponseError("ACL failure in script: User has no permissions to run the 'zadd' command"),
-    "whatever": exceptions.ResponseError("unknown command 'EVALSHA'"),
+OTHER_ERRORS: dict[str, Exception] = {
+    "refused midway": exceptions.ResponseError(
+        "ACL failure in script: User has no permissions to run the 'zadd' command"
+    ),
+    "unknown command": exceptions.ResponseError("unknown command 'EVALSHA'"),
 }
 
 
 def raised(error: Exception, *before: Exception, timeout: float = 0.0) -> ServerError:
-    """What becomes of a call that met these errors, one after the other."""
-    sending = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
+    """Returns what a call raises whose last send fails with `error`, after earlier sends failed with `before`."""
+    state = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
     for earlier in before:
-        sending.next_pause(earlier)
-    end_retries(sending, timeout)
+        state.next_pause(earlier)
+    end_retries(state, timeout)
     with pytest.raises(ServerError) as caught:
-        sending.next_pause(error)
+        state.next_pause(error)
     return caught.value
 
 
-class TestWhatTheErrorsSay:
+class TestServerErrors:
     @pytest.mark.parametrize("name", REFUSALS)
-    def test_a_refusal_wrote_nothing(self, name: str) -> None:
+    def test_refused_call_has_written_nothing(self, name: str) -> None:
         cause, transient = REFUSALS[name]
         error = raised(cause)
         assert type(error) is RefusedError
@@ -97,64 +99,66 @@ class TestWhatTheErrorsSay:
         assert "nothing was written" in str(error)
         assert "What to do: " in str(error)
 
-    @pytest.mark.parametrize("name", [*UNANSWERED, *OTHERS])
-    def test_what_was_not_answered_may_have_happened(self, name: str) -> None:
-        error = raised({**UNANSWERED, **OTHERS}[name])
+    @pytest.mark.parametrize("name", [*NO_REPLY, *OTHER_ERRORS])
+    def test_call_without_a_reply_has_an_unknown_outcome(self, name: str) -> None:
+        error = raised({**NO_REPLY, **OTHER_ERRORS}[name])
         assert type(error) is OutcomeUnknownError
-        assert error.transient is (name in UNANSWERED)
+        assert error.transient is (name in NO_REPLY)
         assert error.call is CALL
         assert "unknown" in str(error)
 
     @pytest.mark.parametrize("name", REFUSALS)
-    def test_a_refusal_of_the_second_sending_says_nothing_of_the_first(self, name: str) -> None:
-        error = raised(REFUSALS[name][0], UNANSWERED["cut"])
+    def test_refusal_of_a_resend_leaves_the_outcome_unknown(self, name: str) -> None:
+        error = raised(REFUSALS[name][0], NO_REPLY["connection closed"])
         assert type(error) is OutcomeUnknownError
         assert "no reply to an earlier attempt, and was refused now" in str(error)
 
-    @pytest.mark.parametrize("error", [raised(UNANSWERED["cut"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"])
-    def test_they_travel_by_pickle(self, error: ServerError) -> None:
+    @pytest.mark.parametrize(
+        "error", [raised(NO_REPLY["connection closed"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"]
+    )
+    def test_errors_survive_pickling(self, error: ServerError) -> None:
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy), copy.transient) == (type(error), str(error), error.transient)
 
-    def test_one_that_was_not_replicated_travels_too(self) -> None:
+    def test_pickled_replication_error_loses_call_and_result(self) -> None:
         error = NotReplicatedError("begin_step", "run", "pay", "0 of 1 replicas", True, CALL, object(), 0)
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), copy.call, copy.result, copy.replicas) == (str(error), None, None, 0)
 
-    def test_all_are_errors_of_this_library(self) -> None:
+    def test_server_errors_are_squidstep_errors(self) -> None:
         assert issubclass(ServerError, SquidstepError)
 
 
-class TestPatience:
-    @pytest.mark.parametrize("name", [*UNANSWERED, *(name for name in REFUSALS if REFUSALS[name][1])])
-    def test_what_may_pass_is_sent_again_but_for_what_needs_somebody(self, name: str) -> None:
-        error = UNANSWERED.get(name) or REFUSALS[name][0]
-        sending = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
-        if name in ("out of memory", "a script out of memory", "a disk that is full"):
+class TestRetryPolicy:
+    @pytest.mark.parametrize("name", [*NO_REPLY, *(name for name in REFUSALS if REFUSALS[name][1])])
+    def test_transient_errors_are_retried_unless_memory_or_disk_is_full(self, name: str) -> None:
+        error = NO_REPLY.get(name) or REFUSALS[name][0]
+        state = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
+        if name in ("out of memory", "out of memory, in a script", "disk full"):
             with pytest.raises(RefusedError):
-                sending.next_pause(error)
+                state.next_pause(error)
         else:
-            pauses = [sending.next_pause(error) for _ in range(12)]
+            pauses = [state.next_pause(error) for _ in range(12)]
             assert all(0 < pause <= 0.5 for pause in pauses)
             assert pauses[-1] > pauses[0]
 
-    def test_a_call_may_be_sent_but_once(self) -> None:
-        sending = RetryState(CALL._replace(retryable=False), time.monotonic(), RetryPolicy(60, 1, 0))
+    def test_call_that_is_not_retryable_is_sent_once(self) -> None:
+        state = RetryState(CALL._replace(retryable=False), time.monotonic(), RetryPolicy(60, 1, 0))
         with pytest.raises(OutcomeUnknownError):
-            sending.next_pause(UNANSWERED["cut"])
+            state.next_pause(NO_REPLY["connection closed"])
 
-    def test_time_is_left_for_the_last_one(self) -> None:
-        sending = RetryState(CALL, time.monotonic() - 6, RetryPolicy.of(10, OURS))
+    def test_no_retry_starts_without_time_for_its_reply(self) -> None:
+        state = RetryState(CALL, time.monotonic() - 6, RetryPolicy.of(10, OWN_CLIENT))
         with pytest.raises(OutcomeUnknownError):
-            sending.next_pause(UNANSWERED["slow"])
+            state.next_pause(NO_REPLY["timeout"])
 
-    def test_a_client_that_is_slower_than_that_still_gets_half(self) -> None:
+    def test_slow_client_reserves_half_of_the_timeout(self) -> None:
         slow = ClientFacts(False, 5, 5, sends=11, decodes=False, reuses_dirty_connections=False)
         assert RetryPolicy.of(10, slow) == (10, 11, 5)
 
     @pytest.mark.parametrize("name", ["timeout", "wait_timeout"])
     @pytest.mark.parametrize("value", [0, -1, float("nan"), 3_601, "1", True])
-    def test_spans_that_are_refused(self, name: str, value: Any) -> None:
+    def test_invalid_timeout_is_rejected(self, name: str, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{name}: must be seconds"):
             StepRunStore(redis.Redis(), **{name: value})
 
@@ -168,16 +172,16 @@ class TestPatience:
             ({"wait_replicas": 1, "wait_timeout": 5}, "wait_timeout"),  # as long as the client's own
         ],
     )
-    def test_durabilities_that_are_refused(self, settings: dict[str, Any], argument: str) -> None:
+    def test_invalid_durability_setting_is_rejected(self, settings: dict[str, Any], argument: str) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):
             StepRunStore(redis.Redis(socket_timeout=5), **settings)
 
 
-OURS = ClientFacts(False, 3.0, 1.5, sends=1, decodes=False, reuses_dirty_connections=False)
+OWN_CLIENT = ClientFacts(False, 3.0, 1.5, sends=1, decodes=False, reuses_dirty_connections=False)
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[int]:
+def silent_server() -> Iterator[int]:
     """Returns the port of a server that accepts connections and never replies."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
         yield listener.getsockname()[1]
@@ -185,13 +189,13 @@ def deaf() -> Iterator[int]:
 
 @pytest.mark.servers("valkey")
 @pytest.mark.parametrize("word", ["OOM", "NOPERM"])
-def test_of_a_batch_that_was_sent_before_a_refusal_says_nothing(bench: Bench, word: str) -> None:
-    """The first time its reply was lost; the second time the server refused: what the first one did is not known."""
+def test_refusal_after_a_lost_reply_leaves_a_batch_unknown(bench: Bench, word: str) -> None:
+    """The reply to the first send is lost, and the server refuses the second: the first may have taken effect."""
     with Proxy.to(bench.backend.raw) as proxy:
         store = bench.from_url(f"redis://127.0.0.1:{proxy.port}")
         with contextlib.closing(store), proxy.batches(1, 1):
             proxy.drop()
-            proxy.answer(f"-{word} no\r\n".encode())
+            proxy.replace_replies(f"-{word} no\r\n".encode())
             (result,) = store.batch([store.calls.begin_step("run", "pay", {})])
     assert type(result) is OutcomeUnknownError
     assert bench.store().step_statuses("run") == {"pay": "running"}
@@ -199,27 +203,26 @@ def test_of_a_batch_that_was_sent_before_a_refusal_says_nothing(bench: Bench, wo
 
 @pytest.mark.servers("fakeredis")
 @pytest.mark.parametrize("error", [builtins.TimeoutError("alarm"), builtins.ConnectionError("alarm")], ids=repr)
-def test_what_a_signal_handler_raises_is_not_taken_for_the_servers(bench: Bench, error: Exception) -> None:
-    """Many a handler raises Python's own TimeoutError."""
-    asked: list[Any] = []
+def test_exception_of_a_signal_handler_is_no_server_error(bench: Bench, error: Exception) -> None:
+    """Many handlers raise Python's own TimeoutError."""
+    commands: list[Any] = []
 
     def interrupted(*args: Any, **options: Any) -> Any:
-        asked.append(args)
+        commands.append(args)
         raise error
 
     store: Any = bench.store()
-    made = store if bench.runner is None else store.store
-    replace_client(made, SimpleNamespace(execute_command=interrupted))
+    replace_client(store if bench.runner is None else store.store, SimpleNamespace(execute_command=interrupted))
     with pytest.raises(type(error), match="^alarm$"):
         store.begin_step("run", "pay", {})
-    assert len(asked) == 1
+    assert len(commands) == 1
 
 
 @pytest.mark.servers("valkey")
-class TestNobodyThere:
-    """One deadline for a call, whatever is wrong."""
+class TestUnreachableServer:
+    """A call has one deadline, whatever fails."""
 
-    def test_nobody_listens(self, bench: Bench) -> None:
+    def test_closed_port_raises_not_sent(self, bench: Bench) -> None:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
             with contextlib.closing(
@@ -231,9 +234,12 @@ class TestNobodyThere:
                     store.batch([store.calls.begin_step("run", "pay", {})])
 
     @pytest.mark.parametrize("batch", [False, True])
-    def test_nobody_answers(self, bench: Bench, batch: bool) -> None:
-        """It does not come to the call: redis-py says hello first."""
-        with deaf() as port, contextlib.closing(bench.from_url(f"redis://127.0.0.1:{port}", timeout=1)) as store:
+    def test_silent_server_raises_not_sent_at_the_deadline(self, bench: Bench, batch: bool) -> None:
+        """The call itself is never sent: redis-py waits for the reply to its handshake."""
+        with (
+            silent_server() as port,
+            contextlib.closing(bench.from_url(f"redis://127.0.0.1:{port}", timeout=1)) as store,
+        ):
             call = store.calls.begin_step("run", "pay", {})
 
             def seconds() -> float:
@@ -242,10 +248,10 @@ class TestNobodyThere:
                     _ = store.batch([call, call]) if batch else store.send(call)
                 return time.monotonic() - began
 
-            # Without one deadline each send takes a timeout of three seconds. A stall is not taken for that.
+            # Without one deadline, each send would take three seconds. The repetition tolerates a stall.
             assert any(seconds() < 4 for _ in range(3))
 
-    def test_a_pool_that_is_exhausted(self, bench: Bench) -> None:
+    def test_exhausted_pool_raises_not_sent(self, bench: Bench) -> None:
         with (
             Proxy.to(bench.backend.raw) as proxy,
             contextlib.closing(
@@ -254,7 +260,7 @@ class TestNobodyThere:
         ):
             client: Any = store.client
             pipeline = client.pipeline()
-            finish(bench, pipeline.watch("key"))  # which holds a connection
+            finish(bench, pipeline.watch("key"))  # holds a connection
             with pytest.raises(NotSentError, match="nothing was sent"):
                 store.begin_step("run", "pay", {})
             finish(bench, pipeline.reset())
@@ -278,7 +284,7 @@ class TestDurability:
     """WAIT and WAITAOF, on the connection of the transition."""
 
     @pytest.mark.servers("valkey")
-    def test_what_is_acknowledged_is_on_the_replica(
+    def test_acknowledged_write_is_on_the_replica(
         self, bench: Bench, pair: tuple[EmbeddedServer, EmbeddedServer]
     ) -> None:
         master, replica = pair
@@ -295,7 +301,7 @@ class TestDurability:
             assert len(reader.get_run("run")) == 6
 
     @pytest.mark.servers("valkey")
-    def test_a_replica_that_hangs_leaves_the_outcome_unknown_and_it_can_be_waited_for_again(
+    def test_wait_for_a_hanging_replica_can_be_repeated(
         self, bench: Bench, pair: tuple[EmbeddedServer, EmbeddedServer]
     ) -> None:
         master, replica = pair
@@ -307,7 +313,7 @@ class TestDurability:
                 error = caught.value
                 assert (error.replicas, error.result.decision, error.step) == (0, "execute", "hang")
                 assert error.call is not None
-                # The same call writes nothing now. On a new connection there would be nothing to wait for.
+                # The same call writes nothing now. A new connection would have no write of its own to wait for.
                 another = bench.from_url(master.url, wait_replicas=1, wait_timeout=0.05)
                 with contextlib.closing(another), pytest.raises(NotReplicatedError):
                     another.send(error.call)
@@ -317,12 +323,12 @@ class TestDurability:
                 assert cast("Any", read).status == "running"
             finally:
                 replica.resume()
-            patient = bench.from_url(master.url, wait_replicas=1, wait_timeout=2)
-            with contextlib.closing(patient):
-                assert patient.send(error.call).step_run.attempt == 1
+            resumed = bench.from_url(master.url, wait_replicas=1, wait_timeout=2)
+            with contextlib.closing(resumed):
+                assert resumed.send(error.call).step_run.attempt == 1
 
     @pytest.mark.servers("valkey")
-    def test_a_read_waits_for_nobody(self, bench: Bench) -> None:
+    def test_reads_do_not_wait_for_replicas(self, bench: Bench) -> None:
         with Proxy.to(bench.backend.raw) as proxy:
             store = bench.from_url(f"redis://127.0.0.1:{proxy.port}", wait_replicas=1, wait_timeout=0.01)
             with contextlib.closing(store):
@@ -330,8 +336,8 @@ class TestDurability:
                 assert store.batch([store.calls.get_run("run")]) == [[]]
             assert "WAIT" not in proxy.names()
 
-    @on_a_real_server
-    def test_without_replicas_the_master_still_did_it(self, bench: Bench) -> None:
+    @real_server
+    def test_write_takes_effect_on_the_master_without_replicas(self, bench: Bench) -> None:
         store = bench.store(wait_replicas=1, wait_timeout=0.01)
         with pytest.raises(NotReplicatedError) as caught:
             store.schedule_step("run", "pay", {})
@@ -339,7 +345,7 @@ class TestDurability:
         assert bench.store().schedule_step("run", "pay", {}).decision == "skip"
 
     @pytest.mark.servers("cluster")
-    def test_on_a_cluster_it_is_waited_for_on_the_node(self, bench: Bench) -> None:
+    def test_missing_replicas_of_a_cluster_raise_not_replicated(self, bench: Bench) -> None:
         store = bench.store(wait_replicas=1, wait_timeout=0.01)
         for number in range(6):
             with pytest.raises(NotReplicatedError):
@@ -348,13 +354,13 @@ class TestDurability:
         assert [type(result) for result in results] == [NotReplicatedError] * 6
 
     @pytest.mark.servers("valkey")
-    def test_a_server_that_cannot_wait_for_its_aof_says_so(self, bench: Bench) -> None:
-        store = bench.store(wait_aof=True)  # this server has none
+    def test_server_without_an_aof_raises_not_replicated(self, bench: Bench) -> None:
+        store = bench.store(wait_aof=True)  # this server has no AOF
         with pytest.raises(NotReplicatedError, match="WAITAOF failed: "):
             store.schedule_step("run", "pay", {})
 
     @pytest.mark.servers("valkey")
-    def test_the_mark_is_in_the_slot_of_the_run_and_does_not_stay(self, bench: Bench) -> None:
+    def test_wait_mark_expires_in_the_slot_of_the_run(self, bench: Bench) -> None:
         with contextlib.suppress(NotReplicatedError):
             bench.store(wait_replicas=1, wait_timeout=0.01).schedule_step("run", "pay", {})
         mark = bench.keys("run")[2].removesuffix(b"claims") + b"wait"

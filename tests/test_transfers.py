@@ -1,4 +1,4 @@
-"""A run that is exported and imported is the same in all that it shows: across stores, prefixes and codecs."""
+"""`export_run` and `import_run`: an imported run equals the exported one, across stores, prefixes and codecs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from squidstep_redis import (
 )
 from squidstep_redis.operations.documents import from_json, to_json
 
-# Not on a cluster: one run is one slot: a cluster adds nothing here.
+# A run is in one slot, so a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
 
-ODD: dict[Any, Any] = {
+UNUSUAL: dict[Any, Any] = {
     "bytes": bytes(range(256)),
     "when": datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC),
     "infinite": [float("inf"), float("-inf"), -0.0, 1e300, 2**64 - 1, -(2**63)],
@@ -51,7 +51,7 @@ PAYLOADS = st.recursive(
 )
 
 
-class Compressing:
+class CompressingCodec:
     def encode(self, payload: dict[str, Any]) -> bytes:
         return zlib.compress(MsgpackCodec().encode(payload))
 
@@ -60,13 +60,13 @@ class Compressing:
 
 
 def prepare(bench: Bench, store: StepRunStore, run: str = "run") -> StepRun:
-    """A run with a step in every state, and a history; the claim of the running one."""
-    store.schedule_steps(run, {"second": ODD, "deleted": {}, "scheduled ☃": {}})
+    """Creates a run with a step in every state, and a history; returns the claim of the running step."""
+    store.schedule_steps(run, {"second": UNUSUAL, "deleted": {}, "scheduled ☃": {}})
     store.delete_pending_steps(run, ["deleted"])
-    store.complete_step(begun(store.begin_step(run, "first", ODD, owner="w 1")), ODD)
+    store.complete_step(begun(store.begin_step(run, "first", UNUSUAL, owner="w 1")), UNUSUAL)
     store.complete_step(begun(store.begin_step(run, "second", {}, lease=60)), {"second": 2})
     for number in range(11):
-        store.fail_step(begun(store.begin_step(run, "failed", {}, owner=f"w{number}")), {"of": number, "odd": ODD})
+        store.fail_step(begun(store.begin_step(run, "failed", {}, owner=f"w{number}")), {"of": number, "odd": UNUSUAL})
     bench.lapse(begun(store.begin_step(run, "exhausted", {}, lease=0.001)))
     assert store.begin_step(run, "exhausted", {}, max_attempts=1).exhausted
     store.release_step(begun(store.begin_step(run, "released", {"x": 1}, owner="w")))
@@ -74,11 +74,11 @@ def prepare(bench: Bench, store: StepRunStore, run: str = "run") -> StepRun:
     store.retry_step(run, "retried", owner="me")
     bench.lapse(begun(store.begin_step(run, "lapsed", {}, lease=0.001)))
     begun(store.begin_step(run, "unleased", {}))
-    return begun(store.begin_step(run, "running", ODD, lease=60, owner="w"))
+    return begun(store.begin_step(run, "running", UNUSUAL, lease=60, owner="w"))
 
 
-def shown(store: StepRunStore, run: str = "run") -> Any:
-    """Every field that the reads show."""
+def all_fields(store: StepRunStore, run: str = "run") -> Any:
+    """Returns every field that the reads return."""
     step_runs = store.get_run(run)
     names = [name for name in dir(StepRun) if name[0] != "_" and name not in ("prefix", "id", "after_transition")]
     fields = [{name: getattr(step_run, name) for name in names} for step_run in step_runs]
@@ -86,20 +86,20 @@ def shown(store: StepRunStore, run: str = "run") -> Any:
     return fields, attempts, store.completed_steps(run), store.completed_outputs(run), store.step_statuses(run)
 
 
-def travelled(document: dict[str, Any]) -> dict[str, Any]:
+def through_json(document: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(document, allow_nan=False))
 
 
-class TestTheSame:
+class TestRoundTrip:
     @pytest.mark.slow
-    def test_in_every_field(self, bench: Bench, store: StepRunStore) -> None:
+    def test_imported_run_is_equal_in_every_field(self, bench: Bench, store: StepRunStore) -> None:
         prepare(bench, store)
         other = bench.store(prefix=f"{bench.prefix}-other")
 
-        assert other.import_run(travelled(store.export_run("run"))) == "run"
+        assert other.import_run(through_json(store.export_run("run"))) == "run"
 
-        assert shown(other) == shown(store)
-        assert len(shown(store)[0]) == 10
+        assert all_fields(other) == all_fields(store)
+        assert len(all_fields(store)[0]) == 10
         assert other.export_run("run") == store.export_run("run")
         for read in ("failed_steps", "lapsed_claims", "live_claims"):
             assert [(each.run_id, each.step) for each in getattr(other, read)()] == [
@@ -108,16 +108,16 @@ class TestTheSame:
         assert other.runs().runs == store.runs().runs
 
     @pytest.mark.servers("valkey", "redis-7")
-    def test_on_another_server(self, bench: Bench, store: StepRunStore) -> None:
+    def test_run_can_be_imported_into_another_server(self, bench: Bench, store: StepRunStore) -> None:
         prepare(bench, store)
-        with running("fakeredis") as elsewhere:
-            other = StepRunStore(elsewhere.raw)
-            other.import_run(travelled(store.export_run("run")))
-            assert shown(other) == shown(store)
+        with running("fakeredis") as backend:
+            other = StepRunStore(backend.raw)
+            other.import_run(through_json(store.export_run("run")))
+            assert all_fields(other) == all_fields(store)
 
-    def test_it_goes_on_where_it_was(self, bench: Bench, store: StepRunStore) -> None:
+    def test_imported_run_continues_where_it_was(self, bench: Bench, store: StepRunStore) -> None:
         claim = prepare(bench, store)
-        document = travelled(store.export_run("run"))
+        document = through_json(store.export_run("run"))
         store.delete_run("run", tombstone=0.001)
         bench.backend.raw.delete(*bench.keys("run")[:2])
 
@@ -135,35 +135,35 @@ class TestTheSame:
         with pytest.raises(StaleStepRunError):
             store.complete_step(claim, {"done": 2})
 
-    @pytest.mark.parametrize("into", [None, Compressing()])
-    def test_with_another_codec(self, bench: Bench, into: Any) -> None:
-        store = bench.store(codec=Compressing())
+    @pytest.mark.parametrize("codec", [None, CompressingCodec()], ids=["default", "compressing"])
+    def test_run_can_be_imported_with_another_codec(self, bench: Bench, codec: Any) -> None:
+        store = bench.store(codec=CompressingCodec())
         prepare(bench, store)
-        other = bench.store(prefix=f"{bench.prefix}-other", codec=into)
+        other = bench.store(prefix=f"{bench.prefix}-other", codec=codec)
 
-        other.import_run(travelled(store.export_run("run")))
+        other.import_run(through_json(store.export_run("run")))
 
-        assert shown(other) == shown(store)
+        assert all_fields(other) == all_fields(store)
 
-    def test_what_the_codec_cannot_read_is_kept_as_it_is(self, bench: Bench, store: StepRunStore) -> None:
-        prepare(bench, bench.store(codec=Compressing()))
-        document = travelled(store.export_run("run"))
+    def test_payloads_that_cannot_be_decoded_are_copied_unchanged(self, bench: Bench, store: StepRunStore) -> None:
+        prepare(bench, bench.store(codec=CompressingCodec()))
+        document = through_json(store.export_run("run"))
 
-        other = bench.store(prefix=f"{bench.prefix}-other", codec=Compressing())
+        other = bench.store(prefix=f"{bench.prefix}-other", codec=CompressingCodec())
         other.import_run(document)
 
-        assert shown(other) == shown(bench.store(codec=Compressing()))
+        assert all_fields(other) == all_fields(bench.store(codec=CompressingCodec()))
         with pytest.raises(UndecodablePayloadError):
             _ = store.get_run("run")[0].input
 
-    def test_the_ttl_begins_anew(self, bench: Bench) -> None:
+    def test_ttl_starts_at_the_import(self, bench: Bench) -> None:
         store = bench.store(run_ttl=100)
         store.complete_step(begun(store.begin_step("run", "a", {})), {})
         held = bench.store(run_ttl=200)
         begun(held.begin_step("held", "a", {}))
         other = bench.store(prefix=f"{bench.prefix}-other")
         for run in ("run", "held"):
-            other.import_run(travelled(store.export_run(run)))
+            other.import_run(through_json(store.export_run(run)))
         raw, keys = bench.backend.raw, bench.store(prefix=other.calls.prefix).calls.keys
 
         assert all(90 < raw.ttl(key) <= 100 for key in keys.run("run").keys[:2])
@@ -171,23 +171,23 @@ class TestTheSame:
         other.complete_step(other.get_run("held")[0].id, {})
         assert 190 < raw.ttl(keys.run("held").keys.steps) <= 200
 
-    def test_who_waits_for_a_step_stays_behind(self, bench: Bench, store: StepRunStore) -> None:
+    def test_waiters_for_a_step_are_not_exported(self, bench: Bench, store: StepRunStore) -> None:
         begun(store.begin_step("run", "a", {}))
-        bench.backend.raw.hset(bench.keys("run")[0], "wa", "1")  # as wait_for_step leaves it
+        bench.backend.raw.hset(bench.keys("run")[0], "wa", "1")  # as wait_for_step writes it
         other = bench.store(prefix=f"{bench.prefix}-other")
 
-        other.import_run(travelled(store.export_run("run")))
+        other.import_run(through_json(store.export_run("run")))
 
         assert set(bench.backend.raw.hkeys(other.calls.keys.run("run").keys.steps)) == {b"r", b"m", b"sa", b"ia"}
 
-    @pytest.mark.servers("valkey", "redis-7", "redis-6")  # fakeredis takes ten seconds for it
-    def test_a_run_of_thousands_of_steps(self, bench: Bench, store: StepRunStore) -> None:
+    @pytest.mark.servers("valkey", "redis-7", "redis-6")  # on fakeredis it takes ten seconds
+    def test_run_of_2100_steps_is_imported_completely(self, bench: Bench, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(2_100)]
         claims = in_batch(store, [store.calls.begin_step("run", step, {}) for step in steps])
         store.batch([store.calls.complete_step(claim.step_run, {}) for claim in reversed(claims)])
         other = bench.store(prefix=f"{bench.prefix}-other")
 
-        other.import_run(travelled(store.export_run("run")))
+        other.import_run(through_json(store.export_run("run")))
 
         assert other.completed_steps("run") == steps[::-1]
         assert list(other.step_statuses("run")) == steps
@@ -195,35 +195,37 @@ class TestTheSame:
     @pytest.mark.slow
     @settings(max_examples=settings.default.max_examples // 2)
     @given(st.dictionaries(st.text(), PAYLOADS))
-    def test_any_payload_comes_back_from_json(self, payload: dict[str, Any]) -> None:
+    def test_any_payload_survives_json(self, payload: dict[str, Any]) -> None:
         assert from_json(json.loads(json.dumps(to_json(payload), allow_nan=False))) == payload
 
-    def test_odd_payloads_come_back_from_json(self) -> None:
-        assert repr(from_json(travelled(to_json(ODD)))) == repr(ODD)
+    def test_unusual_payload_survives_json(self) -> None:
+        assert repr(from_json(through_json(to_json(UNUSUAL)))) == repr(UNUSUAL)
 
 
 @functools.cache
 def valid_document() -> dict[str, Any]:
-    """A document to make invalid, in a copy."""
+    """Returns a valid document. Change only a copy: it is cached."""
     with running("fakeredis") as backend:
         bench = Bench(backend, None, "squidstep")
         prepare(bench, bench.store())
-        return travelled(bench.store().export_run("run"))
+        return through_json(bench.store().export_run("run"))
 
 
-class TestRefused:
+class TestRejected:
     @pytest.fixture
     def document(self, bench: Bench, store: StepRunStore) -> dict[str, Any]:
         prepare(bench, store)
-        return travelled(store.export_run("run"))
+        return through_json(store.export_run("run"))
 
-    def test_a_run_that_is_there(self, bench: Bench, store: StepRunStore, document: dict[str, Any]) -> None:
+    def test_existing_run_is_not_overwritten(self, bench: Bench, store: StepRunStore, document: dict[str, Any]) -> None:
         before = bench.dump()
         with pytest.raises(RunExistsError, match="'run': already exists"):
             store.import_run(document)
         assert bench.dump() == before
 
-    def test_a_run_that_was_deleted(self, bench: Bench, store: StepRunStore, document: dict[str, Any]) -> None:
+    def test_deleted_run_cannot_be_imported_or_exported(
+        self, bench: Bench, store: StepRunStore, document: dict[str, Any]
+    ) -> None:
         store.delete_run("run")
         before = bench.dump()
         with pytest.raises(RunDeletedError):
@@ -232,23 +234,23 @@ class TestRefused:
         with pytest.raises(RunDeletedError):
             store.export_run("run")
 
-    def test_no_run(self, store: StepRunStore) -> None:
+    def test_missing_run_cannot_be_exported(self, store: StepRunStore) -> None:
         with pytest.raises(StepRunNotFoundError, match="there is no such run"):
             store.export_run("run")
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_sent_again_it_takes_effect_once(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_import_takes_effect_once(self, bench: Bench, lost_replies: int) -> None:
         begun(bench.store().begin_step("run", "a", {}))
         document = bench.store().export_run("run")
         other = f"{bench.prefix}-other"
 
-        assert bench.store(prefix=other, losing=losing).import_run(document) == "run"
+        assert bench.store(prefix=other, lost_replies=lost_replies).import_run(document) == "run"
 
         with pytest.raises(RunExistsError):
             bench.store(prefix=other).import_run(document)
 
-    @pytest.mark.parametrize("key", [2, 3])
-    def test_an_index_of_another_type(self, bench: Bench, store: StepRunStore, key: int) -> None:
+    @pytest.mark.parametrize("key", [2, 3], ids=["claims", "failed"])
+    def test_index_of_another_type_rejects_the_import(self, bench: Bench, store: StepRunStore, key: int) -> None:
         begun(store.begin_step("run", "a", {}))
         document = store.export_run("run")
         store.delete_run("run", tombstone=0.001)
@@ -298,7 +300,7 @@ class TestRefused:
             (("steps", 3, "history"), None),
         ],
     )
-    def test_what_is_no_document(self, bench: Bench, path: Any, value: Any) -> None:
+    def test_invalid_document_is_rejected(self, bench: Bench, path: Any, value: Any) -> None:
         broken = copy.deepcopy(valid_document())
         part: Any = broken
         for name in path[:-1]:
@@ -313,18 +315,18 @@ class TestRefused:
 
     @pytest.mark.servers("fakeredis")
     @pytest.mark.parametrize("value", [None, [], "{}", 7, {}])
-    def test_what_is_nothing_of_the_kind(self, store: StepRunStore, value: Any) -> None:
+    def test_value_that_is_no_document_is_rejected(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^document"):
             store.import_run(value)
 
     @pytest.mark.servers("fakeredis")
-    def test_a_payload_that_the_store_does_not_take(self, bench: Bench, document: dict[str, Any]) -> None:
+    def test_payload_over_the_size_limit_is_rejected(self, bench: Bench, document: dict[str, Any]) -> None:
         other = bench.store(prefix=f"{bench.prefix}-other", max_payload_bytes=100)
         with pytest.raises(PayloadError, match=r"document\['steps'\]\[0\]\['input'\]"):
             other.import_run(document)
 
 
-def test_times_are_exact(store: StepRunStore) -> None:
+def test_exported_lease_end_is_exact(store: StepRunStore) -> None:
     begun(store.begin_step("run", "a", {}, lease=timedelta(days=3, milliseconds=7)))
     document = store.export_run("run")
     (step,) = document["steps"]

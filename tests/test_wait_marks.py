@@ -1,4 +1,4 @@
-"""`wait_for_step`: the mark that it leaves on a step, and which stream entry or time ends its pauses."""
+"""`wait_for_step`: its mark on a step, and the stream entries and times that end its pauses."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_waiter_polls_once_a_second_without_a_notification(store: StepRunStore) 
     assert (ended.value.value.status, ended.value.value.output) == (StepStatus.COMPLETED, {"receipt": 7})
 
 
-def test_waiter_for_a_missing_step_polls_at_least_once_a_second(store: StepRunStore) -> None:
+def test_waiter_polls_a_missing_step_at_least_every_second(store: StepRunStore) -> None:
     waiting = store.calls.wait_for_step("run", "pay", LONG)
     pauses: list[float] = []
 

@@ -1,4 +1,4 @@
-"""wait_for_step: woken by the script that ends the step, and right when the wake-up is lost."""
+"""`wait_for_step`: the script that ends a step notifies its waiters, and a lost notification does no harm."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from squidstep_redis import (
     StepStatus,
     WaitTimeoutError,
 )
-from squidstep_redis.operations import waiting as waiting_rules
+from squidstep_redis.operations import waiting as waiting_module
 
-LONG = 30
+LONG = 30  # seconds
 
 
 @contextmanager
 def waiting(bench: Bench, store: StepRunStore, *steps: str, timeout: float = LONG) -> Iterator[list[Future[StepRun]]]:
-    """In the block, a waiter waits for each of the steps, and the server knows."""
+    """In the block, one thread per step waits for it."""
     with ThreadPoolExecutor(len(steps)) as threads:
         yield [threads.submit(waiter(bench), step, timeout) for step in steps]
 
 
 def waiter(bench: Bench) -> Callable[[str, float], StepRun]:
-    """What waits in a thread of its own: on a client of its own, for the runner has one thread."""
+    """Returns a function that waits in another thread, with its own blocking client."""
     other = Bench(bench.backend, None, bench.prefix)
 
     def wait(step: str, timeout: float) -> StepRun:
@@ -50,19 +50,20 @@ def waiter(bench: Bench) -> Callable[[str, float], StepRun]:
 
 
 def is_awaited(bench: Bench, step: str = "pay") -> bool:
+    """Returns whether the step has the mark of a waiter."""
     return bench.field("run", f"w{step}") is not None
 
 
 @pytest.fixture
-def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A waiter that is not woken up is not heard of again."""
-    monkeypatch.setattr(waiting_rules, "_LAST_POLL", 2 * LONG)
+def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiter that is not notified waits until its test fails."""
+    monkeypatch.setattr(waiting_module, "_LAST_POLL", 2 * LONG)
 
 
 ENDS: dict[str, Callable[[StepRunStore, StepRun], Any]] = {
     "complete_step": lambda store, claim: store.complete_step(claim, {"receipt": 7}),
     "complete_step by id": lambda store, claim: store.complete_step(claim.id, {"receipt": 7}),
-    "complete_step, with successors": lambda store, claim: store.complete_step(
+    "complete_step with successors": lambda store, claim: store.complete_step(
         claim, {"receipt": 7}, schedule={"b": {}}
     ),
     "advance_step": lambda store, claim: store.advance_step(claim, {"receipt": 7}, "next", {}),
@@ -72,8 +73,8 @@ ENDS: dict[str, Callable[[StepRunStore, StepRun], Any]] = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_the_script_that_ends_the_step_wakes_who_waits(
-    bench: Bench, store: StepRunStore, never_looks_again: None, how: str
+def test_every_waiter_is_notified_when_the_step_ends(
+    bench: Bench, store: StepRunStore, no_polls: None, how: str
 ) -> None:
     claim = begun(store.begin_step("run", "pay", {"amount": 1}, lease=60))
     with waiting(bench, store, "pay", "pay", "pay") as waiters:
@@ -85,7 +86,7 @@ def test_the_script_that_ends_the_step_wakes_who_waits(
 
 
 @pytest.mark.parametrize("ttl", [None, 60])
-def test_each_step_has_its_own(bench: Bench, never_looks_again: None, ttl: float | None) -> None:
+def test_waiters_are_notified_of_their_own_step_only(bench: Bench, no_polls: None, ttl: float | None) -> None:
     store = bench.store(run_ttl=ttl)
     claims = {step: begun(store.begin_step("run", step, {})) for step in ("a", "b")}
     with waiting(bench, store, "a", "b") as (a, b):
@@ -98,16 +99,16 @@ def test_each_step_has_its_own(bench: Bench, never_looks_again: None, ttl: float
 
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
-def test_what_is_over_is_answered_at_once(store: StepRunStore, status: str) -> None:
+def test_step_that_has_ended_is_returned_at_once(store: StepRunStore, status: str) -> None:
     claim = begun(store.begin_step("run", "pay", {}))
     ended = store.complete_step(claim, {"receipt": 7}) if status == "completed" else store.fail_step(claim, {"no": 1})
     assert store.wait_for_step("run", "pay", LONG) == ended
 
 
-def test_a_wake_up_that_is_lost_does_no_harm(
+def test_waiter_survives_a_lost_notification(
     bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting_rules, "_LAST_POLL", 0.1)
+    monkeypatch.setattr(waiting_module, "_LAST_POLL", 0.1)
     claim = begun(store.begin_step("run", "pay", {}))
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))
@@ -116,13 +117,13 @@ def test_a_wake_up_that_is_lost_does_no_harm(
         assert waiter.result(LONG).output == {"receipt": 7}
 
 
-def test_a_waiter_may_come_before_the_step(bench: Bench, store: StepRunStore) -> None:
+def test_waiter_can_start_before_the_step_exists(bench: Bench, store: StepRunStore) -> None:
     with waiting(bench, store, "pay") as (waiter,):
         store.complete_step(begun(store.begin_step("run", "pay", {})), {"receipt": 7})
         assert waiter.result(LONG).output == {"receipt": 7}
 
 
-def test_a_takeover_is_waited_out(bench: Bench, store: StepRunStore, never_looks_again: None) -> None:
+def test_waiter_waits_through_a_takeover(bench: Bench, store: StepRunStore, no_polls: None) -> None:
     lost = begun(store.begin_step("run", "pay", {}, lease=60))
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))
@@ -132,7 +133,7 @@ def test_a_takeover_is_waited_out(bench: Bench, store: StepRunStore, never_looks
 
 
 @pytest.mark.parametrize("begin", [False, True])
-def test_the_timeout(store: StepRunStore, begin: bool) -> None:
+def test_timeout_raises_an_error_with_the_current_state(store: StepRunStore, begin: bool) -> None:
     if begin:
         store.begin_step("run", "pay", {})
     started = time.monotonic()
@@ -150,10 +151,8 @@ def test_the_timeout(store: StepRunStore, begin: bool) -> None:
     assert isinstance(caught.value, TimeoutError)
 
 
-def test_a_run_that_is_deleted_is_not_waited_for(
-    bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(waiting_rules, "_LAST_POLL", 0.1)
+def test_deleted_run_ends_the_wait(bench: Bench, store: StepRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_module, "_LAST_POLL", 0.1)
     store.begin_step("run", "pay", {})
     with waiting(bench, store, "pay") as (waiter,):
         wait_until(lambda: is_awaited(bench))
@@ -162,13 +161,13 @@ def test_a_run_that_is_deleted_is_not_waited_for(
             waiter.result(LONG)
 
 
-def test_nothing_is_written_where_nobody_waits(bench: Bench, store: StepRunStore) -> None:
+def test_notification_key_is_written_only_for_waiters(bench: Bench, store: StepRunStore) -> None:
     store.complete_step(begun(store.begin_step("run", "pay", {})), {})
     store.wait_for_step("run", "pay", 1)
     assert {key.rpartition(b":")[2] for key in bench.backend.keys(bench.prefix)} == {b"steps", b"done"}
 
 
-def test_what_is_left_behind_goes_by_itself(bench: Bench, store: StepRunStore) -> None:
+def test_notification_key_expires_after_a_waiter_has_left(bench: Bench, store: StepRunStore) -> None:
     claim = begun(store.begin_step("run", "pay", {}))
     with pytest.raises(WaitTimeoutError):
         store.wait_for_step("run", "pay", 0.01)
@@ -178,13 +177,13 @@ def test_what_is_left_behind_goes_by_itself(bench: Bench, store: StepRunStore) -
 
 
 @pytest.mark.parametrize("timeout", [0, -1, "1", None])
-def test_a_timeout_that_is_none_is_refused(store: StepRunStore, timeout: Any) -> None:
+def test_invalid_timeout_is_rejected(store: StepRunStore, timeout: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="^timeout: "):
         store.wait_for_step("run", "pay", timeout)
 
 
 @pytest.mark.servers("valkey")
-def test_a_key_of_another_type_in_its_place_keeps_no_completion_back(bench: Bench, store: StepRunStore) -> None:
+def test_wrong_type_of_notification_key_prevents_no_completion(bench: Bench, store: StepRunStore) -> None:
     claim = begun(store.begin_step("run", "pay", {}))
     wake = bench.keys("run")[0].replace(b":steps", b":wake")
     bench.backend.raw.set(wake, "other")
@@ -195,22 +194,22 @@ def test_a_key_of_another_type_in_its_place_keeps_no_completion_back(bench: Benc
 
 
 @pytest.mark.servers("valkey", "cluster")
-def test_a_short_socket_timeout_is_no_failure(bench: Bench, store: StepRunStore) -> None:
-    """What blocks for longer than the client waits for an answer would be cut off."""
+def test_wait_can_outlast_the_socket_timeout(bench: Bench, store: StepRunStore) -> None:
+    """A single blocking command that lasts longer than the socket timeout would fail."""
     claim = begun(store.begin_step("run", "pay", {}))
-    impatient = bench.store(client_options={"socket_timeout": 0.2})
+    waiting_store = bench.store(client_options={"socket_timeout": 0.2})
     other = Bench(bench.backend, None, bench.prefix)
     timer = threading.Timer(0.5, lambda: other.store().complete_step(claim, {"n": 1}))
     timer.start()
-    assert impatient.wait_for_step("run", "pay", LONG).output == {"n": 1}
+    assert waiting_store.wait_for_step("run", "pay", LONG).output == {"n": 1}
     timer.join()
     other.close()
 
 
-def test_many_tasks_wait_on_one_client(
-    backend: Backend, runner: asyncio.Runner, never_looks_again: None, tmp_path: Path
+def test_many_tasks_can_wait_with_one_client(
+    backend: Backend, runner: asyncio.Runner, no_polls: None, tmp_path: Path
 ) -> None:
-    """Each has a connection of its own meanwhile, and none holds up the loop."""
+    """Each task uses its own connection while it waits, and none blocks the event loop."""
     bench = Bench(backend, runner, tmp_path.name)
     store: Any = cast("Any", bench.store()).store
 

@@ -51,7 +51,7 @@ def test_lease_is_rounded_to_the_nearest_millisecond(store: StepRunStore, lease:
 class TestLeaseLeft:
     """`lease_left` counts from the moment before the call was sent: the server cannot have received it earlier."""
 
-    def test_time_passes(self, clock: Clock) -> None:
+    def test_lease_left_decreases_with_time(self, clock: Clock) -> None:
         claim = granted_claim(LEASE)
         assert claim.lease_left == LEASE
 
@@ -61,7 +61,7 @@ class TestLeaseLeft:
         assert claim.lease_left == 0
 
     @fakeredis_only
-    def test_slow_reply_to_the_claim_shortens_it(self, store: StepRunStore, clock: Clock) -> None:
+    def test_slow_reply_to_the_claim_shortens_lease_left(self, store: StepRunStore, clock: Clock) -> None:
         claim = store.claim_step("run", "pay", {}, lease=LEASE)
         acquiring = acquisition(claim)
         effect = next(acquiring)
@@ -74,7 +74,7 @@ class TestLeaseLeft:
         assert claim.lease_left == LEASE - DELAY
 
     @fakeredis_only
-    def test_slow_reply_to_the_extension_shortens_it(self, worker: Worker, clock: Clock) -> None:
+    def test_slow_reply_to_the_extension_shortens_lease_left(self, worker: Worker, clock: Clock) -> None:
         def delay(size: int) -> None:
             clock.now += DELAY
 

@@ -81,10 +81,10 @@ class TestBeginStep:
 
         assert (result.decision, result.busy, result.retry_in) == ("skip", True, None)
 
-    @pytest.mark.parametrize("losing", [1, 3, 11])
-    def test_resent_begin_returns_the_same_claim(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 3, 11])
+    def test_resent_begin_returns_the_same_claim(self, bench: Bench, lost_replies: int) -> None:
         store = bench.store()
-        step_run = begun(bench.store(losing=losing).begin_step("run", "pay", {"amount": 1}, lease=60))
+        step_run = begun(bench.store(lost_replies=lost_replies).begin_step("run", "pay", {"amount": 1}, lease=60))
 
         assert step_run.attempt == 1
         assert [attempt.number for attempt in store.attempts("run", "pay")] == [1]

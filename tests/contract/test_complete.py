@@ -35,12 +35,12 @@ class TestCompleteStep:
 
         assert stored(store).last_error is None
 
-    @pytest.mark.parametrize("losing", [1, 3, 11])
-    def test_resent_completion_returns_the_same_and_counts_once(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 3, 11])
+    def test_resent_completion_returns_the_same_and_counts_once(self, bench: Bench, lost_replies: int) -> None:
         store = bench.store()
         step_run = begun(store.begin_step("run", "pay", {}, lease=60))
 
-        completed = bench.store(losing=losing).complete_step(step_run, {"receipt": 7})
+        completed = bench.store(lost_replies=lost_replies).complete_step(step_run, {"receipt": 7})
 
         assert completed == stored(store)
         assert store.complete_step(step_run, {"receipt": 7}) == completed
@@ -192,9 +192,9 @@ class TestAdvanceStep:
         assert (result.decision, result.reason) == ("skip", reason)
         assert stored(store).output == {"receipt": 7}
 
-    @pytest.mark.parametrize("losing", [1, 3])
-    def test_resent_advance_returns_the_same_claim_and_counts_once(self, bench: Bench, losing: int) -> None:
-        store = bench.store(losing=losing)
+    @pytest.mark.parametrize("lost_replies", [1, 3])
+    def test_resent_advance_returns_the_same_claim_and_counts_once(self, bench: Bench, lost_replies: int) -> None:
+        store = bench.store(lost_replies=lost_replies)
         first = begun(store.begin_step("run", "pay", {}))
         step_run = begun(store.advance_step(first, {}, "ship", {}, lease=60))
         assert store.completed_steps("run") == ["pay"]

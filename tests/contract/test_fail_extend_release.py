@@ -37,12 +37,12 @@ class TestFailStep:
         assert failed.last_error["message"] == "the bank hung up"
         assert "test_exception_is_stored_as_a_map" in failed.last_error["traceback"]
 
-    @pytest.mark.parametrize("losing", [1, 3, 11])
-    def test_resent_failure_returns_the_same(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 3, 11])
+    def test_resent_failure_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
         store = bench.store()
         step_run = begun(store.begin_step("run", "pay", {}, lease=60))
 
-        failed = bench.store(losing=losing).fail_step(step_run, {"reason": "declined"})
+        failed = bench.store(lost_replies=lost_replies).fail_step(step_run, {"reason": "declined"})
 
         assert failed == stored(store)
         assert [attempt.outcome for attempt in store.attempts("run", "pay")] == [Outcome.FAILED]
@@ -108,11 +108,11 @@ class TestExtendClaim:
 
         assert begun(store.begin_step("run", "pay", {})).attempt == 2
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_extension_returns_the_same(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_extension_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
         step_run = begun(bench.store().begin_step("run", "pay", {}, lease=60))
 
-        assert bench.store(losing=losing).extend_claim(step_run, 60) == stored(bench.store())
+        assert bench.store(lost_replies=lost_replies).extend_claim(step_run, 60) == stored(bench.store())
 
     def test_ended_claim_cannot_be_extended(self, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
@@ -143,12 +143,12 @@ class TestReleaseStep:
         outcomes = [(attempt.number, attempt.outcome) for attempt in store.attempts("run", "pay")]
         assert outcomes == [(1, Outcome.RELEASED), (2, Outcome.FAILED)]
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_release_returns_the_same(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_release_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
         store = bench.store()
         step_run = begun(store.begin_step("run", "pay", {}, lease=60))
 
-        assert bench.store(losing=losing).release_step(step_run) == stored(store)
+        assert bench.store(lost_replies=lost_replies).release_step(step_run) == stored(store)
         assert begun(store.begin_step("run", "pay", {})).attempt == 2
 
     def test_release_resent_after_the_next_claim_returns_the_same(self, store: StepRunStore) -> None:

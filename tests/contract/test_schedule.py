@@ -61,9 +61,9 @@ class TestScheduleSteps:
         assert store.schedule_steps("run", {}) == []
         assert bench.dump() == {}
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_schedule_returns_the_same(self, bench: Bench, losing: int) -> None:
-        store = bench.store(losing=losing)
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_schedule_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
+        store = bench.store(lost_replies=lost_replies)
 
         assert store.schedule_step("run", "a", {}).decision == "schedule"
         assert store.schedule_steps("run", {"a": {}, "b": {}, "c": {}}) == ["b", "c"]

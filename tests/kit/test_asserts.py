@@ -123,7 +123,7 @@ def test_assertions_reject_the_asyncio_store_of_a_closed_kit() -> None:
         assert_completed(kit.async_store, "run", "pay")
 
 
-def test_store_on_the_kits_client_is_read_by_its_own_prefix(kit: StepKit) -> None:
+def test_store_on_the_kits_client_keeps_its_own_prefix(kit: StepKit) -> None:
     other = StepRunStore(kit.store.client, prefix=f"{kit.prefix}:other")
     other.complete_step(begun(other.begin_step("run", "pay", {})), {})
 

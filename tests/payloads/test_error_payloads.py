@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.payloads import on_a_stack
+from support.payloads import at_stack_depth
 from support.records import begun, stored
 
 from squidstep_redis import (
@@ -57,7 +57,7 @@ def chained(links: int) -> BaseException:
 
 def recursed(frames: int) -> BaseException:
     try:
-        on_a_stack(frames, lambda: 1 / 0)
+        at_stack_depth(frames, lambda: 1 / 0)
     except ZeroDivisionError as error:
         return error
     raise AssertionError

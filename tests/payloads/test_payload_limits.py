@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from support.backends import Bench, offline_store
-from support.payloads import ARGUMENTS, on_a_stack, payloads, rejection
+from support.payloads import ARGUMENTS, at_stack_depth, payloads, rejection
 from support.records import begun, stored
 
 from squidstep_redis import (
@@ -65,7 +65,7 @@ class TestDepth:
     def test_circular_payload_is_rejected(
         self, offline: StepRunStore, make: Callable[[], dict[str, Any]], frames: int
     ) -> None:
-        error = on_a_stack(frames, lambda: rejection(offline, "input", make()))
+        error = at_stack_depth(frames, lambda: rejection(offline, "input", make()))
 
         assert error.argument.startswith("input['x']")
 

@@ -57,11 +57,11 @@ class TestDeleteRun:
         assert store.delete_run("run") is False
         assert bench.dump() == {}
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_deletion_returns_the_same(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_deletion_returns_the_same(self, bench: Bench, lost_replies: int) -> None:
         begun(bench.store().begin_step("run", "pay", {}))
 
-        assert bench.store(losing=losing).delete_run("run") is True
+        assert bench.store(lost_replies=lost_replies).delete_run("run") is True
         assert bench.store().delete_run("run") is False
 
     @pytest.mark.servers("valkey", "cluster", "redis-7", "redis-6")  # seconds in fakeredis, as other index reads

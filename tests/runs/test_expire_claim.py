@@ -99,11 +99,11 @@ class TestExpireClaim:
         assert caught.value.current == stored(store)
         assert bench.dump() == before
 
-    @pytest.mark.parametrize("losing", [1, 11])
-    def test_resent_expiry_ends_no_later_claim(self, bench: Bench, losing: int) -> None:
+    @pytest.mark.parametrize("lost_replies", [1, 11])
+    def test_resent_expiry_ends_no_later_claim(self, bench: Bench, lost_replies: int) -> None:
         begun(bench.store().begin_step("run", "pay", {}, lease=60))
         observed = stored(bench.store())
-        bench.store(losing=losing).expire_claim(observed)
+        bench.store(lost_replies=lost_replies).expire_claim(observed)
         winner = begun(bench.store().begin_step("run", "pay", {}, lease=60))
 
         with pytest.raises(StaleStepRunError):

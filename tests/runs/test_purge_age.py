@@ -1,4 +1,4 @@
-"""`purge` by the age of the last change; and listings that one corrupt run must not hide the others of."""
+"""`purge` by the age of the last change, and listings in which one corrupt run must not hide others."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def corrupt(bench: Bench, run_id: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", CORRUPTIONS)
 class TestCorruptRun:
-    """It comes neither first nor last, so that runs on both sides of it would be hidden."""
+    """The corrupt run is neither the first nor the last, so that hidden runs on either side are noticed."""
 
     def make_runs(self, bench: Bench, store: StepRunStore, ending: str, how: str) -> set[str]:
         """Makes five runs, one of them corrupt; returns the ids of the others."""
@@ -91,7 +91,7 @@ class TestCorruptRun:
         corrupt(bench, runs[2], how)
         return set(runs) - {runs[2]}
 
-    def test_does_not_hide_the_other_runs(self, bench: Bench, store: StepRunStore, how: str) -> None:
+    def test_corrupt_run_does_not_hide_other_runs(self, bench: Bench, store: StepRunStore, how: str) -> None:
         sound = self.make_runs(bench, store, "fail", how)
 
         problems = {summary.run_id: summary.problem for summary in store.runs().runs}
@@ -99,22 +99,22 @@ class TestCorruptRun:
         assert {run_id for run_id, problem in problems.items() if problem is None} == sound
         assert problems["run-2"] is not None
 
-    def test_does_not_hide_failed_steps(self, bench: Bench, store: StepRunStore, how: str) -> None:
+    def test_corrupt_run_does_not_hide_failed_steps(self, bench: Bench, store: StepRunStore, how: str) -> None:
         sound = self.make_runs(bench, store, "fail", how)
 
         assert {step_run.run_id for step_run in store.failed_steps()} == sound
 
-    def test_does_not_hide_lapsed_claims(self, bench: Bench, store: StepRunStore, how: str) -> None:
+    def test_corrupt_run_does_not_hide_lapsed_claims(self, bench: Bench, store: StepRunStore, how: str) -> None:
         sound = self.make_runs(bench, store, "expire", how)
 
         assert {step_run.run_id for step_run in store.lapsed_claims()} == sound
 
-    def test_does_not_hide_live_claims(self, bench: Bench, store: StepRunStore, how: str) -> None:
+    def test_corrupt_run_does_not_hide_live_claims(self, bench: Bench, store: StepRunStore, how: str) -> None:
         sound = self.make_runs(bench, store, "hold", how)
 
         assert {step_run.run_id for step_run in store.live_claims()} == sound
 
-    def test_does_not_stop_a_purge(self, bench: Bench, store: StepRunStore, how: str) -> None:
+    def test_corrupt_run_does_not_stop_a_purge(self, bench: Bench, store: StepRunStore, how: str) -> None:
         sound = self.make_runs(bench, store, "fail", how)
         last = begun(store.begin_step("later", "pay", {}))
         bench.lapse(begun(store.begin_step("timer", "pay", {}, lease=0.005)))  # the server's clock moves on

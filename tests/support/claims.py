@@ -1,6 +1,6 @@
 """Helpers for tests of `run_step` and `claim_step`, on both flavors.
 
-All access of these tests to private attributes of stores, claims and heartbeats is in the second half of this module.
+Their access to private attributes of claims and heartbeats is in the second half of this module.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ asyncio_only = pytest.mark.parametrize("bench", ["asyncio"], indirect=True)
 real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
 fakeredis_only = pytest.mark.servers("fakeredis")  # behavior of the client, the same with every server
 
-# For a claim that must be extended, or found lost, within the test. It may expire without harm when the machine
-# stalls: an expired claim that was not taken over is extended again.
+# For a claim that must be extended, or found lost, within the test. If the machine stalls, it may expire without harm:
+# an expired claim that was not taken over can still be extended.
 SHORT_LEASE = 0.3
 
 
@@ -90,22 +90,22 @@ class Worker:
 
     @property
     def plain_store(self) -> Any:
-        """The store itself: a test can replace its methods."""
+        """The store itself, whose methods a test can replace."""
         return self.store.store if isinstance(self.store, Driven) else self.store
 
     def execute(self, work: Work, step: str = "pay", **options: Any) -> dict[str, Any]:
-        """`run_step`. The work may block: with asyncio it runs in a thread beside the loop."""
+        """Calls `run_step`. The work may block: with asyncio it runs in a thread."""
 
-        async def beside_the_loop(input: dict[str, Any]) -> Mapping[str, Any]:
+        async def in_a_thread(input: dict[str, Any]) -> Mapping[str, Any]:
             with ThreadPoolExecutor(1) as pool:
                 context = contextvars.copy_context()
                 return await asyncio.get_running_loop().run_in_executor(pool, context.run, work, input)
 
-        fn = work if self.runner is None else cast("Any", beside_the_loop)
+        fn = work if self.runner is None else cast("Any", in_a_thread)
         return self.store.run_step("run", step, fn, {"amount": 1}, **options)
 
     def claim(self, step: str = "pay", **options: Any) -> Any:
-        """`claim_step`."""
+        """Calls `claim_step`."""
         return Block(self.store.claim_step("run", step, {"amount": 1}, **options), self.runner)
 
     def finish(self, result: Any) -> Any:
@@ -117,7 +117,7 @@ class Worker:
         return result if self.runner is None else self.runner.run(wait())
 
     def wait(self, condition: Callable[[], object]) -> None:
-        """Waits for a condition; with asyncio in the loop, whose timers go on."""
+        """Waits for a condition; with asyncio in the event loop, so that its timers run."""
         if self.runner is None:
             wait_until(condition)
         else:
@@ -129,15 +129,15 @@ class Worker:
         self.wait(lambda: all(claim.lost.is_set() or claim.next_extension_at > before for claim, before in due))
 
     def settle(self) -> None:
-        """Waits for an extension in flight: it would open connections that were closed."""
+        """Waits for an extension in flight, which would reopen closed connections."""
         self.wait(lambda: not has_extension_in_flight(self.store.client))
 
 
 @contextlib.contextmanager
 def connected(bench: Bench, url: str, **options: Any) -> Iterator[Worker]:
-    """A worker whose store is made by `from_url`."""
-    made = (StepRunStore if bench.runner is None else AsyncStepRunStore).from_url(url, prefix=bench.prefix, **options)
-    store = cast("StepRunStore", made if bench.runner is None else Driven(cast("Any", made), bench.runner))
+    """Provides a worker whose store is made by `from_url`."""
+    own = (StepRunStore if bench.runner is None else AsyncStepRunStore).from_url(url, prefix=bench.prefix, **options)
+    store = cast("StepRunStore", own if bench.runner is None else Driven(cast("Any", own), bench.runner))
     worker = Worker(bench, store)
     try:
         yield worker
@@ -173,12 +173,12 @@ def end(claim: Any, ending: str) -> StepRun:
 
 
 def outcomes(store: StepRunStore, step: str = "pay") -> list[Outcome]:
-    """The outcomes of all attempts of a step."""
+    """Returns the outcomes of all attempts of a step."""
     return [attempt.outcome for attempt in store.attempts("run", step)]
 
 
 def take_over(others: StepRunStore, step: str = "pay", **options: Any) -> StepRun:
-    """Ends the lease and claims the step, as another worker would if the holder were dead."""
+    """Expires the lease and claims the step, as another worker would if the holder were dead."""
     found: list[BeginResult] = []
 
     def taken() -> bool:  # the holder may extend its claim in between
@@ -192,19 +192,19 @@ def take_over(others: StepRunStore, step: str = "pay", **options: Any) -> StepRu
 
 
 def claim_of_the_work() -> Claim | AsyncClaim:
-    """The claim under which the calling code executes."""
+    """Returns the claim under which the calling code executes."""
     claim = current_claim()
     assert claim is not None
     return cast("Claim | AsyncClaim", claim)
 
 
 def is_busy(result: Any) -> bool:
-    """Whether it is the result of a `begin_step` of a step that another worker holds."""
+    """Returns whether this is a `begin_step` result that says that another worker holds the step."""
     return isinstance(result, BeginResult) and result.busy
 
 
 def after_reply(worker: Worker, matches: Callable[[Any], object], act: Callable[[], object]) -> None:
-    """Acts once, right after the first result of the worker's store that matches."""
+    """Calls `act` once, directly after the first result of the worker's store that matches."""
     send, done = worker.plain_store._transport.send, []
 
     def check(result: Any) -> Any:
@@ -220,7 +220,7 @@ def after_reply(worker: Worker, matches: Callable[[Any], object], act: Callable[
 
 
 def on_failure(worker: Worker, operation: str, act: Callable[[Exception], object]) -> None:
-    """Acts each time a call of the worker's store fails."""
+    """Calls `act` with the error each time this operation of the worker's store fails."""
     send = worker.plain_store._transport.send
 
     @contextlib.contextmanager
@@ -246,7 +246,7 @@ def on_failure(worker: Worker, operation: str, act: Callable[[Exception], object
 def around_batches(
     worker: Worker, before: Callable[[], object] = lambda: None, after: Callable[[int], object] = lambda size: None
 ) -> None:
-    """Calls `before` ahead of each batch, which may raise, and `after` with the size of each that succeeded."""
+    """Calls `before`, which may raise, before each batch, and `after` with the size of each that succeeded."""
     batch = worker.plain_store.batch
 
     def batch_blocking(calls: list[Call[Any]]) -> Any:
@@ -265,7 +265,7 @@ def around_batches(
 
 
 class UnreachableClient:
-    """A client whose server does not reply; it counts its calls."""
+    """A client whose every command raises an error, and is counted in `asked`."""
 
     def __init__(self, client: Any, error: Exception) -> None:
         self.client = client
@@ -304,19 +304,19 @@ class Clock:
 
 
 def has_extension_in_flight(client: Any) -> bool:
-    """Whether the heartbeat of an asyncio client is sending a batch."""
+    """Returns whether the heartbeat of an asyncio client is sending a batch."""
     heartbeat = heartbeats._async_heartbeats.get(client)
     return heartbeat is not None and heartbeat._task is not None
 
 
 def heartbeat_threads() -> list[threading.Thread]:
-    """The heartbeat threads of this process."""
+    """Returns the heartbeat threads of this process."""
     return [thread for thread in threading.enumerate() if thread.name == "squidstep-heartbeat"]
 
 
 @contextlib.contextmanager
 def short_lived_heartbeats() -> Iterator[None]:
-    """Heartbeat threads end soon after their last claim, and all of them by the end of the block."""
+    """In the block, heartbeat threads end soon after their last claim; at its end, waits for all of them."""
     with mock.patch.object(heartbeats.Heartbeat, "IDLE", 0.02):
         yield
         for heartbeat in list(heartbeats._heartbeats.values()):
@@ -327,28 +327,28 @@ def short_lived_heartbeats() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undo_timeout(seconds: float) -> Iterator[None]:
-    """Sets for how long an interrupted asyncio claim tries to undo its acquisition."""
+    """Sets the timeout within which an interrupted asyncio claim undoes its acquisition."""
     with mock.patch("squidstep_redis.aio.RELEASE_TIMEOUT", seconds):
         yield
 
 
 def limit_retries(store: Any) -> None:
-    """Limits the retries of the store itself, so that those of the claim are seen."""
+    """Limits the retries of the store, so that those of the claim can be observed."""
     store._transport.policy = store._transport.policy._replace(timeout=0.05, last_send=0)
 
 
 def idle_connections(store: Any) -> int:
-    """How many idle connections the store keeps."""
+    """Returns the number of idle connections of the store."""
     return len(store._transport.connections._idle)
 
 
 def leaked_connections(store: Any) -> int:
-    """How many connections the store, while it sends nothing, took from its client and does not keep idle."""
+    """Returns how many connections are in use but not idle, while the store sends nothing."""
     return len(store.client.connection_pool._in_use_connections) - idle_connections(store)
 
 
 def granted_claim(lease: float) -> BaseClaim[threading.Event]:
-    """A claim that has just been granted, without a server."""
+    """Makes a claim that has just been acquired, without a server."""
     claim = BaseClaim(Calls("test", None, 1_000, None), "run", "pay", {}, lease, None, "raise", None, threading.Event())
     acquiring = claim._acquire()
     next(acquiring)
@@ -358,13 +358,13 @@ def granted_claim(lease: float) -> BaseClaim[threading.Event]:
 
 
 def lease_seconds(claim: BaseClaim[Any]) -> float:
-    """The lease of a claim, rounded as the server receives it."""
+    """Returns the lease of a claim, rounded as it is sent to the server."""
     return claim._lease_seconds
 
 
 @contextlib.contextmanager
 def fake_clock() -> Iterator[Clock]:
-    """Claims and heartbeats go by the clock that is yielded."""
+    """In the block, claims and heartbeats use the clock that is provided."""
     clock = Clock()
     with (
         mock.patch("squidstep_redis.claims.rules.time", clock),
@@ -374,19 +374,19 @@ def fake_clock() -> Iterator[Clock]:
 
 
 def acquisition(claim: Any) -> Workflow[None]:
-    """The workflow that enters the claim's block."""
+    """Returns the workflow that enters the block of the claim."""
     return claim._acquire()
 
 
 @contextlib.contextmanager
 def no_heartbeat_threads() -> Iterator[None]:
-    """The heartbeat threads that are started in the block end at once: the test extends the claims itself."""
+    """In the block, heartbeat threads end at once, so that only the test extends claims."""
     with mock.patch.object(heartbeats.Heartbeat, "_run", return_value=None):
         yield
 
 
 def extend_now(worker: Worker, claim: Any, clock: Clock) -> None:
-    """Lets the heartbeat extend the claim, whose extension is due, in the calling thread."""
+    """Sets the clock to the next extension of the claim, and runs the heartbeat in the calling thread."""
     clock.now = claim.next_extension_at
     client = worker.plain_store.client
     if worker.runner is None:

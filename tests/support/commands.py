@@ -1,4 +1,4 @@
-"""Calls the `squidstep` commands: in this process, and in a process of its own on a terminal."""
+"""Runs the `squidstep` commands: in this process, in a separate process, or on a terminal."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def add_failed_step(store: StepRunStore, run: str = "run", step: str = "pay") ->
 
 
 def invoke(*arguments: str, input: str | None = None, **environment: str) -> Result:
-    """Calls a command in this process: starting another takes half a second."""
+    """Runs a command in this process; a separate process would take half a second to start."""
     result = CliRunner().invoke(build_group(), list(arguments), input=input, env=environment)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Calls a command in this process."""
+    """Runs a command in this process, and returns its result as a completed process."""
     result = invoke(*arguments)
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def pipe(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:
-    """Calls a command in a process of its own, with this text on its stdin."""
+    """Runs a command in a separate process, with this text as its stdin."""
     return subprocess.run([SQUIDSTEP, *arguments], input=input, text=True, capture_output=True, check=False)
 
 
 def run_on_terminal(columns: int, *arguments: str, **environment: str) -> str:
-    """Returns what a command prints on a terminal of this width."""
+    """Returns the output of a command on a terminal of this width."""
     reader, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), **environment}
     printed = b""
@@ -63,7 +63,7 @@ def run_on_terminal(columns: int, *arguments: str, **environment: str) -> str:
 
 
 def complete(shell: str, words: str) -> str:
-    """Returns what a shell offers to complete the last word of a command line."""
+    """Returns the shell completions of the last word of a command line."""
     environment = {**os.environ, "_SQUIDSTEP_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
     *before, last = words.split(" ")
     environment["COMP_CWORD"] = last if shell == "fish" else str(len(before))

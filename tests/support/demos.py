@@ -20,11 +20,11 @@ from squidstep_redis.embedded import EmbeddedServer
 from support.servers import wait_until
 
 SQUIDSTEP = str(Path(sysconfig.get_path("scripts"), "squidstep"))
-TIMEOUT = 60.0  # seconds; only a test that fails waits for so long
+TIMEOUT = 60.0  # seconds; only a test that fails waits this long
 
 
 def create_tree(directory: Path) -> Path:
-    """Creates a directory with four files to work on, and others that a demo leaves out."""
+    """Creates a directory with four files for a demo, and others that it ignores."""
     for name in ("a.py", "b/one.py", "b/two.txt", "c/empty.py", ".hidden/x.py", "__pycache__/x.py"):
         path = directory / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def result_of(*arguments: object) -> dict[str, Any]:
 
 
 def start(*arguments: object, temporary: Path) -> subprocess.Popen[str]:
-    """Starts a command in a process group of its own, with a directory for temporary files."""
+    """Starts a command in a new process group, with a directory for temporary files."""
     return subprocess.Popen(
         [SQUIDSTEP, *map(str, arguments)],
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -61,7 +61,7 @@ def start(*arguments: object, temporary: Path) -> subprocess.Popen[str]:
 
 @contextlib.contextmanager
 def demo_context(files: Path) -> Iterator[DemoContext]:
-    """Provides what a scenario needs to run in the test's own process."""
+    """Provides the context of a scenario that runs in the process of the test."""
     with EmbeddedServer() as server, StepRunStore.from_url(server.url) as store:
         yield DemoContext(find_files(files, 100), server.url, store, [].append, [].append)
 
@@ -74,7 +74,7 @@ def temporary_directory() -> Iterator[Path]:
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> None:
-    """Reads lines of output until one contains a text."""
+    """Reads lines of output until one contains this text."""
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
@@ -85,7 +85,7 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> None:
 
 
 def processes_using(directory: Path) -> set[int]:
-    """Returns the processes that have a directory in their environment or arguments, including orphans."""
+    """Returns the processes with a directory in their environment or arguments, orphans included."""
     found: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has exited
@@ -95,7 +95,7 @@ def processes_using(directory: Path) -> set[int]:
 
 
 def assert_leaves_nothing(*arguments: object, number: signal.Signals, moment: str, processes: int) -> None:
-    """Asserts that a demo that is ended by a signal leaves no process and no file.
+    """Asserts that a demo that a signal ends leaves no process and no file.
 
     Args:
         *arguments: The command line.

@@ -1,4 +1,4 @@
-"""The only place where tests reach into a store: a change of its insides changes this file alone."""
+"""Access to private attributes of stores and transports: a change of the internals affects only this file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def retry_policy(store: Any) -> RetryPolicy:
 
 
 def give_up_early(store: Any, timeout: float = 0.05) -> None:
-    """Lets a store retry a call for `timeout` seconds only, all of which it uses."""
+    """Makes a store retry a call for `timeout` seconds, without a reserve for the last send."""
     store._transport.policy = store._transport.policy._replace(timeout=timeout, last_send=0)
 
 
 def can_bypass_client(store: Any) -> bool:
-    """Returns whether the store sends on its client's connections, past `execute_command`."""
+    """Returns whether the store sends on its client's connections without calling `execute_command`."""
     return store._transport.connections.can_bypass_client()
 
 
@@ -41,14 +41,14 @@ def idle_connections(store: Any) -> int:
 
 
 def replace_client(store: Any, client: Any) -> None:
-    """Lets a store use another client, and call its `execute_command`."""
+    """Makes a store use another client."""
     transport = store._transport
     transport.client = client
     transport.connections = type(transport.connections)(client)
 
 
 def lose_replies(store: Any, times: int) -> None:
-    """Lets a store send each single call `times` times more, as after lost replies."""
+    """Makes a store send each single call `times` more times, as after lost replies."""
     transport = store._transport
     bypasses = can_bypass_client(store)
     target, name = (transport.connections, "send") if bypasses else (transport.client, "execute_command")
@@ -68,22 +68,22 @@ def lose_replies(store: Any, times: int) -> None:
 
 
 def check_every_connection(monkeypatch: Any) -> None:
-    """Lets stores check a kept connection before each use, however short it was idle."""
+    """Makes stores check an idle connection before each use, however short it was idle."""
     monkeypatch.setattr(connection, "_FRESH_SECONDS", 0.0)
 
 
 def shorten_pauses(monkeypatch: Any, longest: float) -> None:
-    """Limits the pause between two tries of a call to `longest` seconds."""
+    """Limits the pause between two sends of a call to `longest` seconds."""
     monkeypatch.setattr(retry_module, "_LAST_PAUSE", longest)
 
 
 def end_retries(state: Any, timeout: float) -> None:
-    """Gives a call under way another deadline."""
+    """Replaces the deadline of a call in progress."""
     state._retry_policy = RetryPolicy(timeout, 1, 0)
 
 
 def idle_packers() -> deque[Any]:
-    """Returns the packers of the default codec that wait for their next payload."""
+    """Returns the idle packers of the default codec."""
     return codec._packers
 
 
@@ -91,17 +91,17 @@ class ScriptedConnections:
     """Connections without a server: a function decides what each send returns or raises.
 
     Attributes:
-        sends: how many sends there were.
+        sends: the number of sends so far.
     """
 
     def __init__(self, is_asyncio: bool, reply: Callable[[int], Any]) -> None:
-        """`reply` is given the number of the send, from 0; it returns the reply to each call, or raises."""
+        """`reply` gets the number of the send, from 0. It returns the reply to each call of that send, or raises."""
         self.sends = 0
         self.send = self._send_asyncio if is_asyncio else self._send
         self._reply = reply
 
     def replace_connections_of(self, store: Any) -> None:
-        """Lets a store send on these connections."""
+        """Makes a store send on these connections."""
         store._transport.connections = self
 
     def can_bypass_client(self) -> bool:
@@ -118,7 +118,7 @@ class ScriptedConnections:
 
 @contextlib.contextmanager
 def transport_clock(clock: Any) -> Iterator[None]:
-    """In the block, transports read this clock: an object with `monotonic()` and `sleep(seconds)`."""
+    """In the block, transports use this clock: an object with `monotonic()` and `sleep(seconds)`."""
     names = ("blocking", "aio", "retry")
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -127,5 +127,5 @@ def transport_clock(clock: Any) -> Iterator[None]:
 
 
 def plain_store(store: Any) -> Any:
-    """Returns the store itself, whether or not a test drives it from outside of its event loop."""
+    """Returns the store itself, without the wrapper that runs an asyncio store."""
     return vars(store).get("store", store)

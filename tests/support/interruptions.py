@@ -1,4 +1,4 @@
-"""Helpers for tests of what interrupts a call: signals whose handlers raise."""
+"""Helpers for tests of interrupted calls: signals whose handlers raise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class SignalingClient:
-    """A client that raises SIGUSR1 at its first call: before the server receives it, or after the script ran."""
+    """A client that raises SIGUSR1 in its first call: before it sends the command, or after the reply."""
 
     def __init__(self, client: Any, moment: str) -> None:
         self.client = client
@@ -45,19 +45,19 @@ def sigusr1_raises(error: BaseException) -> Iterator[threading.Event]:
 
 
 class AlarmError(Exception):
-    """What the handler of a timeout made with SIGALRM raises."""
+    """The exception of a timeout that is implemented with SIGALRM."""
 
 
 @contextlib.contextmanager
 def sigalrm_raises() -> Iterator[list[int]]:
-    """In the block, each SIGALRM raises `AlarmError`, and is listed."""
+    """In the block, each SIGALRM raises `AlarmError`, and is added to the list."""
     raised: list[int] = []
 
-    def ring(number: int, frame: object) -> None:
+    def raise_it(number: int, frame: object) -> None:
         raised.append(number)
         raise AlarmError
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, raise_it)
     try:
         yield raised
     finally:

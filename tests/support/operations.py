@@ -1,4 +1,4 @@
-"""Each operation of a store, performed once, and results that two stores can be compared by."""
+"""An example call of each operation, and results in a form that can be compared between stores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORKFLOWS = [name for name, make in OPERATIONS.items() if str(make.__annotations
 WORKFLOWS.remove("wait_for_step")  # one call, for a step that has ended
 CALLS = [name for name in OPERATIONS if name not in WORKFLOWS]
 
-# One call of each operation on what `prepare` leaves behind. An operation that is missing here fails every test below.
+# The arguments of one call of each operation, on the run that `prepare` creates. Every operation must have an entry.
 EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "schedule_step": lambda store, claim: (claim.run_id, "new", PAYLOAD),
     "schedule_steps": lambda store, claim: (claim.run_id, {"new": PAYLOAD, "pending": {}, "newer": {}}),
@@ -85,7 +85,11 @@ EXPORTED = {
         }
     ],
 }
-ACROSS_RUNS = {"lapsed_claims": "lapsed", "live_claims": "running", "failed_steps": "failed"}  # and what each finds
+ACROSS_RUNS = {
+    "lapsed_claims": "lapsed",
+    "live_claims": "running",
+    "failed_steps": "failed",
+}  # and the step that each finds
 
 
 def prepare(bench: Bench, store: StepRunStore, run_id: str = "run") -> StepRun:
@@ -98,16 +102,17 @@ def prepare(bench: Bench, store: StepRunStore, run_id: str = "run") -> StepRun:
 
 
 def perform(store: StepRunStore, operation: str, claim: StepRun) -> Any:
+    """Performs the example call of an operation."""
     return getattr(store, operation)(*EXAMPLES[operation](store, claim))
 
 
 def mixed(store: StepRunStore, count: int) -> list[Call[Any]]:
-    """So many calls, of seven operations, on runs that lie on all nodes of a cluster."""
+    """Returns `count` calls of seven operations, on runs on all nodes of a cluster."""
     calls = store.calls
-    made: list[Call[Any]] = []
+    mixture: list[Call[Any]] = []
     for number in range(count // 7 + 1):
         run, step = f"run-{number}", step_run_id(calls.prefix, f"run-{number}", "pay")
-        made += [
+        mixture += [
             calls.schedule_step(run, "pay", {"number": number}),
             calls.begin_step(run, "pay", {}),
             calls.extend_claim(step, 60),
@@ -116,48 +121,48 @@ def mixed(store: StepRunStore, count: int) -> list[Call[Any]]:
             calls.complete_step(step, {"another": number}),  # stale
             calls.get_run(run),
         ]
-    return made[:count]
+    return mixture[:count]
 
 
-def seen(answer: Any) -> Any:
-    """What an answer shows, without the times: the same for the same history."""
-    if isinstance(answer, StepRun):
-        shown = (answer.run_id, answer.step, answer.status, answer.attempt)
-        return (*shown, answer.input, answer.output, answer.last_error, bool(answer.token))
-    if isinstance(answer, Attempt):
-        return answer[:4]
-    if isinstance(answer, BeginResult | ScheduleResult):
-        return tuple(map(seen, answer))
-    if isinstance(answer, StepPage):
-        return [seen(each) for each in answer.step_runs]
-    if isinstance(answer, RunPage):  # two stores change their runs at different times, so their orders differ
-        return sorted(each._replace(changed_at=None) for each in answer.runs)
-    if isinstance(answer, dict) and "squidstep_run" in answer:
-        return [(each["step"], each["state"], each["input"], each["output"]) for each in answer["steps"]]
-    if isinstance(answer, list):
-        return [seen(each) for each in answer]
-    return type(answer) if isinstance(answer, Exception) else answer
+def seen(result: Any) -> Any:
+    """Converts a result to a form without times, which is equal for equal histories."""
+    if isinstance(result, StepRun):
+        head = (result.run_id, result.step, result.status, result.attempt)
+        return (*head, result.input, result.output, result.last_error, bool(result.token))
+    if isinstance(result, Attempt):
+        return result[:4]
+    if isinstance(result, BeginResult | ScheduleResult):
+        return tuple(map(seen, result))
+    if isinstance(result, StepPage):
+        return [seen(each) for each in result.step_runs]
+    if isinstance(result, RunPage):  # two stores change their runs at different times, so their orders differ
+        return sorted(each._replace(changed_at=None) for each in result.runs)
+    if isinstance(result, dict) and "squidstep_run" in result:
+        return [(each["step"], each["state"], each["input"], each["output"]) for each in result["steps"]]
+    if isinstance(result, list):
+        return [seen(each) for each in result]
+    return type(result) if isinstance(result, Exception) else result
 
 
 def state(store: StepRunStore, run_id: str = "run") -> Any:
-    """What there is to see of a run."""
+    """Returns everything that the reads return of a run, in the form of `seen`."""
     step_runs = store.get_run(run_id)
     attempts = [store.attempts(run_id, step_run.step) for step_run in step_runs]
     return seen(step_runs), seen(attempts), store.completed_steps(run_id)
 
 
-def finish(bench: Bench, answer: Any) -> Any:
-    """Waits for the answer of a redis-py client, if it is an asyncio one."""
+def finish(bench: Bench, result: Any) -> Any:
+    """Returns the result of a redis-py client, awaited if the client is an asyncio one."""
 
     async def wait() -> Any:
-        return await answer
+        return await result
 
-    return bench.runner.run(wait()) if bench.runner is not None and inspect.isawaitable(answer) else answer
+    return bench.runner.run(wait()) if bench.runner is not None and inspect.isawaitable(result) else result
 
 
 @contextlib.contextmanager
 def pipeline_of(bench: Bench, store: StepRunStore, **options: bool) -> Iterator[Any]:
-    """A pipeline that gives its connection back even if it was never executed."""
+    """Provides a pipeline, and releases its connection even if it was never executed."""
     pipeline: Any = store.client.pipeline(**options)
     try:
         yield pipeline

@@ -1,4 +1,4 @@
-"""Helpers for tests of payloads: what to send, through which argument, and how to compare what comes back."""
+"""Helpers for tests of payloads: example payloads, the arguments that take one, and comparison of the returned ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from squidstep_redis.model import step_run_id
 
 ID = step_run_id("squidstep", "run", "pay")
 
-# Each argument that is a payload, under the name that an error gives it.
+# A call for each argument that is a payload. The key is the name of the argument in errors.
 ARGUMENTS: dict[str, Callable[[StepRunStore, Any], object]] = {
     "input": lambda store, payload: store.begin_step("run", "pay", payload),
     "output": lambda store, payload: store.complete_step(ID, payload),
@@ -28,10 +28,10 @@ ARGUMENTS: dict[str, Callable[[StepRunStore, Any], object]] = {
 
 
 def in_range(moment: datetime) -> bool:
-    """Whether it has a UTC equivalent in the years 1 to 9999, and equals it.
+    """Returns whether the moment has an equal UTC time in the years 1 to 9999.
 
-    In Python, a time within an hour that its zone repeats or skips equals no time of another zone; such times have a
-    test of their own.
+    In Python, a time within an hour that its zone repeats or skips equals no time of another zone. A separate test
+    covers such times.
     """
     with contextlib.suppress(OverflowError):
         return moment.astimezone(UTC) == moment
@@ -77,7 +77,7 @@ EDGES = {
 
 
 def returned(value: object) -> object:
-    """The payload as it comes back: tuples are lists, and times are in UTC; nothing else may differ."""
+    """Returns the payload as a store returns it: tuples are lists, and times are in UTC; nothing else differs."""
     if isinstance(value, dict):
         return {key: returned(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -86,18 +86,18 @@ def returned(value: object) -> object:
 
 
 def assert_same(one: object, other: object) -> None:
-    """Equal, and of the same types: 1 is not 1.0 nor True, -0.0 is not 0.0. Their reprs differ."""
+    """Asserts that two values are equal and of equal types; the reprs distinguish 1, 1.0 and True, and 0.0 and -0.0."""
     assert one == other
     assert repr(one) == repr(other)
 
 
 def rejection(store: StepRunStore, where: str, payload: object) -> PayloadError:
-    """The error that is raised for a payload in that argument."""
+    """Returns the error that is raised for a payload in this argument."""
     with pytest.raises(PayloadError) as caught:
         ARGUMENTS[where](store, payload)
     return caught.value
 
 
-def on_a_stack(frames: int, call: Callable[[], Any]) -> Any:
-    """The result of a call made with so many more frames on the stack, as inside a framework's middleware."""
-    return call() if frames == 0 else on_a_stack(frames - 1, call)
+def at_stack_depth(frames: int, call: Callable[[], Any]) -> Any:
+    """Makes a call with this many more frames on the stack, as inside a framework's middleware."""
+    return call() if frames == 0 else at_stack_depth(frames - 1, call)

@@ -1,4 +1,4 @@
-"""A TCP proxy between a client and a real server: it counts round trips and loses what a network may lose."""
+"""A TCP proxy between a client and a real server: it counts round trips, and loses messages as a network may."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any, BinaryIO, Self
 
 from squidstep_redis.protocol.scripts import script as find_script
 
-# What clients say by themselves when they connect: passed on, neither counted nor lost.
+# The commands that clients send when they connect: forwarded, and neither counted nor lost.
 HANDSHAKE = frozenset({b"AUTH", b"CLIENT", b"CLUSTER", b"COMMAND", b"HELLO", b"INFO", b"PING", b"READONLY", b"SELECT"})
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to one command.
+    """A change to the messages of one command.
 
     Attributes:
-        request: what the server is given of it; after less than the whole, the connection is cut.
-        reply: what the client is given of its reply; after nothing, the connection is cut.
-        script: strikes the next call of this script; None: the next command, whatever it is.
+        request: returns the part of the request that the server receives; if it is changed, the connection is closed.
+        reply: returns the reply that the client receives; if it is empty, the connection is closed.
+        script: the fault applies to the next call of this script; None: to the next command.
     """
 
     request: Callable[[bytes], bytes] = bytes
     reply: Callable[[bytes], bytes] = bytes
     script: str | None = None
 
-    def strikes(self, command: list[bytes]) -> bool:
+    def applies_to(self, command: list[bytes]) -> bool:
         if self.script is None:
             return True
         wanted = find_script(self.script)
@@ -39,13 +39,13 @@ class Fault:
 
 
 class Proxy:
-    """Hands on one command at a time to a server, so that what happens between two of them is decided here.
+    """Forwards one command at a time to a server, so that tests can act between two commands.
 
     Attributes:
-        port: where it listens, on loopback.
-        commands: those that arrived, lost ones included, as lists of words.
-        round_trips: how often a client sent something after it was last answered. A batch that is sent in several
-            pieces counts as one only inside of `batches`, which waits for the last piece.
+        port: the port of the proxy, on loopback.
+        commands: the commands that arrived, lost ones included, as lists of words.
+        round_trips: how often a client sent commands after its last reply. A batch that is sent in several pieces
+            counts as one only inside of `batches`, which waits for the last piece.
     """
 
     def __init__(self, server: str | tuple[str, int]) -> None:
@@ -73,33 +73,33 @@ class Proxy:
         return [command[0].decode().upper() for command in self.commands]
 
     def add_fault(self, fault: Fault) -> None:
-        """Adds a fault, after those that are waiting."""
+        """Adds a fault after the pending ones."""
         self._faults.append(fault)
 
     def drop(self, times: int = 1, script: str | None = None) -> None:
-        """Lets the server run the next commands, and cuts the connection where their replies were due."""
+        """Lets the server run the next commands, and closes the connection instead of delivering their replies."""
         self._faults.extend([Fault(reply=lambda _: b"", script=script)] * times)
 
     def cut(self, times: int = 1, script: str | None = None) -> None:
-        """Cuts the connection where the next commands arrive; the server never hears of them."""
+        """Closes the connection when the next commands arrive; the server never receives them."""
         self._faults.extend([Fault(request=lambda _: b"", script=script)] * times)
 
     def tear(self, times: int = 1, script: str | None = None) -> None:
-        """Cuts the connection when the server has had half of the next commands."""
+        """Closes the connection when the server has received half of each of the next commands."""
         self._faults.extend([Fault(request=lambda request: request[: len(request) // 2], script=script)] * times)
 
-    def answer(self, *replies: bytes) -> None:
-        """Lets the server run the next commands, and delivers these replies in place of its own."""
+    def replace_replies(self, *replies: bytes) -> None:
+        """Lets the server run the next commands, and delivers these replies instead of its own."""
         self._faults.extend(Fault(reply=lambda _, reply=reply: reply) for reply in replies)
 
     def hold_requests(self, times: int = 1, script: str | None = None) -> threading.Event:
-        """Keeps the next commands from the server until the event is set: late if it is, a black hole if not."""
+        """Delays the next commands until the event is set."""
         released = threading.Event()
         self._faults.extend([Fault(request=self._gate(released), script=script)] * times)
         return released
 
     def hold_replies(self, times: int = 1, script: str | None = None) -> threading.Event:
-        """Lets the server run the next commands, and keeps their replies until the event is set."""
+        """Lets the server run the next commands, and delays their replies until the event is set."""
         released = threading.Event()
         self._faults.extend([Fault(reply=self._gate(released), script=script)] * times)
         return released
@@ -114,20 +114,20 @@ class Proxy:
         return wait
 
     def heal(self) -> None:
-        """No more faults."""
+        """Removes the pending faults."""
         self._faults.clear()
 
     def after(self, count: int, hook: Callable[[], object]) -> None:
-        """Calls the hook once the server has run that many more commands, before it is given the next."""
+        """Calls the hook after the server has run `count` more commands, before it receives the next."""
         self._hooks[len(self.commands) + count] = hook
 
     @contextlib.contextmanager
     def batches(self, *sizes: int) -> Iterator[None]:
-        """In the block, replies wait for that many EVAL and EVALSHA, and faults hit whole batches."""
+        """In the block, replies wait for batches of these sizes, in EVAL and EVALSHA; a fault affects a whole batch."""
         self._batches.extend(sizes)
         try:
             yield
-            assert not self._batches, f"of the batches {sizes}, {list(self._batches)} did not come"
+            assert not self._batches, f"of the batches {sizes}, {list(self._batches)} did not arrive"
         finally:
             self._batches.clear()
 
@@ -140,7 +140,7 @@ class Proxy:
         self._threads.pop(0).join()
         self._listener.close()
         for each in self._sockets:
-            with contextlib.suppress(OSError):  # it is closed already
+            with contextlib.suppress(OSError):  # it is already closed
                 each.shutdown(socket.SHUT_RDWR)
         for released in self._held:
             released.set()
@@ -152,7 +152,7 @@ class Proxy:
         self._threads[-1].start()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it was shut down
+        with contextlib.suppress(OSError):  # the listener was shut down
             while True:
                 client, _ = self._listener.accept()
                 server = socket.socket(socket.AF_UNIX if isinstance(self.server, str) else socket.AF_INET)
@@ -173,8 +173,8 @@ class Proxy:
                     self.round_trips += not held
                     self.commands.append(command)
                     last = self._is_last(command)
-                    strikes = last and self._faults and self._faults[0].strikes(command)
-                    fault = self._faults.popleft() if strikes else Fault()
+                    applies = last and self._faults and self._faults[0].applies_to(command)
+                    fault = self._faults.popleft() if applies else Fault()
                     server.sendall(given := fault.request(request))
                     if given != request or not (reply := fault.reply(frame(replies))):
                         return
@@ -184,7 +184,7 @@ class Proxy:
                         held.clear()
 
     def _is_last(self, command: list[bytes]) -> bool:
-        """Whether what is held back is to be delivered now."""
+        """Returns whether the command ends a batch, so that the delayed replies are delivered."""
         if not self._batches:
             return True
         self._batches[0] -= command[0] in {b"EVAL", b"EVALSHA"}
@@ -192,7 +192,7 @@ class Proxy:
 
 
 def frame(stream: BinaryIO) -> bytes:
-    """Reads one request or reply, RESP2 or RESP3, as it is; raises EOFError at the end."""
+    """Reads the bytes of one request or reply, in RESP2 or RESP3; raises EOFError at the end."""
     line = stream.readline()
     if not line.endswith(b"\r\n"):
         raise EOFError
@@ -205,6 +205,7 @@ def frame(stream: BinaryIO) -> bytes:
 
 
 def words(request: bytes) -> list[bytes]:
+    """Returns the words of a command."""
     stream = io.BytesIO(request)
     count = int(stream.readline()[1:])
     return [stream.read(int(stream.readline()[1:]) + 2)[:-2] for _ in range(count)]

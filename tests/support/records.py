@@ -1,4 +1,4 @@
-"""Short ways to make and to read step runs in a test."""
+"""Short helpers that read step runs and results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from squidstep_redis import BeginResult, StepRun, StepRunStore
 
 
 def begun(result: BeginResult) -> StepRun:
-    """Returns the step run of a `begin_step` that says to execute."""
+    """Returns the step run of a `begin_step` whose decision must be "execute"."""
     step_run, decision = result
     assert decision == "execute"
     return step_run

@@ -1,4 +1,4 @@
-"""A queue with real workers, and the test's side of the checkpoints and effects of its jobs."""
+"""A queue with real workers, and control over the checkpoints and effects of its jobs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS_OF_WORKER: Final = [
     pytest.param(
         kind,
         marks=pytest.mark.skipif(
-            SINCE.get(kind, ()) > RQ_VERSION, reason=f"this RQ has no {kind}, or none that works with this redis-py"
+            SINCE.get(kind, ()) > RQ_VERSION, reason=f"this RQ has no {kind} that works with this redis-py"
         ),
     )
     for kind in ("Worker", "SimpleWorker", "SpawnWorker")
@@ -105,7 +105,7 @@ class PausedJob:
 
 
 class Harness:
-    """A queue with real workers, and the test's side of what the jobs in `rq_jobs` do.
+    """A queue with real workers, and control over the jobs in `rq_jobs`.
 
     Attributes:
         url: of the server.
@@ -156,7 +156,7 @@ class Harness:
         worker_ttl: int = 16,
         job_monitoring_interval: int = 1,
     ) -> WorkerProcess:
-        """Starts a worker. `until` and `reached` start it again if it quits, as a supervisor does."""
+        """Starts a worker. `until` and `reached` restart it if it quits, as a supervisor does."""
         log = self._directory / f"worker-{len(self._workers)}.log"
         options: dict[str, Any] = {
             "with_scheduler": with_scheduler,
@@ -205,10 +205,10 @@ class Harness:
             return Counter(self._effects.read_text().splitlines())
         return Counter()
 
-    # What lets time pass
+    # The passing of time
 
     def expire_leases(self) -> None:
-        """Expires the leases of all claims, as time would."""
+        """Expires the leases of all claims."""
         for claim in self.store.live_claims():
             self.store.expire_claim(claim)
 
@@ -235,7 +235,7 @@ class Harness:
         return in_registry and job.get_status() == JobStatus.SCHEDULED
 
     def is_at_rest(self, job: Job) -> bool:
-        """Returns whether no run of the job is at work, queued or scheduled."""
+        """Returns whether no run of the job is running, queued or scheduled."""
         with self.connection.pipeline() as pipeline:
             pipeline.lrange(self.queue.key, 0, -1)
             pipeline.lrange(self.queue.intermediate_queue_key, 0, -1)

@@ -82,7 +82,7 @@ _ONCE = {_call_step, _call_steps, _call_call}
 
 
 def storm(alarms: int) -> dict[str, Any]:
-    """Interrupts calls to the store at random instants, as RQ's job timeout does, and returns what it found.
+    """Interrupts calls to the store at random moments, as RQ's job timeout does, and returns its findings.
 
     Args:
         alarms: the number of interruptions.

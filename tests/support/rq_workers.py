@@ -1,4 +1,4 @@
-"""Real RQ workers in processes of their own."""
+"""Real RQ workers in separate processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import rq
 import rq.scheduler
 import rq.worker
 
-DEADLINE: Final = 60.0  # seconds until a test fails that waits for a process
+DEADLINE: Final = 60.0  # seconds for which a test waits for a process
 
 # The workers fork from a process that has one thread and has already imported the slow modules.
 _processes: Any = multiprocessing.get_context("forkserver")
@@ -101,7 +101,7 @@ class WorkerProcess:
     """A worker with its scheduler and its work-horses.
 
     Attributes:
-        supervised: whether the worker is to be started again when it has quit.
+        supervised: whether the worker is restarted when it quits.
     """
 
     def __init__(self, start: Callable[[], Any], *, supervised: bool) -> None:
@@ -122,13 +122,13 @@ class WorkerProcess:
         return self._process.is_alive()
 
     def kill(self) -> None:
-        """Kills the worker alone, by SIGKILL: its work-horse and its scheduler go on."""
+        """Kills the worker alone, by SIGKILL; its work-horse and its scheduler keep running."""
         self.supervised = False
         self._process.kill()
         self.wait_dead()
 
     def wait_dead(self) -> None:
-        """Waits until the worker is dead; its children may go on."""
+        """Waits until the worker is dead; its children may still run."""
         self._process.join(DEADLINE)
         assert not self.is_alive()
 
@@ -136,6 +136,6 @@ class WorkerProcess:
         """Kills the worker and all its children."""
         self.supervised = False
         _kill_sessions(self._sessions)
-        self._process.kill()  # it may not have made its session yet
+        self._process.kill()  # it may not have created its session yet
         self._process.join(DEADLINE)
         self._process.close()

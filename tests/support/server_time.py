@@ -1,4 +1,4 @@
-"""Sends a call to a server whose clock shows a time that the test chooses."""
+"""Calls for which the server has a time that the test chooses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from squidstep_redis import Call
 
 T = TypeVar("T")
 
-# As from a real server, the microseconds are not padded.
+# As on a real server, the microseconds are not padded.
 _PRELUDE = """\
 local server = redis
 local function call(name, ...)
@@ -23,7 +23,7 @@ local redis = setmetatable({ call = call }, { __index = server })
 
 
 def at(call: Call[T], seconds: int, microseconds: int = 0) -> Call[T]:
-    """Returns the call, whose script takes this for the server's time.
+    """Returns the call with a script for which this is the server's time.
 
     Args:
         call: made by `store.calls`.

@@ -21,7 +21,7 @@ SLOTS = 16_384
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 60) -> None:
-    """Wait until the condition holds, and fail with its name if it never does."""
+    """Wait until the condition holds, and raise TimeoutError if it does not in time."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -37,7 +37,7 @@ def find_binary(name: str) -> Path:
         name: "valkey", "redis-7" or "redis-6".
 
     Raises:
-        LookupError: There is none on this machine; the message says how to get one.
+        LookupError: The binary is missing; the message says how to install it.
     """
     return {"valkey": _find_valkey, "redis-7": _find_redis_7, "redis-6": _find_redis_6}[name]()
 
@@ -77,7 +77,7 @@ def _binary_from_environment(variable: str) -> Path | None:
 
 
 def _executable_copy(binary: Path) -> Path:
-    # Some installers drop the executable bit, and the place where it is may be read-only.
+    # Some installers drop the executable bit, and the file may be on a read-only file system.
     directory = tempfile.mkdtemp(prefix="squidstep-binary-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     copy = Path(shutil.copy(binary, directory))
@@ -86,10 +86,10 @@ def _executable_copy(binary: Path) -> Path:
 
 
 class EmbeddedCluster:
-    """A cluster on loopback ports, for as long as the `with` block: primaries, and a replica of each if asked for.
+    """A cluster on loopback ports during the `with` block: primaries, and optionally a replica of each.
 
-    It takes a little over two seconds to start: that long a primary waits by itself, on any
-    version, before it turns writable, and no option changes that.
+    It takes a little over two seconds to start: every version waits that long before a primary becomes writable, and
+    no option changes this.
     """
 
     def __init__(
@@ -104,27 +104,27 @@ class EmbeddedCluster:
 
         Args:
             nodes: How many primaries share the slots.
-            replicated: Each has a replica.
+            replicated: Whether each primary has a replica.
             binary: The server binary, as for `EmbeddedServer`.
             options: Further configuration of every node.
         """
         config = {
             "cluster-enabled": "yes",
-            # A node that got no CPU for this long would be taken for dead, and its slots refused.
+            # The cluster considers a node dead, and rejects its slots, if the node gets no CPU for this long.
             "cluster-node-timeout": "5000",
-            # A node that is never told its address leaves it out of CLUSTER SLOTS.
+            # Without this, a node may omit its address from CLUSTER SLOTS.
             "cluster-announce-ip": "127.0.0.1",
             "repl-diskless-sync-delay": "0",
             **options,
         }
-        self.primaries = nodes  # so many of the nodes; the rest replicate one of these each
+        self.primaries = nodes  # the first nodes; each of the others replicates one of them
         count = nodes * (2 if replicated else 1)
         self.nodes = [EmbeddedServer(binary=binary, options=config, port=0) for _ in range(count)]
         self._stack = contextlib.ExitStack()
 
     @property
     def url(self) -> str:
-        """The first node, from which a client learns of the others."""
+        """The URL of the first node, from which a client discovers the others."""
         return self.nodes[0].url
 
     def __enter__(self) -> Self:
@@ -139,18 +139,18 @@ class EmbeddedCluster:
         self._stack.close()
 
     def is_ready(self) -> bool:
-        """Whether every node knows every other and serves, and every replica follows its primary."""
+        """Return whether all nodes know each other and serve, and all replicas follow their primaries."""
         expected = {
             "cluster_state": "ok",
             "cluster_slots_ok": str(SLOTS),
             "cluster_known_nodes": str(len(self.nodes)),
             "cluster_size": str(self.primaries),
         }
-        holders = len(self.nodes) // self.primaries  # of each range of slots
+        copies = len(self.nodes) // self.primaries  # of each range of slots
         return all(
             expected.items() <= client.execute_command("CLUSTER INFO").items()
             and client.info("replication").get("master_link_status", "up") == "up"
-            and all(len(slots) == 2 + holders for slots in client.execute_command("CLUSTER SLOTS"))
+            and all(len(slots) == 2 + copies for slots in client.execute_command("CLUSTER SLOTS"))
             for client in self._clients()
         )
 
@@ -159,11 +159,11 @@ class EmbeddedCluster:
         for index, client in enumerate(self._clients()):
             ids.append(client.execute_command("CLUSTER MYID"))
             if index < self.primaries:
-                # A range each and an epoch of its own: else they would have to settle on it first.
+                # With its own slots and epoch, each primary is consistent at once; otherwise they would negotiate.
                 slots = range(SLOTS * index // self.primaries, SLOTS * (index + 1) // self.primaries)
                 client.execute_command("CLUSTER ADDSLOTS", *slots)
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
-            # Every pair meets, so that no node waits for gossip.
+            # Every pair of nodes meets, so that none waits for gossip.
             for other in self.nodes[:index]:
                 client.execute_command("CLUSTER MEET", other.host, other.port)
         for index, client in enumerate(self._clients()):

@@ -1,4 +1,4 @@
-"""Stores behind a proxy, and a twin to compare them with."""
+"""Stores behind a proxy, and a store without faults to compare them with."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def proxied(connect: Callable[..., StepRunStore]) -> StepRunStore:
 
 @pytest.fixture
 def twin(bench: Bench) -> StepRunStore:
-    """A store beside the tested one, where nothing goes wrong."""
+    """A store for comparison, without faults."""
     return bench.store(prefix=f"{bench.prefix}-twin")
 
 
@@ -56,7 +56,7 @@ def known(bench: Bench) -> None:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two tries redis-py does not wait."""
+    """redis-py does not wait between two sends."""
 
     async def no_sleep(_: float) -> None: ...
 

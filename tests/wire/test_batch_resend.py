@@ -1,4 +1,4 @@
-"""A call of a batch that is re-sent by itself: it keeps the deadline of the batch, and what the batch may have done."""
+"""A call of a batch that is re-sent alone: its deadline and its errors are those of the batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CUT = exceptions.ConnectionError("Connection closed by server.")
 
 
 class Clock:
-    """A clock that goes on by what is slept, and by what a test adds."""
+    """A clock that advances by `sleep`, and by assignment."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -34,7 +34,7 @@ class Clock:
 
 
 def send_batch(bench: Bench, *replies: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[ServerError, float]:
-    """Sends a batch of one call to a server that is slow and fails: the last reply is repeated.
+    """Sends a batch of one call to a slow server that returns these errors, and then repeats the last.
 
     Returns:
         The call's error, and the seconds that it took.

@@ -1,4 +1,4 @@
-"""Lost replies and lost requests: a call that is sent again takes effect once."""
+"""Lost replies and lost requests: a re-sent call takes effect once."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 class TestLostReplies:
     """The server runs the call, the connection breaks before the reply, and the call is sent again."""
 
-    @pytest.mark.parametrize("losing", [1, 3])
-    def test_begin_executes_once(self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int) -> None:
-        proxy.drop(losing)
+    @pytest.mark.parametrize("lost_replies", [1, 3])
+    def test_begin_executes_once(self, proxy: Proxy, proxied: StepRunStore, known: None, lost_replies: int) -> None:
+        proxy.drop(lost_replies)
 
         step_run = begun(proxied.begin_step("run", "pay", PAYLOAD, lease=60))
 
-        assert proxy.names() == ["EVALSHA"] * (losing + 1)
+        assert proxy.names() == ["EVALSHA"] * (lost_replies + 1)
         assert step_run.attempt == 1
         assert [attempt.number for attempt in proxied.attempts("run", "pay")] == [1]
         assert proxied.complete_step(step_run, PAYLOAD).output == PAYLOAD
 
-    @pytest.mark.parametrize("losing", [1, 3])
+    @pytest.mark.parametrize("lost_replies", [1, 3])
     def test_complete_takes_one_place_in_the_order(
-        self, proxy: Proxy, proxied: StepRunStore, known: None, losing: int
+        self, proxy: Proxy, proxied: StepRunStore, known: None, lost_replies: int
     ) -> None:
         step_run = begun(proxied.begin_step("run", "pay", {}))
         proxy.clear()
-        proxy.drop(losing)
+        proxy.drop(lost_replies)
 
         completed = proxied.complete_step(step_run, PAYLOAD, schedule={"mail": {}})
 
-        assert proxy.names() == ["EVALSHA"] * (losing + 1)
+        assert proxy.names() == ["EVALSHA"] * (lost_replies + 1)
         assert completed.output == PAYLOAD
         assert proxied.completed_steps("run") == ["pay"]
         assert proxied.completed_outputs("run") == [PAYLOAD]
         assert [step_run.step for step_run in proxied.get_run("run")] == ["pay", "mail"]
 
-    @pytest.mark.parametrize("losing", [1, 3])
+    @pytest.mark.parametrize("lost_replies", [1, 3])
     @pytest.mark.parametrize("operation", CALLS)
     def test_every_operation_returns_the_same_as_without_loss(
         self,
@@ -75,21 +75,21 @@ class TestLostReplies:
         twin: StepRunStore,
         known: None,
         operation: str,
-        losing: int,
+        lost_replies: int,
     ) -> None:
         expected = perform(twin, operation, prepare(bench, twin))
         claim = prepare(bench, proxied)
         proxy.clear()
-        proxy.drop(losing)
+        proxy.drop(lost_replies)
 
         outcome = perform(proxied, operation, claim)
 
-        assert proxy.names() == ["EVALSHA"] * (losing + 1)
+        assert proxy.names() == ["EVALSHA"] * (lost_replies + 1)
         assert seen(outcome) == seen(expected)
         assert state(proxied) == state(twin)
 
     @pytest.mark.parametrize("operation", WORKFLOWS)
-    def test_every_exchange_returns_the_same_as_without_loss(
+    def test_every_workflow_returns_the_same_as_without_loss(
         self,
         bench: Bench,
         proxy: Proxy,
@@ -106,7 +106,7 @@ class TestLostReplies:
         assert seen(outcome) == seen(expected)
         assert state(proxied) == state(twin)
 
-    @pytest.mark.parametrize("lost", ["all of it", "its tail"])
+    @pytest.mark.parametrize("lost", ["the whole batch", "the end of the batch"])
     def test_a_batch_that_is_sent_again_returns_the_same(
         self, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, no_pauses: None, lost: str
     ) -> None:
@@ -131,7 +131,7 @@ class TestLostReplies:
         expected = twin.batch(calls(twin))
         sent = calls(proxied)
 
-        if lost == "all of it":
+        if lost == "the whole batch":
             proxy.drop()
             with proxy.batches(len(sent), len(sent)):
                 outcomes = proxied.batch(sent)
@@ -172,13 +172,13 @@ class TestLostReplies:
         assert caught.value.call is not None
         assert begun(store.send(caught.value.call)).attempt == 1
 
-    @pytest.mark.parametrize("losing", [1, 3, 10])
+    @pytest.mark.parametrize("lost_replies", [1, 3, 10])
     def test_retries_of_redis_py_itself_take_effect_once(
-        self, bench: Bench, proxy: Proxy, known: None, no_pauses: None, losing: int
+        self, bench: Bench, proxy: Proxy, known: None, no_pauses: None, lost_replies: int
     ) -> None:
-        """Depending on its version redis-py sends again up to ten times, or never.
+        """Depending on its version, redis-py re-sends up to ten times, or never.
 
-        The store retries on top of that; here it does not.
+        The store retries on top of that, but not in this test.
         """
         if bench.runner is None:
             client: Any = redis.Redis(host="127.0.0.1", port=proxy.port)
@@ -192,14 +192,14 @@ class TestLostReplies:
 
         def retry(call: Call[Any]) -> Any:
             proxy.clear()
-            proxy.drop(losing)
-            for _ in range(losing):
+            proxy.drop(lost_replies)
+            for _ in range(lost_replies):
                 with contextlib.suppress(OutcomeUnknownError):
                     return once(call)
             return once(call)
 
         step_run = begun(retry(store.calls.begin_step("run", "pay", {}, lease=60)))
-        assert len(proxy.commands) == losing + 1
+        assert len(proxy.commands) == lost_replies + 1
         assert step_run.attempt == 1
         completed = retry(store.calls.complete_step(step_run, PAYLOAD))
         assert completed.output == PAYLOAD

@@ -1,4 +1,4 @@
-"""Round trips: what each operation costs on the network."""
+"""The number of round trips of each operation."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class TestRoundTrips:
         assert proxy.round_trips == 2
         assert found.step == ACROSS_RUNS[operation]
 
-    def test_every_operation_is_counted(self) -> None:
-        counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestTheCostOfLists.COSTS}
+    def test_every_operation_has_a_test_of_its_round_trips(self) -> None:
+        counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
     def test_filtering_by_owner_costs_one_round_trip_per_page(
@@ -97,18 +97,18 @@ class TestRoundTrips:
         assert proxy.round_trips == 4
 
 
-class TestTheCostOfLists:
-    """On one small run. CLUSTER, with which `runs` and `purge` look for other servers, is not counted."""
+class TestRoundTripsOfScans:
+    """Operations that scan. CLUSTER, with which `runs` and `purge` look for other servers, is not counted."""
 
-    COSTS = (*SCANS, "retry_run")
+    SCANNING = (*SCANS, "retry_run")
 
-    @pytest.mark.parametrize("operation", COSTS)
+    @pytest.mark.parametrize("operation", SCANNING)
     def test_a_scan_of_one_small_run_costs_two_round_trips(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str
     ) -> None:
         bench.backend.raw.flushdb()  # a scan passes the keys of every prefix
         claim = prepare(bench, proxied)
-        proxied.runs()  # now the server knows the script that scans
+        proxied.runs()  # loads the script that scans
         proxy.clear()
 
         with proxy.batches(1, 1):

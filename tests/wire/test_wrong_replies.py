@@ -1,4 +1,4 @@
-"""Replies that belong to another call: the store notices and sends again."""
+"""Replies that belong to another call: the store detects them, and re-sends the call."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from squidstep_redis import (
 
 pytestmark = [
     pytest.mark.servers("valkey", "redis-7", "redis-6"),
-    # redis-py 6.0 to 6.2 warns about how it makes a cluster's pipeline itself.
+    # redis-py 6.0 to 6.2 warns about its own use of a deprecated argument.
     pytest.mark.filterwarnings("ignore:.*cluster_error_retry_attempts:DeprecationWarning"),
 ]
 
-OTHERS = {
+WRONG_REPLIES = {
     "of another call": b"*3\r\n$9\r\ncompleted\r\n$1\r\n0\r\n$1\r\nx\r\n",
     "an empty array": b"*0\r\n",
     "nothing": b"$-1\r\n",
@@ -44,22 +44,22 @@ OTHERS = {
 
 
 class TestRepliesToAnotherCall:
-    @pytest.mark.parametrize("reply", OTHERS.values(), ids=OTHERS)
-    def test_a_wrong_reply_is_noticed_and_the_call_sent_again(
+    @pytest.mark.parametrize("reply", WRONG_REPLIES.values(), ids=WRONG_REPLIES)
+    def test_a_call_with_a_wrong_reply_is_sent_again(
         self, proxy: Proxy, proxied: StepRunStore, known: None, reply: bytes
     ) -> None:
-        proxy.answer(reply)
+        proxy.replace_replies(reply)
 
         assert begun(proxied.begin_step("run", "pay", {})).attempt == 1
         assert proxy.names() == ["EVALSHA", "EVALSHA"]
 
     @pytest.mark.parametrize("operation", CALLS)
-    def test_every_operation_notices_a_wrong_reply(
+    def test_every_operation_detects_a_wrong_reply(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, twin: StepRunStore, known: None, operation: str
     ) -> None:
         expected = perform(twin, operation, prepare(bench, twin))
         claim = prepare(bench, proxied)
-        proxy.answer(OTHERS["of another call"])
+        proxy.replace_replies(WRONG_REPLIES["of another call"])
 
         assert seen(perform(proxied, operation, claim)) == seen(expected)
         assert state(proxied) == state(twin)
@@ -68,7 +68,7 @@ class TestRepliesToAnotherCall:
         self, proxy: Proxy, connect: Callable[..., StepRunStore], known: None
     ) -> None:
         store = connect(timeout=0.5)
-        proxy.answer(*[OTHERS["of another call"]] * 1_000)
+        proxy.replace_replies(*[WRONG_REPLIES["of another call"]] * 1_000)
 
         with pytest.raises(
             ReplyMismatchError,
@@ -83,8 +83,8 @@ class TestRepliesToAnotherCall:
     def test_a_reply_left_on_the_connection_reaches_no_call(
         self, proxy: Proxy, proxied: StepRunStore, known: None
     ) -> None:
-        left = OTHERS["of another call"]
-        proxy.answer(left + left)  # of which one stays behind
+        left = WRONG_REPLIES["of another call"]
+        proxy.replace_replies(left + left)  # one of them stays on the connection
 
         for number in range(5):
             step_run = begun(proxied.begin_step(f"run-{number}", "pay", {"n": number}))
@@ -92,8 +92,8 @@ class TestRepliesToAnotherCall:
 
     def test_a_batch_with_a_wrong_reply_is_sent_again(self, proxy: Proxy, proxied: StepRunStore) -> None:
         calls = [proxied.calls.begin_step(f"run-{number}", "pay", {"n": number}) for number in range(5)]
-        left = OTHERS["of another call"]
-        proxy.answer(left + left)
+        left = WRONG_REPLIES["of another call"]
+        proxy.replace_replies(left + left)
 
         outcomes = [begun(cast("BeginResult", outcome)) for outcome in proxied.batch(calls)]
 
