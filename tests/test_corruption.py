@@ -202,7 +202,9 @@ class TestInvalidLine:
 
 
 class TestInvalidStepName:
-    def test_step_in_the_order_that_is_not_utf8_is_reported(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_step_in_the_order_that_is_not_utf8_is_reported(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
         key = bench.keys("run")[1]
         bench.backend.raw.delete(key)
         bench.backend.raw.zadd(key, {b"\xff": 1})
@@ -212,7 +214,9 @@ class TestInvalidStepName:
         )
 
     @pytest.mark.parametrize("field", [b"s", b"s\xff"])
-    def test_record_whose_step_is_not_utf8_is_reported(self, bench: Bench, store: StepRunStore, held: StepRun, field: bytes) -> None:
+    def test_record_whose_step_is_not_utf8_is_reported(
+        self, bench: Bench, store: StepRunStore, held: StepRun, field: bytes
+    ) -> None:
         key = bench.keys("run")[0]
         line = bench.field("run", "sheld")
         assert line is not None
@@ -224,7 +228,9 @@ class TestInvalidStepName:
         with pytest.raises(CorruptRunError):
             store.retry_run("run")
 
-    def test_run_with_an_invalid_step_name_hides_no_other_run(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+    def test_run_with_an_invalid_step_name_hides_no_other_run(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
         bench.backend.raw.hset(bench.keys("run")[0], b"s\xff", bench.field("run", "sheld"))
         store.complete_step(begun(store.begin_step("sound", "pay", {})), {})
         bench.lapse(begun(store.begin_step("timer", "pay", {}, lease=0.005)))  # the server's clock moves on
