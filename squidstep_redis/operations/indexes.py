@@ -15,17 +15,17 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import member_prefix, parse_member
 from squidstep_redis.protocol.scripts import script
-from squidstep_redis.protocol.workflow import SendBatch, Workflow, results_of
+from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
 
 Mode = Literal["failed", "lapsed", "live"]
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
-_GROWTH: Final = 8  # each further page of a bucket is so many times as large
+_GROWTH: Final = 8  # each further page of a bucket is this many times as large
 
 
 def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
-    """Lists step runs whose lease has expired and that no worker has taken over, longest expired first.
+    """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
     Usually two round trips per server: one reads the index of each of 1,024 buckets, one verifies the entries against
     their records. An entry without its record is dropped from the index.
@@ -38,7 +38,7 @@ def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
     return _list(context, "lapsed", context.keys.claims(), limit)
@@ -59,7 +59,7 @@ def live_claims(context: Context, limit: int = 100, *, owner: str | None = None)
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
     return _list(context, "live", context.keys.claims(), limit, arguments.owner(owner))
@@ -79,7 +79,7 @@ def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
     return _list(context, "failed", context.keys.failed(), limit)
@@ -95,7 +95,7 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
         The two counts.
 
     Raises:
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
 
@@ -103,7 +103,7 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
         return ClaimCounts(int(reply[2]), int(reply[3]))
 
     calls = [Call(None, script("count_claims"), (key,), (new_nonce(),), parse) for key in context.keys.claims()]
-    counts: list[ClaimCounts] = results_of((yield SendBatch(calls)))
+    counts: list[ClaimCounts] = raise_first_error((yield SendBatch(calls)))
     return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
 
 
@@ -111,19 +111,19 @@ def _list(
     context: Context, mode: Mode, indexes: list[bytes], limit: int, owner: bytes = b""
 ) -> Workflow[list[StepRun]]:
     wanted = arguments.integer("limit", limit, MAX_LIMIT)
-    # The first entries are spread over the buckets: a few of each usually make a page.
+    # The first entries are spread over the buckets, so a page usually needs only a few entries of each.
     first_page = MAX_LIMIT if owner else 4 + wanted // 250
     incomplete = buckets = [_Bucket(key, first_page) for key in indexes]
     verified: dict[bytes, StepRun | None] = {}
     while True:
         if incomplete:
             pages = yield SendBatch([each.call(mode) for each in incomplete])
-            for each, page in zip(incomplete, results_of(pages), strict=True):
+            for each, page in zip(incomplete, raise_first_error(pages), strict=True):
                 each.load(page)
         merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
         merged.sort(key=_rank, reverse=mode == "failed")
-        # Entries behind the last loaded one of an incomplete bucket may rank behind entries that are not loaded yet.
-        settled = next((place + 1 for place, each in enumerate(merged) if each.is_last_loaded), len(merged))
+        # Entries after the last loaded one of an incomplete bucket may rank after entries that are not loaded yet.
+        settled = next((index + 1 for index, each in enumerate(merged) if each.is_last_loaded), len(merged))
         found: list[StepRun] = []
         for start in range(0, settled, wanted):
             entries = merged[:settled][start : start + wanted]
@@ -134,7 +134,7 @@ def _list(
                 return found[:wanted]
         if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
             return found
-        # Load more of the buckets that may hold what is missing.
+        # Load more entries of the buckets that may have the missing ones.
         candidates = merged[: settled + wanted]
         incomplete = [each.bucket for each in candidates if each.is_last_loaded and each.bucket.needs_page()]
 
@@ -145,24 +145,24 @@ def _verify_all(
     """Verifies entries against their records, in one round trip."""
     if not entries:
         return
-    outcomes = yield SendBatch([_verify(context, mode, each.member, owner) for each in entries])
-    for each, outcome in zip(entries, outcomes, strict=True):
-        verified[each.member] = outcome if isinstance(outcome, StepRun) else None
-        if isinstance(outcome, bool):
-            each.bucket.dropped += outcome
-        elif not isinstance(outcome, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
-            raise outcome
+    results = yield SendBatch([_verify(context, mode, each.member, owner) for each in entries])
+    for each, result in zip(entries, results, strict=True):
+        verified[each.member] = result if isinstance(result, StepRun) else None
+        if isinstance(result, bool):
+            each.bucket.dropped += result
+        elif not isinstance(result, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
+            raise result
 
 
 def _verify(context: Context, mode: Mode, member: bytes, owner: bytes) -> Call[StepRun | bool]:
-    """Reads the step run of an entry; or returns whether the entry has left its place in the index."""
+    """Reads the step run of an entry, or returns whether the entry was dropped or its position has changed."""
     run, step = parse_member(member)
     keys = context.keys.of_run(run)
 
     def parse(reply: Reply) -> StepRun | bool:
         if len(reply) > 2:
             return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
-        return reply[0] == b"dropped" or mode == "lapsed"  # the script has moved the entry of a live claim
+        return reply[0] == b"dropped" or mode == "lapsed"  # the script has corrected the score of a live claim
 
     index = keys.failed if mode == "failed" else keys.claims
     args = (new_nonce(), step, member_prefix(run), mode.encode(), owner)
@@ -175,10 +175,10 @@ class _Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
-        entries: score and member, first ones first.
+        entries: score and member, in the order of the listing.
         size: how many entries were requested.
         has_more: whether further entries may exist.
-        dropped: how many of them turned out to have left the index, which makes room for others.
+        dropped: how many of them have been dropped from the index since, so that other entries follow.
     """
 
     __slots__ = ("dropped", "entries", "has_more", "key", "size")
@@ -217,7 +217,7 @@ class _Entry(NamedTuple):
 
     @property
     def is_last_loaded(self) -> bool:
-        """Whether its bucket may hold further entries that come right after it."""
+        """Whether its bucket may have further entries right after it."""
         return self.bucket.has_more and self.member == self.bucket.entries[-1][1]
 
 
