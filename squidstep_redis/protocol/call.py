@@ -91,7 +91,7 @@ class Call(NamedTuple, Generic[T]):
         parts: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if type(parts) is not list or len(parts) < 2 or parts[1] != self.args[0]:
-            problem = f"got the reply to an earlier call, which was interrupted on this connection: {described(reply)}"
+            problem = f"an earlier call on this connection was interrupted; received its reply: {described(reply)}"
             raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, self)
         refusal = _REFUSALS.get(parts[0])
         if refusal is not None:
