@@ -107,7 +107,7 @@ class RunDeletedError(StepRunNotFoundError):
 class StaleStepRunError(SquidstepError):
     """The claim is not held, or no longer held; nothing was written.
 
-    Another worker took the step over, or the step has ended. Discard your result: `current` is the valid state.
+    Another worker took over the step, or the step has ended. Discard your result: `current` is the valid state.
 
     Attributes:
         current: the step run as it is stored now.

@@ -153,7 +153,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             The stored output.
 
         Raises:
-            StepBusyError: another worker holds the step, or has taken it over.
+            StepBusyError: another worker holds the step, or took it over.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.
             PayloadError: the output of `fn` cannot be stored; the step is recorded as failed.
@@ -215,7 +215,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         return Claim(self, run_id, step, input, lease, max_attempts, on_busy, owner)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
-        """Checks whether the server and the client can keep the guarantees, and what limits them.
+        """Checks whether the guarantees hold on the server and the client, and what limits them.
 
         It executes every transition on a scratch run and deletes it; on a cluster, one on each primary. Twenty round
         trips per server. A problem is a finding, not an exception.

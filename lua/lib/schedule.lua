@@ -8,7 +8,7 @@ local function scheduled_by(state)
 end
 
 -- Looks up the steps at ARGV[first], ARGV[first + 2], …; each is followed by its input.
--- Returns the positions in ARGV of the steps without a record, and of those created by an earlier copy of the call `by`.
+-- Returns the positions in ARGV of the steps without a record, and of those that an earlier copy of call `by` created.
 local function without_record(steps, first, by)
   local fields, missing, created = {}, {}, {}
   for position = first, #ARGV, 2 do
