@@ -2,38 +2,38 @@
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 token   of the next claim; 1 to 9 are the arguments of begin_step for the next step
---       2 step, 3 run, 4 input, 5 lease_ms, 6 owner, 7 ttl_ms, 8 max_attempts, 9 lapse_error
---       10 from    the step to complete
---       11 held    token of the claim on it, or ""  any claim
---       12 output  of the step to complete
+--       2 step, 3 run, 4 input, 5 lease_ms, 6 owner, 7 ttl_ms, 8 max_attempts, 9 lease_expired_error
+--       10 from        the step to complete
+--       11 from_token  of the claim on it, or ""  any claim
+--       12 output      of the step to complete
 -- REPLY as begin_step, about the next step, once the first is completed:
 --       "execute nonce state" | {"execute", nonce, state, input} | {"takeover", nonce, state, input}
 --       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
--- Writes only when it first completes the first step, or as begin_step. It does both or neither.
+-- Writes only when it first completes the step, or as begin_step. It does both or neither.
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
-local from, held, output = ARGV[10], ARGV[11], ARGV[12]
+local from, from_token, output = ARGV[10], ARGV[11], ARGV[12]
 
 -- The common case: a live claim, no waiting client and a new step next, in a run that does not expire. The general path
 -- below does the same at a higher cost.
 local lines = redis.pcall("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
 if lines[1] and lines[2] and not lines[3] and not lines[4] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
-  local claim, holder, leased, started, made, rest = string.match(lines[2], @READ_RUNNING)
-  if created and holder == held and redis.pcall("ZCARD", done) == tonumber(completed) then
+  local claim, holder, from_lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
+  if created and holder == from_token and redis.pcall("ZCARD", done) == tonumber(completed) then
     local time = redis.call("TIME")
     local now = @NOW(time)
     if
-      (leased == "" or type(redis.pcall("ZREM", claims, ARGV[3] .. from)) == "number")
+      (from_lease == "" or type(redis.pcall("ZREM", claims, ARGV[3] .. from)) == "number")
       and (lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)) == "number")
     then
       created, completed = created + 1 .. "", completed + 1 .. ""
       redis.call("ZADD", done, completed, from)
-      local ended = @DURATION(now, made, started)
-      local last = @STATE(@COMPLETED, claim, "", started, ended, made, rest)
+      local ended = @DURATION(now, created_at, started)
+      local last = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
       local line = @FIRST_CLAIM(token, lease, now, created, owner)
       local run = @RUN(created, completed)
       redis.call("HSET", steps, "r", run, "s" .. from, last, "o" .. from, output, "s" .. step, line, "i" .. step, input)
@@ -45,11 +45,11 @@ end
 -- include record
 -- include run
 
-local run, ended, refusal = load_run(steps, done, from)
+local run, previous, refusal = load_run(steps, done, from)
 if refusal then
   return refusal
 end
-if not ended then
+if not previous then
   return { "missing", nonce }
 end
 local line = redis.call("HGET", steps, "s" .. step)
@@ -63,19 +63,19 @@ local now = now_ms()
 -- include indexes
 -- include complete
 
-if holds(ended, held) then
+if holds(previous, from_token) then
   -- Only an index that will change is checked.
-  if state or lease ~= "" or ended.lease ~= "" then
+  if state or lease ~= "" or previous.lease ~= "" then
     @CHECK_INDEXES(claims, state and failed or nil)
   end
-  if ended.lease ~= "" then
+  if previous.lease ~= "" then
     redis.call("ZREM", claims, ARGV[3] .. from)
   end
-  complete(run, ended, steps, done, from, output, now)
+  complete(run, previous, steps, done, from, output, now)
   -- include notify
-  notify(ended, steps, from)
+  notify(previous, steps, from)
 else
-  local resent = ended.status == @COMPLETED and (held == ended.token or held == "")
+  local resent = previous.status == @COMPLETED and (from_token == previous.token or from_token == "")
   if not resent or redis.call("HGET", steps, "o" .. from) ~= output then
     return with_record("stale", steps, from)
   end

@@ -6,7 +6,7 @@
 -- REPLY {"over", nonce, state, input, output, error}
 --       {"waiting", nonce, state, input, output, error, last}  last: the id of the stream entry to read after
 --       {"missing", nonce}
--- Writes hints alone: the mark.
+-- Writes only hints: the mark.
 
 -- include record
 -- include reply

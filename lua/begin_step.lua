@@ -1,4 +1,4 @@
--- begin_step: claims a step for one delivery, or skips it with the reason.
+-- begin_step: claims a step for one delivery, or returns why it must be skipped.
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 token   of this call only; it becomes the claim's token, by which a re-sent call is recognized
@@ -9,12 +9,12 @@
 --       6 owner         or ""
 --       7 ttl_ms        or ""  of the run, if this call creates it
 --       8 max_attempts  or ""  no limit
---       9 lapse_error   last error of a step whose lease expired with no attempt left; required with max_attempts
+--       9 lease_expired_error  last error of a step whose last attempt lost its lease; required with max_attempts
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
 --       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
 --       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
--- Writes only when it first replies "execute", or "takeover", or turns a lapsed claim into a failure ("exhausted").
+-- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""

@@ -20,7 +20,7 @@ local SUCCESSORS = 6
 local lines = redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step)
 if lines[1] and lines[2] and not lines[3] and not ARGV[SUCCESSORS] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
-  local claim, holder, lease, started, made, rest = string.match(lines[2], @READ_RUNNING)
+  local claim, holder, lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
   if
     created
     and holder == token
@@ -31,8 +31,8 @@ if lines[1] and lines[2] and not lines[3] and not ARGV[SUCCESSORS] then
     local now = @NOW(time)
     completed = completed + 1 .. ""
     redis.call("ZADD", done, completed, step)
-    local ended = @DURATION(now, made, started)
-    local line = @STATE(@COMPLETED, claim, "", started, ended, made, rest)
+    local ended = @DURATION(now, created_at, started)
+    local line = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
     redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "o" .. step, output)
     return "completed " .. ARGV[1] .. " " .. line
   end

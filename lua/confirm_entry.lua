@@ -7,9 +7,9 @@
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>"
 --       4 wanted  "failed", or for an entry of claims "lapsed" or "live"
---       5 owner   whose live claims are wanted, or ""  any owner
+--       5 owner   only live claims of this owner, or ""  any owner
 -- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error} | {"other", nonce} | {"dropped", nonce}
--- Writes hints alone: when it replies "dropped", or for a live claim whose entry had another end of the lease.
+-- Writes only hints: when it replies "dropped", or for a live claim whose entry had another end of the lease.
 
 -- include record
 -- include reply
@@ -25,14 +25,14 @@ if state and wanted == "failed" and (state.status == @FAILED or state.status == 
   return with_record("failed", steps, step)
 end
 if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then
-  local lapsed = has_lapsed(state, now_ms())
+  local expired = has_expired(state, now_ms())
   local lease_end = state.created + state.started + state.lease
-  -- When memory is full, or on a replica, even a write without effect is rejected.
-  if not lapsed and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
+  -- Write only if needed: when memory is full, or on a replica, even a write without effect is rejected.
+  if not expired and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
     redis.call("ZADD", index, lease_end, member)
   end
   local owned = owner == "" or owner == string.match(state.rest, "^" .. @REST("%d+", "%S*", "(.*)") .. "$")
-  if lapsed ~= (wanted == "lapsed") or not owned then
+  if expired ~= (wanted == "lapsed") or not owned then
     return { "other", nonce }
   end
   return with_record(wanted, steps, step)

@@ -3,7 +3,7 @@
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
 --       2 step, …
--- REPLY {"gone", nonce, position, …}  of the given steps that have no record now, from 0, ascending
+-- REPLY {"deleted", nonce, position, …}  of the given steps that have no record now, from 0, ascending
 -- Writes only when at least one of the steps is pending.
 
 -- include record
@@ -15,25 +15,25 @@ local steps, done = KEYS[1], KEYS[2]
 local FIRST = 2
 @OPEN_RUN
 
-local reply, names, fields = { "gone", nonce }, {}, {}
+local reply, names, fields = { "deleted", nonce }, {}, {}
 for position = FIRST, #ARGV do
   names[#names + 1] = "s" .. ARGV[position]
 end
 for index, line in ipairs(read_fields(steps, names)) do
   local step = ARGV[FIRST + index - 1]
-  local first_attempt, attempt, gone = 1, 0, true
-  if line and not string.find(line, @READ_NEVER_BEGUN) then -- which has no attempts, and needs no parsing
+  local first_attempt, attempt, deleted = 1, 0, true
+  if line and not string.find(line, @READ_NEVER_CLAIMED) then -- a step never claimed has no attempts to parse
     local state = parse_state(line)
     if not state then
       return unreadable(steps, names[index], line)
     end
-    gone = state.status == @PENDING
+    deleted = state.status == @PENDING
     first_attempt, attempt = math.max(1, state.attempt - HISTORY), state.attempt
   end
-  if gone then
+  if deleted then
     reply[#reply + 1] = index - 1
   end
-  if gone and line then
+  if deleted and line then
     local last = #fields
     fields[last + 1], fields[last + 2] = names[index], "i" .. step
     fields[last + 3], fields[last + 4] = "e" .. step, "w" .. step

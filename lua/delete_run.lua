@@ -1,12 +1,12 @@
--- delete_run: deletes a run, and leaves a tombstone so that a late write cannot create it again.
+-- delete_run: deletes a run, and leaves a tombstone so that a late write cannot recreate it.
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 nonce   of this call only; the tombstone stores it, so that a re-sent call is recognized
 --       2 run     "<bytes in the run id>:<run id>", for the indexes
---       3 tombstone_ms  how long late writes are refused
+--       3 tombstone_ms  how long late writes are rejected
 -- REPLY {"deleted", nonce} | {"missing", nonce}
 -- Writes only when it first replies "deleted". It also deletes records that cannot be read, to repair a corrupt or
--- half-evicted run, but never a key of another type.
+-- partly evicted run, but never a key of another type.
 
 -- include record
 -- include indexes
@@ -26,7 +26,7 @@ if redis.call("EXISTS", steps, done) == 0 then
 end
 @CHECK_INDEXES(claims, failed)
 
--- The index entries of a long run are left to the readers of the indexes, as those of an expired run are: to find them
+-- The index entries of a long run are left to the readers of the indexes, like those of an expired run: finding them
 -- here would block the server.
 if redis.call("HLEN", steps) <= FIELDS_SEARCHED then
   for _, field in ipairs(redis.call("HKEYS", steps)) do

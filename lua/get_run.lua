@@ -2,7 +2,7 @@
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
--- REPLY {"run", nonce, {field, value, …}}  the whole hash, in no order
+-- REPLY {"run", nonce, {field, value, …}}  the whole hash, unordered
 -- Writes nothing.
 
 -- include record

@@ -4,7 +4,7 @@
 -- ARGV  1 nonce      of this call only; the run stores it, so that a re-sent call is recognized
 --       2 run        "<bytes in the run id>:<run id>", for the indexes
 --       3 ttl_ms     or ""  the run never expires
---       4 made       steps created
+--       4 created    steps created
 --       5 completed  steps completed
 --       6 step, …    the completed steps, in their order; after them field, value, … of all records
 -- REPLY {"imported", nonce} | {"exists", nonce}

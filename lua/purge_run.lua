@@ -3,8 +3,8 @@
 -- KEYS  1 steps, 2 done, 3 failed
 -- ARGV  1 nonce      of this call only; the tombstone stores it, so that a re-sent call is recognized
 --       2 run        "<bytes in the run id>:<run id>", for the index
---       3 tombstone_ms  how long late writes are refused
---       4 made       steps created, as summarized
+--       3 tombstone_ms  how long late writes are rejected
+--       4 created    steps created, as summarized
 --       5 completed  steps completed, as summarized
 --       6 step, 7 state, …  each failed step, as summarized
 -- REPLY {"purged", nonce} | {"changed", nonce}
@@ -40,7 +40,7 @@ for index, line in ipairs(read_fields(steps, fields)) do
 end
 @CHECK_INDEXES(failed, nil)
 
--- Further index entries are left to the readers of the index, as those of an expired run are.
+-- Further index entries are left to the readers of the index, like those of an expired run.
 for position = FIRST, math.min(#ARGV, FIRST + 2 * ENTRIES_DROPPED), 2 do
   redis.call("ZREM", failed, ARGV[2] .. ARGV[position])
 end

@@ -1,4 +1,4 @@
--- release_step: gives up a claim before its work took effect; the attempt does not count against max_attempts.
+-- release_step: releases a claim before its work took effect; the attempt does not count against max_attempts.
 --
 -- KEYS  1 steps, 2 done, 3 claims
 -- ARGV  1 nonce   of this call, echoed

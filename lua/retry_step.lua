@@ -1,4 +1,4 @@
--- retry_step: makes a step that failed, or whose claim lapsed, pending again, and resets its attempt counter.
+-- retry_step: resets a failed step, or one whose lease expired, to pending, and resets its attempt counter.
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 nonce   of this call only; it becomes the token of the attempt that the call claims and releases
@@ -27,15 +27,15 @@ if state.status == @PENDING then
   return with_record("pending", steps, step)
 end
 local now = now_ms()
-if state.status == @RUNNING and has_lapsed(state, now) then
-  end_lapsed_attempt(state)
+if state.status == @RUNNING and has_expired(state, now) then
+  expire_attempt(state)
 end
 if state.status ~= @FAILED and state.status ~= @EXPIRED then
   return with_record("stale", steps, step)
 end
 @CHECK_INDEXES(claims, failed)
 
--- The call claims the step and releases it: an attempt of its own keeps the failed one in the history, and its token
+-- The call claims the step and releases it. This extra attempt moves the failed one to the history, and its token
 -- identifies a re-sent call. All attempts so far count as released.
 local past, number = format_state(state), state.attempt
 local last_error = redis.call("HGET", steps, "e" .. step) or ""

@@ -4,7 +4,7 @@
 -- ARGV  1 nonce   of this call, echoed
 --       2 cursor  "0" for the first page, then as replied
 --       3 count   of fields to scan for this page, approximately
--- REPLY {"page", nonce, cursor, {field, state, input, output, error, …}}  "" for a missing value; in no order
+-- REPLY {"page", nonce, cursor, {field, state, input, output, error, …}}  "" for a missing value; unordered
 -- Writes nothing.
 
 -- include record

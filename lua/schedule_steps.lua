@@ -15,7 +15,7 @@ local steps, done = KEYS[1], KEYS[2]
 local FIRST = 3
 @OPEN_RUN
 
-local missing, made = without_record(steps, FIRST, nonce)
+local missing, created = without_record(steps, FIRST, nonce)
 if #missing > 0 then
   local now = now_ms()
   set_ttl_if_new(run, ARGV[2])
@@ -24,7 +24,7 @@ if #missing > 0 then
   renew_expiry(run, steps, done, now)
 end
 local reply = { "scheduled", nonce }
-for _, positions in ipairs({ made, missing }) do
+for _, positions in ipairs({ created, missing }) do
   for _, position in ipairs(positions) do
     reply[#reply + 1] = (position - FIRST) / 2
   end

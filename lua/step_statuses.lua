@@ -2,7 +2,7 @@
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
--- REPLY {"states", nonce, {field, …}, {state, …}}  in no order
+-- REPLY {"states", nonce, {field, …}, {state, …}}  unordered
 -- Writes nothing.
 
 -- include record
@@ -12,7 +12,7 @@ local steps, done = KEYS[1], KEYS[2]
 local STATE = string.byte("s")
 @OPEN_RUN
 
--- Where the server can select the names, only those of state lines reach Lua.
+-- If the server supports NOVALUES, it selects the fields of state lines itself.
 local reply = redis.pcall("HSCAN", steps, 0, "MATCH", "s*", "COUNT", redis.call("HLEN", steps) + 1, "NOVALUES")
 local fields = {}
 if not reply.err and tostring(reply[1]) == "0" then

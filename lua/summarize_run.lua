@@ -4,7 +4,8 @@
 -- ARGV  1 nonce   of this call, echoed
 --       2 cursor  "0" for the first page, then as replied
 --       3 count   of fields to scan for this page, approximately
--- REPLY {"summary", nonce, cursor, made, completed, last, {step, state, …}}  last: state of the last completion, or ""
+-- REPLY {"summary", nonce, cursor, created, completed, last, {step, state, …}}
+--       last: state of the last completed step, or ""
 --       {"missing", nonce}
 -- Writes nothing.
 

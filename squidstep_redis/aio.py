@@ -30,11 +30,11 @@ from squidstep_redis.transport.connection import AsyncDirectConnections
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RELEASE_TIMEOUT: Final = 1.0  # seconds to release a claim after a cancellation; after that its lease expires
+RELEASE_TIMEOUT: Final = 1.0  # seconds to release a claim after a cancellation; otherwise its lease expires
 
 
 class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTransport]):
-    """Decides which delivery of a step executes, and keeps its input, output and failure: the asyncio store."""
+    """Decides which delivery of a step executes, and stores its input, output and error: the asyncio store."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
     _connections_type = AsyncDirectConnections
@@ -114,7 +114,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         fn="does the work: a coroutine function, or a plain one. It receives the stored input and returns the output.\n"
         "                `current_claim()` is its claim. If it blocks the event loop longer than the lease, the claim\n"
         "                is lost.",
-        cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is returned all the same.",
+        cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is still returned.",
     )
     async def run_step(
         self,
@@ -225,7 +225,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
                 async_heartbeat_of(self.store.client).add(self)
         except SquidstepError:
             raise
-        except BaseException:  # the task was cancelled: the work has not begun
+        except BaseException:  # the task was cancelled before the work started
             self._stop()
             with suppress(SquidstepError, TimeoutError):
                 async with asyncio.timeout(RELEASE_TIMEOUT):

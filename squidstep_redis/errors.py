@@ -10,17 +10,17 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepRunNotFoundError      there is no such record; nothing was written
     │   └── RunDeletedError           the run was deleted recently
     ├── StaleStepRunError         the claim is not held, or no longer held; nothing was written
-    ├── StepBusyError             run_step: another worker holds the step; try again later
+    ├── StepBusyError             run_step: another worker holds the step; retry later
     ├── WaitTimeoutError          wait_for_step: the step did not end in time
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
     ├── RunExistsError            import_run: the run exists already; nothing was written
-    ├── CorruptRunError           what is stored cannot be trusted; nothing was written
+    ├── CorruptRunError           the stored data is corrupt; nothing was written
     │   └── NewerFormatError          a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
     └── ServerError               the server or the connection failed; __cause__ is redis-py's error
         ├── NotSentError              could not connect; nothing was sent
         ├── RefusedError              the server refused; nothing was written
-        └── OutcomeUnknownError       sent, but no reply: send it again, or read the record
+        └── OutcomeUnknownError       sent, but no reply: re-send it, or read the record
             ├── NotReplicatedError        done, but not confirmed by the replicas or the AOF in time
             └── ReplyMismatchError        the connection returned the reply to another call
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from squidstep_redis.protocol.call import Call
 
 _error = dataclass(eq=False, repr=False)
-"""Makes an exception's fields the arguments of its constructor. Compared and shown as exceptions are."""
+"""Makes an exception's fields the arguments of its constructor; equality and repr remain those of exceptions."""
 
 
 @dataclass(init=False, eq=False, repr=False)  # of no fields; those of a subclass are its arguments
@@ -44,10 +44,10 @@ class SquidstepError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         notes = getattr(self, "__notes__", None)
-        return type(self), self._travelling(), {"__notes__": notes} if notes else None
+        return type(self), self._pickled_args(), {"__notes__": notes} if notes else None
 
-    def _travelling(self) -> tuple[Any, ...]:
-        """Returns the constructor's arguments after pickling."""
+    def _pickled_args(self) -> tuple[Any, ...]:
+        """Returns the arguments with which unpickling calls the constructor."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
@@ -79,7 +79,7 @@ class PayloadTooLargeError(PayloadError):
 
 
 class UnsupportedClientError(InvalidArgumentError):
-    """A redis-py client or pipeline with which a store cannot keep its guarantees."""
+    """A redis-py client or pipeline with which a store cannot give its guarantees."""
 
 
 @_error
@@ -108,7 +108,7 @@ class RunDeletedError(StepRunNotFoundError):
 class StaleStepRunError(SquidstepError):
     """The claim is not held, or no longer held; nothing was written.
 
-    Another worker took the step over, or the step has ended. Discard your result: `current` is the valid state.
+    Another worker took over the step, or the step has ended. Discard your result: `current` is the valid state.
 
     Attributes:
         current: the step run as it is stored now.
@@ -124,7 +124,7 @@ class StaleStepRunError(SquidstepError):
 
 @_error
 class StepBusyError(SquidstepError):
-    """Another worker holds the step, so this delivery did not execute it. Deliver it again later.
+    """Another worker holds the step, so this delivery did not execute it. Redeliver it later.
 
     Attributes:
         current: the step run as it is stored now.
@@ -138,13 +138,13 @@ class StepBusyError(SquidstepError):
         until = "" if self.retry_in is None else f"; its lease expires in {self.retry_in:.3f} s"
         return (
             f"{_where(self.current.run_id, self.current.step)}: held by {self.current.owner or 'another worker'} "
-            f"(attempt {self.current.attempt}{until}). Nothing was executed here; try again later"
+            f"(attempt {self.current.attempt}{until}). Nothing was executed here; retry later"
         )
 
 
 @_error
 class WaitTimeoutError(SquidstepError, TimeoutError):
-    """The step did not end within the timeout. Wait again, or look up who holds it.
+    """The step did not end within the timeout. Wait longer, or find out who holds it.
 
     Attributes:
         run_id: the run.
@@ -165,7 +165,7 @@ class WaitTimeoutError(SquidstepError, TimeoutError):
 
 @_error
 class StepExhaustedError(SquidstepError):
-    """The step has failed as often as `max_attempts` allows: it is not executed again.
+    """The step has used all attempts that `max_attempts` allows: it stays failed.
 
     Attributes:
         current: the step run as it is stored now, with its `last_error`.
@@ -196,7 +196,7 @@ class RunExistsError(SquidstepError):
 
 @_error
 class CorruptRunError(SquidstepError):
-    """What is stored under a key cannot be trusted; nothing was written.
+    """The data stored under a key is corrupt; nothing was written.
 
     Attributes:
         run_id: the run; None if the key belongs to an index.
@@ -238,7 +238,7 @@ class UndecodablePayloadError(SquidstepError):
 
 @_error
 class ServerError(SquidstepError):
-    """The server did not do what was asked, or did not confirm it. redis-py's own error is the `__cause__`.
+    """The server did not execute the operation, or did not confirm it. redis-py's own error is the `__cause__`.
 
     Attributes:
         operation: the name of the operation, or "batch".
@@ -267,15 +267,15 @@ class NotSentError(ServerError):
 
 
 class RefusedError(ServerError):
-    """The server refused the operation before it wrote anything: read-only, loading, out of memory, no rights."""
+    """The server refused the operation before it wrote anything: read-only, loading, out of memory, no permission."""
 
 
 @_error
 class OutcomeUnknownError(ServerError):
     """The operation was sent, and it is unknown whether it took effect.
 
-    `store.send(error.call)` sends the same call again: it takes effect once in total, and returns what it would have
-    returned. Calling the method again makes a different call: a second `begin_step` finds the first one's claim busy.
+    `store.send(error.call)` re-sends the same call: it takes effect once in total, and returns what it would have
+    returned. A second call of the method is a new call: a second `begin_step` finds the first one's claim busy.
     Or read the record with `get_step_run`.
 
     Attributes:
@@ -286,28 +286,34 @@ class OutcomeUnknownError(ServerError):
 
     def __str__(self) -> str:
         resend = "each of its calls" if self.operation == "batch" else "the same call, error.call,"
-        return f"{super().__str__()}. Whether it took effect is unknown; {resend} can safely be sent again"
+        return f"{super().__str__()}. Whether it took effect is unknown; {resend} can safely be re-sent"
 
-    def _travelling(self) -> tuple[Any, ...]:
-        return self.operation, self.run_id, self.step, self.problem, self.transient  # a call holds functions
+    def _pickled_args(self) -> tuple[Any, ...]:
+        return (
+            self.operation,
+            self.run_id,
+            self.step,
+            self.problem,
+            self.transient,
+        )  # a call has functions, which cannot be pickled
 
 
 @_error
 class NotReplicatedError(OutcomeUnknownError):
-    """The master did it, but fewer replicas (or its AOF) confirmed it in time than the store was told to wait for.
+    """The primary executed it, but the replicas or the AOF did not confirm it within the store's `wait_timeout`.
 
-    The effect stands, unless the master is lost before it has replicated it. Send the call again to wait again.
+    It takes effect unless the primary is lost before it has replicated it. Re-send the call to wait longer.
 
     Attributes:
         result: what the operation returned; None after pickling.
-        replicas: how many replicas confirmed it; None if the server did not say.
+        replicas: how many replicas confirmed it; None if unknown.
     """
 
     result: Any = None
     replicas: int | None = None
 
-    def _travelling(self) -> tuple[Any, ...]:
-        return (*super()._travelling(), None, None, self.replicas)
+    def _pickled_args(self) -> tuple[Any, ...]:
+        return (*super()._pickled_args(), None, None, self.replicas)
 
 
 class ReplyMismatchError(OutcomeUnknownError):
@@ -342,6 +348,6 @@ def described(value: Any) -> str:
     """
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 -- a value without a repr must be rejected all the same
+    except Exception:  # noqa: BLE001 -- a value without a repr must still be rejected
         text = "(without a repr)"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

@@ -1,4 +1,4 @@
-"""What the two stores share: construction, events, pipelines, and how an operation becomes a method. Nothing waits."""
+"""What the two stores share: construction, events, pipelines, and how an operation becomes a method. No I/O."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ B = TypeVar("B", bound=BaseTransport)
 
 
 class BaseStore(ABC, Generic[C, B]):
-    """Decides atomically which delivery of a step executes, and keeps each step's input, output and failure.
+    """Decides atomically which delivery of a step executes, and stores each step's input, output and error.
 
-    Every operation is one round trip. A store has no state of its own: create any number of them, share one between
-    threads or tasks, and use it after a fork.
+    Every operation is one round trip. A store is stateless: create any number of them, share one between threads or
+    tasks, and use it after a fork.
 
     Attributes:
         client: the redis-py client.
@@ -51,7 +51,7 @@ class BaseStore(ABC, Generic[C, B]):
     _transport_type: type[B]
 
     def __init__(self, client: C, **settings: Unpack[StoreSettings]) -> None:
-        """Makes a store on your client, which you close yourself. Nothing is sent.
+        """Makes a store that uses your client, which you close yourself. Nothing is sent.
 
         Args:
             client: a pooled `Redis` (also one that decodes responses, or from Sentinel's `master_for`), or a
@@ -84,13 +84,13 @@ class BaseStore(ABC, Generic[C, B]):
     def from_url(cls, url: str, **options: Any) -> Self: ...
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
-        """Makes a store with its own client: RESP2, no retries but the store's, and timeouts that fit the store's.
+        """Makes a store with its own client: RESP2, no retries of its own, and timeouts that fit the store's.
 
-        The client waits 0.3 of the store's timeout for a reply and 0.15 for a connection. The store keeps up to 16
-        connections for a second after use, which is the fastest way to the server, unless `max_connections` is given.
+        The client waits 0.3 of the store's timeout for a reply and 0.15 for a connection. Unless `max_connections`
+        is given, the store keeps up to 16 idle connections for a second after use, which makes calls faster.
 
         Args:
-            url: such as `redis://localhost:6379/0`; redis-py's `Redis.from_url` has the forms.
+            url: such as `redis://localhost:6379/0`; see redis-py's `Redis.from_url` for the forms.
             **options: the store's settings, each a keyword argument, see `StoreSettings`; and options of redis-py's
                 `Redis.from_url`, which override the ones above.
 
@@ -99,7 +99,7 @@ class BaseStore(ABC, Generic[C, B]):
         """
         settings: Any = {name: value for name, value in options.items() if name in SETTINGS}
         client_options = {name: value for name, value in options.items() if name not in SETTINGS}
-        # RESP2, because with RESP3 redis-py may return the left-over reply of an interrupted command to the next one.
+        # RESP2, because with RESP3 redis-py may return the leftover reply of an interrupted command to the next one.
         # No retries of its own, because the store retries until its deadline and knows what may have been written.
         timeouts = client_timeouts(settings.get("timeout", DEFAULT_TIMEOUT))
         client = cls._connect(url, {"protocol": 2, **timeouts, **client_options})
@@ -130,19 +130,19 @@ class BaseStore(ABC, Generic[C, B]):
         """Appends an operation to your own pipeline or transaction, so that both commit together.
 
         Args:
-            pipeline: of a redis-py client of the same server, not yet executed.
+            pipeline: a redis-py pipeline on the same server, not yet executed.
             call: made by `store.calls`.
 
         Returns:
             An object that reads the operation's reply: `queued.result(pipeline.execute())`.
 
         Raises:
-            UnsupportedClientError: the pipeline would run the command at once, or decode payloads.
+            UnsupportedClientError: the pipeline would run the command immediately, or decode payloads.
         """
         return queue(pipeline, call)
 
     def _client_facts(self, lease: Seconds | None, job_timeout: Seconds | None) -> Client:
-        """Returns what the doctor checks without asking the server."""
+        """Returns what the doctor checks without querying the server."""
         durability, longest = self._transport.durability, arguments.MAX_TTL
         return Client(
             *client_facts(self.client),
@@ -178,11 +178,11 @@ def as_method(method: F, operation: Callable[..., Any], store: str) -> F:
 
 
 def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[[F], F]:
-    """Gives a method the docstring of its blocking twin.
+    """Gives a method the docstring of its blocking counterpart.
 
     Args:
         original: the blocking method.
-        **replacements: by argument, its description, where it differs or the original has no such argument.
+        **replacements: descriptions of the arguments that differ or that the original does not have.
     """
     doc = original.__doc__ or ""
     for name, text in replacements.items():

@@ -41,7 +41,7 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_transition_seconds` | prefix, operation | seconds per call, re-sends included; no batches |
     | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
 
-    A collection takes one round trip per server for the last two. If the server is unreachable, they are omitted.
+    A collection needs one round trip per server for the last two. If the server is unreachable, they are omitted.
 
     Args:
         store: the store; pass each store only once, or its decisions are counted twice.
@@ -71,7 +71,7 @@ class Metrics(Collector):
         self._executes = counter("executes", "Claims granted")
         self._takeovers = counter("takeovers", "Claims granted over a claim whose lease had expired")
         self._skips = counter("skips", "Deliveries that did not execute", "reason")
-        self._ended = {
+        self._by_ending = {
             "complete": counter("completions", "Steps completed"),
             "fail": counter("failures", "Attempts that failed"),
             "release": counter("releases", "Claims released"),
@@ -113,8 +113,8 @@ class Metrics(Collector):
             self._refused.labels(prefix, event.operation).inc()
         elif event.kind == "error":
             self._errors.labels(prefix, event.reason).inc()
-        elif event.kind in self._ended:
-            self._ended[event.kind].labels(prefix).inc()
+        elif event.kind in self._by_ending:
+            self._by_ending[event.kind].labels(prefix).inc()
         if not event.batched and not (event.operation == "advance_step" and event.kind == "complete"):
             self._seconds.labels(prefix, event.operation).observe(event.seconds)
 

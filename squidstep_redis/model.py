@@ -26,13 +26,13 @@ class Outcome(StrEnum):
     """How one attempt at a step ended."""
 
     RUNNING = "running"
-    """It has not ended."""
+    """The attempt is still running."""
     COMPLETED = "completed"
     FAILED = "failed"
     RELEASED = "released"
     """The claim was released; the attempt does not count against `max_attempts`."""
     LEASE_EXPIRED = "lease_expired"
-    """The lease expired, and another attempt took over or none was left."""
+    """The lease expired, and another attempt took over or no attempt was left."""
 
 
 FORMAT: Final = b"1"
@@ -61,7 +61,7 @@ _LINE: Final = re.compile(
 class StateLine(NamedTuple):
     """A parsed state line: everything about a step but its payloads. lua/README.md draws it.
 
-    Numbers stay text until they are needed. An empty part does not apply.
+    Numbers are converted when they are needed. A part that does not apply is empty.
 
     Attributes:
         letter: the status letter.
@@ -72,7 +72,7 @@ class StateLine(NamedTuple):
         started: when the attempt started, in ms since the step was created.
         ended: when the attempt ended, in ms since it started.
         created: when the step was created, in ms since 1970.
-        position: place among the steps of the run, in order of creation, from 1.
+        position: position among the steps of the run, in order of creation, from 1.
         scheduled_by: nonce of the call that scheduled the step.
         owner: who made the latest claim.
     """
@@ -157,7 +157,7 @@ class StepRun:
         decode: Decode,
         token: bytes = b"",
     ) -> None:
-        """Made by the store only; raises ValueError if `line` is not a state line."""
+        """Called only by the store; raises ValueError if `line` is not a state line."""
         self._line = parsed = StateLine.parse(line)
         self.run_id = run_id
         self.step = step
@@ -169,7 +169,7 @@ class StepRun:
         self._decode = decode
 
     def after_transition(self, line: bytes, output: bytes | None = None, last_error: bytes | None = None) -> StepRun:
-        """Returns the step run after a transition of this claim; called by the store only."""
+        """Returns the step run after a transition of this claim; called only by the store."""
         payloads = (self._payloads[0], output, last_error)
         token = self.token if line[1:2] == b"r" else b""
         return StepRun(self.prefix, self.run_id, self.step, line, payloads, self._decode, token)
@@ -229,7 +229,7 @@ class StepRun:
 
     @property
     def position(self) -> int:
-        """Place among the step runs of the run, from 1, in order of creation."""
+        """Position among the step runs of the run, from 1, in order of creation."""
         return int(self._line.position)
 
     def _payload(self, index: int, name: str) -> dict[str, Any] | None:
@@ -294,7 +294,7 @@ class BeginResult(_BeginPair):
     def __new__(
         cls, step_run: StepRun, reason: SkipReason | None, retry_in: float | None, takeover: bool = False
     ) -> BeginResult:
-        """Made by the store only."""
+        """Called only by the store."""
         self = super().__new__(cls, step_run, "execute" if reason is None else "skip")
         self.reason = reason
         self.retry_in = retry_in
@@ -306,7 +306,7 @@ class BeginResult(_BeginPair):
 
     @property
     def busy(self) -> bool:
-        """Another claim is live: try again in `retry_in` seconds. If that is None, the claim never expires."""
+        """Another claim is live: retry in `retry_in` seconds. If that is None, the claim never expires."""
         return self.reason == "busy"
 
     @property
@@ -316,7 +316,7 @@ class BeginResult(_BeginPair):
 
     @property
     def superseded(self) -> bool:
-        """This very call was granted a claim, and the claim ended before this reply arrived."""
+        """This same call was granted a claim before, and that claim has ended since."""
         return self.reason == "superseded"
 
 
@@ -336,7 +336,7 @@ class RunSummary(NamedTuple):
         run_id: the run.
         counts: number of steps by status.
         changed_at: when a step of it was last created, claimed or ended; None if that cannot be read.
-        problem: why its records cannot be trusted; None if they can. `delete_run` removes such a run.
+        problem: why its records are corrupt; None if they are not. `delete_run` removes such a run.
     """
 
     run_id: str
@@ -362,7 +362,7 @@ class RunPage(NamedTuple):
     Attributes:
         runs: newest change first; runs that changed in the same millisecond are ordered by run id.
         cursor: of the next page; None if this is the last.
-        progress: how far through the server's keys this page came, from 0 to 1; approximate.
+        progress: the part of the server's keys that has been scanned, from 0 to 1; approximate.
     """
 
     runs: list[RunSummary]

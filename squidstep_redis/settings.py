@@ -1,4 +1,4 @@
-"""The settings of a store: their defaults, their checks, and what becomes of them."""
+"""The settings of a store: their defaults, their checks, and the objects made from them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class StoreSettings(TypedDict, total=False):
         codec: encodes payloads. Default: None, which is `MsgpackCodec()`.
         max_payload_bytes: largest encoded payload, in bytes. Default: 4 MiB.
         run_ttl: seconds, or a timedelta, after its last write at which a run that this store creates expires; see
-            `expire_run`. A run keeps the value it was created with. Default: None, runs do not expire.
+            `expire_run`. The value is fixed when the run is created. Default: None, runs do not expire.
         timeout: seconds, or a timedelta, for one call in total. Transient errors (a lost connection, a server that is
             loading) are retried until then, as long as the client's own timeouts leave time for one more attempt.
             Default: 10.
         wait_replicas: number of replicas that must confirm each transition (WAIT). Default: 0.
         wait_aof: whether each transition waits until the server's AOF is on disk (WAITAOF: Redis 7.2, Valkey). Neither
-            costs a round trip, but both take time. Default: False.
+            costs a round trip, but both add latency. Default: False.
         wait_timeout: seconds, or a timedelta, to wait for replicas and AOF; then NotReplicatedError is raised.
             Default: 1.
     """
@@ -80,7 +80,7 @@ def check_settings(settings: StoreSettings, socket_timeout: float | None) -> Che
         TypeError: there is no such setting.
     """
     if unknown := settings.keys() - SETTINGS:
-        raise TypeError(f"unknown settings {sorted(unknown)}; there are {', '.join(sorted(SETTINGS))}")
+        raise TypeError(f"unknown settings {sorted(unknown)}; known settings: {', '.join(sorted(SETTINGS))}")
     calls = Calls(
         settings.get("prefix", DEFAULT_PREFIX),
         settings.get("codec"),
@@ -92,7 +92,7 @@ def check_settings(settings: StoreSettings, socket_timeout: float | None) -> Che
 
 
 def _durability(settings: StoreSettings, socket_timeout: float | None) -> Durability | None:
-    replicas = arguments.integer("wait_replicas", settings.get("wait_replicas", 0), arguments.MAX_REPLICAS, least=0)
+    replicas = arguments.integer("wait_replicas", settings.get("wait_replicas", 0), arguments.MAX_REPLICAS, minimum=0)
     aof: object = settings.get("wait_aof", False)
     if not isinstance(aof, bool):
         raise InvalidArgumentError("wait_aof", f"must be a bool, not {described(aof)}")

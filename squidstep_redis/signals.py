@@ -40,14 +40,14 @@ class DeferredSigalrm:
         handler = self._handler
         if handler is None or _ALARM is None:
             return
-        if signal.getsignal(_ALARM) == self._catch:  # otherwise another handler was set meanwhile: it stays
+        if signal.getsignal(_ALARM) == self._catch:  # otherwise another handler was set in the block: it stays
             signal.signal(_ALARM, handler)
         if self._caught is not None:
             caught, self._caught = self._caught, None
             handler(*caught)
 
     def sleep(self, seconds: float) -> None:
-        """Sleeps, and lets the signal call its handler meanwhile."""
+        """Sleeps; meanwhile, the signal calls its handler."""
         self.__exit__()
         try:
             time.sleep(seconds)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport]):
-    """Decides which delivery of a step executes, and keeps its input, output and failure: the blocking store."""
+    """Decides which delivery of a step executes, and stores its input, output and error: the blocking store."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
     _connections_type = DirectConnections
@@ -101,7 +101,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     def send(self, call: Call[T]) -> T:
         """Sends one call made by `calls`, as the operation's own method does.
 
-        The same call can be sent again, by any store with the same prefix: it takes effect once.
+        The same call can be re-sent, by any store with the same prefix: it takes effect once.
 
         Args:
             call: made by `store.calls`, or `OutcomeUnknownError.call`.
@@ -131,7 +131,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of this
         process, a third of the lease after the last extension: one round trip for all claims of one client.
 
-        An exception of `fn` is recorded with `fail_step` and raised again. If the claim is lost to a takeover,
+        An exception of `fn` is recorded with `fail_step` and re-raised. If the claim is lost to a takeover,
         `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A result that
         cannot be sent is retried for as long as the lease, but for at most a minute.
 
@@ -153,7 +153,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             The stored output.
 
         Raises:
-            StepBusyError: another worker holds the step, or has taken it over.
+            StepBusyError: another worker holds the step, or took it over.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.
             PayloadError: the output of `fn` cannot be stored; the step is recorded as failed.
@@ -190,7 +190,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         """Returns a `with` block that holds the claim on a step: `run_step` for code that is not one function.
 
         Nothing is sent before the block is entered. Inside it, look at `claim.decision`: on "execute" do the work and
-        call `claim.complete(output)`; on "skip" the step was completed before, and `claim.output` has the output. An
+        call `claim.complete(output)`; on "skip" the step is already completed, and `claim.output` has the output. An
         exception that leaves the block is recorded with `fail_step`. Entering the block raises what `run_step` raises.
 
         Args:
@@ -215,9 +215,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         return Claim(self, self._transport, run_id, step, input, lease, max_attempts, on_busy, owner)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
-        """Checks whether the server and the client can keep the guarantees, and what limits them.
+        """Checks whether the guarantees hold on the server and the client, and what limits them.
 
-        It takes a scratch run through every transition and deletes it; on a cluster, one on each primary. Twenty round
+        It executes every transition on a scratch run and deletes it; on a cluster, one on each primary. Twenty round
         trips per server. A problem is a finding, not an exception.
 
         Args:
@@ -275,7 +275,7 @@ class Claim(BaseClaim[threading.Event]):
                     heartbeat_of(self.store.client).add(self)
         except SquidstepError:
             raise
-        except BaseException:  # a signal handler raised: the work has not begun
+        except BaseException:  # a signal handler raised before the work started
             with defer_sigalrm(), suppress(SquidstepError):
                 self._stop()
                 run_workflow(self._transport, self._undo_acquire())
@@ -333,7 +333,7 @@ class Claim(BaseClaim[threading.Event]):
     def release(self) -> StepRun:
         """Releases the claim before the work took effect, for example on SIGTERM. One round trip, retried.
 
-        The attempt does not count against `max_attempts`, and the step can be claimed at once.
+        The attempt does not count against `max_attempts`, and the step can be claimed immediately.
 
         Returns:
             The pending step run: the winner's completed one, if the claim was lost to it.

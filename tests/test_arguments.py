@@ -159,7 +159,7 @@ class TestPayloads:
 
     def test_too_large(self, store: StepRunStore) -> None:
         with pytest.raises(
-            PayloadTooLargeError, match="input: takes 105 bytes, over the store's max_payload_bytes of 100"
+            PayloadTooLargeError, match="input: is 105 bytes, over the store's max_payload_bytes of 100"
         ):
             store.begin_step("run", "pay", {"a": b"x" * 100})
 

@@ -29,7 +29,7 @@ end
 if holds(state, token) then
   return { "execute", nonce, state.line, redis.call("HGET", steps, "i" .. step) }
 end
-local lapsed = false
+local lease_expired = false
 if state.status == @RUNNING then
   local remaining = state.lease ~= "" and state.created + state.started + state.lease - now
   if not remaining or remaining > 0 then
@@ -37,23 +37,23 @@ if state.status == @RUNNING then
     reply[7] = remaining and tostring(remaining) or ""
     return reply
   end
-  lapsed = true
+  lease_expired = true
 end
 local scheduled = state.status == @PENDING
 if state.token == token or past_attempt(steps, step, state, token) then
-  -- An earlier copy of this call acquired a claim that has ended since. No caller waits for this copy anymore.
+  -- An earlier copy of this call acquired a claim that has ended since. No caller is waiting for this copy.
   return with_record("superseded", steps, step)
 end
 @CHECK_INDEXES(claims, failed)
 
 local member = ARGV[3] .. step
-if lapsed then
-  end_lapsed_attempt(state)
+if lease_expired then
+  expire_attempt(state)
 end
 local used = state.attempt - (tonumber(state.released) or 0)
 local limit = tonumber(ARGV[8] or "") or math.huge
 if not scheduled and used >= limit then
-  if lapsed then
+  if lease_expired then
     redis.call("HSET", steps, "s" .. step, format_state(state), "e" .. step, ARGV[9])
     redis.call("ZREM", claims, member)
     index_failed(failed, member, now)
@@ -91,4 +91,5 @@ else
   redis.call("ZADD", claims, now + lease, member)
 end
 renew_expiry(run, steps, done, now)
-return { lapsed and "takeover" or "execute", nonce, line, scheduled and redis.call("HGET", steps, "i" .. step) or nil }
+local stored_input = scheduled and redis.call("HGET", steps, "i" .. step) or nil
+return { lease_expired and "takeover" or "execute", nonce, line, stored_input }

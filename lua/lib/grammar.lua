@@ -1,11 +1,11 @@
--- grammar: the lines that the store keeps as text, as macros. README.md explains each part of a line.
+-- grammar: the stored text lines, as macros. README.md explains each part of a line.
 --
 -- Each line is defined once. With values as arguments, a macro formats the line; with patterns, it parses it. The
 -- loader joins adjacent literals, so a pattern reaches the server as one literal.
 
 -- define FORMAT "1"
 
--- EXPIRED is a failure, too: the lease expired and no attempt was left to take the step over.
+-- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover.
 -- define PENDING "p"
 -- define RUNNING "r"
 -- define COMPLETED "c"
@@ -30,7 +30,7 @@
 --   "(%d+)", @ANY_REST) .. "$"
 -- define READ_RUNNING "^" .. @STATE(@RUNNING, "(" .. @CLAIM("%d+", "%d*", "(%S+)") .. ")", "(%d*)", "(%d*)", "",
 --   "(%d+)", @ANY_REST) .. "$"
--- define READ_NEVER_BEGUN "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
+-- define READ_NEVER_CLAIMED "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
 --   @REST("%d+", "%S*", ""))
 -- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now,
 --   @REST(position, by, ""))
@@ -41,8 +41,8 @@
 -- on text costs little.
 -- define NOW(time) time[1] .. string.sub("00000" .. time[2], -6, -4)
 
--- How long an attempt took. If the server's clock was set back, 0.
+-- The duration of an attempt; 0 if the server's clock was set back.
 -- define DURATION(now, created, started) math.max(0, now - created - started)
 
--- Arguments of one redis.call: Lua's stack holds about 8,000.
+-- Arguments of one redis.call: Lua's stack has room for about 8,000.
 -- define CHUNK 1000

@@ -1,12 +1,12 @@
 -- history: the earlier attempts of a step. Needs record.
 
-local HISTORY = 8 -- past attempts kept per step
+local HISTORY = 8 -- past attempts stored per step
 
 local function attempt_field(number, step)
   return "a" .. number .. ":" .. step
 end
 
--- The past attempt that held `token`, or nil. Only for calls that are about to be refused.
+-- The past attempt whose claim had `token`, or nil. Only for calls that would otherwise be refused.
 local function past_attempt(steps, step, state, token)
   if token == "" then
     return nil

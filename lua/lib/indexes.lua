@@ -2,7 +2,7 @@
 --
 -- A member is "<bytes in the run id>:<run id><step>". The length distinguishes ("a", "bc") from ("ab", "c").
 
-local FAILED_KEPT = 1000 -- the newest entries of each of the 1,024 buckets, to bound the memory
+local MAX_FAILED = 1000 -- the newest entries of each of the 1,024 buckets, to bound the memory
 
 -- The refusal if a key has another type, else nil.
 local function check_indexes(...)
@@ -19,5 +19,5 @@ end
 
 local function index_failed(failed, member, now)
   redis.call("ZADD", failed, now, member)
-  redis.call("ZREMRANGEBYRANK", failed, 0, -FAILED_KEPT - 1)
+  redis.call("ZREMRANGEBYRANK", failed, 0, -MAX_FAILED - 1)
 end

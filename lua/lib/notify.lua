@@ -1,7 +1,7 @@
--- notify: notifies the clients that wait for a step that it has ended. Needs record.
+-- notify: notifies the clients that wait for a step when it has ended. Needs record.
 --
 -- The stream is the only key that is not in KEYS. It usually does not exist, and while a slot migrates, a server
--- rejects a call whose KEYS name a missing key. It lies in the same slot, and its errors are ignored: it is a hint.
+-- rejects a call whose KEYS name a missing key. It is in the same slot, and its errors are ignored: it is a hint.
 
 local NOTIFY_MS = 60000 -- lifetime of the stream; a waiting client polls much more often
 

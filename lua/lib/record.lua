@@ -1,8 +1,8 @@
 -- record: reads the records of a run, and makes the checks that every script makes first.
 --
--- README.md draws the hash `steps` and its lines. Parsed parts stay text until a script calculates with them: a script
--- that rewrites a line pays for its changes only. Times are milliseconds with fewer than 15 digits, so that .. writes
--- them in full.
+-- README.md draws the hash `steps` and its lines. Parsed parts stay text until a script calculates with them, so a
+-- script that rewrites a line converts only what it changes. Times are milliseconds with fewer than 15 digits, so that
+-- .. writes them in full.
 
 -- include grammar
 
@@ -59,7 +59,7 @@ local function holds(state, token)
   return state.status == @RUNNING and (token == state.token or token == "")
 end
 
-local function has_lapsed(state, now)
+local function has_expired(state, now)
   return state.lease ~= "" and state.created + state.started + state.lease - now <= 0
 end
 
@@ -70,7 +70,7 @@ local function end_attempt(state, status, now)
 end
 
 -- The attempt was abandoned: it ended when its lease expired.
-local function end_lapsed_attempt(state)
+local function expire_attempt(state)
   state.status, state.ended, state.lease = @EXPIRED, state.lease, ""
 end
 

@@ -8,9 +8,9 @@ local function scheduled_by(state)
 end
 
 -- Looks up the steps at ARGV[first], ARGV[first + 2], …; each is followed by its input.
--- Returns the positions in ARGV of the steps without a record, and of those that an earlier copy of the call `by` made.
+-- Returns the positions in ARGV of the steps without a record, and of those that an earlier copy of call `by` created.
 local function without_record(steps, first, by)
-  local fields, missing, made = {}, {}, {}
+  local fields, missing, created = {}, {}, {}
   for position = first, #ARGV, 2 do
     fields[#fields + 1] = "s" .. ARGV[position]
   end
@@ -21,11 +21,11 @@ local function without_record(steps, first, by)
     elseif by ~= "" then
       local state = parse_state(line)
       if state and scheduled_by(state) == by then
-        made[#made + 1] = position
+        created[#created + 1] = position
       end
     end
   end
-  return missing, made
+  return missing, created
 end
 
 -- Writes the pending records and counts them in `run`; the caller writes the run line.

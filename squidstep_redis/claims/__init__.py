@@ -1,1 +1,1 @@
-"""Claims that are kept alive: the rules of `run_step` and `claim_step`, and the heartbeat."""
+"""Claims with a heartbeat: the rules of `run_step` and `claim_step`, and the heartbeat itself."""

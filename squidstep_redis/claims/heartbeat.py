@@ -1,6 +1,6 @@
 """Extends the leases of live claims: one heartbeat per client, in a thread or with timers of an event loop.
 
-`ExtensionSchedule` decides when to extend which claims. The two heartbeats wait, and send the batches.
+`ExtensionSchedule` decides when to extend which claims. The two heartbeats do the waiting and send the batches.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class ExtensionSchedule:
 
     def __init__(self) -> None:
         # By id: the claim, and when its extension is due. Not a WeakKeyDictionary, which runs a callback for each claim
-        # that dies: an exception that a signal handler raises in there is lost.
+        # that is freed: an exception that a signal handler raises there is lost.
         self._due: dict[int, tuple[ref[Claim], float]] = {}
 
     def __len__(self) -> int:
         return sum(reference() is not None for reference, _ in self._due.values())
 
     def add(self, claim: Claim) -> float:
-        """Adds a claim; returns when its extension is due, by the monotonic clock."""
+        """Adds a claim; returns when its extension is due, on the monotonic clock."""
         self._due[id(claim)] = ref(claim), claim.next_extension_at
         return claim.next_extension_at
 
@@ -68,7 +68,7 @@ class ExtensionSchedule:
             results = [results] * len(claims)
         now = time.monotonic()
         for claim, result in zip(claims, results, strict=True):
-            if id(claim) not in self._due:  # it ended meanwhile
+            if id(claim) not in self._due:  # it ended in the meantime
                 continue
             if not claim.on_extension_result(result, sent_at):
                 self.discard(claim)
@@ -79,7 +79,7 @@ class ExtensionSchedule:
 
 
 class Heartbeat:
-    """Extends the claims of one client in its own thread, which ends after some time without a claim."""
+    """Extends the claims of one client in its own thread, which exits after IDLE seconds without a claim."""
 
     IDLE: Final = 5.0  # seconds
 
@@ -87,18 +87,18 @@ class Heartbeat:
         self._schedule: ExtensionSchedule = ExtensionSchedule()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._wakes_at = 0.0
+        self._waits_until = 0.0
 
     def add(self, claim: Claim) -> None:
         """Extends a claim from now on."""
         with self._changed:
             due = self._schedule.add(claim)
             if self._thread is None:
-                self._wakes_at = due
+                self._waits_until = due
                 thread = threading.Thread(target=self._run, name="squidstep-heartbeat", daemon=True)
                 thread.start()
                 self._thread = thread
-            elif due < self._wakes_at:
+            elif due < self._waits_until:
                 self._changed.notify()
 
     def discard(self, claim: Claim) -> None:
@@ -113,8 +113,8 @@ class Heartbeat:
                 if claims is None:
                     self._thread = None
                     return
-            self._beat(claims)
-            del claims  # otherwise this would keep an unreferenced claim alive
+            self._extend(claims)
+            del claims  # this reference would prevent a claim from being freed
 
     def _wait(self) -> Sequence[Claim] | None:
         """Waits until extensions are due; returns None if there was no claim for IDLE seconds."""
@@ -127,15 +127,15 @@ class Heartbeat:
                 idle_since = now
             elif now >= idle_since + self.IDLE:
                 return None
-            # Ending the last claim does not wake this thread: that would make every short step slower.
-            self._wakes_at = min(due or now + self.IDLE, now + self.IDLE)
-            self._changed.wait(self._wakes_at - now)
+            # Ending the last claim does not notify this thread: that would make every short step slower.
+            self._waits_until = min(due or now + self.IDLE, now + self.IDLE)
+            self._changed.wait(self._waits_until - now)
 
-    def _beat(self, claims: Sequence[Claim]) -> None:
+    def _extend(self, claims: Sequence[Claim]) -> None:
         sent_at = time.monotonic()
         try:
             results: Any = claims[0].store.batch([claim.extension() for claim in claims])
-        except Exception as error:  # noqa: BLE001 -- the next beat may succeed
+        except Exception as error:  # noqa: BLE001 -- the next extension may succeed
             results = error
         with self._changed:
             self._schedule.on_extension_results(claims, results, sent_at)
@@ -155,8 +155,8 @@ def heartbeat_of(client: Any) -> Heartbeat:
 
 
 def _after_fork() -> None:
-    """Leaves the claims and the threads to the parent."""
-    global _heartbeats_lock  # noqa: PLW0603 -- the old lock may be held forever
+    """Drops the claims and the threads in the child: the parent extends them."""
+    global _heartbeats_lock  # noqa: PLW0603 -- in the child, the old lock may never be released
     _heartbeats_lock = threading.Lock()
     _heartbeats.clear()
 
@@ -177,7 +177,7 @@ class AsyncHeartbeat:
     def add(self, claim: Claim) -> None:
         """Extends a claim from now on."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # a client may be used in one loop after another
+        if loop is not self._loop:  # a client may be used in several loops, one after another
             self._loop, self._timer, self._task = loop, None, None
         self._schedule.add(claim)
         self._arm_timer()
@@ -211,15 +211,15 @@ class AsyncHeartbeat:
     def _start(self) -> None:
         self._timer = None
         if self._loop is not None:
-            self._task = self._loop.create_task(self._beat())
+            self._task = self._loop.create_task(self._extend())
 
-    async def _beat(self) -> None:
+    async def _extend(self) -> None:
         try:
             if claims := self._schedule.due():
                 sent_at = time.monotonic()
                 try:
                     results: Any = await claims[0].store.batch([claim.extension() for claim in claims])
-                except Exception as error:  # noqa: BLE001 -- the next beat may succeed
+                except Exception as error:  # noqa: BLE001 -- the next extension may succeed
                     results = error
                 self._schedule.on_extension_results(claims, results, sent_at)
         finally:

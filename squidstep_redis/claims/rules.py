@@ -1,10 +1,10 @@
-"""The rules of `run_step` and `claim_step`, as workflows; nothing here waits.
+"""The rules of `run_step` and `claim_step`, as workflows. This module does no I/O.
 
-`Claim` and `AsyncClaim`, beside their stores, run these workflows. claims/heartbeat.py extends the leases meanwhile.
+`Claim` (store.py) and `AsyncClaim` (aio.py) run these workflows. claims/heartbeat.py extends the leases meanwhile.
 
-A claim moves through four states:
+A claim has four states:
 
-    out ──_acquire──▶ held ──_finish──▶ ending ──▶ ended      ending: sent, and its outcome not known yet
+    new ──_acquire──▶ held ──_finish──▶ ending ──▶ ended      ending: the call was sent, and its result is not known yet
                         └──the heartbeat finds it taken over──▶ ended, with the loss recorded
 """
 
@@ -46,7 +46,7 @@ OnBusy = Literal["raise", "wait"]
 
 DEFAULT_LEASE: Final = 30.0
 EXTENSIONS_PER_LEASE: Final = 3
-MAX_RETRY_SECONDS: Final = 60.0  # for which a result is retried
+MAX_RETRY_SECONDS: Final = 60.0  # for the result of finished work
 
 _FIRST_PAUSE: Final = 0.05
 LAST_PAUSE: Final = 1.0
@@ -78,7 +78,7 @@ def default_owner() -> str:
 
 
 class BaseClaim(Generic[E]):
-    """A step that at most one delivery executes at a time, and the claim on it while this delivery does.
+    """A step that at most one delivery executes at a time, and the claim on it while this delivery executes it.
 
     Attributes:
         decision: "execute" if this delivery holds the claim, "skip" if the step was completed before; None until the
@@ -102,7 +102,7 @@ class BaseClaim(Generic[E]):
         owner: str | None,
         lost: E,
     ) -> None:
-        """Made by `claim_step` only; raises InvalidArgumentError if `lease` or `on_busy` is rejected."""
+        """Called only by `claim_step`; raises InvalidArgumentError if `lease` or `on_busy` is rejected."""
         if cast("object", on_busy) not in ("raise", "wait"):
             raise InvalidArgumentError("on_busy", f"must be 'raise' or 'wait', not {described(on_busy)}")
         self._calls = calls
@@ -120,7 +120,7 @@ class BaseClaim(Generic[E]):
         self._step_run: StepRun | None = None
         self._claim: StepRun | None = None  # the step run that carries the claim
         self._sent_at = 0.0
-        self._state: Literal["out", "held", "ending", "ended"] = "out"
+        self._state: Literal["new", "held", "ending", "ended"] = "new"
         self._entered_by: int | None = None  # the process that is in its block
         self.lost = lost
         self.decision = None
@@ -136,7 +136,7 @@ class BaseClaim(Generic[E]):
 
     @property
     def input(self) -> dict[str, Any]:
-        """The stored input, which may be one that the step was scheduled with."""
+        """The stored input: that of `schedule_step`, if the step was scheduled."""
         return self.step_run.input
 
     @property
@@ -151,7 +151,7 @@ class BaseClaim(Generic[E]):
 
     @property
     def lease_left(self) -> float:
-        """Seconds during which no other worker can take over, as far as is known here; inf without a lease."""
+        """Seconds until the lease expires, as far as this process knows; inf without a lease."""
         if self._lease is None:
             return float("inf")
         return max(0.0, self._sent_at + self._lease_seconds - time.monotonic())
@@ -164,13 +164,13 @@ class BaseClaim(Generic[E]):
         The claim has ended once `queued.result(pipeline.execute())` has returned.
 
         Args:
-            pipeline: of a redis-py client of the same server, not yet executed.
+            pipeline: a redis-py pipeline on the same server, not yet executed.
             output: the step's output, a dict.
             schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
 
         Returns:
-            An object that reads the reply. It raises what `complete_step` raises, but the other commands of the
-            pipeline ran.
+            An object that reads the reply. It raises what `complete_step` raises; the other commands of the pipeline
+            still take effect.
 
         Raises:
             PayloadError: the output cannot be stored; UnsupportedClientError for the pipeline. Nothing was queued.
@@ -202,12 +202,12 @@ class BaseClaim(Generic[E]):
 
     def is_of_this_code(self, step_run: StepRun) -> bool:
         """Whether the code that runs now executes the step under this claim."""
-        mine = self.step_run
-        return self.is_live and (mine.id, mine.attempt) == (step_run.id, step_run.attempt)
+        own = self.step_run
+        return self.is_live and (own.id, own.attempt) == (step_run.id, step_run.attempt)
 
     @property
     def next_extension_at(self) -> float:
-        """When to extend the lease, by the monotonic clock."""
+        """When to extend the lease, on the monotonic clock."""
         return self._sent_at + self.interval
 
     def extension(self) -> Call[StepRun]:
@@ -215,7 +215,7 @@ class BaseClaim(Generic[E]):
         return self._calls.extend_claim(self._claim or self.step_run, self._lease)
 
     def on_extension_result(self, result: object, sent_at: float) -> bool:
-        """Applies the result of a lease extension; returns whether the claim is still held, as far as is known."""
+        """Applies the result of a lease extension; returns False if the claim is known to be lost."""
         if isinstance(result, StaleStepRunError | StepRunNotFoundError):
             if self._state == "held":
                 self._state, self._loss = "ended", result
@@ -237,7 +237,7 @@ class BaseClaim(Generic[E]):
         Raises:
             StepBusyError: another worker holds the step, and `on_busy` is "raise".
             StepExhaustedError: `max_attempts` is reached.
-            InvalidArgumentError: this code itself executes the step, and would wait for itself.
+            InvalidArgumentError: this code itself is executing the step, and would wait for itself.
         """
         if self._entered_by is not None:
             raise InvalidArgumentError("claim", "is already in a `with` block: make another one with claim_step")
@@ -246,35 +246,35 @@ class BaseClaim(Generic[E]):
         pause = _FIRST_PAUSE
         while True:
             self._sent, self._sent_at = self._begin(), time.monotonic()
-            begun: BeginResult = yield Send(self._sent)
-            self._step_run = begun.step_run
-            if begun.decision == "execute" or begun.reason == "completed":
+            result: BeginResult = yield Send(self._sent)
+            self._step_run = result.step_run
+            if result.decision == "execute" or result.reason == "completed":
                 self._claim = self._step_run
-                self._state = "held" if begun.decision == "execute" else "ended"
-                self.decision = begun.decision
+                self._state = "held" if result.decision == "execute" else "ended"
+                self.decision = result.decision
                 return
-            if begun.exhausted:
+            if result.exhausted:
                 raise StepExhaustedError(self._step_run)
-            if begun.busy:
+            if result.busy:
                 self._sent = None
                 if self._on_busy == "raise":
-                    raise StepBusyError(self._step_run, begun.retry_in)
+                    raise StepBusyError(self._step_run, result.retry_in)
                 if any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
                     raise InvalidArgumentError(
                         "on_busy",
-                        f"'wait' would never end: this code itself executes step {self._step_run.step!r} of run "
-                        f"{self._step_run.run_id!r}. A step inside a step needs its own name",
+                        f"'wait' would never end: this code itself is executing step {self._step_run.step!r} of run "
+                        f"{self._step_run.run_id!r}. A nested step needs its own name",
                     )
-                yield Sleep(min(_jittered(pause), begun.retry_in or pause))
+                yield Sleep(min(_jittered(pause), result.retry_in or pause))
                 pause = min(2 * pause, LAST_PAUSE)
 
     def _undo_acquire(self) -> Workflow[None]:
-        """Releases what `_acquire` may have claimed: it was interrupted before the work began."""
+        """Releases what an interrupted `_acquire` may have claimed, before the work starts."""
         self._state = "ended"
         if self._sent is not None:
-            begun = yield Send(self._sent)  # re-sent, it returns the same decision
-            if begun.decision == "execute":
-                yield Send(self._calls.release_step(begun.step_run))
+            result = yield Send(self._sent)  # re-sent, it returns the same decision
+            if result.decision == "execute":
+                yield Send(self._calls.release_step(result.step_run))
 
     def _complete(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Workflow[StepRun]:
         if self._loss is not None:
@@ -290,7 +290,7 @@ class BaseClaim(Generic[E]):
         return (yield from self._finish(self._calls.release_step(self.step_run)))
 
     def _finish(self, call: Call[StepRun]) -> Workflow[StepRun]:
-        """Ends the claim. It retries long, because the work is done, and would be done again."""
+        """Ends the claim. It retries beyond the store's timeout: if the result is lost, the work must be repeated."""
         before, self._state = self._state, "ending"
         try:
             seconds = min(self._lease_seconds or MAX_RETRY_SECONDS, MAX_RETRY_SECONDS) if call.retryable else 0
@@ -308,7 +308,7 @@ class BaseClaim(Generic[E]):
         return self._step_run
 
     def _reconcile(self) -> Workflow[StepRun]:
-        """Reads the step whose claim was lost. The winner's result stands; the result of the work here is discarded."""
+        """Reads the step whose claim was lost. The winner's result is valid; the local one is discarded."""
         current = yield Send(self._calls.get_step_run(self.step_run.run_id, self.step_run.step))
         if current is None:
             if isinstance(self._loss, StepRunNotFoundError):
@@ -334,19 +334,19 @@ class BaseClaim(Generic[E]):
         return output
 
     def raise_unless_running(self, error: StaleStepRunError) -> None:
-        """Returns if the claim was lost to a worker that can be waited for; else raises what `run_step` raises."""
+        """Returns if `run_step` must wait for the worker that took over; otherwise raises what `run_step` raises."""
         if error is not self._loss or error.current.status is not StepStatus.RUNNING:
             raise error
         if self._on_busy == "raise":
             raise StepBusyError(error.current, None) from error
 
     def _on_exit(self, error: BaseException | None) -> Workflow[BaseException | None]:
-        """Records what the block raised, at its end.
+        """Records what the block raised, when the block exits.
 
         Returns:
             What to raise if the block itself raised nothing.
         """
-        if self._state == "ended" or self._entered_by != os.getpid():  # a forked child leaves it to its parent
+        if self._state == "ended" or self._entered_by != os.getpid():  # in a forked child, the claim is the parent's
             return None
         missing = None
         if error is None:
@@ -354,7 +354,8 @@ class BaseClaim(Generic[E]):
                 "output", "the block ended without complete(), fail() or release(); the step is recorded as failed"
             )
         try:
-            yield from self._fail(error, retryable=False)  # raise without delay: the lease expires by itself
+            # Without retries, so that the error is raised soon: the lease expires by itself.
+            yield from self._fail(error, retryable=False)
         except SquidstepError as problem:
             error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing
@@ -364,8 +365,8 @@ class BaseClaim(Generic[E]):
         _current.set((ref(self), *map(ref, _current_claims())))
 
     def _exit(self) -> None:
-        # A block may be left in another context than it was entered in, and not be the innermost: of two generators the
-        # first may end first.
+        # A block may exit in another context than it was entered in, and need not be the innermost: of two generators,
+        # the first may end first.
         self._state, self._entered_by = "ended", None
         _current.set(tuple(ref(claim) for claim in _current_claims() if claim is not self))
 

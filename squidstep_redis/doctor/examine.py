@@ -20,7 +20,7 @@ from squidstep_redis.errors import SquidstepError
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.call import Command
 from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
-from squidstep_redis.transport.retry import RIGHTS, UNANSWERED
+from squidstep_redis.transport.retry import NO_REPLY, RIGHTS
 
 S = TypeVar("S")
 
@@ -78,7 +78,7 @@ def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
     sent_at = time.time()
     try:
         replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS)
-    except UNANSWERED as error:  # no node of a cluster is reachable
+    except NO_REPLY as error:  # no node of a cluster is reachable
         replies = {"": [error]}
     elapsed = time.time() - sent_at
     for name, (clock, *rest) in replies.items():
@@ -102,7 +102,7 @@ def _findings(checks: Mapping[str, Callable[[S], Found]], subject: S) -> Iterato
 
 def _connection(clock: Any) -> Finding:
     """Returns whether the server is reachable."""
-    if not isinstance(clock, UNANSWERED):
+    if not isinstance(clock, NO_REPLY):
         return Finding("connection", Level.OK, "the server is reachable")
     if isinstance(clock, AuthenticationError):
         advice = "Check the user name and the password: redis://user:password@host:port"

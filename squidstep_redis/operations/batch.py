@@ -15,7 +15,7 @@ T = TypeVar("T")
 def batch(context: Context, calls: Iterable[Call[T]]) -> Workflow[list[T | Exception]]:  # noqa: ARG001 -- an operation
     """Sends any mixture of operations, on any runs, in one round trip per server.
 
-    They are not one transaction: each is atomic, and those of one run take effect in the order given.
+    They are not one transaction. Each is atomic, and those of one run take effect in the given order.
 
     Args:
         calls: calls made by `store.calls`, such as `store.calls.begin_step("run", "step", {})`.
@@ -26,7 +26,7 @@ def batch(context: Context, calls: Iterable[Call[T]]) -> Workflow[list[T | Excep
     Raises:
         InvalidArgumentError: one of the items is not a call; nothing was sent.
         ServerError: the server could not be reached, or did not reply, within the store's `timeout`. After an
-            OutcomeUnknownError any of the operations may have taken effect; sending the same calls again is safe.
+            OutcomeUnknownError any of the operations may have taken effect; re-sending the same calls is safe.
     """
     return _batch(check_calls(calls))
 

@@ -9,7 +9,7 @@ from squidstep_redis.operations.context import Context
 
 
 class Calls(Context):
-    """Makes the call for each operation of one store, as data. A store has a method of the same name for each."""
+    """Builds the call of each operation of one store, as data. A store has a method of the same name for each."""
 
     schedule_step = schedule.schedule_step
     schedule_steps = schedule.schedule_steps

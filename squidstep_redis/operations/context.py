@@ -16,14 +16,14 @@ MAX_PAYLOAD_BYTES: Final = 512 * 1024 * 1024  # the server's own limit on one va
 
 
 class Context:
-    """What every operation is given: prefix, keys, payload rules, record reader and expiry of one store.
+    """The settings of one store that every operation receives: prefix, keys, payload rules, record reader, expiry.
 
     Attributes:
-        prefix: of all keys.
+        prefix: prefix of all keys.
         keys: the store's keys.
         payloads: encodes and decodes payloads.
         records: reads records.
-        run_ttl_ms: expiry of runs that this store creates, as it is sent; empty for none.
+        run_ttl_ms: expiry of runs that this store creates, in milliseconds, as it is sent; empty: none.
     """
 
     def __init__(self, prefix: str, codec: Codec | None, max_payload_bytes: int, run_ttl: Seconds | None) -> None:
@@ -39,6 +39,6 @@ class Context:
 
     @cached_property
     def lease_expired_payload(self) -> bytes:
-        """The last error of a step whose last allowed attempt lost its lease. Lua encodes no payloads."""
+        """The last error of a step whose last allowed attempt lost its lease. Encoded here, because Lua cannot."""
         message = "the lease of the last attempt expired without a result"
         return self.payloads.encode_own({"type": "LeaseExpired", "message": message})

@@ -1,8 +1,8 @@
 """A run as a JSON document, and back: what `export_run` returns and `import_run` accepts. Pure.
 
-Payloads are in it decoded, not as the codec's bytes: people can read them, and a store with another codec, such as one
-that compresses or encrypts, can import them. A value that JSON does not have is written as an object with one key that
-begins with a dollar sign.
+It contains decoded payloads, not the codec's bytes: people can read them, and a store with another codec, such as one
+that compresses or encrypts, can import them. A value that JSON cannot represent is written as an object with one key
+that begins with a dollar sign.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _MAX_NUMBER: Final = 10**9
 
 
 class Imported(NamedTuple):
-    """What is sent for a document.
+    """What is sent to import a document.
 
     Attributes:
         run_id: the run.
-        ttl_ms: expiry of the run; empty for none.
+        ttl_ms: expiry of the run; empty: none.
         created: how many steps were created, including those deleted since.
         order: the completed steps, in order of completion.
-        fields: field, value, field, value, … of the hash.
+        fields: the fields of the hash: field, value, field, value, ….
     """
 
     run_id: str
@@ -179,16 +179,14 @@ def from_document(document: object, payloads: Payloads) -> Imported:
     fields: list[bytes] = []
     completed: set[bytes] = set()
     seen: set[bytes] = set()
-    places: set[int] = set()
+    positions: set[int] = set()
     for part in doc.parts("steps"):
         step = part.read("step", arguments.step).data
         position = part.number("position")
-        if step in seen or position in places or not 1 <= position <= created:
-            part.reject(
-                "position", f"must be a place of its own, from 1 to steps_created, and {step.decode()!r} its only step"
-            )
+        if step in seen or position in positions or not 1 <= position <= created:
+            part.reject("position", f"must be unique, from 1 to steps_created, and {step.decode()!r} must occur once")
         seen.add(step)
-        places.add(position)
+        positions.add(position)
         line = _line(part, part, position)
         is_completed = line[1:2] == b"c"
         fields += [b"s" + step, line, b"i" + step, _payload_in(part, "input", payloads)]
@@ -202,7 +200,7 @@ def from_document(document: object, payloads: Payloads) -> Imported:
         for past in part.parts("history"):
             number = past.number("attempt")
             if number in past_numbers or not 1 <= number < attempt or attempt - number > 8:
-                past.reject("attempt", "must be one of the eight before the step's own, and unique")
+                past.reject("attempt", "must be unique, and one of the eight numbers before the step's attempt")
             past_numbers.add(number)
             error = b"" if past.value("error") is None else _payload_in(past, "error", payloads)
             fields += [b"a%d:%b" % (number, step), _line(past, part, position) + b"\n" + error]
@@ -236,7 +234,7 @@ class _Part:
             raise InvalidArgumentError(f"{self.path}[{name!r}]", error.problem) from error
 
     def number(self, name: str) -> int:
-        return self.read(name, lambda value: arguments.integer(name, value, _MAX_NUMBER, least=0))
+        return self.read(name, lambda value: arguments.integer(name, value, _MAX_NUMBER, minimum=0))
 
     def list_of(self, name: str) -> list[Any]:
         value: Any = self.items.get(name)
@@ -305,7 +303,7 @@ def _line(part: _Part, step: _Part, position: int) -> bytes:
 
 
 def _span(since: datetime | None, to: datetime | None) -> int:
-    """Returns milliseconds; -1 if one of the times is missing, less if they are in the wrong order."""
+    """Returns milliseconds; -1 if one of the times is missing, -2 if they are in the wrong order."""
     if since is None or to is None:
         return -1
     span = (to - since) // _MILLISECOND
@@ -328,7 +326,7 @@ def from_json(value: Any) -> Any:
     """Returns the value that `to_json` was given.
 
     Raises:
-        ValueError: `to_json` would not return this. Or TypeError.
+        ValueError: `to_json` would not return this value; TypeError for a wrong type.
     """
     if isinstance(value, list):
         return [from_json(item) for item in cast("list[Any]", value)]

@@ -18,9 +18,9 @@ from squidstep_redis.protocol.scripts import script
 def export_run(context: Context, run_id: RunId) -> Call[Document]:
     """Reads a whole run as a document that `json.dumps` accepts and from which `import_run` makes the same run.
 
-    One round trip; a run of 10,000 steps blocks the server for about 0.05 s. The document holds all that `get_run` and
-    `attempts` return, and the claims with their tokens: protect it like the store. Its payloads are decoded, so a store
-    with another codec can import them.
+    One round trip; a run of 10,000 steps blocks the server for about 0.05 s. The document contains all that `get_run`
+    and `attempts` return, and the claims with their tokens: protect it like the store. Its payloads are decoded, so a
+    store with another codec can import them.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -31,7 +31,7 @@ def export_run(context: Context, run_id: RunId) -> Call[Document]:
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
         StepRunNotFoundError: there is no such run; RunDeletedError if it was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -48,9 +48,9 @@ def export_run(context: Context, run_id: RunId) -> Call[Document]:
 def import_run(context: Context, document: Mapping[str, Any]) -> Call[str]:
     """Creates a run from a document that `export_run` returned: on any server, under any prefix, with any codec.
 
-    One round trip, all or nothing; a run of 10,000 steps blocks the server for about 0.15 s. The run is the same in all
-    that `get_run` and `attempts` return. Its claims are included: their holders can complete them here, and on the old
-    server too while the run exists there. Its `ttl` restarts.
+    One round trip, all or nothing; a run of 10,000 steps blocks the server for about 0.15 s. `get_run` and
+    `attempts` return the same for the copy and the original. Claims are included: their holders can complete them here
+    and, while the run exists there, on the old server. The `ttl` restarts.
 
     Args:
         document: what `export_run` returned, also after `json.dumps` and `json.loads`.
@@ -63,7 +63,7 @@ def import_run(context: Context, document: Mapping[str, Any]) -> Call[str]:
             sent.
         RunExistsError: the run exists; nothing was written.
         RunDeletedError: the run was deleted recently; nothing was written.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     given = from_document(document, context.payloads)

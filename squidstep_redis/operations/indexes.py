@@ -16,18 +16,18 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import member_prefix, parse_member
 from squidstep_redis.protocol.scripts import script
-from squidstep_redis.protocol.workflow import SendBatch, Workflow, results_of
+from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
 
 Mode = Literal["failed", "lapsed", "live"]
-_Place = tuple[bytes, bytes]  # an index, and a member of it
+_Position = tuple[bytes, bytes]  # an index, and a member of it
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
-_GROWTH: Final = 8  # each further page of a bucket is so many times as large
+_GROWTH: Final = 8  # each further page of a bucket is this many times as large
 
 
 def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
-    """Lists step runs whose lease has expired and that no worker has taken over, longest expired first.
+    """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
     Usually two round trips per server: one reads the index of each of 1,024 buckets, one verifies the entries against
     their records. An entry without its record, or that this library did not write, is dropped from the index.
@@ -40,7 +40,7 @@ def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
     return _list(context, "lapsed", context.keys.claims(), limit)
@@ -61,7 +61,7 @@ def live_claims(context: Context, limit: int = 100, *, owner: str | None = None)
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
     return _list(context, "live", context.keys.claims(), limit, arguments.owner(owner))
@@ -81,7 +81,7 @@ def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
     return _list(context, "failed", context.keys.failed(), limit)
@@ -97,7 +97,7 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
         The two counts.
 
     Raises:
-        CorruptRunError: a key of the index holds something else.
+        CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
 
@@ -105,7 +105,7 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
         return ClaimCounts(int(reply[2]), int(reply[3]))
 
     calls = [Call(None, script("count_claims"), (key,), (new_nonce(),), parse) for key in context.keys.claims()]
-    counts: list[ClaimCounts] = results_of((yield SendBatch(calls)))
+    counts: list[ClaimCounts] = raise_first_error((yield SendBatch(calls)))
     return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
 
 
@@ -113,51 +113,51 @@ def _list(
     context: Context, mode: Mode, indexes: list[bytes], limit: int, owner: bytes = b""
 ) -> Workflow[list[StepRun]]:
     wanted = arguments.integer("limit", limit, MAX_LIMIT)
-    # The first entries are spread over the buckets: a few of each usually make a page.
+    # The first entries are spread over the buckets, so a page usually needs only a few entries of each.
     first_page = MAX_LIMIT if owner else 4 + wanted // 250
     incomplete = buckets = [_Bucket(key, first_page) for key in indexes]
-    verified: dict[_Place, StepRun | None] = {}
+    verified: dict[_Position, StepRun | None] = {}
     while True:
         if incomplete:
             pages = yield SendBatch([each.call(mode) for each in incomplete])
-            for each, page in zip(incomplete, results_of(pages), strict=True):
+            for each, page in zip(incomplete, raise_first_error(pages), strict=True):
                 each.load(page)
         merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
         merged.sort(key=_rank, reverse=mode == "failed")
-        # Entries behind the last loaded one of an incomplete bucket may rank behind entries that are not loaded yet.
-        settled = next((place + 1 for place, each in enumerate(merged) if each.is_last_loaded), len(merged))
+        # Entries after the last loaded one of an incomplete bucket may rank after entries that are not loaded yet.
+        settled = next((index + 1 for index, each in enumerate(merged) if each.is_last_loaded), len(merged))
         found: list[StepRun] = []
         for start in range(0, settled, wanted):
             entries = merged[:settled][start : start + wanted]
-            unseen = [each for each in entries if each.place not in verified]
+            unseen = [each for each in entries if each.position not in verified]
             yield from _verify_all(context, mode, unseen, owner, verified)
-            found += [step_run for each in entries if (step_run := verified[each.place])]
+            found += [step_run for each in entries if (step_run := verified[each.position])]
             if len(found) >= wanted:
                 return found[:wanted]
         if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
             return found
-        # Load more of the buckets that may hold what is missing.
+        # Load more entries of the buckets that may have the missing ones.
         candidates = merged[: settled + wanted]
         incomplete = [each.bucket for each in candidates if each.is_last_loaded and each.bucket.needs_page()]
 
 
 def _verify_all(
-    context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[_Place, StepRun | None]
+    context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[_Position, StepRun | None]
 ) -> Workflow[None]:
     """Verifies entries against their records, in one round trip."""
     if not entries:
         return
-    outcomes = yield SendBatch([_verify(context, mode, each, owner) for each in entries])
-    for each, outcome in zip(entries, outcomes, strict=True):
-        verified[each.place] = outcome if isinstance(outcome, StepRun) else None
-        if isinstance(outcome, bool):
-            each.bucket.dropped += outcome
-        elif not isinstance(outcome, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
-            raise outcome
+    results = yield SendBatch([_verify(context, mode, each, owner) for each in entries])
+    for each, result in zip(entries, results, strict=True):
+        verified[each.position] = result if isinstance(result, StepRun) else None
+        if isinstance(result, bool):
+            each.bucket.dropped += result
+        elif not isinstance(result, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
+            raise result
 
 
 def _verify(context: Context, mode: Mode, entry: _Entry, owner: bytes) -> Call[StepRun | bool]:
-    """Reads the step run of an entry; or returns whether the entry has left its place in the index."""
+    """Reads the step run of an entry, or returns whether the entry was dropped or its score has changed."""
     names = parse_member(entry.member)
     if names is None:
         return _drop(mode, entry)
@@ -170,7 +170,7 @@ def _verify(context: Context, mode: Mode, entry: _Entry, owner: bytes) -> Call[S
     def parse(reply: Reply) -> StepRun | bool:
         if len(reply) > 2:
             return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
-        return reply[0] == b"dropped" or mode == "lapsed"  # the script has moved the entry of a live claim
+        return reply[0] == b"dropped" or mode == "lapsed"  # the script has corrected the score of a live claim
 
     args = (new_nonce(), step, member_prefix(run), mode.encode(), owner)
     return Call(
@@ -192,10 +192,10 @@ class _Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
-        entries: score and member, first ones first.
+        entries: score and member, in the order of the listing.
         size: how many entries were requested.
         has_more: whether further entries may exist.
-        dropped: how many of them turned out to have left the index, which makes room for others.
+        dropped: how many of them have been dropped from the index since, so that other entries follow.
     """
 
     __slots__ = ("dropped", "entries", "has_more", "key", "size")
@@ -233,13 +233,13 @@ class _Entry(NamedTuple):
     bucket: _Bucket
 
     @property
-    def place(self) -> _Place:
+    def position(self) -> _Position:
         """The entry's index and member: a member that is foreign in one index may be right in another."""
         return self.bucket.key, self.member
 
     @property
     def is_last_loaded(self) -> bool:
-        """Whether its bucket may hold further entries that come right after it."""
+        """Whether its bucket may have further entries right after it."""
         return self.bucket.has_more and self.member == self.bucket.entries[-1][1]
 
 

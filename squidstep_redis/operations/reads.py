@@ -22,7 +22,7 @@ MAX_LIMIT: Final = 1_000
 _PAYLOADS: Final = (b"i", b"o", b"e")
 _PARTS: Final = (b"s", *_PAYLOADS)
 
-_FIELDS_PER_STEP: Final = 3  # about: state, input, and output or error
+_FIELDS_PER_STEP: Final = 3  # approximately: state, input, and output or error
 _MAX_STEPS: Final = 10**9
 
 _by_position = attrgetter("position")
@@ -43,7 +43,7 @@ def get_step_run(context: Context, run_id: RunId, step: Step) -> Call[StepRun | 
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -70,7 +70,7 @@ def get_run(context: Context, run_id: RunId) -> Call[list[StepRun]]:
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -90,7 +90,7 @@ def get_run(context: Context, run_id: RunId) -> Call[list[StepRun]]:
 
 
 def scan_steps(context: Context, run_id: RunId, *, limit: int = 100, cursor: str | None = None) -> Call[StepPage]:
-    """Reads the step runs of a run a page at a time: a run of any length, without blocking the server.
+    """Reads the step runs of a run one page at a time, without blocking the server, however long the run is.
 
     One round trip. Each step run is as it was when its page was read; `get_run` reads all of them at one moment. A step
     that exists from the first page to the last is returned, unless a failover or a slot migration happens in between.
@@ -98,15 +98,15 @@ def scan_steps(context: Context, run_id: RunId, *, limit: int = 100, cursor: str
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-        limit: about how many step runs make a page, from 1 to 1,000. A run of a few dozen steps is one page.
-        cursor: `cursor` of the page before; None: the first page.
+        limit: approximate number of step runs in a page, from 1 to 1,000. A run of a few dozen steps is one page.
+        cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
         The page, in no particular order, and the cursor of the next one: None after the last.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -140,7 +140,7 @@ def attempts(context: Context, run_id: RunId, step: Step) -> Call[list[Attempt]]
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -155,8 +155,8 @@ def attempts(context: Context, run_id: RunId, step: Step) -> Call[list[Attempt]]
 def completed_steps(context: Context, run_id: RunId, *, after: int = 0, limit: int | None = None) -> Call[list[str]]:
     """Lists the completed steps of a run, in the order of their completion.
 
-    One round trip. A listed step keeps its place, so a long run can be read in parts, or followed: pass as `after` the
-    number of steps that you have.
+    One round trip. The position of a listed step does not change, so a long run can be read in parts, or followed: pass
+    as `after` the number of steps that you have.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -168,7 +168,7 @@ def completed_steps(context: Context, run_id: RunId, *, after: int = 0, limit: i
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -189,7 +189,7 @@ def completed_outputs(
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-        after: how many outputs to skip at the beginning. A completed step keeps its place in the order.
+        after: how many outputs to skip at the beginning. The position of a completed step does not change.
         limit: how many outputs to return at most; None: all.
 
     Returns:
@@ -197,7 +197,7 @@ def completed_outputs(
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         UndecodablePayloadError: the store's codec cannot read an output.
         ServerError: the server or the connection failed.
     """
@@ -226,7 +226,7 @@ def step_statuses(context: Context, run_id: RunId) -> Call[dict[str, StepStatus]
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -256,7 +256,7 @@ def _hscan_cursor(cursor: object) -> bytes:
 
 
 def _range(after: int, limit: int | None) -> tuple[bytes, bytes]:
-    """Returns the first and the last index to list, from 0; -1 for the last there is."""
-    first = arguments.integer("after", after, _MAX_STEPS, least=0)
+    """Returns the first and the last index to list, from 0; -1: the last step."""
+    first = arguments.integer("after", after, _MAX_STEPS, minimum=0)
     last = -1 if limit is None else first + arguments.integer("limit", limit, _MAX_STEPS) - 1
     return b"%d" % first, b"%d" % last

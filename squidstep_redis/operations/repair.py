@@ -19,12 +19,12 @@ _STEPS_PER_BATCH: Final = 1_000
 
 
 def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None = None) -> Call[StepRun]:
-    """Makes a failed step pending again, with its input; the attempt counter is reset.
+    """Resets a failed step to pending, with its input and a reset attempt counter.
 
-    One round trip. The next `begin_step` executes it, for any `max_attempts`. This call executes nothing: have the
-    step delivered again. The history keeps the failed attempt and shows one more, `released`, by `owner`, as if
-    the caller had claimed and released the step. A step whose lease has expired counts as failed. A pending step stays
-    as it is. Re-sent, it returns the same.
+    One round trip. The next `begin_step` executes it, for any `max_attempts`. This call executes nothing:
+    redeliver the step. The history keeps the failed attempt, and records the retry as one more: `released`, by `owner`,
+    as if the caller had claimed and released the step. A step whose lease has expired counts as failed. A pending step
+    is left unchanged. A re-sent call returns the same result.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -39,7 +39,7 @@ def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None
         InvalidArgumentError: an argument was rejected before anything was sent.
         StaleStepRunError: the step is completed, or a claim on it is live; nothing was written.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -60,10 +60,10 @@ def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None
 
 
 def retry_run(context: Context, run_id: RunId, *, owner: str | None = None) -> Workflow[list[StepRun]]:
-    """Makes all failed steps of a run pending again, each as `retry_step` does.
+    """Resets all failed steps of a run to pending, each as `retry_step` does.
 
     Two round trips for a run of ordinary size, one more for each 500 fields and each thousand failed steps. Each step
-    is atomic by itself; a step that another worker begins meanwhile is left out.
+    is atomic by itself; a step that another worker claims in the meantime is skipped.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -75,7 +75,7 @@ def retry_run(context: Context, run_id: RunId, *, owner: str | None = None) -> W
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
         StepRunNotFoundError: there is no such run.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -94,12 +94,12 @@ def _retry_run(context: Context, run_id: str, owner: str | None) -> Workflow[lis
     retried: list[StepRun] = []
     for first in range(0, len(failed), _STEPS_PER_BATCH):
         steps = failed[first : first + _STEPS_PER_BATCH]
-        outcomes = yield SendBatch([retry_step(context, run_id, each.step, owner=owner) for each in steps])
-        changed = (StaleStepRunError, StepRunNotFoundError)  # by another worker, meanwhile
-        outcomes = [outcome for outcome in outcomes if not isinstance(outcome, changed)]
-        raise_unless_corrupt(outcomes)
-        for outcome in outcomes:
-            if isinstance(outcome, CorruptRunError):
-                raise outcome
-            retried.append(outcome)
+        results = yield SendBatch([retry_step(context, run_id, each.step, owner=owner) for each in steps])
+        changed = (StaleStepRunError, StepRunNotFoundError)  # by another worker, in the meantime
+        results = [result for result in results if not isinstance(result, changed)]
+        raise_unless_corrupt(results)
+        for result in results:
+            if isinstance(result, CorruptRunError):
+                raise result
+            retried.append(result)
     return retried

@@ -31,7 +31,7 @@ _CURSOR: Final = re.compile(r"(\d+)-(\d+)-(\w*)")
 
 
 def expire_run(context: Context, run_id: RunId, ttl: Seconds | None) -> Call[bool]:
-    """Sets how long after its last write a run expires, with all its keys at once.
+    """Sets how long after its last write a run expires. All its keys expire together.
 
     One round trip. Each further write renews the expiry. A run with a live claim does not expire, and a claim without a
     lease is live until it ends.
@@ -45,7 +45,7 @@ def expire_run(context: Context, run_id: RunId, ttl: Seconds | None) -> Call[boo
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -58,20 +58,20 @@ def expire_run(context: Context, run_id: RunId, ttl: Seconds | None) -> Call[boo
 
 
 def delete_run(context: Context, run_id: RunId, *, tombstone: Seconds = 3_600) -> Call[bool]:
-    """Deletes a run. A tombstone refuses late writes for a while, so that none of them recreates it.
+    """Deletes a run. A tombstone rejects late writes for a while, so that they do not recreate the run.
 
-    One round trip. It also deletes a run that is corrupt or half evicted.
+    One round trip. It also deletes a run that is corrupt or partly evicted.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-        tombstone: seconds, or a timedelta, for which writes are refused with RunDeletedError.
+        tombstone: seconds, or a timedelta, for which writes are rejected with RunDeletedError.
 
     Returns:
         Whether there was such a run.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: one of the keys holds a value of another type.
+        CorruptRunError: one of the keys has a value of another type.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -91,9 +91,9 @@ def runs(
     limit: int = 100,
     cursor: str | None = None,
 ) -> Workflow[RunPage]:
-    """Lists runs a page at a time: newest change first within a page, in no order from page to page.
+    """Lists runs one page at a time. Each page is sorted, newest change first; the pages are in no order.
 
-    Runs that changed in the same millisecond are ordered by run id. There is no index of runs: this is a SCAN over all
+    Runs that changed in the same millisecond are ordered by run id. There is no index of runs: this is a SCAN of all
     keys of the server, in small parts. A run that exists from the first page to the last is listed, unless a failover
     or a slot migration happens in between. Two round trips per thousand keys, one more for each 500 fields of a run
     that has more.
@@ -101,9 +101,9 @@ def runs(
     Args:
         status: only runs with at least one step of this status; None: all runs.
         run_id_prefix: only runs whose id has this prefix; empty: all runs.
-        limit: when the page is full, from 1 to 1,000. It may hold a few more, because SCAN returns keys in groups; with
-            a filter it may hold fewer, even none: a page ends after 5,000 runs or 100,000 keys.
-        cursor: `cursor` of the page before; None: the first page.
+        limit: approximate number of runs in a page, from 1 to 1,000. A page may have a few more, because SCAN returns
+            keys in groups. With a filter it may have fewer, even none: a page ends after 5,000 runs or 100,000 keys.
+        cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
         The page, and the cursor of the next one: None after the last.
@@ -144,18 +144,18 @@ def purge(
 ) -> Workflow[list[RunSummary]]:
     """Deletes the runs in which every step is completed or failed and nothing changed for some time.
 
-    It passes all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
-    such runs. Each run is deleted at once, at any size, if it has not changed since it was read; its memory is
-    freed in the background. A run with more than 1,000 failed steps stays; use `delete_run`.
+    It scans all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
+    such runs. Each run is deleted in one call, whatever its size, if it has not changed since it was read; its memory
+    is freed in the background. A run with more than 1,000 failed steps is not deleted; use `delete_run`.
 
     Args:
         older_than: seconds since the last change, by the server's clock, up to ten years; or a timedelta.
         run_id_prefix: only runs whose id has this prefix; empty: all runs.
         dry_run: whether to delete nothing and only return what would be deleted.
-        tombstone: seconds, or a timedelta, for which writes to a deleted run are refused with RunDeletedError.
+        tombstone: seconds, or a timedelta, for which writes to a deleted run are rejected with RunDeletedError.
 
     Returns:
-        What was deleted, or would be: oldest change first.
+        The runs that were deleted, or would be, oldest change first.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
@@ -176,9 +176,9 @@ def purge(
             if summary.is_over and is_old and len(scan.lines) <= _MAX_FAILED:
                 old.append((scan, summary))
         if old and not dry_run:
-            outcomes = yield SendBatch([_purge_run(context, scan, tombstone_ms) for scan, _ in old])
-            raise_unless_corrupt(outcomes)
-            old = [each for each, outcome in zip(old, outcomes, strict=True) if outcome is True]
+            results = yield SendBatch([_purge_run(context, scan, tombstone_ms) for scan, _ in old])
+            raise_unless_corrupt(results)
+            old = [each for each, result in zip(old, results, strict=True) if result is True]
         purged += [summary for _, summary in old]
         position = page.next
         if position is None:
@@ -193,12 +193,12 @@ class RunScan:
     """What a scan of one run's records has found.
 
     Attributes:
-        created: number of steps created, as the run line has it.
-        completed: number of steps completed, as the run line has it.
-        newest: the step run completed last.
+        created: number of steps created, from the run line.
+        completed: number of steps completed, from the run line.
+        newest: the step run that was completed last.
         unfinished: the step runs that are not completed, by step, without payloads.
         lines: their state lines.
-        problem: why the records cannot be trusted.
+        problem: why the records are corrupt.
     """
 
     run_id: str
@@ -221,16 +221,16 @@ class RunScan:
 
 
 def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
-    """Reads the unfinished steps of some runs, without payloads. Runs that no longer exist are left out."""
+    """Reads the unfinished steps of some runs, without payloads. Runs that no longer exist are omitted."""
     scans = {run_id: RunScan(run_id.decode()) for run_id in run_ids}
     cursors = dict.fromkeys(scans, b"0")
     while cursors:
-        outcomes = yield SendBatch([_summarize_run(context, operation, run_id, at) for run_id, at in cursors.items()])
-        raise_unless_corrupt(outcomes)
+        results = yield SendBatch([_summarize_run(context, operation, run_id, at) for run_id, at in cursors.items()])
+        raise_unless_corrupt(results)
         scanned, cursors = list(cursors), {}
-        for run_id, outcome in zip(scanned, outcomes, strict=True):
+        for run_id, result in zip(scanned, results, strict=True):
             try:
-                cursor = outcome if outcome is None else _load(context, scans[run_id], outcome)
+                cursor = result if result is None else _load(context, scans[run_id], result)
             except CorruptRunError as error:  # it must not hide the other runs
                 cursor, scans[run_id].problem = b"0", str(error)
             if cursor is None:
@@ -240,18 +240,18 @@ def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Wor
     return list(scans.values())
 
 
-def raise_unless_corrupt(outcomes: list[Any]) -> None:
+def raise_unless_corrupt(results: list[Any]) -> None:
     """Raises the first error of a batch that is not a CorruptRunError: one corrupt run must not hide the others."""
-    for outcome in outcomes:
-        if isinstance(outcome, Exception) and not isinstance(outcome, CorruptRunError):
-            raise outcome
+    for result in results:
+        if isinstance(result, Exception) and not isinstance(result, CorruptRunError):
+            raise result
 
 
-def _load(context: Context, scan: RunScan, outcome: Reply | CorruptRunError) -> bytes:
+def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> bytes:
     """Adds one part of a run's records to its scan; returns the cursor of the next part."""
-    if isinstance(outcome, CorruptRunError):
-        raise outcome
-    cursor, scan.created, scan.completed, last, lines = outcome
+    if isinstance(result, CorruptRunError):
+        raise result
+    cursor, scan.created, scan.completed, last, lines = result
     key = context.keys.of_run(scan.run_id.encode()).steps
     if last:
         scan.newest = context.records.step_run(scan.run_id, "", last, (None, None, None), key)
@@ -286,23 +286,23 @@ def _purge_run(context: Context, scan: RunScan, tombstone_ms: bytes) -> Call[boo
 
 
 class _Shard(NamedTuple):
-    """A server with keys of the store: its name, and the key of a bucket that it holds."""
+    """A server with keys of the store: its name, and the key of one of its buckets."""
 
     name: str
     key: bytes
 
 
 class _Position(NamedTuple):
-    """How far a listing has come: the SCAN cursor, the number of keys passed, the shard's name."""
+    """The position of a listing: the SCAN cursor, the number of keys scanned, the shard's name."""
 
     scan_cursor: bytes
-    passed: int
+    scanned: int
     shard: str
 
     @property
     def cursor(self) -> str:
         """The cursor that callers receive; opaque to them."""
-        return f"{self.scan_cursor.decode()}-{self.passed}-{self.shard}"
+        return f"{self.scan_cursor.decode()}-{self.scanned}-{self.shard}"
 
 
 class ScanPage(NamedTuple):
@@ -310,8 +310,8 @@ class ScanPage(NamedTuple):
 
     Attributes:
         scans: the runs.
-        next: where to go on; None: this was the last part.
-        progress: how far through the keys of all servers this is, from 0 to 1.
+        next: the position of the next page; None: this is the last.
+        progress: the scanned part of the keys of all servers, from 0 to 1.
         now: the server's clock.
     """
 
@@ -329,9 +329,9 @@ def _scan_page(
     run_id_prefix: bytes,
     count: int,
 ) -> Workflow[ScanPage]:
-    """Passes `count` keys of one server, from a position on, and reads the runs among them."""
+    """Scans `count` keys of one server, from a position on, and reads the runs among them."""
     names = [shard.name for shard in shards]
-    # If a server has left the cluster, go on with the next one, in the order of their names.
+    # If a server has left the cluster, continue with the next one, in the order of their names.
     index = 0 if position is None else next((i for i, name in enumerate(names) if name >= position.shard), None)
     if index is None:
         return ScanPage([], None, 1.0, moment(0))
@@ -345,10 +345,10 @@ def _scan_page(
     reply: Reply = yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse, part_of=operation))
     scan_cursor, keys, total, now = reply
     scans = yield from scan_runs(context, operation, dict.fromkeys(_runs_of(context, keys, run_id_prefix)))
-    passed = here.passed + count
+    scanned = here.scanned + count
     if scan_cursor != b"0":
-        after: _Position | None = _Position(scan_cursor, passed, shard.name)
-        progress = (index + min(passed / max(total, 1), 1.0)) / len(shards)
+        after: _Position | None = _Position(scan_cursor, scanned, shard.name)
+        progress = (index + min(scanned / max(total, 1), 1.0)) / len(shards)
     else:
         after = _Position(b"0", 0, names[index + 1]) if index + 1 < len(names) else None
         progress = (index + 1) / len(shards)
@@ -356,17 +356,17 @@ def _scan_page(
 
 
 def _runs_of(context: Context, keys: list[bytes], run_id_prefix: bytes) -> Iterator[bytes]:
-    """Returns the runs of these keys. A key that only looks like a run's belongs to another program."""
+    """Returns the runs of these keys; skips keys of other programs that only look like those of a run."""
     for key in keys:
         run_id = context.keys.run_of(key)
         if run_id is not None and run_id.startswith(run_id_prefix):
-            with suppress(UnicodeDecodeError):  # of another program
+            with suppress(UnicodeDecodeError):  # a key of another program
                 run_id.decode()
                 yield run_id
 
 
 def _shards(context: Context) -> Workflow[list[_Shard]]:
-    """Returns the servers that hold keys of this store, in the order of their names."""
+    """Returns the servers that have keys of this store, in the order of their names."""
     buckets = context.keys.claims()
     replies: dict[str, list[Any]] = yield Broadcast([("CLUSTER", "SLOTS")])
     maps = [cast("list[Any]", reply) for (reply,) in replies.values() if isinstance(reply, list)]

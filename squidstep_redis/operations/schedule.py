@@ -31,7 +31,7 @@ def schedule_step(context: Context, run_id: RunId, step: Step, input: Mapping[st
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
         RunDeletedError: the run was deleted recently.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     created_by = new_token()[:8]
@@ -59,12 +59,12 @@ def schedule_steps(context: Context, run_id: RunId, steps: StepInputs) -> Call[l
         steps: a dict of input by step.
 
     Returns:
-        The newly scheduled steps, in the order given.
+        The newly scheduled steps, in the given order.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for an input.
         RunDeletedError: the run was deleted recently.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -78,7 +78,7 @@ def schedule_steps(context: Context, run_id: RunId, steps: StepInputs) -> Call[l
 
 
 def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step]) -> Call[list[str]]:
-    """Deletes those of the given steps that are pending; the others stay as they are.
+    """Deletes those of the given steps that are pending; the others are left unchanged.
 
     One round trip and one script: 10,000 steps block the server for up to 0.1 s.
 
@@ -87,12 +87,12 @@ def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step])
         steps: the steps, each once.
 
     Returns:
-        Those of the given steps that have no record now, in the order given. A step that is missing from this list was
+        Those of the given steps that have no record now, in the given order. A step that is missing from this list was
         claimed before it could be deleted.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)

@@ -22,7 +22,7 @@ from squidstep_redis.protocol.scripts import script
 
 MAX_ATTEMPTS: Final = 1_000_000
 
-# How many of a run's keys the transitions of a held claim use.
+# How many of a run's keys each transition of a claim uses.
 _KEYS: Final[Mapping[str, int]] = {"complete_step": 3, "fail_step": 4, "extend_claim": 3, "release_step": 3}
 
 
@@ -58,7 +58,7 @@ def begin_step(
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
         RunDeletedError: the run was deleted recently.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -80,12 +80,12 @@ def complete_step(
 ) -> Call[StepRun]:
     """Ends a claim with an output, and schedules the following steps in the same atomic transition.
 
-    One round trip. Sending it again with the same output, even as a new call, returns the same. An expired lease does
-    not matter as long as no other worker took over.
+    One round trip. Repeating it with the same output, even as a new call, returns the same result. An expired lease
+    does not matter as long as no other worker took over.
 
     Args:
         step_run: the step run that `begin_step` returned with "execute". Or a bare `StepRun.id`, which stands for the
-            current holder of the claim: for operators and for hand-overs.
+            current holder of the claim: for operators and handovers.
         output: the step's output, a dict.
         schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
 
@@ -96,12 +96,12 @@ def complete_step(
         InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     data = context.payloads.encode("output", output)
     successors = encode_inputs(context, "schedule", schedule) if schedule is not None else []
-    return _end_claim(context, "complete_step", step_run, (data, *successors), output=data)
+    return _transition(context, "complete_step", step_run, (data, *successors), output=data)
 
 
 def advance_step(
@@ -117,8 +117,8 @@ def advance_step(
 ) -> Call[BeginResult]:
     """Completes a step and begins the next one of its run: `complete_step` and `begin_step` in one transition.
 
-    One round trip: one worker needs eleven for a chain of ten steps. If the completion is refused, nothing is begun. If
-    the next step is held by another worker or completed, the first one is completed all the same.
+    One round trip: one worker needs eleven for a chain of ten steps. If the completion is refused, the next step is not
+    claimed. If another worker holds the next step, or it is completed, the first one is still completed.
 
     Args:
         step_run: the step run to complete, which `begin_step` or `advance_step` returned with "execute"; or a bare
@@ -140,11 +140,11 @@ def advance_step(
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for a payload.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     data = context.payloads.encode("output", output)
-    run, from_step, held = _claim_of(context, "advance_step", step_run)
+    run, from_step, from_token = _claim_of(context, "advance_step", step_run)
     name = arguments.step(step)
     if name == from_step:
         raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
@@ -152,17 +152,17 @@ def advance_step(
     args = _begin_args(context, run, name, next_input, lease, max_attempts, owner)
 
     def parse(reply: Reply) -> BeginResult:
-        _raise_unless_held(context, "advance_step", run, from_step, held, reply)
+        _raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
         return _parse_begin(context, run, name, args[0], next_input, reply)
 
-    sent = (*args, from_step.data, held, data)
+    sent = (*args, from_step.data, from_token, data)
     return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
 
 
 def fail_step(context: Context, step_run: StepRun | str, error: Mapping[str, Any] | BaseException) -> Call[StepRun]:
-    """Ends a claim with an error; the step can be begun again.
+    """Ends a claim with an error; the step can be claimed again.
 
-    One round trip. Sending it again with the same error, even as a new call, returns the same.
+    One round trip. Repeating it with the same error, even as a new call, returns the same result.
 
     Args:
         step_run: the step run that `begin_step` returned with "execute"; or a bare `StepRun.id`, which stands for the
@@ -176,14 +176,14 @@ def fail_step(context: Context, step_run: StepRun | str, error: Mapping[str, Any
         InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     if isinstance(error, BaseException):
         data = context.payloads.encode_own(error_payload(error))
     else:
         data = context.payloads.encode("error", error)
-    return _end_claim(context, "fail_step", step_run, (data,), last_error=data)
+    return _transition(context, "fail_step", step_run, (data,), last_error=data)
 
 
 def extend_claim(context: Context, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
@@ -203,14 +203,14 @@ def extend_claim(context: Context, step_run: StepRun | str, lease: Seconds | Non
         InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    return _end_claim(context, "extend_claim", step_run, (arguments.lease_ms(lease),))
+    return _transition(context, "extend_claim", step_run, (arguments.lease_ms(lease),))
 
 
 def expire_claim(context: Context, step_run: StepRun | str) -> Call[StepRun]:
-    """Ends the lease of a claim whose holder is known to be dead, so that it can be taken over at once.
+    """Ends the lease of a claim whose holder is known to be dead, so that it can be taken over immediately.
 
     One round trip.
 
@@ -223,23 +223,23 @@ def expire_claim(context: Context, step_run: StepRun | str) -> Call[StepRun]:
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
-        StaleStepRunError: the claim is not held any more, or the step was never claimed.
+        StaleStepRunError: the claim is no longer held, or the step was never claimed.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     if not isinstance(step_run, StepRun):
-        return _end_claim(context, "extend_claim", step_run, (b"0",))
+        return _transition(context, "extend_claim", step_run, (b"0",))
     _check_prefix(context, step_run)
-    held = step_run.token or step_run.current_token
-    if not held:
+    token = step_run.token or step_run.current_token
+    if not token:
         raise StaleStepRunError(step_run, "expire_claim was refused: the step was never claimed. Nothing was sent")
     run, name = context.keys.run(step_run.run_id), arguments.step(step_run.step)
-    return _on_claim(context, "extend_claim", step_run, run, name, held, (b"0",))
+    return _transition_call(context, "extend_claim", step_run, run, name, token, (b"0",))
 
 
 def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
-    """Releases a claim before its work took effect: the step is pending again, with its input.
+    """Releases a claim before its work took effect: the step becomes pending, with its input.
 
     One round trip. The attempt keeps its number, because it may have been used as a fencing token, but it does not
     count against `max_attempts`.
@@ -255,10 +255,10 @@ def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
         InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    return _end_claim(context, "release_step", step_run, ())
+    return _transition(context, "release_step", step_run, ())
 
 
 # What the transitions share
@@ -284,7 +284,7 @@ def _begin_args(
 
 
 def _parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:
-    """Reads the reply to begin_step."""
+    """Parses the reply to begin_step."""
     if reply[0] in (b"execute", b"takeover"):
         payloads = (reply[3] if len(reply) > 3 else input, None, None)
         claimed = context.records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, token)
@@ -316,22 +316,22 @@ def _check_prefix(context: Context, step_run: StepRun) -> None:
         )
 
 
-def _raise_unless_held(context: Context, operation: str, run: Run, step: Name, held: bytes, reply: Reply) -> None:
-    """Raises what the script found instead of the claim."""
+def _raise_if_refused(context: Context, operation: str, run: Run, step: Name, token: bytes, reply: Reply) -> None:
+    """Raises an error if the script did not find the claim."""
     if reply[0] == b"missing":
         raise StepRunNotFoundError(run.text, step.text, "there is no such step run; nothing was written")
     if reply[0] == b"stale":
         current = context.records.record(run.text, step.text, reply[2:], run.keys.steps)
-        if not held:
+        if not token:
             why = f"is {current.status}, not running"
         elif current.status is StepStatus.RUNNING:
             why = f"was taken over: attempt {current.attempt} holds the claim"
         else:
-            why = f"is {current.status} by attempt {current.attempt}, and not by this call"
+            why = f"is {current.status} by attempt {current.attempt}, not by this call"
         raise StaleStepRunError(current, f"{operation} was refused: the step {why}. Nothing was written")
 
 
-def _end_claim(
+def _transition(
     context: Context,
     operation: str,
     step_run: StepRun | str,
@@ -339,24 +339,24 @@ def _end_claim(
     output: bytes | None = None,
     last_error: bytes | None = None,
 ) -> Call[StepRun]:
-    """Makes a transition of a held claim. They differ in their script and in the payload that they set."""
-    run, name, held = _claim_of(context, operation, step_run)
-    return _on_claim(context, operation, step_run, run, name, held, args, output, last_error)
+    """Builds the call of a transition of a claim, given the step run that carries it, or an id."""
+    run, name, token = _claim_of(context, operation, step_run)
+    return _transition_call(context, operation, step_run, run, name, token, args, output, last_error)
 
 
-def _on_claim(
+def _transition_call(
     context: Context,
     operation: str,
     step_run: StepRun | str,
     run: Run,
     step: Name,
-    held: bytes,
+    token: bytes,
     args: tuple[bytes, ...],
     output: bytes | None = None,
     last_error: bytes | None = None,
 ) -> Call[StepRun]:
-    sent = (new_nonce(), step.data, run.member, held, *args)
-    parse = partial(_parse_end, context, operation, step_run, run, step, held, output, last_error)
+    sent = (new_nonce(), step.data, run.member, token, *args)
+    parse = partial(_parse_end, context, operation, step_run, run, step, token, output, last_error)
     return Call(run.text, script(operation), run.keys[: _KEYS[operation]], sent, parse, None, step.text)
 
 
@@ -366,13 +366,13 @@ def _parse_end(
     step_run: StepRun | str,
     run: Run,
     step: Name,
-    held: bytes,
+    token: bytes,
     output: bytes | None,
     last_error: bytes | None,
     reply: Reply,
 ) -> StepRun:
-    """Reads the reply to a transition of a held claim."""
-    _raise_unless_held(context, operation, run, step, held, reply)
+    """Parses the reply to a transition of a claim."""
+    _raise_if_refused(context, operation, run, step, token, reply)
     if isinstance(step_run, StepRun):
         return step_run.after_transition(reply[2], output, last_error)
     return context.records.record(run.text, step.text, [*reply[2:4], output, last_error], run.keys.steps)

@@ -15,16 +15,16 @@ from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import BlockOnStream, Send, Sleep, Workflow
 
-_FIRST_POLL: Final = 0.02  # seconds until a waiter looks again for a record that does not exist yet
+_FIRST_POLL: Final = 0.02  # seconds between the first two polls for a record that does not exist yet
 _LAST_POLL: Final = 1.0
 
 
 def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds) -> Workflow[StepRun]:
     """Waits until a step is completed or failed, so that a skipped duplicate can return the winner's output.
 
-    The script that ends the step wakes the waiter. A notification can be lost, so the waiter also polls once a second,
-    and more often while the step is not scheduled or begun: one round trip per poll, one per pause. It uses one
-    connection meanwhile.
+    The script that ends the step notifies the waiter. A notification can be lost, so the waiter also polls once a
+    second, and more often while the step has no record: one round trip per poll, one per pause. It uses one connection
+    meanwhile.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -33,13 +33,13 @@ def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds)
         timeout: seconds to wait at most, from 0.001 to a day.
 
     Returns:
-        The completed or failed step run. A retry makes a failed step run again: wait again then.
+        The completed or failed step run. If a failed step is retried, call this again to wait for the new attempt.
 
     Raises:
         WaitTimeoutError: the step did not end in time.
         RunDeletedError: the run was deleted.
         InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: what is stored cannot be trusted.
+        CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
@@ -62,7 +62,7 @@ def _wait(context: Context, run: Run, step: Name, limit: float) -> Workflow[Step
             yield Sleep(min(pause, left))
             pause = min(2 * pause, _LAST_POLL)
         else:
-            yield BlockOnStream(run.wake, last, min(left, _LAST_POLL))
+            yield BlockOnStream(run.stream, last, min(left, _LAST_POLL))
 
 
 def _await_step(context: Context, run: Run, step: Name) -> Call[tuple[StepRun | None, bytes | None]]:

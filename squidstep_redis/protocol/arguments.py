@@ -68,12 +68,12 @@ def step(value: object, argument: str = "step") -> Name:
 
 @lru_cache(1_024)
 def _known_step(value: str) -> Name:
-    """Caches names: a program has few steps and uses them again and again."""
+    """Cached, because a program uses the same few steps repeatedly."""
     return identifier("step", value)
 
 
 def distinct(argument: str, names: Iterable[Name]) -> list[Name]:
-    """Returns the names, each of which must come once: `"pay"` and `Step.PAY` may be the same step."""
+    """Returns the names; rejects duplicates. `"pay"` and `Step.PAY` may be the same step."""
     seen: set[Name] = set()
     found = list(names)
     for name in found:
@@ -84,10 +84,10 @@ def distinct(argument: str, names: Iterable[Name]) -> list[Name]:
 
 
 def prefix(value: object) -> bytes:
-    """Returns a key prefix: an identifier without braces, which would move the hash tag."""
+    """Returns a key prefix: an identifier without braces, which would change the hash tag."""
     text, data = identifier("prefix", value, MAX_PREFIX_BYTES)
     if "{" in text or "}" in text:
-        raise InvalidArgumentError("prefix", f"must be without braces, not {described(value)}")
+        raise InvalidArgumentError("prefix", f"must not contain braces: {described(value)}")
     return data
 
 
@@ -100,27 +100,27 @@ def owner(value: object) -> bytes:
 
 @lru_cache(64)
 def _known_owner(value: str) -> bytes:
-    """Caches owners: a process has few."""
+    """Cached, because a process has few owners."""
     return _owner(value)
 
 
 def _owner(value: object) -> bytes:
     data = identifier("owner", value, MAX_OWNER_BYTES).data
     if _CONTROL.search(data):
-        raise InvalidArgumentError("owner", f"must be without control characters, not {described(value)}")
+        raise InvalidArgumentError("owner", f"must not contain control characters: {described(value)}")
     return data
 
 
-def integer(argument: str, value: object, most: int, least: int = 1) -> int:
-    """Returns an int from `least` to `most`."""
-    if type(value) is not int or not least <= value <= most:
-        raise InvalidArgumentError(argument, f"must be an int from {least} to {most:,}, not {described(value)}")
+def integer(argument: str, value: object, maximum: int, minimum: int = 1) -> int:
+    """Returns an int from `minimum` to `maximum`."""
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise InvalidArgumentError(argument, f"must be an int from {minimum} to {maximum:,}, not {described(value)}")
     return value
 
 
-def milliseconds(argument: str, value: object, most: timedelta = MAX_TTL) -> bytes:
+def milliseconds(argument: str, value: object, maximum: timedelta = MAX_TTL) -> bytes:
     """Returns a time span in whole milliseconds; empty for None."""
-    return b"" if value is None else b"%d" % round(seconds(argument, value, most) * 1_000)
+    return b"" if value is None else b"%d" % round(seconds(argument, value, maximum) * 1_000)
 
 
 def lease_ms(value: object) -> bytes:
@@ -130,19 +130,19 @@ def lease_ms(value: object) -> bytes:
     return _known_lease(value) if type(value) in (int, float) else milliseconds("lease", value, MAX_LEASE)
 
 
-@lru_cache(256, typed=True)  # True is not 1
+@lru_cache(256, typed=True)  # True equals 1, but is rejected
 def _known_lease(value: object) -> bytes:
-    """Caches leases: a program has few, and makes a call for each step."""
+    """Cached, because a program uses the same few leases for every step."""
     return milliseconds("lease", value, MAX_LEASE)
 
 
-def seconds(argument: str, value: object, most: timedelta) -> float:
-    """Returns a time span from a millisecond to `most`, in seconds."""
+def seconds(argument: str, value: object, maximum: timedelta) -> float:
+    """Returns a time span from a millisecond to `maximum`, in seconds."""
     span = value.total_seconds() if isinstance(value, timedelta) else value
     # NaN fails every comparison, so it is rejected.
-    if isinstance(span, bool) or not isinstance(span, int | float) or not 0.001 <= span <= most.total_seconds():
+    if isinstance(span, bool) or not isinstance(span, int | float) or not 0.001 <= span <= maximum.total_seconds():
         raise InvalidArgumentError(
             argument,
-            f"must be seconds from 0.001 to {most.total_seconds():,.0f} or a timedelta, not {described(value)}",
+            f"must be seconds from 0.001 to {maximum.total_seconds():,.0f} or a timedelta, not {described(value)}",
         )
     return span

@@ -33,7 +33,7 @@ _nonces = count()
 
 
 def new_nonce() -> bytes:
-    """Returns a number that no other call of this process has; connections are not shared between processes."""
+    """Returns a number that is unique in this process, which is enough: processes do not share connections."""
     return b"%d" % next(_nonces)
 
 
@@ -53,7 +53,7 @@ class Call(NamedTuple, Generic[T]):
         parse: reads the reply, once it is known to belong to this call and not to be a refusal.
         if_deleted: returns the result for a run that was deleted; None: RunDeletedError is raised.
         step: the step it is about, for error messages.
-        retryable: whether a store may send it again after a transient error.
+        retryable: whether the store retries it after a transient error.
         part_of: the operation that sends it, if the script has another name.
     """
 
@@ -81,7 +81,7 @@ class Call(NamedTuple, Generic[T]):
         return ("EVAL", self.script.source, len(self.keys), *self.keys, *self.args)
 
     def decode(self, reply: Any) -> T:
-        """Reads the server's reply.
+        """Decodes the server's reply.
 
         Raises:
             ReplyMismatchError: it is the reply to another call.
@@ -91,7 +91,7 @@ class Call(NamedTuple, Generic[T]):
         parts: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if type(parts) is not list or len(parts) < 2 or parts[1] != self.args[0]:
-            problem = f"an earlier call on this connection was interrupted; got the reply to it, {described(reply)}"
+            problem = f"an earlier call on this connection was interrupted; received its reply: {described(reply)}"
             raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, self)
         refusal = _REFUSALS.get(parts[0])
         if refusal is not None:

@@ -26,9 +26,8 @@ Payload = dict[str, Any]
 msgpack: Any = untyped_msgpack  # it ships no types
 
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
-_MAX_DEPTH: Final = (
-    500  # of the search for the offending value; msgpack fails at 511 or 1,024 levels, depending on its version
-)
+# Of the search for the offending value. msgpack itself fails at 511 or 1,024 levels, depending on its version.
+_MAX_DEPTH: Final = 500
 _PACKER_BYTES: Final = 64 * 1024
 _KEY_CHARS: Final = 500
 _MESSAGE_CHARS: Final = 2_000
@@ -40,7 +39,7 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 class Codec(Protocol):
     """Converts payloads to bytes and back. Your own codec may wrap `MsgpackCodec` to compress or encrypt.
 
-    Equal payloads must give equal bytes, or a completion that you send twice is not recognized as the same. All
+    Equal payloads must give equal bytes, or a completion that you send twice is not recognized as a repeat. All
     processes that share a prefix need the same codec: the bytes do not say which codec wrote them.
     """
 
@@ -69,7 +68,7 @@ class MsgpackCodec:
         try:
             try:
                 data = _pack(payload)
-            except TypeError:  # tuples, or a type that is not supported
+            except TypeError:  # tuples, or an unsupported type
                 data = _pack(_as_decoded(payload))
             # Values that msgpack packs but does not return equal show up here: NaN, odd map keys, distant dates.
             decoded = self.decode(data)
@@ -126,7 +125,7 @@ class Payloads:
             )
         if len(data) > self.max_bytes:
             raise PayloadTooLargeError(
-                argument, f"takes {len(data):,} bytes, over the store's max_payload_bytes of {self.max_bytes:,}"
+                argument, f"is {len(data):,} bytes, over the store's max_payload_bytes of {self.max_bytes:,}"
             )
         return data
 
@@ -154,7 +153,7 @@ class Payloads:
         return True
 
 
-# Idle packers; creating one costs more than packing. Any thread may take one.
+# Idle packers; creating one costs more than packing. Any thread may use one.
 _packers: deque[Any] = deque()
 
 
@@ -164,14 +163,14 @@ def _pack(value: object) -> bytes:
     except IndexError:
         packer = msgpack.Packer(strict_types=True, datetime=True)
     data = packer.pack(value)  # if this raises, the packer is dropped
-    if len(data) < _PACKER_BYTES:  # a packer keeps its memory
+    if len(data) < _PACKER_BYTES:  # a packer never shrinks its buffer
         _packers.append(packer)
     return data
 
 
 def error_payload(error: BaseException) -> Payload:
-    """Returns a dict for an exception: `type`, `message`, and a `traceback` of which a bounded tail is kept."""
-    with defer_sigalrm():  # an exception of SIGALRM's handler would look like one of str(error)
+    """Returns a dict for an exception: `type`, `message`, and the end of the `traceback`."""
+    with defer_sigalrm():  # an exception raised by a SIGALRM handler would look like one raised by str(error)
         return _error_payload(error)
 
 
@@ -198,9 +197,10 @@ def _printable(text: str) -> str:
 
 
 def _as_decoded(value: object) -> object:
-    """Returns the value with lists for tuples, and datetimes in UTC. Subclasses are kept, to be rejected.
+    """Returns the value as it will be decoded: tuples as lists, datetimes in UTC.
 
-    UTC, because a datetime in the hour that is repeated when clocks are set back equals none in another zone.
+    Subclasses are not converted, so they are rejected. UTC, because a datetime in the hour that is repeated when
+    clocks are set back does not equal any datetime in another zone.
     """
     if type(value) is dict:
         items = cast("dict[object, object]", value)
@@ -219,9 +219,9 @@ def _as_decoded_key(value: Any) -> object:
 
 def _find_offender(payload: object) -> PayloadError | None:
     """Finds the first value that msgpack does not support, depth first. Slow; only for payloads that are rejected."""
-    waiting: list[tuple[Any, str, int]] = [(payload, "payload", 1)]
-    while waiting:
-        value, path, depth = waiting.pop()
+    stack: list[tuple[Any, str, int]] = [(payload, "payload", 1)]
+    while stack:
+        value, path, depth = stack.pop()
         if depth > _MAX_DEPTH:
             return PayloadError(path, f"nested more than {_MAX_DEPTH} levels deep")
         found: list[tuple[Any, str, int]] = []
@@ -239,14 +239,14 @@ def _find_offender(payload: object) -> PayloadError | None:
             found = [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
         elif problem := _scalar_problem(value):
             return PayloadError(path, problem)
-        waiting += reversed(found)
+        stack += reversed(found)
     return None
 
 
 def _subscript(key: object) -> str:
     try:
         text = repr(key)
-    except Exception:  # noqa: BLE001 -- a key without a repr must be rejected all the same
+    except Exception:  # noqa: BLE001 -- a key without a repr must still be rejected
         return f"a {type(key).__name__} without a repr"
     return text if len(text) <= _KEY_CHARS else text[:_KEY_CHARS] + "…"
 

@@ -18,7 +18,7 @@ _MEMBER: Final = re.compile(rb"([1-9]\d{0,2}):(.+)", re.DOTALL)
 
 
 class RunKeys(NamedTuple):
-    """The keys that the scripts of one run touch, all in one hash slot."""
+    """The keys that the scripts of one run use, all in one hash slot."""
 
     steps: bytes
     done: bytes
@@ -27,19 +27,19 @@ class RunKeys(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A checked run id, and what is sent for it.
+    """A checked run id, and the keys derived from it.
 
     Attributes:
         text: the id.
         keys: the keys of the run and of its bucket.
         member: prefix of the members of its steps in the two indexes.
-        wake: stream that notifies those who wait for one of its steps; it exists for a minute after a notification.
+        stream: key of the stream that notifies clients of ended steps. It exists for a minute after a notification.
     """
 
     text: str
     keys: RunKeys
     member: bytes
-    wake: bytes
+    stream: bytes
 
 
 class Keys:
@@ -56,8 +56,8 @@ class Keys:
 
     def _run(self, run_id: RunId) -> Run:
         text, data = arguments.run_id(run_id)
-        wake = self._buckets[crc32(data) % BUCKETS] + data + b":wake"
-        return Run(text, self.of_run(data), member_prefix(data), wake)
+        stream = self._buckets[crc32(data) % BUCKETS] + data + b":wake"
+        return Run(text, self.of_run(data), member_prefix(data), stream)
 
     def of_run(self, run_id: bytes) -> RunKeys:
         """Returns the keys of a run, given its id in UTF-8."""

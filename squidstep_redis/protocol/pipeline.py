@@ -1,4 +1,4 @@
-"""Operations in a redis-py pipeline or transaction of the caller's own."""
+"""Operations queued in the caller's own redis-py pipeline or transaction."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Queued(Generic[T]):
 def queue(pipeline: Any, call: Call[T]) -> Queued[T]:
     """Appends a call to a redis-py pipeline, blocking or asyncio.
 
-    The command carries the script's source: in a transaction, a script that the server does not know would fail
-    alone, while the commands around it take effect.
+    The command contains the script's source. In a transaction, an EVALSHA of an unknown script would fail alone, while
+    the other commands take effect.
     """
     check_call("call", call)
     if not (hasattr(pipeline, "execute") and hasattr(pipeline, "__len__")):
@@ -60,7 +60,9 @@ def queue(pipeline: Any, call: Call[T]) -> Queued[T]:
     state = getattr(pipeline, "_execution_strategy", pipeline)
     explicit = getattr(state, "explicit_transaction", getattr(state, "_explicit_transaction", False))
     if getattr(state, "watching", getattr(state, "_watching", False)) and not explicit:
-        raise UnsupportedClientError("pipeline", "is watching and would run the command at once: call multi() first")
+        raise UnsupportedClientError(
+            "pipeline", "is watching and would run the command immediately: call multi() first"
+        )
     requested = getattr(pipeline, "is_transaction", getattr(pipeline, "transaction", False))
     transaction = explicit or hasattr(state, "_watching") or (not callable(requested) and requested)
     owner = getattr(pipeline, "cluster_client", pipeline)

@@ -1,15 +1,15 @@
 """Builds the Lua scripts from their source files.
 
-`lua/NAME.lua` is a script, and `lua/lib/NAME.lua` holds code that scripts share. In a checkout `lua` lies beside the
-package, in a wheel inside it. A script is built in four steps, once per process:
+`lua/NAME.lua` is a script, and `lua/lib/NAME.lua` has code that scripts share. In a checkout, `lua` is next to the
+package; in a wheel, it is inside. A script is built in four steps, once per process:
 
-1. Includes: the line `-- include NAME` becomes the text of `lib/NAME.lua`; a repeated include becomes nothing.
+1. Includes: the line `-- include NAME` becomes the text of `lib/NAME.lua`; a repeated include is dropped.
 2. Macros: the line `-- define NAME text` or `-- define NAME(parameter, …) text` defines a macro for the whole script,
-   also above that line. Lines that begin with `--   ` continue the text. Lines of code use it as `@NAME` or
-   `@NAME(argument, …)`. A macro may use others. An argument is Lua text without parentheses, except in a literal or in
-   a macro.
+   including the lines above it. Lines that begin with `--   ` continue the text. Lines of code use it as `@NAME` or
+   `@NAME(argument, …)`. A macro may use other macros. An argument is Lua text without parentheses, except in a literal
+   or in a macro.
 3. Comments: whole-line comments and blank lines are dropped, because batches send the source.
-4. Literals: `"a" .. "b"` becomes `"ab"`, so that a pattern that macros compose costs nothing on the server. This is a
+4. Literals: `"a" .. "b"` becomes `"ab"`, so that a pattern composed of macros costs nothing on the server. This is a
    textual replacement: no literal in the scripts may contain ` .. `.
 """
 
@@ -27,7 +27,7 @@ _DEFINE: Final = re.compile(r"^-- define (\w+)(?:\(([\w, ]*)\))? (.*(?:\n--   .*
 _CONTINUATION: Final = re.compile(r"\n--  ")
 _USE: Final = re.compile(r'@(\w++)(?:\(((?:"[^"\n]*"|[^"()@])*)\)|(?!\())')  # innermost: no macro in its arguments
 _ARGUMENT: Final = re.compile(r'(?:"[^"\n]*"|[^",])+')
-_NO_TRANSITION: Final = re.compile(r"^-- Writes (nothing|hints alone)\b", re.MULTILINE)
+_NO_TRANSITION: Final = re.compile(r"^-- Writes (nothing|only hints)\b", re.MULTILINE)
 _NOT_CODE: Final = re.compile(r"^\s*(--.*)?\n", re.MULTILINE)
 
 
@@ -55,7 +55,7 @@ class Macro(NamedTuple):
 
 
 def directory() -> Path:
-    """Returns the directory of the scripts: inside an installed package, or beside it in a checkout."""
+    """Returns the directory of the scripts: inside an installed package, or next to it in a checkout."""
     installed = _PACKAGE / "lua"
     return installed if installed.is_dir() else _PACKAGE.parent / "lua"
 
@@ -82,7 +82,7 @@ def macros(text: str, name: str) -> dict[str, Macro]:
 
     Args:
         text: Lua, with its comments.
-        name: of the script, for an error.
+        name: name of the script, for error messages.
     """
     found: dict[str, Macro] = {}
     for macro, parameters, body in _DEFINE.findall(text):

@@ -1,16 +1,16 @@
-"""The one protocol between operations and transports.
+"""The protocol between operations and transports.
 
-An operation that takes more than one call is a generator, a workflow. It yields an effect; a transport performs it
-and resumes the generator with the outcome. What the generator returns is the result of the operation.
+An operation that needs more than one call is a generator, a workflow. It yields an effect; a transport executes it
+and resumes the generator with the result. What the generator returns is the result of the operation.
 
     effect               the transport                        the workflow receives
-    Send(call)           sends one call, with retries         the call's result; its error is thrown in
+    Send(call)           sends one call, with retries         the call's result; its error is raised at the yield
     SendBatch(calls)     sends them together, with retries    a list: for each call its result or its error
     Broadcast(commands)  sends commands to every server       a dict: by server, a list of replies or errors
     Sleep(seconds)       pauses                               None
-    BlockOnStream(...)   blocks until the stream grows        None, perhaps early: it is a hint
+    BlockOnStream(...)   blocks until the stream grows        None, possibly early
 
-`transport/blocking.py` and `transport/aio.py` each have one `run_workflow`; nothing here waits.
+`transport/blocking.py` and `transport/aio.py` each have one `run_workflow`. This module does no I/O.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Send(Generic[T]):
-    """Sends one call; the workflow receives its result, or its error is thrown in."""
+    """Sends one call; the workflow receives its result, or its error is raised at the yield."""
 
     call: Call[T]
 
@@ -78,12 +78,12 @@ class BlockOnStream:
 Effect = Send[Any] | SendBatch | Broadcast | Sleep | BlockOnStream
 
 Workflow = Generator[Effect, Any, T]
-"""An operation that yields effects, is resumed with their outcomes, and returns a `T`."""
+"""An operation that yields effects, is resumed with their results, and returns a `T`."""
 
 
-def results_of(outcomes: Sequence[Any]) -> list[Any]:
-    """Returns the results of a batch in which every call has to succeed; raises the first error."""
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
-    return list(outcomes)
+def raise_first_error(results: Sequence[Any]) -> list[Any]:
+    """Returns the results of a batch in which every call must succeed; raises the first error."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return list(results)

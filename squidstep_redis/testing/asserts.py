@@ -18,7 +18,7 @@ _WIDTH: Final = 60
 
 
 def assert_completed(store: Store, run: RunId, step: Step, output: Mapping[str, Any] | object = _ANY) -> StepRun:
-    """Asserts that a step is completed. One round trip. Never awaited, even with the asyncio store of a kit.
+    """Asserts that a step is completed. One round trip. Do not await it, even with the asyncio store of a kit.
 
     Args:
         store: a blocking store, or the asyncio store of a kit.
@@ -40,7 +40,7 @@ def assert_completed(store: Store, run: RunId, step: Step, output: Mapping[str, 
 
 
 def assert_failed(store: Store, run: RunId, step: Step, match: str = "") -> StepRun:
-    """Asserts that the latest attempt at a step failed and no other has begun. One round trip.
+    """Asserts that the latest attempt at a step failed, and that no other has started. One round trip.
 
     Args:
         store: a blocking store, or the asyncio store of a kit.
@@ -102,11 +102,11 @@ def assert_not_begun(store: Store, run: RunId, step: Step) -> None:
     __tracebackhide__ = True
     found = observer_of(store).send(store.calls.get_step_run(run, step))
     if found is not None and found.attempt:
-        _fail(store, run, step, f"was begun, and is {found.status}")
+        _fail(store, run, step, f"was claimed, and is {found.status}")
 
 
 def describe_run(store: Store, run: RunId) -> str:
-    """Returns a table of a run's steps, and one of the attempts at each step that took more than one.
+    """Returns a table of a run's steps, and one of the attempts at each step that has more than one.
 
     One round trip, and another for each step with several attempts.
 

@@ -1,7 +1,7 @@
-"""A clock that tests move forward: it shifts the server time and the key expiry that the store's scripts see.
+"""A clock that tests can advance: it shifts the server time and the key expiry that the store's scripts see.
 
 When the clock is ahead, each script is sent with a prelude that wraps `redis.call` and `redis.pcall`. A script with a
-prelude has a digest of its own, and only the stores of a kit send it.
+prelude has its own digest, and only the stores of a kit send it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _source(name: str, ahead_ms: int) -> bytes:
 
 
 class StepClock:
-    """A clock ahead of the server's by the advances made so far. Leases expire without sleeping.
+    """A clock that runs ahead of the server's by the sum of all advances. Leases expire without sleeping.
 
     It applies to all stores of the kit, and to all commands sent through their clients. It controls leases, takeovers,
     `retry_in`, all times on records, `run_ttl`, `expire_run`, tombstones, `lapsed_claims` and `live_claims`.

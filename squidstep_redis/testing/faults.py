@@ -1,4 +1,4 @@
-"""Faults between a store and its server, at the moment that a test chooses."""
+"""Faults between a store and its server, at a moment chosen by the test."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ class StepFaults:
     # For tests
 
     def lose_reply(self, operation: str, *, times: int = 1, run: RunId | None = None, step: Step | None = None) -> None:
-        """Lets the server execute an operation, then loses its reply and breaks the connection.
+        """Loses the reply to an operation: the server executes it, then the connection breaks.
 
         The store re-sends the same call until its `timeout`, and gets the same result. If every reply until then is
         lost, it raises OutcomeUnknownError.
 
         Args:
             operation: the name of the store's method, such as `"begin_step"`.
-            times: how many calls in a row the fault applies to; 1 or more.
+            times: the number of consecutive calls that the fault applies to; 1 or more.
             run: the id of the run; None: any run.
             step: the name of the step; None: any step.
 
@@ -108,7 +108,7 @@ class StepFaults:
 
         Args:
             operation: the name of the store's method, such as `"begin_step"`.
-            times: how many calls in a row the fault applies to; 1 or more.
+            times: the number of consecutive calls that the fault applies to; 1 or more.
             run: the id of the run; None: any run.
             step: the name of the step; None: any step.
 
@@ -132,7 +132,7 @@ class StepFaults:
             operation: the name of the store's method, such as `"begin_step"`.
             error: the server's error message. OOM raises RefusedError at once. Transient errors (READONLY, LOADING, …)
                 are retried until the store's `timeout`.
-            times: how many calls in a row the fault applies to; 1 or more.
+            times: the number of consecutive calls that the fault applies to; 1 or more.
             run: the id of the run; None: any run.
             step: the name of the step; None: any step.
 
@@ -156,7 +156,7 @@ class StepFaults:
             operation: the name of the store's method, such as `"begin_step"`.
             hook: the function, without parameters. It may use the store, deliver the step a second time, or advance the
                 clock. With `async_step_store` it may be a coroutine function. The operation raises what it raises.
-            times: how many calls in a row the fault applies to; 1 or more.
+            times: the number of consecutive calls that the fault applies to; 1 or more.
             run: the id of the run; None: any run.
             step: the name of the step; None: any step.
 
@@ -175,7 +175,7 @@ class StepFaults:
         lease: Seconds | None = 30,
         owner: str = "another worker",
     ) -> StepRun | None:
-        """Lets another worker take over a claimed step: expires the lease and claims the step again.
+        """Simulates a takeover by another worker: expires the lease and claims the step.
 
         Args:
             run: the id of the run.
@@ -197,12 +197,12 @@ class StepFaults:
             )
             return None
         store = self._observer()
-        held = store.get_step_run(run, step)
-        if held is None or held.status is not StepStatus.RUNNING:
-            raise AssertionError(f"take_over: step {step!r} of run {run!r} is not running: {held}")
-        store.expire_claim(held)
-        taken = store.begin_step(run, step, held.input, lease=lease, owner=owner).step_run
-        return taken if output is None else store.complete_step(taken, output)
+        current = store.get_step_run(run, step)
+        if current is None or current.status is not StepStatus.RUNNING:
+            raise AssertionError(f"take_over: step {step!r} of run {run!r} is not running: {current}")
+        store.expire_claim(current)
+        winner = store.begin_step(run, step, current.input, lease=lease, owner=owner).step_run
+        return winner if output is None else store.complete_step(winner, output)
 
     @contextmanager
     def server_away(self) -> Generator[None, None, None]:

@@ -32,8 +32,8 @@ class Interceptor(Protocol):
 class LoopGuard:
     """Closes a client's connections when the event loop that opened them shuts down its asynchronous generators.
 
-    So a client can be made before a loop exists and can be used in one loop after another, under asyncio.run,
-    pytest-asyncio or anyio.
+    So a client can be made before a loop exists, and can be used in several loops one after another, under
+    asyncio.run, pytest-asyncio or anyio.
     """
 
     def __init__(self, close: Callable[[], Awaitable[object]]) -> None:

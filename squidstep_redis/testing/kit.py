@@ -43,8 +43,8 @@ class StepKit:
 
     Attributes:
         store: a blocking store.
-        async_store: an asyncio store of the same runs. It can be used in one event loop after another: it connects in
-            the running loop, and its connections are closed when that loop shuts down.
+        async_store: an asyncio store of the same runs. It can be used in several event loops one after another: it
+            connects in the running loop, and its connections are closed when that loop shuts down.
         clock: the clock of all three stores.
         faults: the faults of `store` and `async_store`.
         observer: a blocking store of the same runs that no fault affects, for assertions.
@@ -145,7 +145,7 @@ class _Clients:
         self.is_cluster = bool(url) and _is_cluster(url)
 
     def blocking(self, interceptor: Interceptor) -> Any:
-        """Returns a blocking client whose commands the interceptor sees. A cluster client connects at once."""
+        """Returns a blocking client whose commands the interceptor sees. A cluster client connects immediately."""
         retry = Retry(NoBackoff(), 0)
         if self.is_cluster:
             cluster: Any = RedisCluster
@@ -156,7 +156,7 @@ class _Clients:
         return client
 
     def asyncio(self, interceptor: Interceptor, guard: LoopGuard) -> Any:
-        """Returns an asyncio client, which connects when it is first used, and which the guard closes with its loop."""
+        """Returns an asyncio client. It connects on first use, and the guard closes it with its loop."""
         retry = AsyncRetry(NoBackoff(), 0)
         if self.is_cluster:
             cluster: Any = redis_asyncio.RedisCluster
@@ -179,7 +179,7 @@ class _Clients:
         return client
 
     async def close_asyncio(self, client: Any) -> None:
-        """Closes all connections of an asyncio client, which can be used again afterwards."""
+        """Closes all connections of an asyncio client, which can still be used afterwards."""
         await async_heartbeat_of(client).stop()
         await (client.aclose() if self.is_cluster else client.connection_pool.disconnect())
 

@@ -1,4 +1,4 @@
-"""The asyncio transport: sends calls and performs the effects of workflows."""
+"""The asyncio transport: sends calls and executes the effects of workflows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.base import BaseTransport
-from squidstep_redis.transport.retry import FAILURES, UNANSWERED, NeedsResend, RetryState, decode_replies, decode_reply
+from squidstep_redis.transport.retry import FAILURES, NO_REPLY, NeedsResend, RetryState, decode_replies, decode_reply
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class AsyncTransport(BaseTransport):
 
     async def _execute(self, call: Call[Any]) -> Any:
         if isinstance(self.client, redis.RedisCluster):
-            # Otherwise, many concurrent first calls would each be redirected by a MOVED.
+            # Otherwise, the first calls, if concurrent, would each be redirected by a MOVED.
             await self.client.initialize()
         if self.connections.can_bypass_client():
             (reply,) = await self.connections.send(call.evalsha())
@@ -99,7 +99,7 @@ class AsyncTransport(BaseTransport):
                 error = failure
 
     async def send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Sends calls together, with retries; returns for each its result or its error."""
+        """Sends calls together, with retries; returns a result or an error for each."""
         events = self.events
         if not (events.listeners or events.is_logged(INFO)):
             return await self._send_batch(calls)
@@ -127,9 +127,9 @@ class AsyncTransport(BaseTransport):
         if self.durability is None and self.connections.can_bypass_client():
             commands = batch.commands(calls)
             read = decode_replies(calls, len(commands) - len(calls), state.may_have_run)
-            return (await self.connections.send(*commands, read=read))[
-                -len(calls) :
-            ]  # each is read while the next is made
+            # Each reply is decoded while the server executes the next call.
+            replies = await self.connections.send(*commands, read=read)
+            return replies[-len(calls) :]
         is_one = isinstance(self.client, redis.Redis)
         replies = await self._send_to(self.client, calls) if is_one else await self._send_to_nodes(calls)
         return [decode_reply(call, reply, state.may_have_run) for call, reply in zip(calls, replies, strict=True)]
@@ -159,7 +159,7 @@ class AsyncTransport(BaseTransport):
         async def send(node: Any, indexes: list[int]) -> None:
             try:
                 replied = await self._send_to(node, [calls[index] for index in indexes])
-            except UNANSWERED as error:
+            except NO_REPLY as error:
                 replied = [error] * len(indexes)
             for index, reply in zip(indexes, replied, strict=True):
                 replies[index] = reply
@@ -177,38 +177,38 @@ class AsyncTransport(BaseTransport):
     async def _resend(self, call: Call[Any], error: Exception, of_batch: RetryState) -> Any:
         state = RetryState(call, of_batch.began, self.policy, may_have_run=of_batch.may_have_run)
         try:
-            if isinstance(error, (NoScriptError, AskError)):  # it did not run, and a single call is redirected
+            if isinstance(error, (NoScriptError, AskError)):  # it did not run; a single call follows redirects
                 try:
                     return await self._send_once(call)
                 except FAILURES as failure:
                     error = failure
             return await self._retry(lambda: self._send_once(call), state, error)
-        except Exception as failure:  # noqa: BLE001 -- each call of a batch has its own outcome
+        except Exception as failure:  # noqa: BLE001 -- each call of a batch has its own result
             return failure
 
 
 async def run_workflow(transport: AsyncTransport, workflow: Workflow[T]) -> T:
-    """Performs the effects of a workflow; returns what it returns."""
+    """Executes the effects of a workflow; returns what it returns."""
     try:
         effect = next(workflow)
         while True:
-            outcome: Any = None
+            result: Any = None
             try:
                 match effect:
                     case Send(call):
-                        outcome = await transport.send(call)
+                        result = await transport.send(call)
                     case SendBatch(calls):
-                        outcome = await transport.send_batch(calls)
+                        result = await transport.send_batch(calls)
                     case Sleep():
                         await asyncio.sleep(effect.seconds)
                     case BlockOnStream():
                         await _block_on_stream(transport, effect)
                     case Broadcast(commands):
-                        outcome = await _broadcast(transport.client, commands)
+                        result = await _broadcast(transport.client, commands)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
                 effect = workflow.throw(error)
             else:
-                effect = workflow.send(outcome)
+                effect = workflow.send(result)
     except StopIteration as end:
         return end.value
 
@@ -227,7 +227,7 @@ async def _broadcast(client: Any, commands: Sequence[Command]) -> dict[str, list
         servers = {node.name: node for node in cluster.get_primaries()}
     else:
         servers = {"": client}
-    return {name: [answer async for answer in _replies(server, commands)] for name, server in servers.items()}
+    return {name: [reply async for reply in _replies(server, commands)] for name, server in servers.items()}
 
 
 async def _replies(server: Any, commands: Sequence[Command]) -> AsyncIterator[Any]:
@@ -237,5 +237,5 @@ async def _replies(server: Any, commands: Sequence[Command]) -> AsyncIterator[An
             yield unreachable or await server.execute_command(*command)
         except RedisError as error:
             yield error
-            if isinstance(error, UNANSWERED):
-                unreachable = error  # the other commands would fail, too
+            if isinstance(error, NO_REPLY):
+                unreachable = error  # the remaining commands would fail too

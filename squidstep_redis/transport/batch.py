@@ -30,11 +30,11 @@ class Durability(NamedTuple):
     def commands(self, key: bytes) -> list[Command]:
         """Returns the commands to send after the transitions.
 
-        The server waits for the last write of this connection. A re-sent call may write nothing, so a mark is written:
-        it replicates after everything before it.
+        The server waits for the last write of this connection. A re-sent call may write nothing, so a marker is
+        written: it is replicated after all earlier writes.
         """
-        mark = key[: key.index(b"}") + 1] + b":wait"  # in the slot of the keys
-        return [("SET", mark, "", "PX", 1_000), *self._waits()]
+        marker = key[: key.index(b"}") + 1] + b":wait"  # in the slot of the keys
+        return [("SET", marker, "", "PX", 1_000), *self._waits()]
 
     def _waits(self) -> list[Command]:
         waits: list[Command] = []
@@ -45,7 +45,7 @@ class Durability(NamedTuple):
         return waits
 
     def unmet(self, replies: Sequence[Any]) -> tuple[str, int | None] | None:
-        """Reads the replies to `commands`: what is missing, and how many replicas have it; None if nothing is."""
+        """Returns what the replies to `commands` do not confirm, and how many replicas do; None if all is confirmed."""
         replicas: int | None = None
         for (name, *_), reply in zip(self._waits(), replies[1:], strict=True):
             if isinstance(reply, Exception):
@@ -64,8 +64,8 @@ def commands(
 ) -> list[Command]:
     """Returns the commands of a batch for one server.
 
-    The scripts are loaded in one transaction. If the server then forgets them before the last call, all calls from
-    there on fail, and can be re-sent without any of them overtaking an earlier one.
+    The scripts are loaded in one transaction. If they are flushed before the last call, all later calls fail too, so
+    re-sending them preserves the order.
     """
     sources = dict.fromkeys(call.script.source for call in calls)
     load = [("MULTI",), *(("SCRIPT", "LOAD", source) for source in sources), ("EXEC",)] if load_scripts else []
@@ -92,7 +92,7 @@ def _waits(calls: Sequence[Call[Any]], durability: Durability | None) -> list[Co
 
 
 class _NotConfirmed(NamedTuple):
-    """A reply of the master whose durability was not confirmed."""
+    """A reply of the primary whose durability was not confirmed."""
 
     reply: Any
     problem: str
@@ -103,7 +103,7 @@ def read(call: Call[T], reply: object) -> T:
     """Reads one of the replies of `replies_to`.
 
     Raises:
-        NotReplicatedError: the master did it, but its durability was not confirmed.
+        NotReplicatedError: the primary executed it, but its durability was not confirmed.
         SquidstepError: as `Call.decode`.
         Exception: the reply itself, if it is one.
     """

@@ -1,4 +1,4 @@
-"""The blocking transport: sends calls and performs the effects of workflows."""
+"""The blocking transport: sends calls and executes the effects of workflows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, Se
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.base import BaseTransport
 from squidstep_redis.transport.connection import DirectConnections
-from squidstep_redis.transport.retry import FAILURES, UNANSWERED, NeedsResend, RetryState, decode_replies, decode_reply
+from squidstep_redis.transport.retry import FAILURES, NO_REPLY, NeedsResend, RetryState, decode_replies, decode_reply
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class BlockingTransport(BaseTransport):
                 error = failure
 
     def send_batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Sends calls together, with retries; returns for each its result or its error."""
+        """Sends calls together, with retries; returns a result or an error for each."""
         events = self.events
         if not (events.listeners or events.is_logged(INFO)):
             return self._send_batch(calls)
@@ -113,7 +113,8 @@ class BlockingTransport(BaseTransport):
         if self.durability is None and self.connections.can_bypass_client():
             commands = batch.commands(calls)
             read = decode_replies(calls, len(commands) - len(calls), state.may_have_run)
-            return self.connections.send(*commands, read=read)[-len(calls) :]  # each is read while the next is made
+            # Each reply is decoded while the server executes the next call.
+            return self.connections.send(*commands, read=read)[-len(calls) :]
         is_one = isinstance(self.client, redis.Redis)
         replies = self._send_to(self.client, calls) if is_one else self._send_to_nodes(calls)
         return [decode_reply(call, reply, state.may_have_run) for call, reply in zip(calls, replies, strict=True)]
@@ -137,7 +138,7 @@ class BlockingTransport(BaseTransport):
         for node, indexes in nodes.values():
             try:
                 replied = self._send_to(node, [calls[index] for index in indexes])
-            except UNANSWERED as error:
+            except NO_REPLY as error:
                 replied = [error] * len(indexes)
             for index, reply in zip(indexes, replied, strict=True):
                 replies[index] = reply
@@ -153,38 +154,38 @@ class BlockingTransport(BaseTransport):
     def _resend(self, call: Call[Any], error: Exception, of_batch: RetryState) -> Any:
         state = RetryState(call, of_batch.began, self.policy, may_have_run=of_batch.may_have_run)
         try:
-            if isinstance(error, (NoScriptError, AskError)):  # it did not run, and a single call is redirected
+            if isinstance(error, (NoScriptError, AskError)):  # it did not run; a single call follows redirects
                 try:
                     return self._send_once(call)
                 except FAILURES as failure:
                     error = failure
             return self._retry(lambda: self._send_once(call), state, error)
-        except Exception as failure:  # noqa: BLE001 -- each call of a batch has its own outcome
+        except Exception as failure:  # noqa: BLE001 -- each call of a batch has its own result
             return failure
 
 
 def run_workflow(transport: BlockingTransport, workflow: Workflow[T], sleep: Callable[[float], None] = time.sleep) -> T:
-    """Performs the effects of a workflow; returns what it returns."""
+    """Executes the effects of a workflow; returns what it returns."""
     try:
         effect = next(workflow)
         while True:
-            outcome: Any = None
+            result: Any = None
             try:
                 match effect:
                     case Send(call):
-                        outcome = transport.send(call)
+                        result = transport.send(call)
                     case SendBatch(calls):
-                        outcome = transport.send_batch(calls)
+                        result = transport.send_batch(calls)
                     case Sleep():
                         sleep(effect.seconds)
                     case BlockOnStream():
                         _block_on_stream(transport, effect)
                     case Broadcast(commands):
-                        outcome = _broadcast(transport.client, commands)
+                        result = _broadcast(transport.client, commands)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
                 effect = workflow.throw(error)
             else:
-                effect = workflow.send(outcome)
+                effect = workflow.send(result)
     except StopIteration as end:
         return end.value
 
@@ -213,5 +214,5 @@ def _replies(server: Any, commands: Sequence[Command]) -> Iterator[Any]:
             yield unreachable or server.execute_command(*command)
         except RedisError as error:
             yield error
-            if isinstance(error, UNANSWERED):
-                unreachable = error  # the other commands would fail, too
+            if isinstance(error, NO_REPLY):
+                unreachable = error  # the remaining commands would fail too

@@ -1,4 +1,4 @@
-"""What is known of a redis-py client before anything is sent."""
+"""Facts about a redis-py client that are known without sending anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ClientFacts(NamedTuple):
         is_cluster: whether it is a cluster client.
         socket_timeout: seconds it waits for a reply; None: no limit.
         connect_timeout: seconds it waits for a connection; None: no limit.
-        sends: how often it sends a command that gets no reply.
+        sends: how many times it sends a command that gets no reply.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether it may return a reply that is left on a connection to the next command.
     """
@@ -29,7 +29,7 @@ class ClientFacts(NamedTuple):
 
 def check_client(client: object, types: tuple[type, ...]) -> None:
     """Raises UnsupportedClientError unless the client is of one of these types and has a connection pool."""
-    if not isinstance(client, types) or hasattr(client, "execute"):  # a pipeline is a Redis, too
+    if not isinstance(client, types) or hasattr(client, "execute"):  # a pipeline is also a Redis
         names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in types)
         raise UnsupportedClientError("client", f"must be a {names}, not {described(client)}")
     if getattr(client, "single_connection_client", False) or getattr(client, "connection", None) is not None:
@@ -39,9 +39,9 @@ def check_client(client: object, types: tuple[type, ...]) -> None:
 
 
 def template_connection(client: Any) -> Any:
-    """Returns a connection such as the client makes, not connected.
+    """Returns an unconnected connection with the client's settings.
 
-    The value of an option that was not given depends on redis-py's version; a connection has it.
+    The defaults of options depend on redis-py's version; a connection has the actual values.
     """
     pool = _pool_of(client)
     return pool.connection_class(**pool.connection_kwargs)

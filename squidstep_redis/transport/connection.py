@@ -1,9 +1,9 @@
 """Sends on a client's pooled connections when nothing hooks `execute_command`.
 
-redis-py's `execute_command` adds half of the client's time for the same bytes: it measures, retries and records what
-the store does itself or not at all. What belongs to the connection stays redis-py's: timeouts, health checks,
-credentials, Sentinel, reconnecting. If `execute_command` is overridden, instrumented or measured, calls go through it;
-see `can_bypass_client`.
+redis-py's `execute_command` accounts for half of the client's CPU time: its retries and metrics are work that the store
+does itself or does not need. redis-py still handles the connections: timeouts, health checks, credentials, Sentinel,
+reconnecting. If `execute_command` is overridden, instrumented or measured, calls go through it; see
+`can_bypass_client`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ pack_command: Callable[[Command], bytes] = _hiredis.pack_command
 _CHUNK: Final = 16  # commands per send: the server starts on a chunk while the next one is packed
 _MAX_IDLE: Final = 16
 _FRESH_SECONDS: Final = 1.0
-_PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
+# Before redis-py 5.3, get_connection requires the name of a command.
+_COMMAND_NAME: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
 _CLIENTS: Final = ("redis.client", "redis.asyncio.client")
 
 
 class BaseDirectConnections:
     """The pooled connections of a client, used directly.
 
-    For a client that the store made itself, a connection is kept for a second after use. redis-py's pool checks each
-    time whether the server has closed a connection, which costs a third of a call. A connection that was closed within
-    that second fails, and the call is retried like any other.
+    If the store made the client, a connection stays idle here for a second after use. redis-py's pool checks before
+    each use whether the server has closed a connection, which costs a third of a call. If a connection was closed
+    within that second, the call fails and is retried like any other.
     """
 
     def __init__(self, client: Any, *, keep_idle: bool = False) -> None:
@@ -94,7 +95,7 @@ class DirectConnections(BaseDirectConnections):
         Raises:
             redis.ConnectionError: connecting, sending or reading failed; or redis.TimeoutError.
         """
-        connection = self._take()
+        connection = self._get_connection()
         try:
             connection.send_packed_command(_packed(commands))
             if read is None:
@@ -111,14 +112,14 @@ class DirectConnections(BaseDirectConnections):
             self._pool.release(connection)
         return replies
 
-    def _take(self) -> Any:
+    def _get_connection(self) -> Any:
         idle = self._pop_idle()
         if idle is not None:
             connection, since = idle
             if time.monotonic() - since < _FRESH_SECONDS:
                 return connection
             self._pool.release(connection)
-        return self._pool.get_connection(*_PURPOSE)
+        return self._pool.get_connection(*_COMMAND_NAME)
 
 
 class AsyncDirectConnections(BaseDirectConnections):
@@ -137,7 +138,7 @@ class AsyncDirectConnections(BaseDirectConnections):
         Raises:
             redis.ConnectionError: connecting, sending or reading failed; or redis.TimeoutError.
         """
-        connection = await self._take()
+        connection = await self._get_connection()
         try:
             await connection.send_packed_command(_packed(commands))
             if read is None:
@@ -154,14 +155,14 @@ class AsyncDirectConnections(BaseDirectConnections):
             await self._pool.release(connection)
         return replies
 
-    async def _take(self) -> Any:
+    async def _get_connection(self) -> Any:
         idle = self._pop_idle()
         if idle is not None:
             connection, since = idle
             if time.monotonic() - since < _FRESH_SECONDS:
                 return connection
             await self._pool.release(connection)
-        return await self._pool.get_connection(*_PURPOSE)
+        return await self._pool.get_connection(*_COMMAND_NAME)
 
 
 def _packed(commands: Sequence[Command]) -> Iterable[bytes]:
@@ -200,10 +201,10 @@ def _is_plain(client: object) -> bool:
 
 
 def _follows_notifications(pool: Any) -> bool:
-    """Whether a managed service may ask a connection to reconnect at any time; the pool handles it on release."""
+    """Whether a managed service may make a connection reconnect at any time; the pool handles it on release."""
     return hasattr(pool, "maint_notifications_enabled") and bool(pool.maint_notifications_enabled())
 
 
 def _is_redis_py_function(function: Any) -> bool:
-    # Not by its name or its module, which a wrapper copies.
+    # Not by its name or module, which functools.wraps copies.
     return isinstance(function, FunctionType) and function.__globals__["__name__"] in _CLIENTS

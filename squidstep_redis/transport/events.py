@@ -1,4 +1,4 @@
-"""What a store decided, sent to the log and to the caller's listeners. Payloads are never part of it.
+"""Sends a store's decisions to the log and to the caller's listeners. Events never contain payloads.
 
 Without listeners and with the logger off, a call takes 0.2 µs more.
 """
@@ -34,10 +34,10 @@ class Event(NamedTuple):
 
     Attributes:
         kind: "execute" or "skip" of a begin_step; "complete", "fail", "release", "extend" and "schedule" of the
-            transition of that name; "refuse" if the claim was not held any more; "error" for every other error.
+            transition of that name; "refuse" if the claim was no longer held; "error" for every other error.
         operation: the method, or the script, that was sent.
         run_id: the run.
-        step: the step; None if a call is about several.
+        step: the step; None if a call is about several steps.
         attempt: number of the claim, if known.
         owner: who holds or held the claim, if known.
         reason: of a skip: that of the `BeginResult`; of a refusal or an error: the name of its class.
@@ -87,24 +87,24 @@ class EventEmitter:
         self.listeners: list[Listener] = []
         self.is_logged: Callable[[int], bool] = _log.isEnabledFor
 
-    def emit_all(self, calls: Sequence[Call[Any]], outcomes: Sequence[object], seconds: float) -> None:
+    def emit_all(self, calls: Sequence[Call[Any]], results: Sequence[object], seconds: float) -> None:
         """Emits the events of a batch."""
-        for call, outcome in zip(calls, outcomes, strict=True):
-            self.emit(call, outcome, seconds, batched=True)
+        for call, result in zip(calls, results, strict=True):
+            self.emit(call, result, seconds, batched=True)
 
-    def emit(self, call: Call[Any], outcome: object, seconds: float, *, batched: bool = False) -> None:
+    def emit(self, call: Call[Any], result: object, seconds: float, *, batched: bool = False) -> None:
         """Emits the events of a call, given its result or the error that it raises."""
-        for event in events_of(call, outcome, seconds, batched, self._prefix):
+        for event in events_of(call, result, seconds, batched, self._prefix):
             important = event.takeover or event.kind in INFO_KINDS or event.reason == "exhausted"
             _log.log(logging.INFO if important else logging.DEBUG, "%s", event)
             for listener in self.listeners:
                 try:
                     listener(event)
-                except Exception:  # noqa: BLE001 -- a failing listener must not change the outcome of the call
+                except Exception:  # noqa: BLE001 -- a failing listener must not affect the call
                     _log.exception("a listener failed on %s", event)
 
 
-def events_of(call: Call[Any], outcome: object, seconds: float, batched: bool, prefix: str) -> Iterator[Event]:
+def events_of(call: Call[Any], result: object, seconds: float, batched: bool, prefix: str) -> Iterator[Event]:
     """Returns the events of a call: none for a read, two for an advance_step."""
     operation = call.operation
     if not call.script.is_transition or call.run_id is None:
@@ -118,16 +118,16 @@ def events_of(call: Call[Any], outcome: object, seconds: float, batched: bool, p
             kind, operation, call.run_id or "", step, attempt, owner, reason, takeover, seconds, batched, prefix
         )
 
-    if isinstance(outcome, Exception):
-        name = type(outcome).__name__
-        if isinstance(outcome, StaleStepRunError | StepRunNotFoundError):
-            yield event("refuse", getattr(outcome, "current", None), name)
+    if isinstance(result, Exception):
+        name = type(result).__name__
+        if isinstance(result, StaleStepRunError | StepRunNotFoundError):
+            yield event("refuse", getattr(result, "current", None), name)
         else:
             yield event("error", None, name)
-    elif isinstance(outcome, BeginResult):
+    elif isinstance(result, BeginResult):
         if operation == "advance_step":
             yield event("complete", None)
-        kind: Kind = "execute" if outcome.decision == "execute" else "skip"
-        yield event(kind, outcome.step_run, outcome.reason, outcome.takeover)
+        kind: Kind = "execute" if result.decision == "execute" else "skip"
+        yield event(kind, result.step_run, result.reason, result.takeover)
     elif operation in _KINDS:
-        yield event(_KINDS[operation], outcome if isinstance(outcome, StepRun) else None)
+        yield event(_KINDS[operation], result if isinstance(result, StepRun) else None)

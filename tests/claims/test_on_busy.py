@@ -69,7 +69,7 @@ class TestBusy:
         ("on_busy", "error", "problem"),
         [
             ("raise", StepBusyError, "step 'pay': held by"),
-            ("wait", InvalidArgumentError, "never end: this code itself executes step 'pay' of run 'run'"),
+            ("wait", InvalidArgumentError, "never end: this code itself is executing step 'pay' of run 'run'"),
         ],
     )
     def test_work_that_runs_its_own_step_does_not_wait(

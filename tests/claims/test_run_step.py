@@ -164,7 +164,7 @@ class TestArguments:
             ("lease: must be seconds", {"lease": "30"}),
             ("lease: must be seconds", {"lease": math.nan}),
             ("max_attempts: must be an int", {"max_attempts": 0}),
-            ("owner: must be without control characters", {"owner": "a\nb"}),
+            ("owner: must not contain control characters", {"owner": "a\nb"}),
             ("run_id: must be a non-empty str", {"run_id": 7}),
             ("step: must be", {"step": ""}),
             (r"input\['amount'\]", {"input": {"amount": object()}}),

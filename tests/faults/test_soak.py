@@ -82,7 +82,9 @@ MUTANTS = {
     # Attempts
     "attempts are left out": Mutant("lib/begin.lua", "state.attempt + 1\n", "state.attempt + 2\n"),
     "attempts do not grow with a takeover": Mutant(
-        "lib/begin.lua", "state.attempt = state.attempt + 1", "state.attempt = state.attempt + (lapsed and 0 or 1)"
+        "lib/begin.lua",
+        "state.attempt = state.attempt + 1",
+        "state.attempt = state.attempt + (lease_expired and 0 or 1)",
     ),
     "a release gives its number back": Mutant(
         "release_step.lua",
@@ -92,7 +94,7 @@ MUTANTS = {
     "a release counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
     "one attempt too many": Mutant("lib/begin.lua", "used >= limit", "used > limit"),
     "a lapsed claim is left running when no attempt is left": Mutant(
-        "lib/begin.lua", "  if lapsed then\n    redis.call", "  if false then\n    redis.call"
+        "lib/begin.lua", "  if lease_expired then\n    redis.call", "  if false then\n    redis.call"
     ),
     # What is sent again
     "a begin that is sent again is a second one": Mutant(

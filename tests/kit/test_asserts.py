@@ -82,7 +82,7 @@ def test_assert_not_begun_accepts_a_scheduled_step(kit: StepKit, asserted: Any) 
     assert_not_begun(asserted, "run", "pay")
     kit.store.release_step(begun(kit.store.begin_step("run", "pay", {})))
 
-    with failing("was begun, and is pending"):
+    with failing("was claimed, and is pending"):
         assert_not_begun(asserted, "run", "pay")
 
 

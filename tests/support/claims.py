@@ -390,6 +390,6 @@ def extend_now(worker: Worker, claim: Any, clock: Clock) -> None:
     clock.now = claim.next_extension_at
     client = worker.plain_store.client
     if worker.runner is None:
-        heartbeats.heartbeat_of(client)._beat([claim])
+        heartbeats.heartbeat_of(client)._extend([claim])
     else:
-        worker.runner.run(heartbeats.async_heartbeat_of(client)._beat())
+        worker.runner.run(heartbeats.async_heartbeat_of(client)._extend())
