@@ -83,7 +83,7 @@ class TestOutsideAJob:
         assert set(harness.effects().values()) == {1}
 
     def test_store_needs_a_configured_server(self) -> None:
-        with pytest.raises(InvalidArgumentError, match="no server is known outside a job"):
+        with pytest.raises(InvalidArgumentError, match="no server is configured outside a job"):
             store()
 
 
