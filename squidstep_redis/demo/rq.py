@@ -172,10 +172,10 @@ class RqScenario(Scenario):
             self.context.print_line(f"{work_horse}, whose worker is dead, completed {describe(key)}")
 
     def _on_exit(self, worker: WorkerProcess) -> None:
-        """Does nothing, because RQ redelivers the job by itself."""
+        """Does nothing, because RQ itself redelivers the job."""
 
     def expected(self, path: Path) -> list[Step]:
-        """Returns the steps that the store must have for a file, in RQ's form of inputs and outputs."""
+        """Returns the steps that the store must have for a file: inputs by parameter, outputs as `result`."""
         return [(name, {"known": input}, {"result": output}) for name, input, output in sequential(path)]
 
     def find_problems(self) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Parent:
         self.pipes.events.send(Event(kind, self.worker, os.getpid(), file, step, **details))
 
     def stall(self, *, at_gate: bool) -> None:
-        """Blocks until this process is killed, or with `at_gate`, until the parent closes the gate."""
+        """Blocks until this process is killed, or, with `at_gate`, until the parent closes the gate."""
         if at_gate:
             os.read(self.pipes.gate.fileno(), 1)
         while not at_gate:
@@ -72,9 +72,8 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     def start_thread() -> None:
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, signal.valid_signals()
-        )  # RQ's alarms must reach the main thread
+        # The thread blocks all signals, because RQ's alarms must reach the main thread.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         threading.Thread(target=wait, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -103,7 +103,7 @@ def _has_scheduler(job: Job) -> bool:
 
 
 def reschedule_delay(error: StepBusyError, lease: Seconds | None) -> int:
-    """Returns the seconds until the rerun: the remaining lease of the claim, plus up to 10 % (at least 1 s) of jitter.
+    """Returns the seconds until the rerun: the rest of the lease, plus jitter of up to 10 %, or 1 s for short leases.
 
     RQ accepts whole seconds only.
 
