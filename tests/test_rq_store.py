@@ -139,6 +139,6 @@ class TestStoreOnRQsServer:
         sentinel = redis.sentinel.Sentinel([("127.0.0.1", 1)])
         with pytest.raises(InvalidArgumentError, match=r"call configure\(lambda: sentinel\.master_for\(…\)\)"):
             store_on(sentinel.master_for("mymaster"))
-        master = sentinel.master_for("mymaster")
-        configure(lambda: master)
-        assert store_on(master).client is master
+        primary = sentinel.master_for("mymaster")
+        configure(lambda: primary)
+        assert store_on(primary).client is primary
