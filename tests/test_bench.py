@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bench.measure import Budget, Pace, Result, Side, Spread, figure, take_turns
+from bench.measure import Budget, Pace, Result, Side, Spread, figure, measure_in_turns
 from bench.plot import plot
 
 BENCH = Path(__file__).with_name("bench")
@@ -51,14 +51,14 @@ def test_the_sides_take_turns_in_whole_lots() -> None:
         "a": lambda count: turns.append(("a", count)),
         "b": Side(lambda count: turns.append(("b", count)), 10),
     }
-    taken = take_turns(Pace(seconds=0, turn=0, scale=1), sides)
+    measured = measure_in_turns(Pace(seconds=0, turn=0, scale=1), sides)
     assert [name for name, _ in turns[-10:]] == ["a", "b"] * 5
     assert all(count % 10 == 0 for name, count in turns if name == "b")
-    assert {name: len(each) for name, each in taken.seconds.items()} == {"a": 5, "b": 5}
+    assert {name: len(each) for name, each in measured.seconds.items()} == {"a": 5, "b": 5}
 
 
 def test_a_ratio_is_of_rates_round_by_round() -> None:
-    turns = take_turns(Pace(seconds=0, turn=0, scale=1), {"fast": lambda _: None, "slow": lambda _: None})
+    turns = measure_in_turns(Pace(seconds=0, turn=0, scale=1), {"fast": lambda _: None, "slow": lambda _: None})
     turns.seconds |= {"fast": [1.0, 2.0, 1.0, 1.0, 1.0], "slow": [2.0, 4.0, 3.0, 2.0, 50.0]}
     assert turns.times("fast", "slow").median == 2
     assert turns.rate("fast") == 1

@@ -65,7 +65,7 @@ class TestResult:
         assert head == "1 files, 3 steps, 4 workers, a bundled server"
         assert "was killed inside compress of a.py" in killed
         assert "took over compress of a.py as attempt 2" in taken_over
-        assert any("every output is right" in line for line in table)
+        assert any("every output is correct" in line for line in table)
 
     def test_progress_is_shown_on_a_terminal(self) -> None:
         ours, theirs = pty.openpty()
@@ -92,7 +92,7 @@ class TestCheck:
             shown = process.stdout.read()
         assert process.returncode == 1
         assert "FAILED" in shown
-        assert "b/one.py: the store holds" in shown
+        assert "b/one.py: the store has" in shown
 
     def test_check_finds_lost_duplicated_and_wrong_steps(self, tree: Path) -> None:
         with demo_context(tree) as context:
@@ -109,17 +109,17 @@ class TestCheck:
             scenario.counts["takeovers"] += 1
             assert find_problems(scenario) == ["there were 2 takeovers instead of 1"]
             scenario.counts["takeovers"] -= 1
-            (key, event), *_ = scenario.hit.items()
-            scenario.hit[key] = event._replace(pid=1)
+            (key, event), *_ = scenario.kills.items()
+            scenario.kills[key] = event._replace(pid=1)
             (problem,) = find_problems(scenario)
             assert problem.startswith("compress of b/one.py: process 1 was killed, but the first attempt's owner is")
-            scenario.hit[key] = event
+            scenario.kills[key] = event
 
             words = (tree / "a.py").read_text()
             (tree / "a.py").write_text("other words\n")
             *outputs, order = find_problems(scenario)
             assert len(outputs) == 3
-            assert all(problem.startswith("a.py: the store holds") for problem in outputs)
+            assert all(problem.startswith("a.py: the store has") for problem in outputs)
             assert order.startswith("a.py: the completed steps are")
             (tree / "a.py").write_text(words)
             assert find_problems(scenario) == []
@@ -164,15 +164,15 @@ class TestBrokenWorkers:
     def test_demo_stops_when_workers_keep_exiting(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo_scenario, "MAX_REPLACED", 1)
         with demo_context(tree) as context:
-            said: list[str] = []
-            context.say = said.append
-            with pytest.raises(ClickException, match=r"1 workers have been replaced, and worker-\d \(pid \d+\) exited"):
+            printed: list[str] = []
+            context.print_line = printed.append
+            with pytest.raises(ClickException, match=r"1 workers were replaced, and worker-\d \(pid \d+\) also exited"):
                 CrashingScenario(context).run()
-        assert said[0].endswith("exited by itself with exit code 7")
+        assert printed[0].endswith("exited by itself with exit code 7")
 
     def test_demo_stops_when_no_worker_reports(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo_scenario, "SILENCE_LIMIT", 0.1)
-        with demo_context(tree) as context, pytest.raises(ClickException, match="no worker has reported anything for"):
+        with demo_context(tree) as context, pytest.raises(ClickException, match="no worker has sent an event for"):
             IdleScenario(context).run()
 
 
@@ -182,7 +182,7 @@ class TestErrors:
         [
             (["nowhere"], "'nowhere' does not exist"),
             (["a.py", "--files", "0"], "--files"),
-            (["empty"], "there is no file to work on in empty"),
+            (["empty"], "there are no usable files in empty"),
         ],
     )
     def test_wrong_arguments_are_explained(

@@ -63,7 +63,7 @@ def test_jobs_finish_despite_killed_workers_and_work_horses(tree: Path) -> None:
         "worker without work-horse inside count of b/two.txt": ["completed"],
         "worker and work-horse inside digest of c/empty.py": ["lease_expired", "completed"],
     }
-    assert "count of b/two.txt was delivered again" in said
+    assert "count of b/two.txt was redelivered" in said
     assert "whose worker is dead, completed count of b/two.txt" in said
 
 
@@ -76,7 +76,7 @@ def test_wrong_output_fails_the_command(tree: Path) -> None:
         shown = process.stdout.read()
     assert process.returncode == 1
     assert "FAILED" in shown
-    assert "b/two.txt: the store holds" in shown
+    assert "b/two.txt: the store has" in shown
     assert "b/two.txt: its job is finished with {'sha256'" in shown
 
 
@@ -118,8 +118,8 @@ def test_an_event_is_sent_in_one_write() -> None:
         # The demo, its server, the server's supervisor, and a worker that starts.
         (signal.SIGINT, "4 files", 4),
         # Also a scheduler, and the work-horse that waits.
-        (signal.SIGTERM, "keeps running", 6),
-        (signal.SIGKILL, "keeps running", 6),
+        (signal.SIGTERM, "continues", 6),
+        (signal.SIGKILL, "continues", 6),
     ],
 )
 def test_ended_demo_leaves_no_process_and_no_file(

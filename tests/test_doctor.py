@@ -87,14 +87,14 @@ def test_unreachable_cluster_node_is_reported() -> None:
     with EmbeddedCluster(options={"cluster-node-timeout": "500"}) as cluster:
         client: Any = redis.RedisCluster.from_url(cluster.url, protocol=2)
         with client, redis.Redis.from_url(cluster.url, decode_responses=True) as first:
-            gone = f"127.0.0.1:{cluster.nodes[2].port}"
+            stopped = f"127.0.0.1:{cluster.nodes[2].port}"
             cluster.nodes[2].stop()
             wait_until(lambda: cast("Any", first).cluster("INFO")["cluster_state"] == "fail", 20)
             findings = StepRunStore(client, timeout=1).doctor().findings
     levels = [finding.level for finding in findings if finding.check == "cluster"]
     assert levels == [Level.FAILURE] * 2
     unreachable = [finding.server for finding in findings if finding.check == "connection" and finding.level]
-    assert unreachable == [gone]
+    assert unreachable == [stopped]
 
 
 @pytest.mark.servers("fakeredis")
@@ -163,7 +163,7 @@ class TestOnARealServer:
         self, binary: Path, tmp_path: Path, refuse: str, level: Level, self_test: Level
     ) -> None:
         options = {**SOUND, "appendonly": "no", "stop-writes-on-bgsave-error": refuse}
-        directory = tmp_path / "gone"
+        directory = tmp_path / "removed"
         directory.mkdir()
         with EmbeddedServer(binary=binary, options=options, directory=directory, port=0) as server:
             shutil.rmtree(directory)
@@ -178,35 +178,35 @@ class TestOnARealServer:
 
     def test_replicas_and_their_settings_are_checked(self, binary: Path) -> None:
         with (
-            EmbeddedServer(binary=binary, options=SOUND, port=0) as master,
+            EmbeddedServer(binary=binary, options=SOUND, port=0) as primary,
             EmbeddedServer(binary=binary, options=SOUND, port=0) as replica,
             StepRunStore.from_url(replica.url, timeout=1) as store,
-            StepRunStore.from_url(master.url) as masters,
-            StepRunStore.from_url(master.url, timeout=1) as rejected,
+            StepRunStore.from_url(primary.url) as primary_store,
+            StepRunStore.from_url(primary.url, timeout=1) as rejected,
         ):
-            client: Any = masters.client
-            cast("Any", store.client).replicaof(master.host, master.port)
+            client: Any = primary_store.client
+            cast("Any", store.client).replicaof(primary.host, primary.port)
             wait_until(lambda: client.info("replication").get("slave0", {}).get("state") == "online", 60)
-            of_replica, of_master = found(store), found(masters)
-            with StepRunStore.from_url(master.url, wait_replicas=1, wait_timeout=2.5) as waiting:
+            of_replica, of_primary = found(store), found(primary_store)
+            with StepRunStore.from_url(primary.url, wait_replicas=1, wait_timeout=2.5) as waiting:
                 wait_until(lambda: found(waiting)["replication"].level is Level.OK)
                 assert wrong(found(waiting)) == {}
-            with StepRunStore.from_url(master.url, timeout=1, wait_replicas=2, wait_timeout=0.01) as waiting:
+            with StepRunStore.from_url(primary.url, timeout=1, wait_replicas=2, wait_timeout=0.01) as waiting:
                 too_few = found(waiting)
             client.config_set("min-replicas-to-write", 1)
             wait_until(lambda: client.info("replication")["min_slaves_good_slaves"] == 1, 60)
-            held = found(masters)
+            satisfied = found(primary_store)
             client.config_set("min-replicas-to-write", 2)
             refused = found(rejected)  # each call is retried until its timeout
         assert wrong(of_replica) == {"role": Level.FAILURE, "self-test": Level.FAILURE}
-        assert wrong(of_master) == {"replication": Level.WARNING}
+        assert wrong(of_primary) == {"replication": Level.WARNING}
         assert wrong(too_few) == {"replication": Level.FAILURE, "self-test": Level.FAILURE}
         assert "NotReplicatedError" in too_few["self-test"].message
-        if held["version"].message.startswith("Redis 6"):
-            assert wrong(held) == wrong(refused) == {"replication": Level.WARNING}  # and the self-test passes
-            assert "does not apply it to scripts" in held["replication"].message
+        if satisfied["version"].message.startswith("Redis 6"):
+            assert wrong(satisfied) == wrong(refused) == {"replication": Level.WARNING}  # and the self-test passes
+            assert "does not apply it to scripts" in satisfied["replication"].message
         else:
-            assert wrong(held) == {}
+            assert wrong(satisfied) == {}
             assert wrong(refused) == {"replication": Level.FAILURE, "self-test": Level.FAILURE}
             assert "NOREPLICAS" in refused["replication"].message
 

@@ -78,18 +78,18 @@ class TestReplies:
 
 
 @pytest.fixture(scope="module")
-def master() -> Iterator[EmbeddedServer]:
+def primary() -> Iterator[EmbeddedServer]:
     """A server with one replica, and with an AOF that it does not write to disk by itself."""
     options = {"repl-diskless-sync-delay": "0", "appendonly": "yes", "appendfsync": "no"}
     valkey = find_binary("valkey")
     with (
-        EmbeddedServer(binary=valkey, port=0, options=options) as master,
+        EmbeddedServer(binary=valkey, port=0, options=options) as primary,
         EmbeddedServer(binary=valkey, port=0) as replica,
         redis.Redis.from_url(replica.url) as client,
     ):
-        client.replicaof(master.host, master.port)
+        client.replicaof(primary.host, primary.port)
         wait_until(lambda: client.info("replication")["master_link_status"] == "up", 30)
-        yield master
+        yield primary
 
 
 @pytest.mark.servers("valkey")
@@ -103,9 +103,9 @@ class TestServers:
         ids=["replicas", "aof"],
     )
     def test_transition_that_is_not_confirmed_raises(
-        self, bench: Bench, master: EmbeddedServer, settings: Any, problem: str, replicas: int | None
+        self, bench: Bench, primary: EmbeddedServer, settings: Any, problem: str, replicas: int | None
     ) -> None:
-        with contextlib.closing(bench.from_url(master.url, wait_timeout=0.5, **settings)) as store:
+        with contextlib.closing(bench.from_url(primary.url, wait_timeout=0.5, **settings)) as store:
             with pytest.raises(NotReplicatedError, match=problem) as single:
                 store.schedule_step("run", "single", {})
             (batched,) = store.batch([store.calls.schedule_step("run", "batched", {})])
@@ -113,8 +113,8 @@ class TestServers:
         assert isinstance(batched, NotReplicatedError)
         assert single.value.replicas == batched.replicas == replicas
 
-    def test_transition_that_the_replica_has_is_confirmed(self, bench: Bench, master: EmbeddedServer) -> None:
-        with contextlib.closing(bench.from_url(master.url, wait_replicas=1, timeout=60, wait_timeout=10)) as store:
+    def test_transition_that_the_replica_has_is_confirmed(self, bench: Bench, primary: EmbeddedServer) -> None:
+        with contextlib.closing(bench.from_url(primary.url, wait_replicas=1, timeout=60, wait_timeout=10)) as store:
             assert store.schedule_step("run", "pay", {}).decision == "schedule"
-        with StepRunStore.from_url(master.url, prefix=bench.prefix) as reader:
+        with StepRunStore.from_url(primary.url, prefix=bench.prefix) as reader:
             assert reader.step_statuses("run") == {"pay": "pending"}

@@ -83,7 +83,7 @@ class TestOutsideAJob:
         assert set(harness.effects().values()) == {1}
 
     def test_store_needs_a_configured_server(self) -> None:
-        with pytest.raises(InvalidArgumentError, match="no server is known outside a job"):
+        with pytest.raises(InvalidArgumentError, match="no server is configured outside a job"):
             store()
 
 
@@ -139,6 +139,6 @@ class TestStoreOnRQsServer:
         sentinel = redis.sentinel.Sentinel([("127.0.0.1", 1)])
         with pytest.raises(InvalidArgumentError, match=r"call configure\(lambda: sentinel\.master_for\(…\)\)"):
             store_on(sentinel.master_for("mymaster"))
-        master = sentinel.master_for("mymaster")
-        configure(lambda: master)
-        assert store_on(master).client is master
+        primary = sentinel.master_for("mymaster")
+        configure(lambda: primary)
+        assert store_on(primary).client is primary

@@ -183,7 +183,7 @@ class TestReleaseKilledWorkHorse:
         (record,) = caplog.records
         assert record.name == "squidstep_redis.rq"
         assert_contains(
-            record.getMessage(), "could not release the claims of work-horse 7 of job the-job, ", "localhost:1."
+            record.getMessage(), "could not release the claims of work-horse 7 of job the-job; ", "localhost:1."
         )
 
     def test_logs_an_unexpected_error_and_raises_nothing(
@@ -191,7 +191,7 @@ class TestReleaseKilledWorkHorse:
     ) -> None:
         monkeypatch.setattr(StepRunStore, "live_claims", lambda *_args, **_options: 1 / 0)
         release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), 7, 9, None)
-        assert "which expire with their leases: division by zero" in caplog.text
+        assert "they expire with their leases: division by zero" in caplog.text
 
     def test_sends_nothing_without_a_horse(self, caplog: pytest.LogCaptureFixture) -> None:
         release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), None, None, None)

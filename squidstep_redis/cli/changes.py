@@ -38,8 +38,8 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w":
 def retry_command(options: StoreOptions, run: str, step: str | None, dry_run: bool) -> None:
     """Makes a failed step pending and resets its attempt limit. Without a STEP: all failed steps of the run.
 
-    It executes nothing: deliver the steps again. With a STEP whose lease has expired, that step counts as failed. The
-    exit code is 1 if there was nothing to retry.
+    It executes nothing: redeliver the steps yourself. If the lease of STEP has expired, STEP counts as failed. The exit
+    code is 1 if there was nothing to retry.
     """
     with store_or_exit(options) as store:
         if dry_run:
@@ -56,7 +56,7 @@ def retry_command(options: StoreOptions, run: str, step: str | None, dry_run: bo
 
 
 def _owner() -> str:
-    """Returns the owner to record in the step's history: who called `retry`, and where."""
+    """Returns the owner to record in the step's history: the user and the host that called `retry`."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):  # a user id without a name, as in some containers
@@ -71,10 +71,9 @@ def _owner() -> str:
 @dry_run_option
 @yes_option
 def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, yes: bool) -> None:
-    """Takes a running step from a dead worker: the step becomes pending at once, and the attempt does not count.
+    """Releases the claim of a dead worker: the step becomes pending at once, and the attempt does not count.
 
-    Make sure that the worker is dead: a live one continues its work. The store rejects any result that it records
-    afterwards.
+    Check first that the worker is dead. A live worker is not stopped, but the store rejects its result.
     """
     with store_or_exit(options) as store:
         claimed = store.get_step_run(run, step)
@@ -139,8 +138,8 @@ def purge_command(
 ) -> None:
     """Deletes old runs whose steps are all completed or failed.
 
-    If a step of a deleted run is delivered again, it is executed again. Workers are not blocked while the command
-    scans and deletes. A run that changes in the meantime is kept.
+    Redelivered steps of a deleted run are re-executed. The command does not block workers while it scans and deletes.
+    A run that changes in the meantime is not deleted.
     """
     console = Console(stderr=True)
     with store_or_exit(options) as store:

@@ -17,7 +17,7 @@ from squidstep_redis.cli.options import StoreOptions
 from squidstep_redis.cli.output import fail
 
 UNREACHABLE: Final = (RedisError, RedisClusterException)
-"""What `open_store` raises when no node of a cluster can be reached."""
+"""What `open_store` raises when every node of a cluster is unreachable."""
 
 # For cluster clients. They match `StepRunStore.from_url`: the client does not retry, because the store does.
 _CLUSTER_OPTIONS: Final[dict[str, Any]] = {
@@ -35,11 +35,11 @@ _PAGE_SIZE: Final = 500  # steps; the server spends 2 to 3 ms on a page
 
 @contextmanager
 def open_store(options: StoreOptions) -> Generator[StepRunStore]:
-    """Opens a store for the `with` block. If the server belongs to a cluster, the store uses all its nodes.
+    """Opens a store for the `with` block. If the server is a cluster node, the store uses the whole cluster.
 
     Raises:
         click.UsageError: The URL or the prefix is malformed.
-        RedisError, RedisClusterException: No node of the cluster can be reached. A single server is not contacted
+        RedisError, RedisClusterException: Every node of the cluster is unreachable. A single server is not contacted
             before the first call.
     """
     try:
@@ -61,7 +61,7 @@ def open_store(options: StoreOptions) -> Generator[StepRunStore]:
 
 @contextmanager
 def store_or_exit(options: StoreOptions) -> Generator[StepRunStore]:
-    """Opens a store for the `with` block. An error inside ends the program with one line on stderr.
+    """Opens a store for the `with` block. An error in the block exits the program with one line on stderr.
 
     The exit code is 2 if the server failed or an argument is invalid, and 1 for any other error of the store.
     """
@@ -77,7 +77,7 @@ def store_or_exit(options: StoreOptions) -> Generator[StepRunStore]:
 
 
 def read_steps(store: StepRunStore, run: str) -> list[StepRun]:
-    """Returns the step runs of a run in creation order, read page by page so that workers do not wait."""
+    """Returns the step runs of a run in creation order. It reads page by page, so that workers are not blocked."""
     found: dict[str, StepRun] = {}
     cursor: str | None = None
     while True:

@@ -22,19 +22,19 @@ _PLURALS: Final = {Level.FAILURE: "failures", Level.WARNING: "warnings"}
 @click.command("doctor", epilog="Example: squidstep doctor -u redis://db:6379 --lease 300 --job-timeout 180")
 @store_options
 @click.option("--lease", type=float, help="Also check a lease of this many seconds that no heartbeat extends.")
-@click.option("--job-timeout", type=float, help="The most seconds that the work under that lease may take.")
+@click.option("--job-timeout", type=float, help="The maximum duration of the work under that lease, in seconds.")
 @json_option
 def doctor_command(options: StoreOptions, lease: float | None, job_timeout: float | None, as_json: bool) -> None:
-    """Checks whether a server can keep the store's guarantees.
+    """Checks whether a server can provide the store's guarantees.
 
-    It takes a temporary run through every transition, deletes it, and reads the server's settings. On a cluster it
-    checks every primary. Each finding says what to do.
+    It tests every transition on a temporary run, deletes that run, and reads the server's settings. On a cluster it
+    checks every primary. Each finding includes advice.
 
     \b
     The exit code is for monitoring:
       0  all checks passed
       1  a warning: a guarantee is limited
-      2  a failure: a guarantee cannot be kept, or the server cannot be reached
+      2  a failure: a guarantee is broken, or the server is unreachable
       3  no problem was found, but the server does not allow all checks
     """  # noqa: D301 -- \b is click's own
     try:
@@ -63,11 +63,11 @@ def _print_diagnosis(options: StoreOptions, diagnosis: Diagnosis) -> None:
     table = Table.grid(padding=(0, 2))
     for (check, level, message, _), nodes in nodes_of.items():
         is_everywhere = len(nodes) == len(all_nodes) > 1
-        where = f"all {len(nodes)} nodes" if is_everywhere else "\n".join(sorted(nodes))
+        location = f"all {len(nodes)} nodes" if is_everywhere else "\n".join(sorted(nodes))
         table.add_row(
             Text(level.name.lower(), style=_STYLES[level]),
             Text(check, no_wrap=True),
-            *([Text(where, no_wrap=True)] if all_nodes else []),
+            *([Text(location, no_wrap=True)] if all_nodes else []),
             Text(message),
         )
     counts = Counter(finding.level for finding in nodes_of)

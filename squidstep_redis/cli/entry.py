@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Source(NamedTuple):
-    """Where a command is defined, and the extra that installs its dependencies."""
+    """The module and attribute that define a command, and the extra that installs its dependencies."""
 
     module: str
     attribute: str
@@ -45,7 +45,7 @@ _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _SignalExit(SystemExit):
-    """A signal ended the program. It is not a KeyboardInterrupt: click would turn that into exit code 1."""
+    """A signal terminated the program. It is not a KeyboardInterrupt: click would turn that into exit code 1."""
 
 
 def main() -> None:
@@ -60,9 +60,9 @@ def main() -> None:
             raise
         source = _COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "", _COMMANDS["doctor"])
         sys.exit(f"squidstep: {_missing_extra(error, source)}")
-    except _SignalExit as ended:
-        name = signal.Signals(int(str(ended)) - 128).name
-        print(f"squidstep: ended by {name}", file=sys.stderr)  # noqa: T201 -- click may not be installed
+    except _SignalExit as exit_:
+        name = signal.Signals(int(str(exit_)) - 128).name
+        print(f"squidstep: terminated by {name}", file=sys.stderr)  # noqa: T201 -- click may not be installed
         raise
 
 
@@ -122,7 +122,7 @@ def _missing_extra(error: ImportError, source: _Source) -> str | None:
 
 
 def _exit_on_signal(number: int, _frame: object) -> NoReturn:
-    """Unwinds the program so that context managers clean up. Later signals are ignored."""
+    """Unwinds the stack so that context managers clean up. Later signals are ignored."""
     for each in _EXIT_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise _SignalExit(128 + number)

@@ -29,13 +29,13 @@ def clean(text: str) -> str:
 
 
 def fit(text: str, width: int) -> str:
-    """Returns clean text that takes exactly `width` columns, padded or cut with an ellipsis."""
+    """Returns clean text, padded to `width` columns, or cut to `width` columns with an ellipsis."""
     text = clean(text)
     return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
 
 
 def widest(texts: Iterable[str], limit: int) -> int:
-    """Returns the columns that the widest text takes, at most `limit`."""
+    """Returns the width of the widest text in columns, at most `limit`."""
     return min(max((cell_len(clean(text)) for text in texts), default=0), limit)
 
 
@@ -57,7 +57,7 @@ def format_age(moment: datetime | None) -> str:
 
 
 def format_lease(step_run: StepRun) -> str:
-    """Returns what is left of a running step's lease."""
+    """Returns the remaining time of a running step's lease."""
     if step_run.status is not StepStatus.RUNNING:
         return ""
     if step_run.lease_ends_at is None:

@@ -18,7 +18,7 @@ _FIELDS: Final = {
 
 
 def as_dict(record: StepRun | RunSummary | Attempt) -> dict[str, Any]:
-    """Converts a record. Values that JSON does not have look as in the output of `export_run`."""
+    """Converts a record. Values that JSON does not have are encoded as in `export_run`."""
     return {name: _convert(record, name) for name in _FIELDS[type(record)]}
 
 

@@ -27,7 +27,7 @@ from squidstep_redis.cli.output import new_table, print_json, print_text
 @run_prefix_option
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1_000), help="About how many runs.")
 @click.option("--all", "every", is_flag=True, help="Read all pages, and sort all runs.")
-@click.option("--cursor", help="Start at this cursor, which the page before printed.")
+@click.option("--cursor", help="Start at this cursor, which the previous page printed.")
 @json_option
 def runs_command(
     options: StoreOptions,
@@ -38,10 +38,10 @@ def runs_command(
     cursor: str | None,
     as_json: bool,
 ) -> None:
-    """Lists one page of runs, the last changed first.
+    """Lists one page of runs, the most recently changed first.
 
-    There is no index of runs: the command scans the server's keys, which have no order. A page is sorted by itself;
-    use --all to sort all runs. Pass the printed cursor to --cursor to read the next page.
+    There is no index of runs: the command scans the server's keys, which have no order. Only the runs within a
+    page are sorted; use --all to sort all runs. Pass the printed cursor to --cursor to read the next page.
     """
     with store_or_exit(options) as store:
         filters = {"status": status, "run_id_prefix": run_prefix}
@@ -69,7 +69,7 @@ def runs_command(
 def _read_pages(
     store: StepRunStore, filters: dict[str, Any], limit: int, every: bool, cursor: str | None
 ) -> tuple[list[RunSummary], str | None]:
-    """Reads pages until there are enough runs. On a terminal it shows the progress of a long scan."""
+    """Reads pages until `limit` runs are found. On a terminal it shows the progress of a long scan."""
     found: list[RunSummary] = []
     console = Console(stderr=True)
     is_long = console.is_terminal and (every or any(filters.values()))
@@ -94,14 +94,14 @@ def _read_pages(
 def stuck_command(options: StoreOptions, limit: int, as_json: bool) -> None:
     """Lists running steps whose lease has expired, the longest expired first.
 
-    The next delivery of such a step takes it over. If steps stay in this list, they are not delivered again: check
-    the queue.
+    The next delivery of such a step takes it over. If steps stay in this list, they are not redelivered: check the
+    queue.
 
     \b
     The exit code is for monitoring:
       0  there are none
       1  there are some
-      2  the server cannot be reached
+      2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
         found = store.lapsed_claims(limit)
@@ -129,7 +129,7 @@ def failed_command(options: StoreOptions, limit: int, by_type: bool, as_json: bo
     The exit code is for monitoring:
       0  there are none
       1  there are some
-      2  the server cannot be reached
+      2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
         found = store.failed_steps(limit)

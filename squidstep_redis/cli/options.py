@@ -53,6 +53,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 limit_option = click.option(
-    "--limit", default=100, show_default=True, type=click.IntRange(1, 1_000), help="The most steps to list."
+    "--limit",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1, 1_000),
+    help="The maximum number of steps.",
 )
 run_prefix_option = click.option("--run-prefix", default="", help="Only runs whose id starts with this.")

@@ -46,8 +46,8 @@ def new_table(columns: dict[str, Literal["fold", "fill", "fixed", "number"]]) ->
     """Makes an empty table.
 
     Args:
-        columns: Each column's heading, and its layout. `fold` breaks long text; `fill` does, too, and takes the width
-            that is left; `fixed` and `number` stay on one line, and numbers are aligned to the right.
+        columns: Each column's heading, and its layout. `fold` wraps long text. `fill` also wraps it, and uses the
+            remaining width. `fixed` and `number` stay on one line; numbers are aligned to the right.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading, layout in columns.items():
@@ -63,10 +63,10 @@ def new_table(columns: dict[str, Literal["fold", "fill", "fixed", "number"]]) ->
 
 
 def fail(problem: str, code: int) -> NoReturn:
-    """Ends the program.
+    """Exits the program with a message on stderr.
 
     Args:
-        problem: What failed, and why; printed as one line on stderr.
+        problem: What failed, and why; printed as one line.
         code: The exit code.
     """
     sys.stderr.write(f"squidstep: {clean(problem)}\n")
@@ -74,11 +74,11 @@ def fail(problem: str, code: int) -> NoReturn:
 
 
 def confirm(action: str, *, yes: bool, dry_run: bool) -> bool:
-    """Returns whether to go ahead. Ends the program with exit code 1 if the user declines.
+    """Returns whether to continue. Exits the program with code 1 if the user declines.
 
     Args:
         action: What is about to happen, such as `delete order-1`.
-        yes: Do not ask the user.
+        yes: Skip the question, and return True.
         dry_run: Only print the action, and return False.
     """
     action = clean(action)

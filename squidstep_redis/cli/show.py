@@ -40,7 +40,7 @@ from squidstep_redis.cli.output import fail, print_json, print_text
 def show_command(options: StoreOptions, run: str, step: str | None, full: bool, as_json: bool) -> None:
     """Shows the steps of a run: status, attempt, owner, lease, input, and output or error.
 
-    With a STEP it shows that step and each of its attempts. The exit code is 1 if the run or the step does not exist.
+    With a STEP, it shows that step and each of its attempts. The exit code is 1 if the run or the step does not exist.
     """
     with store_or_exit(options) as store:
         if step is None:
@@ -66,7 +66,7 @@ def render_steps(
     Args:
         run: The run's id.
         step_runs: The step runs to show, in order.
-        attempts: The attempts at the only step run; empty for a whole run.
+        attempts: The attempts of the step, if only one step is shown; empty for a whole run.
         full: Do not cut payloads and errors, and include tracebacks.
     """
     yield render_heading(run, step_runs)
@@ -81,24 +81,24 @@ def render_steps(
 
 
 def render_heading(run: str, step_runs: list[StepRun]) -> Text:
-    """Renders the run's id and how many of its steps have each status."""
+    """Renders the run's id and the number of its steps by status."""
     return Text.assemble((clean(run), "bold"), "  ", format_counts(Counter(each.status for each in step_runs)))
 
 
 def column_widths(step_runs: list[StepRun]) -> tuple[int, int]:
-    """Returns the widths of the columns of steps and of owners."""
+    """Returns the widths of the step column and the owner column."""
     return widest((each.step for each in step_runs), 30), widest((each.owner or "" for each in step_runs), 24)
 
 
 def render_line(step_run: StepRun, step_width: int, owner_width: int) -> Text:
     """Renders a step run as one line, with step and owner in columns of these widths (see `column_widths`)."""
-    took = ""
+    duration = ""
     if step_run.started_at is not None and step_run.status is not StepStatus.PENDING:
-        took = format_duration(((step_run.ended_at or datetime.now(UTC)) - step_run.started_at).total_seconds())
+        duration = format_duration(((step_run.ended_at or datetime.now(UTC)) - step_run.started_at).total_seconds())
     line = Text.assemble(
         f"{fit(step_run.step, step_width)}  ",
         (f"{step_run.status:9}", STATUS_STYLES[step_run.status]),
-        f"  {took:>10}",
+        f"  {duration:>10}",
         f"  {fit(step_run.owner or '', owner_width)}" if owner_width else "",
         f"  attempt {step_run.attempt}" if step_run.attempt > 1 else "",
     )
@@ -124,8 +124,8 @@ def _render_payload(label: str, text: str, style: str = "") -> RenderableType:
 
 
 def _render_attempt(attempt: Attempt) -> Text:
-    took = ""
+    duration = ""
     if attempt.ended_at is not None:
-        took = format_duration((attempt.ended_at - attempt.started_at).total_seconds())
-    when = f"{attempt.started_at:%Y-%m-%d %H:%M:%S}  {took:>10}"
+        duration = format_duration((attempt.ended_at - attempt.started_at).total_seconds())
+    when = f"{attempt.started_at:%Y-%m-%d %H:%M:%S}  {duration:>10}"
     return Text(f"    attempt {attempt.number}  {when}  {attempt.outcome}  {clean(attempt.owner or '')}")

@@ -26,7 +26,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Path | None, as_json: bool) -> None:
     """Shows when each attempt of each step of a run was executed, as bars.
 
-    The store keeps the last nine attempts of a step. The files load nothing from elsewhere. The exit code is 1 if the
+    Only the last nine attempts of a step are recorded. The files are self-contained. The exit code is 1 if the
     run does not exist.
     """
     with store_or_exit(options) as store:
@@ -50,7 +50,7 @@ def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Pa
 
 
 def read_timeline(store: StepRunStore, run: str) -> Timeline | None:
-    """Reads a run and its attempts. Returns None if there is no such run."""
+    """Reads a run and its attempts. Returns None if the run does not exist."""
     step_runs = read_steps(store, run)
     if not step_runs:
         return None

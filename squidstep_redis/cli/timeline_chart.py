@@ -11,7 +11,7 @@ from rich.text import Text
 from squidstep_redis import Attempt, Outcome
 from squidstep_redis.cli.formatting import clean, fit, format_duration, widest
 
-# The glyphs keep outcomes apart where there are no colors.
+# The glyphs distinguish the attempts on a terminal without colors.
 _GLYPHS_AND_STYLES: Final = {
     Outcome.COMPLETED: ("█", "green"),
     Outcome.RUNNING: ("▒", "cyan"),
@@ -22,13 +22,13 @@ _GLYPHS_AND_STYLES: Final = {
 
 
 class Bar(NamedTuple):
-    """One attempt at a step. `attempt` is None for a step that no attempt has begun."""
+    """One attempt of a step. `attempt` is None for a step without attempts."""
 
     step: str
     attempt: Attempt | None
 
     def seconds(self, now: datetime) -> float:
-        """Returns how long the attempt took, or has been running."""
+        """Returns the duration of the attempt, until `now` if it is running."""
         if self.attempt is None:
             return 0.0
         return ((self.attempt.ended_at or now) - self.attempt.started_at).total_seconds()
@@ -44,7 +44,7 @@ class Timeline:
     """The attempts of a run on one time axis.
 
     Attributes:
-        start: When the first attempt started.
+        start: The start of the first attempt.
         seconds: The time from `start` to the end of the last attempt, or to `now` if one is running.
     """
 
@@ -66,7 +66,7 @@ class Timeline:
 
     @property
     def heading(self) -> str:
-        """The run's id, when it began and how long it took."""
+        """The run's id, start and duration."""
         return f"{clean(self.run)}  {self.start:%Y-%m-%d %H:%M:%S} UTC, {format_duration(self.seconds)}"
 
     def labels(self) -> Iterator[str]:

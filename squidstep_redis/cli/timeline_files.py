@@ -1,4 +1,4 @@
-"""A timeline as an SVG image, and as an HTML page. The files load nothing from elsewhere.
+"""A timeline as an SVG image, and as an HTML page. Both files are self-contained.
 
 rich can export what a terminal shows. Its image is worse: a bar is at least one character wide, the labels of the axis
 shift where a viewer drops spaces, bars have no tooltips, and the image refers to fonts on another host.
@@ -20,7 +20,7 @@ _COLORS: Final = {
     Outcome.FAILED: "#d0453b",
     Outcome.LEASE_EXPIRED: "#9b5bc0",
 }
-# Pixels, except for the characters of a label.
+# In pixels, except _MAX_LABEL, which is in characters.
 _ROW: Final = 22
 _TOP: Final = 58
 _AXIS_X: Final = 200
@@ -37,7 +37,7 @@ _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><meta nam
 <title>{title}</title>
 <style>body{{font:14px ui-sans-serif,system-ui,sans-serif;margin:1rem}}svg{{max-width:100%;height:auto}}
 td,th{{text-align:left;padding:.1rem 1.2rem .1rem 0}}</style>
-{svg}<table><tr><th>step<th>attempt<th>owner<th>started (UTC)<th>took, outcome</tr>
+{svg}<table><tr><th>step<th>attempt<th>owner<th>started (UTC)<th>duration, outcome</tr>
 {rows}
 </table></html>
 """

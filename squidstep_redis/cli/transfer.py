@@ -22,8 +22,8 @@ from squidstep_redis.operations.documents import from_document
 def export_command(options: StoreOptions, runs: tuple[str, ...]) -> None:
     """Writes runs as lines of JSON, one line per run, for `import`.
 
-    The lines contain all payloads as JSON, whichever codec the store uses, and the tokens of claims: protect the file
-    as you protect the store. The exit code is 1 if a run does not exist.
+    The lines contain all payloads as JSON, whatever codec the store uses, and the tokens of claims: protect the file
+    like the store. The exit code is 1 if a run does not exist.
     """
     with store_or_exit(options) as store:
         for run in runs:
@@ -37,7 +37,7 @@ def export_command(options: StoreOptions, runs: tuple[str, ...]) -> None:
 def import_command(options: StoreOptions, file: IO[str], dry_run: bool) -> None:
     """Creates the runs that `export` wrote. Each run is created completely or not at all.
 
-    An existing run is never overwritten. Claims are imported, too: a worker that has claimed a step can complete it in
+    An existing run is never overwritten. Claims are also imported: a worker that has claimed a step can complete it in
     this store. The exit code is 1 if a run was not imported.
     """
     rejected = 0

@@ -32,7 +32,7 @@ from squidstep_redis.cli.show import column_widths, render_heading, render_line
 
 _MAX_LISTED: Final = 1_000  # step runs of each kind
 
-# The order in which step runs are kept if the screen has too few lines for all.
+# If the screen is too small for all step runs, those with the first of these statuses are shown.
 _BY_URGENCY: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, StepStatus.COMPLETED)
 
 
@@ -45,17 +45,16 @@ _BY_URGENCY: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING,
 @click.option("--once", is_flag=True, help="Show the current state, and exit.")
 @json_option
 def watch_command(options: StoreOptions, run: str | None, interval: float, once: bool, as_json: bool) -> None:
-    """Shows a run until all its steps are completed or failed. Without a RUN it shows the whole store.
+    """Shows a run until all its steps are completed or failed. Without a RUN, it shows the whole store.
 
-    In a pipe it prints one line for each change of a run, or repeats the state of the store. With --json each line is
-    an object: the step run that changed, or the running, stuck and failed steps of the store. Press Control-C to end
-    it.
+    In a pipe, it prints one line for each change of a run, or repeats the state of the store. With --json, each line
+    is an object: the step run that changed, or the running, stuck and failed steps of the store. Control-C stops it.
 
     \b
     The exit code, with a RUN:
-      0  all its steps are completed, or --once was given and the run is not over
+      0  all its steps are completed, or --once was given and the run is not finished
       1  a step has failed, or the run does not exist
-      2  the server cannot be reached
+      2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     console = Console(highlight=False)
     on_screen = console.is_terminal and not as_json
@@ -69,10 +68,10 @@ def watch_command(options: StoreOptions, run: str | None, interval: float, once:
 
 
 def _read_run(store: StepRunStore, run: str) -> tuple[list[StepRun], int | None]:
-    """Returns a run's step runs, and the exit code: None if the run is not over."""
+    """Returns a run's step runs, and the exit code; None if the run is not finished."""
     step_runs = read_steps(store, run)
     if _exit_code(step_runs) is not None:
-        step_runs = store.get_run(run)  # pages are read one after another: confirm with one atomic read
+        step_runs = store.get_run(run)  # the pages are not one snapshot: confirm with one atomic read
     if not step_runs:
         fail(f"run {run!r}: no such run", 1)
     return step_runs, _exit_code(step_runs)
@@ -118,7 +117,7 @@ def _log_line(step_run: StepRun) -> str:
 
 
 def render_run(run: str, step_runs: list[StepRun], height: int) -> RenderableType:
-    """Renders a run for a screen of `height` lines. If they are too few, running and failed steps come first."""
+    """Renders a run for a screen of `height` lines. A small screen shows running and failed steps first."""
     counts = {status: sum(each.status is status for each in step_runs) for status in _BY_URGENCY}
     bar = Text()
     for status, glyph in zip((StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.RUNNING), "██▒", strict=True):
@@ -143,7 +142,7 @@ def render_run(run: str, step_runs: list[StepRun], height: int) -> RenderableTyp
 
 
 def _urgency(step_run: StepRun) -> tuple[int, int]:
-    """Returns the sort key: the status, then the next pending step, or the newest of the others."""
+    """Returns the sort key: by status; then pending steps in order, all others from the newest."""
     is_pending = step_run.status is StepStatus.PENDING
     return _BY_URGENCY.index(step_run.status), step_run.position if is_pending else -step_run.position
 

@@ -1,5 +1,9 @@
 """`squidstep demo` and `squidstep demo rq`: real work under real faults, and a check of the result.
 
-`work` is the work, `worker` and `scenario` are the two sides of the processes, `check` is the final check, `command`
-the command line. `plain` and `rq` are the two scenarios.
+- `work`: the work itself
+- `worker`: the worker processes' side
+- `scenario`: the parent process's side
+- `plain`, `rq`: the two scenarios
+- `check`: the final check
+- `command`: the command line
 """

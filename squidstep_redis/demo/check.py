@@ -1,4 +1,4 @@
-"""The final check of a demo: the store and the workers' own reports against a sequential computation."""
+"""The final check of a demo: compares the store and the workers' reports with a sequential computation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from squidstep_redis.demo.work import STEPS
 
 
 def find_problems(scenario: Scenario) -> list[str]:
-    """Checks what a scenario left in the store, and returns what is wrong."""
+    """Compares the results of a scenario with a sequential computation, and returns the problems."""
     problems = [problem for run_id in scenario.run_ids for problem in _check_run(scenario, run_id)]
     for key, fault in scenario.kill_plan.items():
         problems += _check_attempts(scenario, key, fault)
@@ -33,7 +33,7 @@ def _check_run(scenario: Scenario, run_id: str) -> Iterator[str]:
         return
     for found, computed in zip_longest(stored, expected):
         if found != computed:
-            yield f"{run_id}: the store holds {found}, a sequential computation gives {computed}"
+            yield f"{run_id}: the store has {found}, a sequential computation returns {computed}"
     if (order, outputs) != (list(STEPS), [output for _, _, output in expected]):
         yield f"{run_id}: the completed steps are {order}, in this order, with {outputs}"
     for step in STEPS:
@@ -44,7 +44,7 @@ def _check_run(scenario: Scenario, run_id: str) -> Iterator[str]:
 
 
 def _check_attempts(scenario: Scenario, key: Key, fault: Fault) -> Iterator[str]:
-    attempts, event = scenario.context.store.attempts(*key), scenario.hit.get(key)
+    attempts, event = scenario.context.store.attempts(*key), scenario.kills.get(key)
     outcomes = [attempt.outcome for attempt in attempts]
     expected = [Outcome.LEASE_EXPIRED, Outcome.COMPLETED] if _is_taken_over(fault) else [Outcome.COMPLETED]
     if event is None:

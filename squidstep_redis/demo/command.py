@@ -39,20 +39,20 @@ def demo_options(*, files: int) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, files: int, as_json: bool) -> NoReturn:
-    """Runs a demo on a bundled server, prints its result and exits, with 0 only if the check finds no problem.
+    """Runs a demo on a bundled server and prints its result. Exits with 0 only if the check finds no problem.
 
     Args:
         scenario: Creates the scenario.
-        path: The directory with the files; None stands for Python's standard library.
+        path: The directory with the files; None: Python's standard library.
         files: The maximum number of files.
         as_json: Whether to print the result as JSON.
     """
     root, suffix = (Path(sysconfig.get_path("stdlib")), ".py") if path is None else (path, "")
     found = find_files(root, files, suffix)
     if not found:
-        raise click.BadParameter(f"there is no file to work on in {root}", param_hint="PATH")
+        raise click.BadParameter(f"there are no usable files in {root}", param_hint="PATH")
     console = Console(stderr=as_json, highlight=False)
-    # No thread refreshes the live line: signals must reach this thread alone while it starts a worker.
+    # No thread refreshes the progress line: only this thread may receive signals while it starts a worker.
     try:
         with (
             EmbeddedServer() as server,
@@ -75,9 +75,10 @@ def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, 
 def _run(scenario: Scenario) -> Payload:
     context = scenario.context
     size = {"files": len(context.files), "steps": len(context.files) * len(STEPS)}
-    context.say(f"{size['files']} files, {size['steps']} steps, {scenario.size} {scenario.title}, a bundled server")
+    workers = f"{scenario.size} {scenario.title}"
+    context.print_line(f"{size['files']} files, {size['steps']} steps, {workers}, a bundled server")
     scenario.run()
-    context.show("checking every output")
+    context.show_progress("checking every output")
     problems = find_problems(scenario)
     return {
         "ok": not problems,
@@ -102,5 +103,5 @@ def _summary(result: dict[str, Any]) -> Table:
             table.add_row(name.replace("_", " "), str(value))
     for killed, attempts in result["killed"].items():
         table.add_row(Text(f"killed: {killed}"), Text("\n".join(attempts)))
-    table.add_row("check", "every output is right, nothing is lost or duplicated" if result["ok"] else "FAILED")
+    table.add_row("check", "every output is correct, nothing is lost or duplicated" if result["ok"] else "FAILED")
     return table

@@ -1,4 +1,4 @@
-"""`squidstep demo`: workers that take their deliveries from a list on the server."""
+"""`squidstep demo`: workers that pop their deliveries from a list on the server."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def command(**options: Any) -> None:
 
     Each file under PATH (by default the .py files of Python's standard library) is a run of three steps: its digest,
     its compressed size, its lines and words. A fifth of the steps is delivered twice. One worker is killed inside a
-    step; when its lease expires, another worker takes over. Exits with 0 only if nothing was lost, nothing was
+    step; when its lease expires, another worker takes over. The exit code is 0 only if nothing was lost, nothing was
     executed twice except the killed step, and every output equals that of a sequential computation.
 
-    Symbolic links, hidden directories, unreadable files and files over 4 MiB are left out.
+    Symbolic links, hidden directories, unreadable files and files over 4 MiB are skipped.
     """
     run_demo(PlainScenario, **options)
 
 
 def execute_deliveries(url: str) -> None:
-    """Runs the worker: it executes one delivery at a time."""
+    """Runs a worker, which executes one delivery at a time."""
     client: Any = Redis  # redis-py leaves parts of its types unknown
     queue = client.from_url(url)
     with StepRunStore.from_url(url) as store:
@@ -53,11 +53,11 @@ def execute_deliveries(url: str) -> None:
 
 def _execute(store: StepRunStore, run_id: str, step: str, input: Payload, file: int, kill: bool) -> None:
     parent.send_event("delivered", file, step)
-    begun = store.begin_step(run_id, step, input, lease=LEASE, owner=f"worker-{parent.worker + 1} pid {os.getpid()}")
-    step_run, decision = begun
+    result = store.begin_step(run_id, step, input, lease=LEASE, owner=f"worker-{parent.worker + 1} pid {os.getpid()}")
+    step_run, decision = result
     if decision == "skip":
         if step_run.output is None:
-            parent.send_event("busy", file, step, retry_in=begun.retry_in or 0.0)
+            parent.send_event("busy", file, step, retry_in=result.retry_in or 0.0)
         else:
             parent.send_event("skipped", file, step)
         return
@@ -77,7 +77,7 @@ def _execute(store: StepRunStore, run_id: str, step: str, input: Payload, file: 
 
 
 class PlainScenario(Scenario):
-    """Delivers each step at least once: some twice, and again what a killed worker did not acknowledge."""
+    """Delivers each step at least once. Some are delivered twice, and those of a killed worker are redelivered."""
 
     def __init__(self, context: DemoContext) -> None:
         run_ids = list(context.files)
@@ -88,7 +88,7 @@ class PlainScenario(Scenario):
         self._twice_at_once = set(twice[1::2])
         self._twice_later = set(twice[::2])
         self._delivered: set[Key] = set()
-        self._held: dict[WorkerProcess, Key] = {}
+        self._unacknowledged: dict[WorkerProcess, Key] = {}
         self._queued = 0
         self._delayed: list[tuple[float, Key]] = []
 
@@ -104,14 +104,14 @@ class PlainScenario(Scenario):
     def _is_done(self) -> bool:
         while self._delayed and self._delayed[0][0] <= time.monotonic():
             self._deliver(heapq.heappop(self._delayed)[1])
-        return not (self._queued or self._held or self._delayed)
+        return not (self._queued or self._unacknowledged or self._delayed)
 
     def _on_event(self, worker: WorkerProcess, event: Event, key: Key) -> None:
         if event.kind == "delivered":
             self._queued -= 1
-            self._held[worker] = key
+            self._unacknowledged[worker] = key
         elif event.kind in ("completed", "failed", "skipped", "busy"):
-            del self._held[worker]
+            del self._unacknowledged[worker]
             run_id, step = key
             if event.kind == "busy":
                 heapq.heappush(self._delayed, (time.monotonic() + event.retry_in, key))
@@ -122,7 +122,7 @@ class PlainScenario(Scenario):
                 self._deliver(key)
 
     def _on_exit(self, worker: WorkerProcess) -> None:
-        if key := self._held.pop(worker, None):
+        if key := self._unacknowledged.pop(worker, None):
             self._deliver(key)
 
     def find_problems(self) -> Iterator[str]:
@@ -131,7 +131,7 @@ class PlainScenario(Scenario):
             yield f"{self.counts['duplicates']} steps were delivered twice, but {self.counts['skipped']} were skipped"
 
     def _deliver_first(self, key: Key) -> None:
-        if key not in self._delivered:  # the duplicate of its predecessor is acknowledged, too
+        if key not in self._delivered:  # the duplicate of its predecessor is also acknowledged
             self._delivered.add(key)
             for _ in range(2 if key in self._twice_at_once else 1):
                 self._deliver(key)
@@ -140,5 +140,6 @@ class PlainScenario(Scenario):
         run_id, step = key
         scheduled = self.context.store.get_step_run(run_id, step)
         delivery = (run_id, step, scheduled and scheduled.input, self.run_ids.index(run_id), key in self.kill_plan)
-        self._queue.lpush(QUEUE, json.dumps(delivery))  # to the front: a run is finished before the next one starts
+        # At the front, so that a run is finished before the next one starts.
+        self._queue.lpush(QUEUE, json.dumps(delivery))
         self._queued += 1

@@ -1,6 +1,6 @@
-"""`squidstep demo rq`: the same work as jobs of RQ, whose workers are killed and replaced.
+"""`squidstep demo rq`: the same work as RQ jobs, whose workers are killed and replaced.
 
-RQ delivers again what died with a work-horse or a worker, even while the work-horse of a dead worker still runs.
+RQ redelivers the job of a dead work-horse or worker, even while the work-horse of a dead worker is still running.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from squidstep_redis.demo.worker import Event, parent
 from squidstep_redis.rq import configure, current_run, release_killed_work_horse, steps
 
 LEASE: Final = 2.0
-ABANDONED_AFTER: Final = 2  # seconds without a heartbeat of its worker until RQ considers a job abandoned
+ABANDONED_AFTER: Final = 2  # seconds without a heartbeat of its worker, after which RQ considers a job abandoned
 QUEUE: Final = "demo"
-RETRIES: Final = 10  # more than the faults: on a busy machine, RQ also considers jobs of live workers abandoned
+# More than the number of faults: on a busy machine, RQ also considers jobs of live workers abandoned.
+RETRIES: Final = 10
 
 
 @click.command("demo rq")
 @demo_options(files=60)
 def command(**options: Any) -> None:
-    """Does the same work as jobs of RQ, whose workers are killed.
+    """Does the same work as RQ jobs, whose workers are killed.
 
     Each file under PATH (by default the .py files of Python's standard library) is a job of three steps: its digest,
     its compressed size, its lines and words. A work-horse is killed inside a step, then a worker together with its
-    work-horse, and a worker alone, whose work-horse keeps running while RQ delivers the job again. A fifth of the jobs
-    is enqueued twice. Exits with 0 only if each job finished, nothing was lost, nothing was executed twice except the
-    killed steps, and every output equals that of a sequential computation.
+    work-horse, and a worker alone, whose work-horse continues while RQ redelivers the job. A fifth of the jobs is
+    enqueued twice. The exit code is 0 only if each job finished, nothing was lost, nothing was executed twice except
+    the killed steps, and every output equals that of a sequential computation.
 
-    RQ's intervals are shortened: it considers a job abandoned after seconds instead of minutes. A file or directory
-    named "rq" is given as "./rq".
+    RQ's intervals are shortened: it considers a job abandoned after seconds instead of minutes. Write "./rq" for a
+    file or directory named "rq".
     """
     run_demo(RqScenario, **options)
 
@@ -57,7 +58,7 @@ def work_on(file: int, run_id: str, path: str, kill_plan: dict[str, Fault]) -> P
         file: The file's index.
         run_id: The file's run, which `steps` uses.
         path: The file's path.
-        kill_plan: What is killed inside which step, when that step is executed for the first time.
+        kill_plan: The processes to kill in the first attempt of a step, by step.
     """
     del run_id
     parent.send_event("delivered", file)
@@ -87,7 +88,7 @@ def _execute(executed: list[str], file: int, step: str, fault: Fault | None, kno
     return output
 
 
-class _ImpatientWorker(Worker):
+class _ShortTimeoutWorker(Worker):
     """RQ's worker, except that its jobs are considered abandoned after seconds instead of minutes."""
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:  # noqa: ARG002 -- RQ's signature
@@ -97,16 +98,16 @@ class _ImpatientWorker(Worker):
 def run_rq(url: str) -> None:
     """Runs RQ's worker and scheduler."""
     logging.disable()  # the parent reports what happens
-    # RQ 2 starts its scheduler with the default method; only a forked one exits with the parent.
+    # RQ 2 starts its scheduler with the default start method. Only a forked scheduler exits with the parent.
     multiprocessing.set_start_method("fork", force=True)
     configure(url)
     client: Any = Redis  # redis-py leaves parts of its types unknown
-    worker = _ImpatientWorker(
+    worker = _ShortTimeoutWorker(
         [QUEUE],
         name=f"{QUEUE}-worker-{parent.worker + 1}",
         connection=client.from_url(url),
         maintenance_interval=1,
-        worker_ttl=16,  # RQ waits for a job for 15 s less than this, before it looks for abandoned jobs
+        worker_ttl=16,  # RQ looks for abandoned jobs after it has waited for a job for 15 s less than this
         job_monitoring_interval=1,
         work_horse_killed_handler=release_killed_work_horse,
     )
@@ -131,9 +132,9 @@ class RqScenario(Scenario):
         self._client: Any = context.store.client  # redis-py leaves parts of its types unknown, and so does RQ
         self.queue: Any = Queue(QUEUE, connection=self._client)
         self.jobs = {name: f"{QUEUE}-{number}" for number, name in enumerate(names)}
-        # Not of the jobs that are killed: their duplicates would find a step busy, like what RQ delivers again.
-        unharmed = [name for name in names if name not in {name for name, _ in faults}]
-        self._twice = set(pick_duplicates(unharmed))
+        # Killed jobs have no duplicates: these would find a step busy, as redelivered jobs do.
+        without_fault = [name for name in names if name not in {name for name, _ in faults}]
+        self._twice = set(pick_duplicates(without_fault))
         self.counts["duplicates"] = len(self._twice)
 
     def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -153,7 +154,7 @@ class RqScenario(Scenario):
                 )
 
     def _is_done(self) -> bool:
-        with self._client.pipeline() as pipeline:  # a transaction: no job is just between two of these
+        with self._client.pipeline() as pipeline:  # a transaction, because a job can move from one of these to another
             pipeline.llen(self.queue.key)
             pipeline.llen(self.queue.intermediate_queue_key)
             pipeline.zcard(self.queue.started_job_registry.key)
@@ -161,21 +162,24 @@ class RqScenario(Scenario):
             return not any(pipeline.execute())
 
     def _on_event(self, worker: WorkerProcess, event: Event, key: Key) -> None:
-        if self.kill_plan.get(key) != "worker without work-horse" or key not in self.hit:
+        if self.kill_plan.get(key) != "worker without work-horse" or key not in self.kills:
             return
-        work_horse = f"work-horse {self.hit[key].pid}"
+        work_horse = f"work-horse {self.kills[key].pid}"
         if event.kind == "busy" and not self.gate.closed:
-            self.context.say(f"{describe(key)} was delivered again, to {worker}, while {work_horse} is running it")
+            self.context.print_line(f"{describe(key)} was redelivered to {worker} while {work_horse} is running it")
             self.gate.close()
         elif event.kind == "completed":
-            self.context.say(f"{work_horse}, whose worker is dead, completed {describe(key)}")
+            self.context.print_line(f"{work_horse}, whose worker is dead, completed {describe(key)}")
+
+    def _on_exit(self, worker: WorkerProcess) -> None:
+        """Does nothing, because RQ itself redelivers the job."""
 
     def expected(self, path: Path) -> list[Step]:
-        """Returns what the store must hold: here, inputs by parameter, and results under a key."""
+        """Returns the steps that the store must have for a file: inputs by parameter, outputs as `result`."""
         return [(name, {"known": input}, {"result": output}) for name, input, output in sequential(path)]
 
     def find_problems(self) -> Iterator[str]:
-        """Checks RQ's own records: each job finished with the right result, and was delivered often enough."""
+        """Yields a problem unless RQ finished each job with the right result, and delivered it often enough."""
         for name, id in self.jobs.items():
             with suppress(OSError):  # `check` reports unreadable files
                 outputs = [output for _, _, output in sequential(self.context.files[name])]

@@ -1,4 +1,4 @@
-"""The parent's side of a demo: it starts, kills and replaces workers, and counts what they report."""
+"""The parent's side of a demo: starts, kills and replaces workers, and counts their events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -35,27 +36,27 @@ _KILLED: Final[dict[Fault, str]] = {
     "worker": "{worker} was killed inside {step}; its claim stays until the lease expires",
     "work-horse": "work-horse {pid} of {worker} was killed inside {step}",
     "worker and work-horse": "{worker} and its work-horse {pid} were killed inside {step}",
-    "worker without work-horse": "{worker} was killed inside {step}; its work-horse {pid} keeps running",
+    "worker without work-horse": "{worker} was killed inside {step}; its work-horse {pid} continues",
 }
 
 
 @dataclass
 class DemoContext:
-    """What a scenario works with.
+    """The environment of a scenario.
 
     Attributes:
         files: The files to work on, by run id.
         url: The bundled server's URL.
         store: The parent's own store on that server.
-        say: Prints a line.
-        show: Shows a line of progress in place of the previous one.
+        print_line: Prints a line.
+        show_progress: Replaces the progress line.
     """
 
     files: dict[str, Path]
     url: str
     store: StepRunStore
-    say: Callable[[str], object]
-    show: Callable[[str], object]
+    print_line: Callable[[str], object]
+    show_progress: Callable[[str], object]
 
 
 @dataclass(eq=False)
@@ -70,17 +71,17 @@ class WorkerProcess:
         return f"worker-{self.index + 1} (pid {self.process.pid})"
 
 
-class Scenario:
-    """Delivers steps to workers, kills some of them, and counts what they report, independently of the store.
+class Scenario(ABC):
+    """Delivers steps to workers, kills some of them, and counts their events, independently of the store.
 
     Attributes:
-        kill_plan: What is killed inside which step, when that step is executed for the first time.
-        hit: For each step of the kill plan, the event at which the processes were killed.
-        started: How often workers started the work of each step.
-        finished: How often they finished it.
-        counts: How often each kind of event was received; also `takeovers` and `duplicates`.
-        seconds: How long the work took, without the start of the workers.
-        gate: Where a stalled process may wait; closing it lets the process continue.
+        kill_plan: The processes to kill in the first attempt of a step, by step.
+        kills: The event after which the processes were killed, by step of the kill plan.
+        started: The number of times that workers started the work of a step, by step.
+        finished: The number of times that workers finished the work of a step, by step.
+        counts: The number of events by kind, and the numbers of `takeovers` and `duplicates`.
+        seconds: The duration of the work, without the start of the workers.
+        gate: The end of a pipe on which a stalled process may wait. Closing it lets the process continue.
     """
 
     title: ClassVar[str] = "workers"
@@ -90,7 +91,7 @@ class Scenario:
         self.context = context
         self.kill_plan = kill_plan
         self.run_ids = list(context.files)
-        self.hit: dict[Key, Event] = {}
+        self.kills: dict[Key, Event] = {}
         self.started: Counter[Key] = Counter()
         self.finished: Counter[Key] = Counter()
         self.counts: Counter[str] = Counter()
@@ -105,11 +106,11 @@ class Scenario:
         self._pipes = Pipes(events, lifeline, gate)
 
     def run(self) -> None:
-        """Starts the workers, delivers everything, waits until all of it is acknowledged, and stops the workers."""
+        """Starts the workers, delivers everything, waits until everything is acknowledged, and stops the workers."""
         try:
             for _ in range(self.size):
                 self._start_worker()
-            while self._ready < self.size:  # or the first would do most of it alone
+            while self._ready < self.size:  # otherwise the first worker would do most of the work
                 self._listen()
             started = time.monotonic()
             self._deliver_all()
@@ -119,34 +120,39 @@ class Scenario:
         finally:
             self._stop()
 
+    @abstractmethod
     def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        """Returns the worker's loop, and what it is called with."""
-        raise NotImplementedError
+        """Returns the worker's main function and its arguments."""
 
-    def _deliver_all(self) -> None: ...
+    @abstractmethod
+    def _deliver_all(self) -> None:
+        """Makes the first deliveries."""
 
+    @abstractmethod
     def _is_done(self) -> bool:
-        """Returns whether nothing is left to deliver. Called while no events arrive; may deliver what is due."""
-        raise NotImplementedError
+        """Returns whether everything is acknowledged. Called while no events arrive; may make delayed deliveries."""
 
+    @abstractmethod
     def _on_event(self, worker: WorkerProcess, event: Event, key: Key) -> None:
-        """Reacts to an event that has been counted."""
+        """Handles an event after it was counted."""
 
+    @abstractmethod
     def _on_exit(self, worker: WorkerProcess) -> None:
-        """Delivers again what a dead worker has not acknowledged."""
+        """Redelivers what a dead worker has not acknowledged, unless the queue does that."""
 
     def expected(self, path: Path) -> list[Step]:
-        """Returns what the store must hold for a file."""
+        """Returns the steps that the store must have for a file."""
         return sequential(path)
 
+    @abstractmethod
     def find_problems(self) -> Iterator[str]:
-        """Yields what is wrong beyond what `check` finds."""
-        raise NotImplementedError
+        """Yields problems that the checks of all scenarios do not find."""
 
     def _start_worker(self) -> None:
         main, args = self._worker_main()
         index = len(self.workers)
-        # Until the worker has its own signal handlers, and the parent knows of it. No other thread receives signals.
+        # Signals are blocked until the worker has its own handlers, and is in the parent's list. No other thread of the
+        # parent receives signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
             process = get_context("fork").Process(target=self._run_worker, args=(index, main, args))
@@ -157,20 +163,21 @@ class Scenario:
         self._running.append(self.workers[-1])
 
     def _run_worker(self, index: int, main: Callable[..., None], args: tuple[Any, ...]) -> None:
-        for end in (self._events, self._lifeline, self.gate):  # the parent's, which end for all when it exits
+        # Only the parent may have these open, so that the workers read EOF when it exits.
+        for end in (self._events, self._lifeline, self.gate):
             end.close()
         set_up_worker(index, self._pipes)
         main(*args)
 
     def _kill(self, worker: WorkerProcess, event: Event, key: Key, fault: Fault) -> None:
-        self.hit[key] = event
+        self.kills[key] = event
         if fault != "work-horse":
             worker.was_killed = True
             worker.process.kill()
-            worker.process.join()  # before its work-horse, whose death it would notice
+            worker.process.join()  # first, because a live worker would react to the death of its work-horse
         if fault in ("work-horse", "worker and work-horse"):
             os.kill(event.pid, signal.SIGKILL)
-        self.context.say(_KILLED[fault].format(worker=worker, step=describe(key), pid=event.pid))
+        self.context.print_line(_KILLED[fault].format(worker=worker, step=describe(key), pid=event.pid))
         if worker.was_killed:
             self._reap(worker)
 
@@ -178,15 +185,15 @@ class Scenario:
         worker.process.join()
         self._running.remove(worker)
         if not worker.was_killed:
-            self.context.say(f"{worker} exited by itself with exit code {worker.process.exitcode}")
+            self.context.print_line(f"{worker} exited by itself with exit code {worker.process.exitcode}")
         if len(self.workers) >= self.size + MAX_REPLACED:
-            raise click.ClickException(f"{MAX_REPLACED} workers have been replaced, and {worker} exited, too")
+            raise click.ClickException(f"{MAX_REPLACED} workers were replaced, and {worker} also exited")
         self._start_worker()
         self._on_exit(worker)
 
     def _stop(self) -> None:
-        # By force: either nothing is left to do, or the demo was interrupted. When the lifeline closes, forked
-        # processes exit, too, also those whose worker is gone; when the last one has exited, the events end.
+        # Workers are killed, because they have no more work, or the demo was interrupted. Closing the lifeline also
+        # makes forked processes exit, even if their worker is dead. The event pipe ends when the last one has exited.
         self._lifeline.close()
         for worker in self.workers:
             worker.process.kill()
@@ -198,16 +205,16 @@ class Scenario:
                 self._events.recv()
 
     def _listen(self) -> bool:
-        """Handles the next event. Returns whether there was one."""
+        """Handles the next event, if any, and returns whether there was one."""
         if self._events.poll(POLL_INTERVAL):
             self._last_event_at = time.monotonic()
             self._handle(self._events.recv())
             return True
-        for worker in list(self._running):  # only now: the last event of a dead worker has been handled
+        for worker in list(self._running):  # not before the last event of a dead worker has been handled
             if not worker.process.is_alive():
                 self._reap(worker)
         if time.monotonic() - self._last_event_at > SILENCE_LIMIT:
-            raise click.ClickException(f"no worker has reported anything for {SILENCE_LIMIT} s; all were stopped")
+            raise click.ClickException(f"no worker has sent an event for {SILENCE_LIMIT} s; all workers were stopped")
         return False
 
     def _handle(self, event: Event) -> None:
@@ -224,19 +231,19 @@ class Scenario:
             if event.attempt > 1:
                 self.counts["takeovers"] += 1
                 work_horse = "" if event.pid == worker.process.pid else f"work-horse {event.pid} of "
-                self.context.say(f"{work_horse}{worker} took over {describe(key)} as attempt {event.attempt}")
-            elif key in self.kill_plan and key not in self.hit:
+                self.context.print_line(f"{work_horse}{worker} took over {describe(key)} as attempt {event.attempt}")
+            elif key in self.kill_plan and key not in self.kills:
                 self._kill(worker, event, key, self.kill_plan[key])
         self._on_event(worker, event, key)
         if self.counts.total() % 10 == 0:
             steps = len(self.run_ids) * len(STEPS)
-            self.context.show(
+            self.context.show_progress(
                 f"{self.counts['completed']} of {steps} steps completed, {self.counts['skipped']} skipped"
             )
 
 
 def describe(key: Key) -> str:
-    """Returns how messages name a step of a run."""
+    """Returns the name of a step of a run in messages."""
     return f"{key[1]} of {key[0]}"
 
 

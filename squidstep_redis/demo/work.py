@@ -1,4 +1,4 @@
-"""The work of both demos: three steps for each of some files, and the sequential computation of the same."""
+"""The work of both demos: three steps per file, and a sequential computation of the same steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-MAX_BYTES: Final = 4 * 1024 * 1024  # per file: no step may come near the end of its lease
+MAX_BYTES: Final = 4 * 1024 * 1024  # per file, so that no step runs for nearly as long as its lease
 IGNORED_FOLDERS: Final = ("__pycache__", "site-packages")
 
 Payload = dict[str, Any]
@@ -27,7 +27,7 @@ STEPS: Final[dict[str, Callable[[bytes], Payload]]] = {
 
 
 def execute(step: str, input: Payload) -> Payload:
-    """Executes one step: `input` has the path of the file, and the outputs of the steps before."""
+    """Executes one step. `input` has the path of the file, and the outputs of the previous steps."""
     return STEPS[step](Path(input["path"]).read_bytes())
 
 
@@ -47,8 +47,8 @@ def find_files(root: Path, limit: int, suffix: str = "") -> dict[str, Path]:
 
     Args:
         root: The directory. If it is a file, that file alone is found.
-        limit: How many files to find at most.
-        suffix: How the names of the files end.
+        limit: The maximum number of files.
+        suffix: The end of the files' names.
 
     Returns:
         The files by run id, which is the path relative to the directory.
@@ -65,7 +65,7 @@ def _walk(root: Path, suffix: str) -> Iterator[Path]:
 
 
 def _is_usable(path: Path) -> bool:
-    with suppress(OSError, UnicodeEncodeError):  # run ids are text, file names may be any bytes
+    with suppress(OSError, UnicodeEncodeError):  # run ids are text, but file names may be any bytes
         is_plain = path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
         return is_plain and path.stat().st_size <= MAX_BYTES and len(str(path).encode()) <= 512
     return False

@@ -1,4 +1,4 @@
-"""The workers' side of a demo: the events that they send to the parent, and how they exit with it."""
+"""The workers' side of a demo: sends events to the parent, and exits with it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Kind = Literal["ready", "delivered", "started", "finished", "completed", "skippe
 
 
 class Event(NamedTuple):
-    """What a worker reports.
+    """An event that a worker sends.
 
-    Pickled, it is shorter than the smallest PIPE_BUF that POSIX allows: one write, which no other write interrupts.
+    Pickled, it is shorter than the smallest PIPE_BUF that POSIX allows, so that it is sent in one atomic write.
     """
 
-    kind: Kind  # "started" and "finished" are about a step's work, the kinds after them about its claim
+    kind: Kind  # "started" and "finished" refer to the work of a step, later kinds to its claim
     worker: int  # its index
     pid: int  # of the sender: the worker, or a process that it forked
     file: int = 0  # its index
@@ -27,15 +27,15 @@ class Event(NamedTuple):
 
 
 class Pipes(NamedTuple):
-    """The pipes that all workers share, and that the processes inherit that they fork."""
+    """The pipes that all workers and their forked processes share."""
 
-    events: Connection[Event, Any]  # ends for the parent when the last of the processes has exited
-    lifeline: Connection[Any, Any]  # ends when the parent closes it or exits
-    gate: Connection[Any, Any]  # ends when the parent lets a stalled process continue
+    events: Connection[Event, Any]  # the parent reads EOF when the last of the processes has exited
+    lifeline: Connection[Any, Any]  # EOF when the parent closes it or exits
+    gate: Connection[Any, Any]  # EOF when the parent lets a stalled process continue
 
 
 class Parent:
-    """The parent process, as its workers see it."""
+    """The worker's interface to the parent process."""
 
     worker: int
     pipes: Pipes
@@ -45,7 +45,7 @@ class Parent:
         self.pipes.events.send(Event(kind, self.worker, os.getpid(), file, step, **details))
 
     def stall(self, *, at_gate: bool) -> None:
-        """Blocks until this process is killed; `at_gate`, until the parent opens the gate."""
+        """Blocks until this process is killed, or, with `at_gate`, until the parent closes the gate."""
         if at_gate:
             os.read(self.pipes.gate.fileno(), 1)
         while not at_gate:
@@ -58,21 +58,22 @@ parent: Final = Parent()
 
 def set_up_worker(worker: int, pipes: Pipes) -> None:
     """Prepares the process of the worker with this index."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; it is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; only the parent handles it
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     parent.worker, parent.pipes = worker, pipes
     exit_with_parent()
 
 
 def exit_with_parent() -> None:
-    """Makes this process, and each process that it forks, exit when the lifeline ends."""
+    """Makes this process, and each process that it forks, exit when the parent closes the lifeline or exits."""
 
     def wait() -> None:
         os.read(parent.pipes.lifeline.fileno(), 1)
         os._exit(1)
 
     def start_thread() -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # RQ's alarms are for its own thread
+        # The thread blocks all signals, because RQ's alarms must reach the main thread.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         threading.Thread(target=wait, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -1,1 +1,1 @@
-"""Checks whether a server and a client can keep the store's guarantees."""
+"""Checks whether a server and a client can provide the store's guarantees."""

@@ -1,7 +1,7 @@
-"""The doctor's checks: small functions of what is known about a client or a server; no I/O.
+"""The doctor's checks: small functions of the facts about a client or a server; no I/O.
 
-Each check returns a level and a message, which says what was found and what to do; or None if it does not apply. The
-tables at the end list the checks by name.
+Each check returns a level and a message with its result and advice, or None if it does not apply. The tables at the end
+list the checks by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Level(IntEnum):
     FAILURE = 2
     """A guarantee is broken."""
     UNKNOWN = 3
-    """The server does not show what the check needs. Usually it is a managed server that refuses CONFIG."""
+    """The server does not report what the check needs, usually because a managed server refuses CONFIG."""
 
 
 OK, WARNING, FAILURE, UNKNOWN = Level
@@ -38,13 +38,13 @@ Found = tuple[Level, str] | None
 
 
 class Client(NamedTuple):
-    """What is known about a redis-py client before it sends anything, and about its store.
+    """The facts about a redis-py client and its store that are known without I/O.
 
     Attributes:
-        is_cluster: whether it is a client of a whole cluster.
+        is_cluster: whether it is a cluster client.
         socket_timeout: seconds it waits for a reply; None: without a limit.
         connect_timeout: seconds it waits for a connection; None: without a limit.
-        sends: how many times it sends a command that gets no reply.
+        sends: the maximum number of times it sends a command.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether an unread reply on a connection can become the reply to the next command.
         timeout: the store's timeout for a call, in seconds.
@@ -52,7 +52,7 @@ class Client(NamedTuple):
         wait_aof: whether the store waits for the AOF.
         wait_timeout: seconds it waits for replicas and the AOF.
         lease: seconds of a lease that no heartbeat extends; None: not given.
-        job_timeout: seconds the work may take; None: not given.
+        job_timeout: the maximum duration of the work, in seconds; None: not given.
     """
 
     is_cluster: bool
@@ -74,7 +74,7 @@ class Server(NamedTuple):
 
     Attributes:
         info: the fields of INFO.
-        settings: the values of CONFIG GET that the server did not refuse.
+        settings: the replies to CONFIG GET, without refused ones.
         cluster: the fields of CLUSTER INFO.
         skew: the smallest possible difference between its clock and this machine's, in seconds.
         client: the client that the doctor uses.
@@ -99,7 +99,7 @@ class Server(NamedTuple):
 
     @property
     def version_text(self) -> str:
-        """The version as the server writes it; Valkey reports its own in addition to a Redis version."""
+        """The version as text. Valkey reports its own version in addition to a Redis version."""
         return self.info.get("valkey_version") or self.info.get("redis_version", "")
 
     def number(self, name: str) -> int:
@@ -120,9 +120,9 @@ SETTINGS: Final = ("appendfsync", "save", "min-replicas-to-write", "stop-writes-
 def _client_timeout(client: Client) -> Found:
     timeout = client.socket_timeout
     if timeout is None or timeout > LONG_TIMEOUT:
-        now = "no socket_timeout" if timeout is None else f"a socket_timeout of {timeout:g} s"
+        setting = "no socket_timeout" if timeout is None else f"a socket_timeout of {timeout:g} s"
         wait = "forever" if timeout is None else "that long"
-        return WARNING, f"the client has {now}: a call to a server that hangs blocks {wait}. Set socket_timeout=3"
+        return WARNING, f"the client has {setting}: a call to a server that hangs blocks {wait}. Set socket_timeout=3"
     return OK, f"the client waits {timeout:g} s for a reply"
 
 
@@ -130,7 +130,7 @@ def _client_deadline(client: Client) -> Found:
     if client.socket_timeout is None:
         return None  # _client_timeout reports it
     connect, reply, sends = client.connect_timeout or 0.0, client.socket_timeout, client.sends
-    # The store starts its last send early enough to end in time, but not before half of the timeout has passed.
+    # The store's last send starts early enough to end within the timeout, but not in the first half of the timeout.
     half, one_send = client.timeout / 2, sends * (connect + reply)
     if one_send > half:
         times = "once" if sends == 1 else f"up to {sends} times"
@@ -156,7 +156,7 @@ def _client_decoding(client: Client) -> Found:
     if client.decodes:
         return WARNING, (
             "the client has decode_responses=True: operations cannot be queued in your own transactions. Use a client "
-            "without it for these"
+            "without it for such transactions"
         )
     return None
 
@@ -167,7 +167,7 @@ def _lease(client: Client) -> Found:
         return None
     if work is not None and lease < work:
         return WARNING, (
-            f"the lease of {lease:g} s is shorter than the {work:g} s that the work may take: a second worker begins "
+            f"the lease of {lease:g} s is shorter than the {work:g} s that the work may last: a second worker begins "
             "while the first is still working. Set a longer lease, or let run_step or claim_step extend it"
         )
     if lease <= client.timeout:
@@ -185,7 +185,7 @@ def _version(server: Server) -> Found:
     name = "Valkey" if server.info.get("server_name") == "valkey" else "Redis"
     text, version = server.version_text, server.version
     if not version:
-        return UNKNOWN, f"the server does not show its version. {_dotted(OLDEST_SERVER)} or newer is required"
+        return UNKNOWN, f"the server does not report its version. {_dotted(OLDEST_SERVER)} or newer is required"
     if version < OLDEST_SERVER:
         return FAILURE, f"{name} {text} is not supported. Upgrade to {_dotted(OLDEST_SERVER)} or newer"
     if server.client.wait_aof and version < OLDEST_WITH_WAITAOF:
@@ -229,9 +229,9 @@ def _cluster(server: Server) -> Found:
 def _eviction(server: Server) -> Found:
     policy = server.info.get("maxmemory_policy")
     if policy is None:
-        return UNKNOWN, "the server does not show maxmemory-policy. It must be noeviction"
+        return UNKNOWN, "the server does not report maxmemory-policy. It must be noeviction"
     if policy != "noeviction":
-        return FAILURE, f"maxmemory-policy is {policy}: runs can disappear and be executed again. Set it to noeviction"
+        return FAILURE, f"maxmemory-policy is {policy}: runs can be evicted and re-executed. Set it to noeviction"
     return OK, "maxmemory-policy is noeviction"
 
 
@@ -246,7 +246,7 @@ def _evicted(server: Server) -> Found:
 
 def _memory(server: Server) -> Found:
     if "maxmemory" not in server.info:
-        return UNKNOWN, "the server does not show maxmemory. It should be set"
+        return UNKNOWN, "the server does not report maxmemory. It should be set"
     used, limit = server.number("used_memory"), server.number("maxmemory")
     if not limit:
         return WARNING, (
@@ -264,7 +264,7 @@ def _memory(server: Server) -> Found:
 def _persistence(server: Server) -> Found:
     aof, fsync = server.info.get("aof_enabled"), server.settings.get("appendfsync")
     if aof is None:
-        return UNKNOWN, "the server does not show whether appendonly is on. It should be"
+        return UNKNOWN, "the server does not report whether appendonly is on. It should be"
     if aof != "1":
         if server.client.wait_aof:
             return FAILURE, (
@@ -272,7 +272,7 @@ def _persistence(server: Server) -> Found:
                 "appendonly to yes, or turn wait_aof off"
             )
         lost = "everything" if server.settings.get("save") == "" else "everything since the last snapshot"
-        return WARNING, f"appendonly is off: a restart loses {lost}, and steps are executed again. Set it to yes"
+        return WARNING, f"appendonly is off: a restart loses {lost}, and steps are re-executed. Set it to yes"
     if (store := server.client).wait_aof:
         if fsync == "everysec" and store.wait_timeout < EVERYSEC:
             return WARNING, (
@@ -281,7 +281,7 @@ def _persistence(server: Server) -> Found:
             )
         return OK, "appendonly is on, and the store waits for the AOF: acknowledged transitions survive"
     if fsync is None:
-        return UNKNOWN, "appendonly is on, but the server does not show appendfsync. It should be always"
+        return UNKNOWN, "appendonly is on, but the server does not report appendfsync. It should be always"
     if fsync == "always":
         return OK, "appendonly is on, and appendfsync is always: acknowledged transitions survive"
     lost = "a second or two" if fsync == "everysec" else "half a minute"
@@ -302,7 +302,7 @@ def _disk(server: Server) -> Found:
             "the last snapshot failed, and the server rejects writes until one succeeds. Check whether the disk is full"
         )
     if info.get("aof_last_bgrewrite_status") == "err":
-        return WARNING, "rewriting the AOF failed, so the file keeps growing. Check whether the disk is full"
+        return WARNING, "rewriting the AOF failed, so the file grows without limit. Check whether the disk is full"
     return (OK, "the last writes to disk succeeded") if "rdb_last_bgsave_status" in info else None
 
 
@@ -324,16 +324,16 @@ def _replication(server: Server) -> Found:
     if not server.number("connected_slaves"):
         return None
     if required is None:
-        return UNKNOWN, "the server does not show min-replicas-to-write. With replicas, it should be 1 or more"
+        return UNKNOWN, "the server does not report min-replicas-to-write. With replicas, it should be 1 or more"
     if int(required) == 0:
         return WARNING, (
-            "min-replicas-to-write is 0, although there are replicas: after a failover, an isolated old primary keeps "
-            "accepting writes, which are then lost. Set it to 1, or give the store wait_replicas=1"
+            "min-replicas-to-write is 0, although there are replicas: after a failover, an isolated old primary still "
+            "accepts writes, which are then lost. Set it to 1, or give the store wait_replicas=1"
         )
     if not guards_scripts:
         return WARNING, (
             f"min-replicas-to-write is {required}, but this server does not apply it to scripts: after a failover, an "
-            "isolated old primary keeps accepting writes, which are then lost. Upgrade to Redis 7, or give the store "
+            "isolated old primary still accepts writes, which are then lost. Upgrade to Redis 7, or give the store "
             "wait_replicas=1"
         )
     return OK, f"min-replicas-to-write is {required}"
@@ -342,8 +342,8 @@ def _replication(server: Server) -> Found:
 def _clock(server: Server) -> Found:
     if server.skew > MAX_SKEW:
         return WARNING, (
-            f"the server's clock and this machine's differ by {server.skew:.1f} s: leases are unaffected, but times on "
-            "records look wrong. Check that NTP runs on both"
+            f"the server's clock and this machine's differ by {server.skew:.1f} s: leases are unaffected, but the "
+            "times in records are wrong. Check that NTP runs on both"
         )
     return OK, "the server's clock agrees with this machine's"
 

@@ -1,4 +1,4 @@
-"""Examines whether a store can keep its guarantees with its client and its server; no I/O.
+"""Examines whether a store can provide its guarantees with its client and its server; no I/O.
 
 `examine` is a workflow, which both stores' `doctor` runs. The checks that it applies to the replies are in checks.py.
 """
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
     Attributes:
         check: the name of the check, which is stable: "eviction", "persistence", …
         level: the severity.
-        message: what was found, and what to do.
+        message: what the check found, and advice.
         server: "host:port" of a cluster node; "" for a standalone server, and for checks of the client.
     """
 
@@ -54,7 +54,7 @@ class Diagnosis(NamedTuple):
         return max((finding.level for finding in self.findings), key=_SEVERITY.index)
 
 
-# In this form, redis-py does not parse the replies: its parsers are registered under other command names.
+# redis-py does not parse these replies, because its parsers are registered under other names, such as INFO.
 _COMMANDS: Final[list[Command]] = [
     ("TIME",),
     ("INFO default",),
@@ -69,7 +69,7 @@ def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
 
     Args:
         calls: builds the store's calls.
-        client: what is known about the store's client.
+        client: the facts about the store's client.
 
     Returns:
         A workflow that sends the commands of the examination and returns the diagnosis.
@@ -116,10 +116,10 @@ def _connection(clock: Any) -> Finding:
 
 
 def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: Client) -> Iterator[Finding]:
-    fields = _lines(info)
+    fields = _parse_fields(info)
     if fields:
         values = {name: value for name, reply in zip(SETTINGS, settings, strict=True) for value in _setting(reply)}
-        yield from _findings(CHECKS_OF_SERVERS, Server(fields, values, _lines(cluster), skew, client))
+        yield from _findings(CHECKS_OF_SERVERS, Server(fields, values, _parse_fields(cluster), skew, client))
     else:
         yield Finding(
             "server",
@@ -128,13 +128,13 @@ def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: C
         )
 
 
-def _lines(reply: Any) -> dict[str, str]:
-    """Parses a reply of lines such as INFO's; empty if the command was refused."""
+def _parse_fields(reply: Any) -> dict[str, str]:
+    """Parses a reply such as INFO's, with one field per line; empty if the command was refused."""
     return dict(re.findall(r"^(\w+):(.*?)\r?$", _text(reply), re.MULTILINE))
 
 
 def _setting(reply: Any) -> Iterator[str]:
-    """Yields the value in a reply of CONFIG GET; nothing if it was refused, or the setting is unknown."""
+    """Yields the value in a reply to CONFIG GET; nothing if the command was refused, or the setting is unknown."""
     if isinstance(reply, Mapping):  # RESP3
         reply = [part for pair in cast("Mapping[Any, Any]", reply).items() for part in pair]
     for value in cast("list[Any]", reply)[1:2] if isinstance(reply, list) else []:
@@ -158,20 +158,20 @@ def _skew(clock: Any, sent_at: float, elapsed: float) -> float:
 
 
 def _self_test(calls: Calls, slots: list[range] | None) -> Workflow[list[Finding]]:
-    """Takes a scratch step through every transition, which tests permissions, key types and the scripts."""
+    """Tests every transition on a scratch run: the permissions, the key types and the scripts."""
     run = _scratch_run(calls, slots)
-    if run is None:  # this node serves no key of the store
+    if run is None:  # this node serves no slot that the store uses
         return []
     try:
         yield Send(calls.schedule_step(run, "step", {}))
         yield Send(calls.expire_run(run, 60))  # removes the run even if every later call fails
-        begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
-        yield Send(calls.release_step(begun.step_run))
-        begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
-        yield Send(calls.fail_step(begun.step_run, {}))
-        begun = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
-        yield Send(calls.extend_claim(begun.step_run, 60))
-        yield Send(calls.complete_step(begun.step_run, {}, schedule={"next": {}}))
+        result = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
+        yield Send(calls.release_step(result.step_run))
+        result = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
+        yield Send(calls.fail_step(result.step_run, {}))
+        result = yield Send(calls.begin_step(run, "step", {}, lease=60, max_attempts=3))
+        yield Send(calls.extend_claim(result.step_run, 60))
+        yield Send(calls.complete_step(result.step_run, {}, schedule={"next": {}}))
         yield Send(calls.delete_pending_steps(run, ["next"]))
         replies = yield SendBatch((calls.completed_outputs(run), calls.delete_run(run, tombstone=0.001)))
     except SquidstepError as error:
@@ -210,8 +210,8 @@ def _slots(nodes: Any) -> list[range] | None:
 
 
 def _advice(error: object) -> str:
-    # RefusedError already advises on a refused command. For a command refused within a script, each server has its own
-    # message.
+    # RefusedError already gives advice if the command itself is refused. If a command within a script is refused, the
+    # message depends on the server.
     if re.search(r"ACL|can't run", text := str(error)) and RIGHTS not in text:
         return f". What to do: grant the user {RIGHTS}"
     return ""

@@ -1,7 +1,7 @@
-"""Using squidstep_redis with RQ: the steps of a job take effect once, however often RQ runs the job.
+"""The RQ integration: the steps of a job take effect once, no matter how often RQ runs the job.
 
-`step` makes a job function one step. `steps` and `current_run` make it several steps. The guide, tests/guide/rq.md in
-the repository, describes what happens in each failure.
+`step` makes a job function a step. `steps` and `current_run` make it a run of several steps. The guide,
+tests/guide/rq.md in the repository, describes what happens in each failure.
 """
 
 from squidstep_redis.rq.busy import MAX_RESCHEDULES, OnBusy

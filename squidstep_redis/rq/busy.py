@@ -1,4 +1,4 @@
-"""Reschedules a job whose step is held by another worker."""
+"""Reschedules a job whose step is claimed by another worker."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 OnBusy = Literal["reschedule", "raise", "wait"]
-"""What a decorated function does while another worker holds its step."""
+"""What a decorated function does while another worker has claimed its step."""
 
-# RQ counts how often a job returns Retry, and fails the job beyond the maximum. A busy step is not a failure.
+# RQ counts how often a job returns Retry, and fails the job after the maximum. A busy step is not a failure.
 MAX_RESCHEDULES: Final = 1_000_000
-_SYNCHRONOUS: Final = "sync"  # the worker's name of a job that runs inside enqueue(), where RQ ignores Retry
+_SYNCHRONOUS: Final = "sync"  # the worker name of jobs that run inside enqueue(), where RQ ignores Retry
 
 _inside: ContextVar[bool] = ContextVar("squidstep_rq_inside", default=False)
 
@@ -38,13 +38,13 @@ def check_on_busy(on_busy: object) -> None:
 def rescheduling(
     fn: Callable[P, T], call: Callable[[Any, Any], T], lease: Seconds | None, on_busy: OnBusy
 ) -> Callable[P, T]:
-    """Returns the decorated function. As the function of a job it returns Retry when a step is busy.
+    """Returns the decorated function. If it is the function of a job, it returns Retry when a step is busy.
 
     Args:
         fn: the function that is decorated.
         call: calls it as a step, or as a run of steps, with its arguments and keyword arguments.
-        lease: seconds; the delay until the job runs again, if the holder's claim has no lease.
-        on_busy: "reschedule", or anything else to raise StepBusyError.
+        lease: seconds until RQ reruns the job if the other worker's claim has no lease.
+        on_busy: "reschedule"; with any other value, StepBusyError is raised.
     """
 
     def on_busy_step(error: StepBusyError, outermost: bool) -> T:
@@ -86,7 +86,7 @@ def rescheduling(
 
 
 def _is_function_of(job: Job, decorated: object) -> bool:
-    """Returns whether the result of the decorated function is the result of the job."""
+    """Returns whether the decorated function is the job's own function, so that its result is the job's result."""
     function: object = job.func
     while function is not None:
         function = getattr(function, "__func__", function)
@@ -103,16 +103,16 @@ def _has_scheduler(job: Job) -> bool:
 
 
 def reschedule_delay(error: StepBusyError, lease: Seconds | None) -> int:
-    """Returns the seconds until the job runs again: the rest of the holder's lease, and up to 10 % (or 1 s) of jitter.
+    """Returns the seconds until the rerun: the rest of the lease, plus jitter of up to 10 %, or 1 s for short leases.
 
     RQ accepts whole seconds only.
 
     Args:
-        error: says how much of the holder's lease is left.
-        lease: seconds to use instead if the holder's claim has no lease; None: the default lease.
+        error: the error of the busy step, with the remaining lease.
+        lease: seconds to use if the other worker's claim has no lease; None: the default lease.
     """
     rest = error.retry_in
     if rest is None:
         rest = lease if isinstance(lease, float | int) else DEFAULT_LEASE if lease is None else lease.total_seconds()
     seconds = max(1, math.ceil(rest))
-    return seconds + random.randint(0, max(1, seconds // 10))  # noqa: S311 -- nothing secret
+    return seconds + random.randint(0, max(1, seconds // 10))  # noqa: S311 -- jitter is not secret

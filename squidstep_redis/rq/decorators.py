@@ -1,4 +1,4 @@
-"""`step` makes a job function one step; `steps` makes it a run of several steps."""
+"""`step` makes a job function a step; `steps` makes it a run of several steps."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def step(
     max_attempts: int | None = None,
     on_busy: OnBusy = "reschedule",
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Makes a function a step: it takes effect once, however often RQ runs the job.
+    """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
 
-    A redelivery of a completed step returns the stored result. Outside a job the function runs as if it were not
+    A redelivery of a completed step returns the stored result. Outside a job, the function runs as if it were not
     decorated, unless it has a `run_id`.
 
     Args:
         name: the name of the step.
-        run_id: the run id, made from the function's arguments: a format string such as "order-{order_id}", or a
+        run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", or a
             function of the arguments. None: the run of the job, see `current_run`.
         lease: seconds after which another worker can take over the step from a dead one; None: never. A heartbeat
             extends the lease while the function runs.
-        max_attempts: how many attempts may begin in total; None: no limit.
-        on_busy: what to do while another worker holds the step. "reschedule": RQ runs the job again after the rest of
-            the lease, without using the job's own retries; this needs a worker with a scheduler, and raises
-            StepBusyError where RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until
-            the step is completed or can be claimed.
+        max_attempts: the maximum number of attempts; None: no limit.
+        on_busy: what to do while another worker has claimed the step. "reschedule": RQ reruns the job when the lease
+            expires, without using the job's own retries; this needs a worker with a scheduler, and raises StepBusyError
+            if RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until the step is
+            completed or can be claimed.
 
     Raises:
         InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
@@ -86,15 +86,15 @@ def steps(
     itself runs at each delivery; steps that were completed before return their stored results.
 
     Args:
-        run_id: the run id, made from the function's arguments: a format string such as "order-{order_id}", or a
+        run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", or a
             function of the arguments. None: the run of the job, see `current_run`.
         lease: seconds after which another worker can take over a step of `current_run().call(…)` from a dead one;
             None: never. A heartbeat extends the lease while the step runs.
-        max_attempts: how many attempts of each step of `current_run().call(…)` may begin in total; None: no limit.
-        on_busy: what to do while another worker holds one of the steps. "reschedule": RQ runs the job again after the
-            rest of the lease, without using the job's own retries; this needs a worker with a scheduler, and raises
-            StepBusyError where RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until
-            the step is completed or can be claimed.
+        max_attempts: the maximum number of attempts of each step of `current_run().call(…)`; None: no limit.
+        on_busy: what to do while another worker has claimed one of the steps. "reschedule": RQ reruns the job when the
+            lease expires, without using the job's own retries; this needs a worker with a scheduler, and raises
+            StepBusyError if RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until the
+            step is completed or can be claimed.
 
     Raises:
         InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or

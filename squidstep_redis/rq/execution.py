@@ -1,4 +1,4 @@
-"""Executes the call of a function as a step."""
+"""Executes a function call as a step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MAX_OWNER_BYTES: Final = 256
 
 
 def owner(job: Job | None, pid: int | None = None) -> str:
-    """Returns the owner of a job's claims: `host:pid job-id`. The job id is there because pids are reused.
+    """Returns the owner of a job's claims: `host:pid job-id`. The job id distinguishes jobs if a pid is reused.
 
     Args:
-        job: the job that claims the step; None: outside a job, and the owner is `host:pid`.
+        job: the job that claims the step; None: outside a job, where the owner is `host:pid`.
         pid: the process that claims the step; None: this process.
     """
     text = default_owner() if pid is None else f"{default_owner().rpartition(':')[0]}:{pid}"
@@ -47,13 +47,13 @@ def execute(
 
     Args:
         run_id: the run of the step.
-        job: the job at work; None: outside a job.
+        job: the current job; None: outside a job.
         step: the name of the step.
         fn: the function. For a coroutine function, a coroutine is returned.
         bound: the arguments of the call. They are the input of the step.
         lease: seconds after which another worker can take over from a dead one; None: never.
-        max_attempts: how many attempts may begin in total; None: no limit.
-        on_busy: while another worker holds the step, raise StepBusyError or wait.
+        max_attempts: the maximum number of attempts; None: no limit.
+        on_busy: while another worker has claimed the step, "raise" StepBusyError, or "wait".
     """
     store, input = store_for(job), dict(bound.arguments)
     settings: Any = {"lease": lease, "max_attempts": max_attempts, "on_busy": on_busy, "owner": owner(job)}
@@ -62,7 +62,7 @@ def execute(
         return {"result": result_of(fn, stored_arguments(bound, stored))}
 
     async def work_async() -> Any:
-        # The blocking store delays no other task: RQ runs each coroutine in a loop and a process of its own.
+        # The blocking store delays no other task, because RQ runs each coroutine in its own event loop and process.
         while True:
             claim = store.claim_step(run_id, step, input, **settings)
             try:

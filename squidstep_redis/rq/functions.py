@@ -1,4 +1,4 @@
-"""The arguments of a step's function: they are the input of the step, and can make the run id."""
+"""The arguments of a step's function. They are the input of the step, and can determine the run id."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def stored_arguments(bound: BoundArguments, stored: dict[str, Any]) -> BoundArgu
     """Returns the arguments to call the function with.
 
     Args:
-        bound: the arguments that were given.
+        bound: the arguments of the call.
         stored: the stored input of the step. It differs from `bound` if the step was scheduled with another input; its
-            values then replace the given ones.
+            values then replace those of the call.
 
     Raises:
-        InvalidArgumentError: the stored input has an argument that the function does not have.
+        InvalidArgumentError: the stored input has an argument that the function does not accept.
     """
     if stored == _as_stored(bound.arguments):
         return bound
@@ -53,7 +53,7 @@ def result_of(fn: Callable[..., T], arguments: BoundArguments) -> T:
 
     Args:
         fn: the function of the step.
-        arguments: what to call it with.
+        arguments: the arguments to call it with.
 
     Raises:
         InvalidArgumentError: the function returned a coroutine, which would never be awaited.
@@ -69,28 +69,28 @@ def result_of(fn: Callable[..., T], arguments: BoundArguments) -> T:
 
 _STORED_DATA: Final = (
     "A step stores the arguments and the result of its function. Pass plain data, such as an id, and load everything "
-    "else inside the function. The self of a method is an argument, too: use a function, or "
+    "else inside the function. The self of a method is also an argument: use a function, or "
     "current_run().call(name, self.method, …)."
 )
 
 
 def explain(error: PayloadError) -> None:
-    """Adds a note to the error that says what the payload has to do with the function."""
-    if _STORED_DATA not in getattr(error, "__notes__", ()):  # an error of a nested step passes here twice
+    """Adds a note to the error that explains how the payload comes from the function."""
+    if _STORED_DATA not in getattr(error, "__notes__", ()):  # the error of a nested step is handled twice
         error.add_note(_STORED_DATA)
 
 
 def run_id_of(run_id: RunIdOf | None, parameters: Signature) -> Callable[[BoundArguments], str] | None:
-    """Returns a function that makes the run id from the arguments, defaults included.
+    """Returns a function that makes the run id from the arguments, including defaults.
 
     Args:
-        run_id: a format string over the arguments, or a function of them; None: the arguments do not make the run id,
-            and None is returned.
-        parameters: of the step's function.
+        run_id: a format string over the arguments, or a function of them; None: the arguments do not determine the run
+            id, and None is returned.
+        parameters: the parameters of the step's function.
 
     Raises:
         InvalidArgumentError: the format string is malformed, or names something that is not a parameter. The returned
-            function raises it, too, if `run_id` is a function and returns None.
+            function also raises it if `run_id` is a function and returns None.
     """
     if run_id is None:
         return None

@@ -9,14 +9,14 @@ from squidstep_redis.protocol.arguments import StepInputs
 
 
 def queue_completion(pipeline: Any, result: Any, *, schedule: StepInputs | None = None) -> Queued[StepRun]:
-    """Adds the completion of the current step to a pipeline of yours.
+    """Adds the completion of the current step to your pipeline.
 
-    Enqueue the next job on the same transaction before you call this. Then both take effect, or neither does. The RQ
+    Enqueue the next job in the same transaction before you call this. Then both take effect, or neither does. The RQ
     guide (tests/guide/rq.md) has an example.
 
     Args:
-        pipeline: a redis-py transaction on the server where the steps are stored.
-        result: what the function of the step returns to its callers, now and from then on.
+        pipeline: a redis-py transaction on the server that stores the steps.
+        result: the stored result of the step, which every later call returns.
         schedule: steps of the same run to schedule in the same transaction, as `{step: input}`; None: no steps.
 
     Returns:
@@ -24,7 +24,7 @@ def queue_completion(pipeline: Any, result: Any, *, schedule: StepInputs | None 
 
     Raises:
         InvalidArgumentError: called outside the function of a step.
-        PayloadError: a payload cannot hold the result; nothing was added to the pipeline.
+        PayloadError: the result cannot be stored in a payload; nothing was added to the pipeline.
     """
     claim = current_claim()
     if claim is None:

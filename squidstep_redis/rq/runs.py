@@ -1,4 +1,4 @@
-"""The run that a job works on, and the calls of its steps."""
+"""The run of a job, and the calls of its steps."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from squidstep_redis.rq.installed import Job, get_current_job
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Always set inside the `try` whose `finally` restores the previous value. With a token of `ContextVar.set`, a job
-# timeout between the call and the assignment of the token would leave the run to the next job of the process.
+# Always set inside the `try` whose `finally` restores the previous value. With the token of `ContextVar.set`, a job
+# timeout between that call and the assignment of the token would leak the run into the next job of the process.
 _run: ContextVar[Run | None] = ContextVar("squidstep_rq_run", default=None)
 
 
 class Run:
-    """The run that a job works on.
+    """The run of a job.
 
-    RQ knows of no job in the threads that a job starts; they can use the run all the same.
+    Threads that a job starts can use the run, although RQ has no current job in them.
 
     Attributes:
-        id: the run id; None outside a job, where nothing is stored and functions are simply called.
-        job: the job that works on the run; None outside a job.
+        id: the run id; None outside a job: functions are then called without storing anything.
+        job: the job that executes the run; None outside a job.
     """
 
     def __init__(
@@ -47,27 +47,26 @@ class Run:
     def call(self, step: Step, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls `fn(*args, **kwargs)` as a step: once across all deliveries.
 
-        Two round trips if the function is executed, one if the step was completed before.
+        Two round trips if the function is executed, one if the step is already completed.
 
         Args:
             step: the name of the step. Calls with the same name are the same step and return the same result.
             fn: the function or coroutine function that does the work. Its result is stored as `{"result": …}`.
             args: positional arguments of `fn`. They are stored as the step's input under the names of the parameters,
-                so a payload must be able to hold them.
-            kwargs: keyword arguments of `fn`. They are stored as the step's input, so a payload must be able to hold
-                them.
+                so they must be valid in a payload.
+            kwargs: keyword arguments of `fn`. They are stored as the step's input, so they must be valid in a payload.
 
         Returns:
-            The stored result of `fn`: a tuple comes back as a list.
+            The stored result of `fn`. A tuple is returned as a list.
 
         Raises:
-            StepBusyError: another worker holds the step, or has taken it over.
-            StepExhaustedError: all `max_attempts` are used.
+            StepBusyError: another worker has claimed the step, or has taken it over.
+            StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no other worker has completed or claimed the step.
-            PayloadError: a payload cannot hold the arguments or the result; after a result, the step is recorded as
-                failed.
+            PayloadError: the arguments or the result cannot be stored in a payload. If it is the result, the step is
+                recorded as failed.
             InvalidArgumentError: an argument was rejected; nothing was sent.
-            ServerError: the server could not be reached, or did not confirm the result.
+            ServerError: the server was unreachable, or did not confirm the result.
         """
         if self.id is None:
             return fn(*args, **kwargs)
@@ -101,13 +100,13 @@ def current_run(
     Args:
         run_id: the id of another run; None: the run of `steps`, or else the run of the job (`default_run_id`).
         lease: seconds after which another worker can take over a step from a dead one; None: never. A heartbeat extends
-            the lease while the step is at work.
-        max_attempts: how many attempts of each step may begin in total; None: no limit.
-        on_busy: while another worker holds a step, "raise" StepBusyError, or "wait" until the step is completed or can
-            be claimed. To reschedule the job instead, decorate its function with `steps`.
+            the lease while the step runs.
+        max_attempts: the maximum number of attempts of each step; None: no limit.
+        on_busy: while another worker has claimed a step, "raise" StepBusyError, or "wait" until the step is completed
+            or can be claimed. To reschedule the job instead, decorate its function with `steps`.
     """
     run, job = _run.get(), get_current_job()
-    # With `is_async=False`, a job can run inside enqueue() of another job: `_run` is then the other job's.
+    # With `is_async=False`, a job can run inside an enqueue() call of another job: `_run` is then the other job's run.
     if run_id is None and run is not None and (job is None or run.job == job):
         return run
     if run_id is None and job is not None:
@@ -116,19 +115,19 @@ def current_run(
 
 
 def default_run_id(job: Job) -> str:
-    """Returns the run id of a job without a `run_id`: the job id, and under `Repeat` also the repeats that are left.
+    """Returns the run id of a job without a `run_id`: the job id, with `Repeat` also the number of repeats left.
 
-    Each repeat is a run of its own, and RQ distinguishes repeats by nothing else.
+    Each repeat is its own run, and the number of repeats left is all that distinguishes repeats in RQ.
 
     Args:
-        job: the job at work.
+        job: the current job.
     """
     left = getattr(job, "repeats_left", None)
     return job.id if left is None else f"{job.id}#{left}"
 
 
 def call_in_run(run: Run, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    """Calls a function; meanwhile, `run` is the current run.
+    """Calls a function with `run` as the current run.
 
     Args:
         run: the run of the function's steps.
@@ -145,7 +144,7 @@ def call_in_run(run: Run, fn: Callable[..., T], args: tuple[Any, ...], kwargs: d
 
 
 async def await_in_run(run: Run, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Awaits a coroutine function; meanwhile, `run` is the current run.
+    """Awaits a coroutine function with `run` as the current run.
 
     Args:
         run: the run of the function's steps.

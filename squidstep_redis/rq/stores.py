@@ -1,4 +1,4 @@
-"""The store of a worker process: which server it uses, and when it is made."""
+"""The store of a worker process: how it is configured, and when it is created."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from squidstep_redis.transport.blocking import BlockingTransport
 
 T = TypeVar("T")
 
-# The options of RQ's connection that say which server and which user. RQ sets the other options for its own needs.
+# The options of RQ's connection that select the server and the user. RQ sets the other options for its own needs.
 _ADDRESS: Final = ("host", "port", "path", "db", "username", "password", "credential_provider")
 _FAKEREDIS: Final = ("server", "version", "server_type", "lua_modules")  # options of fakeredis's connections
 
@@ -40,7 +40,7 @@ class _JobStore(StepRunStore):
 
 
 class JobStores:
-    """The stores of this process. A forked work-horse makes its own."""
+    """The stores of this process. A forked work-horse creates its own."""
 
     def __init__(self) -> None:
         self._connect: str | Callable[[], Any] | None = os.environ.get("SQUIDSTEP_REDIS_URL")
@@ -54,19 +54,19 @@ class JobStores:
         self._by_pool: WeakKeyDictionary[Any, StepRunStore] = WeakKeyDictionary()
 
     def configure(self, connect: str | Callable[[], Any], settings: dict[str, Any]) -> None:
-        """Sets the server and the settings, as the function `configure` does, and discards the stores made so far."""
+        """Sets the server and the settings, as the function `configure` does, and discards the existing stores."""
         self._connect, self._settings = connect, settings
         self._discard()
 
     def get(self, job: Job | None) -> StepRunStore:
-        """Returns the configured store, or else a store on the server of the job's connection."""
+        """Returns the configured store; without one, a store on the server of the job's connection."""
         with defer_sigalrm():
             if self._connect is not None:
                 self._configured = self._configured or self._make(self._connect)
                 return self._configured
             if job is None:
                 raise InvalidArgumentError(
-                    "store", "no server is known outside a job: call squidstep_redis.rq.configure(url) first"
+                    "store", "no server is configured outside a job: call squidstep_redis.rq.configure(url) first"
                 )
             pool: Any = cast("Any", job.connection).connection_pool
             if pool not in self._by_pool:
@@ -80,12 +80,12 @@ class JobStores:
 
     def _make_from_pool(self, pool: Any) -> StepRunStore:
         options: dict[str, Any] = pool.connection_kwargs
-        if "connection_pool" in options:  # Sentinel's: after a failover it leads to another server
+        if "connection_pool" in options:  # a Sentinel pool: after a failover it connects to another server
             raise InvalidArgumentError(
                 "store", "RQ's connection comes from Sentinel: call configure(lambda: sentinel.master_for(…))"
             )
-        kept = (*_ADDRESS, *_FAKEREDIS)
-        shared = {name: options[name] for name in options if name in kept or name.startswith("ssl_")}
+        copied = (*_ADDRESS, *_FAKEREDIS)
+        shared = {name: options[name] for name in options if name in copied or name.startswith("ssl_")}
         return _JobStore.from_url("redis://", connection_class=pool.connection_class, **{**shared, **self._settings})
 
 
@@ -93,9 +93,9 @@ _stores: Final = JobStores()
 
 
 def configure(connect: str | Callable[[], Redis], **settings: Any) -> None:
-    """Sets the server and the settings of the store. Call it where the job functions are defined.
+    """Sets the server and the settings of the store. Call it in the module that defines the job functions.
 
-    No connection is opened. Without this call, the store uses the URL in SQUIDSTEP_REDIS_URL; if that is not set, it
+    It opens no connection. Without this call, the store uses the URL in SQUIDSTEP_REDIS_URL; if that is not set, it
     uses RQ's own server, with a client of its own.
 
     Args:
@@ -120,7 +120,6 @@ def store_for(job: Job | None) -> StepRunStore:
     """Returns the store for the steps of a job.
 
     Args:
-        job: the job whose connection leads to the server if none is configured; None: only a configured server is
-            known.
+        job: the job whose connection is used if no server is configured; None: a server must be configured.
     """
     return _stores.get(job)

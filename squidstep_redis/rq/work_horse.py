@@ -19,8 +19,8 @@ def release_killed_work_horse(job: Job, pid: int | None, status: int | None, usa
     """Releases the claims of a killed work-horse, so that another worker can take them over at once.
 
     Pass it to the worker: `Worker(work_horse_killed_handler=release_killed_work_horse)`. Without it, the claims are
-    released when their leases expire. It takes two or three round trips per server. It raises nothing: errors are
-    logged as warnings, because RQ's worker would stop at an exception.
+    released when their leases expire. It needs two or three round trips per server. It raises nothing: errors are
+    logged as warnings, because an exception would stop RQ's worker.
 
     Args:
         job: the job that the work-horse was running.
@@ -38,7 +38,7 @@ def release_killed_work_horse(job: Job, pid: int | None, status: int | None, usa
                     raise result
     except Exception as error:  # noqa: BLE001 -- an exception would stop RQ's worker, and the leases expire anyway
         _log.warning(
-            "could not release the claims of work-horse %s of job %s, which expire with their leases: %s",
+            "could not release the claims of work-horse %s of job %s; they expire with their leases: %s",
             pid,
             job.id,
             error,

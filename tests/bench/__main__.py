@@ -1,4 +1,4 @@
-"""Measures squidstep_redis against the bare protocol, against its alternatives, and at scale. Prints one table.
+"""Compares squidstep_redis with the bare protocol and with its alternatives, and measures it at scale. Prints a table.
 
     python tests/bench [--quick] [--only ROW] [--json FILE] [--svg FILE] [--markdown FILE]
 
@@ -60,15 +60,15 @@ Written by `python tests/bench --markdown`. Each figure is a median, with the ra
 
 def main() -> int:
     """Returns the exit status: 1 if a row raised an exception, else 0, even if a budget is missed."""
-    asked = _arguments()
-    pace = QUICK if asked.quick else FULL
+    args = _arguments()
+    pace = QUICK if args.quick else FULL
     about = machine()
     for name, value in about.items():
         print(f"{name:<10} {value}")
     print(f"\n{COLUMNS.format('what', 'budget', 'measured (middle half)', '')}".rstrip())
     results: list[Result] = []
     start = time.monotonic()
-    for result in measured(asked.only or list(ROWS), pace):
+    for result in measured(args.only or list(ROWS), pace):
         results.append(result)
         budget = str(result.budget or "")
         print(COLUMNS.format(result.what, budget, result.measured, result.verdict).rstrip(), flush=True)
@@ -76,17 +76,17 @@ def main() -> int:
             print(textwrap.indent(textwrap.fill(result.note, 110), "    "), flush=True)
     verdicts = [result.verdict for result in results]
     counts = ", ".join(f"{verdicts.count(word)} {word.lower()}" for word in ("met", "MISSED", "missing", "FAILED"))
-    took, load = time.monotonic() - start, _load()
-    print(f"\n{counts}; took {took:.0f} s; load average at the end {load}")
-    if asked.json:
-        kept = {"machine": about, "quick": asked.quick, "seconds": round(took), "load_at_end": load}
-        asked.json.write_text(
-            json.dumps({**kept, "results": [result.as_json() for result in results]}, indent=2) + "\n"
+    seconds, load = time.monotonic() - start, _load_average()
+    print(f"\n{counts}; {seconds:.0f} s; load average at the end {load}")
+    if args.json:
+        header = {"machine": about, "quick": args.quick, "seconds": round(seconds), "load_at_end": load}
+        args.json.write_text(
+            json.dumps({**header, "results": [result.as_json() for result in results]}, indent=2) + "\n"
         )
-    if asked.svg:
-        asked.svg.write_text(plot([result.bars for result in results if result.bars], _plot_note(about)))
-    if asked.markdown:
-        asked.markdown.write_text("".join(_markdown(about, results)))
+    if args.svg:
+        args.svg.write_text(plot([result.bars for result in results if result.bars], _plot_note(about)))
+    if args.markdown:
+        args.markdown.write_text("".join(_markdown(about, results)))
     return int("FAILED" in verdicts)
 
 
@@ -105,7 +105,7 @@ def machine() -> dict[str, str]:
     return {
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "load": f"{_load()} (load average at the start)",
+        "load": f"{_load_average()} (load average at the start)",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "servers": ", ".join(_server_versions()),
@@ -118,7 +118,7 @@ def _processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _load() -> str:
+def _load_average() -> str:
     return " ".join(f"{load:.1f}" for load in os.getloadavg())
 
 
@@ -145,8 +145,8 @@ def _server_versions() -> Iterator[str]:
 
 
 def _plot_note(about: dict[str, str]) -> str:
-    where = about["machine"].partition(f", {platform.system()}")[0]
-    return f"200 B payloads, medians of interleaved turns. {where}, {about['when'][:10]}"
+    machine_name = about["machine"].partition(f", {platform.system()}")[0]
+    return f"200 B payloads, medians of interleaved turns. {machine_name}, {about['when'][:10]}"
 
 
 def _markdown(about: dict[str, str], results: list[Result]) -> Iterator[str]:
@@ -173,10 +173,10 @@ def _arguments() -> Any:
         metavar="ROW",
         help=f"one of {', '.join(ROWS)}; repeatable",
     )
-    parser.add_argument("--quick", action="store_true", help="take about a minute: fewer turns, smaller stores")
+    parser.add_argument("--quick", action="store_true", help="run for about a minute: fewer rounds, smaller stores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="plot the alternatives (rows peers, databases)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the whole table as Markdown")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     return parser.parse_args()
 
 

@@ -99,7 +99,7 @@ def _postgres_binaries() -> Path:
 
 
 def _unprivileged_user() -> pwd.struct_passwd | None:
-    """Returns the user to run PostgreSQL as, because it refuses to run as root; None if not root."""
+    """Returns the user to run PostgreSQL as, because it refuses to run as root; None: the current user."""
     if os.getuid() != 0:
         return None
     with contextlib.suppress(KeyError):
@@ -114,7 +114,7 @@ def _free_port() -> int:
 
 
 def die_with_parent() -> None:
-    """Makes Linux end this process when its parent process ends."""
+    """Makes Linux interrupt this process when its parent process exits."""
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         libc.prctl(_DIE_WITH_PARENT, signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""Measures how long the listings of a large store take, and how long their commands block the server."""
+"""Measures the duration of listings of a large store, and how long their commands block the server."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def listing(port: int, runs: int = RUNS) -> list[Listed]:
     """
     with redis.Redis(port=port, protocol=2) as client, StepRunStore.from_url(f"redis://127.0.0.1:{port}") as store:
         fill(store, runs)
-        asked: dict[str, Callable[[], Any]] = {
+        listings: dict[str, Callable[[], Any]] = {
             "runs": store.runs,
             "runs(status='pending')": lambda: store.runs(status="pending"),
             "lapsed_claims": store.lapsed_claims,
             "live_claims": store.live_claims,
             "failed_steps": store.failed_steps,
             "failed_steps(1_000)": lambda: store.failed_steps(1_000),
-            "runs, every page": lambda: _every_page(store),
+            "runs, every page": lambda: _read_all_pages(store),
             "purge": lambda: store.purge(0.001, tombstone=1),
         }
         client.config_set("slowlog-log-slower-than", _SLOW_US)
         client.config_set("slowlog-max-len", 1_000)
         found: list[Listed] = []
-        for what, ask in asked.items():
+        for what, call in listings.items():
             client.slowlog_reset()
             start = time.monotonic()
-            ask()
+            call()
             seconds = time.monotonic() - start
             slow = [(str(each["command"][:60]), each["duration"] / 1_000) for each in client.slowlog_get(100)]
             found.append(Listed(what, seconds, slow))
@@ -69,12 +69,12 @@ def fill(store: StepRunStore, runs: int) -> None:
     calls = store.calls
     for first in range(0, runs, _BATCH):
         names = [f"run-{number}" for number in range(first, min(first + _BATCH, runs))]
-        lease = [(None, 0.001, 3_600)[(number % 10 >= 6) + (number % 10 >= 8)] for number in range(len(names))]
-        begun: list[Any] = store.batch(
-            [calls.begin_step(run, "step", {"of": run}, lease=lease[place]) for place, run in enumerate(names)]
+        leases = [(None, 0.001, 3_600)[(number % 10 >= 6) + (number % 10 >= 8)] for number in range(len(names))]
+        results: list[Any] = store.batch(
+            [calls.begin_step(run, "step", {"of": run}, lease=leases[index]) for index, run in enumerate(names)]
         )
         ends: list[Any] = []
-        for number, claim in enumerate(each.step_run for each in begun):
+        for number, claim in enumerate(result.step_run for result in results):
             if number % 10 < 4:
                 ends.append(calls.complete_step(claim, {}))
             elif number % 10 < 6:
@@ -83,7 +83,7 @@ def fill(store: StepRunStore, runs: int) -> None:
     store.schedule_steps("large", {f"step-{number}": {} for number in range(10_000)})
 
 
-def _every_page(store: StepRunStore) -> None:
+def _read_all_pages(store: StepRunStore) -> None:
     cursor = None
     while (cursor := store.runs(limit=1_000, cursor=cursor).cursor) is not None:
         pass

@@ -1,8 +1,8 @@
 """The measuring method: interleaved turns, ratios, medians.
 
-The machine's speed drifts, and its other load varies. The sides of a comparison therefore take short turns, A B A B,
-and the result is the median of the ratios of adjacent turns: a disturbance affects one turn, or both sides equally.
-The middle half of the ratios is reported next to the median, as a measure of the remaining noise.
+The machine's speed drifts, and its other load varies. The sides of a comparison are therefore measured in short,
+alternating turns, and the result is the median of the ratios of adjacent turns: a disturbance affects one turn, or both
+sides equally. The middle half of the ratios is reported next to the median, as a measure of the remaining noise.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Pace:
     turn: float
     scale: float
 
-    def of(self, count: int, least: int = 1) -> int:
-        """Scales a count down to this pace, to `least` at the lowest."""
-        return max(least, int(count * self.scale))
+    def of(self, count: int, minimum: int = 1) -> int:
+        """Scales a count down to this pace, but not below `minimum`."""
+        return max(minimum, int(count * self.scale))
 
 
 FULL = Pace(seconds=6, turn=0.04, scale=1)
@@ -81,7 +81,7 @@ class Turns:
         self.seconds: dict[str, list[float]] = {side: [] for side in sides}
         self.cpu: dict[str, list[float]] = {side: [] for side in sides}
 
-    def take(self, side: str, work: Work, count: int) -> None:
+    def measure(self, side: str, work: Work, count: int) -> None:
         """Measures one turn of a side."""
         cpu, start = time.process_time(), time.perf_counter()
         work(count)
@@ -106,11 +106,11 @@ class Turns:
         return f"the client's CPU {figure(mine)} against {figure(theirs)} µs"
 
 
-def take_turns(pace: Pace, sides: Mapping[str, Work | Side]) -> Turns:
-    """Measures the sides in turns. The number of operations per turn is calibrated for each side."""
+def measure_in_turns(pace: Pace, sides: Mapping[str, Work | Side]) -> Turns:
+    """Measures the sides in alternating turns. The number of operations per turn is calibrated for each side."""
     works = {name: side.work if isinstance(side, Side) else side for name, side in sides.items()}
     counts = {
-        name: _calibrated(works[name], side.lot if isinstance(side, Side) else 1, pace.turn)
+        name: _calibrate(works[name], side.lot if isinstance(side, Side) else 1, pace.turn)
         for name, side in sides.items()
     }
     turns = Turns(sides)
@@ -118,48 +118,48 @@ def take_turns(pace: Pace, sides: Mapping[str, Work | Side]) -> Turns:
     rounds = 0
     while rounds < MIN_ROUNDS or time.monotonic() < end:
         for name, work in works.items():
-            turns.take(name, work, counts[name])
+            turns.measure(name, work, counts[name])
         rounds += 1
     return turns
 
 
-def _calibrated(work: Work, lot: int, turn: float) -> int:
+def _calibrate(work: Work, lot: int, turn: float) -> int:
     """Returns the number of operations that fill a turn, in whole lots. Also warms up."""
     work(lot)
     lots = 1
     while True:
         start = time.perf_counter()
         work(lots * lot)
-        taken = time.perf_counter() - start
-        if taken >= turn / 4:
-            return lot * max(1, round(lots * turn / taken))
+        elapsed = time.perf_counter() - start
+        if elapsed >= turn / 4:
+            return lot * max(1, round(lots * turn / elapsed))
         lots *= 2
 
 
 class Budget(NamedTuple):
-    """The limit that a result must keep."""
+    """The limit that a result must meet."""
 
     limit: float
-    most: bool
+    is_maximum: bool
 
     @classmethod
     def at_least(cls, limit: float) -> Budget:
-        return cls(limit, most=False)
+        return cls(limit, is_maximum=False)
 
     @classmethod
     def at_most(cls, limit: float) -> Budget:
-        return cls(limit, most=True)
+        return cls(limit, is_maximum=True)
 
     def met_by(self, value: float) -> bool:
-        return (operator.le if self.most else operator.ge)(value, self.limit)
+        return (operator.le if self.is_maximum else operator.ge)(value, self.limit)
 
     def __str__(self) -> str:
-        return f"{'≤' if self.most else '≥'} {self.limit:,g}"
+        return f"{'≤' if self.is_maximum else '≥'} {self.limit:,g}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         what: the label: what is measured.

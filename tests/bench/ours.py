@@ -1,6 +1,6 @@
 """The squidstep_redis side of every comparison, and the yardstick.
 
-One operation is one step, begun under a lease and completed: two transitions. Its yardstick is two calls of a script
+One operation is one step: begin_step with a lease, then complete_step. Its yardstick is two calls of a script
 with a single HSET, with the same payloads, through the same kind of client.
 """
 
@@ -68,7 +68,7 @@ class Blocking:
             claim, _ = self.store.begin_step(run, step, self.payload, lease=LEASE)
             self.store.complete_step(claim, self.payload)
 
-    def steps_on_the_users_client(self, count: int) -> None:
+    def steps_on_users_client(self, count: int) -> None:
         store = StepRunStore(self.client)
         for run, step in self.names(count):
             claim, _ = store.begin_step(run, step, self.payload, lease=LEASE)
@@ -79,8 +79,8 @@ class Blocking:
         calls = self.store.calls
         names = self.names(count)
         while chunk := list(itertools.islice(names, BATCH)):
-            begun = self.store.batch([calls.begin_step(*name, self.payload, lease=LEASE) for name in chunk])
-            self.store.batch([calls.complete_step(result.step_run, self.payload) for result in begun])
+            results = self.store.batch([calls.begin_step(*name, self.payload, lease=LEASE) for name in chunk])
+            self.store.batch([calls.complete_step(result.step_run, self.payload) for result in results])
 
     def chained_steps(self, count: int) -> None:
         """Runs of ten steps by one worker, chained with `advance_step`."""

@@ -1,6 +1,6 @@
 """The alternatives. Each executes one step per operation, with the minimum that its own API requires.
 
-An alternative that keeps less than squidstep_redis (no input, no claim, no order) is measured as it is.
+An alternative that stores less than squidstep_redis (no input, no claim, no order) is measured as it is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def lock_around_hset(client: redis.Redis) -> Work:
 
 
 def powertools(client: redis.Redis) -> Work:
-    """The idempotency decorator of Powertools for AWS Lambda, on Redis. It keeps the result but not the input."""
+    """The idempotency decorator of Powertools for AWS Lambda, on Redis. It stores the result but not the input."""
     try:
         from aws_lambda_powertools.utilities.idempotency import idempotent_function
         from aws_lambda_powertools.utilities.idempotency.persistence.cache import CachePersistenceLayer
@@ -78,7 +78,7 @@ def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
     """The source's SQL on PostgreSQL: its columns, indexes and statements, each committed separately.
 
     Beginning a step inserts the row unless it exists, and reads it. Completing a step updates the row if it is running,
-    and reads it again. That is four round trips of prepared statements, as with the source's driver.
+    and rereads it. That is four round trips of prepared statements, as with the source's driver.
     """
     try:
         import psycopg
@@ -97,11 +97,11 @@ def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
     options = f"-c synchronous_commit={synchronous_commit}"
     with psycopg.connect(url, autocommit=True, prepare_threshold=0, options=options) as connection:
         runs = _source_tables(connection)
-        steps_begun = numbers()
+        step_numbers = numbers()
 
         def steps(count: int) -> None:
             for _ in range(count):
-                number = next(steps_begun)
+                number = next(step_numbers)
                 run, step = runs[number // STEPS_OF_A_RUN % _RUNS], f"step-{number % STEPS_OF_A_RUN}"
                 if connection.execute(insert, (uuid.uuid4(), run, step, Jsonb(PAYLOAD))).rowcount != 1:
                     raise RuntimeError(f"{run} {step} exists already")
@@ -147,29 +147,29 @@ def dbos(url: str) -> Iterator[Work]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C goes to the benchmark only; this process ends when its input is closed
+        start_new_session=True,  # Ctrl-C goes to the benchmark only; this process exits when its input is closed
     )
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    said, asked = process.stdout, process.stdin
+    output, input = process.stdout, process.stdin
 
     def steps(count: int) -> None:
-        asked.write(f"{count // STEPS_OF_A_RUN}\n")
-        asked.flush()
-        if said.readline() != "done\n":
-            raise RuntimeError(f"DBOS ended: {process.stderr and process.stderr.read()[-2_000:]}")
+        input.write(f"{count // STEPS_OF_A_RUN}\n")
+        input.flush()
+        if output.readline() != "done\n":
+            raise RuntimeError(f"DBOS exited: {process.stderr and process.stderr.read()[-2_000:]}")
 
     with process:
         try:
-            if said.readline() != "ready\n":
+            if output.readline() != "ready\n":
                 problem = process.stderr.read()
                 if "No module named 'dbos'" in problem:
                     raise MissingError("DBOS Transact: pip install dbos")
                 raise RuntimeError(f"DBOS did not start: {problem[-2_000:]}")
             yield steps
         finally:
-            asked.close()
+            input.close()
 
 
 @contextlib.contextmanager

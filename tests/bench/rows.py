@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 from bench import peers
 from bench.databases import connect, postgres, server
-from bench.measure import Budget, MissingError, Pace, Result, Side, Spread, Turns, Work, figure, take_turns
+from bench.measure import Budget, MissingError, Pace, Result, Side, Spread, Turns, Work, figure, measure_in_turns
 from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Asyncio, Blocking, new_names, own_store, payload_of
 
 from squidstep_redis import Event
@@ -44,8 +44,8 @@ def _against_the_wire(pace: Pace, ours: Blocking, title: str) -> Iterator[Result
     calls = ours.client.info("commandstats")["cmdstat_evalsha"]["calls"]
     yield Result(f"{title}: round trips per transition", calls / 200, "", Budget.at_most(1), "EVALSHA calls counted")
 
-    sides = {"ours": ours.steps, "yardstick": ours.yardsticks, "on a client": ours.steps_on_the_users_client}
-    turns = take_turns(pace, sides)
+    sides = {"ours": ours.steps, "yardstick": ours.yardsticks, "on a client": ours.steps_on_users_client}
+    turns = measure_in_turns(pace, sides)
     yield Result(
         f"{title}: begin + complete, against as many yardsticks",
         turns.times("ours", "yardstick"),
@@ -57,7 +57,7 @@ def _against_the_wire(pace: Pace, ours: Blocking, title: str) -> Iterator[Result
         turns.times("on a client", "yardstick"),
         note=f"{turns.rates('on a client', 'yardstick', 'steps')}; {turns.client_cpu('on a client', 'yardstick')}",
     )
-    turns = take_turns(
+    turns = measure_in_turns(
         pace,
         {
             "single": ours.steps,
@@ -79,7 +79,7 @@ def _against_the_wire(pace: Pace, ours: Blocking, title: str) -> Iterator[Result
     )
     theirs: list[float] = []
     mine: list[float] = []
-    for _ in range(pace.of(50, least=5)):
+    for _ in range(pace.of(50, minimum=5)):
         mine.append(_server_us(ours.client, ours.steps))
         theirs.append(_server_us(ours.client, ours.yardsticks))
     yield Result(
@@ -88,9 +88,9 @@ def _against_the_wire(pace: Pace, ours: Blocking, title: str) -> Iterator[Result
         budget=Budget.at_most(4),
         note=f"{statistics.median(mine):.1f} µs against {statistics.median(theirs):.1f} µs",
     )
-    for what, payload, most in (("200 B", PAYLOAD, 330), ("50 B", payload_of(50), 160)):
-        used = _bytes_per_step(Blocking(ours.client, payload), pace.of(1_000, least=100))
-        budget = Budget.at_most(most)
+    for what, payload, maximum in (("200 B", PAYLOAD, 330), ("50 B", payload_of(50), 160)):
+        used = _bytes_per_step(Blocking(ours.client, payload), pace.of(1_000, minimum=100))
+        budget = Budget.at_most(maximum)
         yield Result(f"{title}: memory of a completed step beyond {what} payloads", used, "bytes", budget)
 
 
@@ -114,7 +114,7 @@ def on_asyncio(pace: Pace) -> Iterator[Result]:
     with server() as started, asyncio.Runner() as runner:
         for tasks in (1, 16):
             ours = Asyncio(runner, started.url, tasks)
-            turns = take_turns(pace, {"ours": ours.steps, "yardstick": ours.yardsticks})
+            turns = measure_in_turns(pace, {"ours": ours.steps, "yardstick": ours.yardsticks})
             ours.close()
             yield Result(
                 f"asyncio, {tasks} task{'s' * (tasks > 1)}: begin + complete, against as many yardsticks",
@@ -128,7 +128,7 @@ def payload_sizes(pace: Pace) -> Iterator[Result]:
     with server() as started, connect(started) as client:
         for what, size in (("50 B", 50), ("1 kB", 1_000), ("100 kB", 100_000), ("1 MB", 1_000_000)):
             ours = Blocking(client, payload_of(size))
-            turns = take_turns(pace, {"ours": ours.steps, "yardstick": ours.yardsticks})
+            turns = measure_in_turns(pace, {"ours": ours.steps, "yardstick": ours.yardsticks})
             client.flushdb()
             yield Result(
                 f"payloads of {what}: begin + complete, against as many yardsticks",
@@ -154,7 +154,7 @@ def successors(pace: Pace) -> Iterator[Result]:
                     store.schedule_steps(run_id, following)
 
         sides: dict[str, Work] = {"one": lambda count: work(count, True), "two": lambda count: work(count, False)}
-        turns = take_turns(pace, sides)
+        turns = measure_in_turns(pace, sides)
         yield Result(
             "begin + complete_step(schedule=3 steps), against a separate schedule_steps",
             turns.times("one", "two"),
@@ -169,7 +169,7 @@ def chains(pace: Pace) -> Iterator[Result]:
         client.config_resetstat()
         ours.chained_steps(STEPS_OF_A_RUN)
         calls = client.info("commandstats")["cmdstat_evalsha"]["calls"]
-        turns = take_turns(pace, {"chain": Side(ours.chained_steps, STEPS_OF_A_RUN), "single": ours.steps})
+        turns = measure_in_turns(pace, {"chain": Side(ours.chained_steps, STEPS_OF_A_RUN), "single": ours.steps})
         yield Result(
             "ten-step runs with advance_step, against begin + complete",
             turns.times("chain", "single"),
@@ -189,7 +189,7 @@ def events(pace: Pace) -> Iterator[Result]:
 
         watched.store.on_event(listener)
         unused = min(timeit.repeat(lambda: quiet.store._transport.events.is_logged(20), number=10_000)) / 10_000
-        turns = take_turns(pace, {"watched": watched.steps, "quiet": quiet.steps})
+        turns = measure_in_turns(pace, {"watched": watched.steps, "quiet": quiet.steps})
         share = figure(100 * unused / statistics.median(turns.seconds["quiet"]) * 2)
         yield Result("events without a listener", 1e6 * unused, "µs a call", note=f"{share} % of begin + complete")
         yield Result(
@@ -202,7 +202,7 @@ def events(pace: Pace) -> Iterator[Result]:
 def reads(pace: Pace) -> Iterator[Result]:
     """Reading whole runs, of 10, 100 and 10,000 completed steps."""
     with server() as started, connect(started) as client:
-        for size in (10, 100, pace.of(10_000, least=1_000)):
+        for size in (10, 100, pace.of(10_000, minimum=1_000)):
             yield from _reads(pace, client, size)
 
 
@@ -217,7 +217,7 @@ def _reads(pace: Pace, client: Any, size: int) -> Iterator[Result]:
         "get_run, and decode every payload": _repeated(lambda: [(it.input, it.output) for it in store.get_run(run)]),
         "HGETALL of the same hash": _repeated(lambda: client.hgetall(key)),
     }
-    turns = take_turns(pace, sides)
+    turns = measure_in_turns(pace, sides)
     for side in sides:
         milliseconds = Spread.of([1_000 * each for each in turns.seconds[side]])
         each = f"{figure(1_000 * milliseconds.median / size)} µs per step"
@@ -233,7 +233,7 @@ def _repeated(call: Callable[[], Any]) -> Work:
 
 
 def against_peers(pace: Pace) -> Iterator[Result]:
-    """Single steps against alternatives that keep their records in Redis, in memory."""
+    """Single steps against alternatives that store their records in Redis, in memory."""
     with server() as started, connect(started) as client:
         ours = Blocking(client)
         sides: dict[str, Work | Side] = {"squidstep": ours.steps, "in batches": Side(ours.batched_steps, BATCH)}
@@ -243,7 +243,7 @@ def against_peers(pace: Pace) -> Iterator[Result]:
             sides["Powertools"] = peers.powertools(client)
         except MissingError as missing:
             problem = str(missing)
-        turns = take_turns(pace, sides)
+        turns = measure_in_turns(pace, sides)
         yield Result(
             "against SET NX + SET, the simplest claim",
             turns.times("squidstep", "SET NX + SET"),
@@ -261,7 +261,7 @@ def against_databases(pace: Pace) -> Iterator[Result]:
     yield from _against_databases(pace, "relaxed", "everysec", "off", 3.5)
 
 
-def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float) -> Iterator[Result]:
+def _against_databases(pace: Pace, how: str, aof: str, commit: str, minimum: float) -> Iterator[Result]:
     with contextlib.ExitStack() as stack:
         ours = Blocking(stack.enter_context(connect(stack.enter_context(server(durability=aof)))))
         sides: dict[str, Work | Side] = {"squidstep": ours.steps, "in batches": Side(ours.batched_steps, BATCH)}
@@ -282,10 +282,10 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
             dbos_url = f"{url.removesuffix('postgres')}dbos?options=-csynchronous_commit%3D{commit}"
             enter("source's SQL", lambda: peers.source_sql(url, commit))
             enter("DBOS, PostgreSQL", lambda: peers.dbos(dbos_url), STEPS_OF_A_RUN)
-        if how == "durable":  # DBOS opens SQLite in a mode that waits for the disk
+        if how == "durable":  # DBOS opens SQLite in a mode that waits for fsync
             enter("DBOS, SQLite", peers.dbos_on_sqlite, STEPS_OF_A_RUN)
         slower = Pace(3 * pace.seconds, 2 * pace.turn, pace.scale)
-        turns = take_turns(slower, sides)
+        turns = measure_in_turns(slower, sides)
     meaning = f"AOF {aof}, synchronous_commit={commit}"
     yield Result(
         f"{how}: begin + complete, {meaning}",
@@ -295,7 +295,7 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
         bars=_bars(f"{meaning}: {_SURVIVES[how]}", sides, turns),
     )
     for side, name, what, budget in (
-        ("squidstep", "source's SQL", "the source's SQL on PostgreSQL 15", least),
+        ("squidstep", "source's SQL", "the source's SQL on PostgreSQL 15", minimum),
         ("chain", "DBOS, PostgreSQL", "DBOS Transact on PostgreSQL, ten-step workflows", 40),
         ("chain", "DBOS, SQLite", "DBOS Transact on SQLite, ten-step workflows", None),
     ):
@@ -308,8 +308,8 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str, least: float
 _SURVIVES = {"durable": "completed steps survive a crash", "relaxed": "about the last second may be lost"}
 
 
-def _versus(what: str, side: str, other: str, turns: Turns, problem: str, least: float | None) -> Result:
-    budget = Budget.at_least(least) if least else None
+def _versus(what: str, side: str, other: str, turns: Turns, problem: str, minimum: float | None) -> Result:
+    budget = Budget.at_least(minimum) if minimum else None
     if other not in turns.seconds:
         return Result(what, None, budget=budget, note=problem)
     return Result(what, turns.times(side, other), budget=budget, note=turns.rates(side, other, "steps"))
@@ -335,7 +335,7 @@ print(between - start, end - between)
 def import_time(pace: Pace) -> Iterator[Result]:
     """The CPU time of `import squidstep_redis` after `import redis`, in a fresh interpreter."""
     own, total = [], []
-    for _ in range(pace.of(20, least=5)):
+    for _ in range(pace.of(20, minimum=5)):
         ran = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
         of_redis, beyond = map(float, ran.stdout.split())
         own.append(1_000 * beyond)

@@ -16,7 +16,7 @@ import msgpack
 import redis
 from bench.databases import connect, die_with_parent, server
 from bench.listing import RUNS, listing
-from bench.measure import Budget, Pace, Result, Side, Spread, Turns, figure, take_turns
+from bench.measure import Budget, Pace, Result, Side, Spread, Turns, figure, measure_in_turns
 from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
 from support.servers import EmbeddedCluster
 
@@ -25,12 +25,12 @@ from squidstep_redis import StepRunStore
 _CORES = multiprocessing.cpu_count()
 _processes = multiprocessing.get_context("fork")
 _LONG_RUN = "long"
-_TRIES = 5  # repetitions of a measurement that is not taken in turns
+_TRIES = 5  # repetitions of a measurement without turns
 
 
 def long_run(pace: Pace) -> Iterator[Result]:
     """A transition in a run of 10,000 steps against one in a small run, and how long each call blocks the server."""
-    size = pace.of(10_000, least=1_000)
+    size = pace.of(10_000, minimum=1_000)
     with server() as full, server() as empty, connect(full) as full_client, connect(empty) as empty_client:
         numbers = itertools.count()
 
@@ -39,19 +39,19 @@ def long_run(pace: Pace) -> Iterator[Result]:
 
         long = Blocking(full_client, names=in_the_long_run)
         long.batched_steps(size)
-        turns = take_turns(pace, {"long": long.steps, "small": Blocking(empty_client).steps})
+        turns = measure_in_turns(pace, {"long": long.steps, "small": Blocking(empty_client).steps})
         yield _slowdown(f"a transition in a run of {size:,} steps, against a small store", turns, "long", "small")
         yield from _blocking(StepRunStore(full_client), full_client, size)
 
 
 def _slowdown(what: str, turns: Turns, side: str, other: str) -> Result:
-    taken = turns.times(other, side)  # a ratio of rates is the inverse ratio of times
+    ratio = turns.times(other, side)  # a ratio of rates is the inverse ratio of times
     note = turns.rates(side, other, "steps")
-    return Result(what, taken, "x the time", Budget.at_most(1.3), note)
+    return Result(what, ratio, "x the time", Budget.at_most(1.3), note)
 
 
 def _blocking(store: StepRunStore, client: redis.Redis, size: int) -> Iterator[Result]:
-    """How long the longest single command of each operation blocks the server."""
+    """The longest time for which a single command of each operation blocks the server."""
     following = {f"step-{number}": PAYLOAD for number in range(size)}
     claims = [store.begin_step(f"fan-out-{turn}", "first", PAYLOAD, lease=LEASE).step_run for turn in range(_TRIES)]
     calls: dict[str, Callable[[int], Any]] = {
@@ -117,7 +117,7 @@ def many_steps(pace: Pace) -> Iterator[Result]:
             "scattered": Blocking(client, names=scattered).steps,
             "empty": Blocking(empty_client).steps,
         }
-        turns = take_turns(pace, sides)
+        turns = measure_in_turns(pace, sides)
         what = f"a transition among {steps:,} steps, against an empty store"
         yield _slowdown(f"{what}: in new runs", turns, "full", "empty")
         yield _slowdown(f"{what}: in any of its runs", turns, "scattered", "empty")
@@ -133,7 +133,7 @@ def _filled(url: str, runs: int) -> None:
     for worker in workers:
         worker.join()
         if worker.exitcode:
-            raise RuntimeError(f"a process that fills the store ended with {worker.exitcode}")
+            raise RuntimeError(f"a process that fills the store exited with status {worker.exitcode}")
 
 
 def _fill(url: str, runs: range) -> None:
@@ -164,8 +164,8 @@ class Crew:
         start = time.monotonic() + 0.1
         for pipe in self._pipes:
             pipe.send((what, start, seconds))
-        taken = sorted(itertools.chain.from_iterable(pipe.recv() for pipe in self._pipes))
-        return len(taken) / seconds, 1_000 * taken[int(len(taken) * 0.99)]
+        durations = sorted(itertools.chain.from_iterable(pipe.recv() for pipe in self._pipes))
+        return len(durations) / seconds, 1_000 * durations[int(len(durations) * 0.99)]
 
     def dismiss(self) -> None:
         for pipe in self._pipes:
@@ -187,21 +187,21 @@ def _work_along(url: str, pipe: Connection) -> None:
         ours = Blocking(client, names=names)
         ours.steps(1)
         pipe.send("ready")
-        while asked := pipe.recv():
-            what, start, seconds = asked
+        while request := pipe.recv():
+            what, start, seconds = request
             work = getattr(ours, what)
             time.sleep(max(0.0, start - time.monotonic()))
-            taken = []
+            durations = []
             while (now := time.monotonic()) < start + seconds:
                 work(1)
-                taken.append(time.monotonic() - now)
-            pipe.send(taken)
+                durations.append(time.monotonic() - now)
+            pipe.send(durations)
 
 
 def many_processes(pace: Pace) -> Iterator[Result]:
     """64 client processes on one server."""
     with server() as started:
-        size = pace.of(64, least=4)
+        size = pace.of(64, minimum=4)
         crew = Crew(started.url, size)
         alone = Crew(started.url, 1)
         seconds = max(0.1, pace.seconds / 24)
@@ -243,7 +243,7 @@ def cluster(pace: Pace) -> Iterator[Result]:
             "three, batch": Side(three.batched_steps, BATCH),
             "one, batch": Side(single.batched_steps, BATCH),
         }
-        turns = take_turns(pace, sides)
+        turns = measure_in_turns(pace, sides)
         for what, side, other in (
             ("a cluster of three: begin + complete, against one node", "three", "one"),
             ("a cluster of three: begin + complete, against as many yardsticks on the cluster", "three", "yardstick"),
@@ -279,7 +279,7 @@ def indexes(pace: Pace) -> Iterator[Result]:
         }
         for name, call in calls.items():
             times = []
-            for _ in range(pace.of(10, least=3)):
+            for _ in range(pace.of(10, minimum=3)):
                 start = time.perf_counter()
                 found = call()
                 times.append(1_000 * (time.perf_counter() - start))
@@ -287,7 +287,7 @@ def indexes(pace: Pace) -> Iterator[Result]:
                 f"{count:,} live claims: {name}",
                 Spread.of(times),
                 "ms",
-                note=f"{len(found)} found; the slowest command takes the server {figure(_longest_ms(client, call))} ms",
+                note=f"{len(found)} found; slowest command: {figure(_longest_ms(client, call))} ms of server time",
             )
 
 
@@ -296,7 +296,5 @@ def lists(pace: Pace) -> Iterator[Result]:
     runs = pace.of(RUNS)
     with server() as started:
         for listed in listing(started.port, runs):
-            slow = (
-                f"{len(listed.slow)} commands took the server more than 5 ms" if listed.slow else "no command took 5 ms"
-            )
+            slow = f"{len(listed.slow) or 'no'} command{'s' * (len(listed.slow) > 1)} over 5 ms of server time"
             yield Result(f"{runs:,} runs: {listed.what}", 1_000 * listed.seconds, "ms", note=slow)
