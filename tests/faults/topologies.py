@@ -113,11 +113,11 @@ class Sentinels:
 
 
 class Cluster(EmbeddedCluster):
-    """Three primaries and a replica of each, that soon take over from each other."""
+    """A cluster of three primaries. By default each has a replica, which takes over within seconds."""
 
-    def __init__(self, binary: Path) -> None:
+    def __init__(self, binary: Path, *, replicated: bool = True) -> None:
         options = {**REPLICATION, "cluster-node-timeout": "4000", "cluster-replica-validity-factor": "0"}
-        super().__init__(binary=binary, replicated=True, options=options)
+        super().__init__(binary=binary, replicated=replicated, options=options)
 
     def holders(self, slot: int) -> list[EmbeddedServer]:
         """Who serves the slot, and its replica, as most of the living tell it."""
