@@ -1,7 +1,7 @@
-"""Checks the soak's history while it is made: each generation of runs as soon as no worker has a call to make on it.
+"""Checks the soak's history during the soak: each generation of runs as soon as no worker makes calls on it.
 
-A process of its own. It reads what the workers write down, has a look of its own at each generation when it is over,
-and at the end at all of them again: what was acknowledged must be there after all that happened since.
+The audit is a separate process. It reads the workers' logs, and reads each generation from the store when it is over.
+At the end it reads all runs again, because every acknowledged completion must have survived all later faults.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any, Final
 from squidstep_redis import ServerError, StepRunStore
 from squidstep_redis.protocol import scripts
 
-from .crew import GENERATION, PREFIX, STEPS, Deed, answer_to
-from .history import Findings, Op, Order, check, lost
+from .crew import GENERATION, PREFIX, STEPS, Request, reply_of
+from .history import Findings, Op, Order, check, find_lost
 
-PAUSE: Final = 0.05  # seconds between two looks at the logs
+PAUSE: Final = 0.05  # seconds between two reads of the logs
 
 
 @dataclass
 class Verdict:
-    """What came of a soak.
+    """The result of a soak.
 
     Attributes:
-        findings: of the checker.
-        errors: what no call should have ended in.
-        counts: how often what happened.
-        busy: seconds that the checking took, of processor time.
+        findings: the findings of the checker.
+        errors: errors that no call may raise.
+        counts: the number of events of each kind.
+        busy: the processor time of the checks, in seconds.
     """
 
     findings: Findings = field(default_factory=Findings)
@@ -43,13 +43,18 @@ class Verdict:
     busy: float = 0.0
 
 
-class Diary:
-    """One worker's log, read as it grows."""
+class WorkerLog:
+    """Reads one worker's log as it grows.
+
+    Attributes:
+        floors: the generation of each actor, which makes no call on earlier ones.
+        sent: the calls without a reply so far, by their number.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
         self._rest = b""
-        self.floors: dict[int, float] = {}  # the generation that each life is at: no earlier one is of interest to it
+        self.floors: dict[int, float] = {}
         self.sent: dict[int, tuple[float, list[Any]]] = {}
 
     @property
@@ -60,129 +65,128 @@ class Diary:
         *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
         for line in lines:
             try:
-                what, *rest = json.loads(line)
+                event, *rest = json.loads(line)
             except ValueError:
-                continue  # empty, or cut off by a kill
-            if what == "hired":
+                continue  # empty, or truncated by a kill
+            if event == "started":
                 self.floors = dict.fromkeys(range(rest[1]), rest[0])
-            elif what == "turn":
+            elif event == "generation":
                 self.floors[rest[0]] = rest[1]
-            elif what == "dead":
+            elif event == "killed":
                 self.floors.clear()
                 self._file.close()
                 return
             else:
-                yield [what, *rest]
+                yield [event, *rest]
 
 
 @dataclass
 class Generation:
-    """What is known of the runs that began together."""
+    """The history of the runs of one generation."""
 
     ops: list[Op] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
 
     def add(
-        self, deeds: list[list[Any]], sent: float, answered: float, answers: list[Any], resent: bool = False
+        self, requests: list[list[Any]], sent: float, received: float, replies: list[Any], resent: bool = False
     ) -> None:
-        for (kind, run, step, claim, value, lease, limit), answer in zip(deeds, answers, strict=True):
-            if answer == ["unwritten"] or (kind == "order" and answer is None):
+        for (kind, run, step, claim, value, lease, limit), reply in zip(requests, replies, strict=True):
+            if reply == ["unwritten"] or (kind == "order" and reply is None):
                 continue
-            if kind == "order" and answer[:1] != ["error"]:
-                self.orders.append(Order(run, sent, answered, tuple(answer)))
+            if kind == "order" and reply[:1] != ["error"]:
+                self.orders.append(Order(run, sent, received, tuple(reply)))
                 continue
-            until, told = (math.inf, None) if answer is None else (answered, tuple(answer))
-            self.ops.append(Op(kind, run, step, claim, sent, until, told, value, lease, limit, resent))
+            known = (math.inf, None) if reply is None else (received, tuple(reply))
+            self.ops.append(Op(kind, run, step, claim, sent, *known, value, lease, limit, resent))
 
 
 class Audit:
-    """Reads, checks and counts."""
+    """Reads the logs, checks the generations and counts the events."""
 
     def __init__(self, logs: Path, store: StepRunStore) -> None:
         self.verdict = Verdict()
         self._logs = logs
         self._store = store
-        self._diaries: dict[Path, Diary] = {}
+        self._worker_logs: dict[Path, WorkerLog] = {}
         self._generations: dict[int, Generation] = defaultdict(Generation)
-        self._acknowledged: dict[str, list[Op]] = {}  # of each run, its completions
+        self._acknowledged: dict[str, list[Op]] = {}  # the completions of each run
 
-    def go_on(self) -> None:
-        """Reads what is new, and checks what is over."""
+    def advance(self) -> None:
+        """Reads new log lines and checks the generations that are over."""
         now = int(time.time() / GENERATION)
         for path in self._logs.iterdir():
-            if path not in self._diaries:
-                self._diaries[path] = Diary(path)
-        for diary in self._diaries.values():
-            if not diary.is_closed:
-                self._read(diary)
-        floor = min([now, *(floor for diary in self._diaries.values() for floor in diary.floors.values())])
+            if path not in self._worker_logs:
+                self._worker_logs[path] = WorkerLog(path)
+        for log in self._worker_logs.values():
+            if not log.is_closed:
+                self._read(log)
+        floor = min([now, *(floor for log in self._worker_logs.values() for floor in log.floors.values())])
         for number in sorted(self._generations):
             if number < floor:
                 self._check(number)
 
-    def end(self) -> None:
-        """Looks at all runs once more: nothing that was acknowledged may have been forgotten since."""
+    def finish(self) -> None:
+        """Reads all runs again: no acknowledged completion may have been lost in the meantime."""
         runs = list(self._acknowledged)
         for first in range(0, len(runs), 50):
             part = runs[first : first + 50]
-            reading = self._look(part)
+            reading = self._read_runs(part)
             acknowledged = [op for run in part for op in self._acknowledged[run]]
-            self.verdict.findings.lost += lost([*acknowledged, *reading.ops], reading.orders)
+            self.verdict.findings.lost += find_lost([*acknowledged, *reading.ops], reading.orders)
             self.verdict.counts["completions found at the end"] += len({(op.run, op.step) for op in acknowledged})
 
-    def _read(self, diary: Diary) -> None:
-        for what, *rest in diary.read():
-            if what == "error":
+    def _read(self, log: WorkerLog) -> None:
+        for event, *rest in log.read():
+            if event == "error":
                 self.verdict.errors += rest
-            elif what == "sent":
-                number, when, deeds = rest
-                diary.sent[number] = when, deeds
+            elif event == "sent":
+                number, when, requests = rest
+                log.sent[number] = when, requests
             else:
-                number, answered, answers, resent = rest
-                sent, deeds = diary.sent.pop(number)
-                self._generation(deeds).add(deeds, sent, answered, answers, resent)
-        if diary.is_closed:
-            self._give_up(diary, math.inf)
+                number, received, replies, resent = rest
+                sent, requests = log.sent.pop(number)
+                self._generation(requests).add(requests, sent, received, replies, resent)
+        if log.is_closed:
+            self._record_unanswered(log)
 
-    def _generation(self, deeds: list[list[Any]]) -> Generation:
-        return self._generations[_number(deeds)]
+    def _generation(self, requests: list[list[Any]]) -> Generation:
+        return self._generations[_number(requests)]
 
-    def _give_up(self, diary: Diary, number: float) -> None:
-        """What was sent up to that generation, and not answered, never will be."""
-        for key, (sent, deeds) in list(diary.sent.items()):
-            if _number(deeds) <= number:
-                del diary.sent[key]
-                self._generation(deeds).add(deeds, sent, math.inf, [None] * len(deeds))
+    def _record_unanswered(self, log: WorkerLog) -> None:
+        """Records the calls of a killed worker that got no reply."""
+        for sent, requests in log.sent.values():
+            self._generation(requests).add(requests, sent, math.inf, [None] * len(requests))
+        log.sent.clear()
 
     def _check(self, number: int) -> None:
         began = time.process_time()
         generation = self._generations.pop(number)
-        reading = self._look(sorted({op.run for op in generation.ops}))
+        reading = self._read_runs(sorted({op.run for op in generation.ops}))
         self._count(generation)
         self.verdict.findings.add(check(generation.ops + reading.ops, generation.orders + reading.orders))
         for op in generation.ops:
-            if op.kind == "complete" and op.answer == ("done",):
+            if op.kind == "complete" and op.reply == ("done",):
                 self._acknowledged.setdefault(op.run, []).append(op)
         self.verdict.busy += time.process_time() - began
 
-    def _look(self, runs: list[str]) -> Generation:
-        """All that the store has of those runs now: whenever the server can be asked."""
-        deeds = [
-            deed
+    def _read_runs(self, runs: list[str]) -> Generation:
+        """Reads everything that the store has of the runs; retries while the server is away."""
+        requests = [
+            request
             for run in runs
-            for deed in (
+            for request in (
                 *(
-                    Deed(self._store.calls.get_step_run(run, f"step-{step}"), "read", run, f"step-{step}")
+                    Request(self._store.calls.get_step_run(run, f"step-{step}"), "read", run, f"step-{step}")
                     for step in range(STEPS)
                 ),
-                Deed(self._store.calls.completed_steps(run), "order", run),
+                Request(self._store.calls.completed_steps(run), "order", run),
             )
         ]
         deadline = time.monotonic() + 30
         while True:
             sent = time.time()
             try:
-                results = self._store.batch([deed.call for deed in deeds])
+                results = self._store.batch([request.call for request in requests])
                 for error in results:
                     if isinstance(error, ServerError):
                         raise error
@@ -192,10 +196,10 @@ class Audit:
                 continue
             reading = Generation()
             reading.add(
-                [list(deed[1:]) for deed in deeds],
+                [list(request[1:]) for request in requests],
                 sent,
                 time.time(),
-                [answer_to(*each) for each in zip(deeds, results, strict=True)],
+                [reply_of(*each) for each in zip(requests, results, strict=True)],
             )
             return reading
 
@@ -205,45 +209,45 @@ class Audit:
         granted: dict[tuple[str, str, int], str] = {}
         counts["operations"] += len(generation.orders)
         for op in generation.ops:
-            if op.answer is None:
+            if op.reply is None:
                 counts["replies never received"] += 1
                 continue
             counts["operations"] += 1
             counts["sent more than once"] += op.resent
-            word = op.answer[0]
+            word = op.reply[0]
             counts[f"{op.kind}: {word}"] += 1
             if word == "execute":
-                granted[op.run, op.step, op.answer[1]] = op.claim
+                granted[op.run, op.step, op.reply[1]] = op.claim
             elif op.kind in ("fail", "release"):
                 ends[op.claim] = op
-            counts["zombies refused"] += word == "stale" and op.kind != "expire" and op.answer[3] != op.claim
+            counts["zombies rejected"] += word == "stale" and op.kind != "expire" and op.reply[3] != op.claim
         for run, step, attempt in granted:
             before = granted.get((run, step, attempt - 1))
             counts["takeovers"] += attempt > 1 and before not in ends
 
 
-def _number(deeds: list[list[Any]]) -> int:
-    return int(deeds[0][1].split("-")[1])
+def _number(requests: list[list[Any]]) -> int:
+    return int(requests[0][1].split("-")[1])
 
 
-def audit(logs: Path, url: str, lua: str | None, director: Connection) -> None:
-    """The process. It sends on what it finds, at once; told to end, it sends its verdict."""
+def audit(logs: Path, url: str, lua: str | None, parent: Connection) -> None:
+    """Runs the audit's process. It sends problems at once; after a message from `parent`, it sends its verdict."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if lua is not None:
         scripts.directory = lambda: Path(lua)
     with StepRunStore.from_url(url, prefix=PREFIX) as store:
         audit = Audit(logs, store)
-        told = 0
+        reported = 0
         while True:
-            is_over = director.poll(PAUSE)
-            audit.go_on()
+            is_over = parent.poll(PAUSE)
+            audit.advance()
             problems = audit.verdict.findings.problems + audit.verdict.errors
             if is_over:
                 if not problems:
-                    audit.end()
-                director.recv()
-                director.send(audit.verdict)
+                    audit.finish()
+                parent.recv()
+                parent.send(audit.verdict)
                 return
-            if len(problems) > told:
-                told = len(problems)
-                director.send(problems)
+            if len(problems) > reported:
+                reported = len(problems)
+                parent.send(problems)

@@ -1,4 +1,4 @@
-"""Stores of both flavours on whatever server a test of a fault sets up."""
+"""A fixture for stores of both flavors, on the server that a fault test starts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from .kit import FLAVOURS, Stores
+from .kit import FLAVORS, Stores
 
 
-@pytest.fixture(params=FLAVOURS)
+@pytest.fixture(params=FLAVORS)
 def stores(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[Stores]:
     with Stores(request.param, runner) as stores:
         yield stores

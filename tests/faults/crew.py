@@ -1,7 +1,7 @@
-"""The soak's workers: what they do to the store, and how they write it down.
+"""The soak's workers: the calls they make, and how they log them.
 
-Each writes down every call before it is sent, and its answer when it came, in a file of its own: what a killed worker
-had sent is known. A worker has several lives, threads or tasks that share a store. `audit.py` reads what they write.
+Each worker has its own log. It logs every call before sending it, and the reply when it arrives, so the log shows what
+a killed worker had sent. A worker runs several actors, threads or tasks that share a store. `audit.py` reads the logs.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from squidstep_redis import (
 from squidstep_redis.protocol import scripts
 
 PREFIX: Final = "soak"
-GENERATION: Final = 1.0  # seconds after which new runs begin: completed steps are of no more interest
-RUNS: Final = 2  # of a generation
-STEPS: Final = 16  # of a run
-LIVES: Final = 4  # of a worker
+GENERATION: Final = 1.0  # seconds until the workers turn to new runs, because completed steps do not change any more
+RUNS: Final = 2  # per generation
+STEPS: Final = 16  # per run
+ACTORS: Final = 4  # per worker
 
-# A new process takes a tenth of the time when it need not import all this again.
+# A forked process starts ten times as fast, because it does not import these modules again.
 PROCESSES: Final = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["squidstep_redis", "redis.asyncio", "asyncio"])
 
-Life = Generator["list[Call[Any]] | float", Any, Any]
-"""Yields calls, and is sent a result or an error for each; or seconds to pause."""
+Routine = Generator["list[Call[Any]] | float", Any, Any]
+"""Yields calls and receives a result or an error for each, or yields seconds to sleep."""
 
 
-class Deed(NamedTuple):
-    """A call, and what the history is to know of it, see `history.Op`."""
+class Request(NamedTuple):
+    """A call, and what the history records of it, as in `history.Op`."""
 
     call: Call[Any]
     kind: str
@@ -71,11 +71,11 @@ class Deed(NamedTuple):
     limit: float = math.inf
 
 
-_sends: ContextVar[int] = ContextVar("sends", default=0)  # of this life: more than one for a call, if it was sent again
+_sends: ContextVar[int] = ContextVar("sends", default=0)  # of the current actor; a retried call is sent more than once
 
 
 class Connection(redis.Connection):
-    """Counts what is sent."""
+    """Counts the commands it sends."""
 
     def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
         _sends.set(_sends.get() + 1)
@@ -83,7 +83,7 @@ class Connection(redis.Connection):
 
 
 class AsyncConnection(redis.asyncio.Connection):
-    """Likewise."""
+    """Counts the commands it sends."""
 
     async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
         _sends.set(_sends.get() + 1)
@@ -92,7 +92,7 @@ class AsyncConnection(redis.asyncio.Connection):
 
 @dataclass
 class Log:
-    """Writes down what is sent and answered: each line whole, so that a kill cuts none but the last."""
+    """A worker's log. Each line is one write, so that a kill can truncate only the last."""
 
     path: Path
 
@@ -103,38 +103,38 @@ class Log:
     def write(self, *values: Any) -> None:
         os.write(self._file, json.dumps(values, separators=(",", ":")).encode() + b"\n")
 
-    def do(self, *deeds: Deed) -> Life:
-        """Sends calls, in one round trip, and writes them down before and after. Answers their results."""
-        if not deeds:
+    def call(self, *requests: Request) -> Routine:
+        """Makes calls in one round trip and logs them before and after; returns their results."""
+        if not requests:
             return []
         number, sends = next(self._numbers), _sends.get()
-        self.write("sent", number, time.time(), [deed[1:] for deed in deeds])
-        results = yield [deed.call for deed in deeds]
+        self.write("sent", number, time.time(), [request[1:] for request in requests])
+        results = yield [request.call for request in requests]
         when = time.time()
-        answers = [self._answer(*each) for each in zip(deeds, results, strict=True)]
-        self.write("answered", number, when, answers, _sends.get() - sends > 1)
+        replies = [self._reply(*each) for each in zip(requests, results, strict=True)]
+        self.write("received", number, when, replies, _sends.get() - sends > 1)
         return results
 
-    def _answer(self, deed: Deed, result: Any) -> list[Any] | None:
+    def _reply(self, request: Request, result: Any) -> list[Any] | None:
         try:
-            return answer_to(deed, result)
+            return reply_of(request, result)
         except (redis.RedisError, OSError, OutcomeUnknownError) as error:
-            self.write("error", f"{deed.kind} of {deed.claim} in {deed.run}: {type(error).__name__}: {error}")
+            self.write("error", f"{request.kind} of {request.claim} in {request.run}: {type(error).__name__}: {error}")
             return None
 
 
-def answer_to(deed: Deed, result: Any) -> list[Any] | None:
-    """A result in the words of the history; None if it is not known."""
+def reply_of(request: Request, result: Any) -> list[Any] | None:
+    """Returns a result as the history records it; None if the outcome is unknown."""
     match result:
         case Exception():
-            return _refused(result)
+            return _reply_of_error(result)
         case BeginResult():
-            return _begun(result)
+            return _reply_of_begin(result)
         case ScheduleResult():
             return [result.decision]
-        case StepRun() if deed.kind == "extend":
+        case StepRun() if request.kind == "extend":
             return ["done", result.lease_ends_at.timestamp()]
-        case StepRun() if deed.kind == "read":
+        case StepRun() if request.kind == "read":
             return [result.status, result.attempt, result.owner or "", _value(result)]
         case None:
             return ["none", 0, "", None]
@@ -144,7 +144,7 @@ def answer_to(deed: Deed, result: Any) -> list[Any] | None:
             return ["done"]
 
 
-def _refused(error: Exception) -> list[Any] | None:
+def _reply_of_error(error: Exception) -> list[Any] | None:
     match error:
         case StaleStepRunError():
             return ["stale", error.current.status, error.current.attempt, error.current.owner or ""]
@@ -159,21 +159,21 @@ def _refused(error: Exception) -> list[Any] | None:
         case SquidstepError() if not isinstance(error, OutcomeUnknownError):
             return ["error", f"{type(error).__name__}: {error}"]  # which a correct store never returns
         case _:
-            raise error  # a script that fails, or an error of redis-py's own
+            raise error  # a script that fails, or an unmapped error of redis-py
 
 
-def _begun(result: BeginResult) -> list[Any]:
+def _reply_of_begin(result: BeginResult) -> list[Any]:
     step_run = result.step_run
     if result.decision == "execute":
         return ["execute", step_run.attempt, step_run.input["by"], step_run.lease_ends_at.timestamp()]
-    known = [result.reason, step_run.attempt, step_run.owner or ""]
+    parts = [result.reason, step_run.attempt, step_run.owner or ""]
     match result.reason:
         case "completed":
-            return [*known, _value(step_run)]
+            return [*parts, _value(step_run)]
         case "superseded":
-            return known[:1]
+            return parts[:1]
         case _:
-            return known
+            return parts
 
 
 def _value(step_run: StepRun) -> int | None:
@@ -181,66 +181,66 @@ def _value(step_run: StepRun) -> int | None:
 
 
 @dataclass
-class Hand:
-    """One life's hand at the store: it takes deliveries for ever, and is slow, wrong, late or insistent with some."""
+class Actor:
+    """Executes steps in an endless loop. Some calls it makes late, repeats, or makes without a claim."""
 
     calls: Calls
     log: Log
     dice: random.Random
     name: str
-    life: int
+    number: int
 
-    def live(self) -> Life:
-        self._claims = (f"{self.name}-{self.life}-{number}" for number in itertools.count())
+    def run(self) -> Routine:
+        self._claims = (f"{self.name}-{self.number}-{number}" for number in itertools.count())
         while True:
             generation = int(time.time() / GENERATION)
-            # From here on nothing of an earlier generation is sent: the audit relies on it.
-            self.log.write("turn", self.life, generation)
-            self._said: deque[Deed] = deque(maxlen=16)  # what may be sent once more, much later
+            # The audit relies on this: from here on, no call belongs to an earlier generation.
+            self.log.write("generation", self.number, generation)
+            self._sent: deque[Request] = deque(maxlen=16)  # requests that may be repeated later
             while generation == int(time.time() / GENERATION):
                 yield from self._deliver(generation)
 
-    def _deliver(self, generation: int) -> Life:
+    def _deliver(self, generation: int) -> Routine:
         dice, log = self.dice, self.log
         places = [(f"run-{generation}-{run}", f"step-{step}") for run in range(RUNS) for step in range(STEPS)]
         places = dice.sample(places, dice.choice((1, 2, 8, 16)))
         begins = [self._begin(*place) for place in places]
-        results = yield from log.do(*begins)
-        self._said += begins
+        results = yield from log.call(*begins)
+        self._sent += begins
         held = [
-            (deed, result.step_run)
-            for deed, result in zip(begins, results, strict=True)
+            (request, result.step_run)
+            for request, result in zip(begins, results, strict=True)
             if isinstance(result, BeginResult) and result.decision == "execute"
         ]
         if len(held) < len(begins) and dice.random() < 0.3:
-            yield from log.do(*self._look(begins, results))
-        yield dice.choice((0, 0, 0, 0.005, 0.02, 0.2) if held else (0, 0.01))  # the last outlasts most leases: a zombie
-        yield from log.do(*(self._extend(*claim) for claim in held if dice.random() < 0.2))
-        yield from log.do(*(begin for begin, _ in held if dice.random() < 0.1))  # it is told so once more
+            yield from log.call(*self._reads(begins, results))
+        yield dice.choice((0, 0, 0, 0.005, 0.02, 0.2) if held else (0, 0.01))  # 0.2 outlasts the lease: a zombie
+        yield from log.call(*(self._extend(*claim) for claim in held if dice.random() < 0.2))
+        yield from log.call(*(begin for begin, _ in held if dice.random() < 0.1))  # a repeated begin
         ends = [self._end(*claim) for claim in held]
-        yield from log.do(*ends)
-        self._said += ends
-        if dice.random() < 0.1:  # and another end, which must not be had
+        yield from log.call(*ends)
+        self._sent += ends
+        if dice.random() < 0.1:  # a second end of the same claims, which must be rejected if it differs
             kinds = [end.kind if dice.random() < 0.5 else None for end in ends]
-            yield from log.do(*(self._end(*claim, kind) for claim, kind in zip(held, kinds, strict=True)))
-        if dice.random() < 0.2:  # as a client does after a lost reply, or the network with a late copy
+            yield from log.call(*(self._end(*claim, kind) for claim, kind in zip(held, kinds, strict=True)))
+        if dice.random() < 0.2:  # a client repeats requests after a lost reply, and the network delivers late copies
             yield dice.choice((0, 0.01, 0.05))
-            yield from log.do(*dice.sample(self._said, min(4, len(self._said))))
+            yield from log.call(*dice.sample(self._sent, min(4, len(self._sent))))
 
-    def _begin(self, run: str, step: str) -> Deed:
+    def _begin(self, run: str, step: str) -> Request:
         claim = next(self._claims)
         input = {"by": claim}
         if self.dice.random() < 0.05:
-            return Deed(self.calls.schedule_step(run, step, input), "schedule", run, step, claim)
+            return Request(self.calls.schedule_step(run, step, input), "schedule", run, step, claim)
         lease, limit = self.dice.choice((0.01, 0.03, 0.1)), self.dice.choice((None, None, None, 3, 9))
         call = self.calls.begin_step(run, step, input, lease=lease, max_attempts=limit, owner=claim)
-        return Deed(call, "begin", run, step, claim, None, lease, math.inf if limit is None else limit)
+        return Request(call, "begin", run, step, claim, None, lease, math.inf if limit is None else limit)
 
-    def _extend(self, begin: Deed, step_run: StepRun) -> Deed:
+    def _extend(self, begin: Request, step_run: StepRun) -> Request:
         lease = self.dice.choice((0.01, 0.1))
         return begin._replace(call=self.calls.extend_claim(step_run, lease), kind="extend", lease=lease)
 
-    def _end(self, begin: Deed, step_run: StepRun, kind: str | None = None) -> Deed:
+    def _end(self, begin: Request, step_run: StepRun, kind: str | None = None) -> Request:
         value = self.dice.randrange(1_000_000)
         match kind or self.dice.choices(("fail", "release", "complete"), (16, 3, 1))[0]:
             case "release":
@@ -251,30 +251,32 @@ class Hand:
                 call = self.calls.complete_step(step_run, {"value": value})
                 return begin._replace(call=call, kind="complete", value=value)
 
-    def _look(self, begins: list[Deed], results: list[Any]) -> list[Deed]:
-        """Reads, and sometimes expires a claim, as an operator does who knows that its holder is dead."""
+    def _reads(self, begins: list[Request], results: list[Any]) -> list[Request]:
+        """Returns reads, and sometimes an expiry of a claim, as an operator makes it for a dead holder."""
         run, step = begins[0].run, begins[0].step
-        deeds = [
-            Deed(self.calls.get_step_run(run, step), "read", run, step),
-            Deed(self.calls.completed_steps(run), "order", run),
+        requests = [
+            Request(self.calls.get_step_run(run, step), "read", run, step),
+            Request(self.calls.completed_steps(run), "order", run),
         ]
-        for deed, result in zip(begins, results, strict=True):
+        for request, result in zip(begins, results, strict=True):
             if isinstance(result, BeginResult) and result.busy and self.dice.random() < 0.2:
                 holder = result.step_run
-                deeds.append(Deed(self.calls.expire_claim(holder), "expire", deed.run, deed.step, holder.owner or ""))
-        return deeds
+                requests.append(
+                    Request(self.calls.expire_claim(holder), "expire", request.run, request.step, holder.owner or "")
+                )
+        return requests
 
 
 # A worker's process
 
 
 def work(url: str, log: Path, seed: int, kind: str, lua: str | None) -> None:
-    """A worker's process: until it is killed, or its parent is gone."""
+    """Runs a worker's process until it is killed or its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    os.nice(5)  # the killer and the checker come first
-    if lua is not None:  # a store that is broken on purpose
+    os.nice(5)  # below the processes that kill and check
+    if lua is not None:  # the scripts of a mutant
         scripts.directory = lambda: Path(lua)
     if kind == "asyncio":
         asyncio.run(_work_asyncio(url, Log(log), seed))
@@ -282,8 +284,8 @@ def work(url: str, log: Path, seed: int, kind: str, lua: str | None) -> None:
         _work_blocking(url, Log(log), seed)
 
 
-def _hands(calls: Calls, log: Log, seed: int) -> list[Hand]:
-    return [Hand(calls, log, random.Random(seed + life), log.path.stem, life) for life in range(LIVES)]
+def _actors(calls: Calls, log: Log, seed: int) -> list[Actor]:
+    return [Actor(calls, log, random.Random(seed + number), log.path.stem, number) for number in range(ACTORS)]
 
 
 def _work_blocking(url: str, log: Log, seed: int) -> None:
@@ -295,16 +297,16 @@ def _work_blocking(url: str, log: Log, seed: int) -> None:
         except (SquidstepError, redis.RedisError, OSError) as error:
             return [error] * len(calls)
 
-    def live(hand: Hand) -> None:
-        life, answer = hand.live(), None
+    def run(actor: Actor) -> None:
+        routine, result = actor.run(), None
         try:
             while True:
-                wanted = life.send(answer)
-                answer = send(wanted) if isinstance(wanted, list) else time.sleep(wanted)
-        except Exception as error:  # noqa: BLE001 -- it is told
-            _end_all(log, error)
+                effect = routine.send(result)
+                result = send(effect) if isinstance(effect, list) else time.sleep(effect)
+        except Exception as error:  # noqa: BLE001 -- it is logged
+            _end_worker(log, error)
 
-    threads = [threading.Thread(target=live, args=(hand,), daemon=True) for hand in _hands(store.calls, log, seed)]
+    threads = [threading.Thread(target=run, args=(actor,), daemon=True) for actor in _actors(store.calls, log, seed)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -320,33 +322,33 @@ async def _work_asyncio(url: str, log: Log, seed: int) -> None:
         except (SquidstepError, redis.RedisError, OSError) as error:
             return [error] * len(calls)
 
-    async def live(hand: Hand) -> None:
-        life, answer = hand.live(), None
+    async def run(actor: Actor) -> None:
+        routine, result = actor.run(), None
         try:
             while True:
-                wanted = life.send(answer)
-                answer = await (send(wanted) if isinstance(wanted, list) else asyncio.sleep(wanted))
-        except Exception as error:  # noqa: BLE001 -- it is told
-            _end_all(log, error)
+                effect = routine.send(result)
+                result = await (send(effect) if isinstance(effect, list) else asyncio.sleep(effect))
+        except Exception as error:  # noqa: BLE001 -- it is logged
+            _end_worker(log, error)
 
-    await asyncio.gather(*(live(hand) for hand in _hands(store.calls, log, seed)))
+    await asyncio.gather(*(run(actor) for actor in _actors(store.calls, log, seed)))
 
 
-def _end_all(log: Log, error: Exception) -> None:
-    """A life that ends by itself is a mistake of the soak: it ends the worker, whose end is noticed."""
-    log.write("error", f"{log.path.stem} ended by itself: {error!r}")
+def _end_worker(log: Log, error: Exception) -> None:
+    """Ends the worker after an error in an actor, which is a bug in the soak; the soak notices the end."""
+    log.write("error", f"{log.path.stem} ended unexpectedly: {error!r}")
     os._exit(1)
 
 
-# All of them
+# The pool of workers
 
 
 @dataclass
 class Crew:
-    """Worker processes, replaced when they are killed.
+    """Worker processes; each is replaced when it is killed.
 
-    A worker's log begins with when it was hired, written here, and ends with its death: before and after anything that
-    it can write itself.
+    This class writes the first and the last line of a worker's log, its start and its end, while the worker cannot
+    write.
     """
 
     urls: tuple[str, ...]
@@ -361,17 +363,17 @@ class Crew:
 
     def __enter__(self) -> Crew:
         for _ in range(self.size):
-            self.hire()
+            self.start_one()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         for log in list(self._workers):
             self._kill(log)
 
-    def hire(self) -> None:
+    def start_one(self) -> None:
         number = next(self._numbers)
         log = self.logs / f"w{number}.log"
-        _append(log, "hired", int(time.time() / GENERATION), LIVES)
+        _append(log, "started", int(time.time() / GENERATION), ACTORS)
         kind, url = ("blocking", "asyncio")[number % 2], self.urls[number // 2 % len(self.urls)]
         args = (url, log, self.dice.randrange(1 << 32), kind, self.lua and str(self.lua))
         worker = PROCESSES.Process(target=work, args=args, name=log.stem, daemon=True)
@@ -379,22 +381,22 @@ class Crew:
         self._workers[log] = worker
 
     def kill_one(self) -> None:
-        """Kills a worker that is at work: one that is yet to start would never get to it on a slow machine."""
-        at_work = [log for log in self._workers if log.stat().st_size > 1_000]
-        if at_work:
-            self._kill(self.dice.choice(at_work))
-            self.hire()
+        """Kills a worker that has made calls; on a slow machine, killing new ones would leave none at work."""
+        active = [log for log in self._workers if log.stat().st_size > 1_000]
+        if active:
+            self._kill(self.dice.choice(active))
+            self.start_one()
 
     def _kill(self, log: Path) -> None:
         worker = self._workers.pop(log)
         worker.kill()
         worker.join()
-        _append(log, "dead")
+        _append(log, "killed")
 
-    def ended_by_themselves(self) -> list[str]:
+    def unexpected_ends(self) -> list[str]:
         return [log.stem for log, worker in self._workers.items() if not worker.is_alive()]
 
 
 def _append(log: Path, *values: Any) -> None:
     with log.open("ab") as file:
-        file.write(b"\n" + json.dumps(values).encode() + b"\n")  # the break ends a line that was cut off
+        file.write(b"\n" + json.dumps(values).encode() + b"\n")  # the first newline ends a truncated line

@@ -1,4 +1,4 @@
-"""What the tests of faults are made with: stores of both flavours on any server, a load, servers with a trick."""
+"""Helpers for the fault tests: stores of both flavors on any server, a load, and a server with a movable clock."""
 
 from __future__ import annotations
 
@@ -29,76 +29,76 @@ from squidstep_redis.embedded import EmbeddedServer
 
 from .topologies import SERVICE, Sentinels, connected
 
-FLAVOURS: Final = ("blocking", "asyncio")
+FLAVORS: Final = ("blocking", "asyncio")
 
 
 class Stores:
-    """Makes stores of one flavour, and closes them and their clients."""
+    """Creates stores of one flavor, and closes them and their clients."""
 
-    def __init__(self, flavour: str, runner: asyncio.Runner | None) -> None:
-        self.flavour = flavour
-        self.runner: Any = runner  # asyncio's alone
-        self._opened = contextlib.ExitStack()
+    def __init__(self, flavor: str, runner: asyncio.Runner | None) -> None:
+        self.flavor = flavor
+        self.runner: Any = runner  # unused by the blocking flavor
+        self._closing = contextlib.ExitStack()
 
     def from_url(self, url: str, **options: Any) -> StepRunStore:
-        if self.flavour == "blocking":
+        if self.flavor == "blocking":
             store = StepRunStore.from_url(url, **options)
         else:
             store = cast("StepRunStore", Driven(AsyncStepRunStore.from_url(url, **options), self.runner))
-        self._opened.callback(store.close)
+        self._closing.callback(store.close)
         return store
 
     def retrying(self, url: str, retries: int, **settings: Any) -> StepRunStore:
-        """On a client that sends again by itself, as redis-py 6 and later do unless told otherwise."""
+        """Returns a store on a client that retries by itself, as clients of redis-py 6 and later do by default."""
         errors = [redis.ConnectionError, redis.TimeoutError]
         options: dict[str, Any] = {"retry_on_error": errors, "protocol": 2}
-        if self.flavour == "blocking":
-            return self.on(redis.Redis.from_url(url, retry=Retry(NoBackoff(), retries), **options), **settings)
-        return self.on(
-            redis.asyncio.Redis.from_url(url, retry=AsyncioRetry(NoBackoff(), retries), **options), **settings
-        )
+        if self.flavor == "blocking":
+            client: Any = redis.Redis.from_url(url, retry=Retry(NoBackoff(), retries), **options)
+        else:
+            client = redis.asyncio.Redis.from_url(url, retry=AsyncioRetry(NoBackoff(), retries), **options)
+        return self.on_client(client, **settings)
 
-    def behind(self, sentinels: Sentinels, **settings: Any) -> StepRunStore:
+    def on_sentinels(self, sentinels: Sentinels, **settings: Any) -> StepRunStore:
         options: dict[str, Any] = {"socket_timeout": 1, "socket_connect_timeout": 1, "protocol": 2}
-        module: Any = redis.sentinel if self.flavour == "blocking" else redis.asyncio.sentinel
+        module: Any = redis.sentinel if self.flavor == "blocking" else redis.asyncio.sentinel
         found = module.Sentinel(sentinels.addresses, sentinel_kwargs=options, **options)
         for client in found.sentinels:
-            self._opened.callback(self._close, client)
-        return self.on(found.master_for(SERVICE), **settings)
+            self._closing.callback(self._close, client)
+        return self.on_client(found.master_for(SERVICE), **settings)
 
     def on_cluster(self, url: str, *, address_remap: Any = None, **settings: Any) -> StepRunStore:
         options: dict[str, Any] = {"socket_timeout": 1, "socket_connect_timeout": 1, "address_remap": address_remap}
-        module: Any = redis if self.flavour == "blocking" else redis.asyncio
-        return self.on(module.RedisCluster.from_url(url, **options), **settings)
+        module: Any = redis if self.flavor == "blocking" else redis.asyncio
+        return self.on_client(module.RedisCluster.from_url(url, **options), **settings)
 
-    def on(self, client: Any, **settings: Any) -> StepRunStore:
-        self._opened.callback(self._close, client)
-        if self.flavour == "blocking":
+    def on_client(self, client: Any, **settings: Any) -> StepRunStore:
+        self._closing.callback(self._close, client)
+        if self.flavor == "blocking":
             return StepRunStore(client, **settings)
         return cast("StepRunStore", Driven(AsyncStepRunStore(client, **settings), self.runner))
 
-    def wait(self, answer: Any) -> Any:
-        """Returns what a client of this flavor returns."""
+    def wait(self, result: Any) -> Any:
+        """Returns the result of a client's method; on asyncio, awaits it first."""
 
         async def wait() -> Any:
-            return await answer
+            return await result
 
-        return answer if self.flavour == "blocking" else self.runner.run(wait())
+        return result if self.flavor == "blocking" else self.runner.run(wait())
 
     def _close(self, client: Any) -> None:
-        self.wait(client.close() if self.flavour == "blocking" else client.aclose())
+        self.wait(client.close() if self.flavor == "blocking" else client.aclose())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._opened.close()
+        self._closing.close()
 
 
 @contextlib.contextmanager
-def stores_of(flavour: str) -> Iterator[Stores]:
-    """In a thread of its own, where the event loop of another is of no use."""
-    with asyncio.Runner() as runner, Stores(flavour, runner) as stores:
+def stores_of(flavor: str) -> Iterator[Stores]:
+    """Creates stores with an event loop of their own, so that any thread can use them."""
+    with asyncio.Runner() as runner, Stores(flavor, runner) as stores:
         yield stores
 
 
@@ -107,32 +107,32 @@ def stores_of(flavour: str) -> Iterator[Stores]:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A completion that was acknowledged, by the clock of this machine."""
+    """An acknowledged completion, with monotonic times of this machine."""
 
     run: str
     step: str
     sent: float
-    answered: float
+    acknowledged: float
 
 
 _loads = itertools.count()
 
 
 class Load:
-    """Threads that each begin and complete one step after the other, in a run of their own, through thick and thin.
+    """Threads that begin and complete one step after another, each in its own run, and go on after errors.
 
     Attributes:
-        completions: those that were acknowledged.
-        errors: what the others were answered.
-        runs: of each thread.
-        forgotten: steps that were begun, and of which the server then knew nothing.
+        completions: the acknowledged completions.
+        errors: the errors of all other calls.
+        runs: the runs, one per thread.
+        forgotten: steps that were begun and that the server then did not know.
     """
 
     def __init__(self, connects: Iterable[Callable[[], AbstractContextManager[StepRunStore]]]) -> None:
         self.completions: list[Completion] = []
         self.errors: list[ServerError] = []
         self.forgotten: list[str] = []
-        self.unforeseen: list[BaseException] = []
+        self.unexpected: list[BaseException] = []
         self._end = threading.Event()
         load = next(_loads)
         workers = {f"load-{load}-{index}": connect for index, connect in enumerate(connects)}
@@ -142,21 +142,21 @@ class Load:
     def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
-        self.wait_for_more()
+        self.wait_for_progress()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._end.set()
         for thread in self._threads:
             thread.join()
-        assert not self.unforeseen, self.unforeseen
+        assert not self.unexpected, self.unexpected
 
-    def wait_for_more(self, count: int = 20) -> None:
-        """Waits until each thread has had so many more steps acknowledged."""
+    def wait_for_progress(self, count: int = 20) -> None:
+        """Waits until each thread has completed `count` more steps."""
         before = len(self.completions)
 
         def is_done() -> bool:
-            assert not self.unforeseen, self.unforeseen
+            assert not self.unexpected, self.unexpected
             since = [completion.run for completion in self.completions[before:]]
             return all(since.count(run) >= count for run in self.runs)
 
@@ -170,7 +170,7 @@ class Load:
                         return
                     self._execute(store, run, f"step-{number:06}")
         except BaseException as error:  # noqa: BLE001 -- the test fails with it
-            self.unforeseen.append(error)
+            self.unexpected.append(error)
 
     def _execute(self, store: StepRunStore, run: str, step: str) -> None:
         try:
@@ -186,34 +186,37 @@ class Load:
             self.completions.append(Completion(run, step, sent, time.monotonic()))
 
     def lost(self, store: StepRunStore) -> list[Completion]:
-        """The acknowledged completions that the store does not know, or not in the order they came in."""
+        """Returns the acknowledged completions that the store does not have; checks the order of the others."""
         lost: list[Completion] = []
         for run in self.runs:
             known = store.completed_steps(run)
-            assert known == sorted(known)  # each thread makes its steps one after the other
+            assert known == sorted(known)  # each thread completes its steps in order
             acknowledged = [completion for completion in self.completions if completion.run == run]
             lost += [completion for completion in acknowledged if completion.step not in known]
         return lost
 
 
-def assert_a_legal_loss(load: Load, lost: list[Completion], gone: float) -> None:
-    """A new master knows all that the old one did up to some moment, and all that came after it took over.
+def assert_loss_is_legal(load: Load, lost: list[Completion], killed: float) -> None:
+    """Checks that the new master has all that the old one did up to some moment, and all since the takeover.
 
-    `gone` is when the old master was no longer there to acknowledge anything.
+    Args:
+        load: the load during the failover.
+        lost: the completions that the new master does not have.
+        killed: the time after which the old master acknowledged nothing.
     """
-    assert [completion for completion in lost if completion.sent > gone] == []
-    for run in load.runs:  # on a cluster each may have a master of its own
-        first = min((completion.answered for completion in lost if completion.run == run), default=gone)
+    assert [completion for completion in lost if completion.sent > killed] == []
+    for run in load.runs:  # on a cluster, runs can have different masters
+        first = min((completion.acknowledged for completion in lost if completion.run == run), default=killed)
         acknowledged = [completion for completion in load.completions if completion.run == run]
-        kept = [completion for completion in acknowledged if completion not in lost and completion.answered < gone]
+        kept = [each for each in acknowledged if each not in lost and each.acknowledged < killed]
         assert [completion for completion in kept if completion.sent > first] == []
 
 
-# Servers with a trick
+# A server with a movable clock
 
 
-def launcher(path: Path, script: str) -> Path:
-    """A program that starts a server in its own way; `"$@"` are the server's options."""
+def write_launcher(path: Path, script: str) -> Path:
+    """Writes a program that starts a server. In the script, `"$@"` are the server's options."""
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o700)
     return path
@@ -222,8 +225,8 @@ def launcher(path: Path, script: str) -> Path:
 LIBRARIES: Final = ("/usr/lib", "/usr/local/lib")
 
 
-class MovedClock:
-    """A server whose clock can be moved, by libfaketime (Debian's package of that name)."""
+class MovableClock:
+    """A server whose clock tests can move. It needs libfaketime, a Debian package."""
 
     def __init__(self, binary: Path, scratch: Path) -> None:
         libraries = sorted(path for root in LIBRARIES for path in Path(root).glob("**/libfaketime.so.1"))
@@ -239,11 +242,11 @@ class MovedClock:
         }
         exports = " ".join(f"{name}={value}" for name, value in settings.items())
         self.server = EmbeddedServer(
-            binary=launcher(scratch / "moved-clock", f'export {exports}\nexec "{binary}" "$@"'), port=0
+            binary=write_launcher(scratch / "movable-clock", f'export {exports}\nexec "{binary}" "$@"'), port=0
         )
 
     def move(self, seconds: int) -> None:
-        """Sets the clock to so many seconds after the true time, and waits until scripts go by it."""
+        """Sets the clock to the true time plus `seconds`, and waits until scripts use it."""
         self._set(seconds)
         with connected(self.server) as client:
             wait_until(lambda: abs(int(client.eval("return redis.call('TIME')[1]", 0)) - time.time() - seconds) < 60)
@@ -251,4 +254,4 @@ class MovedClock:
     def _set(self, seconds: int) -> None:
         new = self._offset.with_suffix(".new")
         new.write_text(f"{seconds:+}")
-        new.replace(self._offset)  # as a whole: the server reads it at any time
+        new.replace(self._offset)  # atomically, because the server can read it at any time

@@ -1,6 +1,6 @@
-"""A network between workers and their server that loses and delays what it carries, at the speed of the soak.
+"""A network between the workers and their server that loses and delays data, at the speed of the soak.
 
-`proxy.py` knows commands and strikes exactly the one that a test means. This one only moves bytes, and cuts anywhere.
+`proxy.py` parses commands, so that a test can choose the one to disturb. The relay only moves bytes, and cuts anywhere.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Final, Self
 
 CHUNK: Final = 1 << 18
-LATE: Final = (0.02, 0.5)  # seconds that a late request takes, from and to
+DELAY: Final = (0.02, 0.5)  # seconds that a late request takes: least and most
 
 
 class Relay:
-    """Passes connections on to a server.
+    """Forwards connections to a server.
 
     Attributes:
-        port: where it listens, on loopback.
+        port: the loopback port that clients connect to.
     """
 
     def __init__(self, server: tuple[str, int], dice: random.Random) -> None:
@@ -42,16 +42,16 @@ class Relay:
         self.port: int = self._listener.getsockname()[1]
 
     def lose_replies(self, times: int) -> None:
-        """The next replies end somewhere in the middle, or before they begin, and so does the connection."""
+        """Truncates each of the next replies at random, possibly to nothing, and closes its connection."""
         self._replies_to_lose.extend([None] * times)
 
     def lose_request(self) -> None:
-        """The next request ends somewhere in the middle, and so does the connection."""
+        """Truncates the next request at random, possibly to nothing, and closes its connection."""
         self._request_faults.append(self._cut)
 
     def delay_request(self) -> None:
-        """The connection of the next request ends, which gets through all the same, but late: after its copy, maybe."""
-        self._request_faults.append(self._put_off)
+        """Closes the connection of the next request, and delivers the request later, perhaps after a retry of it."""
+        self._request_faults.append(self._delay)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -72,7 +72,7 @@ class Relay:
             for key, _ in self._selector.select(timeout):
                 if key.fileobj is self._woken:
                     return
-                # One that was closed on the way has no handler any more.
+                # A connection that was closed in this loop has no handler any more.
                 if key.data == self._accept or key.fileobj in self._other_end:
                     key.data(key.fileobj)
             self._deliver_late()
@@ -81,7 +81,7 @@ class Relay:
         client, _ = listener.accept()
         try:
             server = socket.create_connection(self._server)
-        except OSError:  # it is away
+        except OSError:  # the server is down
             client.close()
             return
         for end, other, handler in ((client, server, self._request), (server, client, self._reply)):
@@ -110,8 +110,8 @@ class Relay:
         self._send(receiver, data[: self._dice.randrange(len(data))])
         self._close(sender)
 
-    def _put_off(self, client: socket.socket, server: socket.socket, data: bytes) -> None:
-        self._late.append((time.monotonic() + self._dice.uniform(*LATE), server, data))
+    def _delay(self, client: socket.socket, server: socket.socket, data: bytes) -> None:
+        self._late.append((time.monotonic() + self._dice.uniform(*DELAY), server, data))
         self._selector.unregister(server)
         del self._other_end[server]
         self._forget(client)
@@ -124,7 +124,7 @@ class Relay:
             with server, contextlib.suppress(OSError):
                 server.sendall(data)
                 server.shutdown(socket.SHUT_WR)
-                while server.recv(CHUNK):  # closed with something unread, it would be reset, and the request with it
+                while server.recv(CHUNK):  # closing with unread data would reset the connection and drop the request
                     pass
 
     def _receive(self, end: socket.socket) -> bytes:

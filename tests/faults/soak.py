@@ -1,6 +1,7 @@
-"""Workers of both stores at the same few steps, while they are killed, the network loses and the server goes away.
+"""Workers of both stores execute the same few steps, while faults hit the workers, the network and the server.
 
-The hand that does it, and what came of it. `crew.py` has the workers, `relay.py` the network, `audit.py` the verdict.
+This module injects the faults and makes the report. `crew.py` has the workers, `relay.py` the network, `audit.py` the
+checks.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from .audit import Verdict, audit
 from .crew import PROCESSES, Crew
 from .relay import Relay
 
-PAUSE: Final = (0, 0.12)  # seconds between two faults, from and to
-ENOUGH: Final = 2_000  # operations that a history must have before it tells anything
+PAUSE: Final = (0, 0.12)  # seconds between two faults: least and most
+MIN_OPERATIONS: Final = 2_000  # a shorter history proves nothing
 
 
 @dataclass
 class Report:
-    """What happened, and whether it may have."""
+    """The result of a soak and the number of faults."""
 
     seconds: float
-    seconds_after: float  # that the verdict took when all was over
+    seconds_after: float  # from the end of the soak to the verdict
     verdict: Verdict
     faults: Counter[str]
 
@@ -46,7 +47,7 @@ class Report:
             "operations per second": counts["operations"] / self.seconds,
             **self.faults,
             "takeovers": counts["takeovers"],
-            "zombies refused": counts["zombies refused"],
+            "zombies rejected": counts["zombies rejected"],
             "operations sent more than once": counts["sent more than once"],
             "operations without a reply": counts["replies never received"],
             "completions found at the end": counts["completions found at the end"],
@@ -65,7 +66,7 @@ class Report:
 
 @contextmanager
 def auditing(*args: Any) -> Iterator[Any]:
-    """The audit's process, and the pipe to it."""
+    """Runs the audit's process, and yields the pipe to it."""
     here, there = PROCESSES.Pipe()
     process = PROCESSES.Process(target=audit, args=(*args, there), daemon=True)
     process.start()
@@ -79,12 +80,19 @@ def auditing(*args: Any) -> Iterator[Any]:
 
 
 def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = None, seed: int = 0) -> Report:
-    """Lets a crew work, while all that can go wrong does, for so long or until the first answer that is wrong.
+    """Injects faults while a crew works, until the time is over or the audit finds a wrong result.
 
-    On a machine that is too busy for ENOUGH operations in that time it goes on, but for a minute more at most.
+    On a slow machine the soak goes on for up to a minute, until it has MIN_OPERATIONS operations.
+
+    Args:
+        seconds: the length of the soak.
+        directory: where the workers write their logs.
+        binary: the server binary.
+        lua: a directory of scripts to use instead of the package's; None: the package's.
+        seed: the seed of the random faults.
     """
     dice = random.Random(seed)
-    options = {"appendonly": "yes", "appendfsync": "always"}  # everysec may put a write off while the disk is busy
+    options = {"appendonly": "yes", "appendfsync": "always"}  # everysec can delay a write while the disk is busy
     logs = directory / "logs"
     logs.mkdir(parents=True)
     with (
@@ -106,7 +114,7 @@ def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = No
                 time.sleep(dice.uniform(0, 0.2))
                 server.resume()
 
-            acts: dict[str, tuple[int, Callable[[], object]]] = {
+            actions: dict[str, tuple[int, Callable[[], object]]] = {  # each with its weight
                 "workers killed": (6, crew.kill_one),
                 "replies lost": (24, lambda: relay.lose_replies(dice.choice((1, 1, 3)))),
                 "requests lost": (3, relay.lose_request),
@@ -115,23 +123,23 @@ def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = No
                 "server killed and restarted": (2, restart),
                 "server paused": (2, pause),
             }
-            weights = [weight for weight, _ in acts.values()]
-            while time.monotonic() - began < seconds + 60 * (_written(logs) < ENOUGH):
+            weights = [weight for weight, _ in actions.values()]
+            while time.monotonic() - began < seconds + 60 * (_count_operations(logs) < MIN_OPERATIONS):
                 if auditor.poll(dice.uniform(*PAUSE)):
                     auditor.recv()
                     break
-                name = dice.choices(list(acts), weights)[0]
-                acts[name][1]()
+                name = dice.choices(list(actions), weights)[0]
+                actions[name][1]()
                 faults[name] += 1
-            if ended := crew.ended_by_themselves():
-                raise AssertionError(f"{ended} ended by themselves")
+            if ended := crew.unexpected_ends():
+                raise AssertionError(f"{ended} ended unexpectedly")
         lasted = time.monotonic() - began
-        auditor.send("it is over")
+        auditor.send("finish")
         while not isinstance(verdict := auditor.recv(), Verdict):
             pass
     return Report(lasted, time.monotonic() - began - lasted, verdict, faults)
 
 
-def _written(logs: Path) -> float:
-    """About how many operations the logs tell of."""
+def _count_operations(logs: Path) -> float:
+    """Estimates the number of operations from the size of the logs."""
     return sum(path.stat().st_size for path in logs.iterdir()) / 150

@@ -1,6 +1,6 @@
-"""The clock of the server jumps, forward or back: a takeover comes early or late, and is fenced as ever.
+"""The server's clock jumps forward or back: a takeover comes early or late, but is always fenced.
 
-Debian's Redis 7 is not tried: it shares its allocator, with which libfaketime does not start.
+Debian's Redis 7 is not tested, because its shared allocator does not start under libfaketime.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from support.servers import wait_until
 
 from squidstep_redis import Outcome, StaleStepRunError, StepRunStore
 
-from .kit import MovedClock, Stores
+from .kit import MovableClock, Stores
 
 pytestmark = pytest.mark.servers("valkey", "redis-6")
 
@@ -22,11 +22,11 @@ HOUR = 3600
 
 
 @pytest.fixture
-def clock(request: pytest.FixtureRequest, binary: Path, tmp_path: Path) -> Iterator[MovedClock]:
+def clock(request: pytest.FixtureRequest, binary: Path, tmp_path: Path) -> Iterator[MovableClock]:
     try:
-        clock = MovedClock(binary, tmp_path)
+        clock = MovableClock(binary, tmp_path)
     except LookupError as error:
-        # pip does not install libfaketime: without it only a run that names its servers fails.
+        # pip does not install libfaketime. Only a run that names its servers fails without it.
         if request.config.getoption("--servers") is None:
             pytest.skip(str(error))
         raise
@@ -35,11 +35,11 @@ def clock(request: pytest.FixtureRequest, binary: Path, tmp_path: Path) -> Itera
 
 
 @pytest.fixture
-def store(clock: MovedClock, stores: Stores) -> StepRunStore:
+def store(clock: MovableClock, stores: Stores) -> StepRunStore:
     return stores.from_url(clock.server.url)
 
 
-def test_forward_is_an_early_takeover_and_the_early_holder_is_refused(clock: MovedClock, store: StepRunStore) -> None:
+def test_forward_jump_allows_early_takeover_and_fences_the_holder(clock: MovableClock, store: StepRunStore) -> None:
     early = begun(store.begin_step("run", "pay", {}, lease=600, owner="early"))
     assert store.begin_step("run", "pay", {}, lease=600).busy
 
@@ -47,25 +47,25 @@ def test_forward_is_an_early_takeover_and_the_early_holder_is_refused(clock: Mov
 
     late = begun(store.begin_step("run", "pay", {}, lease=600, owner="late"))
     assert late.attempt == 2
-    for refused in (
+    for rejected_call in (
         lambda: store.complete_step(early, {"by": "early"}),
         lambda: store.fail_step(early, {}),
         lambda: store.extend_claim(early, 60),
         lambda: store.release_step(early),
     ):
         with pytest.raises(StaleStepRunError, match="was taken over"):
-            refused()
+            rejected_call()
     assert store.complete_step(late, {"by": "late"}).output == {"by": "late"}
     assert [attempt.outcome for attempt in store.attempts("run", "pay")] == [Outcome.LEASE_EXPIRED, Outcome.COMPLETED]
 
 
-def test_back_is_a_late_takeover(clock: MovedClock, store: StepRunStore) -> None:
+def test_backward_jump_delays_the_takeover(clock: MovableClock, store: StepRunStore) -> None:
     clock.move(HOUR)
     held = begun(store.begin_step("run", "pay", {}, lease=0.01))
     lapsed = begun(store.begin_step("run", "mail", {}, lease=0.01))
     clock.move(0)
 
-    # By this clock the leases end in an hour: no other worker may claim, but the holder may, and may give up.
+    # By this clock the leases end in an hour: another worker must wait, but the holder can complete.
     busy = store.begin_step("run", "mail", {}, lease=60)
     assert busy.busy
     assert busy.retry_in is not None
@@ -79,7 +79,7 @@ def test_back_is_a_late_takeover(clock: MovedClock, store: StepRunStore) -> None
         store.complete_step(lapsed, {})
 
 
-def test_back_and_the_holder_renews_its_lease_by_the_clock_that_is(clock: MovedClock, store: StepRunStore) -> None:
+def test_holder_can_extend_its_lease_after_a_backward_jump(clock: MovableClock, store: StepRunStore) -> None:
     clock.move(HOUR)
     held = begun(store.begin_step("run", "pay", {}, lease=600))
     clock.move(0)
@@ -91,7 +91,7 @@ def test_back_and_the_holder_renews_its_lease_by_the_clock_that_is(clock: MovedC
     assert store.complete_step(held, {"by": "holder"}).status == "completed"
 
 
-def test_the_order_of_completion_is_the_order_in_which_they_came(clock: MovedClock, store: StepRunStore) -> None:
+def test_completion_order_is_independent_of_clock_jumps(clock: MovableClock, store: StepRunStore) -> None:
     steps = [f"step-{number}" for number in range(8)]
     claims = {step: begun(store.begin_step("run", step, {})) for step in steps}
     for step, offset in zip(steps, (0, -HOUR, HOUR, -2 * HOUR, 0, 3 * HOUR, -HOUR, 0), strict=True):
@@ -100,7 +100,7 @@ def test_the_order_of_completion_is_the_order_in_which_they_came(clock: MovedClo
 
     assert store.completed_steps("run") == steps
     assert store.completed_outputs("run") == [{"of": step} for step in steps]
-    for step in steps:  # and no attempt ends before it began
+    for step in steps:  # no attempt ends before it began
         (attempt,) = store.attempts("run", step)
         assert attempt.ended_at is not None
         assert attempt.ended_at >= attempt.started_at

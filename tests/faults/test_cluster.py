@@ -1,4 +1,4 @@
-"""A cluster of six: its primaries fail, its replicas take over, and slots move, while calls are under way."""
+"""A cluster of six nodes: primaries fail, replicas take over, and slots move while calls are in progress."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from squidstep_redis import NotReplicatedError, RefusedError, StepRun, StepRunSt
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.keys import Keys
 
-from .kit import FLAVOURS, Load, Stores, assert_a_legal_loss, stores_of
+from .kit import FLAVORS, Load, Stores, assert_loss_is_legal, stores_of
 from .topologies import Cluster, Migration, connected
 
 pytestmark = [
     pytest.mark.servers("valkey", "redis-7", "redis-6"),
-    # On asyncio redis-py forgets a node that is gone, and does not close its connections.
+    # On asyncio, redis-py drops a node that is down without closing its connections.
     pytest.mark.filterwarnings("ignore:[Uu]nclosed:ResourceWarning"),
 ]
 
@@ -52,7 +52,7 @@ def unreplicated(binary: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(started: Cluster) -> Iterator[Cluster]:
-    """All six are up and follow each other, whichever is primary by now."""
+    """The shared cluster, with all nodes up and in sync; earlier tests may have changed the primaries."""
     for node in started.nodes:
         node.start()
     wait_until(started.is_ready, timeout=60)
@@ -62,7 +62,7 @@ def cluster(started: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def run() -> str:
-    """A run that no test has used."""
+    """The id of an unused run."""
     return next(_runs)
 
 
@@ -72,89 +72,89 @@ def slot_of(run: str) -> int:
 
 def load_on(cluster: Cluster, runs: int, **settings: Any) -> Load:
     @contextlib.contextmanager
-    def connect(flavour: str) -> Iterator[StepRunStore]:
-        with stores_of(flavour) as stores:
+    def connect(flavor: str) -> Iterator[StepRunStore]:
+        with stores_of(flavor) as stores:
             yield stores.on_cluster(cluster.url, **settings)
 
-    return Load(lambda flavour=flavour: connect(flavour) for flavour in FLAVOURS * runs)
+    return Load(lambda flavor=flavor: connect(flavor) for flavor in FLAVORS * runs)
 
 
 class TestFailover:
-    def test_of_a_primary_that_is_killed_under_load(self, cluster: Cluster) -> None:
+    def test_killed_primary_loses_only_unreplicated_completions(self, cluster: Cluster) -> None:
         with stores_of("blocking") as stores:
             with load_on(cluster, runs=2, timeout=60) as load:
                 slot = slot_of(load.runs[0])
-                old = cluster.holders(slot)[0]
+                old = cluster.nodes_of(slot)[0]
                 old.kill()
-                gone = time.monotonic()
-                cluster.wait_for_another_primary(slot, old)
-                load.wait_for_more()
+                killed = time.monotonic()
+                cluster.wait_for_new_primary(slot, old)
+                load.wait_for_progress()
             old.start()
             assert load.errors == []
-            assert_a_legal_loss(load, load.lost(stores.on_cluster(cluster.url)), gone)
+            assert_loss_is_legal(load, load.lost(stores.on_cluster(cluster.url)), killed)
 
-    def test_loses_nothing_that_a_replica_has_confirmed(self, cluster: Cluster) -> None:
+    def test_completion_confirmed_by_replica_survives_failover(self, cluster: Cluster) -> None:
         with stores_of("blocking") as stores:
             with load_on(cluster, runs=1, timeout=60, wait_replicas=1, wait_timeout=0.5) as load:
                 slot = slot_of(load.runs[0])
-                old = cluster.holders(slot)[0]
+                old = cluster.nodes_of(slot)[0]
                 old.kill()
-                cluster.wait_for_another_primary(slot, old)
-                old.start()  # to be the replica that there was none of meanwhile
-                load.wait_for_more()
+                cluster.wait_for_new_primary(slot, old)
+                old.start()  # as the replica, without which nothing is confirmed
+                load.wait_for_progress()
             assert {type(error) for error in load.errors} <= {NotReplicatedError}
             assert load.lost(stores.on_cluster(cluster.url)) == []
 
-    def test_in_agreement_loses_nothing(self, cluster: Cluster) -> None:
+    def test_manual_failover_loses_no_completion(self, cluster: Cluster) -> None:
         with stores_of("blocking") as stores:
             with load_on(cluster, runs=1, timeout=60) as load:
                 cluster.fail_over(slot_of(load.runs[0]))
-                load.wait_for_more()
+                load.wait_for_progress()
             assert load.errors == []
             assert load.lost(stores.on_cluster(cluster.url)) == []
 
 
-def everything_of(run: str, store: StepRunStore) -> StepRun:
-    """Creates all four keys of a run; returns a claim that is held."""
+def create_run_with_all_keys(run: str, store: StepRunStore) -> StepRun:
+    """Creates a run that has all four keys; returns its live claim."""
     store.complete_step(begun(store.begin_step(run, "completed", {})), {})
     store.fail_step(begun(store.begin_step(run, "failed", {})), {})
     return begun(store.begin_step(run, "running", {}, lease=600))
 
 
-class TestASlotOnItsWay:
+class TestMigratingSlot:
     @pytest.fixture
     def claim(self, cluster: Cluster, stores: Stores, run: str) -> StepRun:
-        return everything_of(run, stores.on_cluster(cluster.url))
+        return create_run_with_all_keys(run, stores.on_cluster(cluster.url))
 
     @pytest.mark.parametrize("batch", [False, True])
-    def test_that_has_arrived_is_followed(
+    def test_client_follows_a_moved_slot(
         self, cluster: Cluster, stores: Stores, run: str, claim: StepRun, batch: bool
     ) -> None:
-        """MOVED, to a client that knows it to be where it was."""
+        """The client knows the slot's old node and receives MOVED."""
         store = stores.on_cluster(cluster.url, timeout=60)
         assert store.get_step_run(run, "running") is not None
         with Migration(cluster, slot_of(run)):
             pass
-        assert_it_works(store, run, claim, batch)
+        assert_calls_work(store, run, claim, batch)
 
     @pytest.mark.parametrize("batch", [False, True])
-    def test_of_which_all_keys_have_arrived_is_asked_there(
+    def test_calls_follow_ask_once_all_keys_have_moved(
         self, cluster: Cluster, stores: Stores, run: str, claim: StepRun, batch: bool
     ) -> None:
-        """ASK."""
+        """The server replies ASK."""
         store = stores.on_cluster(cluster.url, timeout=60)
         with Migration(cluster, slot_of(run)) as migration:
             migration.move(*Keys(b"squidstep").of_run(run.encode()))
-            assert_it_works(store, run, claim, batch)
+            assert_calls_work(store, run, claim, batch)
 
     @pytest.mark.parametrize("moved", [["steps"], ["done", "claims"]])
-    def test_that_is_halfway_is_refused_at_the_deadline_and_nothing_was_written(
+    def test_half_moved_slot_rejects_calls_and_nothing_is_written(
         self, cluster: Cluster, stores: Stores, run: str, claim: StepRun, moved: list[str]
     ) -> None:
-        """TRYAGAIN."""
+        """The server replies TRYAGAIN until the deadline."""
         store = stores.on_cluster(cluster.url, timeout=1)
         with redis.RedisCluster.from_url(cluster.url) as client:
-            before = everything_stored(client, run)
+            before = stored_keys(client, run)
             with Migration(cluster, slot_of(run)) as migration:
                 migration.move(*(getattr(Keys(b"squidstep").of_run(run.encode()), key) for key in moved))
                 calls = [store.calls.begin_step(run, "new", {}, lease=60), store.calls.complete_step(claim, {})]
@@ -163,10 +163,10 @@ class TestASlotOnItsWay:
                         store.send(call)
                     assert caught.value.transient
                 assert [type(outcome) for outcome in store.batch(calls)] == [RefusedError, RefusedError]
-            assert everything_stored(client, run) == before
+            assert stored_keys(client, run) == before
 
     @pytest.mark.parametrize("batch", [False, True])
-    def test_that_arrives_before_the_deadline_is_followed(
+    def test_calls_succeed_if_migration_ends_before_the_deadline(
         self, cluster: Cluster, stores: Stores, run: str, claim: StepRun, batch: bool
     ) -> None:
         with Migration(cluster, slot_of(run)) as migration, through_a_proxy(migration.source) as (proxy, remap):
@@ -175,21 +175,21 @@ class TestASlotOnItsWay:
             migration.move(Keys(b"squidstep").of_run(run.encode()).done)
             proxy.clear()
             proxy.after(9 if batch else 3, migration.finish)
-            assert_it_works(store, run, claim, batch)
+            assert_calls_work(store, run, claim, batch)
 
-    def test_under_load_loses_nothing(self, cluster: Cluster) -> None:
+    def test_migrations_under_load_lose_no_completion(self, cluster: Cluster) -> None:
         with stores_of("blocking") as stores:
             with load_on(cluster, runs=1, timeout=60) as load:
                 for _ in range(3):
                     with Migration(cluster, slot_of(load.runs[0])):
                         pass
-                    load.wait_for_more()
+                    load.wait_for_progress()
             assert load.errors == []
             assert load.lost(stores.on_cluster(cluster.url)) == []
 
 
-class TestASlotThatNobodyServes:
-    """CLUSTERDOWN."""
+class TestUnservedSlot:
+    """The server replies CLUSTERDOWN."""
 
     @pytest.fixture
     def cluster(self, unreplicated: Cluster) -> Iterator[Cluster]:
@@ -197,37 +197,39 @@ class TestASlotThatNobodyServes:
         yield unreplicated
         gc.collect()  # here, where the warnings are filtered
 
-    def test_is_refused_at_the_deadline_and_nothing_was_written(
-        self, cluster: Cluster, stores: Stores, run: str
-    ) -> None:
+    def test_calls_are_rejected_and_nothing_is_written(self, cluster: Cluster, stores: Stores, run: str) -> None:
         store = stores.on_cluster(cluster.url, timeout=1)
-        claim = everything_of(run, store)
+        claim = create_run_with_all_keys(run, store)
         with redis.RedisCluster.from_url(cluster.url) as client:
-            before = everything_stored(client, run)
+            before = stored_keys(client, run)
             with unserved(cluster, slot_of(run)):
-                # All in one, for redis-py's own retries of this take three seconds.
+                # One batch for all calls, because redis-py's own retries take three seconds.
                 calls = [store.calls.begin_step(run, "new", {}), store.calls.complete_step(claim, {})]
-                refused: list[Any] = store.batch(calls)
-                assert [type(error) for error in refused] == [RefusedError, RefusedError]
-                assert all("slots of the cluster are not served" in str(error) and error.transient for error in refused)
+                rejected: list[Any] = store.batch(calls)
+                assert [type(error) for error in rejected] == [RefusedError, RefusedError]
+                assert all(
+                    "slots of the cluster are not served" in str(error) and error.transient for error in rejected
+                )
             wait_until(cluster.is_ready, timeout=30)
-            assert everything_stored(client, run) == before
+            assert stored_keys(client, run) == before
 
     @pytest.mark.parametrize("batch", [False, True])
-    def test_is_waited_for_to_the_deadline(self, cluster: Cluster, stores: Stores, run: str, batch: bool) -> None:
-        primary = cluster.holders(slot_of(run))[0]
+    def test_calls_wait_until_the_slot_is_served_again(
+        self, cluster: Cluster, stores: Stores, run: str, batch: bool
+    ) -> None:
+        primary = cluster.nodes_of(slot_of(run))[0]
         with through_a_proxy(primary) as (proxy, remap):
             store = stores.on_cluster(cluster.url, address_remap=remap, timeout=60)
-            claim = everything_of(run, store)
+            claim = create_run_with_all_keys(run, store)
             with contextlib.ExitStack() as outage:
                 outage.enter_context(unserved(cluster, slot_of(run)))
                 proxy.clear()
                 proxy.after(9 if batch else 3, outage.close)
-                assert_it_works(store, run, claim, batch)
+                assert_calls_work(store, run, claim, batch)
 
 
-def assert_it_works(store: StepRunStore, run: str, claim: StepRun, batch: bool) -> None:
-    """A claim can be taken and another completed, once each."""
+def assert_calls_work(store: StepRunStore, run: str, claim: StepRun, batch: bool) -> None:
+    """Checks that a begin and a complete succeed, each exactly once."""
     calls = [store.calls.begin_step(run, "new", {}, lease=60), store.calls.complete_step(claim, {"receipt": 7})]
     outcomes: list[Any] = store.batch(calls) if batch else [store.send(call) for call in calls]
     assert begun(outcomes[0]).attempt == 1
@@ -236,7 +238,7 @@ def assert_it_works(store: StepRunStore, run: str, claim: StepRun, batch: bool) 
     assert store.completed_steps(run) == ["completed", claim.step]
 
 
-def everything_stored(client: Any, run: str) -> list[Any]:
+def stored_keys(client: Any, run: str) -> list[Any]:
     steps, done, claims, failed = Keys(b"squidstep").of_run(run.encode())
     ordered = [client.zrange(key, 0, -1, withscores=True) for key in (done, claims, failed)]
     return [client.hgetall(steps), *ordered]
@@ -244,8 +246,8 @@ def everything_stored(client: Any, run: str) -> list[Any]:
 
 @contextlib.contextmanager
 def unserved(cluster: Cluster, slot: int) -> Iterator[None]:
-    """Its primary has given a slot up; and no part of the cluster serves while one is missing."""
-    with connected(cluster.holders(slot)[0]) as client:
+    """Deletes a slot from its primary, which then rejects all calls, and adds it again at the end."""
+    with connected(cluster.nodes_of(slot)[0]) as client:
         client.execute_command("CLUSTER DELSLOTS", slot)
         wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "fail")
         try:
@@ -257,6 +259,6 @@ def unserved(cluster: Cluster, slot: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def through_a_proxy(node: EmbeddedServer) -> Iterator[tuple[Proxy, Any]]:
-    """A proxy before one node, and the address_remap that leads a client through it."""
+    """Starts a proxy for one node; also returns the `address_remap` that directs a client to the proxy."""
     with Proxy((node.host, node.port)) as proxy:
         yield proxy, lambda address: (address[0], proxy.port if address[1] == node.port else address[1])

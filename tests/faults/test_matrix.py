@@ -1,4 +1,4 @@
-"""The table in README.md names tests that are there; and a test run that is killed leaves nothing behind."""
+"""The tests that the table in README.md names exist, and a killed test run leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from support.servers import wait_until
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
-# A file, or a name in the file that came last: `wire/test_batches.py`: `TestBatch`.
+# A file, or a name in the last file before it: `wire/test_batches.py`: `TestBatch`.
 NAMED = re.compile(r"`((?:\w+/)?\w+\.py)`|`((?:Test|test_)\w+)`")
 
 
 def rows() -> list[list[str]]:
-    """The rows of the table, each as its cells."""
+    """Returns the cells of each row of the table."""
     lines = (HERE / "README.md").read_text("utf-8").partition("\n## ")[0].splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     return [row for row in table if row[0] != "fault"]
@@ -41,7 +41,7 @@ def names_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0][:40])
-def test_what_a_row_names_is_there(row: list[str]) -> None:
+def test_tests_named_in_a_row_exist(row: list[str]) -> None:
     assert len(row) == 3
     named = NAMED.findall(row[2])
     assert named, "no test is named"
@@ -51,27 +51,25 @@ def test_what_a_row_names_is_there(row: list[str]) -> None:
             names = names_in(find(file))
         else:
             assert name in names
-    # Nothing else is in backquotes: a name that is spelt wrong would pass for prose.
+    # Nothing else is in backticks, or a misspelled name would pass as prose.
     assert len(named) == row[2].count("`") // 2
 
 
-def test_every_test_of_a_fault_is_in_the_table() -> None:
+def test_every_fault_test_is_in_the_table() -> None:
     named = {find(file).name for row in rows() for file, _ in NAMED.findall(row[2]) if file}
-    of_the_kit = {"test_matrix.py", "test_history.py"}
-    assert {path.name for path in HERE.glob("test_*.py")} - of_the_kit <= named
+    kit_tests = {"test_matrix.py", "test_history.py"}
+    assert {path.name for path in HERE.glob("test_*.py")} - kit_tests <= named
 
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A temporary directory with a short name, for the sockets in it."""
+    """A temporary directory with a short path, because the paths of its sockets are limited."""
     with tempfile.TemporaryDirectory(prefix="killed-") as path:
         yield Path(path)
 
 
 @pytest.mark.parametrize(("processes", "test"), [("0", "test_sentinel.py"), ("2", "test_cluster.py")])
-def test_a_test_run_that_is_killed_leaves_no_process_port_or_directory(
-    processes: str, test: str, scratch: Path
-) -> None:
+def test_killed_test_run_leaves_no_process_port_or_directory(processes: str, test: str, scratch: Path) -> None:
     mark = f"SQUIDSTEP_TEST_RUN={scratch}"
     environment = {**os.environ, "TMPDIR": str(scratch), "SQUIDSTEP_TEST_RUN": str(scratch)}
     command = [sys.executable, "-m", "pytest", "-q", "-n", processes, "-p", "no:cacheprovider", "--servers=valkey"]
@@ -85,31 +83,31 @@ def test_a_test_run_that_is_killed_leaves_no_process_port_or_directory(
     ) as run:
         try:
             wait_until(lambda: len(list(scratch.glob("squidstep-*/server.sock"))) >= 6, timeout=60)
-            ports = {port for pid in marked(mark) if (port := port_of(pid))}
+            ports = {port for pid in processes_marked(mark) if (port := port_of(pid))}
         finally:
             run.kill()
 
-    wait_until(lambda: not marked(mark), timeout=30)
+    wait_until(lambda: not processes_marked(mark), timeout=30)
     assert len(ports) >= 6
     assert [port for port in ports if is_open(port)] == []
     left = [path.name for path in scratch.iterdir()]
-    assert [name for name in left if not name.startswith("pytest-of-")] == []  # which pytest keeps for its next runs
+    assert [name for name in left if not name.startswith("pytest-of-")] == []  # pytest keeps that for later runs
 
 
-def marked(mark: str) -> list[int]:
-    """The processes that are of a test run: its environment comes down to all of them."""
+def processes_marked(mark: str) -> list[int]:
+    """Returns the processes of a test run, which all inherit its environment."""
     found: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def port_of(pid: int) -> int | None:
-    """The port that a server of a test run listens on, out of its command line."""
+    """Returns the port in a server's command line; None if the process has none."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:

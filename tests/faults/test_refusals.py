@@ -1,4 +1,4 @@
-"""A server that is up, and refuses: retried to the deadline, then a typed error, and nothing written."""
+"""A running server rejects calls: they are retried until the deadline, then raise a typed error and write nothing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from squidstep_redis import BeginResult, NotReplicatedError, RefusedError, StepR
 from squidstep_redis.embedded import EmbeddedServer
 
 from .kit import Stores
-from .topologies import REPLICATION, connected, follow
+from .topologies import REPLICATION, connected, replicate
 
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 PREFIX: Final = "squidstep"
 Heal = Callable[[], object]
+"""Ends the condition that makes a server reject calls."""
 
 
 @contextlib.contextmanager
 def busy(server: EmbeddedServer) -> Iterator[Heal]:
-    """Another client's script runs, and does not end by itself."""
+    """A script of another client runs until it is killed."""
 
     def run_for_ever() -> None:
         with contextlib.suppress(redis.ResponseError), redis.Redis.from_url(server.url) as client:
@@ -40,7 +41,7 @@ def busy(server: EmbeddedServer) -> Iterator[Heal]:
         client.config_set("lua-time-limit", 1)
         thread.start()
         try:
-            wait_until(lambda: "BUSY" in answer_of(client))
+            wait_until(lambda: "BUSY" in reply_of(client))
             yield client.script_kill
         finally:
             with contextlib.suppress(redis.ResponseError):
@@ -50,20 +51,20 @@ def busy(server: EmbeddedServer) -> Iterator[Heal]:
 
 @contextlib.contextmanager
 def read_only(server: EmbeddedServer) -> Iterator[Heal]:
-    """It has become a replica."""
+    """The server has become a replica."""
     with EmbeddedServer(binary=server._binary, port=0, options=REPLICATION) as master:
-        # It takes over what the master has, so that has to have it.
-        follow(master, server)
+        # A replica copies its master's data, so the master copies the server's data first.
+        replicate(master, server)
         with connected(master) as client:
             client.execute_command("REPLICAOF NO ONE")
-        follow(server, master)
+        replicate(server, master)
         with connected(server) as client:
             yield lambda: client.execute_command("REPLICAOF NO ONE")
 
 
 @contextlib.contextmanager
 def master_down(server: EmbeddedServer) -> Iterator[Heal]:
-    """It is a replica that has lost its master, and does not outcome out of its memory."""
+    """The server is a replica without its master, and serves no stale data."""
     with connected(server) as client:
         client.config_set("replica-serve-stale-data", "no")
         client.execute_command("REPLICAOF", "127.0.0.1", 1)
@@ -79,9 +80,9 @@ def too_few_replicas(server: EmbeddedServer) -> Iterator[Heal]:
 
 @contextlib.contextmanager
 def loading(server: EmbeddedServer) -> Iterator[Heal]:
-    """It comes back with many keys, and is slow to read them."""
+    """The server restarts and loads many keys slowly."""
     with connected(server) as client:
-        # It replies once in two megabytes, and sleeps with each key.
+        # While loading, it replies once per two megabytes, and sleeps at each key.
         client.mset({f"filler-{number}": "x" * 200_000 for number in range(300)})
         client.save()
     server.kill()
@@ -90,11 +91,11 @@ def loading(server: EmbeddedServer) -> Iterator[Heal]:
 
     def replies() -> bool:
         with contextlib.suppress(redis.ConnectionError), connected(server) as client:
-            return "LOADING" in answer_of(client)
+            return "LOADING" in reply_of(client)
         return False
 
     def hurry() -> None:
-        with connected(server) as client, contextlib.suppress(redis.ResponseError):  # not in Redis 6.2
+        with connected(server) as client, contextlib.suppress(redis.ResponseError):  # Redis 6.2 rejects it
             client.config_set("key-load-delay", 0)
         starting.join()
 
@@ -105,7 +106,7 @@ def loading(server: EmbeddedServer) -> Iterator[Heal]:
         starting.join()
 
 
-def answer_of(client: Any) -> str:
+def reply_of(client: Any) -> str:
     """Returns a server's reply to a read, as text."""
     try:
         return str(client.get("key"))
@@ -115,7 +116,7 @@ def answer_of(client: Any) -> str:
         return str(error)
 
 
-TROUBLES: Final = {
+CONDITIONS: Final = {
     "BUSY": busy,
     "READONLY": read_only,
     "MASTERDOWN": master_down,
@@ -124,9 +125,9 @@ TROUBLES: Final = {
 }
 
 
-# Redis 6.2 lets scripts write without replicas: `test_redis_6_lets_a_script_write_without_replicas`.
+# Redis 6.2 lets scripts write without replicas: `test_redis_6_lets_scripts_write_without_replicas`.
 APPLICABLE: Final = [
-    pytest.param(name, marks=[pytest.mark.not_on("redis-6")] if name == "NOREPLICAS" else []) for name in TROUBLES
+    pytest.param(name, marks=[pytest.mark.not_on("redis-6")] if name == "NOREPLICAS" else []) for name in CONDITIONS
 ]
 
 
@@ -145,8 +146,8 @@ def held(server: EmbeddedServer) -> StepRun:
 
 
 @pytest.mark.servers("redis-6")
-def test_redis_6_lets_a_script_write_without_replicas(server: EmbeddedServer, stores: Stores) -> None:
-    """So there min-replicas-to-write keeps no old master from writing; wait_replicas tells."""
+def test_redis_6_lets_scripts_write_without_replicas(server: EmbeddedServer, stores: Stores) -> None:
+    """There, min-replicas-to-write does not stop an old master's writes, but wait_replicas reports them."""
     with too_few_replicas(server), connected(server) as client:
         with pytest.raises(redis.ResponseError, match="NOREPLICAS"):
             client.set("key", "value")
@@ -155,22 +156,22 @@ def test_redis_6_lets_a_script_write_without_replicas(server: EmbeddedServer, st
             stores.from_url(server.url, wait_replicas=1, wait_timeout=0.05).begin_step("run", "mail", {})
 
 
-class TestWhatPasses:
-    @pytest.mark.parametrize("trouble", APPLICABLE)
-    def test_at_the_deadline_it_is_refused_and_nothing_was_written(
-        self, server: EmbeddedServer, stores: Stores, held: StepRun, trouble: str
+class TestTransientErrors:
+    @pytest.mark.parametrize("condition", APPLICABLE)
+    def test_calls_are_rejected_at_the_deadline_and_nothing_is_written(
+        self, server: EmbeddedServer, stores: Stores, held: StepRun, condition: str
     ) -> None:
         with redis.Redis.from_url(server.url) as client:
             store = stores.from_url(server.url, timeout=0.3, socket_timeout=30)
             before = contents(client, PREFIX)
             begin, complete = store.calls.begin_step("run", "ship", {}), store.calls.complete_step(held, {})
-            with TROUBLES[trouble](server) as heal:
+            with CONDITIONS[condition](server) as heal:
                 with pytest.raises(RefusedError, match="nothing was written.*What to do") as caught:
                     store.send(begin)
                 try:
                     outcomes = store.batch([begin, complete])
-                except RefusedError:  # as a whole: redis-py takes LOADING for a broken connection
-                    assert trouble == "LOADING"
+                except RefusedError:  # for the whole batch: redis-py treats LOADING as a broken connection
+                    assert condition == "LOADING"
                 else:
                     assert [type(outcome) for outcome in outcomes] == [RefusedError, RefusedError]
                 heal()
@@ -178,14 +179,14 @@ class TestWhatPasses:
             assert contents(client, PREFIX) == before
 
     @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("trouble", APPLICABLE)
-    def test_before_the_deadline_nobody_notices(
-        self, server: EmbeddedServer, stores: Stores, held: StepRun, trouble: str, batch: bool
+    @pytest.mark.parametrize("condition", APPLICABLE)
+    def test_calls_succeed_if_the_error_ends_before_the_deadline(
+        self, server: EmbeddedServer, stores: Stores, held: StepRun, condition: str, batch: bool
     ) -> None:
-        with Proxy((server.host, server.port)) as proxy, TROUBLES[trouble](server) as heal:
+        with Proxy((server.host, server.port)) as proxy, CONDITIONS[condition](server) as heal:
             store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=60)
             begin, complete = store.calls.begin_step("run", "ship", {}), store.calls.complete_step(held, {"to": 7})
-            proxy.after(9 if batch else 3, heal)  # a batch loads its scripts first: two tries of it and one more
+            proxy.after(9 if batch else 3, heal)  # a try of a batch has more commands, because it loads scripts first
 
             outcomes = store.batch([begin, complete]) if batch else [store.send(begin), store.send(complete)]
 
@@ -196,7 +197,7 @@ class TestWhatPasses:
 
 
 class TestOutOfMemory:
-    def test_what_would_add_is_refused_and_reads_work_and_a_completion_can_be_tried_again(
+    def test_writes_are_rejected_reads_work_and_completion_can_be_retried(
         self, server: EmbeddedServer, stores: Stores
     ) -> None:
         store = stores.from_url(server.url, timeout=60)
@@ -224,7 +225,7 @@ class TestOutOfMemory:
             assert {type(outcome) for outcome in store.batch(calls)} == {RefusedError}
             assert contents(client, PREFIX) == before
 
-            # Reads, and what only reads.
+            # Reads work, and so do begins that write nothing.
             assert store.step_statuses("run") == {"done": "completed", "pay": "running", "later": "pending"}
             assert store.completed_outputs("run") == [{"receipt": 7}]
             assert store.begin_step("run", "done", {}).step_run.output == {"receipt": 7}
@@ -237,7 +238,7 @@ class TestOutOfMemory:
 
 
 def fill(client: Any) -> Heal:
-    """Writes until the server has no memory left; returns a function that frees it."""
+    """Writes until the server is out of memory; returns a function that frees it."""
     client.config_set("maxmemory-policy", "noeviction")
     client.config_set("maxmemory", client.info("memory")["used_memory"] + 1_000_000)
     with contextlib.suppress(redis.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""Replies are lost, or late, or never come; and what was sent before arrives after all."""
+"""Replies are lost, or never come, and requests arrive late."""
 
 from __future__ import annotations
 
@@ -27,38 +27,39 @@ from .kit import Stores
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 
-def like(bench: Bench) -> Stores:
+def stores_like(bench: Bench) -> Stores:
+    """Returns stores of the same flavor as the bench."""
     return Stores("asyncio" if bench.runner else "blocking", bench.runner)
 
 
-class TestLost:
-    """Eleven times: where a client that sends again ten times by itself would give up, the store goes on.
+class TestElevenLostReplies:
+    """Eleven replies are lost: a client with ten retries gives up, but the store goes on.
 
-    Once and three times, with the pauses that are meant: `TestLostReplies` in wire/test_lost_replies.py.
+    `TestLostReplies` in wire/test_lost_replies.py loses one and three, with the real pauses.
     """
 
     @pytest.fixture(autouse=True)
-    def without_long_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         shorten_pauses(monkeypatch, 0.02)
 
     @pytest.mark.parametrize("operation", [*CALLS, *WORKFLOWS])
-    def test_the_answer_is_the_same_and_it_takes_effect_once(self, bench: Bench, operation: str) -> None:
+    def test_result_is_the_same_and_takes_effect_once(self, bench: Bench, operation: str) -> None:
         twin = bench.store(prefix=f"{bench.prefix}-twin")
         expected = perform(twin, operation, prepare(bench, twin))
-        with Proxy.to(bench.backend.raw) as proxy, like(bench) as stores:
+        with Proxy.to(bench.backend.raw) as proxy, stores_like(bench) as stores:
             store = stores.retrying(f"redis://127.0.0.1:{proxy.port}", 10, prefix=bench.prefix)
             claim = prepare(bench, store)
             proxy.clear()
             proxy.drop(11)
 
-            answer = perform(store, operation, claim)
+            result = perform(store, operation, claim)
 
             assert len(proxy.commands) >= 12
-            assert seen(answer) == seen(expected)
+            assert seen(result) == seen(expected)
             assert state(store) == state(twin)
 
-    def test_eleven_times_with_the_client_that_from_url_makes(self, bench: Bench) -> None:
-        with Proxy.to(bench.backend.raw) as proxy, like(bench) as stores:
+    def test_begin_on_from_url_client_survives_eleven_lost_replies(self, bench: Bench) -> None:
+        with Proxy.to(bench.backend.raw) as proxy, stores_like(bench) as stores:
             store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=bench.prefix, timeout=60)
             proxy.drop(11)
 
@@ -75,8 +76,8 @@ def server(binary: Path) -> Iterator[EmbeddedServer]:
         yield server
 
 
-class TestLate:
-    """What the network held back arrives after the lease was taken over."""
+class TestLateRequests:
+    """Delayed requests arrive after a takeover."""
 
     @pytest.fixture
     def scene(self, server: EmbeddedServer, stores: Stores) -> Iterator[Scene]:
@@ -87,14 +88,14 @@ class TestLate:
                 client.script_load(script(path.stem).source)
             yield Scene(proxy, store, others, client)
 
-    def test_the_first_copy_of_a_begin(self, scene: Scene) -> None:
-        """The second was granted the claim, which has lapsed and been taken over since."""
+    def test_late_copy_of_a_begin_changes_nothing(self, scene: Scene) -> None:
+        """The second copy was granted the claim, which has been taken over since."""
         release = scene.proxy.hold_requests(script="begin_step")
         claim = begun(scene.store.begin_step("run", "pay", {}, lease=0.01))
         scene.assert_nothing_changes(claim, release)
 
     @pytest.mark.parametrize("operation", ["complete_step", "fail_step", "extend_claim", "release_step"])
-    def test_all_copies_of_what_a_zombie_sent(self, scene: Scene, operation: str) -> None:
+    def test_late_calls_of_a_zombie_change_nothing(self, scene: Scene, operation: str) -> None:
         claim = begun(scene.store.begin_step("run", "pay", {}, lease=0.01))
         arguments = {"extend_claim": (claim, 60), "release_step": (claim,)}.get(operation, (claim, {"by": "zombie"}))
         release = scene.proxy.hold_requests(1_000, script=operation)
@@ -106,7 +107,7 @@ class TestLate:
 
 @dataclass
 class Scene:
-    """A store behind a proxy, and others that have a way of their own."""
+    """A store behind a proxy, and a second store with a direct connection, as another worker has."""
 
     proxy: Proxy
     store: StepRunStore
@@ -114,7 +115,7 @@ class Scene:
     client: Any
 
     def assert_nothing_changes(self, claim: StepRun, release: threading.Event) -> None:
-        """Lets another take the step over, then the late copies through."""
+        """Checks that the late copies change nothing after another worker has taken over the step."""
         assert claim.lease_ends_at is not None
         end = claim.lease_ends_at.timestamp()
         wait_until(lambda: self.client.time()[0] + self.client.time()[1] / 1e6 >= end)
@@ -130,14 +131,14 @@ class Scene:
         return self.client.info("commandstats")["cmdstat_evalsha"]["calls"]
 
 
-class TestNever:
-    """A server, or a proxy, that accepts data and never replies."""
+class TestNoReply:
+    """A server or a proxy accepts data and never replies."""
 
     @pytest.mark.parametrize("batch", [False, True])
-    def test_one_deadline_for_the_call(self, server: EmbeddedServer, stores: Stores, batch: bool) -> None:
+    def test_one_deadline_limits_the_call(self, server: EmbeddedServer, stores: Stores, batch: bool) -> None:
         with Proxy((server.host, server.port)) as proxy:
             store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=1)
-            assert store.get_run("run") == []  # is connected
+            assert store.get_run("run") == []  # connects
             proxy.clear()
             proxy.hold_requests(1_000)
             call = store.calls.begin_step("run", "pay", {})
@@ -153,9 +154,7 @@ class TestNever:
             proxy.heal()
             assert begun(store.send(call)).attempt == 1
 
-    def test_a_client_with_ten_retries_is_not_tried_again_after_them(
-        self, server: EmbeddedServer, stores: Stores
-    ) -> None:
+    def test_client_with_ten_retries_is_called_at_most_twice(self, server: EmbeddedServer, stores: Stores) -> None:
         with Proxy((server.host, server.port)) as proxy:
             url = f"redis://127.0.0.1:{proxy.port}?socket_timeout=0.05"
             store = stores.retrying(url, 10, timeout=1)
@@ -166,10 +165,10 @@ class TestNever:
             with pytest.raises(OutcomeUnknownError):
                 store.begin_step("run", "pay", {})
 
-            # Twice at most: 11 time-outs fill half of the deadline.
+            # Two calls at most, because eleven timeouts take half of the deadline.
             assert 1 < len(proxy.commands) <= 22
 
-    def test_a_server_that_is_stopped(self, server: EmbeddedServer, stores: Stores) -> None:
+    def test_call_to_a_paused_server_can_be_sent_again(self, server: EmbeddedServer, stores: Stores) -> None:
         store = stores.from_url(server.url, timeout=1)
         assert store.get_run("run") == []
         server.pause()
@@ -182,13 +181,13 @@ class TestNever:
         assert len(store.attempts("run", "pay")) == 1
 
 
-def test_an_exhausted_pool_sends_nothing(server: EmbeddedServer, stores: Stores) -> None:
+def test_exhausted_pool_sends_nothing(server: EmbeddedServer, stores: Stores) -> None:
     with Proxy((server.host, server.port)) as proxy:
         store = stores.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.5, max_connections=1)
         assert store.get_run("run") == []
         client: Any = store.client
         pipeline = client.pipeline()
-        stores.wait(pipeline.watch("key"))  # which holds the one connection
+        stores.wait(pipeline.watch("key"))  # holds the only connection
         proxy.clear()
 
         with pytest.raises(NotSentError, match="nothing was sent"):

@@ -1,4 +1,4 @@
-"""The server is killed and comes back: with its data, as its AOF has it, or without; and always without its scripts."""
+"""The server is killed and restarts: with the data of its AOF, or empty, and always without its scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.records import begun
 from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
-from .kit import FLAVOURS, Load, Stores, assert_a_legal_loss, stores_of
+from .kit import FLAVORS, Load, Stores, assert_loss_is_legal, stores_of
 
 AOF = {
     "always": {"appendonly": "yes", "appendfsync": "always"},
@@ -34,41 +34,39 @@ def running(binary: Path, aof: str) -> Iterator[EmbeddedServer]:
 
 
 @pytest.mark.parametrize("aof", AOF)
-def test_a_kill_under_load_loses_what_doctor_had_said_it_would(binary: Path, aof: str) -> None:
-    """`everysec` leaves to the disk what only a power cut takes; but while the disk is busy, it puts off for up to two
-    seconds what a kill takes, too.
-    """
+def test_kill_under_load_loses_only_what_doctor_warned_of(binary: Path, aof: str) -> None:
+    """With `everysec`, a kill usually loses nothing, but a busy disk can delay writes for up to two seconds."""
 
     @contextlib.contextmanager
-    def connect(flavour: str) -> Iterator[StepRunStore]:
-        with stores_of(flavour) as stores:
+    def connect(flavor: str) -> Iterator[StepRunStore]:
+        with stores_of(flavor) as stores:
             yield stores.from_url(server.url, timeout=30)
 
     with running(binary, aof) as server, stores_of("blocking") as stores:
         store = stores.from_url(server.url)
         warned = {finding.check for finding in store.doctor().findings if finding.level is Level.WARNING}
         assert ("persistence" in warned) is (aof != "always")
-        with Load(lambda flavour=flavour: connect(flavour) for flavour in FLAVOURS) as load:
+        with Load(lambda flavor=flavor: connect(flavor) for flavor in FLAVORS) as load:
             before = list(load.completions)
             server.kill()
             killed = time.monotonic()
             server.start()
-            load.wait_for_more()
+            load.wait_for_progress()
 
         lost = load.lost(store)
-        assert load.errors == []  # all were sent again until the server was there
-        assert_a_legal_loss(load, lost, killed)
+        assert load.errors == []  # every call was retried until the server was back
+        assert_loss_is_legal(load, lost, killed)
         if aof == "always":
             assert lost == []
             assert load.forgotten == []
         elif aof == "everysec":
-            assert [completion for completion in lost if completion.answered < killed - 2] == []
+            assert [completion for completion in lost if completion.acknowledged < killed - 2] == []
         else:
             assert set(before) <= set(lost)
 
 
 class TestNoScript:
-    """A restart forgets the scripts, as SCRIPT FLUSH does (`TestScriptFlush` in wire/test_script_flush.py)."""
+    """A restart drops the scripts, as SCRIPT FLUSH does (`TestScriptFlush` in wire/test_script_flush.py)."""
 
     @pytest.fixture
     def server(self, binary: Path) -> Iterator[EmbeddedServer]:
@@ -80,7 +78,7 @@ class TestNoScript:
         server.kill()
         server.start()
 
-    def test_single_calls(self, server: EmbeddedServer, stores: Stores) -> None:
+    def test_single_calls_work_after_a_restart(self, server: EmbeddedServer, stores: Stores) -> None:
         store = stores.from_url(server.url)
         claim = begun(store.begin_step("run", "pay", {}))
         self.restart(server)
@@ -89,7 +87,7 @@ class TestNoScript:
         assert store.begin_step("run", "pay", {}).step_run.output == {"receipt": 7}
         assert len(store.attempts("run", "pay")) == 1
 
-    def test_a_batch(self, server: EmbeddedServer, stores: Stores) -> None:
+    def test_batch_works_after_a_restart(self, server: EmbeddedServer, stores: Stores) -> None:
         store, twin = (stores.from_url(server.url, prefix=prefix) for prefix in ("one", "two"))
         expected = twin.batch(mixed(twin, 40))
         assert store.get_run("run") == []
@@ -97,7 +95,7 @@ class TestNoScript:
         assert seen(store.batch(mixed(store, 40))) == seen(expected)
 
     @pytest.mark.parametrize("after", range(4))
-    def test_in_the_middle_of_single_calls_nothing_runs_twice(
+    def test_restart_between_single_calls_runs_nothing_twice(
         self, server: EmbeddedServer, stores: Stores, after: int
     ) -> None:
         with Proxy((server.host, server.port)) as proxy:
@@ -111,7 +109,9 @@ class TestNoScript:
             assert store.completed_steps("run") == ["pay"]
 
     @pytest.mark.parametrize("transaction", [True, False])
-    def test_a_pipeline_of_the_users_own(self, server: EmbeddedServer, stores: Stores, transaction: bool) -> None:
+    def test_users_own_pipeline_works_after_a_restart(
+        self, server: EmbeddedServer, stores: Stores, transaction: bool
+    ) -> None:
         store = stores.from_url(server.url)
         pipeline: Any = store.client.pipeline(transaction=transaction)
         pipeline.set("own", "1")

@@ -1,4 +1,4 @@
-"""Users whose rights do not suffice: the server says no, and nothing is written; the store never widens its keys."""
+"""Users with too few rights: the server rejects the calls, nothing is written, and the store uses no other keys."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .kit import Stores
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 OWN: Final = "own"
-COMMANDS: Final = "+@read +@write +@scripting +@transaction -@dangerous +time"  # as the errors advise
+COMMANDS: Final = "+@read +@write +@scripting +@transaction -@dangerous +time"  # the rights that the errors advise
 RIGHTS: Final = f"~{OWN}:* {COMMANDS}"
 OPERATIONS: Final = [*CALLS, *WORKFLOWS]
-# What a user may be denied as a whole.
+# Each denies a whole group of commands, or the keys.
 DENIALS: Final = ["-@write", "-@hash", "-@sortedset", "-@read", "-@scripting", "resetkeys", f"resetkeys ~{OWN}-2:*"]
 
 
@@ -42,15 +42,15 @@ def admin(server: EmbeddedServer) -> Iterator[Any]:
 
 
 def user(admin: Any, server: EmbeddedServer, rights: str) -> str:
-    """Creates a user in place of the last one; returns its URL."""
+    """Creates a user, in place of an earlier one, and returns its URL."""
     admin.execute_command("ACL", "SETUSER", "worker", "reset", "on", ">secret", *rights.split())
     return f"redis://worker:secret@{server.host}:{server.port}/0"
 
 
 @pytest.fixture
 def bench(server: EmbeddedServer, stores: Stores) -> Iterator[Bench]:
-    """Stores of an operator, who may do all."""
-    made = Bench(Backend.of_url("valkey", server.url), stores.runner if stores.flavour == "asyncio" else None, OWN)
+    """Stores of a user with all rights."""
+    made = Bench(Backend.of_url("valkey", server.url), stores.runner if stores.flavor == "asyncio" else None, OWN)
     yield made
     made.close()
 
@@ -62,15 +62,15 @@ def is_read(operation: str) -> bool:
     return operation in of_a_step | of_a_run | across_runs
 
 
-def live_through(store: StepRunStore) -> None:
-    """Fails once, and completes a step then."""
+def fail_and_complete(store: StepRunStore) -> None:
+    """Fails a step once, then completes it."""
     store.fail_step(begun(store.begin_step("run", "pay", {}, lease=60)), {})
     store.complete_step(begun(store.begin_step("run", "pay", {}, lease=60)), {})
 
 
-class TestTooFew:
+class TestMissingRights:
     @pytest.mark.parametrize("denial", DENIALS)
-    def test_of_a_kind_every_operation_is_refused_and_writes_nothing(
+    def test_operations_without_rights_are_rejected_and_write_nothing(
         self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench, denial: str
     ) -> None:
         claim = prepare(bench, bench.store())
@@ -79,9 +79,9 @@ class TestTooFew:
 
         for operation in OPERATIONS:
             if operation == "batch":
-                refused = [result for result in perform(store, operation, claim) if isinstance(result, Exception)]
-                assert len(refused) >= 4  # all but its reads, and what is refused anyway
-                assert all(isinstance(error, ServerError | StepRunNotFoundError) for error in refused)
+                rejected = [result for result in perform(store, operation, claim) if isinstance(result, Exception)]
+                assert len(rejected) >= 4  # at least its valid writes
+                assert all(isinstance(error, ServerError | StepRunNotFoundError) for error in rejected)
             elif (denial == "-@write" and is_read(operation)) or (denial == "-@hash" and operation == "count_claims"):
                 perform(store, operation, claim)
             else:
@@ -93,23 +93,23 @@ class TestTooFew:
             assert contents(admin, OWN) == before, operation
 
     @pytest.mark.parametrize("command", ["hset", "hdel", "zadd", "zrem"])
-    def test_of_one_command_it_is_said_that_it_may_be_half_done_and_doctor_had_said_so(
+    def test_missing_command_is_found_by_doctor_and_reported_as_halfway(
         self, admin: Any, server: EmbeddedServer, stores: Stores, command: str
     ) -> None:
-        """Nobody denies just that by accident, and no script can ask beforehand on Redis 6."""
+        """On Redis 6, a script cannot check its rights in advance. A single command is not denied by accident."""
         store = stores.from_url(user(admin, server, f"{RIGHTS} -{command}"), prefix=OWN)
 
         findings = {finding.check: finding.level for finding in store.doctor().findings}
         assert findings["self-test"] is Level.FAILURE
         with pytest.raises(OutcomeUnknownError, match="halfway"):
-            live_through(store)
+            fail_and_complete(store)
 
 
 class TestReadsOnly:
     def test_member_that_cannot_be_dropped_hides_nothing(
         self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
     ) -> None:
-        """Such a user may watch a store; it cannot drop what this library did not write from the indexes."""
+        """A user without write rights can read a store, but cannot remove foreign members from its indexes."""
         prepare(bench, bench.store())
         for key, score in ((bench.keys("run")[2], 1), (bench.keys("run")[3], 9e12)):
             admin.zadd(key, {b"garbage": score})
@@ -123,25 +123,25 @@ class TestReadsOnly:
         assert contents(admin, OWN) == before
 
 
-class TestJustEnough:
-    def test_what_the_errors_advise_suffices_for_every_operation(
+class TestSufficientRights:
+    def test_advised_rights_suffice_for_every_operation(
         self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
     ) -> None:
-        """And all keys that are touched are of the prefix: the server would not let the user touch others."""
+        """All keys have the store's prefix, because the server lets the user access no others."""
         store = stores.from_url(user(admin, server, RIGHTS), prefix=OWN, run_ttl=3600)
         for operation in OPERATIONS:
             perform(store, operation, prepare(bench, store, run_id=operation))
         denied = {entry["object"] for entry in admin.acl_log()}
-        # redis-py says who it is, and who lists runs asks whether it is a cluster: neither minds.
+        # redis-py sends its name, and listing runs asks whether the server is a cluster. Both tolerate a denial.
         assert denied <= {"client", "client|setinfo", "cluster", "cluster|slots"}  # Redis 6 names no subcommand
         assert all(key.startswith(f"{OWN}:".encode()) for key in admin.keys("*"))
 
 
 class TestAnotherPrefix:
-    def test_is_neither_read_nor_written(
+    def test_another_prefix_is_neither_read_nor_written(
         self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
     ) -> None:
-        """Not even one that begins as one's own does."""
+        """Not even a prefix that starts with the same letters."""
         other = f"{OWN}-2"
         claim = prepare(bench, bench.store(prefix=other))
         store = stores.from_url(user(admin, server, RIGHTS), prefix=other)

@@ -1,4 +1,4 @@
-"""Many workers, both stores, every fault at once: was all that they were answered possible?"""
+"""Many workers of both stores under every fault at once: their results must be linearizable."""
 
 from __future__ import annotations
 
@@ -20,36 +20,34 @@ from .soak import Report, soak
 
 
 class Mutant(NamedTuple):
-    """What must not be in the scripts."""
+    """A bug to put into a script: `replacement` takes the place of `original`."""
 
     file: str
-    right: str  # what stands there
-    wrong: str  # what the broken store has in its place
+    original: str
+    replacement: str
 
-
-HELD_BACK = "refusal = check_indexes(claims, failed)\nif refusal then\n  return refusal\nend\n\nlocal now = now_ms()"
 
 MUTANTS = {
     # The claim
-    "the token is not checked": Mutant("lib/record.lua", '(token == state.token or token == "")', "true"),
-    "a failure by another than the holder": Mutant(
+    "the claim token is not checked": Mutant("lib/record.lua", '(token == state.token or token == "")', "true"),
+    "a non-holder can fail a step": Mutant(
         "fail_step.lua", "if not holds(state, token) then", 'if not holds(state, "") then'
     ),
-    "a release by another than the holder": Mutant(
+    "a non-holder can release a step": Mutant(
         "release_step.lua", "if not holds(state, token) then", 'if not holds(state, "") then'
     ),
-    "an extension brings a lost claim back": Mutant(
+    "an extension revives a lost claim": Mutant(
         "extend_claim.lua",
         "if not holds(state, token) then",
         "if state.status == @RUNNING then\n  state.token = token\nend\nif not holds(state, token) then",
     ),
-    "an extension brings a failed claim back": Mutant(
+    "an extension revives a failed claim": Mutant(
         "extend_claim.lua",
         "if not holds(state, token) then",
         "if state.status == @FAILED and state.token == token then\n  state.status = @RUNNING\nend\n"
         "if not holds(state, token) then",
     ),
-    "late is wrong": Mutant(
+    "a completion after the lease is rejected without a takeover": Mutant(
         "complete_step.lua",
         "local SUCCESSORS = 6\n",
         "local SUCCESSORS = 6\n"
@@ -58,62 +56,64 @@ MUTANTS = {
         'if lease and created + started + lease < redis.call("TIME")[1] * 1000 then\n'
         '  return { "missing", ARGV[1] }\nend\n',
     ),
-    "a completion by another than the holder, in the common case": Mutant(
+    "a non-holder can complete a step in the common case": Mutant(
         "complete_step.lua", "    and holder == token\n", "    and holder\n"
     ),
     # The lease
-    "the lease is not looked at": Mutant("lib/begin.lua", "not remaining or remaining > 0", "false"),
+    "the lease is ignored": Mutant("lib/begin.lua", "not remaining or remaining > 0", "false"),
     "a lease never ends": Mutant("lib/begin.lua", "not remaining or remaining > 0", "true"),
-    "leases go by the caller's clock": Mutant(
+    "leases use the caller's clock": Mutant(
         "begin_step.lua",
         "local now = now_ms()",
         'local now = now_ms() + string.match(owner, "%d+") % 3 * 30 -- the workers\' clocks disagree',
     ),
-    "an extension runs from the start of the claim": Mutant("extend_claim.lua", "now + lease - started", "0 + lease"),
-    "an extension can cut a lease short only": Mutant(
+    "an extension is counted from the start of the claim": Mutant(
+        "extend_claim.lua", "now + lease - started", "0 + lease"
+    ),
+    "an extension can only shorten a lease": Mutant(
         "extend_claim.lua", "math.max(0, now + lease - started)", "math.min(state.lease, now + lease - started)"
     ),
-    "a begin that is sent again renews the lease": Mutant(
+    "a re-sent begin renews the lease": Mutant(
         "lib/begin.lua",
         "if holds(state, token) then",
         "if holds(state, token) then\n  state.lease = now - state.created - state.started + lease\n"
         '  redis.call("HSET", steps, "s" .. step, format_state(state))',
     ),
     # Attempts
-    "attempts are left out": Mutant("lib/begin.lua", "state.attempt + 1\n", "state.attempt + 2\n"),
-    "attempts do not grow with a takeover": Mutant(
+    "attempt numbers are skipped": Mutant("lib/begin.lua", "state.attempt + 1\n", "state.attempt + 2\n"),
+    "a takeover does not increase the attempt": Mutant(
         "lib/begin.lua",
         "state.attempt = state.attempt + 1",
         "state.attempt = state.attempt + (lease_expired and 0 or 1)",
     ),
-    "a release gives its number back": Mutant(
+    "a release decreases the attempt": Mutant(
         "release_step.lua",
         "end_attempt(state, @PENDING, now)",
         "end_attempt(state, @PENDING, now)\nstate.attempt = state.attempt - 1",
     ),
-    "a release counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
+    "a released attempt counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
     "one attempt too many": Mutant("lib/begin.lua", "used >= limit", "used > limit"),
-    "a lapsed claim is left running when no attempt is left": Mutant(
+    "a lapsed claim stays running when no attempt is left": Mutant(
         "lib/begin.lua", "  if lease_expired then\n    redis.call", "  if false then\n    redis.call"
     ),
-    # What is sent again
-    "a begin that is sent again is a second one": Mutant(
-        "lib/begin.lua", "if holds(state, token) then", "if false then"
-    ),
+    # Re-sent calls
+    "a re-sent begin starts another attempt": Mutant("lib/begin.lua", "if holds(state, token) then", "if false then"),
     "the history forgets the begin of a past attempt": Mutant(
         "lib/begin.lua", "state.token == token or past_attempt(steps, step, state, token)", "state.token == token"
     ),
-    "an ended claim forgets its begin": Mutant("lib/begin.lua", "state.token == token or past_attempt", "past_attempt"),
+    "an ended claim does not recognize its begin": Mutant(
+        "lib/begin.lua", "state.token == token or past_attempt", "past_attempt"
+    ),
     "the history forgets how a past attempt failed": Mutant(
         "fail_step.lua", "if past and past.status == @FAILED", "if false"
     ),
-    "a failure that is sent again may say otherwise": Mutant(
+    "a re-sent failure may have another error": Mutant(
         "fail_step.lua", 'redis.call("HGET", steps, "e" .. step) == last_error', "true"
     ),
-    "a completion that is sent again may say otherwise": Mutant(
+    "a re-sent completion may have another output": Mutant(
         "complete_step.lua", 'redis.call("HGET", steps, "o" .. step) == output', "true"
     ),
-    "a completion that is sent again takes a second place": Mutant(
+    "a re-sent completion takes another place in the order": Mutant(
         "complete_step.lua",
         'if redis.call("HGET", steps, "o" .. step) == output then',
         'if redis.call("HGET", steps, "o" .. step) == output then\n'
@@ -144,19 +144,19 @@ MUTANTS = {
 
 @pytest.mark.servers("valkey", "redis-7", "redis-6")
 @pytest.mark.timeout(900)
-def test_a_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
-    """On a busy machine five seconds may be too short for everything to happen. Then another soak follows."""
-    happened = Counter[str]()
+def test_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
+    """On a busy machine, five seconds can be too short for every kind of event. Then another soak follows."""
+    counts = Counter[str]()
     for seed in range(8):
         report = soak(5, tmp_path / str(seed), binary=binary, seed=seed)
         assert_linearizable(report)
-        happened += report.verdict.counts + report.faults
-        if not missing(happened):
+        counts += report.verdict.counts + report.faults
+        if not missing(counts):
             break
-    assert not missing(happened)
+    assert not missing(counts)
 
 
-def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_killed_soak_leaves_no_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from faults.soak import soak; from support.servers import find_binary\n"
     )
@@ -182,7 +182,7 @@ def test_a_soak_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureRequest, say: Callable[..., None]) -> None:
+def test_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureRequest, say: Callable[..., None]) -> None:
     report = soak(request.config.getoption("--soak-seconds"), tmp_path, binary=find_binary("valkey"), seed=1)
     say("", *report.lines())
     assert_linearizable(report)
@@ -192,22 +192,22 @@ def test_a_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureRequ
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_broken_store_is_caught(name: str, tmp_path: Path, say: Callable[..., None]) -> None:
+def test_broken_store_is_caught(name: str, tmp_path: Path, say: Callable[..., None]) -> None:
     mutant = MUTANTS[name]
     lua = tmp_path / "lua"
     shutil.copytree(scripts.directory(), lua)
     source = (lua / mutant.file).read_text("utf-8")
-    assert source.count(mutant.right) == 1
-    (lua / mutant.file).write_text(source.replace(mutant.right, mutant.wrong), "utf-8")
+    assert source.count(mutant.original) == 1
+    (lua / mutant.file).write_text(source.replace(mutant.original, mutant.replacement), "utf-8")
     report = soak(120, tmp_path / "soak", binary=find_binary("valkey"), lua=lua)
-    assert report.verdict.errors == []  # a script that fails is not what is looked for
+    assert report.verdict.errors == []  # the mutant must be caught by its results, not by a script error
     assert report.problems
     say(f" {report.seconds:.1f} s: {report.problems[0][:200]}")
 
 
 @pytest.fixture
 def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Prints lines: not for a failure, but to be read. Only without xdist."""
+    """Prints lines even if the test passes. Works only without xdist."""
 
     def say(*lines: str) -> None:
         with capfd.disabled():
@@ -221,15 +221,15 @@ def assert_linearizable(report: Report) -> None:
 
 
 def missing(counts: Counter[str]) -> list[str]:
-    """Returns what did not happen: a soak in which nothing happens shows nothing."""
-    happened = ["begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "begin: superseded"]
-    happened += ["complete: done", "complete: stale", "fail: stale", "extend: stale", "release: stale", "expire: done"]
-    happened += [
+    """Returns the kinds of events that did not occur; without them a soak proves nothing."""
+    expected = ["begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "begin: superseded"]
+    expected += ["complete: done", "complete: stale", "fail: stale", "extend: stale", "release: stale", "expire: done"]
+    expected += [
         "takeovers",
         "replies never received",
         "sent more than once",
-        "zombies refused",
+        "zombies rejected",
         "completions found at the end",
     ]
-    happened += ["workers killed", "replies lost", "server killed and restarted"]
-    return [name for name in happened if not counts[name]]
+    expected += ["workers killed", "replies lost", "server killed and restarted"]
+    return [name for name in expected if not counts[name]]

@@ -15,7 +15,7 @@ from squidstep_redis import Attempt, Outcome, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.scripts import script
 
-# One step, and the points at which the worker may be killed. The effect is a line in a file.
+# A worker with one step, and the points at which it can be killed. The effect of the step is a line in a file.
 WORKER = """
 import os, signal, sys
 from squidstep_redis import StepRunStore
@@ -37,7 +37,7 @@ at("after complete")
 
 
 class Scene:
-    """A server, a proxy before it, and the file that shows what was paid."""
+    """A server behind a proxy, and the file with the effects."""
 
     def __init__(self, server: EmbeddedServer, proxy: Proxy, store: StepRunStore, effects: Path) -> None:
         self.store = store
@@ -53,7 +53,7 @@ class Scene:
         assert self.start(point).wait(60) == -9
 
     def deliver_again(self) -> dict[str, Any]:
-        """What the next delivery comes to, once the first is finished or its lease is over."""
+        """Returns the output of the next delivery, which waits until the first has ended or its lease is over."""
         return self.store.run_step("run", "pay", self._pay, {"amount": 42}, on_busy="wait", owner="successor")
 
     def _pay(self, input: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def scene(binary: Path, tmp_path: Path) -> Iterator[Scene]:
         Proxy((server.host, server.port)) as proxy,
         StepRunStore.from_url(server.url) as store,
     ):
-        # Else what is killed is the question whether the server knows the script.
+        # Without the scripts, the first request would only be an EVALSHA that fails with NOSCRIPT.
         for name in ("begin_step", "complete_step"):
             cast("Any", store.client).script_load(script(name).source)
         yield Scene(server, proxy, store, tmp_path / "effects")
@@ -93,7 +93,7 @@ def assert_taken_over(scene: Scene) -> None:
     assert [step_run.step for step_run in scene.store.get_run("run")] == ["pay"]
 
 
-def test_before_begin_nothing_is_known_of_it(scene: Scene) -> None:
+def test_step_of_worker_killed_before_begin_is_unknown(scene: Scene) -> None:
     scene.kill_at("before begin")
 
     assert scene.store.get_run("run") == []
@@ -102,7 +102,7 @@ def test_before_begin_nothing_is_known_of_it(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("point", ["after the claim", "after the effect"])
-def test_with_the_claim_in_hand_it_is_taken_over_when_the_lease_ends(scene: Scene, point: str) -> None:
+def test_step_of_worker_killed_with_claim_is_taken_over(scene: Scene, point: str) -> None:
     scene.kill_at(point)
 
     assert scene.deliver_again() == {"by": "successor"}
@@ -111,8 +111,13 @@ def test_with_the_claim_in_hand_it_is_taken_over_when_the_lease_ends(scene: Scen
     assert scene.effects == (paid if point == "after the effect" else paid[1:])  # an effect may repeat
 
 
-def killed_completing(scene: Scene, arrives: Callable[[bytes], bytes]) -> None:
-    """Kills the worker while the proxy has its complete_step in hand, of which the server then gets so much."""
+def kill_during_completion(scene: Scene, arrives: Callable[[bytes], bytes]) -> None:
+    """Kills the worker while the proxy holds its complete_step.
+
+    Args:
+        scene: the server, the proxy and the effects.
+        arrives: returns the part of the request that the server receives.
+    """
     worker = scene.start()
 
     def kill_and_pass_on(request: bytes) -> bytes:
@@ -125,20 +130,20 @@ def killed_completing(scene: Scene, arrives: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.parametrize("arrives", ["nothing", "half of it", "all but the last byte"])
-def test_during_a_completion_that_does_not_arrive_none_of_it_takes_effect(scene: Scene, arrives: str) -> None:
+def test_completion_that_does_not_fully_arrive_has_no_effect(scene: Scene, arrives: str) -> None:
     bytes_short = {
         "nothing": len,
         "half of it": lambda request: len(request) // 2,
         "all but the last byte": lambda _: 1,
     }
-    killed_completing(scene, lambda it: it[: len(it) - bytes_short[arrives](it)])
+    kill_during_completion(scene, lambda request: request[: len(request) - bytes_short[arrives](request)])
 
     assert scene.deliver_again() == {"by": "successor"}
     assert_taken_over(scene)
 
 
-def test_during_a_completion_that_arrives_all_of_it_takes_effect(scene: Scene) -> None:
-    killed_completing(scene, bytes)
+def test_completion_that_arrives_takes_full_effect(scene: Scene) -> None:
+    kill_during_completion(scene, bytes)
 
     assert scene.deliver_again() == {"by": "victim"}
     assert scene.effects == ["the victim paid"]
@@ -146,7 +151,7 @@ def test_during_a_completion_that_arrives_all_of_it_takes_effect(scene: Scene) -
     assert scene.store.completed_steps("run") == ["pay"]
 
 
-def test_after_complete_it_is_skipped(scene: Scene) -> None:
+def test_step_of_worker_killed_after_complete_is_skipped(scene: Scene) -> None:
     scene.kill_at("after complete")
 
     assert scene.deliver_again() == {"by": "victim"}

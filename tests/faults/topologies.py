@@ -1,4 +1,4 @@
-"""Servers that stand in for each other: a master with two replicas under three sentinels, and a cluster of six."""
+"""Servers that fail over: a master with two replicas and three sentinels, and a cluster of six nodes."""
 
 from __future__ import annotations
 
@@ -20,36 +20,38 @@ REPLICATION: Final = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period
 
 @contextlib.contextmanager
 def connected(server: EmbeddedServer) -> Iterator[Any]:
-    """A client of one server, without retries: what a test asks is to be true at that moment."""
+    """Connects to one server, without retries, so that each reply shows the state of that moment."""
     options: dict[str, Any] = {"decode_responses": True, "socket_timeout": 5, "retry": None}
     with redis.Redis(host=server.host, port=server.port, **options) as client:
         yield client
 
 
 def role(server: EmbeddedServer) -> str:
+    """Returns "master" or "slave"."""
     with connected(server) as client:
         return client.info("replication")["role"]
 
 
-def follow(replica: EmbeddedServer, master: EmbeddedServer) -> None:
-    """Makes one server the replica of another, and waits until it has all its data."""
+def replicate(replica: EmbeddedServer, master: EmbeddedServer) -> None:
+    """Makes one server the replica of another and waits until it has all its data."""
     with connected(replica) as client:
         client.execute_command("REPLICAOF", master.host, master.port)
         wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=30)
 
 
 class Sentinels:
-    """A master, two replicas and three sentinels that watch them, for as long as the `with` block."""
+    """A master, two replicas and three sentinels, which run during the `with` block."""
 
     def __init__(self, binary: Path, scratch: Path, options: dict[str, str] | None = None) -> None:
-        """Prepares them.
+        """Prepares the servers and the sentinels; the `with` block starts them.
 
         Args:
-            binary: of the server; it is the sentinel's, too.
-            scratch: a directory for what starts a sentinel, which wants a file to write down what it knows.
+            binary: the server binary, which also runs the sentinels.
+            scratch: a directory for the program that starts a sentinel.
             options: further configuration of the three servers.
         """
         launcher = scratch / "sentinel"
+        # A sentinel refuses to start without a configuration file.
         launcher.write_text(f'#!/bin/sh\n: > sentinel.conf\nexec "{binary}" sentinel.conf --sentinel "$@"\n')
         launcher.chmod(0o700)
         settings = {**REPLICATION, **(options or {})}
@@ -67,14 +69,14 @@ class Sentinels:
                 stack.enter_context(server)
             master, *replicas = self.servers
             for replica in replicas:
-                follow(replica, master)
+                replicate(replica, master)
             for sentinel in self.sentinels:
                 with connected(sentinel) as client:
                     client.execute_command("SENTINEL", "MONITOR", SERVICE, master.host, master.port, 2)
                     settings = {"down-after-milliseconds": 500, "failover-timeout": 3000, "parallel-syncs": 2}
                     for name, value in settings.items():
                         client.execute_command("SENTINEL", "SET", SERVICE, name, value)
-            wait_until(self._know_each_other, timeout=30)
+            wait_until(self._are_discovered, timeout=30)
             self._stack = stack.pop_all()
         return self
 
@@ -82,7 +84,7 @@ class Sentinels:
         self._stack.close()
 
     def master(self) -> EmbeddedServer:
-        """Who is the master, as a sentinel tells it."""
+        """Returns the master according to a sentinel."""
         options: dict[str, Any] = {"socket_timeout": 5}
         found = redis.sentinel.Sentinel(self.addresses, **options)
         try:
@@ -92,8 +94,8 @@ class Sentinels:
                 client.close()
         return next(server for server in self.servers if server.port == port)
 
-    def wait_for_another_master(self, old: EmbeddedServer) -> EmbeddedServer:
-        """Waits for the failover, and until who is promoted takes writes."""
+    def wait_for_new_master(self, old: EmbeddedServer) -> EmbeddedServer:
+        """Waits until another server is the master and accepts writes; returns it."""
 
         def promoted() -> bool:
             with contextlib.suppress(redis.RedisError):
@@ -103,11 +105,12 @@ class Sentinels:
         wait_until(promoted, timeout=60)
         return self.master()
 
-    def _know_each_other(self) -> bool:
+    def _are_discovered(self) -> bool:
+        """Returns whether each sentinel has found both replicas and the other sentinels."""
         for sentinel in self.sentinels:
             with connected(sentinel) as client:
-                told = client.info("sentinel")["master0"]
-                if (told["status"], told["slaves"], told["sentinels"]) != ("ok", 2, 3):
+                known = client.info("sentinel")["master0"]
+                if (known["status"], known["slaves"], known["sentinels"]) != ("ok", 2, 3):
                     return False
         return True
 
@@ -119,32 +122,32 @@ class Cluster(EmbeddedCluster):
         options = {**REPLICATION, "cluster-node-timeout": "4000", "cluster-replica-validity-factor": "0"}
         super().__init__(binary=binary, replicated=replicated, options=options)
 
-    def holders(self, slot: int) -> list[EmbeddedServer]:
-        """Who serves the slot, and its replica, as most of the living tell it."""
-        answers: list[tuple[int, ...]] = []
+    def nodes_of(self, slot: int) -> list[EmbeddedServer]:
+        """Returns the slot's primary, then its replica, according to the majority of the running nodes."""
+        replies: list[tuple[int, ...]] = []
         for node in self.nodes:
             with contextlib.suppress(redis.RedisError), connected(node) as client:
                 for first, last, *nodes in client.execute_command("CLUSTER SLOTS"):
                     if first <= slot <= last:
-                        answers.append(tuple(node[1] for node in nodes))
-        ports = max(set(answers), key=answers.count)
+                        replies.append(tuple(node[1] for node in nodes))
+        ports = max(set(replies), key=replies.count)
         return [next(node for node in self.nodes if node.port == port) for port in ports]
 
     def fail_over(self, slot: int) -> None:
-        """Has the replica take over in agreement with its primary; nothing is lost."""
-        _, replica = self.holders(slot)
+        """Runs a manual failover: the primary hands over to its replica, and no write is lost."""
+        _, replica = self.nodes_of(slot)
         for _ in range(6):
             with connected(replica) as client:
                 client.execute_command("CLUSTER FAILOVER")
-            # It is given up after five seconds: soon after another failover the primaries will not vote.
+            # The replica gives up after five seconds, because primaries do not vote soon after another failover.
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: self.holders(slot)[0] is replica, timeout=6)
+                wait_until(lambda: self.nodes_of(slot)[0] is replica, timeout=6)
                 break
         wait_until(self.is_ready, timeout=30)
-        assert self.holders(slot)[0] is replica
+        assert self.nodes_of(slot)[0] is replica
 
-    def wait_for_another_primary(self, slot: int, old: EmbeddedServer) -> EmbeddedServer:
-        """Waits until another serves the slot, and all the living know it."""
+    def wait_for_new_primary(self, slot: int, old: EmbeddedServer) -> EmbeddedServer:
+        """Waits until another node serves the slot and all running nodes know it; returns that node."""
 
         def promoted() -> bool:
             for node in self.nodes:
@@ -152,21 +155,21 @@ class Cluster(EmbeddedCluster):
                     with connected(node) as client:
                         if client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
                             return False
-            return self.holders(slot)[0] is not old
+            return self.nodes_of(slot)[0] is not old
 
         wait_until(promoted, timeout=60)
-        return self.holders(slot)[0]
+        return self.nodes_of(slot)[0]
 
 
 class Migration:
-    """A slot on its way from one primary to another, key by key, as a resharding moves it."""
+    """A slot that moves from one primary to another, key by key, as in a resharding."""
 
     def __init__(self, cluster: Cluster, slot: int) -> None:
         self.cluster = cluster
         self.slot = slot
-        self.source = cluster.holders(slot)[0]
-        primaries = {cluster.holders(other)[0].port: cluster.holders(other)[0] for other in range(0, 16_384, 5_000)}
-        self.target = next(node for port, node in primaries.items() if port != self.source.port)
+        self.source = cluster.nodes_of(slot)[0]
+        primaries = [cluster.nodes_of(other)[0] for other in range(0, 16_384, 5_000)]
+        self.target = next(node for node in primaries if node is not self.source)
         self._ids = {node: self._id(node) for node in (self.source, self.target)}
 
     @staticmethod
@@ -185,17 +188,17 @@ class Migration:
         self.finish()
 
     def move(self, *keys: bytes) -> None:
-        """Moves some keys, of those that exist."""
+        """Moves those of the keys that exist."""
         assert all(key_slot(key) == self.slot for key in keys)
         with connected(self.source) as client:
             client.execute_command("MIGRATE", self.target.host, self.target.port, "", 0, 5_000, "KEYS", *keys)
 
     def finish(self) -> None:
-        """Moves the rest, and tells everyone; does nothing the second time."""
+        """Moves the remaining keys and assigns the slot on all nodes. Calling it again does nothing."""
         with connected(self.source) as client:
             while keys := client.execute_command("CLUSTER GETKEYSINSLOT", self.slot, 100):
                 self.move(*(key.encode() for key in keys))
         for node in (self.target, self.source, *self.cluster.nodes):
-            with connected(node) as client, contextlib.suppress(redis.ResponseError):  # a replica is told by its own
+            with connected(node) as client, contextlib.suppress(redis.ResponseError):  # a replica learns it by gossip
                 client.execute_command("CLUSTER SETSLOT", self.slot, "NODE", self._ids[self.target])
-        wait_until(lambda: self.cluster.holders(self.slot)[0] is self.target)
+        wait_until(lambda: self.cluster.nodes_of(self.slot)[0] is self.target)
