@@ -1,75 +1,40 @@
-"""What the blocking and the asyncio transport share: one store's client, limits, listeners and connections."""
+"""What the blocking and the asyncio transport share: one store's client, limits and listeners."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from squidstep_redis.transport.batch import Durability
-from squidstep_redis.transport.client import ClientFacts, ClientHooks, has_plain_stream
 from squidstep_redis.transport.events import EventEmitter
-from squidstep_redis.transport.retry import ExchangeError
-
-Connections = TypeVar("Connections")
+from squidstep_redis.transport.retry import RetryPolicy
 
 
-class BaseTransport(ABC, Generic[Connections]):
+class BaseTransport:
     """Sends the calls of one store.
 
     Attributes:
         client: the redis-py client.
-        is_cluster: whether it is a cluster client.
-        timeout: seconds until the last attempt of a call.
+        connections: the client's pooled connections.
+        policy: how long a call is retried.
         durability: what transitions wait for; None: nothing.
         events: receives every decision.
         longest_read: seconds after which the client would give up on a blocking read.
-        hooks: whether something hooks the client's `execute_command`.
     """
+
+    connections: Any  # DirectConnections or AsyncDirectConnections
 
     def __init__(
         self,
         client: Any,
-        facts: ClientFacts,
-        timeout: float,
+        connections: Any,
+        policy: RetryPolicy,
         durability: Durability | None,
         events: EventEmitter,
-        *,
-        own_connections: bool,
+        longest_read: float,
     ) -> None:
         self.client: Any = client  # redis-py leaves parts of its types unknown
-        self.is_cluster = facts.is_cluster
-        self.timeout = timeout
+        self.connections = connections
+        self.policy = policy
         self.durability = durability
         self.events = events
-        self.longest_read = facts.socket_timeout or 60
-        self.hooks = ClientHooks(client)
-        self._hooked = self._hooked_client()
-        if own_connections and has_plain_stream(client.connection_pool.connection_class):
-            self._direct = self._own()
-        else:
-            self._direct = self._pooled()
-
-    @abstractmethod
-    def _hooked_client(self) -> Connections:
-        """Returns what sends through the client's `execute_command`."""
-
-    @abstractmethod
-    def _pooled(self) -> Connections:
-        """Returns what borrows the client's pooled connections; of a cluster client, those of its nodes."""
-
-    @abstractmethod
-    def _own(self) -> Connections:
-        """Returns what opens connections of its own."""
-
-    def _connections(self) -> Connections:
-        return self._hooked if self.hooks.are_present() else self._direct
-
-
-def as_it_is(_: int, reply: Any) -> Any:
-    """Returns a reply undecoded."""
-    return reply
-
-
-def cause_of(error: Exception) -> Exception:
-    """Returns what redis-py raised, or would raise."""
-    return error.cause if isinstance(error, ExchangeError) else error
+        self.longest_read = longest_read
