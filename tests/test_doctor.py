@@ -73,7 +73,7 @@ class TestOnACluster:
         try:
             for node in (first, *others):
                 rights = "+@all" if node is not first else "+@all -zadd"
-                rules = f"reset on >secret ~{bench.prefix}:* {rights}".split()
+                rules = f"reset on >secret ~{bench.prefix}:{{* {rights}".split()
                 cluster.execute_command("ACL SETUSER", "halfway", *rules, target_nodes=node)
             options = {"username": "halfway", "password": "secret"}
             findings = bench.store(client_options=options).doctor().findings
@@ -242,11 +242,11 @@ class TestOnARealServer:
     @pytest.mark.parametrize(
         ("rights", "expected"),
         [
-            (f"~squidstep:* +@all -zadd {SETTINGS}", {"self-test": Level.FAILURE}),
+            (f"~squidstep:{{* +@all -zadd {SETTINGS}", {"self-test": Level.FAILURE}),
             (f"~elsewhere:* +@all {SETTINGS}", {"self-test": Level.FAILURE}),
-            (f"~squidstep:* {RIGHTS} {SETTINGS}", {}),
-            (f"~squidstep:* {RIGHTS} +info", {"persistence": Level.UNKNOWN}),
-            (f"~squidstep:* {RIGHTS}", {"server": Level.UNKNOWN}),
+            (f"~squidstep:{{* {RIGHTS} {SETTINGS}", {}),
+            (f"~squidstep:{{* {RIGHTS} +info", {"persistence": Level.UNKNOWN}),
+            (f"~squidstep:{{* {RIGHTS}", {"server": Level.UNKNOWN}),
         ],
     )
     def test_missing_permissions_are_reported_with_advice(
@@ -259,7 +259,7 @@ class TestOnARealServer:
                 findings = found(store)
         assert wrong(findings) == expected
         if "self-test" in expected:
-            advice = f"grant the user ~<prefix>:* {RIGHTS}"
+            advice = f"grant the user ~<prefix>:{{* {RIGHTS}"
             assert findings["self-test"].message.count(advice) == 1
 
     def test_too_short_lease_is_a_warning(self, binary: Path) -> None:

@@ -52,7 +52,7 @@ T = TypeVar("T")
 FAILURES: Final = (RedisError, RedisClusterException, ReplyMismatchError)
 """What sending a call may raise, apart from the errors that its script returns."""
 
-RIGHTS: Final = "~<prefix>:* +@read +@write +@scripting +@transaction -@dangerous +time"
+RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangerous +time"
 """The ACL rights that a user needs for everything that a store does on one server."""
 
 NO_REPLY: Final = (ConnectionError, TimeoutError, RedisClusterException)

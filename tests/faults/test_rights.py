@@ -21,10 +21,10 @@ pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 OWN: Final = "own"
 COMMANDS: Final = "+@read +@write +@scripting +@transaction -@dangerous +time"  # the rights that the errors advise
-RIGHTS: Final = f"~{OWN}:* {COMMANDS}"
+RIGHTS: Final = f"~{OWN}:{{* {COMMANDS}"
 OPERATIONS: Final = [*CALLS, *WORKFLOWS]
 # Each denies a whole group of commands, or the keys.
-DENIALS: Final = ["-@write", "-@hash", "-@sortedset", "-@read", "-@scripting", "resetkeys", f"resetkeys ~{OWN}-2:*"]
+DENIALS: Final = ["-@write", "-@hash", "-@sortedset", "-@read", "-@scripting", "resetkeys", f"resetkeys ~{OWN}-2:{{*"]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,25 @@ class TestMissingRights:
         assert findings["self-test"] is Level.FAILURE
         with pytest.raises(OutcomeUnknownError, match="halfway"):
             fail_and_complete(store)
+
+
+class TestPrefixes:
+    @pytest.mark.parametrize("prefix", [f"{OWN}:tenant-b", f"{OWN}-2", f"{OWN}:"])
+    def test_rights_for_a_prefix_open_no_longer_prefix(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, prefix: str
+    ) -> None:
+        url = user(admin, server, RIGHTS)
+        stores.from_url(url, prefix=OWN).schedule_step("run", "pay", {})
+        with pytest.raises(RefusedError):
+            stores.from_url(url, prefix=prefix).schedule_step("run", "pay", {})
+
+    def test_glob_characters_of_a_prefix_are_escaped_with_a_backslash(
+        self, admin: Any, server: EmbeddedServer, stores: Stores
+    ) -> None:
+        url = user(admin, server, rf"~own\*\[a-z\]\?:{{* {COMMANDS}")
+        stores.from_url(url, prefix="own*[a-z]?").schedule_step("run", "pay", {})
+        with pytest.raises(RefusedError):
+            stores.from_url(url, prefix="own1b2").schedule_step("run", "pay", {})
 
 
 class TestReadsOnly:
