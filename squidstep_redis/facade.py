@@ -14,7 +14,7 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.settings import DEFAULT_TIMEOUT, SETTINGS, StoreSettings, check_settings, client_timeouts
 from squidstep_redis.transport.base import BaseTransport
-from squidstep_redis.transport.client import check_client, client_facts
+from squidstep_redis.transport.client import check_client, client_facts, server_of
 from squidstep_redis.transport.connection import BaseDirectConnections
 from squidstep_redis.transport.events import EventEmitter, Listener
 from squidstep_redis.transport.retry import RetryPolicy
@@ -155,7 +155,7 @@ class BaseStore(ABC, Generic[C, B]):
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.client!r}, prefix={self.calls.prefix!r})"
+        return f"{type(self).__name__}({server_of(self.client)}, prefix={self.calls.prefix!r})"
 
     @classmethod
     @abstractmethod

@@ -74,7 +74,11 @@ class TestDoctor:
 
     def test_json_has_every_finding(self, server: EmbeddedServer) -> None:
         diagnosis = diagnose("--url", server.url)
-        assert (diagnosis["url"], diagnosis["prefix"], diagnosis["level"]) == (server.url, "squidstep", "ok")
+        assert (diagnosis["server"], diagnosis["prefix"], diagnosis["level"]) == (
+            f"{server.host}:{server.port}, database 0",
+            "squidstep",
+            "ok",
+        )
         for finding in diagnosis["findings"]:
             assert finding.keys() == {"check", "level", "message", "server"}
             assert finding["level"] == "ok"
@@ -85,7 +89,7 @@ class TestDoctor:
         monkeypatch.setenv("COLUMNS", "80")  # some shells export it
         ended = run("doctor", "-u", server.url, "--lease", 30, "--job-timeout", 180)
         head, *findings, counts = ended.stdout.splitlines()
-        assert head == f"{server.url}, prefix squidstep"
+        assert head == f"{server.host}:{server.port}, database 0, prefix squidstep"
         assert re.match(r"warning  lease  .*180 s", findings[0])
         assert len(findings) == 12
         assert all(re.match(r"ok       [a-z]", line) for line in findings[1:])
@@ -131,7 +135,10 @@ class TestDoctor:
             (["--url", "nonsense"], "--url"),
             (["--url", "redis://:secret@127.0.0.1:1?sokket_timeout=1"], "sokket_timeout"),
             (["--url", "redis://127.0.0.1:x"], "--url"),
-            (["--url", "redis://:secret/@127.0.0.1"], "Port could not be cast"),  # a slash has to be written as %2F
+            (["--url", "redis://:secret/@127.0.0.1"], "write @ as %40, / as %2F"),
+            (["--url", "redis://:top/secret@127.0.0.1:x"], "write @ as %40"),
+            (["--url", "redis://:a?secret=1@127.0.0.1"], "write @ as %40"),
+            (["--url", "//:secret@127.0.0.1"], "must be redis://"),
             (["--prefix", "{"], "--prefix"),
             (["--lease", "-1"], "lease"),
             (["--lease", "soon"], "--lease"),
@@ -149,25 +156,27 @@ class TestDoctor:
 
 class TestStoreOptions:
     @pytest.mark.parametrize(
-        ("arguments", "environment", "url"),
+        ("arguments", "environment", "server"),
         [
-            ([], {}, "redis://localhost:6379"),
-            ([], {"RQ_REDIS_URL": "redis://rq"}, "redis://rq"),
-            ([], {"RQ_REDIS_URL": "redis://rq", "SQUIDSTEP_REDIS_URL": "redis://ours"}, "redis://ours"),
-            (["-u", "redis://given"], {"SQUIDSTEP_REDIS_URL": "redis://ours"}, "redis://given"),
-            (["-u", "rediss://user:p@ss:word@h"], {}, "rediss://user:***@h"),
-            (["-u", "redis://h?password=x&db=1"], {}, "redis://h?password=***&db=1"),
+            ([], {}, "localhost:6379, database 0"),
+            ([], {"RQ_REDIS_URL": "redis://rq"}, "rq:6379, database 0"),
+            ([], {"RQ_REDIS_URL": "redis://rq", "SQUIDSTEP_REDIS_URL": "redis://ours"}, "ours:6379, database 0"),
+            (["-u", "redis://given:1/2"], {"SQUIDSTEP_REDIS_URL": "redis://ours"}, "given:1, database 2"),
+            (["-u", "rediss://us@er:p@ss:w%2Ford@h"], {}, "h:6379, database 0"),
+            (["-u", "redis://h?pass%77ord=x&db=1"], {}, "h:6379, database 1"),
+            (["-u", "redis://h?password=x\n&db=1"], {}, "h:6379, database 1"),
+            (["-u", "unix:///run/redis.sock?password=x"], {}, "/run/redis.sock, database 0"),
         ],
     )
     def test_the_option_overrides_the_environment(
-        self, arguments: list[str], environment: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch
+        self, arguments: list[str], environment: dict[str, str], server: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Without this each host name would be looked up.
         def refuse(self: object, *_: object) -> None:
             raise redis.ConnectionError("not here")
 
         monkeypatch.setattr(redis.connection.AbstractConnection, "connect", refuse)
-        assert diagnose(*arguments, **environment)["url"] == url
+        assert diagnose(*arguments, **environment)["server"] == server
 
     def test_the_prefix_decides_which_keys_are_used(self, server: EmbeddedServer) -> None:
         with redis.Redis.from_url(server.url) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -47,9 +48,8 @@ def open_store(options: StoreOptions) -> Generator[StepRunStore]:
         is_cluster = _is_cluster(store.client)
     except InvalidArgumentError as error:
         raise click.BadParameter(str(error), param_hint="--prefix") from error
-    except (ValueError, TypeError) as error:  # such as an option in the URL that redis-py does not know
-        problem = str(error).partition(" as ")[0]  # the rest may quote a part of the password
-        raise click.BadParameter(f"{options.safe_url}: {problem}", param_hint="--url") from error
+    except (ValueError, TypeError) as error:  # their text may quote a part of the password
+        raise click.BadParameter(_url_problem(options.url, error), param_hint="--url") from error
     with store:
         if not is_cluster:
             yield store
@@ -86,6 +86,17 @@ def read_steps(store: StepRunStore, run: str) -> list[StepRun]:
         cursor = page.cursor
         if cursor is None:
             return sorted(found.values(), key=lambda each: each.position)
+
+
+def _url_problem(url: str, error: Exception) -> str:
+    """Says what is wrong with a URL, without quoting what may be a part of its password."""
+    option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if option is not None and "@" not in url.partition("?")[2]:
+        return f"redis-py knows no option {option[1]!r}"
+    return (
+        "must be redis://user:password@host:port/database, rediss://… or unix://…, and redis-py must know its options. "
+        "In a user name or a password, write @ as %40, / as %2F, ? as %3F, and # as %23"
+    )
 
 
 def _is_cluster(client: Any) -> bool:

@@ -47,7 +47,7 @@ def doctor_command(options: StoreOptions, lease: float | None, job_timeout: floa
     if as_json:
         findings = [{**finding._asdict(), "level": finding.level.name.lower()} for finding in diagnosis.findings]
         level = diagnosis.level.name.lower()
-        print_json({"url": options.safe_url, "prefix": options.prefix, "level": level, "findings": findings})
+        print_json({"server": options.server, "prefix": options.prefix, "level": level, "findings": findings})
     else:
         _print_diagnosis(options, diagnosis)
     sys.exit(diagnosis.level)
@@ -73,7 +73,7 @@ def _print_diagnosis(options: StoreOptions, diagnosis: Diagnosis) -> None:
     counts = Counter(finding.level for finding in nodes_of)
     totals = (f"{counts[level]} {_level_name(level, counts[level])}" for level in _STYLES if counts[level])
     print_text(
-        Text(f"{options.safe_url}, prefix {options.prefix}", style="bold"),
+        Text(f"{options.server}, prefix {options.prefix}", style="bold"),
         table,
         Text(", ".join(totals), style=_STYLES[diagnosis.level]),
     )

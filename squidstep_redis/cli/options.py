@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
+import redis
 
 
 class StoreOptions(NamedTuple):
@@ -17,9 +17,15 @@ class StoreOptions(NamedTuple):
     prefix: str
 
     @property
-    def safe_url(self) -> str:
-        """The URL without its password."""
-        return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^/@:]*:).*@", r"\1***@", self.url))
+    def server(self) -> str:
+        """The server's address and database. Of the URL nothing else is ever shown: a part may be the password."""
+        redis_py: Any = redis  # parts of its types are unknown
+        options = redis_py.connection.parse_url(self.url)
+        if "path" in options:
+            address = str(options["path"])
+        else:
+            address = f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        return f"{address}, database {options.get('db', 0)}"
 
 
 def store_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -47,6 +47,18 @@ def template_connection(client: Any) -> Any:
     return pool.connection_class(**pool.connection_kwargs)
 
 
+def server_of(client: Any) -> str:
+    """Returns the address and the database of a client's server. A client's own `repr` may show its password."""
+    if not hasattr(client, "connection_pool"):
+        return "a cluster"
+    options = client.connection_pool.connection_kwargs
+    service = getattr(client.connection_pool, "service_name", None)  # of Sentinel
+    if service is not None:
+        return f"service {service}, database {options.get('db', 0)}"
+    address = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+    return f"{address}, database {options.get('db', 0)}"
+
+
 def client_facts(client: Any) -> ClientFacts:
     """Returns the facts about a client, without sending anything."""
     pool, connection, is_cluster = _pool_of(client), template_connection(client), not hasattr(client, "connection_pool")
