@@ -126,7 +126,8 @@ class StepRun:
 
     The one that `begin_step` returns with "execute" also carries the claim: pass it to `complete_step`, `fail_step`,
     `extend_claim` or `release_step`. Payloads are decoded on first access. A step run can be pickled and sent to
-    another process; the claim goes with it.
+    another process; the claim goes with it. A codec of your own does not, since it may hold a key: payloads travel
+    encoded, and reading one raises UndecodablePayloadError. `get_step_run` of a store reads them there.
 
     Attributes:
         run_id: the run.
@@ -168,11 +169,13 @@ class StepRun:
         self._payloads = list(payloads)
         self._decode = decode
 
-    def after_transition(self, line: bytes, output: bytes | None = None, last_error: bytes | None = None) -> StepRun:
-        """Returns the step run after a transition of this claim; called only by the store."""
+    def after_transition(
+        self, line: bytes, decode: Decode, output: bytes | None = None, last_error: bytes | None = None
+    ) -> StepRun:
+        """Returns the step run after a transition of this claim; called only by the store, which decodes it."""
         payloads = (self._payloads[0], output, last_error)
         token = self.token if line[1:2] == b"r" else b""
-        return StepRun(self.prefix, self.run_id, self.step, line, payloads, self._decode, token)
+        return StepRun(self.prefix, self.run_id, self.step, line, payloads, decode, token)
 
     @property
     def id(self) -> str:

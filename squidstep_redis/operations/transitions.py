@@ -374,7 +374,7 @@ def _parse_end(
     """Parses the reply to a transition of a claim."""
     _raise_if_refused(context, operation, run, step, token, reply)
     if isinstance(step_run, StepRun):
-        return step_run.after_transition(reply[2], output, last_error)
+        return step_run.after_transition(reply[2], context.payloads.decode, output, last_error)
     return context.records.record(run.text, step.text, [*reply[2:4], output, last_error], run.keys.steps)
 
 

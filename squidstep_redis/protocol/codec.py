@@ -94,11 +94,33 @@ class MsgpackCodec:
 
 
 @dataclass(frozen=True, slots=True)
+class _AbsentCodec:
+    """Stands for a codec that was not pickled: it may hold a key, or what cannot be pickled."""
+
+    name: str
+
+    def encode(self, payload: Payload) -> bytes:
+        raise TypeError(f"{self.name} is not pickled with a step run")
+
+    def decode(self, data: bytes) -> Payload:
+        raise TypeError(f"{self.name} is not pickled with a step run: read it with `get_step_run` of a store")
+
+
+@dataclass(frozen=True, slots=True)
 class Payloads:
     """A codec and the store's own checks."""
 
     codec: Codec
     max_bytes: int
+
+    def __reduce__(self) -> tuple[type[Payloads], tuple[Codec, int]]:
+        travels = type(self.codec) is MsgpackCodec
+        return Payloads, (self.codec if travels else _AbsentCodec(self._name), self.max_bytes)
+
+    @property
+    def _name(self) -> str:
+        codec = self.codec
+        return codec.name if isinstance(codec, _AbsentCodec) else type(codec).__name__
 
     def encode_own(self, payload: Payload) -> bytes:
         """Encodes an error payload that the store made. It is small, and no limit may prevent recording a failure."""
@@ -140,9 +162,9 @@ class Payloads:
         except Exception as error:  # of any kind: the caller needs to know which payload it was
             if self._can_decode(data):
                 raise  # a signal handler raised it, usually that of SIGALRM
-            raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__) from error
+            raise UndecodablePayloadError(run_id, step, name, self._name) from error
         if not isinstance(cast("object", payload), dict):
-            raise UndecodablePayloadError(run_id, step, name, type(self.codec).__name__)
+            raise UndecodablePayloadError(run_id, step, name, self._name)
         return payload
 
     def _can_decode(self, data: bytes) -> bool:

@@ -1,0 +1,80 @@
+"""A step run that is pickled: its claim and its payloads travel, a codec of the user's does not."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from typing import Any
+
+import pytest
+from support.backends import Bench
+from support.records import begun
+
+from squidstep_redis import MsgpackCodec, StaleStepRunError, StepRun, StepRunStore, UndecodablePayloadError
+
+KEY = b"the key of the codec"
+
+
+class SealingCodec:
+    """A codec with a key, and with a part that cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.key = KEY
+        self.lock = threading.Lock()
+        self.codec = MsgpackCodec()
+
+    def encode(self, payload: dict[str, Any]) -> bytes:
+        return b"sealed " + bytes(each ^ 0x5A for each in self.codec.encode(payload))
+
+    def decode(self, data: bytes) -> dict[str, Any]:
+        return self.codec.decode(bytes(each ^ 0x5A for each in data.removeprefix(b"sealed ")))
+
+
+def travelled(value: Any) -> Any:
+    """Returns what arrives in another process; asserts that neither the key nor a payload can be read on the way."""
+    data = pickle.dumps(value)
+    assert KEY not in data
+    assert b"4111 1111" not in data
+    return pickle.loads(data)
+
+
+@pytest.fixture
+def sealing(bench: Bench) -> StepRunStore:
+    return bench.store(codec=SealingCodec())
+
+
+def test_payloads_of_the_default_codec_can_be_read_after_pickling(store: StepRunStore) -> None:
+    claim = begun(store.begin_step("run", "pay", {"card": 1}))
+    assert pickle.loads(pickle.dumps(claim)).input == {"card": 1}
+
+
+def test_codec_of_the_user_is_not_pickled(sealing: StepRunStore) -> None:
+    claim = begun(sealing.begin_step("run", "pay", {"card": "4111 1111"}))
+
+    copy: StepRun = travelled(claim)
+
+    with pytest.raises(UndecodablePayloadError, match="SealingCodec cannot decode the stored input") as caught:
+        _ = copy.input
+    assert "get_step_run" in str(caught.value.__cause__)
+    with pytest.raises(UndecodablePayloadError):
+        _ = travelled(copy).input
+
+
+def test_pickled_claim_can_be_ended_and_read_with_a_store(sealing: StepRunStore) -> None:
+    copy = travelled(begun(sealing.begin_step("run", "pay", {"card": "4111 1111"})))
+
+    done = sealing.complete_step(copy, {"charged": 1})
+
+    assert (done.input, done.output) == ({"card": "4111 1111"}, {"charged": 1})
+
+
+def test_pickled_error_does_not_carry_the_codec(sealing: StepRunStore) -> None:
+    begun(sealing.begin_step("run", "pay", {"card": "4111 1111"}))
+    unclaimed = sealing.get_step_run("run", "pay")
+    assert unclaimed is not None
+    with pytest.raises(StaleStepRunError) as caught:
+        sealing.complete_step(unclaimed, {})
+
+    copy = travelled(caught.value)
+
+    assert copy.current.status == "running"
