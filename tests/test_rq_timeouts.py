@@ -58,8 +58,10 @@ def test_random_alarms_break_no_call_and_leak_no_connection(harness: Harness, al
     assert job.is_finished, harness.wait_failed(job)
     found = job.return_value()
     assert found["wrong"] == []
-    assert found["ignored"] == []
-    assert (found["raised"], found["caught"]) == (alarms, alarms)
+    # What a handler raises during a destructor is lost: Python ignores it, or redis-py's `__del__` does.
+    assert [each for each in found["ignored"] if "__del__" not in each] == []
+    assert found["raised"] == alarms
+    assert alarms - 2 <= found["caught"] <= alarms
     assert found["held"] == []
     assert found["in use"] == 0
     assert found["more connections"] <= 1  # the heartbeat's

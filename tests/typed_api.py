@@ -154,3 +154,10 @@ def mistakes_are_reported(store: StepRunStore, step_run: StepRun) -> None:
     store.claim_step("run", "pay", {}, cancel_when_lost=True)  # pyright: ignore[reportCallIssue]: asyncio only
     store.complete_step(None, {})  # pyright: ignore[reportArgumentType]: neither a step run nor an id
     step_run.status = StepStatus.FAILED  # pyright: ignore[reportAttributeAccessIssue]: a snapshot is read-only
+
+
+def mixed_batch(store: StepRunStore, claim: StepRun) -> None:
+    calls = [store.calls.complete_step(claim, {}), store.calls.completed_steps("run")]
+    assert_type(store.batch(calls), list[StepRun | list[str] | Exception])
+    mixed = store.batch([*calls, store.calls.begin_step("run", "step", {})])
+    assert_type(mixed, list[StepRun | list[str] | BeginResult | Exception])

@@ -21,7 +21,7 @@ from squidstep_redis.errors import (
 )
 from squidstep_redis.protocol.scripts import Script
 
-T = TypeVar("T", covariant=True)  # a list of mixed calls is a list of calls of their union
+T = TypeVar("T", covariant=True)  # noqa: PLC0105 -- the only one here; a list of mixed calls is a list of calls of their union
 
 Command = tuple[Any, ...]
 Reply = list[Any]

@@ -99,10 +99,10 @@ class _AbsentCodec:
 
     name: str
 
-    def encode(self, payload: Payload) -> bytes:
+    def encode(self, payload: Payload) -> bytes:  # noqa: ARG002 -- as a codec's
         raise TypeError(f"{self.name} is not pickled with a step run")
 
-    def decode(self, data: bytes) -> Payload:
+    def decode(self, data: bytes) -> Payload:  # noqa: ARG002 -- as a codec's
         raise TypeError(f"{self.name} is not pickled with a step run: read it with `get_step_run` of a store")
 
 
