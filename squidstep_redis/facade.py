@@ -9,15 +9,15 @@ from functools import wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
 
+import redis
+
 from squidstep_redis.doctor.checks import Client
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.settings import DEFAULT_TIMEOUT, SETTINGS, StoreSettings, check_settings, client_timeouts
 from squidstep_redis.transport.base import BaseTransport
 from squidstep_redis.transport.client import check_client, client_facts, server_of
-from squidstep_redis.transport.connection import BaseDirectConnections
 from squidstep_redis.transport.events import EventEmitter, Listener
-from squidstep_redis.transport.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -30,7 +30,7 @@ C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
 L = TypeVar("L", bound=Listener)
 T = TypeVar("T")
-B = TypeVar("B", bound=BaseTransport)
+B = TypeVar("B", bound=BaseTransport[Any])
 
 
 class BaseStore(ABC, Generic[C, B]):
@@ -47,7 +47,6 @@ class BaseStore(ABC, Generic[C, B]):
     client: C
     calls: Calls
     _client_types: ClassVar[tuple[type, ...]]
-    _connections_type: ClassVar[type[BaseDirectConnections]]
     _transport_type: type[B]
 
     def __init__(self, client: C, **settings: Unpack[StoreSettings]) -> None:
@@ -63,17 +62,17 @@ class BaseStore(ABC, Generic[C, B]):
         """
         check_client(client, self._client_types)
         facts = client_facts(client)
-        checked = check_settings(settings, facts.socket_timeout)
+        checked = check_settings(settings, facts)
         self.client = client
         self.calls = checked.calls
         self._owns_client = False
         self._transport = self._transport_type(
             client,
-            self._connections_type(client),
-            RetryPolicy.of(checked.timeout, facts),
+            facts,
+            checked.timeout,
             checked.durability,
             EventEmitter(checked.calls.prefix),
-            facts.socket_timeout or 60,
+            own_connections=checked.own_connections,
         )
 
     @classmethod
@@ -87,7 +86,7 @@ class BaseStore(ABC, Generic[C, B]):
         """Makes a store with its own client: RESP2, no retries of its own, and timeouts that fit the store's.
 
         The client waits 0.3 of the store's timeout for a reply and 0.15 for a connection. Unless `max_connections`
-        is given, the store keeps up to 16 idle connections for a second after use, which makes calls faster.
+        is given, the store opens connections of its own, which makes calls faster; see `StoreSettings`.
 
         Args:
             url: such as `redis://localhost:6379/0`; see redis-py's `Redis.from_url` for the forms.
@@ -103,10 +102,13 @@ class BaseStore(ABC, Generic[C, B]):
         # No retries of its own, because the store retries until its deadline and knows what may have been written.
         timeouts = client_timeouts(settings.get("timeout", DEFAULT_TIMEOUT))
         client = cls._connect(url, {"protocol": 2, **timeouts, **client_options})
+        redis_py: Any = redis  # parts of its types are unknown
+        # A limit of connections is the pool's to enforce.
+        settings.setdefault(
+            "own_connections", "max_connections" not in {**redis_py.connection.parse_url(url), **options}
+        )
         store = cls(client, **settings)
         store._owns_client = True
-        if "max_connections" not in options:  # a pool with a limit may have no connection to spare
-            store._transport.connections = cls._connections_type(client, keep_idle=True)
         return store
 
     def on_event(self, listener: L) -> L:
@@ -146,7 +148,8 @@ class BaseStore(ABC, Generic[C, B]):
         durability, longest = self._transport.durability, arguments.MAX_TTL
         return Client(
             *client_facts(self.client),
-            timeout=self._transport.policy.timeout,
+            is_hooked=self._transport.is_cluster or self._transport.hooks.are_present(),
+            timeout=self._transport.timeout,
             wait_replicas=durability.replicas if durability else 0,
             wait_aof=durability is not None and durability.aof,
             wait_timeout=durability.timeout_ms / 1_000 if durability else 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, TypedDict
+from typing import Final, Literal, NamedTuple, TypedDict
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.operations.calls import Calls
@@ -10,6 +10,7 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.protocol.codec import Codec
 from squidstep_redis.transport.batch import Durability
+from squidstep_redis.transport.client import ClientFacts
 
 DEFAULT_PREFIX: Final = "squidstep"
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 4 * 1024 * 1024
@@ -39,6 +40,13 @@ class StoreSettings(TypedDict, total=False):
             costs a round trip, but both add latency. Default: False.
         wait_timeout: seconds, or a timedelta, to wait for replicas and AOF; then NotReplicatedError is raised.
             Default: 1.
+        own_connections: whether the store opens connections of its own, with the client's address, credentials and
+            timeouts, instead of borrowing from the client's pool. They are faster: the blocking store skips the pool's
+            checks, and the asyncio store sends the calls of all tasks on one connection per event loop. The pool's
+            `max_connections` does not limit them, and `close` of the store closes them. They use RESP2, and
+            follow no maintenance notifications. Not for a cluster's client: its calls use the pools of its nodes, and
+            on asyncio always one connection per event loop and node.
+            Default: True for `from_url` without `max_connections`, False for a store on your client.
     """
 
     prefix: str
@@ -49,6 +57,7 @@ class StoreSettings(TypedDict, total=False):
     wait_replicas: int
     wait_aof: bool
     wait_timeout: Seconds
+    own_connections: bool
 
 
 SETTINGS: Final = frozenset(StoreSettings.__annotations__)
@@ -61,19 +70,21 @@ class CheckedSettings(NamedTuple):
         calls: makes the store's calls.
         timeout: seconds for one call in total.
         durability: what transitions wait for; None: nothing.
+        own_connections: whether the store opens connections of its own.
     """
 
     calls: Calls
     timeout: float
     durability: Durability | None
+    own_connections: bool
 
 
-def check_settings(settings: StoreSettings, socket_timeout: float | None) -> CheckedSettings:
+def check_settings(settings: StoreSettings, client: ClientFacts) -> CheckedSettings:
     """Checks the settings of a store.
 
     Args:
         settings: as given by the caller.
-        socket_timeout: seconds that the client waits for a reply; None: no limit.
+        client: what is known of the client.
 
     Raises:
         InvalidArgumentError: a setting was rejected.
@@ -88,14 +99,15 @@ def check_settings(settings: StoreSettings, socket_timeout: float | None) -> Che
         settings.get("run_ttl"),
     )
     timeout = arguments.seconds("timeout", settings.get("timeout", DEFAULT_TIMEOUT), arguments.MAX_TIMEOUT)
-    return CheckedSettings(calls, timeout, _durability(settings, socket_timeout))
+    own_connections = _flag(settings, "own_connections")
+    if own_connections and client.is_cluster:
+        raise InvalidArgumentError("own_connections", "is not available for a cluster's client")
+    return CheckedSettings(calls, timeout, _durability(settings, client.socket_timeout), own_connections)
 
 
 def _durability(settings: StoreSettings, socket_timeout: float | None) -> Durability | None:
     replicas = arguments.integer("wait_replicas", settings.get("wait_replicas", 0), arguments.MAX_REPLICAS, minimum=0)
-    aof: object = settings.get("wait_aof", False)
-    if not isinstance(aof, bool):
-        raise InvalidArgumentError("wait_aof", f"must be a bool, not {described(aof)}")
+    aof = _flag(settings, "wait_aof")
     wait_timeout = settings.get("wait_timeout", DEFAULT_WAIT_TIMEOUT)
     seconds = arguments.seconds("wait_timeout", wait_timeout, arguments.MAX_TIMEOUT)
     if not replicas and not aof:
@@ -105,6 +117,13 @@ def _durability(settings: StoreSettings, socket_timeout: float | None) -> Durabi
             "wait_timeout", f"must be less than the client's socket_timeout of {socket_timeout:g} s, not {seconds:g} s"
         )
     return Durability(replicas, aof, round(seconds * 1_000))
+
+
+def _flag(settings: StoreSettings, name: Literal["wait_aof", "own_connections"]) -> bool:
+    flag: object = settings.get(name, False)
+    if not isinstance(flag, bool):
+        raise InvalidArgumentError(name, f"must be a bool, not {described(flag)}")
+    return flag
 
 
 def client_timeouts(timeout: object) -> dict[str, float]:

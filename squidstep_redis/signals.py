@@ -2,7 +2,8 @@
 
 Timeouts based on SIGALRM, such as RQ's, raise an exception between any two instructions of the main thread: between a
 command and its reply, or between a claim and the line that records it. While deferred, the signal is recorded, and its
-handler is called afterwards. Masking the signal would not help: another thread could receive it.
+handler is called afterwards, or after a quarter of a second: a server that does not reply must not hold up a timeout.
+Masking the signal would not help: another thread could receive it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from inspect import currentframe
 from types import FrameType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 _ALARM: Final = getattr(signal, "SIGALRM", None)  # Windows has none
+
+
+_LONGEST: Final = 0.25
+"""For how many seconds an alarm is deferred at most."""
+
+_Handler = Callable[[int, FrameType | None], Any]
 
 
 class DeferredSigalrm:
@@ -22,42 +31,117 @@ class DeferredSigalrm:
 
     It does nothing without a Python handler, or outside the main thread, where no handler is called. It then costs a
     microsecond, and otherwise seven.
+
+    The handlers of other signals may raise at any instruction, also where the block is entered or left, so that it
+    never is. So the handler that is installed meanwhile looks whether the block's code is still running.
     """
 
-    __slots__ = ("_caught", "_handler")
+    __slots__ = ("_caught", "_caught_at", "_frame", "_handler", "_has_timer")
+
+    def __init__(self) -> None:
+        self._handler: _Handler | None = None
 
     def __enter__(self) -> Self:
-        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._frame: FrameType | None = None  # that runs the block
         self._caught: tuple[int, FrameType | None] | None = None
+        self._caught_at = 0.0
+        self._has_timer = False
         if _ALARM is not None and threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(_ALARM)
-            if callable(handler):
-                self._handler = handler
-                signal.signal(_ALARM, self._catch)
+            here = currentframe()
+            if callable(handler) and here is not None and here.f_back is not None:
+                self._install(handler, here.f_back)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """Leaves the block. Again does nothing more."""
         handler = self._handler
-        if handler is None or _ALARM is None:
-            return
-        if signal.getsignal(_ALARM) == self._catch:  # otherwise another handler was set in the block: it stays
-            signal.signal(_ALARM, handler)
-        if self._caught is not None:
-            caught, self._caught = self._caught, None
-            handler(*caught)
+        if handler is not None:
+            self._restore(handler)
+            self._frame = None
+            self._deliver(handler)
 
     def sleep(self, seconds: float) -> None:
         """Sleeps; meanwhile, the signal calls its handler."""
+        handler, frame = self._handler, self._frame
         self.__exit__()
         try:
             time.sleep(seconds)
         finally:
-            self.__enter__()
+            if handler is not None and frame is not None:
+                self._install(handler, frame)
+
+    def _install(self, handler: _Handler, frame: FrameType) -> None:
+        self._handler, self._frame = self._without_left_over(handler), frame
+        signal.signal(signal.SIGALRM, self._catch)
+
+    def _restore(self, handler: _Handler) -> None:
+        # Another handler that was set in the block stays.
+        if self._without_left_over(signal.getsignal(signal.SIGALRM), self) == self._catch:
+            signal.signal(signal.SIGALRM, handler)
+
+    def _deliver(self, handler: _Handler) -> None:
+        caught, self._caught = self._caught, None
+        if self._has_timer:
+            self._has_timer = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if caught is not None:
+            handler(*caught)
+
+    @staticmethod
+    def _without_left_over(handler: Any, but: DeferredSigalrm | None = None) -> Any:
+        """Returns a handler, or the one that it replaced, if it was installed for a block that an exception ended."""
+        while True:
+            owner = getattr(handler, "__self__", None)
+            if not isinstance(owner, DeferredSigalrm) or owner is but or owner._is_active():
+                return handler
+            handler = owner._handler
+
+    def _is_active(self) -> bool:
+        """Whether the code of the block is running: its frame is on the stack."""
+        frame = currentframe()
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self._caught = (number, frame)
+        handler = self._handler
+        if handler is None:
+            return
+        if not self._is_active():  # an exception kept the block from being left
+            self._restore(handler)
+            self._caught, self._frame = (number, frame), None
+            self._deliver(handler)
+        elif self._caught is None:
+            self._caught, self._caught_at = (number, frame), time.monotonic()
+            if not signal.getitimer(signal.ITIMER_REAL)[0]:
+                self._has_timer = True
+                signal.setitimer(signal.ITIMER_REAL, _LONGEST)
+        elif time.monotonic() >= self._caught_at + 0.9 * _LONGEST:
+            self._deliver(handler)
 
 
 def defer_sigalrm() -> DeferredSigalrm:
     """Returns a `with` block in which SIGALRM calls no handler; see `DeferredSigalrm`."""
     return DeferredSigalrm()
+
+
+def is_raised_by_handler(error: BaseException) -> bool:
+    """Returns whether a signal handler raised an exception: its traceback passes through one that is installed."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler is called
+        return False
+    codes = {code for number in signal.valid_signals() if (code := _code_of(signal.getsignal(number))) is not None}
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in codes:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> object:
+    while isinstance(handler, partial):
+        handler = cast("partial[Any]", handler).func
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = getattr(handler, "__func__", type(handler).__call__)
+    return getattr(handler, "__code__", None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -12,10 +13,18 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from squidstep_redis.claims.heartbeat import heartbeat_of
+from squidstep_redis.claims.heartbeat import end_heartbeat, heartbeat_of
 from squidstep_redis.claims.rules import DEFAULT_LEASE, BaseClaim, OnBusy
+from squidstep_redis.claims.threads import LockFreeEvent
+from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS, Unsettled
 from squidstep_redis.doctor.examine import Diagnosis, examine
-from squidstep_redis.errors import InvalidArgumentError, SquidstepError, StaleStepRunError, described
+from squidstep_redis.errors import (
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    SquidstepError,
+    StaleStepRunError,
+    described,
+)
 from squidstep_redis.facade import BaseStore, as_method
 from squidstep_redis.model import StepRun
 from squidstep_redis.operations.calls import Calls
@@ -24,7 +33,6 @@ from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
-from squidstep_redis.transport.connection import DirectConnections
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +42,6 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     """Decides which delivery of a step executes, and stores its input, output and error: the blocking store."""
 
     _client_types = (redis.Redis, redis.RedisCluster)
-    _connections_type = DirectConnections
     _transport_type = BlockingTransport
 
     @staticmethod
@@ -129,11 +136,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         """Executes a step once across all deliveries, and returns its stored output from then on.
 
         Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of this
-        process, a third of the lease after the last extension: one round trip for all claims of one client.
+        process, a third of the lease after the last extension: one round trip for all claims of one store.
 
         An exception of `fn` is recorded with `fail_step` and re-raised. If the claim is lost to a takeover,
-        `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A result that
-        cannot be sent is retried for as long as the lease, but for at most a minute.
+        `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A result, or a
+        failure, that cannot be sent is retried for as long as the lease, but for at most a minute. If the process is
+        interrupted (a signal, a cancellation), that takes at most a second. A claim whose begin got no reply is
+        released once the server replies again.
 
         Args:
             run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -173,7 +182,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                         if not claim.ended:
                             claim.complete(output)
                 return claim.result()
-            except StaleStepRunError as error:
+            except BaseException as error:
+                claim.exit_again(error)
+                if not isinstance(error, StaleStepRunError):
+                    raise
                 claim.raise_unless_running(error)
 
     def claim_step(
@@ -234,7 +246,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         return run_workflow(self._transport, examine(self.calls, self._client_facts(lease, job_timeout)))
 
     def close(self) -> None:
-        """Closes the client if `from_url` made it."""
+        """Ends the store's threads as soon as no claim needs them; closes the client if `from_url` made it."""
+        end_heartbeat(self)
+        self._transport.close()
         if self._owns_client:
             self.client.close()
 
@@ -262,36 +276,83 @@ class Claim(BaseClaim[threading.Event]):
         on_busy: OnBusy,
         owner: str | None,
     ) -> None:
-        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, threading.Event())
+        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, LockFreeEvent())
         self.store = store
         self._transport = transport
 
+    # An exception from outside may arrive at any instruction. What must happen after it is handed over to a background
+    # thread: by `append` of a deque, so that nothing comes between catching the exception and that operation.
+
     def __enter__(self) -> Self:
+        self._raise_if_entered()
+        self._sent = None
+        heartbeat = self._heartbeat = heartbeat_of(self.store)
+        unsettled = self._unsettled = Unsettled()
+        hand_over, deferred = heartbeat.recovery.queue.append, defer_sigalrm()
         try:
-            with defer_sigalrm() as deferred:
+            with deferred:
                 run_workflow(self._transport, self._acquire(), deferred.sleep)
                 self._enter()
                 if self._state == "held" and self._lease is not None:
-                    heartbeat_of(self.store.client).add(self)
-        except SquidstepError:
+                    heartbeat.add(self)
+            return self
+        except BaseException as error:
+            begin = unsettled.begin = self._sent
+            if begin is not None:  # it may have acquired the claim
+                unsettled.error = error
+                hand_over(unsettled)
+            self._stop()
+            if begin is not None:
+                heartbeat.recovery.wait_for(unsettled, _seconds_to_wait(error))
+            deferred.__exit__()
             raise
-        except BaseException:  # a signal handler raised before the work started
-            with defer_sigalrm(), suppress(SquidstepError):
-                self._stop()
-                run_workflow(self._transport, self._undo_acquire())
-            raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with defer_sigalrm():
+        unsettled = self._unsettled
+        hand_over, deferred = self._heartbeat.recovery.queue.append, defer_sigalrm()
+        is_own = self._entered_by == os.getpid()  # in a forked child, the claim is the parent's
+        if error is None or not self._is_interruption(error):
             try:
-                missing = run_workflow(self._transport, self._on_exit(error))
-            finally:
+                with deferred:
+                    missing = run_workflow(self._transport, self._on_exit(error), deferred.sleep)
+                if is_own and self._state != "ended" and self._lease is None:  # nothing else would ever end the claim
+                    unsettled.step_run, unsettled.error = self._claim, missing if error is None else error
+                    hand_over(unsettled)
+                    self._heartbeat.recovery.wait_for(unsettled, 0)
                 self._stop()
-        if missing is not None:
-            raise missing
+            except BaseException as interruption:
+                if is_own and self._state != "ended":
+                    unsettled.step_run, unsettled.error = self._claim, interruption if error is None else error
+                    hand_over(unsettled)
+                self._leave_soon()
+                deferred.__exit__()
+                raise
+            if missing is not None:
+                raise missing
+        else:
+            if is_own and self._state != "ended":
+                unsettled.step_run, unsettled.error = self._claim, error
+                hand_over(unsettled)
+            self._leave_soon()
+
+    def exit_again(self, interruption: BaseException) -> None:
+        """Exits the block if an exception from outside kept `__exit__` from doing it. For `run_step`."""
+        if self._entered_by is not None:
+            self._interruption = interruption
+            self.__exit__(type(interruption), interruption, interruption.__traceback__)
+
+    def _leave_soon(self) -> None:
+        """Leaves an interrupted block, whose claim may have been handed over."""
+        unsettled = self._unsettled
+        self._stop()
+        if unsettled.step_run is not None:
+            if self._lease is not None:
+                unsettled.deadline = time.monotonic() + self._longest_retry
+            self._heartbeat.recovery.wait_for(unsettled, INTERRUPTED_SECONDS)
+            if not unsettled.is_settled and unsettled.error is not None:
+                unsettled.error.add_note("squidstep_redis is still trying to record this failure")
 
     def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
         """Ends the claim with an output. One round trip, retried as long as in `run_step`.
@@ -309,8 +370,7 @@ class Claim(BaseClaim[threading.Event]):
             PayloadError: the output cannot be stored; the claim is still held.
             ServerError: the result could not be sent in time; the claim expires with its lease.
         """
-        with defer_sigalrm():
-            return run_workflow(self._transport, self._complete(output, schedule))
+        return self._run_ending(self._complete(output, schedule))
 
     def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
         """Ends the claim with an error. One round trip, retried as long as in `run_step`.
@@ -327,8 +387,7 @@ class Claim(BaseClaim[threading.Event]):
             PayloadError: the error cannot be stored; the claim is still held.
             ServerError: the error could not be sent in time; the claim expires with its lease.
         """
-        with defer_sigalrm():
-            return run_workflow(self._transport, self._fail(error))
+        return self._run_ending(self._fail(error))
 
     def release(self) -> StepRun:
         """Releases the claim before the work took effect, for example on SIGTERM. One round trip, retried.
@@ -343,10 +402,28 @@ class Claim(BaseClaim[threading.Event]):
             StepRunNotFoundError: the run was deleted.
             ServerError: the release could not be sent in time; the claim expires with its lease.
         """
-        with defer_sigalrm():
-            return run_workflow(self._transport, self._release())
+        return self._run_ending(self._release())
+
+    def _run_ending(self, ending: Workflow[StepRun]) -> StepRun:
+        deferred = defer_sigalrm()
+        try:
+            with deferred:
+                return run_workflow(self._transport, ending, deferred.sleep)
+        except SquidstepError:
+            raise
+        except BaseException as interruption:
+            self._interruption = interruption
+            deferred.__exit__()
+            raise
+        finally:
+            ending.close()  # it restores the state, although the traceback may keep it alive
 
     def _stop(self) -> None:
-        if self._lease is not None:
-            heartbeat_of(self.store.client).discard(self)
         self._exit()
+        if self._lease is not None:
+            self._heartbeat.discard(self)
+
+
+def _seconds_to_wait(error: BaseException) -> float:
+    """How long an interrupted entry waits until the claim is given back: not at all if the server does not reply."""
+    return 0 if isinstance(error, OutcomeUnknownError) else INTERRUPTED_SECONDS

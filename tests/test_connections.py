@@ -1,4 +1,4 @@
-"""When a store sends on its client's pooled connections, and when it calls the client."""
+"""Which connections a store sends on: its own, those of its client's pool, or through the client."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,11 @@ import pytest
 import redis
 import redis.asyncio
 from support.backends import Backend, Bench
-from support.internals import can_bypass_client, check_every_connection
+from support.internals import can_bypass_client, check_every_connection, idle_connections, plain_store
+from support.interruptions import AlarmError, sigalrm_raises
 from support.proxy import Proxy
 from support.records import begun
-from support.servers import find_binary
+from support.servers import find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
@@ -47,11 +49,6 @@ def kind(request: pytest.FixtureRequest) -> Any:
 def bypasses(client: Any) -> bool:
     store_class: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
     return can_bypass_client(store_class(client))
-
-
-def is_open(connection: Any) -> bool:
-    """Returns whether a connection is open; blocking connections of redis-py 5 have no attribute for it."""
-    return any(getattr(connection, name, None) is not None for name in ("_sock", "_reader"))
 
 
 class TestClientBypass:
@@ -113,18 +110,33 @@ def proxy(backend: Backend) -> Iterator[Proxy]:
         yield proxy
 
 
+def from_url(bench: Bench, proxy: Proxy) -> StepRunStore:
+    """Returns a store whose connections have the name of the test."""
+    return bench.from_url(f"redis://127.0.0.1:{proxy.port}", client_name=bench.prefix)
+
+
+def connected(bench: Bench) -> list[str]:
+    """Returns the ids of the connections of `from_url`, as the server sees them."""
+    return connected_as(bench.backend, bench.prefix)
+
+
+def connected_as(backend: Backend, name: str) -> list[str]:
+    return [client["id"] for client in backend.raw.client_list() if client["name"] == name]
+
+
 @pytest.mark.servers("valkey")
 class TestIdleConnections:
     """A store with its own client keeps connections for its next calls."""
 
     def test_next_call_reuses_the_connection(self, bench: Bench, proxy: Proxy) -> None:
-        with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
+        with contextlib.closing(from_url(bench, proxy)) as store:
             store.begin_step("run", "first", {})
-            pool: Any = store.client.connection_pool
-            pool.get_connection = None  # a call of it would fail
+            (only,) = connected(bench)
             for number in range(20):
                 assert begun(store.begin_step("run", f"step-{number}", {}))
-            del pool.get_connection
+            assert connected(bench) == [only]
+            pool: Any = store.client.connection_pool
+            assert not pool._available_connections  # the client's pool is left alone
 
     def test_connection_that_the_server_closed_costs_one_resend(self, bench: Bench, proxy: Proxy) -> None:
         with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
@@ -153,23 +165,24 @@ class TestIdleConnections:
             assert begun(store.send(sent_once))
 
     def test_interrupted_call_leaves_no_reply_behind(self, bench: Bench, proxy: Proxy) -> None:
-        class Alarm(BaseException):
-            pass
-
-        def alarm(**_: Any) -> Any:
-            raise Alarm
-
-        with contextlib.closing(bench.from_url(f"redis://127.0.0.1:{proxy.port}")) as store:
+        """A signal handler raises while the reply is awaited, or a task is cancelled."""
+        with contextlib.closing(from_url(bench, proxy)) as store:
             store.begin_step("run", "first", {})
-            pool: Any = store.client.connection_pool
-            (connection,) = pool._in_use_connections
-            connection.read_response = alarm
-            with pytest.raises(Alarm):
-                store.begin_step("run", "second", {})
-            del connection.read_response
-            assert not is_open(connection)
-            assert not pool._in_use_connections
+            (before,) = connected(bench)
+            held = proxy.hold_replies()
+            if bench.runner is None:
+                with sigalrm_raises():
+                    signal.setitimer(signal.ITIMER_REAL, 0.05)
+                    with pytest.raises(AlarmError):
+                        store.begin_step("run", "second", {})
+            else:
+                with pytest.raises(asyncio.TimeoutError):
+                    bench.runner.run(asyncio.wait_for(plain_store(store).begin_step("run", "second", {}), 0.05))
+            held.set()
             assert begun(store.begin_step("run", "third", {})).step == "third"
+            wait_until(lambda: len(connected(bench)) == 1)
+            # A blocking connection is discarded with the interrupted call; a shared one drops the reply.
+            assert (connected(bench) == [before]) is (bench.runner is not None)
 
     @pytest.mark.parametrize("limit", [1, 50])
     def test_connections_of_a_limited_pool_are_not_kept(self, bench: Bench, proxy: Proxy, limit: int) -> None:
@@ -178,6 +191,7 @@ class TestIdleConnections:
             store.begin_step("run", "pay", {})
             pool: Any = store.client.connection_pool
             assert not pool._in_use_connections
+            assert len(pool._available_connections) == 1
 
     def test_connections_of_the_users_client_are_not_kept(self, bench: Bench) -> None:
         store = bench.store()
@@ -186,18 +200,18 @@ class TestIdleConnections:
         assert not pool._in_use_connections
 
     def test_idle_connection_is_closed_with_the_store(self, bench: Bench, proxy: Proxy) -> None:
-        store = bench.from_url(f"redis://127.0.0.1:{proxy.port}")
+        store = from_url(bench, proxy)
         store.begin_step("run", "pay", {})
-        pool: Any = store.client.connection_pool
-        (connection,) = pool._in_use_connections
+        assert len(connected(bench)) == 1
         store.close()
-        assert not is_open(connection)
+        wait_until(lambda: not connected(bench))
 
 
 @pytest.mark.servers("valkey")
-def test_no_two_threads_use_one_idle_connection(proxy: Proxy, tmp_path: Path) -> None:
-    """There are more threads than idle connections: the others go back to the pool."""
-    store = StepRunStore.from_url(f"redis://127.0.0.1:{proxy.port}", prefix=tmp_path.name)
+def test_no_two_threads_use_one_idle_connection(backend: Backend, proxy: Proxy, tmp_path: Path) -> None:
+    """There are more threads than idle connections may be kept: the others are closed."""
+    url = f"redis://127.0.0.1:{proxy.port}"
+    store = StepRunStore.from_url(url, prefix=tmp_path.name, client_name=tmp_path.name)
     ready = threading.Barrier(30)
 
     def work(thread: int) -> int:
@@ -209,8 +223,8 @@ def test_no_two_threads_use_one_idle_connection(proxy: Proxy, tmp_path: Path) ->
 
     with contextlib.closing(store), ThreadPoolExecutor(30) as threads:
         assert sum(threads.map(work, range(30))) == 900
-        pool: Any = store.client.connection_pool
-        assert len(pool._in_use_connections) <= 16
+        assert 0 < idle_connections(store) <= 16
+        wait_until(lambda: len(connected_as(backend, tmp_path.name)) == idle_connections(store))
 
 
 @pytest.mark.servers("valkey")

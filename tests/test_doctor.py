@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,18 +13,26 @@ from typing import Any, cast
 import pytest
 import redis
 import redis.asyncio
-from redis.backoff import NoBackoff
+from redis.backoff import ConstantBackoff, ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 from support.backends import Bench
-from support.internals import retry_policy
 from support.servers import EmbeddedCluster, find_binary, wait_until
 
-from squidstep_redis import AsyncStepRunStore, Diagnosis, Finding, InvalidArgumentError, Level, StepRunStore
+from squidstep_redis import (
+    AsyncStepRunStore,
+    Diagnosis,
+    Finding,
+    InvalidArgumentError,
+    Level,
+    NotSentError,
+    StepRunStore,
+)
 from squidstep_redis.doctor.checks import CHECKS_OF_SERVERS, Client, Server
 from squidstep_redis.embedded import EmbeddedServer
 
 SOUND = {"appendonly": "yes", "appendfsync": "always", "maxmemory": "100mb"}
 RIGHTS = "+@read +@write +@scripting +@transaction -@dangerous +time"
+HOOK = {"execute_command": functools.partialmethod(redis.Redis.execute_command)}
 SETTINGS = "+config|get +info +cluster|info +cluster|nodes"  # the doctor needs these, a store does not
 
 
@@ -268,6 +278,7 @@ class TestOnARealServer:
             for options, message in (
                 ({"lease": 60, "job_timeout": 61}, "a second worker begins"),
                 ({"lease": 10}, "timeout of 10 s"),
+                ({"lease": 14.5}, "can take, 14.5 s"),
             ):
                 findings = found(store, **options)
                 assert wrong(findings) == {"lease": Level.WARNING}
@@ -312,6 +323,59 @@ class TestClients:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
             assert "client protocol" not in asyncio.run(main(server.url))
 
+    @pytest.mark.parametrize(
+        ("options", "longest"),
+        [
+            ({}, 14.5),  # the client of from_url: 1.5 s for a connection, and 3 s for a reply
+            ({"timeout": 2}, 2.9),
+            ({"timeout": 20, "socket_timeout": 4, "socket_connect_timeout": 2}, 26),
+            ({"timeout": 60, "socket_timeout": 4, "socket_connect_timeout": 2, "retry": Retry(NoBackoff(), 2)}, 70),
+            ({"timeout": 60, "socket_connect_timeout": 2, "retry": Retry(ConstantBackoff(3), 2)}, 90),
+            ({"timeout": 100, "socket_connect_timeout": 2, "retry": Retry(ExponentialBackoff(4, 1), 3)}, 148),
+        ],
+    )
+    def test_longest_call_is_the_timeout_and_an_attempt(
+        self, binary: Path, options: dict[str, Any], longest: float
+    ) -> None:
+        finding = examined(binary, SOUND, **options)["client deadline"]
+        assert (finding.level, f"a call ends within {longest:g} s" in finding.message) == (Level.OK, True)
+
+    def test_hooked_client_re_sends_within_an_attempt(self, binary: Path) -> None:
+        options = {"socket_timeout": 1, "socket_connect_timeout": 0.5, "retry": Retry(NoBackoff(), 2)}
+        with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
+            for kind, longest in ((redis.Redis, 12.5), (type("Hooked", (redis.Redis,), HOOK), 14.5)):
+                with kind.from_url(server.url, **options) as client:
+                    finding = found(StepRunStore(client))["client deadline"]
+                assert (finding.level, f"a call ends within {longest:g} s" in finding.message) == (Level.OK, True)
+
+    @pytest.mark.parametrize("wait", [0.2, 30, None])
+    def test_own_timeout_of_a_pool_does_not_prolong_a_call(self, binary: Path, wait: float | None) -> None:
+        """The store waits for a connection until its own timeout; then there is no attempt to wait for."""
+        options: dict[str, Any] = {"socket_timeout": 0.5, "socket_connect_timeout": 0.2, "timeout": wait}
+        with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
+            pool = redis.BlockingConnectionPool.from_url(server.url, max_connections=1, protocol=2, **options)
+            with redis.Redis(connection_pool=pool) as client:
+                store = StepRunStore(client, timeout=1.5)
+                assert "a call ends within 2.2 s" in found(store)["client deadline"].message
+                connection = get_connection(pool)
+                began = time.monotonic()
+                with pytest.raises(NotSentError, match="No connection available"):
+                    store.begin_step("run", "pay", {})
+                took = time.monotonic() - began
+                pool.release(connection)
+        assert 1.5 <= took < 2.2
+
+    @pytest.mark.parametrize("by_url", [False, True])
+    def test_pool_of_one_connection_passes_every_check(self, binary: Path, by_url: bool) -> None:
+        """A limit in the URL is respected like one in the options."""
+        with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
+            url = f"{server.url}?max_connections=1" if by_url else server.url
+            with StepRunStore.from_url(url, **({} if by_url else {"max_connections": 1})) as store:
+                store.begin_step("run", "pay", {}, lease=60)
+                assert wrong(found(store)) == {}
+                pool: Any = store.client.connection_pool
+                assert (len(pool._available_connections), len(pool._in_use_connections)) == (1, 0)
+
     def test_default_timeouts_of_redis_py_are_recognized(self, binary: Path) -> None:
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server, redis.Redis.from_url(server.url) as client:
             pool: Any = client.connection_pool
@@ -320,16 +384,21 @@ class TestClients:
             store = StepRunStore(client)
             level = found(store)["client timeout"].level
         assert (level is Level.WARNING) == (timeout is None)
-        assert retry_policy(store).last_send == min(
-            (timeout or 0) + (connect or 0), 5
-        )  # the retry policy uses the same values
+        if timeout is not None:
+            findings = found(store)
+            longest = 10 + connect + timeout
+            assert f"a call can take {longest:g} s" in findings["client deadline"].message
+
+
+def get_connection(pool: Any) -> Any:
+    version = tuple(int(part) for part in redis.__version__.split(".")[:2])
+    return pool.get_connection() if version >= (5, 3) else pool.get_connection("_")
 
 
 def reuses_dirty_connections(client: Any) -> bool:
     """Returns whether the next command gets the reply that an interrupted command left on its connection."""
     pool = client.connection_pool
-    version = tuple(int(part) for part in redis.__version__.split(".")[:2])
-    connection = pool.get_connection() if version >= (5, 3) else pool.get_connection("_")
+    connection = get_connection(pool)
     pool.release(connection)
     send = connection.send_command
 
@@ -388,6 +457,8 @@ CLIENT = Client(
     sends=1,
     decodes=False,
     reuses_dirty_connections=False,
+    retry_pauses=0,
+    is_hooked=True,
     timeout=10,
     wait_replicas=0,
     wait_aof=False,

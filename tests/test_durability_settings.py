@@ -16,14 +16,16 @@ from squidstep_redis import NotReplicatedError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.settings import StoreSettings, check_settings
 from squidstep_redis.transport.batch import Durability
+from squidstep_redis.transport.client import ClientFacts
 
 KEY = b"squidstep:{c0}:run:steps"
 WRITTEN = True  # the reply to the mark
+CLIENT = ClientFacts(False, None, None, sends=1, decodes=False, reuses_dirty_connections=False, retry_pauses=0)
 
 
 def durability(settings: StoreSettings) -> Durability:
     """Returns what a store with these settings waits for."""
-    checked = check_settings(settings, None).durability
+    checked = check_settings(settings, CLIENT).durability
     assert checked is not None
     return checked
 
@@ -31,21 +33,24 @@ def durability(settings: StoreSettings) -> Durability:
 @pytest.mark.parametrize(
     ("settings", "waits"),
     [
-        ({"wait_replicas": 2}, [("WAIT", 2, 1_000)]),
-        ({"wait_aof": True}, [("WAITAOF", 1, 0, 1_000)]),
-        ({"wait_replicas": 3, "wait_aof": True, "wait_timeout": 0.25}, [("WAIT", 3, 250), ("WAITAOF", 1, 0, 250)]),
+        ({"wait_replicas": 2}, [(b"WAIT", b"2", b"1000")]),
+        ({"wait_aof": True}, [(b"WAITAOF", b"1", b"0", b"1000")]),
+        (
+            {"wait_replicas": 3, "wait_aof": True, "wait_timeout": 0.25},
+            [(b"WAIT", b"3", b"250"), (b"WAITAOF", b"1", b"0", b"250")],
+        ),
     ],
 )
 def test_settings_become_commands_after_the_mark(settings: Any, waits: list[Any]) -> None:
     mark, *commands = durability(settings).commands(KEY)
 
-    assert mark[0] == "SET"
+    assert mark[0] == b"SET"
     assert commands == waits
 
 
 @pytest.mark.parametrize("settings", [{}, {"wait_replicas": 0}, {"wait_aof": False}, {"wait_timeout": 5}])
 def test_without_replicas_and_aof_nothing_is_waited_for(settings: Any) -> None:
-    assert check_settings(settings, None).durability is None
+    assert check_settings(settings, CLIENT).durability is None
 
 
 class TestReplies:

@@ -35,7 +35,7 @@ BESIDE_PUBLIC_NAMES = {
     "metrics": set[str](),
     "pytest_plugin": {"embedded", "testing"},
     "rq": {"rq", "claims.rules", "protocol.arguments", "signals", "transport.blocking"},
-    "testing": {"testing", "claims.heartbeat", "embedded", "protocol.arguments", "protocol.scripts"},
+    "testing": {"testing", "embedded", "protocol.arguments", "protocol.scripts"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

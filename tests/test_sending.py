@@ -33,8 +33,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.transport.client import ClientFacts
-from squidstep_redis.transport.retry import RetryPolicy, RetryState
+from squidstep_redis.transport.retry import ExchangeError, RetryState
 
 real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
@@ -63,23 +62,32 @@ REFUSALS: dict[str, tuple[Exception, bool]] = {
     "wrong password": (exceptions.AuthenticationError("invalid username-password pair"), False),
     "no permission": (exceptions.NoPermissionError("User x has no permissions to run the 'evalsha' command"), False),
     "moved": (exceptions.MovedError("1 127.0.0.1:7000"), False),
+    "renamed command": (exceptions.ResponseError("unknown command 'EVALSHA', with args beginning with: '0'"), False),
+    "renamed command, of Redis 6": (
+        exceptions.ResponseError("unknown command `EVAL`, with args beginning with: `0`"),
+        False,
+    ),
 }
 NO_REPLY: dict[str, Exception] = {
     "connection closed": exceptions.ConnectionError("Connection closed by server."),
     "timeout": exceptions.TimeoutError("Timeout reading from socket"),
     "cluster unreachable": exceptions.RedisClusterException("Redis Cluster cannot be connected."),
 }
+NOT_CONNECTED = ExchangeError(exceptions.ConnectionError("Error 111 connecting to localhost:6379."), sent=False)
 OTHER_ERRORS: dict[str, Exception] = {
     "refused midway": exceptions.ResponseError(
         "ACL failure in script: User has no permissions to run the 'zadd' command"
     ),
-    "unknown command": exceptions.ResponseError("unknown command 'EVALSHA'"),
+    "unknown command, in a script": exceptions.ResponseError("Unknown Redis command called from script script: f_0"),
+    "unknown command, in a script of Redis 6": exceptions.ResponseError(
+        "Error running script (call to f_0): @user_script:1: Unknown Redis command called from Lua script"
+    ),
 }
 
 
 def raised(error: Exception, *before: Exception, timeout: float = 0.0) -> ServerError:
     """Returns what a call raises whose last send fails with `error`, after earlier sends failed with `before`."""
-    state = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
+    state = RetryState(CALL, time.monotonic(), 60)
     for earlier in before:
         state.next_pause(earlier)
     end_retries(state, timeout)
@@ -104,7 +112,7 @@ class TestServerErrors:
         error = raised({**NO_REPLY, **OTHER_ERRORS}[name])
         assert type(error) is OutcomeUnknownError
         assert error.transient is (name in NO_REPLY)
-        assert error.call is CALL
+        assert error.call == CALL._replace(may_have_run=True)
         assert "unknown" in str(error)
 
     @pytest.mark.parametrize("name", REFUSALS)
@@ -112,6 +120,20 @@ class TestServerErrors:
         error = raised(REFUSALS[name][0], NO_REPLY["connection closed"])
         assert type(error) is OutcomeUnknownError
         assert "no reply to an earlier attempt, and was refused now" in str(error)
+
+    def test_call_of_which_no_byte_was_sent_is_not_sent(self) -> None:
+        error = raised(NOT_CONNECTED)
+        assert type(error) is NotSentError
+        assert (error.transient, error.__cause__) == (True, NOT_CONNECTED.cause)
+        assert "nothing was sent" in str(error)
+
+    def test_failed_connect_after_a_lost_reply_leaves_the_outcome_unknown(self) -> None:
+        assert type(raised(NOT_CONNECTED, NO_REPLY["connection closed"])) is OutcomeUnknownError
+        assert type(raised(NOT_CONNECTED, ExchangeError(NO_REPLY["timeout"], sent=True))) is OutcomeUnknownError
+
+    def test_failed_connects_and_refusals_leave_the_outcome_known(self) -> None:
+        assert type(raised(NOT_CONNECTED, NOT_CONNECTED, REFUSALS["loading"][0])) is NotSentError
+        assert type(raised(REFUSALS["busy"][0], NOT_CONNECTED)) is RefusedError
 
     @pytest.mark.parametrize(
         "error", [raised(NO_REPLY["connection closed"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"]
@@ -129,11 +151,11 @@ class TestServerErrors:
         assert issubclass(ServerError, SquidstepError)
 
 
-class TestRetryPolicy:
+class TestRetries:
     @pytest.mark.parametrize("name", [*NO_REPLY, *(name for name in REFUSALS if REFUSALS[name][1])])
     def test_transient_errors_are_retried_unless_memory_or_disk_is_full(self, name: str) -> None:
         error = NO_REPLY.get(name) or REFUSALS[name][0]
-        state = RetryState(CALL, time.monotonic(), RetryPolicy(60, 1, 0))
+        state = RetryState(CALL, time.monotonic(), 60)
         if name in ("out of memory", "out of memory, in a script", "disk full"):
             with pytest.raises(RefusedError):
                 state.next_pause(error)
@@ -143,18 +165,19 @@ class TestRetryPolicy:
             assert pauses[-1] > pauses[0]
 
     def test_call_that_is_not_retryable_is_sent_once(self) -> None:
-        state = RetryState(CALL._replace(retryable=False), time.monotonic(), RetryPolicy(60, 1, 0))
+        state = RetryState(CALL._replace(retryable=False), time.monotonic(), 60)
         with pytest.raises(OutcomeUnknownError):
             state.next_pause(NO_REPLY["connection closed"])
 
-    def test_no_retry_starts_without_time_for_its_reply(self) -> None:
-        state = RetryState(CALL, time.monotonic() - 6, RetryPolicy.of(10, OWN_CLIENT))
+    def test_last_attempt_begins_at_the_deadline(self) -> None:
+        """The timeout is used to its end: a server that returns shortly before is still reached."""
+        state = RetryState(CALL, time.monotonic() - 9.9, 10)
+        assert 0 < state.next_pause(NO_REPLY["timeout"]) <= 0.1
+
+    def test_no_attempt_begins_after_the_deadline(self) -> None:
+        state = RetryState(CALL, time.monotonic() - 10, 10)
         with pytest.raises(OutcomeUnknownError):
             state.next_pause(NO_REPLY["timeout"])
-
-    def test_slow_client_reserves_half_of_the_timeout(self) -> None:
-        slow = ClientFacts(False, 5, 5, sends=11, decodes=False, reuses_dirty_connections=False)
-        assert RetryPolicy.of(10, slow) == (10, 11, 5)
 
     @pytest.mark.parametrize("name", ["timeout", "wait_timeout"])
     @pytest.mark.parametrize("value", [0, -1, float("nan"), 3_601, "1", True])
@@ -175,9 +198,6 @@ class TestRetryPolicy:
     def test_invalid_durability_setting_is_rejected(self, settings: dict[str, Any], argument: str) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):
             StepRunStore(redis.Redis(socket_timeout=5), **settings)
-
-
-OWN_CLIENT = ClientFacts(False, 3.0, 1.5, sends=1, decodes=False, reuses_dirty_connections=False)
 
 
 @contextlib.contextmanager

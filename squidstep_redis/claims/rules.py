@@ -1,11 +1,13 @@
 """The rules of `run_step` and `claim_step`, as workflows. This module does no I/O.
 
-`Claim` (store.py) and `AsyncClaim` (aio.py) run these workflows. claims/heartbeat.py extends the leases meanwhile.
+`Claim` (store.py) and `AsyncClaim` (aio.py) run these workflows. The heartbeats extend the leases meanwhile.
 
 A claim has four states:
 
     new ──_acquire──▶ held ──_finish──▶ ending ──▶ ended      ending: the call was sent, and its result is not known yet
                         └──the heartbeat finds it taken over──▶ ended, with the loss recorded
+
+What the code of a claim cannot do, because it was interrupted or got no reply, is done later: see `unsettled.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 from weakref import ref
 
+from squidstep_redis.claims.unsettled import give_back
 from squidstep_redis.errors import (
+    CorruptRunError,
     InvalidArgumentError,
+    NotSentError,
+    OutcomeUnknownError,
+    RefusedError,
     ServerError,
     SquidstepError,
     StaleStepRunError,
@@ -38,6 +45,7 @@ from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs,
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
+from squidstep_redis.signals import is_raised_by_handler
 
 E = TypeVar("E", threading.Event, asyncio.Event)
 T = TypeVar("T")
@@ -115,7 +123,9 @@ class BaseClaim(Generic[E]):
             return calls.begin_step(run_id, step, input, lease=lease, max_attempts=max_attempts, owner=claimed_by)
 
         self._begin: Callable[[], Call[BeginResult]] = begin
-        self._sent: Call[BeginResult] | None = None
+        self._sent: Call[BeginResult] | None = None  # what may have acquired the claim
+        self._unrecorded: ServerError | None = None  # what ending the claim raised
+        self._interruption: BaseException | None = None  # an exception from outside while the claim was ended
         self._loss: StaleStepRunError | StepRunNotFoundError | None = None
         self._step_run: StepRun | None = None
         self._claim: StepRun | None = None  # the step run that carries the claim
@@ -239,24 +249,34 @@ class BaseClaim(Generic[E]):
             StepExhaustedError: `max_attempts` is reached.
             InvalidArgumentError: this code itself is executing the step, and would wait for itself.
         """
-        if self._entered_by is not None:
-            raise InvalidArgumentError("claim", "is already in a `with` block: make another one with claim_step")
+        self._raise_if_entered()
         self.lost.clear()
-        self._loss = None
+        self._loss = self._sent = self._unrecorded = self._interruption = None
         pause = _FIRST_PAUSE
         while True:
-            self._sent, self._sent_at = self._begin(), time.monotonic()
-            result: BeginResult = yield Send(self._sent)
+            call = self._begin()
+            self._sent, self._sent_at = call, time.monotonic()
+            try:
+                result: BeginResult = yield Send(call)
+            except SquidstepError as error:
+                if _is_refusal(error, call):
+                    self._sent = None
+                raise
             self._step_run = result.step_run
-            if result.decision == "execute" or result.reason == "completed":
+            if result.decision == "execute":
                 self._claim = self._step_run
-                self._state = "held" if result.decision == "execute" else "ended"
-                self.decision = result.decision
+                self.decision = "execute"
+                self._state = "held"
+                return
+            self._sent = None
+            if result.reason == "completed":
+                self._claim = self._step_run
+                self.decision = "skip"
+                self._state = "ended"
                 return
             if result.exhausted:
                 raise StepExhaustedError(self._step_run)
             if result.busy:
-                self._sent = None
                 if self._on_busy == "raise":
                     raise StepBusyError(self._step_run, result.retry_in)
                 if any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
@@ -268,13 +288,15 @@ class BaseClaim(Generic[E]):
                 yield Sleep(min(_jittered(pause), result.retry_in or pause))
                 pause = min(2 * pause, LAST_PAUSE)
 
+    def _raise_if_entered(self) -> None:
+        if self._entered_by is not None:
+            raise InvalidArgumentError("claim", "is already in a `with` block: make another one with claim_step")
+
     def _undo_acquire(self) -> Workflow[None]:
         """Releases what an interrupted `_acquire` may have claimed, before the work starts."""
         self._state = "ended"
         if self._sent is not None:
-            result = yield Send(self._sent)  # re-sent, it returns the same decision
-            if result.decision == "execute":
-                yield Send(self._calls.release_step(result.step_run))
+            yield from give_back(self._calls, self._sent)
 
     def _complete(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Workflow[StepRun]:
         if self._loss is not None:
@@ -293,7 +315,7 @@ class BaseClaim(Generic[E]):
         """Ends the claim. It retries beyond the store's timeout: if the result is lost, the work must be repeated."""
         before, self._state = self._state, "ending"
         try:
-            seconds = min(self._lease_seconds or MAX_RETRY_SECONDS, MAX_RETRY_SECONDS) if call.retryable else 0
+            seconds = self._longest_retry if call.retryable else 0
             self._step_run = yield from retry_until(call, time.monotonic() + seconds)
             self._state = "ended"
         except (StaleStepRunError, StepRunNotFoundError) as error:
@@ -302,10 +324,18 @@ class BaseClaim(Generic[E]):
             if isinstance(error, StepRunNotFoundError):
                 raise
             return self._accept_winner(error)
+        except ServerError as error:
+            self._unrecorded = error
+            raise
         finally:
             if self._state == "ending":
                 self._state = before
         return self._step_run
+
+    @property
+    def _longest_retry(self) -> float:
+        """For how many seconds the end of the claim is sent again while the server cannot be reached."""
+        return min(self._lease_seconds or MAX_RETRY_SECONDS, MAX_RETRY_SECONDS)
 
     def _reconcile(self) -> Workflow[StepRun]:
         """Reads the step whose claim was lost. The winner's result is valid; the local one is discarded."""
@@ -341,12 +371,15 @@ class BaseClaim(Generic[E]):
             raise StepBusyError(error.current, None) from error
 
     def _on_exit(self, error: BaseException | None) -> Workflow[BaseException | None]:
-        """Records what the block raised, when the block exits.
+        """Records what the block raised, when the block exits: as insistently as a result.
+
+        There is one attempt if an insistent ending has just failed, or if the block was interrupted from outside: it
+        must end soon.
 
         Returns:
             What to raise if the block itself raised nothing.
         """
-        if self._state == "ended" or self._entered_by != os.getpid():  # in a forked child, the claim is the parent's
+        if not self._is_held_here:
             return None
         missing = None
         if error is None:
@@ -354,11 +387,23 @@ class BaseClaim(Generic[E]):
                 "output", "the block ended without complete(), fail() or release(); the step is recorded as failed"
             )
         try:
-            # Without retries, so that the error is raised soon: the lease expires by itself.
-            yield from self._fail(error, retryable=False)
+            insists = error is not self._unrecorded and not self._is_interruption(error)
+            yield from self._fail(error, retryable=insists)
         except SquidstepError as problem:
             error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing
+
+    @property
+    def _is_held_here(self) -> bool:
+        """Whether the claim must still be ended. In a forked child, it is the parent's."""
+        return self._state in ("held", "ending") and self._entered_by == os.getpid()
+
+    def _is_interruption(self, error: BaseException) -> bool:
+        """Whether the block was interrupted from outside: then it must be left within INTERRUPTED_SECONDS.
+
+        That is known of all but an `Exception` that another thread set: it looks like one of the work.
+        """
+        return not isinstance(error, Exception) or error is self._interruption or is_raised_by_handler(error)
 
     def _enter(self) -> None:
         self._entered_by = os.getpid()
@@ -378,10 +423,19 @@ def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
         try:
             return (yield Send(call))
         except ServerError as error:
+            if isinstance(error, OutcomeUnknownError):  # from now on, no error may say that nothing was sent
+                call = call._replace(may_have_run=True)
             if not error.transient or time.monotonic() + pause > deadline:
                 raise
         yield Sleep(_jittered(pause))
         pause = min(2 * pause, LAST_PAUSE)
+
+
+def _is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
+    """Whether an error says that this call wrote nothing. A signal handler may have raised one about another call."""
+    if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError):
+        return False
+    return error.run_id == call.run_id and getattr(error, "step", None) in (call.step, None)
 
 
 def _jittered(seconds: float) -> float:

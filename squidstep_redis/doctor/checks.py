@@ -44,10 +44,12 @@ class Client(NamedTuple):
         is_cluster: whether it is a cluster client.
         socket_timeout: seconds it waits for a reply; None: without a limit.
         connect_timeout: seconds it waits for a connection; None: without a limit.
-        sends: the maximum number of times it sends a command.
+        sends: the maximum number of times it tries to connect, or sends a command.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether an unread reply on a connection can become the reply to the next command.
-        timeout: the store's timeout for a call, in seconds.
+        retry_pauses: seconds that it pauses, at most, between all these times.
+        is_hooked: whether the store calls it, so that the client re-sends commands by itself.
+        timeout: the store's timeout for a call, in seconds: when its last attempt begins.
         wait_replicas: the number of replicas the store waits for.
         wait_aof: whether the store waits for the AOF.
         wait_timeout: seconds it waits for replicas and the AOF.
@@ -61,12 +63,24 @@ class Client(NamedTuple):
     sends: int
     decodes: bool
     reuses_dirty_connections: bool
+    retry_pauses: float
+    is_hooked: bool
     timeout: float
     wait_replicas: int
     wait_aof: bool
     wait_timeout: float
     lease: float | None
     job_timeout: float | None
+
+    @property
+    def longest_call(self) -> float | None:
+        """Seconds that a call can take: until its last attempt begins, and for that attempt. None: without a limit."""
+        if self.socket_timeout is None:
+            return None
+        connect = self.connect_timeout or 0.0
+        replies = self.sends if self.is_hooked else 1  # the store itself sends once in an attempt
+        attempt = self.sends * connect + self.retry_pauses + replies * self.socket_timeout
+        return self.timeout + attempt
 
 
 class Server(NamedTuple):
@@ -127,20 +141,23 @@ def _client_timeout(client: Client) -> Found:
 
 
 def _client_deadline(client: Client) -> Found:
-    if client.socket_timeout is None:
+    longest, connect = client.longest_call, client.connect_timeout or 0.0
+    if longest is None:
         return None  # _client_timeout reports it
-    connect, reply, sends = client.connect_timeout or 0.0, client.socket_timeout, client.sends
-    # The store's last send starts early enough to end within the timeout, but not in the first half of the timeout.
-    half, one_send = client.timeout / 2, sends * (connect + reply)
-    if one_send > half:
-        times = "once" if sends == 1 else f"up to {sends} times"
+    attempt = longest - client.timeout
+    if attempt > client.timeout / 2:
+        times = "" if client.sends == 1 else f" up to {client.sends} times"
+        what = "connects and sends" if client.is_hooked else "connects"
         return WARNING, (
-            f"a call to a server that hangs can take {half + one_send:g} s, although the store's timeout is "
-            f"{client.timeout:g} s: the client sends it {times} and waits {connect:g} s for a connection and "
-            f"{reply:g} s for the reply. Lower these timeouts and the client's retries (the store retries by itself), "
-            "or use from_url"
+            f"a call can take {longest:.4g} s, although the store's timeout is {client.timeout:g} s: the last attempt "
+            f"begins at the timeout and can take {attempt:.4g} s. The client {what}{times}, waits {connect:g} s for a "
+            f"connection and {client.socket_timeout:g} s for a reply. Lower these timeouts and the client's retries "
+            "(the store retries by itself), or use from_url"
         )
-    return OK, f"a call ends within {client.timeout:g} s"
+    return OK, (
+        f"a call ends within {longest:.4g} s: it is retried for {client.timeout:g} s, and an attempt takes at most "
+        f"{attempt:.4g} s"
+    )
 
 
 def _client_protocol(client: Client) -> Found:
@@ -170,12 +187,14 @@ def _lease(client: Client) -> Found:
             f"the lease of {lease:g} s is shorter than the {work:g} s that the work may last: a second worker begins "
             "while the first is still working. Set a longer lease, or let run_step or claim_step extend it"
         )
-    if lease <= client.timeout:
+    longest = client.longest_call or client.timeout
+    if lease <= longest:
         return WARNING, (
-            f"the lease of {lease:g} s is not longer than the store's timeout of {client.timeout:g} s: it can expire "
-            "before a re-sent begin_step returns. Set a longer lease, or a shorter timeout"
+            f"the lease of {lease:g} s is not longer than a call can take, {longest:.4g} s with the store's timeout of "
+            f"{client.timeout:g} s: it can expire before a re-sent begin_step returns. Set a longer lease, or a "
+            "shorter timeout"
         )
-    return OK, f"the lease of {lease:g} s is longer than the work and the store's timeout"
+    return OK, f"the lease of {lease:g} s is longer than the work and a call"
 
 
 # Checks of the server

@@ -54,13 +54,12 @@ class Diagnosis(NamedTuple):
         return max((finding.level for finding in self.findings), key=_SEVERITY.index)
 
 
-# redis-py does not parse these replies, because its parsers are registered under other names, such as INFO.
 _COMMANDS: Final[list[Command]] = [
-    ("TIME",),
-    ("INFO default",),
-    ("CLUSTER", "INFO"),
-    ("CLUSTER", "NODES"),
-    *(("CONFIG", "GET", name) for name in SETTINGS),
+    (b"TIME",),
+    (b"INFO", b"default"),
+    (b"CLUSTER", b"INFO"),
+    (b"CLUSTER", b"NODES"),
+    *((b"CONFIG", b"GET", name.encode()) for name in SETTINGS),
 ]
 
 
@@ -76,10 +75,7 @@ def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
     """
     findings = list(_findings(CHECKS_OF_CLIENTS, client))
     sent_at = time.time()
-    try:
-        replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS)
-    except NO_REPLY as error:  # no node of a cluster is reachable
-        replies = {"": [error]}
+    replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS)
     elapsed = time.time() - sent_at
     for name, (clock, *rest) in replies.items():
         found = [_connection(clock)]
@@ -130,6 +126,8 @@ def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: C
 
 def _parse_fields(reply: Any) -> dict[str, str]:
     """Parses a reply such as INFO's, with one field per line; empty if the command was refused."""
+    if isinstance(reply, Mapping):  # redis-py parsed it, because something hooks the client's `execute_command`
+        return {str(name): str(value) for name, value in cast("Mapping[Any, Any]", reply).items()}
     return dict(re.findall(r"^(\w+):(.*?)\r?$", _text(reply), re.MULTILINE))
 
 

@@ -368,7 +368,7 @@ def _runs_of(context: Context, keys: list[bytes], run_id_prefix: bytes) -> Itera
 def _shards(context: Context) -> Workflow[list[_Shard]]:
     """Returns the servers that have keys of this store, in the order of their names."""
     buckets = context.keys.claims()
-    replies: dict[str, list[Any]] = yield Broadcast([("CLUSTER", "SLOTS")])
+    replies: dict[str, list[Any]] = yield Broadcast([(b"CLUSTER", b"SLOTS")])
     maps = [cast("list[Any]", reply) for (reply,) in replies.values() if isinstance(reply, list)]
     if not maps or "" in replies:
         return [_Shard("", buckets[0])]
@@ -379,9 +379,9 @@ def _shards(context: Context) -> Workflow[list[_Shard]]:
     found: dict[str, bytes] = {}
     for bucket in buckets:
         slot = key_slot(bucket)
-        for slots, name in owners:
-            if slot in slots:
-                found.setdefault(name, bucket)
+        # A slot that no server owns must not hide its runs: sending to it shows why.
+        name = next((name for slots, name in owners if slot in slots), "")
+        found.setdefault(name, bucket)
     return [_Shard(name, key) for name, key in sorted(found.items())]
 
 

@@ -23,7 +23,9 @@ from squidstep_redis.protocol.scripts import Script
 
 T = TypeVar("T", covariant=True)  # noqa: PLC0105 -- the only one here; a list of mixed calls is a list of calls of their union
 
-Command = tuple[Any, ...]
+Command = tuple[bytes, ...]
+"""The words of a command. All are bytes: hiredis crashes if a signal handler raises while it formats another type."""
+
 Reply = list[Any]
 
 # Payloads are bytes, even if the client decodes other replies.
@@ -55,6 +57,7 @@ class Call(NamedTuple, Generic[T]):
         step: the step it is about, for error messages.
         retryable: whether the store retries it after a transient error.
         part_of: the operation that sends it, if the script has another name.
+        may_have_run: whether it was sent before with an unknown outcome, and may have taken effect.
     """
 
     run_id: str | None
@@ -66,6 +69,7 @@ class Call(NamedTuple, Generic[T]):
     step: str | None = None
     retryable: bool = True
     part_of: str | None = None
+    may_have_run: bool = False
 
     @property
     def operation(self) -> str:
@@ -74,11 +78,26 @@ class Call(NamedTuple, Generic[T]):
 
     def evalsha(self) -> Command:
         """Returns the command for a server that knows the script."""
-        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
+        return (b"EVALSHA", self.script.sha, b"%d" % len(self.keys), *self.keys, *self.args)
 
     def eval(self) -> Command:
         """Returns the command for a server that may not know the script."""
-        return ("EVAL", self.script.source, len(self.keys), *self.keys, *self.args)
+        return (b"EVAL", self.script.source, b"%d" % len(self.keys), *self.keys, *self.args)
+
+    def words_of(self, reply: Any) -> Reply:
+        """Divides the server's reply into its words.
+
+        Raises:
+            ReplyMismatchError: it is the reply to another call.
+        """
+        # A reply without payloads is one string, which saves the server a table.
+        words: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
+        # A signal handler that raises in the middle of a command can leave its reply on the connection.
+        if type(words) is not list or len(words) < 2 or words[1] != self.args[0]:
+            problem = f"an earlier call on this connection was interrupted; received its reply: {described(reply)}"
+            sent = self._replace(may_have_run=True)
+            raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, sent)
+        return words
 
     def decode(self, reply: Any) -> T:
         """Decodes the server's reply.
@@ -87,12 +106,7 @@ class Call(NamedTuple, Generic[T]):
             ReplyMismatchError: it is the reply to another call.
             SquidstepError: the script refused; nothing was written.
         """
-        # A reply without payloads is one string, which saves the server a table.
-        parts: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
-        # A signal handler that raises in the middle of a command can leave its reply on the connection.
-        if type(parts) is not list or len(parts) < 2 or parts[1] != self.args[0]:
-            problem = f"an earlier call on this connection was interrupted; received its reply: {described(reply)}"
-            raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, self)
+        parts = self.words_of(reply)
         refusal = _REFUSALS.get(parts[0])
         if refusal is not None:
             if refusal is _deleted and self.if_deleted is not None:

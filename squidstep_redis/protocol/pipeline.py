@@ -72,5 +72,6 @@ def queue(pipeline: Any, call: Call[T]) -> Queued[T]:
             "pipeline", "decodes all replies of a transaction, payloads too: use a client without decode_responses"
         )
     index = len(pipeline)
-    pipeline.execute_command(*call.eval(), **OPTIONS)
+    name, *words = call.eval()
+    pipeline.execute_command(name.decode(), *words, **OPTIONS)
     return Queued(call, index)

@@ -72,7 +72,7 @@ class BlockOnStream:
     def command(self, longest: float) -> Command:
         """Returns the blocking command, for at most `longest` seconds."""
         milliseconds = max(1, round(1_000 * min(self.seconds, longest)))
-        return ("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", self.stream, self.last)
+        return (b"XREAD", b"COUNT", b"1", b"BLOCK", b"%d" % milliseconds, b"STREAMS", self.stream, self.last)
 
 
 Effect = Send[Any] | SendBatch | Broadcast | Sleep | BlockOnStream

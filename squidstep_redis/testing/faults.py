@@ -26,6 +26,8 @@ OUT_OF_MEMORY: Final = "OOM command not allowed when used memory > 'maxmemory'"
 class WorkerKilled(BaseException):
     """Ends the code in a block of `killed_at`. A BaseException, because no code can catch a SIGKILL either."""
 
+    ends_process = True  # so the claims of the code are neither given back nor recorded as failed
+
 
 @dataclass
 class _Fault:

@@ -15,7 +15,6 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
-from squidstep_redis.claims.heartbeat import async_heartbeat_of
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.testing.clock import StepClock
 from squidstep_redis.testing.faults import StepFaults
@@ -98,7 +97,7 @@ class StepKit:
         self._settings.setdefault("timeout", _CLUSTER_TIMEOUT if clients.is_cluster else _TIMEOUT)
         self.clock = StepClock(lambda: clients.time(self.observer.client))
         self.faults, no_faults = (StepFaults(self.clock, lambda: self.observer) for _ in range(2))
-        guard = LoopGuard(lambda: clients.close_asyncio(self.async_store.client))
+        guard = LoopGuard(lambda: clients.close_asyncio(self.async_store))
 
         observing = clients.blocking(no_faults)
         stack.callback(observing.close)
@@ -178,9 +177,10 @@ class _Clients:
         client.connection_pool.connection_kwargs["retry"] = retry
         return client
 
-    async def close_asyncio(self, client: Any) -> None:
-        """Closes all connections of an asyncio client, which can still be used afterwards."""
-        await async_heartbeat_of(client).stop()
+    async def close_asyncio(self, store: AsyncStepRunStore) -> None:
+        """Closes all connections of an asyncio store, which can still be used afterwards."""
+        client: Any = store.client
+        await store.close()
         await (client.aclose() if self.is_cluster else client.connection_pool.disconnect())
 
     def time(self, client: Any) -> tuple[int, int]:

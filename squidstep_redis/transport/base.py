@@ -1,40 +1,75 @@
-"""What the blocking and the asyncio transport share: one store's client, limits and listeners."""
+"""What the blocking and the asyncio transport share: one store's client, limits, listeners and connections."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
 
 from squidstep_redis.transport.batch import Durability
+from squidstep_redis.transport.client import ClientFacts, ClientHooks, has_plain_stream
 from squidstep_redis.transport.events import EventEmitter
-from squidstep_redis.transport.retry import RetryPolicy
+from squidstep_redis.transport.retry import ExchangeError
+
+Connections = TypeVar("Connections")
 
 
-class BaseTransport:
+class BaseTransport(ABC, Generic[Connections]):
     """Sends the calls of one store.
 
     Attributes:
         client: the redis-py client.
-        connections: the client's pooled connections.
-        policy: how long a call is retried.
+        is_cluster: whether it is a cluster client.
+        timeout: seconds until the last attempt of a call.
         durability: what transitions wait for; None: nothing.
         events: receives every decision.
         longest_read: seconds after which the client would give up on a blocking read.
+        hooks: whether something hooks the client's `execute_command`.
     """
-
-    connections: Any  # DirectConnections or AsyncDirectConnections
 
     def __init__(
         self,
         client: Any,
-        connections: Any,
-        policy: RetryPolicy,
+        facts: ClientFacts,
+        timeout: float,
         durability: Durability | None,
         events: EventEmitter,
-        longest_read: float,
+        *,
+        own_connections: bool,
     ) -> None:
         self.client: Any = client  # redis-py leaves parts of its types unknown
-        self.connections = connections
-        self.policy = policy
+        self.is_cluster = facts.is_cluster
+        self.timeout = timeout
         self.durability = durability
         self.events = events
-        self.longest_read = longest_read
+        self.longest_read = facts.socket_timeout or 60
+        self.hooks = ClientHooks(client)
+        self._hooked = self._hooked_client()
+        if own_connections and has_plain_stream(client.connection_pool.connection_class):
+            self._direct = self._own()
+        else:
+            self._direct = self._pooled()
+
+    @abstractmethod
+    def _hooked_client(self) -> Connections:
+        """Returns what sends through the client's `execute_command`."""
+
+    @abstractmethod
+    def _pooled(self) -> Connections:
+        """Returns what borrows the client's pooled connections; of a cluster client, those of its nodes."""
+
+    @abstractmethod
+    def _own(self) -> Connections:
+        """Returns what opens connections of its own."""
+
+    def _connections(self) -> Connections:
+        return self._hooked if self.hooks.are_present() else self._direct
+
+
+def as_it_is(_: int, reply: Any) -> Any:
+    """Returns a reply undecoded."""
+    return reply
+
+
+def cause_of(error: Exception) -> Exception:
+    """Returns what redis-py raised, or would raise."""
+    return error.cause if isinstance(error, ExchangeError) else error

@@ -34,14 +34,14 @@ class Durability(NamedTuple):
         written: it is replicated after all earlier writes.
         """
         marker = key[: key.index(b"}") + 1] + b":wait"  # in the slot of the keys
-        return [("SET", marker, "", "PX", 1_000), *self._waits()]
+        return [(b"SET", marker, b"", b"PX", b"1000"), *self._waits()]
 
     def _waits(self) -> list[Command]:
         waits: list[Command] = []
         if self.replicas:
-            waits.append(("WAIT", self.replicas, self.timeout_ms))
+            waits.append((b"WAIT", b"%d" % self.replicas, b"%d" % self.timeout_ms))
         if self.aof:
-            waits.append(("WAITAOF", 1, 0, self.timeout_ms))
+            waits.append((b"WAITAOF", b"1", b"0", b"%d" % self.timeout_ms))
         return waits
 
     def unmet(self, replies: Sequence[Any]) -> tuple[str, int | None] | None:
@@ -49,8 +49,8 @@ class Durability(NamedTuple):
         replicas: int | None = None
         for (name, *_), reply in zip(self._waits(), replies[1:], strict=True):
             if isinstance(reply, Exception):
-                return f"{name} failed: {str(reply).rstrip('.')}", replicas
-            if name == "WAIT":
+                return f"{name.decode()} failed: {str(reply).rstrip('.')}", replicas
+            if name == b"WAIT":
                 replicas = int(reply)
                 if replicas < self.replicas:
                     return f"{replicas} of {self.replicas} replicas confirmed it within {self.timeout_ms} ms", replicas
@@ -59,22 +59,20 @@ class Durability(NamedTuple):
         return None
 
 
-def commands(
-    calls: Sequence[Call[Any]], durability: Durability | None = None, *, load_scripts: bool = True
-) -> list[Command]:
+def commands(calls: Sequence[Call[Any]], durability: Durability | None = None) -> list[Command]:
     """Returns the commands of a batch for one server.
 
     The scripts are loaded in one transaction. If they are flushed before the last call, all later calls fail too, so
     re-sending them preserves the order.
     """
     sources = dict.fromkeys(call.script.source for call in calls)
-    load = [("MULTI",), *(("SCRIPT", "LOAD", source) for source in sources), ("EXEC",)] if load_scripts else []
-    return [*load, *(call.evalsha() for call in calls), *_waits(calls, durability)]
+    load = [(b"MULTI",), *((b"SCRIPT", b"LOAD", source) for source in sources), (b"EXEC",)]
+    return [*load, *(call.evalsha() for call in calls), *waits(calls, durability)]
 
 
 def replies_to(calls: Sequence[Call[Any]], replies: list[Any], durability: Durability | None = None) -> list[Any]:
     """Returns the reply to each call, given the replies to `commands`."""
-    end = len(replies) - len(_waits(calls, durability))
+    end = len(replies) - len(waits(calls, durability))
     replied = replies[end - len(calls) : end]
     unmet = durability.unmet(replies[end:]) if durability and end < len(replies) else None
     if unmet is None:
@@ -85,7 +83,8 @@ def replies_to(calls: Sequence[Call[Any]], replies: list[Any], durability: Durab
     ]
 
 
-def _waits(calls: Sequence[Call[Any]], durability: Durability | None) -> list[Command]:
+def waits(calls: Sequence[Call[Any]], durability: Durability | None) -> list[Command]:
+    """Returns the commands that make the server wait until calls are durable."""
     if durability is None or not any(call.script.is_transition for call in calls):
         return []
     return durability.commands(calls[0].keys[0])
@@ -116,4 +115,5 @@ def read(call: Call[T], reply: object) -> T:
 
 def not_replicated(call: Call[T], result: T, problem: str, replicas: int | None = None) -> NotReplicatedError:
     """Returns the error for a transition whose durability was not confirmed."""
-    return NotReplicatedError(call.operation, call.run_id, call.step, problem, True, call, result, replicas)
+    executed = call._replace(may_have_run=True)
+    return NotReplicatedError(call.operation, call.run_id, call.step, problem, True, executed, result, replicas)

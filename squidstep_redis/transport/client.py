@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any, Final, NamedTuple
 
 from squidstep_redis.errors import UnsupportedClientError, described
+from squidstep_redis.protocol.call import Command
+
+try:
+    from redis.observability.providers import get_observability_instance
+except ImportError:  # before redis-py 7.2
+    get_observability_instance = None
+
+_CLIENTS: Final = ("redis.client", "redis.asyncio.client", "redis.cluster", "redis.asyncio.cluster")
+_STREAMS: Final = ("redis.connection", "redis.sentinel", "redis.asyncio.connection", "redis.asyncio.sentinel")
 
 
 class ClientFacts(NamedTuple):
@@ -17,6 +29,7 @@ class ClientFacts(NamedTuple):
         sends: how many times it sends a command that gets no reply.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether it may return a reply that is left on a connection to the next command.
+        retry_pauses: seconds that it pauses, at most, between all the times it tries to connect or sends a command.
     """
 
     is_cluster: bool
@@ -25,6 +38,7 @@ class ClientFacts(NamedTuple):
     sends: int
     decodes: bool
     reuses_dirty_connections: bool
+    retry_pauses: float
 
 
 def check_client(client: object, types: tuple[type, ...]) -> None:
@@ -59,6 +73,31 @@ def server_of(client: Any) -> str:
     return f"{address}, database {options.get('db', 0)}"
 
 
+def own_connection(client: Any, default_timeout: float | None = None) -> Any:
+    """Returns a connection to the client's server for a store's own use, not connected.
+
+    It uses RESP2 and follows no maintenance notifications: on it, the server sends nothing but replies.
+
+    Args:
+        client: the client.
+        default_timeout: seconds to wait for a connection and for a reply, if the client has no limit; None: no limit.
+    """
+    pool = client.connection_pool
+    kwargs = {name: value for name, value in pool.connection_kwargs.items() if "maint_notifications" not in name}
+    connection = pool.connection_class(**{**kwargs, "protocol": 2})
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if getattr(connection, name, 0) is None:
+            setattr(connection, name, default_timeout)
+    return connection
+
+
+@cache
+def has_plain_stream(kind: type) -> bool:
+    """Whether connections of this class are streams that redis-py's own methods write and read."""
+    names = ("send_packed_command", "read_response", "_connect")
+    return all(_module_of(getattr(kind, name, None)) in _STREAMS for name in names)
+
+
 def client_facts(client: Any) -> ClientFacts:
     """Returns the facts about a client, without sending anything."""
     pool, connection, is_cluster = _pool_of(client), template_connection(client), not hasattr(client, "connection_pool")
@@ -69,14 +108,25 @@ def client_facts(client: Any) -> ClientFacts:
     # the default since version 8. On asyncio this is harmless: commands are interrupted by cancellation, which closes
     # the connection.
     does_not_check = getattr(pool, "maint_notifications_enabled", bool)() or getattr(pool, "cache", None) is not None
+    sends = 1 + getattr(retry, "_retries", getattr(client, "cluster_error_retry_attempts", 0))
     return ClientFacts(
         is_cluster=is_cluster,
         socket_timeout=connection.socket_timeout,
         connect_timeout=connection.socket_connect_timeout,
-        sends=1 + getattr(retry, "_retries", getattr(client, "cluster_error_retry_attempts", 0)),
+        sends=sends,
         decodes=connection.encoder.decode_responses,
         reuses_dirty_connections=bool(does_not_check) and not type(connection).__module__.startswith("redis.asyncio"),
+        retry_pauses=sum(_longest_pause(retry, number) for number in range(1, sends)),
     )
+
+
+def _longest_pause(retry: Any, number: int) -> float:
+    """Returns for how many seconds a client pauses, at most, before its n-th retry."""
+    backoff = getattr(retry, "_backoff", None)
+    base, cap = getattr(backoff, "_base", None), getattr(backoff, "_cap", None)
+    if base is not None and cap is not None:  # exponential, with a random part or without
+        return float(min(cap, base * 2**number))
+    return float(backoff.compute(number)) if backoff is not None else 0.0
 
 
 def _pool_of(client: Any) -> Any:
@@ -86,3 +136,83 @@ def _pool_of(client: Any) -> Any:
     node = next(iter({**client.nodes_manager.startup_nodes, **client.nodes_manager.nodes_cache}.values()))
     # asyncio's node is its own pool.
     return node if hasattr(node, "connection_class") else client.get_redis_connection(node).connection_pool
+
+
+class ClientHooks:
+    """Whether something hooks a client's `execute_command`, so that commands have to go through it.
+
+    redis-py's `execute_command` adds half of the client's time for the same bytes: it measures, retries and records
+    what the store does itself or not at all. So a command bypasses it, unless the client's methods are not redis-py's
+    own, because they are overridden or instrumented; or the client caches replies; or redis-py measures its commands
+    for OpenTelemetry.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._own: dict[str, Any] = vars(client)
+        self._type: Any = type(client)
+        self._execute_command = self._type.execute_command if _is_plain(client) else None
+
+    def are_present(self) -> bool:
+        """Whether there are hooks. To be called before each command: instrumentation may come at any time."""
+        return (
+            self._execute_command is None
+            or self._type.execute_command is not self._execute_command
+            or "execute_command" in self._own
+            or (
+                get_observability_instance is not None
+                and get_observability_instance().get_provider_manager() is not None
+            )
+        )
+
+
+class ProbedName(str):
+    """The name of a command, which notices that redis-py packs the command.
+
+    redis-py packs a command once it has a connection, right before it sends it. Until then nothing was sent.
+
+    Attributes:
+        packed: whether the command was packed.
+    """
+
+    packed = False
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        """Returns the name as redis-py sends it."""
+        self.packed = True
+        return super().encode(encoding, errors)
+
+
+def probed(commands: Sequence[Command]) -> tuple[ProbedName, list[tuple[Any, ...]]]:
+    """Returns commands for redis-py's methods, and the name of the first, which knows whether they were sent."""
+    first = ProbedName(commands[0][0].decode())
+    (_, *words), *rest = commands
+    return first, [(first, *words), *((name.decode(), *others) for name, *others in rest)]
+
+
+def idle_of(pool: Any) -> list[Any]:
+    """Returns the idle connections of a pool of redis-py's."""
+    queue = getattr(pool, "pool", None)  # of a blocking pool, with None for each that was not opened yet
+    idle = getattr(pool, "_available_connections", ()) if queue is None else queue.queue
+    return [connection for connection in list(idle) if connection is not None]
+
+
+def follows_notifications(pool: Any) -> bool:
+    """Whether a managed service may send notifications on a pool's connections; then the pool does not check them."""
+    return hasattr(pool, "maint_notifications_enabled") and bool(pool.maint_notifications_enabled())
+
+
+def _is_plain(client: object) -> bool:
+    pool: Any = getattr(client, "connection_pool", None)
+    if pool is None:
+        manager: Any = getattr(client, "nodes_manager", None)
+        names, cache = ("execute_command",), getattr(manager, "_cache", None)
+        is_known = manager is not None
+    else:
+        names, cache = ("execute_command", "parse_response"), getattr(pool, "cache", None)
+        is_known = True
+    return is_known and cache is None and all(_module_of(getattr(type(client), name)) in _CLIENTS for name in names)
+
+
+def _module_of(function: object) -> str | None:
+    # Not by `__module__`, which a wrapper copies.
+    return str(function.__globals__["__name__"]) if isinstance(function, FunctionType) else None

@@ -1,210 +1,259 @@
-"""Sends on a client's pooled connections when nothing hooks `execute_command`.
+"""The connections of the blocking transport: how bytes get to one server and replies come back.
 
-redis-py's `execute_command` accounts for half of the client's CPU time: its retries and metrics are work that the store
-does itself or does not need. redis-py still handles the connections: timeouts, health checks, credentials, Sentinel,
-reconnecting. If `execute_command` is overridden, instrumented or measured, calls go through it; see
-`can_bypass_client`.
+There are three ways, with one interface. `OwnConnections` opens connections through redis-py (address, TLS,
+credentials, Sentinel), and writes and reads them itself. `PooledConnections` borrows from the pool of a user's client.
+`HookedClient` calls a client's `execute_command`, because something hooks it. `cluster.py` adds a cluster's.
+
+A connection is discarded, and not used again, after a failure, an interruption, a reply to another call, a fork, and
+when the server turned out to be no primary any more. Then the idle connections to that server are discarded, too.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from types import FunctionType
+from collections.abc import Sequence
+from math import inf
 from typing import Any, Final
 
-import hiredis
-import redis
-from redis.exceptions import ResponseError
+from redis.exceptions import AskError, RedisError, ResponseError
 
-from squidstep_redis.protocol.call import Command
+from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.transport.client import follows_notifications, idle_of, own_connection, probed
+from squidstep_redis.transport.handshake import open_connection
+from squidstep_redis.transport.pool import Borrower, get_connection
+from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
+from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
-try:
-    from redis.observability.providers import get_observability_instance
-except ImportError:  # before redis-py 7.2
-    get_observability_instance = None
-
-_hiredis: Any = hiredis  # parts of its types are unknown
-pack_command: Callable[[Command], bytes] = _hiredis.pack_command
-
-_CHUNK: Final = 16  # commands per send: the server starts on a chunk while the next one is packed
 _MAX_IDLE: Final = 16
 _FRESH_SECONDS: Final = 1.0
-# Before redis-py 5.3, get_connection requires the name of a command.
-_COMMAND_NAME: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
-_CLIENTS: Final = ("redis.client", "redis.asyncio.client")
 
 
-class BaseDirectConnections:
-    """The pooled connections of a client, used directly.
+class Connections(ABC):
+    """What sends commands to one server."""
 
-    If the store made the client, a connection stays idle here for a second after use. redis-py's pool checks before
-    each use whether the server has closed a connection, which costs a third of a call. If a connection was closed
-    within that second, the call fails and is retried like any other.
+    @abstractmethod
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        """Sends commands in one write and reads their replies; an error of the server is a reply.
+
+        Args:
+            commands: tuples of words.
+            read: decodes a reply, given its index and the reply, while the server works on the next ones.
+            deadline: when the call's timeout ends, by the monotonic clock. A pool is waited for until then.
+
+        Returns:
+            What `read` returned.
+
+        Raises:
+            ExchangeError: connecting, sending or reading failed.
+            ReplyMismatchError: raised by `read`.
+        """
+
+    def node_of(self, key: bytes) -> Connections:
+        """Returns what sends to the server of a key."""
+        return self
+
+    def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
+        """Groups calls by the server of their keys: pairs of what sends to it, and the indexes of its calls."""
+        return [(self, range(len(calls)))]
+
+    def servers(self) -> dict[str, Connections]:
+        """Returns what sends to each server, by its name."""
+        return {"": self}
+
+    def redirect(self, error: AskError) -> Connections | None:
+        """Learns the node of a slot that has moved; or returns the node to which the keys of a slot are moving.
+
+        Raises:
+            AskError: the client is no cluster client.
+            ExchangeError: the node could not be learned.
+        """
+        raise error
+
+    def refresh(self, since: float) -> None:
+        """Learns which node serves each slot, unless that happened after `since`; no error is raised."""
+
+    def close(self) -> None:
+        """Closes what was opened here."""
+
+
+class OwnConnections(Connections):
+    """Connections that redis-py opens and that are written and read here.
+
+    A connection is used again without a check for a second after its last use: the check costs a third of a call. If
+    the server closed it within that second, the call fails, and is retried like any other.
     """
 
-    def __init__(self, client: Any, *, keep_idle: bool = False) -> None:
-        self._own: dict[str, Any] = vars(client)
-        self._type: Any = type(client)
-        self._execute_command = self._type.execute_command if _is_plain(client) else None
-        self._pool: Any = getattr(client, "connection_pool", None)
-        self._max_idle = _MAX_IDLE if keep_idle and not _follows_notifications(self._pool) else 0
-        self._idle: deque[tuple[Any, float]] = deque()
+    def __init__(self, client: Any, default_timeout: float | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+            client: has the server's address.
+            default_timeout: seconds to wait for a connection and for a reply, if the client has no limit.
+        """
+        self._client = client
+        self._default_timeout = default_timeout
+        self._idle: deque[tuple[OwnStream, float]] = deque()
         self._pid = os.getpid()
 
-    def can_bypass_client(self) -> bool:
-        """Whether calls may skip `execute_command`. Checked before each call: instrumentation may come at any time.
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        connection = self._acquire()
+        is_reusable = False
+        try:
+            results = connection.exchange(commands, read, deadline)
+            is_reusable = True
+        except ExchangeError:
+            self._discard_idle()  # they lead to the same server
+            raise
+        finally:
+            if not is_reusable:
+                connection.close()
+        if connection.is_demoted:
+            connection.close()
+            self._discard_idle()
+        elif not connection.has_left() and len(self._idle) < _MAX_IDLE:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
+        return results
 
-        False for a cluster's client, which finds the node; for one that caches replies; for one whose methods are not
-        redis-py's own, because they are overridden or instrumented; and while redis-py measures its commands for
-        OpenTelemetry.
-        """
-        return (
-            self._execute_command is not None
-            and self._type.execute_command is self._execute_command
-            and "execute_command" not in self._own
-            and (get_observability_instance is None or get_observability_instance().get_provider_manager() is None)
-        )
+    def close(self) -> None:
+        self._discard_idle()
 
-    def _pop_idle(self) -> tuple[Any, float] | None:
-        if self._idle and self._pid != os.getpid():
-            self._idle.clear()  # they belong to the parent
+    def _acquire(self) -> OwnStream:
+        if self._pid != os.getpid():
+            self._idle = deque()  # the old ones belong to the parent; closing them here leaves them open there
             self._pid = os.getpid()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-
-class DirectConnections(BaseDirectConnections):
-    """The connections of a `redis` client."""
-
-    def send(self, *commands: Command, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
-        """Sends commands in one write and reads their replies; an error of the server is a reply.
-
-        Args:
-            commands: tuples of words.
-            read: decodes a reply, given its index and the reply, while the server works on the next ones.
-
-        Returns:
-            The replies, decoded if `read` is given.
-
-        Raises:
-            redis.ConnectionError: connecting, sending or reading failed; or redis.TimeoutError.
-        """
-        connection = self._get_connection()
-        try:
-            connection.send_packed_command(_packed(commands))
-            if read is None:
-                replies = [_read(connection) for _ in commands]
-            else:
-                replies = [read(index, _read(connection)) for index in range(len(commands))]
-        except BaseException:
-            connection.disconnect()  # a reply that is left on it would be read as the reply to the next command
-            self._pool.release(connection)
-            raise
-        if len(self._idle) < self._max_idle:
-            self._idle.append((connection, time.monotonic()))
-        else:
-            self._pool.release(connection)
-        return replies
-
-    def _get_connection(self) -> Any:
-        idle = self._pop_idle()
-        if idle is not None:
-            connection, since = idle
-            if time.monotonic() - since < _FRESH_SECONDS:
+        while True:
+            try:
+                connection, since = self._idle.pop()
+            except IndexError:
+                return OwnStream(open_connection(own_connection(self._client, self._default_timeout)))
+            if time.monotonic() - since < _FRESH_SECONDS or connection.is_quiet():
                 return connection
-            self._pool.release(connection)
-        return self._pool.get_connection(*_COMMAND_NAME)
+            connection.close()
+
+    def _discard_idle(self) -> None:
+        while self._idle:
+            try:
+                connection, _ = self._idle.pop()
+            except IndexError:  # another thread took it
+                return
+            connection.close()
 
 
-class AsyncDirectConnections(BaseDirectConnections):
-    """The connections of a `redis.asyncio` client."""
+class _Borrower(Borrower):
+    def release(self, connection: Any) -> None:
+        """Is called by the pool if the connection could not be set up."""
+        connection.disconnect()
+        self._pool.release(connection)
 
-    async def send(self, *commands: Command, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
-        """Sends commands in one write and reads their replies; an error of the server is a reply.
 
-        Args:
-            commands: tuples of words.
-            read: decodes a reply, given its index and the reply, while the server works on the next ones.
+class PooledConnections(Connections):
+    """The pool of a user's client: a connection is borrowed for one exchange."""
 
-        Returns:
-            The replies, decoded if `read` is given.
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._may_be_dirty = follows_notifications(pool)  # redis-py checks the connections of all other pools
 
-        Raises:
-            redis.ConnectionError: connecting, sending or reading failed; or redis.TimeoutError.
-        """
-        connection = await self._get_connection()
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        connection = self._borrow(deadline)
+        is_reusable = False
+        is_demoted = False
         try:
-            await connection.send_packed_command(_packed(commands))
-            if read is None:
-                replies = [await _read_async(connection) for _ in commands]
+            stream = stream_of(connection)
+            if stream is None:
+                results, is_demoted = _exchange(connection, commands, read)
             else:
-                replies = [read(index, await _read_async(connection)) for index in range(len(commands))]
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            await self._pool.release(connection)
-            raise
-        if len(self._idle) < self._max_idle:
-            self._idle.append((connection, time.monotonic()))
-        else:
-            await self._pool.release(connection)
-        return replies
+                results, is_demoted = stream.exchange(commands, read, deadline), stream.is_demoted
+            is_reusable = not is_demoted
+        finally:
+            if not is_reusable:
+                connection.disconnect()
+            self._pool.release(connection)
+        if is_demoted:
+            self._disconnect_idle()
+        return results
 
-    async def _get_connection(self) -> Any:
-        idle = self._pop_idle()
-        if idle is not None:
-            connection, since = idle
-            if time.monotonic() - since < _FRESH_SECONDS:
-                return connection
-            await self._pool.release(connection)
-        return await self._pool.get_connection(*_COMMAND_NAME)
+    def _borrow(self, deadline: float) -> Any:
+        try:
+            borrower = _Borrower(self._pool, deadline)
+            connection = get_connection(borrower)
+            if self._may_be_dirty:
+                _reconnect_if_dirty(connection, borrower)
+        except RedisError as error:
+            raise ExchangeError(error, sent=False) from error
+        return connection
 
-
-def _packed(commands: Sequence[Command]) -> Iterable[bytes]:
-    if len(commands) == 1:
-        return (pack_command(commands[0]),)
-    return _chunks(commands)
+    def _disconnect_idle(self) -> None:
+        for connection in idle_of(self._pool):
+            connection.disconnect()
 
 
-def _chunks(commands: Iterable[Command]) -> Iterator[bytes]:
-    remaining = iter(commands)
-    while chunk := list(islice(remaining, _CHUNK)):
-        yield b"".join(map(pack_command, chunk))
+class HookedClient(Connections):
+    """A client whose `execute_command` has to see every command."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        name, plain = probed(commands)
+        try:
+            if len(plain) == 1:
+                replies = [_reply_or_error(self._client, plain[0])]
+            else:
+                pipeline: Any = self._client.pipeline(transaction=False)
+                for command in plain:
+                    pipeline.execute_command(*command, **OPTIONS)
+                replies = pipeline.execute(raise_on_error=False)
+        except Exception as error:
+            raise ExchangeError(as_redis_error(error), sent=name.packed) from error
+        is_reusable = False
+        try:
+            results = [read(index, reply) for index, reply in enumerate(replies)]
+            is_reusable = not any(isinstance(reply, ResponseError) and is_demotion(reply) for reply in replies)
+        finally:
+            # The client has released the connection, and would use it for its next command.
+            if not is_reusable and hasattr(self._client, "connection_pool"):
+                for connection in idle_of(self._client.connection_pool):
+                    connection.disconnect()
+        return results
 
 
-def _read(connection: Any) -> Any:
+def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
     try:
-        return connection.read_response(disable_decoding=True)
+        return client.execute_command(*command, **OPTIONS)
     except ResponseError as error:
         return error
 
 
-async def _read_async(connection: Any) -> Any:
+def _reconnect_if_dirty(connection: Any, borrower: _Borrower) -> None:
+    """Reconnects a connection on which a reply was left: if it is an error, no call could tell it from its own."""
     try:
-        return await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error
+        if connection.can_read():
+            connection.disconnect()
+            connection.connect()
+    except BaseException:
+        borrower.release(connection)
+        raise
 
 
-def _is_plain(client: object) -> bool:
-    pool: Any = getattr(client, "connection_pool", None)
-    return (
-        pool is not None
-        and all(_is_redis_py_function(getattr(type(client), name)) for name in ("execute_command", "parse_response"))
-        and getattr(pool, "cache", None) is None
-    )
-
-
-def _follows_notifications(pool: Any) -> bool:
-    """Whether a managed service may make a connection reconnect at any time; the pool handles it on release."""
-    return hasattr(pool, "maint_notifications_enabled") and bool(pool.maint_notifications_enabled())
-
-
-def _is_redis_py_function(function: Any) -> bool:
-    # Not by its name or module, which functools.wraps copies.
-    return isinstance(function, FunctionType) and function.__globals__["__name__"] in _CLIENTS
+def _exchange(connection: Any, commands: Sequence[Command], read: Read) -> tuple[list[Any], bool]:
+    """Sends commands by redis-py's methods; returns the results, and whether the server is no primary any more."""
+    packed = Packed(commands)
+    results: list[Any] = []
+    is_demoted = False
+    try:
+        connection.send_packed_command(packed)
+        for index in range(len(commands)):
+            try:
+                reply = connection.read_response(disable_decoding=True)
+            except ResponseError as error:
+                reply = error
+                is_demoted = is_demoted or is_demotion(error)
+            results.append(read(index, reply))
+    except RedisError as error:
+        raise ExchangeError(error, sent=packed.was_taken) from error
+    return results, is_demoted

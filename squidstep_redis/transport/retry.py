@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from redis.exceptions import (
     AskError,
@@ -22,10 +21,11 @@ from redis.exceptions import (
     ClusterDownError,
     ClusterError,
     ConnectionError,
+    InvalidResponse,
     MasterDownError,
+    MaxConnectionsError,
     MovedError,
     NoPermissionError,
-    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
@@ -40,28 +40,59 @@ from squidstep_redis.errors import (
     RefusedError,
     ReplyMismatchError,
     ServerError,
-    SquidstepError,
 )
 from squidstep_redis.protocol.call import Call
-from squidstep_redis.transport.batch import read
-from squidstep_redis.transport.client import ClientFacts
 
-T = TypeVar("T")
 
-# No OSError: redis-py turns them into ConnectionErrors, and the TimeoutError of a signal handler must not be caught.
-FAILURES: Final = (RedisError, RedisClusterException, ReplyMismatchError)
-"""What sending a call may raise, apart from the errors that its script returns."""
+class ExchangeError(Exception):
+    """An exchange with a server failed: there is no reply.
+
+    Attributes:
+        cause: what redis-py raised, or would raise.
+        sent: whether any byte of the calls may have left this process.
+    """
+
+    def __init__(self, cause: Exception, *, sent: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.sent = sent
+
+
+# No OSError: connections turn their own into an ExchangeError, and one that a signal handler raises must not be caught.
+FAILURES: Final = (ExchangeError, RedisError, RedisClusterException, ReplyMismatchError)
+"""What sending a call may raise, apart from the refusals of its script."""
 
 RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangerous +time"
 """The ACL rights that a user needs for everything that a store does on one server."""
 
-NO_REPLY: Final = (ConnectionError, TimeoutError, RedisClusterException)
+NO_REPLY: Final = (ConnectionError, TimeoutError, InvalidResponse, RedisClusterException)
 
 _FIRST_PAUSE: Final = 0.02
 _LAST_PAUSE: Final = 0.5
 
 
-class _Refusal(NamedTuple):
+def as_redis_error(error: Exception) -> Exception:
+    """Returns an error of redis-py's for one that it raised, or that it let pass.
+
+    A client that is used in several event loops raises RuntimeError, and a cluster client also KeyError or IndexError.
+
+    Raises:
+        Exception: the error itself, because something else raised it, such as a signal handler.
+    """
+    if isinstance(error, (RedisError, RedisClusterException)):
+        return error
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
+    if module.partition(".")[0] not in ("redis", "asyncio"):
+        raise error
+    if isinstance(error, RuntimeError):
+        return ConnectionError(f"The connection belongs to another event loop: {error}")
+    return ConnectionError(f"redis-py failed with {type(error).__name__}: {error}")
+
+
+class Refusal(NamedTuple):
     """How to handle a server error that refuses a script before it writes anything.
 
     Attributes:
@@ -76,20 +107,21 @@ class _Refusal(NamedTuple):
 
 
 # By the first word of the server's error.
-_REFUSALS: Final[Mapping[str, _Refusal]] = {
-    "LOADING": _Refusal(True, True, "the server is loading its data; retry later"),
-    "BUSY": _Refusal(True, True, "another client's script blocks the server; see SCRIPT KILL"),
-    "READONLY": _Refusal(True, True, "the server is a replica; connect to the primary, or use Sentinel's master_for"),
-    "MASTERDOWN": _Refusal(True, True, "the replica has lost its primary; connect to the new one"),
-    "NOREPLICAS": _Refusal(True, True, "the server has fewer replicas than its min-replicas-to-write; check them"),
-    "CLUSTERDOWN": _Refusal(True, True, "some slots of the cluster are not served; check its nodes"),
-    "TRYAGAIN": _Refusal(True, True, "the slot is migrating to another node; retry"),
-    "OOM": _Refusal(True, False, "the server's memory is full; raise maxmemory, or delete runs"),
-    "MISCONF": _Refusal(True, False, "the server cannot save to its disk; check the disk"),
-    "NOAUTH": _Refusal(False, False, "configure a user and a password that the server accepts"),
-    "NOPERM": _Refusal(False, False, f"grant the user {RIGHTS}"),
-    "MOVED": _Refusal(False, False, "the server is a cluster node; use a redis.RedisCluster client"),
-    "ASK": _Refusal(False, False, "the server is a cluster node; use a redis.RedisCluster client"),
+_REFUSALS: Final[Mapping[str, Refusal]] = {
+    "LOADING": Refusal(True, True, "the server is loading its data; retry later"),
+    "BUSY": Refusal(True, True, "another client's script blocks the server; see SCRIPT KILL"),
+    "READONLY": Refusal(True, True, "the server is a replica; connect to the primary, or use Sentinel's master_for"),
+    "MASTERDOWN": Refusal(True, True, "the replica has lost its primary; connect to the new one"),
+    "NOREPLICAS": Refusal(True, True, "the server has fewer replicas than its min-replicas-to-write; check them"),
+    "CLUSTERDOWN": Refusal(True, True, "some slots of the cluster are not served; check its nodes"),
+    "TRYAGAIN": Refusal(True, True, "the slot is migrating to another node; retry"),
+    "OOM": Refusal(True, False, "the server's memory is full; raise maxmemory, or delete runs"),
+    "MISCONF": Refusal(True, False, "the server cannot save to its disk; check the disk"),
+    "NOAUTH": Refusal(False, False, "configure a user and a password that the server accepts"),
+    "NOPERM": Refusal(False, False, f"grant the user {RIGHTS}"),
+    "COMMAND": Refusal(False, False, "the store needs EVALSHA and EVAL; the server renamed or forbids them"),
+    "MOVED": Refusal(False, False, "the server is a cluster node; use a redis.RedisCluster client"),
+    "ASK": Refusal(False, False, "the server is a cluster node; use a redis.RedisCluster client"),
 }
 
 # redis-py removes the word from these errors. The first matching class applies.
@@ -99,7 +131,7 @@ _WORDS: Final[Mapping[type[Exception], str]] = {
     MasterDownError: "MASTERDOWN",
     ClusterDownError: "CLUSTERDOWN",
     TryAgainError: "TRYAGAIN",
-    ClusterError: "TRYAGAIN",  # "TTL exhausted": redirected several times, and refused each time
+    ClusterError: "TRYAGAIN",  # redirected several times, and refused each time
     OutOfMemoryError: "OOM",
     NoPermissionError: "NOPERM",
     AuthenticationError: "NOAUTH",
@@ -109,31 +141,8 @@ _WORDS: Final[Mapping[type[Exception], str]] = {
 }
 # Redis 6.2 puts its own words before the error of a command in a script: "ERR Error running script …: -OOM …".
 _WORD: Final = re.compile(r"(?:^|[ :]-)(BUSY|READONLY|MASTERDOWN|NOREPLICAS|OOM|MISCONF)\b")
+_UNKNOWN_COMMAND: Final = re.compile(r"(?:ERR )?unknown command ['`]", re.IGNORECASE)  # not: "… called from script"
 _HALFWAY: Final = re.compile(r"ACL failure in script|can't run this command|can't access at least one of the keys")
-
-
-class RetryPolicy(NamedTuple):
-    """How long a store retries a call.
-
-    Attributes:
-        timeout: seconds for a call in total.
-        sends: how many times the client itself sends a command that gets no reply.
-        last_send: seconds to reserve for the last send. If one send can take longer than half the timeout, half of it
-            is reserved, and the call can overrun.
-    """
-
-    timeout: float
-    sends: int
-    last_send: float
-
-    @classmethod
-    def of(cls, timeout: float, client: ClientFacts) -> RetryPolicy:
-        """Returns the policy for a store's timeout and its client."""
-        sends = client.sends if client.sends > 0 else 1_000
-        if client.is_cluster:
-            sends = 2  # it follows redirects
-        one = (client.connect_timeout or 0) + (client.socket_timeout or 0)
-        return cls(timeout, sends, min(sends * one, timeout / 2))
 
 
 class RetryState:
@@ -141,18 +150,25 @@ class RetryState:
 
     Attributes:
         began: when it was first sent, on the monotonic clock.
+        attempted_at: when the last attempt began.
         may_have_run: whether one of the attempts may have taken effect.
     """
 
-    def __init__(
-        self, call: Call[Any] | None, began: float, policy: RetryPolicy, *, may_have_run: bool = False
-    ) -> None:
-        """`call` is None for a batch."""
+    def __init__(self, call: Call[Any] | None, began: float, timeout: float, *, may_have_run: bool = False) -> None:
+        """Begins with the first attempt.
+
+        Args:
+            call: what is sent; None for a batch.
+            began: when it was first sent, by the monotonic clock.
+            timeout: seconds from then until the last attempt.
+            may_have_run: whether it may have taken effect before.
+        """
         self._call = call
         self.began = began
-        self._retry_policy = policy
+        self.attempted_at = began
+        self._timeout = timeout
         self._pause = _FIRST_PAUSE
-        self.may_have_run = may_have_run
+        self.may_have_run = may_have_run or (call is not None and call.may_have_run)
 
     def next_pause(self, error: Exception) -> float:
         """Records why an attempt failed.
@@ -163,77 +179,36 @@ class RetryState:
         Raises:
             ServerError: the error is not transient, or the deadline is too close.
         """
-        refusal = _refusal(error)
-        if refusal is None and not self._is_unsent(error):
+        sent = True
+        if isinstance(error, ExchangeError):
+            error, sent = error.cause, error.sent
+        refusal = refusal_of(error)
+        if refusal is None and sent:
             self.may_have_run = True
         retryable = refusal.retryable if refusal is not None else isinstance(error, (*NO_REPLY, ReplyMismatchError))
         if self._call is not None and not self._call.retryable:
             retryable = False
         elapsed = time.monotonic() - self.began
-        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 -- not a secret
-        if not retryable or elapsed + pause + self._retry_policy.last_send > self._retry_policy.timeout:
+        if not retryable or elapsed >= self._timeout:
             if isinstance(error, ReplyMismatchError):
                 raise error
-            raise _map_error(error, self._call, self.may_have_run, elapsed) from error
+            raise map_error(error, self._call, self.may_have_run, elapsed) from error
+        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 -- not a secret
         self._pause = min(2 * self._pause, _LAST_PAUSE)
-        return pause
-
-    def _is_unsent(self, error: Exception) -> bool:
-        """Whether the attempt failed before anything was sent.
-
-        redis-py raises the same errors when it connects and when it waits for a reply. A client with its own retries
-        gets a connection from the pool before it sends anything, but may also reconnect later.
-        """
-        names = _function_names(error.__traceback__)
-        return "get_connection" in names or (self._retry_policy.sends == 1 and "connect" in names)
+        return min(pause, self._timeout - elapsed)  # the last attempt begins at the deadline
 
 
-class NeedsResend(NamedTuple):
-    """Marks a call of a batch that must be re-sent individually."""
-
-    error: Exception
-
-
-def decode_replies(calls: Sequence[Call[Any]], offset: int, may_have_run: bool) -> Callable[[int, Any], Any]:
-    """Returns a function that decodes the replies of a batch one by one; the first `offset` are not those of calls."""
-
-    def decode(index: int, reply: Any) -> Any:
-        return decode_reply(calls[index - offset], reply, may_have_run) if index >= offset else reply
-
-    return decode
+def may_be_elsewhere(error: Exception) -> bool:
+    """Whether an attempt may have failed because another node of the cluster serves the slot by now."""
+    cause = error.cause if isinstance(error, ExchangeError) else error
+    return isinstance(cause, (*NO_REPLY, ClusterError, ReadOnlyError)) and not isinstance(cause, MaxConnectionsError)
 
 
-def decode_reply(call: Call[T], reply: object, may_have_run: bool) -> T | Exception | NeedsResend:
-    """Decodes one reply of a batch: the result, the error that the operation would raise, or NeedsResend.
-
-    NeedsResend means that the call did not run (the scripts were flushed between two commands, the slot is on another
-    node, or the server refused it temporarily), got no reply, or got the reply to another call.
-
-    Args:
-        call: what was sent.
-        reply: what was received.
-        may_have_run: whether an earlier attempt at the batch may have taken effect. A refusal does not rule that out.
-    """
-    try:
-        return call.decode(reply) if type(reply) in (bytes, list) else read(call, reply)
-    except (NoScriptError, AskError, ReplyMismatchError, *NO_REPLY) as error:  # MovedError is an AskError
-        return NeedsResend(error)
-    except SquidstepError as error:
-        return error
-    except RedisError as error:
-        refusal = _refusal(error)
-        if refusal is not None and refusal.retryable:
-            return NeedsResend(error)
-        mapped = _map_error(error, call, may_have_run or refusal is None, 0.0)
-        mapped.__cause__ = error
-        return mapped
-
-
-def _map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float) -> ServerError:
+def map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float) -> ServerError:
     """Maps an error of redis-py to one of this library."""
     operation, run, step = (call.operation, call.run_id, call.step) if call else ("batch", None, None)
     text = (str(error) or type(error).__name__).rstrip(".")
-    refusal = _refusal(error)
+    refusal = refusal_of(error)
     if may_have_run:
         transient = isinstance(error, NO_REPLY) if refusal is None else refusal.transient
         if refusal is not None:
@@ -244,7 +219,8 @@ def _map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, ela
             problem = f"the server's ACL stopped the script halfway; run doctor(): {text}"
         else:
             problem = f"the server returned an error: {text}"
-        return OutcomeUnknownError(operation, run, step, problem, transient, call)
+        sent = call._replace(may_have_run=True) if call else None
+        return OutcomeUnknownError(operation, run, step, problem, transient, sent)
     if refusal is not None:
         problem = f"the server refused; nothing was written: {text}. What to do: {refusal.advice}"
         return RefusedError(operation, run, step, problem, refusal.transient)
@@ -252,18 +228,21 @@ def _map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, ela
     return NotSentError(operation, run, step, problem, True)
 
 
-def _refusal(error: Exception) -> _Refusal | None:
+def is_demotion(error: Exception) -> bool:
+    """Returns whether the server refused a write because it is not a primary, or not any more."""
+    refusal = refusal_of(error)
+    return refusal is _REFUSALS["READONLY"] or refusal is _REFUSALS["MASTERDOWN"]
+
+
+def refusal_of(error: Exception) -> Refusal | None:
     """Returns what an error means if the server refused before anything was written; None if that is not known."""
     for kind, word in _WORDS.items():
         if isinstance(error, kind):
             return _REFUSALS[word]
-    found = _WORD.search(str(error)) if isinstance(error, RedisError) else None
+    if not isinstance(error, RedisError):
+        return None
+    text = str(error)
+    if _UNKNOWN_COMMAND.match(text):
+        return _REFUSALS["COMMAND"]
+    found = _WORD.search(text)
     return _REFUSALS[found[1]] if found else None
-
-
-def _function_names(traceback: TracebackType | None) -> set[str]:
-    names: set[str] = set()
-    while traceback is not None:
-        names.add(traceback.tb_frame.f_code.co_name)
-        traceback = traceback.tb_next
-    return names

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.claims import Clock, fake_clock, granted_claim, lease_seconds
 
-from squidstep_redis.claims.heartbeat import ExtensionSchedule
+from squidstep_redis.claims.extensions import ExtensionSchedule
 from squidstep_redis.claims.rules import BaseClaim
 
 leases = st.floats(1, 20).map(lambda seconds: round(seconds, 3))

@@ -252,7 +252,7 @@ class TestEventLoop:
                 await asyncio.Event().wait()
 
             async with AsyncStepRunStore.from_url(f"unix://{path}", prefix=bench.prefix) as store:
-                cast("Any", store).batch = hang
+                cast("Any", store)._transport.send_batch = hang
                 async with store.claim_step("run", "pay", {}, lease=SHORT_LEASE) as claim:
                     await in_flight.wait()
                     await claim.complete({})
@@ -266,14 +266,15 @@ class TestEventLoop:
         async def main() -> None:
             in_flight = asyncio.Event()
             async with AsyncStepRunStore.from_url(f"unix://{path}", prefix=bench.prefix) as store:
-                batch = store.batch
+                transport = cast("Any", store)._transport
+                send_batch = transport.send_batch
 
                 async def hang_once(calls: list[Call[Any]]) -> Any:
-                    cast("Any", store).batch = batch
+                    transport.send_batch = send_batch
                     in_flight.set()
                     await asyncio.Event().wait()
 
-                cast("Any", store).batch = hang_once
+                transport.send_batch = hang_once
                 async with store.claim_step("run", "pay", {}, lease=3) as claim:
                     due = claim.next_extension_at
                     await in_flight.wait()

@@ -27,7 +27,7 @@ from support.claims import (
 from support.records import begun
 
 from squidstep_redis import BeginResult, Call, StaleStepRunError, StepRunStore
-from squidstep_redis.claims.heartbeat import ExtensionSchedule
+from squidstep_redis.claims.extensions import ExtensionSchedule
 from squidstep_redis.protocol.workflow import Send, Sleep
 
 LEASE = 30.0

@@ -81,7 +81,31 @@ class TestUnreachableServer:
         assert outcomes(others) == [Outcome.RUNNING]
         wait_until(lambda: others.begin_step("run", "pay", {}).decision == "execute")
 
-    def test_exception_of_the_work_is_raised_without_retries(self, worker: Worker) -> None:
+    @pytest.mark.parametrize("lease", [30, None])
+    def test_failure_is_recorded_once_the_server_replies(
+        self, worker: Worker, others: StepRunStore, lease: float | None
+    ) -> None:
+        client = worker.store.client
+        unreachable = UnreachableClient(client, redis.ConnectionError("down"))
+        failed: list[Exception] = []
+
+        def work(input: dict[str, Any]) -> dict[str, Any]:
+            unreachable.replace_client_of(worker.plain_store)
+            raise DeclinedError
+
+        def come_back(error: Exception) -> None:
+            failed.append(error)
+            if len(failed) == 3:
+                replace_client(worker.plain_store, client)
+
+        on_failure(worker, "fail_step", come_back)
+        with pytest.raises(DeclinedError) as caught:
+            worker.execute(work, lease=lease)
+
+        assert not hasattr(caught.value, "__notes__")
+        assert outcomes(others) == [Outcome.FAILED]
+
+    def test_failure_is_given_up_when_the_lease_has_passed(self, worker: Worker, others: StepRunStore) -> None:
         unreachable = UnreachableClient(worker.store.client, redis.TimeoutError("slow"))
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +113,25 @@ class TestUnreachableServer:
             raise DeclinedError
 
         with pytest.raises(DeclinedError) as caught:
-            worker.execute(work)
+            worker.execute(work, lease=SHORT_LEASE)
 
-        assert unreachable.asked == 1
+        assert unreachable.asked > 1
         (note,) = caught.value.__notes__
         assert "could not record this failure: OutcomeUnknownError: fail_step, run 'run', step 'pay'" in note
+        assert outcomes(others) == [Outcome.RUNNING]
+
+    def test_repetition_never_claims_that_nothing_was_sent(self, worker: Worker) -> None:
+        def work(input: dict[str, Any]) -> dict[str, Any]:
+            UnreachableClient(worker.store.client, redis.TimeoutError("slow")).replace_client_of(worker.plain_store)
+            on_failure(worker, "complete_step", refuse_connections)
+            return charge(input)
+
+        def refuse_connections(error: Exception) -> None:
+            refusing = UnreachableClient(worker.store.client, redis.ConnectionError("refused"), sends=False)
+            refusing.replace_client_of(worker.plain_store)
+
+        with pytest.raises(OutcomeUnknownError, match="refused"):
+            worker.execute(work, lease=SHORT_LEASE)
 
     @pytest.mark.parametrize("error", [redis.ResponseError("no"), redis.AuthenticationError("no")], ids=repr)
     def test_permanent_error_is_not_retried(self, worker: Worker, error: Exception) -> None:

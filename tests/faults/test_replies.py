@@ -149,7 +149,7 @@ class TestNoReply:
 
             # redis-py's own timeout times its retries is half a minute.
             assert time.monotonic() - began < 20
-            assert 1 < len(proxy.commands) <= 3
+            assert 1 < len(proxy.commands) <= 5  # each waits 0.3 s for a reply
             assert caught.value.transient
             proxy.heal()
             assert begun(store.send(call)).attempt == 1

@@ -36,7 +36,7 @@ from squidstep_redis.claims import heartbeat as heartbeats
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.protocol.workflow import Workflow
 from support.backends import Bench, Driven
-from support.internals import replace_client
+from support.internals import give_up_early, replace_client
 from support.records import stored
 from support.servers import wait_until
 
@@ -130,7 +130,18 @@ class Worker:
 
     def settle(self) -> None:
         """Waits for an extension in flight, which would reopen closed connections."""
-        self.wait(lambda: not has_extension_in_flight(self.store.client))
+        if self.runner is not None:
+            self.runner.run(self._settle())
+
+    async def _settle(self) -> None:
+        heartbeat = heartbeat_of_loop(self.plain_store)
+        await until(lambda: not heartbeat.is_sending)
+
+
+def until_extended(*claims: Claim) -> None:
+    """Waits until each of these blocking claims has been extended once more."""
+    due = [(claim, claim.next_extension_at) for claim in claims]
+    wait_until(lambda: all(claim.next_extension_at > before for claim, before in due))
 
 
 @contextlib.contextmanager
@@ -247,7 +258,10 @@ def around_batches(
     worker: Worker, before: Callable[[], object] = lambda: None, after: Callable[[int], object] = lambda size: None
 ) -> None:
     """Calls `before`, which may raise, before each batch, and `after` with the size of each that succeeded."""
-    batch = worker.plain_store.batch
+    holder, name = worker.plain_store._transport, "send_batch"
+    if worker.runner is None:
+        holder = heartbeat_of(worker)._transport.get()
+    batch = getattr(holder, name)
 
     def batch_blocking(calls: list[Call[Any]]) -> Any:
         before()
@@ -261,15 +275,16 @@ def around_batches(
         after(len(calls))
         return results
 
-    worker.plain_store.batch = batch_blocking if worker.runner is None else batch_asyncio
+    setattr(holder, name, batch_blocking if worker.runner is None else batch_asyncio)
 
 
 class UnreachableClient:
-    """A client whose every command raises an error, and is counted in `asked`."""
+    """A client whose every command raises an error, and is counted in `asked`; unless `sends`, before it is sent."""
 
-    def __init__(self, client: Any, error: Exception) -> None:
+    def __init__(self, client: Any, error: Exception, *, sends: bool = True) -> None:
         self.client = client
         self.error = error
+        self.sends = sends
         self.asked = 0
 
     def replace_client_of(self, store: Any) -> None:
@@ -282,6 +297,8 @@ class UnreachableClient:
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         self.asked += 1
+        if self.sends:
+            args[0].encode()  # as redis-py does, right before it sends a command
         if isinstance(self.client, redis.Redis | redis.RedisCluster):
             raise self.error
         return self._refuse()
@@ -303,10 +320,14 @@ class Clock:
 # Access to private attributes
 
 
-def has_extension_in_flight(client: Any) -> bool:
-    """Returns whether the heartbeat of an asyncio client is sending a batch."""
-    heartbeat = heartbeats._async_heartbeats.get(client)
-    return heartbeat is not None and heartbeat._task is not None
+def heartbeat_of_loop(store: Any) -> Any:
+    """Returns the heartbeat of an asyncio store in the running event loop."""
+    return store._per_loop.get().heartbeat
+
+
+def heartbeat_of(worker: Worker) -> heartbeats.Heartbeat:
+    """Returns the heartbeat of the worker's blocking store."""
+    return heartbeats.heartbeat_of(worker.plain_store)
 
 
 def heartbeat_threads() -> list[threading.Thread]:
@@ -319,32 +340,19 @@ def short_lived_heartbeats() -> Iterator[None]:
     """In the block, heartbeat threads end soon after their last claim; at its end, waits for all of them."""
     with mock.patch.object(heartbeats.Heartbeat, "IDLE", 0.02):
         yield
-        for heartbeat in list(heartbeats._heartbeats.values()):
-            with heartbeat._changed:
-                heartbeat._changed.notify_all()
         wait_until(lambda: not heartbeat_threads())
 
 
 @contextlib.contextmanager
 def undo_timeout(seconds: float) -> Iterator[None]:
-    """Sets the timeout within which an interrupted asyncio claim undoes its acquisition."""
-    with mock.patch("squidstep_redis.aio.RELEASE_TIMEOUT", seconds):
+    """Sets for how long an interrupted asyncio claim waits until its acquisition is undone."""
+    with mock.patch("squidstep_redis.aio.INTERRUPTED_SECONDS", seconds):
         yield
 
 
 def limit_retries(store: Any) -> None:
     """Limits the retries of the store, so that those of the claim can be observed."""
-    store._transport.policy = store._transport.policy._replace(timeout=0.05, last_send=0)
-
-
-def idle_connections(store: Any) -> int:
-    """Returns the number of idle connections of the store."""
-    return len(store._transport.connections._idle)
-
-
-def leaked_connections(store: Any) -> int:
-    """Returns how many connections are in use but not idle, while the store sends nothing."""
-    return len(store.client.connection_pool._in_use_connections) - idle_connections(store)
+    give_up_early(store)
 
 
 def granted_claim(lease: float) -> BaseClaim[threading.Event]:
@@ -368,7 +376,9 @@ def fake_clock() -> Iterator[Clock]:
     clock = Clock()
     with (
         mock.patch("squidstep_redis.claims.rules.time", clock),
+        mock.patch("squidstep_redis.claims.extensions.time", clock),
         mock.patch("squidstep_redis.claims.heartbeat.time", clock),
+        mock.patch("squidstep_redis.claims.aio_heartbeat.time", clock),
     ):
         yield clock
 
@@ -380,16 +390,21 @@ def acquisition(claim: Any) -> Workflow[None]:
 
 @contextlib.contextmanager
 def no_heartbeat_threads() -> Iterator[None]:
-    """In the block, heartbeat threads end at once, so that only the test extends claims."""
-    with mock.patch.object(heartbeats.Heartbeat, "_run", return_value=None):
+    """In the block, no heartbeat thread starts, so that only the test extends claims."""
+    with mock.patch.object(heartbeats.Heartbeat, "start", return_value=None):
         yield
 
 
 def extend_now(worker: Worker, claim: Any, clock: Clock) -> None:
     """Sets the clock to the next extension of the claim, and runs the heartbeat in the calling thread."""
     clock.now = claim.next_extension_at
-    client = worker.plain_store.client
     if worker.runner is None:
-        heartbeats.heartbeat_of(client)._extend([claim])
+        heartbeat_of(worker)._extend([claim])
     else:
-        worker.runner.run(heartbeats.async_heartbeat_of(client)._extend())
+        worker.runner.run(_extend_in_loop(worker.plain_store))
+
+
+async def _extend_in_loop(store: Any) -> None:
+    heartbeat = heartbeat_of_loop(store)
+    heartbeat._start(heartbeat._schedule.due())
+    await asyncio.wait([heartbeat._task])

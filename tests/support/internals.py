@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from redis.exceptions import RedisError
+
 from squidstep_redis.protocol import codec
 from squidstep_redis.transport import connection
 from squidstep_redis.transport import retry as retry_module
-from squidstep_redis.transport.retry import RetryPolicy
+from squidstep_redis.transport.aio_connection import AsyncConnections
+from squidstep_redis.transport.base import as_it_is
+from squidstep_redis.transport.client import ClientHooks
+from squidstep_redis.transport.connection import Connections
+from squidstep_redis.transport.retry import ExchangeError
 
 
-def retry_policy(store: Any) -> RetryPolicy:
-    """Returns how long the store retries a call."""
-    return store._transport.policy
+def call_timeout(store: Any) -> float:
+    """Returns for how many seconds the store retries a call."""
+    return store._transport.timeout
 
 
 def give_up_early(store: Any, timeout: float = 0.05) -> None:
     """Makes a store retry a call for `timeout` seconds, without a reserve for the last send."""
-    store._transport.policy = store._transport.policy._replace(timeout=timeout, last_send=0)
+    store._transport.timeout = timeout
 
 
 def can_bypass_client(store: Any) -> bool:
     """Returns whether the store sends on its client's connections without calling `execute_command`."""
-    return store._transport.connections.can_bypass_client()
+    return not store._transport.hooks.are_present()
 
 
 def event_listeners(store: Any) -> list[Any]:
@@ -36,35 +43,48 @@ def event_listeners(store: Any) -> list[Any]:
 
 
 def idle_connections(store: Any) -> int:
-    """Returns how many connections the store keeps for its next calls."""
-    return len(store._transport.connections._idle)
+    """Returns how many connections the store keeps open for its next calls."""
+    own = store._transport._direct
+    if hasattr(own, "_idle"):
+        return len(own._idle)
+    links = [link for loop in own._by_loop.values() for link in (loop.shared, *loop.idle)]
+    return sum(link is not None and link.is_open for link in links)
+
+
+def close_idle_connections(store: Any) -> None:
+    """Closes the connections that the store keeps; for an asyncio store, within its event loop."""
+    store._transport.close()
 
 
 def replace_client(store: Any, client: Any) -> None:
-    """Makes a store use another client."""
+    """Lets a store use another client, and call its `execute_command`."""
     transport = store._transport
     transport.client = client
-    transport.connections = type(transport.connections)(client)
+    transport.hooks = ClientHooks(client)
+    transport._hooked = transport._hooked_client()
+    if not transport.hooks.are_present():
+        transport._direct = transport._pooled()
 
 
 def lose_replies(store: Any, times: int) -> None:
-    """Makes a store send each single call `times` more times, as after lost replies."""
-    transport = store._transport
-    bypasses = can_bypass_client(store)
-    target, name = (transport.connections, "send") if bypasses else (transport.client, "execute_command")
-    send = getattr(target, name)
+    """Lets a store send each single call `times` times more, as after lost replies."""
+    connections = store._transport._connections()
+    send = connections.send
 
-    def sends(args: tuple[Any, ...]) -> int:
-        is_batch = name == "send" and len(args) > 1
-        return 1 if is_batch else times + 1
+    def sends(commands: tuple[Any, ...]) -> int:
+        return 1 if len(commands) > 1 else times + 1
 
-    def send_all(*args: Any, **options: Any) -> Any:
-        return [send(*args, **options) for _ in range(sends(args))][-1]
+    def send_all(commands: Any, read: Any, *args: Any, **options: Any) -> Any:
+        for _ in range(sends(commands) - 1):
+            send(commands, as_it_is, *args, **options)
+        return send(commands, read, *args, **options)
 
-    async def send_all_asyncio(*args: Any, **options: Any) -> Any:
-        return [await send(*args, **options) for _ in range(sends(args))][-1]
+    async def send_all_asyncio(commands: Any, read: Any, *args: Any, **options: Any) -> Any:
+        for _ in range(sends(commands) - 1):
+            await send(commands, as_it_is, *args, **options)
+        return await send(commands, read, *args, **options)
 
-    setattr(target, name, send_all_asyncio if inspect.iscoroutinefunction(send) else send_all)
+    connections.send = send_all_asyncio if inspect.iscoroutinefunction(send) else send_all
 
 
 def check_every_connection(monkeypatch: Any) -> None:
@@ -79,7 +99,7 @@ def shorten_pauses(monkeypatch: Any, longest: float) -> None:
 
 def end_retries(state: Any, timeout: float) -> None:
     """Replaces the deadline of a call in progress."""
-    state._retry_policy = RetryPolicy(timeout, 1, 0)
+    state._timeout = timeout
 
 
 def idle_packers() -> deque[Any]:
@@ -94,32 +114,40 @@ class ScriptedConnections:
         sends: the number of sends so far.
     """
 
+    is_exhausted = False
+
     def __init__(self, is_asyncio: bool, reply: Callable[[int], Any]) -> None:
         """`reply` gets the number of the send, from 0. It returns the reply to each call of that send, or raises."""
         self.sends = 0
         self.send = self._send_asyncio if is_asyncio else self._send
         self._reply = reply
+        # One server, as with any client that is no cluster's.
+        kind: Any = AsyncConnections if is_asyncio else Connections
+        for name in ("route", "redirect", "refresh"):
+            setattr(self, name, functools.partial(getattr(kind, name), self))
 
     def replace_connections_of(self, store: Any) -> None:
-        """Makes a store send on these connections."""
-        store._transport.connections = self
+        """Lets a store send on these connections."""
+        store._transport._direct = store._transport._hooked = self
 
-    def can_bypass_client(self) -> bool:
-        return True
-
-    def _send(self, *commands: Any, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
+    def _send(self, commands: Any, read: Callable[[int, Any], Any], *args: Any, **options: Any) -> list[Any]:
         self.sends += 1
-        reply = self._reply(self.sends - 1)
-        return [reply if read is None else read(index, reply) for index in range(len(commands))]
+        try:
+            reply = self._reply(self.sends - 1)
+        except RedisError as error:
+            raise ExchangeError(error, sent=True) from error
+        return [read(index, reply) for index in range(len(commands))]
 
-    async def _send_asyncio(self, *commands: Any, read: Callable[[int, Any], Any] | None = None) -> list[Any]:
-        return self._send(*commands, read=read)
+    async def _send_asyncio(
+        self, commands: Any, read: Callable[[int, Any], Any], *args: Any, **options: Any
+    ) -> list[Any]:
+        return self._send(commands, read)
 
 
 @contextlib.contextmanager
 def transport_clock(clock: Any) -> Iterator[None]:
     """In the block, transports use this clock: an object with `monotonic()` and `sleep(seconds)`."""
-    names = ("blocking", "aio", "retry")
+    names = ("blocking", "driver", "retry")
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch(f"squidstep_redis.transport.{name}.time", clock))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -63,3 +64,13 @@ def sigalrm_raises() -> Iterator[list[int]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class OutsideError(BaseException):
+    """An exception that another thread sets."""
+
+
+def raise_in(thread: threading.Thread) -> None:
+    """Raises OutsideError in a thread, wherever it is."""
+    if thread.is_alive():  # a new thread may have the id of one that ended
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OutsideError))

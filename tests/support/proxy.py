@@ -57,6 +57,7 @@ class Proxy:
         self._hooks: dict[int, Callable[[], object]] = {}
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
+        self._placeholder = socket.socket()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
 
@@ -113,6 +114,23 @@ class Proxy:
 
         return wait
 
+    def refuse_after_reply(self, script: str | None = None) -> None:
+        """Loses the reply of the next command, and refuses connections from then on."""
+
+        def refuse(_: bytes) -> bytes:
+            self.refuse()
+            return b""
+
+        self._faults.append(Fault(reply=refuse, script=script))
+
+    def refuse(self) -> None:
+        """Refuses connections from now on."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+            # The port is free now. If another test's server got it, the clients of this one would reach that.
+            self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._placeholder.bind(("127.0.0.1", self.port))
+
     def heal(self) -> None:
         """Removes the pending faults."""
         self._faults.clear()
@@ -136,9 +154,10 @@ class Proxy:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        self.refuse()
         self._threads.pop(0).join()
         self._listener.close()
+        self._placeholder.close()
         for each in self._sockets:
             with contextlib.suppress(OSError):  # it is already closed
                 each.shutdown(socket.SHUT_RDWR)

@@ -143,8 +143,6 @@ def storm(alarms: int) -> dict[str, Any]:
         "wrong": wrong,
         "ignored": ignored,
         "interrupted": interrupted,
-        "in use": len(cast("Any", own.client.connection_pool)._in_use_connections)
-        - len(cast("Any", own)._transport.connections._idle),
         "more connections": len(own.client.client_list()) - connections,
         "held": [step for step, status in own.step_statuses(str(this_run)).items() if status is StepStatus.RUNNING],
     }

@@ -1,0 +1,243 @@
+"""Asyncio work that goes on when the task that started it is cancelled: it gives claims back, or records failures.
+
+the caller ──starts──▶ BackgroundTask ──starts──▶ a task for each attempt to send
+waits a second at most     a cancellation does not     may be cancelled like any other;
+                           end it                      then the call is sent again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
+from squidstep_redis.errors import NotReplicatedError, OutcomeUnknownError, ServerError
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.transport.aio import AsyncTransport
+
+T = TypeVar("T")
+
+_GRACE: Final = 1.0  # seconds for which a background task goes on after a cancellation
+_FIRST_PAUSE: Final = 0.05
+_LAST_PAUSE: Final = 1.0
+_SEND_PATIENCE: Final = 0.25  # seconds until a call is sent on another connection
+
+_running: set[BackgroundTask[Any]] = set()  # an event loop has only weak references to its tasks
+
+
+class BackgroundTask(asyncio.Task[T]):
+    """A task that ends at its deadline, or a second after it was cancelled.
+
+    Shutdown routines, such as that of `asyncio.run`, cancel all tasks and wait for them: this one uses the second.
+    It must not use `asyncio.timeout`, which would cancel it.
+
+    Attributes:
+        owner: for whom it works.
+        is_over: whether its time is up.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, T], owner: object, seconds: float) -> None:
+        """Starts work in the running event loop.
+
+        Args:
+            work: a coroutine.
+            owner: for whom it works.
+            seconds: after which it ends.
+        """
+        loop = asyncio.get_running_loop()
+        super().__init__(work, loop=loop)  # not by the loop's task factory, which may be an eager one
+        self.owner = owner
+        self.is_over = False
+        self._ends_at = loop.time() + seconds  # handles of uvloop do not always know their time
+        self._limit = loop.call_at(self._ends_at, self.end)
+        _running.add(self)
+        self.add_done_callback(_forget)
+
+    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 -- as in the base class
+        """Ends the task in a second."""
+        if self.done():
+            return False
+        loop = self.get_loop()
+        ends_at = loop.time() + _GRACE
+        if ends_at < self._ends_at:
+            self._limit.cancel()
+            self._ends_at = ends_at
+            self._limit = loop.call_at(ends_at, self.end)
+        return True
+
+    def end(self) -> None:
+        """Ends the task now."""
+        self._limit.cancel()
+        self.is_over = True
+        super().cancel()
+
+    def forget(self) -> None:
+        """Does what is left to do when the task has ended."""
+        _running.discard(self)
+        self._limit.cancel()
+        if not self.cancelled():
+            self.exception()  # otherwise asyncio logs that it was never retrieved
+
+
+def _forget(task: BackgroundTask[Any]) -> None:
+    task.forget()
+
+
+async def wait_for_background_of(owner: object, seconds: float) -> None:
+    """Waits until the background tasks of an owner in this event loop have ended; ends those that take longer."""
+    loop = asyncio.get_running_loop()
+    tasks = [task for task in list(_running) if task.owner is owner and task.get_loop() is loop]
+    if not tasks:
+        return
+    try:
+        await asyncio.wait(tasks, timeout=seconds)
+    finally:
+        for task in tasks:
+            task.end()
+
+
+class SideConnections:
+    """Connections besides those of the client's pool, which may be exhausted. They are open while they are used."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._main = transport
+        self._side: AsyncTransport | None = None
+        self._users = 0
+
+    def acquire(self) -> None:
+        """Lets the connections be opened at their first use."""
+        self._users += 1
+
+    def release(self) -> None:
+        """Closes the connections unless they are used otherwise."""
+        self._users -= 1
+        if not self._users:
+            self.close()
+
+    @property
+    def transport(self) -> AsyncTransport:
+        """What sends on them."""
+        if self._side is None:
+            self._side = self._main.beside_pool()
+        return self._side
+
+    def close(self) -> None:
+        """Closes the connections. Those who use them open new ones."""
+        side, self._side = self._side, None
+        if side is not None and side is not self._main:
+            side.close()
+
+
+class LastingSender:
+    """Sends calls until the server has replied, a permanent error is raised, or the time is up.
+
+    Attributes:
+        last_error: what the last attempt raised.
+    """
+
+    def __init__(self, transport: AsyncTransport, side: SideConnections) -> None:
+        self._transport = transport
+        self._side = side
+        self.last_error: ServerError | None = None
+
+    def start(self, work: Coroutine[Any, Any, T], seconds: float) -> BackgroundTask[T]:
+        """Starts work that uses `send`, for some seconds at most."""
+        self._side.acquire()
+        task = BackgroundTask(work, self._transport, seconds)
+        task.add_done_callback(lambda _: self._side.release())
+        return task
+
+    async def send(self, call: Call[T]) -> T:
+        """Sends a call; returns its result. To be called in a background task."""
+        pause = _FIRST_PAUSE
+        transport, patience = self._transport, _SEND_PATIENCE
+        while True:
+            try:
+                return await self._attempt(transport, call, patience)
+            except TimeoutError:
+                pass
+            except ServerError as error:
+                if not error.transient or isinstance(error, NotReplicatedError):  # which is about a call that succeeded
+                    raise
+                self.last_error = error
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LAST_PAUSE)
+            transport, patience = self._side.transport, None
+
+    async def _attempt(self, transport: AsyncTransport, call: Call[T], patience: float | None) -> T:
+        """Sends a call in a task of its own, which may be cancelled like any other."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.Task(transport.send(call), loop=loop)
+        timer = None if patience is None else loop.call_later(patience, task.cancel)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if isinstance(current, BackgroundTask) and current.is_over:
+                raise
+            raise TimeoutError from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+class LeavingSender:
+    """Sends the calls of a claim whose block ends, each in the background: if the caller is gone, they go on.
+
+    Attributes:
+        waits: whether the caller may wait at all.
+    """
+
+    def __init__(self, sender: Callable[[], LastingSender], insistence: float, seconds: float) -> None:
+        """Makes a sender of one block.
+
+        Args:
+            sender: makes what sends one call in the background.
+            insistence: seconds to wait for a call that is to be retried; for any other, one second.
+            seconds: for how long a call goes on in the background.
+        """
+        self._sender = sender
+        self.waits = True
+        self._insistence = insistence
+        self._seconds = seconds
+
+    async def send(self, call: Call[T]) -> T:
+        """Sends a call; returns its result."""
+        sender = self._sender()
+        task = sender.start(sender.send(call), self._seconds)
+        timeout = self._insistence if call.retryable else INTERRUPTED_SECONDS
+        if self.waits:
+            await asyncio.wait([task], timeout=timeout)
+        if task.done() and not task.is_over:
+            return task.result()
+        why = "" if sender.last_error is None else f" ({sender.last_error.problem})"
+        problem = f"not confirmed within {timeout if self.waits else 0:.1f} s{why}; it goes on in the background"
+        raise OutcomeUnknownError(call.operation, call.run_id, call.step, problem, True, call)
+
+
+class PerLoop(Generic[T]):
+    """One object for each event loop of this process."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._pid = os.getpid()
+        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, T] = WeakKeyDictionary()
+        self._of_parent: list[Any] = []  # not freed: that would change the parent's event loop
+
+    def get(self) -> T:
+        """Returns the object of the running loop."""
+        loop = asyncio.get_running_loop()
+        if self._pid != os.getpid():
+            self._of_parent.append(self._by_loop)
+            self._by_loop, self._pid = WeakKeyDictionary(), os.getpid()
+        found = self._by_loop.get(loop)
+        if found is None:
+            for other in self._by_loop.keyrefs():
+                closed = other()
+                if closed is not None and closed.is_closed():
+                    self._by_loop.pop(closed, None)
+            found = self._by_loop[loop] = self._make()
+        return found

@@ -1,0 +1,114 @@
+"""Gives back, or records as failed, the claims of a blocking store whose own code could not: in a thread.
+
+The code was interrupted by an exception from outside, or the server did not reply. The thread goes on until the server
+replies; the interrupted code waits for it at most a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import ClassVar, Final
+
+from squidstep_redis.claims.rules import LAST_PAUSE
+from squidstep_redis.claims.separate import SeparateTransport
+from squidstep_redis.claims.threads import BackgroundThread
+from squidstep_redis.claims.unsettled import Unsettled, settle
+from squidstep_redis.errors import ServerError, SquidstepError
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.transport.blocking import run_workflow
+
+_log: Final = logging.getLogger("squidstep_redis")
+
+_FIRST_PAUSE: Final = 0.05
+_MAX_UNSETTLED: Final = 1_000
+_CLOSE_SECONDS: Final = 1.0
+
+
+class Recovery(BackgroundThread):
+    """Settles the claims of one store that are handed over to it.
+
+    Attributes:
+        queue: claims to settle. To hand one over, append it here: one operation, which nothing interrupts. Then call
+            `start`; if that is interrupted, the next claim of the store does it.
+    """
+
+    NAME: ClassVar = "squidstep-recovery"
+    IDLE: ClassVar = 0.05
+
+    def __init__(self, calls: Calls, transport: SeparateTransport) -> None:
+        super().__init__()
+        self._calls = calls
+        self._transport = transport
+        self._pending: list[Unsettled] = []  # of the thread
+        self._pause = _FIRST_PAUSE
+        self._next_at = 0.0
+        self._gives_up = False
+        self.queue: deque[Unsettled] = deque(maxlen=_MAX_UNSETTLED)
+
+    def wait_for(self, unsettled: Unsettled, seconds: float) -> None:
+        """Settles a claim that was handed over, and waits for it.
+
+        Args:
+            unsettled: a claim, which was appended to `queue`.
+            seconds: how long to wait at most.
+        """
+        try:
+            self.start()
+        except RuntimeError:  # no thread can be started: do what can be done here
+            self.work()
+        self.wake()
+        deadline = time.monotonic() + seconds
+        while not unsettled.is_settled and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def has_work(self) -> bool:
+        """Whether a claim is not settled."""
+        return bool(self.queue or self._pending)
+
+    def work(self) -> float | None:
+        """Tries to settle all claims; returns when to try again those that could not be."""
+        while self.queue:
+            self._pending.append(self.queue.popleft())
+            self._next_at = 0.0
+        if self._pending and time.monotonic() >= self._next_at:
+            self._try_all()
+        return self._next_at if self._pending else None
+
+    def close(self) -> None:
+        """Ends the thread, after a second at most; claims that are not settled by then expire with their leases."""
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self.has_work() and self._running.locked() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._gives_up = True
+        super().close()
+
+    def _try_all(self) -> None:
+        remaining = deque(self._pending)
+        while remaining:
+            if not self._try(remaining[0]):
+                break  # the server cannot be reached: the others would wait for it, too
+            remaining.popleft().is_settled = True
+        self._pending = list(remaining)
+        self._pause = min(2 * self._pause, LAST_PAUSE) if remaining else _FIRST_PAUSE
+        self._next_at = time.monotonic() + self._pause
+
+    def _try(self, unsettled: Unsettled) -> bool:
+        """Returns whether there is no more to do for a claim."""
+        if unsettled.is_of_dead_process:
+            return True
+        try:
+            run_workflow(self._transport.get(), settle(self._calls, unsettled))
+        except ServerError as error:
+            if error.transient and not self._gives_up and time.monotonic() < unsettled.deadline:
+                return False
+            self._give_up(error)
+        except SquidstepError as error:  # taken over, ended or deleted meanwhile
+            _log.debug("a claim needed no recovery: %s", error)
+        except Exception as error:  # noqa: BLE001 -- the others must be settled nevertheless
+            self._give_up(error)
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        _log.warning("a claim could not be given back; it expires with its lease: %s: %s", type(error).__name__, error)

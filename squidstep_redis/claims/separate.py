@@ -1,0 +1,77 @@
+"""A transport beside a store's own: with connections that calls of the store cannot use up."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from squidstep_redis.transport.blocking import BlockingTransport
+from squidstep_redis.transport.client import has_plain_stream
+from squidstep_redis.transport.cluster import ClusterConnections
+from squidstep_redis.transport.connection import Connections, OwnConnections
+
+_REPLY_SHARE: Final = 0.3  # of the store's timeout, if the client waits for a reply without limit
+
+
+class SeparateTransport:
+    """Provides a transport with a store's events, durability and timeout, and with connections of its own.
+
+    A client that is hooked, of another kind (fakeredis), or whose connections are overridden, has to see every command.
+    Then it is the store's own transport.
+    """
+
+    def __init__(self, transport: BlockingTransport) -> None:
+        self._source = transport
+        self._separate: _Separate | None = None
+
+    def get(self) -> BlockingTransport:
+        """Returns the transport to use now: instrumentation may hook the client at any time."""
+        source = self._source
+        if source.hooks.are_present() or not (source.is_cluster or _is_plain(source.client)):
+            return source
+        if self._separate is None or self._separate.client is not source.client:
+            self._separate = _Separate(source)
+        return self._separate
+
+    def close(self) -> None:
+        """Closes its connections."""
+        separate, self._separate = self._separate, None
+        if separate is not None:
+            separate.close()
+
+
+class _Separate(BlockingTransport):
+    """A transport that shares everything but the connections with another one."""
+
+    def __init__(self, source: BlockingTransport) -> None:
+        vars(self).update(vars(source))
+        wait = self.durability.timeout_ms / 1_000 if self.durability else 0.0
+        timeout = max(_REPLY_SHARE * self.timeout, 2 * wait)
+        self._direct = (
+            _OwnClusterConnections(self.client, timeout) if self.is_cluster else OwnConnections(self.client, timeout)
+        )
+
+
+class _OwnClusterConnections(ClusterConnections):
+    """Connections of its own to each node of a cluster."""
+
+    def __init__(self, client: Any, default_timeout: float) -> None:
+        super().__init__(client)
+        self._default_timeout = default_timeout
+        self._own: dict[str, tuple[Any, Connections]] = {}
+
+    def close(self) -> None:
+        """Closes the connections."""
+        for _, connections in self._own.values():
+            connections.close()
+
+    def _to(self, node: Any) -> Connections:
+        client = self._client.get_redis_connection(node)
+        known = self._own.get(node.name)
+        if known is None or known[0] is not client:
+            connections = OwnConnections(client, self._default_timeout) if _is_plain(client) else super()._to(node)
+            known = self._own[node.name] = client, connections
+        return known[1]
+
+
+def _is_plain(client: Any) -> bool:
+    return has_plain_stream(client.connection_pool.connection_class)

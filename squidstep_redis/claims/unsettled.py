@@ -1,0 +1,67 @@
+"""Claims that their own code cannot end, and what is sent instead. This module does no I/O.
+
+An exception from outside (of a signal handler, a cancellation) interrupted the code, or the server did not reply.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from squidstep_redis.errors import NotReplicatedError
+from squidstep_redis.model import BeginResult, StepRun
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.workflow import Send, Workflow
+
+INTERRUPTED_SECONDS: Final = 1.0
+"""How long the code of a block, once interrupted, waits for its claim to be given back or recorded as failed."""
+
+
+class Unsettled:
+    """A claim that its own code cannot end: what is to be sent instead.
+
+    Attributes:
+        begin: what was sent to acquire it, if its work has not begun: it is given back.
+        step_run: the step run that carries the claim, if its work has begun: it is recorded as failed.
+        error: what interrupted its code, or what the work raised.
+        deadline: until when a server that cannot be reached is tried again, on the monotonic clock.
+        is_settled: whether there is nothing more to do.
+    """
+
+    begin: Call[BeginResult] | None = None
+    step_run: StepRun | None = None
+    error: BaseException | None = None
+    deadline: float = math.inf
+    is_settled: bool = False
+
+    @property
+    def is_of_dead_process(self) -> bool:
+        """Whether the error stands for the end of the process (in tests): then nothing is sent."""
+        return bool(getattr(self.error, "ends_process", False))
+
+
+def settle(calls: Calls, unsettled: Unsettled) -> Workflow[None]:
+    """Gives back, or records as failed, a claim that its own code could not end. One attempt.
+
+    Raises:
+        SquidstepError: there is nothing to do, because the step was taken over or deleted; or, if it is a ServerError,
+            the server did not do it.
+    """
+    try:
+        if unsettled.begin is not None:
+            yield from give_back(calls, unsettled.begin)
+        elif unsettled.step_run is not None and unsettled.error is not None:
+            yield Send(calls.fail_step(unsettled.step_run, unsettled.error))
+    except NotReplicatedError:  # done; the replicas do not matter any more
+        return
+
+
+def give_back(calls: Calls, begin: Call[BeginResult]) -> Workflow[None]:
+    """Releases what a call may have claimed: sent again, it returns the same decision."""
+    try:
+        result = yield Send(begin)
+    except NotReplicatedError as error:
+        result = error.result
+    if result.decision == "execute":
+        yield Send(calls.release_step(result.step_run))

@@ -1,0 +1,356 @@
+"""The connections of the asyncio transport: how bytes get to one server and replies come back.
+
+There are the same three ways as in `connection.py`; that of a user's pool is in `aio_pool.py`. `OwnConnections`
+multiplexes: in each event loop, all tasks share one connection. What they send within one turn of the loop becomes one
+write, and the replies are matched in order. A cancelled call's reply is read and dropped. Large payloads, and commands
+that make the server wait, use connections of their own, because they would delay all others.
+
+A connection belongs to one event loop of one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from math import inf
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from redis.exceptions import (
+    AskError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+
+from squidstep_redis.errors import ReplyMismatchError
+from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.transport.client import idle_of, own_connection, probed
+from squidstep_redis.transport.link import Link
+from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
+from squidstep_redis.transport.stream import Read, chunks, pack_command
+
+_MAX_IDLE: Final = 16
+_MAX_SHARED_BYTES: Final = 65_536  # larger payloads use a connection of their own
+
+abandoned: list[Any] = []
+"""What a parent process owns. Closing it here would change the parent's event loop, whose selector is shared."""
+
+
+class AsyncConnections(ABC):
+    """What sends commands to one server."""
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether commands would have to wait for a connection."""
+        return False
+
+    @abstractmethod
+    async def send(
+        self, commands: Sequence[Command], read: Read, deadline: float = inf, *, blocks: bool = False
+    ) -> list[Any]:
+        """Sends commands in one write and reads their replies; an error of the server is a reply.
+
+        Args:
+            commands: tuples of words.
+            read: decodes a reply, given its index and the reply.
+            deadline: when the call's timeout ends, by the monotonic clock. A pool is waited for until then.
+            blocks: whether the server may wait before it replies.
+
+        Returns:
+            What `read` returned.
+
+        Raises:
+            ExchangeError: connecting, sending or reading failed.
+            ReplyMismatchError: raised by `read`.
+        """
+
+    async def node_of(self, key: bytes) -> AsyncConnections:
+        """Returns what sends to the server of a key."""
+        return self
+
+    async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
+        """Groups calls by the server of their keys: pairs of what sends to it, and the indexes of its calls."""
+        return [(self, range(len(calls)))]
+
+    async def servers(self) -> dict[str, AsyncConnections]:
+        """Returns what sends to each server, by its name."""
+        return {"": self}
+
+    async def redirect(self, error: AskError) -> AsyncConnections | None:
+        """Learns the node of a slot that has moved; or returns the node to which the keys of a slot are moving.
+
+        Raises:
+            AskError: the client is no cluster client.
+            ExchangeError: the node could not be learned.
+        """
+        raise error
+
+    async def refresh(self, since: float) -> None:
+        """Learns which node serves each slot, unless that happened after `since`; no error is raised."""
+
+    def close(self) -> None:
+        """Closes what was opened here in the running event loop."""
+
+
+class OwnConnections(AsyncConnections):
+    """One connection per event loop, shared by its tasks; and some for exclusive use."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._pid = os.getpid()
+        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, _Links] = WeakKeyDictionary()
+
+    async def send(
+        self, commands: Sequence[Command], read: Read, deadline: float = inf, *, blocks: bool = False
+    ) -> list[Any]:
+        links = self._links()
+        data = pack_command(commands[0]) if len(commands) == 1 else b"".join(chunks(commands))
+        if blocks or len(data) > _MAX_SHARED_BYTES:
+            return await self._send_alone(links, data, len(commands), read, deadline)
+        link = links.shared
+        if link is None or not link.is_open:
+            link = await self._connect_shared(links)
+        while link.is_full:
+            await link.room()
+        results = _read_all(link, await link.submit(data, len(commands), deadline), read)
+        if link.is_demoted:
+            links.close_idle()  # they lead to the same server
+        return results
+
+    def close(self) -> None:
+        if self._pid != os.getpid():
+            return
+        links = self._by_loop.pop(asyncio.get_running_loop(), None)
+        if links is not None:
+            links.close()
+
+    def retire(self) -> None:
+        """Closes the connections of the running event loop as soon as no exchange is under way on them."""
+        links = self._by_loop.pop(asyncio.get_running_loop(), None)
+        if links is not None:
+            links.retire()
+
+    def _template(self) -> Any:
+        """Returns an unconnected connection of redis-py's."""
+        return own_connection(self._client)
+
+    def _links(self) -> _Links:
+        """Returns the connections of the running event loop."""
+        if self._pid != os.getpid():
+            abandoned.append(self._by_loop)
+            self._by_loop, self._pid = WeakKeyDictionary(), os.getpid()
+        loop = asyncio.get_running_loop()
+        links = self._by_loop.get(loop)
+        if links is None:
+            self._forget_closed_loops()
+            links = self._by_loop[loop] = _Links()
+        return links
+
+    def _forget_closed_loops(self) -> None:
+        """Closes the connections of event loops that were closed before them."""
+        for loop in list(self._by_loop):
+            if loop.is_closed():
+                links = self._by_loop.pop(loop, None)
+                if links is not None:
+                    links.close()
+
+    async def _send_alone(self, links: _Links, data: bytes, count: int, read: Read, deadline: float) -> list[Any]:
+        link = links.pop_idle()
+        before = cancellations()
+        if link is None:
+            link = await self._open()
+        try:
+            await raise_swallowed_cancellation(before)
+            results = _read_all(link, await link.submit(data, count, deadline), read)
+        except BaseException:
+            link.close()
+            raise
+        if link.is_demoted:
+            links.retire()
+        if len(links.idle) < _MAX_IDLE and link.is_open:
+            links.idle.append(link)
+        else:
+            link.close()
+        return results
+
+    async def _connect_shared(self, links: _Links) -> Link:
+        """Opens the shared connection, once for all tasks that need it: none of them interrupts its handshake."""
+        if links.connecting is None:
+            links.connecting = asyncio.get_running_loop().create_task(self._open(), name="squidstep-connect")
+            links.connecting.add_done_callback(links.on_connected)
+        return await asyncio.shield(links.connecting)
+
+    async def _open(self) -> Link:
+        connection = self._template()
+        try:
+            await connection.connect()
+            return Link(connection)
+        except BaseException as error:
+            drop(connection)
+            if isinstance(error, (RedisError, RedisClusterException)):
+                raise ExchangeError(error, sent=False) from error
+            raise
+
+
+class _Links:
+    """The connections of one event loop.
+
+    Attributes:
+        shared: the connection that tasks share.
+        connecting: opens it.
+        idle: connections for exclusive use.
+    """
+
+    def __init__(self) -> None:
+        self.shared: Link | None = None
+        self.connecting: asyncio.Task[Link] | None = None
+        self.idle: deque[Link] = deque()
+        # An event loop ends its asynchronous generators before it is closed. So the connections end with it.
+        self._guard = self._close_at_shutdown()
+        with contextlib.suppress(StopIteration):
+            self._guard.__anext__().send(None)
+
+    async def _close_at_shutdown(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            self._close_all()
+
+    def on_connected(self, task: asyncio.Task[Link]) -> None:
+        self.connecting = None
+        if not task.cancelled() and task.exception() is None:
+            self.shared = task.result()
+
+    def pop_idle(self) -> Link | None:
+        while self.idle:
+            link = self.idle.pop()
+            if link.is_open:
+                return link
+        return None
+
+    def retire(self) -> None:
+        """Lets no exchange begin on these connections: their server is no primary any more."""
+        self.close_idle()
+        if self.shared is not None:
+            self.shared.retire()
+
+    def close_idle(self) -> None:
+        while self.idle:
+            self.idle.pop().close()
+
+    def close(self) -> None:
+        with contextlib.suppress(StopIteration, RuntimeError):  # its event loop is closed
+            self._guard.aclose().send(None)
+        self._close_all()
+
+    def _close_all(self) -> None:
+        if self.connecting is not None:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                self.connecting.cancel()
+        self.close_idle()
+        if self.shared is not None:
+            self.shared.close()
+        self.shared = None
+
+
+def _read_all(link: Link, replies: list[Any], read: Read) -> list[Any]:
+    try:
+        return [read(index, reply) for index, reply in enumerate(replies)]
+    except ReplyMismatchError:
+        link.close()  # all replies on it are out of step
+        raise
+
+
+class HookedClient(AsyncConnections):
+    """A client whose `execute_command` has to see every command."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def send(
+        self, commands: Sequence[Command], read: Read, deadline: float = inf, *, blocks: bool = False
+    ) -> list[Any]:
+        name, plain = probed(commands)
+        before = cancellations()
+        try:
+            if len(plain) == 1:
+                replies = [await _reply_or_error(self._client, plain[0])]
+            else:
+                pipeline: Any = self._client.pipeline(transaction=False)
+                for command in plain:
+                    pipeline.execute_command(*command, **OPTIONS)
+                replies = await pipeline.execute(raise_on_error=False)
+        except Exception as error:
+            raise ExchangeError(as_redis_error(error), sent=name.packed) from error
+        is_reusable = False
+        try:
+            results = [read(index, reply) for index, reply in enumerate(replies)]
+            is_reusable = not any(isinstance(reply, ResponseError) and is_demotion(reply) for reply in replies)
+        finally:
+            # The client has released the connection, and would use it for its next command.
+            if not is_reusable and hasattr(self._client, "connection_pool"):
+                for connection in idle_of(self._client.connection_pool):
+                    drop(connection)
+        await raise_swallowed_cancellation(before)
+        return results
+
+
+async def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
+    try:
+        return await client.execute_command(*command, **OPTIONS)
+    except ResponseError as error:
+        return error
+
+
+def cancellations() -> int:
+    """Returns how often the running task was cancelled so far."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+async def raise_swallowed_cancellation(before: int) -> None:
+    """Raises a cancellation that redis-py has swallowed since `before` was counted.
+
+    It writes with `asyncio.wait_for`, which before Python 3.12 returns a result that is there already, and forgets that
+    it was cancelled.
+    """
+    if cancellations() > before:
+        for _ in range(2):  # a cancelled scope of anyio cancels again, with a message that it recognizes
+            await asyncio.sleep(0)
+        raise asyncio.CancelledError
+
+
+def drop(connection: Any) -> None:
+    """Closes a connection of redis-py's without awaiting anything, which a cancellation could interrupt."""
+    writer = getattr(connection, "_writer", None)
+    connection._parser.on_disconnect()
+    connection._reader = connection._writer = None
+    if isinstance(writer, asyncio.StreamWriter):
+        writer.close()
+
+
+def is_foreign(connection: Any, loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether a connection of redis-py's was opened in another event loop."""
+    reader = getattr(connection, "_reader", None)
+    return reader is not None and getattr(reader, "_loop", loop) is not loop
+
+
+def abandon(connection: Any) -> None:
+    """Leaves a connection to the event loop in which it was opened."""
+    writer = getattr(connection, "_writer", None)
+    connection._reader = connection._writer = None
+    if isinstance(writer, asyncio.StreamWriter):
+        loop = connection_loop(writer)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(writer.close)
+
+
+def connection_loop(writer: asyncio.StreamWriter) -> asyncio.AbstractEventLoop:
+    """Returns the event loop of a writer."""
+    writer_: Any = writer
+    return writer_._loop

@@ -1,0 +1,180 @@
+"""The connections of the blocking transport to a cluster: one pool for each node, found by the slot of a key.
+
+The cluster client of redis-py knows the nodes and the slots, and owns the pools. What it knows is updated here after a
+redirect and after a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from math import inf
+from typing import Any, Final, cast
+
+from redis.cluster import ClusterNode
+from redis.crc import key_slot
+from redis.exceptions import AskError, MovedError, SlotNotCoveredError
+
+from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.transport.connection import Connections, HookedClient, PooledConnections
+from squidstep_redis.transport.retry import ExchangeError, as_redis_error
+from squidstep_redis.transport.stream import Read
+
+KEY: Final = 3
+"""Where the first key is in EVALSHA and EVAL."""
+
+PRIMARY: Final = "primary"  # redis-py's name for the type of a node
+
+
+class Topology:
+    """What a cluster client knows about its nodes; no I/O.
+
+    Attributes:
+        client: the cluster client.
+        failed: the name of the node that failed last: it is asked last for the topology.
+        refreshed_at: when the client learned all nodes, on the monotonic clock.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.failed: str | None = None
+        self.refreshed_at = float("-inf")
+
+    def node_of(self, key: bytes) -> Any:
+        """Returns the node of a key's slot; raises ExchangeError if no known node serves it."""
+        slot = key_slot(key)
+        nodes = self.client.nodes_manager.slots_cache.get(slot)
+        if not nodes:
+            raise ExchangeError(SlotNotCoveredError(f"no node of the cluster serves slot {slot}"), sent=False)
+        return nodes[0]
+
+    def locate(self, redirect: AskError) -> tuple[str, int]:
+        """Completes the address of a redirect, and returns it."""
+        manager, error = self.client.nodes_manager, cast("Any", redirect)
+        # A node that does not know its own host name omits it: the host remains the same.
+        nodes = manager.slots_cache.get(error.slot_id)
+        host: str = error.host or (nodes[0].host if nodes else "")
+        error.host, error.port = address = manager.remap_host_port(host, error.port)
+        return address
+
+    def is_known(self, redirect: MovedError) -> bool:
+        """Whether the client already knows where a slot has moved, as another call has learned it."""
+        moved: Any = redirect
+        nodes = self.client.nodes_manager.slots_cache.get(moved.slot_id)
+        if nodes is None:  # redis-py expects a list
+            self.client.nodes_manager.slots_cache[moved.slot_id] = []
+        return bool(nodes) and (nodes[0].host, int(nodes[0].port)) == (moved.host, moved.port)
+
+    def ask_failed_last(self) -> Mapping[str, Any]:
+        """Lets the node that failed last be the last one that is asked; returns options for `initialize`."""
+        manager = self.client.nodes_manager
+        name, self.failed = self.failed, None
+        if name is None or name not in manager.startup_nodes:
+            return {}
+        if "last_failed_node_name" in signature(manager.initialize).parameters:  # since redis-py 8
+            return {"last_failed_node_name": name}
+        others = {other: node for other, node in manager.startup_nodes.items() if other != name}
+        manager.startup_nodes = {**others, name: manager.startup_nodes[name]}
+        return {}
+
+
+class ClusterConnections(Connections):
+    """The nodes of a user's cluster client."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._topology = Topology(client)
+        self._nodes: dict[str, _NodeConnections] = {}
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        """Sends commands to the node of the first key."""
+        return self._to(self._topology.node_of(commands[0][KEY])).send(commands, read, deadline)
+
+    def node_of(self, key: bytes) -> Connections:
+        """Returns the pool of the node of a key."""
+        return self._to(self._topology.node_of(key))
+
+    def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
+        """Groups calls by their nodes."""
+        groups: dict[int, tuple[Connections, list[int]]] = {}
+        for index, call in enumerate(calls):
+            node = self.node_of(call.keys[0])
+            groups.setdefault(id(node), (node, []))[1].append(index)
+        return list(groups.values())
+
+    def servers(self) -> dict[str, Connections]:
+        """Returns the pools of all primaries."""
+        return {node.name: self._to(node) for node in list(self._client.get_primaries())}
+
+    def redirect(self, error: AskError) -> Connections | None:
+        """Follows MOVED and ASK."""
+        host, port = self._topology.locate(error)
+        manager = self._client.nodes_manager
+        try:
+            if isinstance(error, MovedError):
+                if not self._topology.is_known(error):
+                    if hasattr(manager, "move_slot"):
+                        manager.move_slot(error)
+                    else:  # before redis-py 8
+                        manager.update_moved_exception(error)
+                        manager.get_node_from_slot(error.slot_id)  # applies it
+                return None
+            node = manager.get_node(host, port)
+            if node is None:  # one that serves no slot yet
+                node = ClusterNode(host, port, PRIMARY)
+                manager.nodes_cache[node.name] = node
+        except Exception as failure:
+            raise ExchangeError(as_redis_error(failure), sent=False) from failure
+        return self._to(node)
+
+    def refresh(self, since: float) -> None:
+        """Lets the client ask the nodes for the slots."""
+        if self._topology.refreshed_at > since:
+            return
+        try:
+            self._client.nodes_manager.initialize(**self._topology.ask_failed_last())
+        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
+            as_redis_error(error)  # the next attempt shows what is reachable
+        else:
+            self._topology.refreshed_at = time.monotonic()
+
+    def _to(self, node: Any) -> Connections:
+        known = self._nodes.get(node.name)
+        if known is None or known.client is not node.redis_connection:
+            client = self._client.get_redis_connection(node)
+            known = self._nodes[node.name] = _NodeConnections(self._topology, node.name, client)
+        return known
+
+
+class _NodeConnections(PooledConnections):
+    """The pool of one node.
+
+    Attributes:
+        client: the node's client, which owns the pool.
+    """
+
+    def __init__(self, topology: Topology, name: str, client: Any) -> None:
+        super().__init__(client.connection_pool)
+        self._topology = topology
+        self._name = name
+        self.client = client
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        try:
+            return super().send(commands, read, deadline)
+        except ExchangeError:
+            self._topology.failed = self._name
+            raise
+
+
+class HookedCluster(ClusterConnections):
+    """A cluster client whose `execute_command` has to see every single call."""
+
+    def __init__(self, client: Any) -> None:
+        super().__init__(client)
+        self._hooked = HookedClient(client)
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        """Sends commands through `execute_command`."""
+        return self._hooked.send(commands, read, deadline)

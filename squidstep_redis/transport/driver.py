@@ -1,0 +1,330 @@
+"""What is sent for a call or a batch, in which order, and what follows a failure; no I/O.
+
+A send is a generator, like a workflow one layer up. It yields an action. A transport performs it and resumes the
+generator with the outcome, or throws in what the action raised.
+
+    action                          the transport                                        the driver receives
+    Execute(command, read)          sends one command to the server of its key           what `read` returned
+    Exchange(node, commands, read)  sends commands to one server in one write            a list of what `read` returned
+    ExchangeAll(exchanges)          performs several exchanges                           a list of replies or errors
+    Route(calls)                    groups calls by server                               pairs of a node and indexes
+    Redirect(error)                 follows MOVED or ASK                                 the node, after ASK
+    Refresh(since)                  learns which node of a cluster serves each slot      None
+    Pause(seconds)                  sleeps                                               None
+
+`read` is called with the index of a command and its reply, while the connection is still in use. It returns errors. It
+raises ReplyMismatchError alone, upon which the connection is discarded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError
+
+from squidstep_redis.errors import ReplyMismatchError, SquidstepError
+from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.transport import batch
+from squidstep_redis.transport.batch import Durability
+from squidstep_redis.transport.retry import (
+    FAILURES,
+    ExchangeError,
+    RetryState,
+    map_error,
+    may_be_elsewhere,
+    refusal_of,
+)
+
+T = TypeVar("T")
+Read = Callable[[int, Any], Any]
+
+
+class Execute(NamedTuple):
+    """Sends one command to the server of its key."""
+
+    command: Command
+    read: Read
+
+
+class Exchange(NamedTuple):
+    """Sends commands to one server in one write, and reads a reply to each.
+
+    Attributes:
+        node: the server, as `Route` returned it.
+        commands: what is sent.
+        read: reads one reply.
+        blocks: whether the server may wait before it replies to later commands on the same connection.
+    """
+
+    node: Any
+    commands: Sequence[Command]
+    read: Read
+    blocks: bool = False
+
+
+class Route(NamedTuple):
+    """Groups calls by the server of their keys: pairs of a node and the indexes of its calls."""
+
+    calls: Sequence[Call[Any]]
+
+
+class Redirect(NamedTuple):
+    """Learns the node of a slot that has moved, or returns the node to which the keys of a slot are moving.
+
+    Raises the error itself if the client is no cluster client.
+    """
+
+    error: AskError
+
+
+class Refresh(NamedTuple):
+    """Learns which node of a cluster serves each slot, unless that happened after `since`; errors are ignored."""
+
+    since: float
+
+
+class ExchangeAll(NamedTuple):
+    """Performs several exchanges, side by side if the transport can; an outcome is a list of replies or an error."""
+
+    exchanges: Sequence[Exchange]
+
+
+class Pause(NamedTuple):
+    """Sleeps for some seconds."""
+
+    seconds: float
+
+
+Action = Execute | Exchange | ExchangeAll | Route | Redirect | Refresh | Pause
+Driver = Generator[Action, Any, T]
+
+_NOT_RUN: Final = (NoScriptError, AskError)  # MovedError is an AskError
+_MAX_REDIRECTS: Final = 5  # of one attempt
+_ASKING: Final = (b"ASKING",)  # lets the next command reach a slot that is still arriving
+
+
+class _NeedsResend(NamedTuple):
+    """The outcome of a call of a batch that is to be sent again by itself."""
+
+    error: Exception
+
+
+def send(call: Call[T], timeout: float, durability: Durability | None) -> Driver[T]:
+    """Sends one call, and retries it until the timeout.
+
+    Returns:
+        A driver that returns the call's result and raises its error.
+    """
+    waits = durability if call.script.is_transition else None
+    began = time.monotonic()
+    try:
+        return (yield from _attempt(call, waits))
+    except FAILURES as error:
+        return (yield from _retry(call, waits, RetryState(call, began, timeout), error))
+
+
+def _retry(call: Call[T], durability: Durability | None, state: RetryState, error: Exception) -> Driver[T]:
+    """Retries a call until an attempt succeeds or `state` raises the final error."""
+    while True:
+        yield from _pause(state, error)
+        try:
+            return (yield from _attempt(call, durability))
+        except FAILURES as failure:
+            error = failure
+
+
+def _pause(state: RetryState, error: Exception) -> Driver[None]:
+    """Pauses after a failed attempt, and finds out whether another node has taken over."""
+    yield Pause(state.next_pause(error))
+    if may_be_elsewhere(error):
+        yield Refresh(state.attempted_at)
+    state.attempted_at = time.monotonic()
+
+
+def _attempt(call: Call[T], durability: Durability | None) -> Driver[T]:
+    if durability is None:
+        result = yield Execute(call.evalsha(), _reader(call))
+    else:
+        result = yield from _send_once(call, call.evalsha(), durability, None)
+    if isinstance(result, Exception):
+        result = yield from _follow(call, durability, result)
+    return result
+
+
+def _follow(call: Call[T], durability: Durability | None, result: Any) -> Driver[T]:
+    """Sends a call with its script, or to another node, for as long as that is what its reply asks for."""
+    command, node = call.evalsha, None
+    for _ in range(_MAX_REDIRECTS):
+        if isinstance(result, NoScriptError):
+            command = call.eval
+        elif isinstance(result, AskError):
+            node = yield Redirect(result)
+        else:
+            break
+        result = yield from _send_once(call, command(), durability, node)
+    if isinstance(result, AskError):
+        raise ClusterError(f"redirected {_MAX_REDIRECTS} times: {result}")
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send_once(call: Call[Any], command: Command, durability: Durability | None, node: Any) -> Driver[Any]:
+    """Sends one call; returns its result, or an error.
+
+    Args:
+        call: what is sent.
+        command: its command.
+        durability: what it waits for.
+        node: the node to which the keys of its slot are moving; None: the node of its slot.
+    """
+    waits = batch.waits([call], durability)
+    if node is None and not waits:
+        return (yield Execute(command, _reader(call)))
+    commands = [command, *waits]
+    asked = 0
+    if node is None:
+        ((node, _),) = yield Route([call])
+    else:
+        asked = len(commands[:2])  # the call and the write after it; WAIT has no key
+        commands = [*(word for each in commands[:2] for word in (_ASKING, each)), *commands[2:]]
+    position = min(asked, 1)
+
+    def read(index: int, reply: Any) -> Any:
+        if index == position and not isinstance(reply, Exception):
+            call.words_of(reply)  # raises if it is the reply to another call
+        return reply
+
+    replies = yield Exchange(node, commands, read, blocks=bool(waits))
+    replies = [*replies[1 : 2 * asked : 2], *replies[2 * asked :]]
+    reply = batch.replies_to([call], replies, durability)[0]
+    return reply if isinstance(reply, Exception) else batch.read(call, reply)
+
+
+def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durability | None) -> Driver[list[Any]]:
+    """Sends calls together, one write for each server, and retries them until the timeout.
+
+    Returns:
+        A driver that returns for each call its result or its error.
+    """
+    state = RetryState(None, time.monotonic(), timeout, may_have_run=any(call.may_have_run for call in calls))
+    while True:
+        try:
+            results = yield from _send_together(calls, state, durability)
+            break
+        except FAILURES as error:
+            yield from _pause(state, error)
+    for index, result in enumerate(results):
+        if type(result) is _NeedsResend:
+            results[index] = yield from _resend(calls[index], result.error, state, timeout, durability)
+    return results
+
+
+def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Durability | None) -> Driver[list[Any]]:
+    routes: list[tuple[Any, Sequence[int]]] = yield Route(calls)
+    exchanges: list[Exchange] = []
+    for node, indexes in routes:
+        group = [calls[index] for index in indexes]
+        commands = batch.commands(group, durability)
+        blocks = bool(batch.waits(group, durability))
+        read = _raw_reader(group, commands, durability) if blocks else _batch_reader(group, commands, state)
+        exchanges.append(Exchange(node, commands, read, blocks))
+    if len(exchanges) == 1:
+        outcomes = [(yield exchanges[0])]
+    else:
+        outcomes = yield ExchangeAll(exchanges)
+    results: list[Any] = [None] * len(calls)
+    for (_, indexes), exchange, outcome in zip(routes, exchanges, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            replies: list[Any] = [_NeedsResend(outcome)] * len(indexes)
+        elif exchange.blocks:
+            group = [calls[index] for index in indexes]
+            replied = batch.replies_to(group, outcome, durability)
+            replies = [_outcome(call, reply, state) for call, reply in zip(group, replied, strict=True)]
+        else:
+            replies = outcome[-len(indexes) :]
+        for index, reply in zip(indexes, replies, strict=True):
+            results[index] = reply
+    return results
+
+
+def _resend(
+    call: Call[Any], error: Exception, of_batch: RetryState, timeout: float, durability: Durability | None
+) -> Driver[Any]:
+    """Sends one call of a batch again; returns its result or its error."""
+    state = RetryState(call, of_batch.began, timeout, may_have_run=of_batch.may_have_run or call.may_have_run)
+    state.attempted_at = of_batch.attempted_at
+    waits = durability if call.script.is_transition else None
+    try:
+        if isinstance(error, _NOT_RUN):
+            try:
+                if isinstance(error, AskError):
+                    return (yield from _follow(call, waits, error))
+                return (yield from _attempt(call, waits))  # the first one of the batch loads the script
+            except FAILURES as failure:
+                error = failure
+        return (yield from _retry(call, waits, state, error))
+    except SquidstepError as failure:  # each call of a batch has its own outcome
+        return failure
+
+
+def _reader(call: Call[Any]) -> Read:
+    def read(_: int, reply: Any) -> Any:
+        if isinstance(reply, Exception):
+            return reply
+        try:
+            return call.decode(reply)
+        except ReplyMismatchError:
+            raise
+        except SquidstepError as error:
+            return error
+
+    return read
+
+
+def _batch_reader(calls: Sequence[Call[Any]], commands: Sequence[Command], state: RetryState) -> Read:
+    """Returns what reads the replies to a batch one by one. The first ones are those to loading the scripts."""
+    offset = len(commands) - len(calls)
+
+    def read(index: int, reply: Any) -> Any:
+        return _outcome(calls[index - offset], reply, state) if index >= offset else reply
+
+    return read
+
+
+def _raw_reader(calls: Sequence[Call[Any]], commands: Sequence[Command], durability: Durability | None) -> Read:
+    """Returns what keeps the replies as they are: what they mean depends on those that follow, to WAIT and WAITAOF."""
+    end = len(commands) - len(batch.waits(calls, durability))
+    offset = end - len(calls)
+
+    def read(index: int, reply: Any) -> Any:
+        if offset <= index < end and not isinstance(reply, Exception):
+            calls[index - offset].words_of(reply)  # raises if it is the reply to another call
+        return reply
+
+    return read
+
+
+def _outcome(call: Call[Any], reply: Any, state: RetryState) -> Any:
+    """Reads one reply of a batch: the result, the error that the operation would raise, or _NeedsResend.
+
+    _NeedsResend is returned for a call that did not run (the scripts were flushed between two commands, the slot is on
+    another node, or the server refused for the moment) and for one without a reply.
+    """
+    try:
+        return call.decode(reply) if type(reply) in (bytes, list) else batch.read(call, reply)
+    except ReplyMismatchError:
+        raise
+    except (*_NOT_RUN, ExchangeError) as error:
+        return _NeedsResend(error)
+    except SquidstepError as error:
+        return error
+    except RedisError as error:
+        refusal = refusal_of(error)
+        if refusal is not None and refusal.retryable:
+            return _NeedsResend(error)
+        failure = map_error(error, call, state.may_have_run or refusal is None, 0.0)
+        failure.__cause__ = error
+        return failure

@@ -1,0 +1,222 @@
+"""One connection of the asyncio transport, on which the exchanges of many tasks overlap.
+
+What tasks send within one turn of the event loop becomes one write. The replies are matched with the exchanges in
+order. A cancelled exchange's reply is read and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from typing import Any, Final
+
+from redis.exceptions import ConnectionError, InvalidResponse, RedisError, ResponseError, TimeoutError
+
+from squidstep_redis.transport.retry import ExchangeError, is_demotion
+from squidstep_redis.transport.stream import MORE, PUSH, new_reader
+
+_MAX_PENDING: Final = 10_000  # calls on one connection
+_MAX_UNSENT_BYTES: Final = 1_048_576  # of the calls that are written together
+
+
+class _Pending:
+    """One exchange on a connection: its future receives the replies."""
+
+    __slots__ = ("count", "data", "deadline", "future", "replies")
+
+    def __init__(self, future: asyncio.Future[list[Any]], data: bytes, count: int, deadline: float) -> None:
+        self.future = future
+        self.data = data
+        self.count = count
+        self.deadline = deadline
+        self.replies: list[Any] = []
+
+
+class Link(asyncio.Protocol):
+    """A connection that redis-py opened, on which exchanges overlap.
+
+    Attributes:
+        is_open: whether it can be used for another exchange.
+        is_demoted: whether the server replied that it is no primary any more.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeout: float | None = connection.socket_timeout
+        self._reader: Any = new_reader(connection)
+        self._writer: asyncio.StreamWriter = connection._writer  # a writer closes its transport when it is collected
+        self._transport: Any = self._writer.transport
+        connection._reader = connection._writer = None
+        self._transport.set_protocol(self)
+        self._unsent: list[_Pending] = []
+        self._unsent_bytes = 0
+        self._sent: deque[_Pending] = deque()
+        self._is_paused = False
+        self._waiters: list[asyncio.Future[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._progress_at = 0.0
+        self.is_demoted = False
+        self.is_open = not self._transport.is_closing()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether exchanges have to wait until the server has read or replied more."""
+        return self.is_open and (
+            self._is_paused
+            or self._unsent_bytes >= _MAX_UNSENT_BYTES
+            or len(self._sent) + len(self._unsent) >= _MAX_PENDING
+        )
+
+    async def room(self) -> None:
+        """Waits until something has changed about `is_full`."""
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def submit(self, data: bytes, count: int, deadline: float) -> asyncio.Future[list[Any]]:
+        """Sends packed commands, together with what other tasks send in this turn of the loop.
+
+        Args:
+            data: the commands.
+            count: how many there are.
+            deadline: when the call's timeout ends.
+
+        Returns:
+            A future of the replies; or of an ExchangeError. Once cancelled, the replies are dropped.
+        """
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        if not self.is_open:
+            future.set_exception(ExchangeError(ConnectionError("Connection closed by server."), sent=False))
+            return future
+        self._unsent.append(_Pending(future, data, count, deadline))
+        self._unsent_bytes += len(data)
+        if len(self._unsent) == 1:
+            if self._sent:
+                self._loop.call_soon(self._flush)
+            else:
+                self._flush()  # nobody to share the write with
+        return future
+
+    def close(self) -> None:
+        """Closes the connection; exchanges under way fail."""
+        self._fail(ConnectionError("Connection closed by its owner."))
+
+    def retire(self) -> None:
+        """Lets no further exchange begin."""
+        self.is_open = False
+        if not self._sent and not self._unsent:
+            self.close()
+
+    def _flush(self) -> None:
+        pending = [exchange for exchange in self._unsent if not exchange.future.done()]
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        if not pending:
+            self._wake()
+            return
+        if not self._sent:
+            self._progress_at = self._loop.time()
+        self._sent.extend(pending)
+        self._transport.write(pending[0].data if len(pending) == 1 else b"".join([e.data for e in pending]))
+        for exchange in pending:
+            exchange.data = b""
+        if self._timer is None and self._timeout is not None:
+            self._timer = self._loop.call_later(self._timeout, self._check_progress)
+        self._wake()
+
+    def _check_progress(self) -> None:
+        """Fails all exchanges if the server has completed no reply within the timeout.
+
+        A batch whose replies all arrive within the timeout, but slowly, does not outlast its call's deadline by more.
+        """
+        self._timer = None
+        if not self._sent or self._timeout is None:
+            return
+        left = self._progress_at + self._timeout - self._loop.time()
+        left = min(left, self._sent[0].deadline + self._timeout - time.monotonic())
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._check_progress)
+        else:
+            self._fail(TimeoutError("Timeout reading from socket"))
+
+    def data_received(self, data: bytes) -> None:
+        """Matches replies with exchanges, in order."""
+        try:
+            self._reader.feed(data)
+            sent, gets = self._sent, self._reader.gets
+            while True:
+                reply = gets()
+                if reply is MORE:
+                    break
+                if type(reply) is PUSH:
+                    continue
+                if isinstance(reply, ConnectionError) or not sent:
+                    self._fail(reply if isinstance(reply, ConnectionError) else ConnectionError("Unexpected reply."))
+                    return
+                if isinstance(reply, ResponseError) and is_demotion(reply):
+                    self.is_open, self.is_demoted = False, True
+                exchange = sent[0]
+                exchange.replies.append(reply)
+                if len(exchange.replies) == exchange.count:
+                    sent.popleft()
+                    if not exchange.future.done():
+                        exchange.future.set_result(exchange.replies)
+                self._progress_at = self._loop.time()
+        except InvalidResponse as error:
+            self._fail(ConnectionError(f"Protocol error: {error}"))
+            return
+        if not self.is_open:
+            self.retire()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fails the exchanges under way."""
+        self._fail(ConnectionError(f"Connection lost: {exc}" if exc else "Connection closed by server."))
+
+    def pause_writing(self) -> None:
+        """Lets further exchanges wait: the server does not read as fast as they send."""
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        """Lets exchanges go on."""
+        self._is_paused = False
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiters and not self.is_full:
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _fail(self, error: RedisError) -> None:
+        self.is_open = False
+        sent, unsent = list(self._sent), list(self._unsent)
+        self._sent.clear()
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        if self._loop.is_closed():
+            _close_socket(self._transport)
+            return
+        for was_sent, exchanges in ((True, sent), (False, unsent)):
+            for exchange in exchanges:
+                if not exchange.future.done():
+                    exchange.future.set_exception(ExchangeError(error, sent=was_sent))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake()
+        self._transport.abort()
+
+
+def _close_socket(transport: Any) -> None:
+    """Closes the socket of a transport whose event loop is closed: the transport could not do it any more."""
+    with contextlib.suppress(RuntimeError):
+        transport.abort()  # marks it as closed, then fails to schedule the rest
+    inner = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
+    endpoint = getattr(inner, "_sock", None)
+    if endpoint is not None:
+        endpoint.close()
+        inner._sock = None

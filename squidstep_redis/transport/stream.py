@@ -1,0 +1,232 @@
+"""One connection of the blocking transport: a socket that redis-py opened, written and read without it."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from math import inf
+from typing import Any, Final, cast
+
+import hiredis
+from redis._parsers import hiredis as redis_parser
+from redis.exceptions import (
+    ConnectionError,
+    InvalidResponse,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from squidstep_redis.protocol.call import Command
+from squidstep_redis.transport.client import has_plain_stream
+from squidstep_redis.transport.retry import ExchangeError, is_demotion
+
+Read = Callable[[int, Any], Any]
+
+_hiredis: Any = hiredis  # parts of its types are unknown
+pack_command: Callable[[Command], bytes] = _hiredis.pack_command
+
+_CHUNK: Final = 16  # commands per send: the server starts on a chunk while the next one is packed
+_READ_SIZE: Final = 65_536
+_redis_parser: Any = redis_parser
+_INCOMPLETE: Final = getattr(_redis_parser, "NOT_ENOUGH_DATA", False)  # older versions of redis-py use False
+MORE: Final = object()
+PUSH: Final = getattr(_hiredis, "PushNotification", ())  # of RESP3; before hiredis 3.2 there is none
+
+
+class Stream:
+    """The socket and the reader of a connection of redis-py's, written and read without it.
+
+    A server that trickles bytes prolongs neither a reply's timeout nor the call's.
+
+    Attributes:
+        is_demoted: whether the server replied that it is no primary any more.
+        has_left: returns whether more replies arrived than were expected.
+    """
+
+    __slots__ = (
+        "_buffer", "_connection", "_limit", "_more", "_reader", "_socket", "_timeout", "has_left",
+        "is_demoted",
+    )  # fmt: skip
+
+    def __init__(self, connection: Any, reader: Any, more: object, buffer: bytearray) -> None:
+        """Begins with a connected connection.
+
+        Args:
+            connection: redis-py's connection.
+            reader: hiredis' reader.
+            more: what the reader returns if it has no complete reply.
+            buffer: receives bytes from the socket.
+        """
+        self._connection = connection
+        self._socket: socket.socket = connection._sock
+        self._timeout: float | None = connection.socket_timeout
+        self._reader = reader
+        self._more = more
+        self._buffer = buffer
+        self._limit = inf
+        self.is_demoted = False
+        self.has_left: Callable[[], bool] = reader.has_data
+
+    def exchange(self, commands: Sequence[Command], read: Read, deadline: float) -> list[Any]:
+        """Sends commands and reads their replies, within one reply's timeout after the deadline."""
+        self._limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
+        sent = False
+        try:
+            if len(commands) == 1:
+                self._write(pack_command(commands[0]))
+            else:
+                for chunk in chunks(commands):
+                    self._write(chunk, is_first=not sent)
+                    sent = True
+            sent = True
+            return [read(index, self._next()) for index in range(len(commands))]
+        except OSError as error:
+            if not _is_raised_here(error):
+                raise
+            raise ExchangeError(_named(error, "reading" if sent else "writing"), sent=sent) from error
+        except InvalidResponse as error:
+            raise ExchangeError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
+
+    def _write(self, data: bytes, *, is_first: bool = True) -> None:
+        written = self._socket.send(data) if is_first else 0
+        if written < len(data):
+            try:
+                self._socket.sendall(memoryview(data)[written:])
+            except OSError as error:
+                if not _is_raised_here(error):
+                    raise
+                raise ExchangeError(_named(error, "writing"), sent=True) from error
+
+    def _next(self) -> Any:
+        """Returns one reply; an error of the server is a reply, unless it is one about the connection."""
+        until: float | None = None
+        while True:
+            reply = self._reader.gets(False)
+            if reply is self._more:
+                if self._timeout is None:
+                    self._receive()
+                elif until is None:
+                    until = min(time.monotonic() + self._timeout, self._limit)
+                    self._receive() if until < self._limit else self._receive_until(until)
+                else:
+                    self._receive_until(until)
+            elif isinstance(reply, Exception):
+                if isinstance(reply, ConnectionError):
+                    raise ExchangeError(reply, sent=True)
+                self.is_demoted = self.is_demoted or (isinstance(reply, ResponseError) and is_demotion(reply))
+                return reply
+            elif type(reply) is PUSH:  # a managed service's notifications
+                self._connection._parser.handle_push_response(reply)
+            else:
+                return reply
+
+    def _receive(self) -> None:
+        count = self._socket.recv_into(self._buffer)
+        if not count:
+            raise ExchangeError(ConnectionError("Connection closed by server."), sent=True)
+        self._reader.feed(self._buffer, 0, count)
+
+    def _set_timeout(self, seconds: float | None) -> None:
+        self._socket.settimeout(seconds)
+
+    def _receive_until(self, until: float) -> None:
+        left = until - time.monotonic()
+        if left <= 0:  # a server that trickles bytes always sends some in time
+            raise ExchangeError(TimeoutError("Timeout reading"), sent=True)
+        self._set_timeout(max(0.001, left))
+        try:
+            self._receive()
+        finally:
+            self._set_timeout(self._timeout)
+
+
+class OwnStream(Stream):
+    """A connection that nothing but the store uses."""
+
+    __slots__ = ("_has_kernel_timeouts",)
+
+    def __init__(self, connection: Any) -> None:
+        self._has_kernel_timeouts = False
+        super().__init__(connection, new_reader(connection), MORE, bytearray(_READ_SIZE))
+        if type(self._socket) is socket.socket and os.name == "posix" and self._timeout is not None:
+            # Python polls before each send and recv on a socket with a timeout; the kernel's own timeouts need no poll.
+            self._socket.settimeout(None)
+            self._has_kernel_timeouts = True
+            self._set_timeout(self._timeout)
+
+    def close(self) -> None:
+        self._connection.disconnect()
+
+    def is_quiet(self) -> bool:
+        """Whether it is open and nothing is left to read."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def _set_timeout(self, seconds: float | None) -> None:
+        if not self._has_kernel_timeouts:
+            self._socket.settimeout(seconds)
+            return
+        span = struct.pack("ll", *divmod(int((seconds or 0) * 1_000_000), 1_000_000))  # a timeval
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
+
+
+def stream_of(connection: Any) -> Stream | None:
+    """Returns the stream of a borrowed connection; None if its own methods have to write and read it."""
+    kind = cast("type[object]", type(connection))
+    parser: Any = connection._parser
+    is_hiredis = type(parser) is _redis_parser._HiredisParser
+    if not is_hiredis or connection.health_check_interval or not has_plain_stream(kind):
+        return None
+    return Stream(connection, parser._reader, _INCOMPLETE, parser._buffer)
+
+
+class Packed(Iterable[bytes]):
+    """Commands for redis-py's `send_packed_command`, which takes them right before it writes them.
+
+    Attributes:
+        was_taken: whether anything may have been written.
+    """
+
+    def __init__(self, commands: Sequence[Command]) -> None:
+        self._commands = commands
+        self.was_taken = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in chunks(self._commands):
+            self.was_taken = True
+            yield chunk
+
+
+def chunks(commands: Iterable[Command]) -> Iterator[bytes]:
+    """Packs commands in chunks."""
+    remaining = iter(commands)
+    while chunk := list(islice(remaining, _CHUNK)):
+        yield b"".join(map(pack_command, chunk))
+
+
+def new_reader(connection: Any) -> Any:
+    """Returns a reader for the replies on a connection of redis-py's, with redis-py's errors."""
+    return _hiredis.Reader(protocolError=InvalidResponse, replyError=connection._parser.parse_error, notEnoughData=MORE)
+
+
+def _is_raised_here(error: OSError) -> bool:
+    """Whether the socket raised it, and not a signal handler that was called meanwhile."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    return module in (__name__, "ssl") or module.startswith("gevent.")
+
+
+def _named(error: OSError, doing: str) -> RedisError:
+    if isinstance(error, (socket.timeout, BlockingIOError)):  # the latter by the kernel's timeout
+        return TimeoutError(f"Timeout {doing}")
+    return ConnectionError(f"Error while {doing}: {error}")

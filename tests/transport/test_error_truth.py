@@ -1,0 +1,178 @@
+"""What the error of a failed call says about the server: nothing was sent, refused, or unknown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+
+import pytest
+from support.backends import Bench
+from support.proxy import Fault, Proxy
+from support.records import begun
+
+from squidstep_redis import (
+    NotReplicatedError,
+    NotSentError,
+    OutcomeUnknownError,
+    RefusedError,
+    ReplyMismatchError,
+    ServerError,
+    StepRunStore,
+)
+from transport.conftest import Connect
+
+pytestmark = pytest.mark.servers("valkey")
+
+STRAY_REPLY = b"*3\r\n$9\r\ncompleted\r\n$1\r\n0\r\n$1\r\nx\r\n"
+
+
+def error_of(store: StepRunStore, call: Any, batch: bool) -> ServerError:
+    """Returns what a call raises, or what it raises as a batch of one."""
+    try:
+        (result,) = store.batch([call]) if batch else [store.send(call)]
+    except ServerError as error:
+        result = error
+    assert isinstance(result, ServerError)
+    return result
+
+
+def refuse(proxy: Proxy, word: str, script: str) -> None:
+    """Lets the server refuse a script from now on."""
+    for _ in range(1_000):
+        proxy.add_fault(Fault(reply=lambda _: f"-{word} no\r\n".encode(), script=script))
+
+
+@pytest.fixture(params=[False, True], ids=["single", "batch"])
+def batch(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+class TestNotSent:
+    def test_closed_port_is_not_sent(self, connect_to: Connect, kind: str, batch: bool) -> None:
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            store = connect_to(kind, bound.getsockname()[1], timeout=0.2)
+            error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
+        assert type(error) is NotSentError
+        assert "nothing was sent" in str(error)
+
+    def test_server_gone_between_two_calls_is_not_sent(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
+    ) -> None:
+        """The idle connection was closed: where that shows before the call is sent, nothing is."""
+        store = connect_to(kind, proxy.port, timeout=0.3)
+        store.schedule_step("run", "before", {})
+        arrived = len(proxy.commands)
+        proxy.refuse()
+        for connection in proxy._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if bench.runner is not None:
+            bench.runner.run(asyncio.sleep(0.01))  # lets the event loop notice
+        error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
+        assert len(proxy.commands) == arrived
+        if (kind, bench.runner is None) in (("own", True), ("RESP3", False)):  # not checked before use: bytes are sent
+            assert type(error) in (NotSentError, OutcomeUnknownError)
+        else:
+            assert type(error) is NotSentError
+
+    def test_wrong_password_is_refused(self, connect_to: Connect, proxy: Proxy, kind: str, batch: bool) -> None:
+        store = connect_to(kind, proxy.port, client={"username": "nobody", "password": "wrong"}, timeout=0.3)
+        error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
+        assert type(error) is RefusedError
+        assert not error.transient
+        assert proxy.commands == []
+
+
+class TestOutcomeUnknown:
+    def test_lost_reply_of_a_lost_server_is_unknown(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
+    ) -> None:
+        """The server executed the call. The attempts after that cannot connect, which changes nothing about it."""
+        store = connect_to(kind, proxy.port, timeout=0.3)
+        proxy.refuse_after_reply("begin_step")
+        error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
+        assert type(error) is OutcomeUnknownError
+        assert bench.store().step_statuses("run") == {"pay": "running"}
+
+    def test_half_received_command_is_unknown(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, known: None
+    ) -> None:
+        store = connect_to(kind, proxy.port, timeout=0.3)
+        proxy.tear(100, "begin_step")
+        error = error_of(store, store.calls.begin_step("run", "pay", {}), batch=False)
+        assert type(error) is OutcomeUnknownError
+        assert bench.store().step_statuses("run") == {}
+
+    def test_resend_of_an_unknown_call_stays_unknown(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
+    ) -> None:
+        """The second send alone would be certain: nothing is sent, or the server refuses."""
+        store = connect_to(kind, proxy.port, timeout=0.3)
+        proxy.refuse_after_reply("begin_step")
+        first = error_of(store, store.calls.begin_step("run", "pay", {}), batch=False)
+        assert isinstance(first, OutcomeUnknownError)
+        assert first.call is not None
+        again = error_of(store, first.call, batch)
+        assert type(again) is OutcomeUnknownError
+        with Proxy.to(bench.backend.raw) as other:
+            refusing = connect_to(kind, other.port, timeout=0.3)
+            refuse(other, "OOM", "begin_step")
+            refused = error_of(refusing, first.call, batch)
+        assert type(refused) is OutcomeUnknownError
+        assert "no reply to an earlier attempt" in str(refused)
+        assert begun(bench.store().send(first.call)).attempt == 1
+
+    def test_resend_of_a_mismatched_call_stays_unknown(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, known: None
+    ) -> None:
+        store = connect_to(kind, proxy.port, timeout=0.2)
+        proxy.replace_replies(*[STRAY_REPLY] * 1_000)
+        error = error_of(store, store.calls.begin_step("run", "pay", {}), batch=False)
+        assert isinstance(error, ReplyMismatchError)
+        proxy.heal()
+        refuse(proxy, "OOM", "begin_step")
+        assert error.call is not None
+        assert type(error_of(store, error.call, batch=False)) is OutcomeUnknownError
+        proxy.heal()
+        assert begun(store.send(error.call)).attempt == 1
+
+    @pytest.mark.parametrize("kind", ["own", "plain"], indirect=True)
+    def test_resend_of_an_unconfirmed_call_stays_unknown(
+        self, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
+    ) -> None:
+        """The primary has executed it; only its replicas are missing."""
+        store = connect_to(kind, proxy.port, timeout=0.2, wait_replicas=1, wait_timeout=0.01)
+        error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
+        assert type(error) is NotReplicatedError
+        assert error.call is not None
+        proxy.refuse()
+        store.close() if kind == "own" else None
+        plain = connect_to(kind, proxy.port, timeout=0.2)
+        assert type(error_of(plain, error.call, batch)) is OutcomeUnknownError
+
+
+class TestRefused:
+    @pytest.mark.parametrize("word", ["OOM", "READONLY", "MASTERDOWN", "NOPERM", "LOADING", "BUSY", "MISCONF"])
+    def test_refusals_alone_leave_the_outcome_known(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, word: str, known: None
+    ) -> None:
+        store = connect_to(kind, proxy.port, timeout=0.2, client={"socket_timeout": 3})
+        refuse(proxy, word, "get_step_run")
+        error = error_of(store, store.calls.get_step_run("run", "pay"), batch)
+        assert type(error) is RefusedError
+        assert "nothing was written" in str(error)
+
+    def test_command_that_fails_within_a_script_is_unknown(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+    ) -> None:
+        """An ACL may forbid a command of the script, after which other commands of it have written."""
+        raw = bench.backend.raw
+        raw.execute_command(f"ACL SETUSER halfway reset on >secret ~{bench.prefix}:* +@all -zadd")
+        store = connect_to(kind, proxy.port, client={"username": "halfway", "password": "secret"}, timeout=0.3)
+        claim = begun(bench.store().begin_step("run", "pay", {}))
+        error = error_of(store, store.calls.complete_step(claim, {}), batch=False)
+        raw.execute_command("ACL DELUSER halfway")
+        assert type(error) is OutcomeUnknownError

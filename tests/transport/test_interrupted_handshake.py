@@ -1,0 +1,250 @@
+"""A handshake that is interrupted leaves no connection with the wrong database or user behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any
+
+import pytest
+import redis
+from redis.credentials import CredentialProvider
+from support.backends import Bench
+from support.internals import close_idle_connections, plain_store
+from support.interruptions import AlarmError, sigalrm_raises
+from support.proxy import Proxy
+from support.records import begun
+
+from squidstep_redis import StepRunStore
+from transport.conftest import Connect
+
+pytestmark = pytest.mark.servers("valkey")
+
+DATABASE = 3
+INTERRUPTED_FILES = ("/redis/connection.py", "/squidstep_redis/transport/")
+KINDS = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "blocking pool"], indirect=True)
+
+
+class Credentials(CredentialProvider):
+    """Provides the user after some turns of the event loop."""
+
+    def __init__(self, turns: int = 0, seconds: float = 0) -> None:
+        self.turns = turns
+        self.seconds = seconds
+
+    def get_credentials(self) -> tuple[str, str]:
+        return "worker", "secret"
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        await asyncio.sleep(self.seconds)
+        return self.get_credentials()
+
+
+@pytest.fixture(autouse=True)
+def user(bench: Bench) -> Iterator[None]:
+    raw = bench.backend.raw
+    raw.execute_command("ACL SETUSER worker reset on >secret ~* +@all")
+    yield
+    raw.execute_command("ACL DELUSER worker")
+
+
+def check(bench: Bench) -> None:
+    """Checks that every script ran as the user, in the database."""
+    ran = [c for c in bench.backend.raw.client_list() if c["cmd"] in ("eval", "evalsha") and c["name"] == bench.prefix]
+    assert ran
+    assert {(client["user"], client["db"]) for client in ran} == {("worker", str(DATABASE))}
+    assert bench.dump() == {}  # in database 0
+
+
+def options(bench: Bench, credentials: Credentials | None = None) -> dict[str, Any]:
+    return {"client_name": bench.prefix, "credential_provider": credentials or Credentials()}
+
+
+class Interruption(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def interrupted_at(line: int) -> Iterator[Callable[[], bool]]:
+    """In the block, an exception is raised at the n-th line of the transport or of redis-py's connections."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not any(part in frame.f_code.co_filename for part in INTERRUPTED_FILES):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise Interruption
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield lambda: left <= 0
+    finally:
+        sys.settrace(None)
+
+
+# Python closes a socket that was made in the interrupted line, and says so.
+CLOSED_LATE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@CLOSED_LATE
+@pytest.mark.slow
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@KINDS
+def test_exception_at_any_line_leaves_no_half_made_connection(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    line, number, misses = 0, 0, 0
+    while misses < 3:
+        line += random.randint(1, 5)
+        store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
+        with interrupted_at(line) as was_interrupted, contextlib.suppress(Interruption):
+            store.schedule_step("run", "pay", {})
+        misses = 0 if was_interrupted() else misses + 1
+        number += 1
+        assert begun(store.begin_step(f"run-{number}", "pay", {})).attempt == 1
+        check(bench)
+    assert line > 100
+
+
+@CLOSED_LATE
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@KINDS
+def test_signals_at_random_moments_leave_no_half_made_connection(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    """Other threads use the same pool, and must not be handed a half-made connection either."""
+    store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
+    wanted = connect_to("own", proxy.port, DATABASE, options(bench))
+    is_over = threading.Event()
+
+    def work(thread: int) -> int:
+        count = 0
+        while not is_over.is_set():
+            assert begun(store.begin_step(f"thread-{thread}-{count}", "pay", {})).attempt == 1
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(2) as threads, sigalrm_raises() as raised:
+        working = [threads.submit(work, thread) for thread in range(2)]
+        try:
+            for number in range(300):
+                with contextlib.suppress(AlarmError):
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(0.000_01, 0.004))
+                    store.client.connection_pool.disconnect(inuse_connections=False)
+                    store.schedule_step(f"run-{number}", "pay", {})
+                    threading.Event().wait(0.005)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            is_over.set()
+        assert sum(future.result(20) for future in working) > 0
+    assert raised
+    assert wanted.schedule_step("run-after", "pay", {}).decision == "schedule"
+    begun(store.begin_step("after", "pay", {}))
+    check(bench)
+
+
+@pytest.mark.parametrize("bench", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("cancellations", [1, 2])
+@KINDS
+def test_cancellation_at_any_turn_leaves_no_half_made_connection(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, cancellations: int
+) -> None:
+    store = connect_to(kind, proxy.port, DATABASE, options(bench, Credentials(turns=10)), timeout=2)
+    plain: Any = plain_store(store)
+
+    async def main() -> int:
+        turns, finished = 0, 0
+        while finished < 3:
+            turns += 1 + turns // 15  # every turn at first; how many there are depends on the machine
+            await plain.client.connection_pool.disconnect()
+            close_idle_connections(plain)
+            task = asyncio.ensure_future(plain.schedule_step(f"cancelled-{turns}", "pay", {}))
+            for _ in range(turns):
+                await asyncio.sleep(0.000_1 if turns % 2 else 0)
+            for _ in range(cancellations):
+                task.cancel()
+                await asyncio.sleep(0)
+            try:
+                await task
+                finished += 1
+            except asyncio.CancelledError:
+                finished = 0
+            at_once = [plain.begin_step(f"run-{turns}-{number}", "pay", {}) for number in range(3)]
+            assert [begun(result).attempt for result in await asyncio.gather(*at_once)] == [1, 1, 1]
+            if turns % 5 == 0:
+                check(bench)
+        return turns
+
+    assert bench.runner is not None
+    assert bench.runner.run(main()) > 10
+    check(bench)
+    pool: Any = plain.client.connection_pool
+    assert not pool._in_use_connections
+
+
+@pytest.mark.parametrize("bench", ["asyncio"], indirect=True)
+@KINDS
+def test_slow_credential_provider_outlives_the_cancelled_call(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    store = connect_to(kind, proxy.port, DATABASE, options(bench, Credentials(seconds=0.6)), timeout=5)
+    plain: Any = plain_store(store)
+
+    async def main() -> None:
+        for number in range(3):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(plain.begin_step(f"cancelled-{number}", "pay", {}), 0.05)
+        tasks = [asyncio.ensure_future(plain.begin_step(f"run-{number}", "pay", {})) for number in range(5)]
+        await asyncio.sleep(0.05)
+        tasks[0].cancel()  # the one that connects, perhaps
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert [begun(result).attempt for result in results[1:]] == [1] * 4  # type: ignore[arg-type]
+
+    assert bench.runner is not None
+    bench.runner.run(main())
+    check(bench)
+
+
+def test_pool_is_full_again_after_interrupted_handshakes(bench: Bench, connect_to: Connect, proxy: Proxy) -> None:
+    """A pool of two connections survives ten interruptions: none of its places is lost."""
+    credentials = Credentials(seconds=0.05)
+    client: dict[str, Any] = {**options(bench, credentials), "max_connections": 2}
+    store: StepRunStore = connect_to("blocking pool", proxy.port, DATABASE, client, timeout=2)
+    for number in range(10):
+        if bench.runner is None:
+            original, armed = redis.Connection.on_connect, [True]
+
+            def on_connect(connection: Any, original: Any = original, armed: list[bool] = armed) -> None:
+                if armed.pop() if armed else False:
+                    raise Interruption
+                original(connection)
+
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("on_connect", "on_connect_check_health"):
+                    if hasattr(redis.Connection, name):
+                        patch.setattr(redis.Connection, name, lambda self, *_, **__: on_connect(self))
+                with pytest.raises(Interruption):
+                    store.schedule_step(f"cancelled-{number}", "pay", {})
+        else:
+            call = plain_store(store).schedule_step(f"cancelled-{number}", "pay", {})
+            with pytest.raises(asyncio.TimeoutError):
+                bench.runner.run(asyncio.wait_for(call, 0.02))
+    credentials.seconds = 0
+    for number in range(5):
+        assert begun(store.begin_step(f"run-{number}", "pay", {})).attempt == 1
+    check(bench)

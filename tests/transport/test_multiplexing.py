@@ -1,0 +1,265 @@
+"""On asyncio, all tasks of an event loop share one connection of the store's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from support.address import Address
+from support.backends import Bench
+from support.internals import plain_store
+from support.proxy import Fault, Proxy
+from support.records import begun
+from support.servers import wait_until
+
+from squidstep_redis import AsyncStepRunStore, OutcomeUnknownError, WaitTimeoutError
+from squidstep_redis.transport.link import Link
+from transport.conftest import Connect
+
+pytestmark = [
+    pytest.mark.servers("valkey"),
+    pytest.mark.parametrize("bench", ["asyncio"], indirect=True),
+]
+
+LARGE = {"data": b"x" * 100_000}
+
+
+@pytest.fixture
+def store(bench: Bench, connect_to: Connect, proxy: Proxy) -> AsyncStepRunStore:
+    return plain_store(connect_to("own", proxy.port, client={"client_name": bench.prefix}, timeout=5))
+
+
+def run(bench: Bench, main: Coroutine[Any, Any, Any]) -> Any:
+    assert bench.runner is not None
+    return bench.runner.run(main)
+
+
+def connected(bench: Bench) -> list[str]:
+    return [client["id"] for client in bench.backend.raw.client_list() if client["name"] == bench.prefix]
+
+
+async def begin_at_once(store: AsyncStepRunStore, name: str, count: int) -> None:
+    results = await asyncio.gather(*[store.begin_step(f"{name}-{n}", "pay", {"n": n}) for n in range(count)])
+    assert [(begun(result).attempt, begun(result).input["n"]) for result in results] == [(1, n) for n in range(count)]
+
+
+def test_hundred_tasks_use_one_connection(bench: Bench, store: AsyncStepRunStore) -> None:
+    for name in ("first", "second"):
+        run(bench, begin_at_once(store, name, 100))
+        assert len(connected(bench)) == 1
+
+
+def test_mixed_calls_and_batches_get_their_own_replies(bench: Bench, store: AsyncStepRunStore) -> None:
+    async def single(number: int) -> None:
+        await asyncio.sleep(random.uniform(0, 0.02))
+        assert begun(await store.begin_step(f"run-{number}", "pay", {"n": number})).input == {"n": number}
+        assert [each.input for each in await store.get_run(f"run-{number}")] == [{"n": number}]
+
+    async def many(number: int) -> None:
+        await asyncio.sleep(random.uniform(0, 0.02))
+        calls = [store.calls.begin_step(f"batch-{number}-{n}", "pay", {"n": n}) for n in range(20)]
+        results: list[Any] = await store.batch(calls)
+        assert [begun(result).input["n"] for result in results] == list(range(20))
+
+    async def main() -> None:
+        await asyncio.gather(*[each(number) for number in range(50) for each in (single, many)])
+
+    run(bench, main())
+    assert len(connected(bench)) == 1
+
+
+def test_cancelled_call_leaves_the_others_their_replies(bench: Bench, store: AsyncStepRunStore) -> None:
+    async def main() -> None:
+        await store.schedule_step("run", "before", {})
+        for turns in range(30):
+            tasks = [asyncio.ensure_future(store.begin_step(f"run-{turns}-{n}", "pay", {"n": n})) for n in range(20)]
+            for _ in range(turns % 10):
+                await asyncio.sleep(0)
+            cancelled = set(random.sample(range(20), 7))
+            for number in cancelled:
+                tasks[number].cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for number, result in enumerate(results):
+                if isinstance(result, BaseException):
+                    assert isinstance(result, asyncio.CancelledError)
+                    assert number in cancelled
+                else:
+                    assert begun(result).input == {"n": number}
+
+    run(bench, main())
+    assert len(connected(bench)) == 1
+
+
+def test_next_call_on_the_connection_of_a_cancelled_one_is_right(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
+) -> None:
+    async def main() -> None:
+        await store.schedule_step("run", "before", {})
+        before = connected(bench)
+        held = proxy.hold_replies(script="begin_step")
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(store.begin_step("run", "cancelled", {}), 0.1)
+        later = asyncio.ensure_future(store.begin_step("run", "later", {"n": 1}))
+        await asyncio.sleep(0.05)
+        held.set()
+        assert begun(await later).input == {"n": 1}
+        assert (await store.step_statuses("run"))["cancelled"] == "running"
+        assert connected(bench) == before
+
+    run(bench, main())
+
+
+def test_lost_connection_makes_every_pending_call_retry(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
+) -> None:
+    async def main() -> None:
+        await store.schedule_step("run", "before", {})
+        proxy.drop(3, "begin_step")  # three times, in the middle of what is under way
+        await begin_at_once(store, "run", 100)
+
+    run(bench, main())
+    wait_until(lambda: len(connected(bench)) == 1)
+
+
+def test_call_that_is_not_retried_fails_with_its_connection(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
+) -> None:
+    async def main() -> None:
+        await store.schedule_step("run", "before", {})
+        proxy.drop(1, "begin_step")
+        calls = [store.calls.begin_step(f"run-{n}", "pay", {})._replace(retryable=False) for n in range(20)]
+        results = await asyncio.gather(*map(store.send, calls), return_exceptions=True)
+        assert {type(result) for result in results} == {OutcomeUnknownError}
+
+    run(bench, main())
+
+
+class TestExclusiveConnections:
+    """Large payloads and blocking reads would delay the calls of others."""
+
+    def test_large_payload_has_a_connection_of_its_own(self, bench: Bench, store: AsyncStepRunStore) -> None:
+        async def main() -> None:
+            await store.schedule_step("run", "small", {})
+            assert len(connected(bench)) == 1
+            await store.schedule_step("run", "large", LARGE)
+            assert len(connected(bench)) == 2
+            for number in range(5):  # it is kept
+                await store.schedule_step("run", f"large-{number}", LARGE)
+            assert len(connected(bench)) == 2
+            await asyncio.gather(*[store.schedule_step("many", f"large-{number}", LARGE) for number in range(40)])
+            await asyncio.sleep(0.05)
+            assert len(connected(bench)) <= 17  # no more are kept
+
+        run(bench, main())
+
+    def test_large_payload_does_not_delay_small_calls(
+        self, bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
+    ) -> None:
+        async def main() -> None:
+            await store.schedule_step("run", "small", {})
+            held = proxy.hold_requests(script="begin_step")
+            large = asyncio.ensure_future(store.begin_step("run", "large", LARGE))
+            await asyncio.sleep(0.05)
+            began = time.monotonic()
+            await store.schedule_step("run", "other", {})
+            assert time.monotonic() - began < 1
+            assert not large.done()
+            held.set()
+            assert begun(await large).input == LARGE
+
+        run(bench, main())
+
+    def test_waiting_does_not_delay_other_calls(self, bench: Bench, store: AsyncStepRunStore) -> None:
+        async def main() -> None:
+            await store.schedule_step("run", "pay", {})
+            waiting = [asyncio.ensure_future(store.wait_for_step("run", "pay", 1)) for _ in range(5)]
+            await asyncio.sleep(0.2)
+            began = time.monotonic()
+            await begin_at_once(store, "run", 50)
+            assert time.monotonic() - began < 0.7
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert {type(result) for result in results} == {WaitTimeoutError}
+
+        run(bench, main())
+
+    def test_cancelled_large_call_closes_its_connection(
+        self, bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
+    ) -> None:
+        async def main() -> None:
+            await store.schedule_step("run", "small", {})
+            held = proxy.hold_replies(script="begin_step")
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(store.begin_step("run", "large", LARGE), 0.1)
+            held.set()
+            await store.schedule_step("run", "later", LARGE)
+            await asyncio.sleep(0.05)
+            assert len(connected(bench)) == 2
+
+        run(bench, main())
+
+
+class TestBoundedBuffers:
+    def test_calls_wait_while_the_server_reads_nothing(
+        self, bench: Bench, connect_to: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A thousand calls of 60 kB: without a bound, 60 MB would wait in the connection's buffer."""
+        largest = 0
+        flush = Link._flush  # pyright: ignore[reportPrivateUsage]
+
+        def measure(link: Link) -> None:
+            nonlocal largest
+            flush(link)
+            largest = max(largest, link._transport.get_write_buffer_size())  # pyright: ignore[reportPrivateUsage]
+
+        monkeypatch.setattr(Link, "_flush", measure)
+        with Proxy.to(bench.backend.raw) as proxy, Address(proxy.port) as address:
+            store: AsyncStepRunStore = plain_store(
+                connect_to("own", address.port, client={"socket_timeout": 20}, timeout=30)
+            )
+
+            async def main() -> None:
+                await store.schedule_step("run", "before", {})
+                address.stall()
+                payload = {"data": b"x" * 60_000}
+                tasks = [asyncio.ensure_future(store.schedule_step("run", f"{n}", payload)) for n in range(1_000)]
+                await asyncio.sleep(0.5)
+                assert not any(task.done() for task in tasks)
+                address.resume()
+                results = await asyncio.gather(*tasks)
+                assert {result.decision for result in results} == {"schedule"}
+
+            run(bench, main())
+        assert 0 < largest < 4_000_000
+
+    def test_waiting_calls_fail_at_their_deadline(self, bench: Bench, connect_to: Connect, proxy: Proxy) -> None:
+        with Address(proxy.port) as address:
+            client = {"socket_timeout": 0.4, "socket_connect_timeout": 0.2}
+            store: AsyncStepRunStore = plain_store(connect_to("own", address.port, client=client, timeout=0.8))
+
+            async def main() -> float:
+                await store.schedule_step("run", "before", {})
+                address.stall()
+                payload = {"data": b"x" * 60_000}
+                began = time.monotonic()
+                tasks = [store.schedule_step("run", f"{n}", payload) for n in range(300)]
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                assert all(isinstance(result, Exception) for result in results)
+                return time.monotonic() - began
+
+            assert run(bench, main()) < 0.8 + 0.6 + 1.5
+            address.resume()
+
+    def test_push_and_stray_replies_close_no_other_connection(
+        self, bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
+    ) -> None:
+        async def main() -> None:
+            await store.schedule_step("run", "before", {})
+            proxy.add_fault(Fault(reply=lambda reply: reply + b"+stray\r\n", script="schedule_step"))
+            await store.schedule_step("run", "stray", {})
+            await begin_at_once(store, "run", 20)
+
+        run(bench, main())
