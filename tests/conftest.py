@@ -107,7 +107,9 @@ def _is_applicable(item: pytest.Item) -> bool:
 
 
 # A module that imports one of these starts processes, servers or proxies.
-STARTERS = {"EmbeddedCluster", "EmbeddedServer", "Proxy", "demos", "multiprocessing", "pytester", "subprocess"}
+STARTERS = {
+    *("EmbeddedCluster", "EmbeddedServer", "Harness", "Proxy", "demos", "multiprocessing", "pytester", "subprocess")
+}
 
 
 # These read an index of all runs: 1,024 scripts, for which fakeredis takes half a second.

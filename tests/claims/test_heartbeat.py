@@ -52,6 +52,7 @@ def batch_sizes(worker: Worker) -> list[int]:
 
 
 class TestHeartbeat:
+    @pytest.mark.slow
     @pytest.mark.servers("fakeredis", "valkey")
     def test_claim_lives_longer_than_its_lease(self, worker: Worker, others: StepRunStore) -> None:
         lease = 3.0  # much longer than a stall of a loaded machine
@@ -151,6 +152,7 @@ class TestHeartbeat:
             held.complete({})
 
     @fakeredis_only
+    @pytest.mark.slow
     def test_failed_extension_is_retried(self, worker: Worker, others: StepRunStore) -> None:
         errors = [redis.ConnectionError("down"), redis.ResponseError("no"), OSError("no")]
 

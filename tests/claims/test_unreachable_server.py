@@ -66,6 +66,7 @@ class TestUnreachableServer:
         assert failed
 
     @fakeredis_only
+    @pytest.mark.slow
     def test_unreachable_server_raises_and_the_lease_expires(self, worker: Worker, others: StepRunStore) -> None:
         unreachable = UnreachableClient(worker.store.client, redis.ConnectionError("down"))
 

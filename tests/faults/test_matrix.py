@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import socket
@@ -87,7 +88,9 @@ def test_killed_test_run_leaves_no_process_port_or_directory(processes: str, tes
         finally:
             run.kill()
 
-    wait_until(lambda: not processes_marked(mark), timeout=30)
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not processes_marked(mark), timeout=30)
+    assert [command_line(pid) for pid in processes_marked(mark)] == []
     assert len(ports) >= 6
     assert [port for port in ports if is_open(port)] == []
     left = [path.name for path in scratch.iterdir()]
@@ -108,11 +111,16 @@ def processes_marked(mark: str) -> list[int]:
 
 def port_of(pid: int) -> int | None:
     """Returns the port in a server's command line; None if the process has none."""
+    words = command_line(pid)
+    return int(words[words.index("--port") + 1]) if "--port" in words else None
+
+
+def command_line(pid: int) -> list[str]:
+    """Returns the words of a process's command line; none if it has ended."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
-        return None
-    return int(words[words.index(b"--port") + 1]) if b"--port" in words else None
+        return []
 
 
 def is_open(port: int) -> bool:

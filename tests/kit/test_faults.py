@@ -62,6 +62,7 @@ class TestLostMessages:
 
         assert [step_run is None for step_run in seen] == [True, True, False]
 
+    @pytest.mark.slow
     def test_losing_every_reply_raises_outcome_unknown(self, kit: StepKit, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
         kit.faults.lose_reply("complete_step", times=1_000)
@@ -111,6 +112,7 @@ class TestRefusals:
 
 
 class TestServerAway:
+    @pytest.mark.slow
     def test_call_raises_not_sent_and_the_store_recovers(self, kit: StepKit, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}))
         with kit.faults.server_away():

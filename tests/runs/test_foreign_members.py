@@ -81,6 +81,7 @@ def test_own_member_names_its_run_and_step(run: str, step: str) -> None:
     assert parse_member(member_prefix(names[0]) + names[1]) == names
 
 
+@pytest.mark.slow
 class TestForeignMembers:
     @every_reader
     def test_listing_finds_the_others_and_drops_them(self, bench: Bench, store: StepRunStore, reader: str) -> None:
