@@ -114,6 +114,21 @@ class Call(NamedTuple, Generic[T]):
             raise refusal(self.run_id or "", *(text.decode(errors="backslashreplace") for text in parts[2:]))
         return self.parse(parts)
 
+    def outcome(self, reply: Any) -> T | Exception:
+        """Decodes the server's reply, or returns the error that the operation raises; an error of the server as it is.
+
+        Raises:
+            ReplyMismatchError: it is the reply to another call.
+        """
+        if isinstance(reply, Exception):
+            return reply
+        try:
+            return self.decode(reply)
+        except ReplyMismatchError:
+            raise
+        except SquidstepError as error:
+            return error
+
 
 def _deleted(run_id: str, _: str) -> SquidstepError:
     return RunDeletedError(run_id, None, "was deleted recently; nothing was written. Use a new run id")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from copy import copy
 from logging import INFO
 from typing import Any, TypeVar
@@ -26,11 +26,15 @@ T = TypeVar("T")
 class AsyncTransport(BaseTransport[AsyncConnections]):
     """Sends calls with asyncio."""
 
-    async def send(self, call: Call[T]) -> T:
+    def send(self, call: Call[T]) -> Coroutine[Any, Any, T]:
         """Sends one call, with retries; returns its result or raises its error."""
         events = self.events
-        if not (events.listeners or events.is_logged(INFO)):
-            return await self._run(driver.send(call, self.timeout, self.durability))
+        if events.listeners or events.is_logged(INFO):
+            return self._send_and_emit(call)
+        return self._run(driver.send(call, self.timeout, self.durability))
+
+    async def _send_and_emit(self, call: Call[T]) -> T:
+        events = self.events
         began = time.monotonic()
         try:
             result = await self._run(driver.send(call, self.timeout, self.durability))
@@ -111,7 +115,10 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
             action = next(steps)
             while True:
                 try:
-                    outcome = await self._perform(action, deadline)
+                    if type(action) is Execute:
+                        outcome = await self._connections().execute(action.command, action.call, deadline)
+                    else:
+                        outcome = await self._perform(action, deadline)
                 except FAILURES as error:
                     action = steps.throw(error)
                 else:
@@ -121,7 +128,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
 
     async def _perform(self, action: driver.Action, deadline: float) -> Any:
         if isinstance(action, Execute):
-            return (await self._connections().send((action.command,), action.read, deadline))[0]
+            return await self._connections().execute(action.command, action.call, deadline)
         if isinstance(action, Exchange):
             return await action.node.send(action.commands, action.read, deadline, blocks=action.blocks)
         if isinstance(action, Route):

@@ -53,6 +53,11 @@ class ClusterConnections(AsyncConnections):
             await self._initialize()
         return await self._to(self._topology.node_of(commands[0][KEY])).send(commands, read, deadline, blocks=blocks)
 
+    async def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
+        if self._client._initialize:
+            await self._initialize()
+        return await self._to(self._topology.node_of(call.keys[0])).execute(command, call, deadline)
+
     async def node_of(self, key: bytes) -> AsyncConnections:
         """Returns what sends to the node of a key."""
         await self._initialize()
@@ -171,6 +176,13 @@ class _NodeConnections(OwnConnections):
             self._topology.failed = self.node.name
             raise
 
+    async def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
+        try:
+            return await super().execute(command, call, deadline)
+        except ExchangeError:
+            self._topology.failed = self.node.name
+            raise
+
     def _template(self) -> Any:
         kwargs = {
             name: value for name, value in self.node.connection_kwargs.items() if "maint_notifications" not in name
@@ -235,6 +247,8 @@ class _BorrowedNode(AsyncConnections):
 
 class HookedCluster(ClusterConnections):
     """A cluster client whose `execute_command` has to see every single call."""
+
+    execute = AsyncConnections.execute
 
     def __init__(self, client: Any) -> None:
         super().__init__(client)

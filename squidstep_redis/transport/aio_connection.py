@@ -69,6 +69,10 @@ class AsyncConnections(ABC):
             ReplyMismatchError: raised by `read`.
         """
 
+    async def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
+        """Sends the command of one call, as `send` does; returns what `call.outcome` returns."""
+        return (await self.send((command,), lambda _, reply: call.outcome(reply), deadline))[0]
+
     async def node_of(self, key: bytes) -> AsyncConnections:
         """Returns what sends to the server of a key."""
         return self
@@ -115,12 +119,28 @@ class OwnConnections(AsyncConnections):
         link = links.shared
         if link is None or not link.is_open:
             link = await self._connect_shared(links)
-        while link.is_full:
+        while link.is_open and not link.has_room:
             await link.room()
         results = _read_all(link, await link.submit(data, len(commands), deadline), read)
         if link.is_demoted:
             links.close_idle()  # they lead to the same server
         return results
+
+    async def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
+        links = self._links()
+        link = links.shared
+        data = pack_command(command)
+        if link is None or not link.has_room or len(data) > _MAX_SHARED_BYTES:
+            return await super().execute(command, call, deadline)
+        (reply,) = await link.submit(data, 1, deadline)
+        try:
+            outcome = call.outcome(reply)
+        except ReplyMismatchError:
+            link.close()  # all replies on it are out of step
+            raise
+        if link.is_demoted:
+            links.close_idle()  # they lead to the same server
+        return outcome
 
     def close(self) -> None:
         if self._pid != os.getpid():
@@ -141,10 +161,10 @@ class OwnConnections(AsyncConnections):
 
     def _links(self) -> _Links:
         """Returns the connections of the running event loop."""
+        loop = asyncio.get_running_loop()
         if self._pid != os.getpid():
             abandoned.append(self._by_loop)
             self._by_loop, self._pid = WeakKeyDictionary(), os.getpid()
-        loop = asyncio.get_running_loop()
         links = self._by_loop.get(loop)
         if links is None:
             self._forget_closed_loops()

@@ -86,7 +86,10 @@ class BlockingTransport(BaseTransport[Connections]):
             action = next(steps)
             while True:
                 try:
-                    outcome = self._perform(action, deadline)
+                    if type(action) is Execute:
+                        outcome = self._connections().execute(action.command, action.call, deadline)
+                    else:
+                        outcome = self._perform(action, deadline)
                 except FAILURES as error:
                     action = steps.throw(error)
                 else:
@@ -96,7 +99,7 @@ class BlockingTransport(BaseTransport[Connections]):
 
     def _perform(self, action: driver.Action, deadline: float) -> Any:
         if isinstance(action, Execute):
-            return self._connections().send((action.command,), action.read, deadline)[0]
+            return self._connections().execute(action.command, action.call, deadline)
         if isinstance(action, Exchange):
             return action.node.send(action.commands, action.read, deadline)
         if isinstance(action, Route):

@@ -51,6 +51,10 @@ class Connections(ABC):
             ReplyMismatchError: raised by `read`.
         """
 
+    def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
+        """Sends the command of one call, as `send` does; returns what `call.outcome` returns."""
+        return self.send((command,), lambda _, reply: call.outcome(reply), deadline)[0]
+
     def node_of(self, key: bytes) -> Connections:
         """Returns what sends to the server of a key."""
         return self

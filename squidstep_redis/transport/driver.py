@@ -4,7 +4,7 @@ A send is a generator, like a workflow one layer up. It yields an action. A tran
 generator with the outcome, or throws in what the action raised.
 
     action                          the transport                                        the driver receives
-    Execute(command, read)          sends one command to the server of its key           what `read` returned
+    Execute(command, call)          sends the command of a call to the server of its key what `call.outcome` returned
     Exchange(node, commands, read)  sends commands to one server in one write            a list of what `read` returned
     ExchangeAll(exchanges)          performs several exchanges                           a list of replies or errors
     Route(calls)                    groups calls by server                               pairs of a node and indexes
@@ -42,10 +42,10 @@ Read = Callable[[int, Any], Any]
 
 
 class Execute(NamedTuple):
-    """Sends one command to the server of its key."""
+    """Sends the command of one call to the server of its key."""
 
     command: Command
-    read: Read
+    call: Call[Any]
 
 
 class Exchange(NamedTuple):
@@ -120,6 +120,9 @@ def send(call: Call[T], timeout: float, durability: Durability | None) -> Driver
     waits = durability if call.script.is_transition else None
     began = time.monotonic()
     try:
+        if waits is None:  # the common case
+            result = yield Execute(call.evalsha(), call)
+            return (yield from _follow(call, None, result)) if isinstance(result, Exception) else result
         return (yield from _attempt(call, waits))
     except FAILURES as error:
         return (yield from _retry(call, waits, RetryState(call, began, timeout), error))
@@ -144,13 +147,8 @@ def _pause(state: RetryState, error: Exception) -> Driver[None]:
 
 
 def _attempt(call: Call[T], durability: Durability | None) -> Driver[T]:
-    if durability is None:
-        result = yield Execute(call.evalsha(), _reader(call))
-    else:
-        result = yield from _send_once(call, call.evalsha(), durability, None)
-    if isinstance(result, Exception):
-        result = yield from _follow(call, durability, result)
-    return result
+    result = yield from _send_once(call, call.evalsha(), durability, None)
+    return (yield from _follow(call, durability, result)) if isinstance(result, Exception) else result
 
 
 def _follow(call: Call[T], durability: Durability | None, result: Any) -> Driver[T]:
@@ -182,7 +180,7 @@ def _send_once(call: Call[Any], command: Command, durability: Durability | None,
     """
     waits = batch.waits([call], durability)
     if node is None and not waits:
-        return (yield Execute(command, _reader(call)))
+        return (yield Execute(command, call))
     commands = [command, *waits]
     asked = 0
     if node is None:
@@ -268,20 +266,6 @@ def _resend(
         return (yield from _retry(call, waits, state, error))
     except SquidstepError as failure:  # each call of a batch has its own outcome
         return failure
-
-
-def _reader(call: Call[Any]) -> Read:
-    def read(_: int, reply: Any) -> Any:
-        if isinstance(reply, Exception):
-            return reply
-        try:
-            return call.decode(reply)
-        except ReplyMismatchError:
-            raise
-        except SquidstepError as error:
-            return error
-
-    return read
 
 
 def _batch_reader(calls: Sequence[Call[Any]], commands: Sequence[Command], state: RetryState) -> Read:

@@ -61,16 +61,17 @@ class Link(asyncio.Protocol):
         self.is_open = not self._transport.is_closing()
 
     @property
-    def is_full(self) -> bool:
-        """Whether exchanges have to wait until the server has read or replied more."""
-        return self.is_open and (
-            self._is_paused
-            or self._unsent_bytes >= _MAX_UNSENT_BYTES
-            or len(self._sent) + len(self._unsent) >= _MAX_PENDING
+    def has_room(self) -> bool:
+        """Whether it is open, and an exchange need not wait until the server has read or replied more."""
+        return (
+            self.is_open
+            and not self._is_paused
+            and self._unsent_bytes < _MAX_UNSENT_BYTES
+            and len(self._sent) + len(self._unsent) < _MAX_PENDING
         )
 
     async def room(self) -> None:
-        """Waits until something has changed about `is_full`."""
+        """Waits until something has changed about `has_room`."""
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
         await waiter
@@ -119,12 +120,13 @@ class Link(asyncio.Protocol):
         if not self._sent:
             self._progress_at = self._loop.time()
         self._sent.extend(pending)
-        self._transport.write(pending[0].data if len(pending) == 1 else b"".join([e.data for e in pending]))
+        self._transport.write(pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending]))
         for exchange in pending:
             exchange.data = b""
         if self._timer is None and self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self._check_progress)
-        self._wake()
+        if self._waiters:
+            self._wake()
 
     def _check_progress(self) -> None:
         """Fails all exchanges if the server has completed no reply within the timeout.
@@ -143,33 +145,34 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Matches replies with exchanges, in order."""
+        sent, gets = self._sent, self._reader.gets
         try:
             self._reader.feed(data)
-            sent, gets = self._sent, self._reader.gets
-            while True:
-                reply = gets()
-                if reply is MORE:
-                    break
-                if type(reply) is PUSH:
-                    continue
-                if isinstance(reply, ConnectionError) or not sent:
-                    self._fail(reply if isinstance(reply, ConnectionError) else ConnectionError("Unexpected reply."))
-                    return
-                if isinstance(reply, ResponseError) and is_demotion(reply):
-                    self.is_open, self.is_demoted = False, True
-                exchange = sent[0]
-                exchange.replies.append(reply)
-                if len(exchange.replies) == exchange.count:
-                    sent.popleft()
-                    if not exchange.future.done():
-                        exchange.future.set_result(exchange.replies)
+            reply = gets()
+            if reply is not MORE:
                 self._progress_at = self._loop.time()
+            while reply is not MORE:
+                if type(reply) is not PUSH:
+                    if isinstance(reply, ResponseError):
+                        if is_demotion(reply):
+                            self.is_open, self.is_demoted = False, True
+                    elif isinstance(reply, ConnectionError):
+                        return self._fail(reply)
+                    if not sent:
+                        return self._fail(ConnectionError("Unexpected reply."))
+                    exchange = sent[0]
+                    exchange.replies.append(reply)
+                    if len(exchange.replies) == exchange.count:
+                        sent.popleft()
+                        if not exchange.future.done():
+                            exchange.future.set_result(exchange.replies)
+                reply = gets()
         except InvalidResponse as error:
-            self._fail(ConnectionError(f"Protocol error: {error}"))
-            return
+            return self._fail(ConnectionError(f"Protocol error: {error}"))
         if not self.is_open:
             self.retire()
-        self._wake()
+        if self._waiters:
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fails the exchanges under way."""
@@ -185,7 +188,7 @@ class Link(asyncio.Protocol):
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiters and not self.is_full:
+        if self.has_room or not self.is_open:
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
                 if not waiter.done():
