@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import os
+import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 from weakref import ref
 
-from redis.exceptions import ResponseError, TimeoutError
+from redis.asyncio.connection import BlockingConnectionPool, ConnectionPool
+from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 from squidstep_redis.errors import ReplyMismatchError
 from squidstep_redis.protocol.call import Command
@@ -26,7 +29,7 @@ from squidstep_redis.transport.aio_connection import (
     raise_swallowed_cancellation,
 )
 from squidstep_redis.transport.client import has_plain_stream, idle_of
-from squidstep_redis.transport.pool import Borrower, get_connection
+from squidstep_redis.transport.pool import PURPOSE, behaves_as, time_left
 from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import Packed, Read
 
@@ -83,26 +86,24 @@ class PooledConnections(AsyncConnections):
             self._others.close()
 
     async def _borrow(self, deadline: float) -> Any:
+        """Takes a connection out of the pool, and connects it unless it is ready."""
         self._remove_foreign()
         try:
-            connection = await get_connection(_Borrower(self._pool, deadline, self._release_later))
-            if _has_left(connection) or is_foreign(connection, asyncio.get_running_loop()):
-                await self._reconnect(connection)
+            connection = await _take(self._pool, deadline)
+            try:
+                if not _is_quiet(connection):
+                    # A reply was left on it, or it is closed, or another thread's event loop gave it back just now.
+                    if is_foreign(connection, asyncio.get_running_loop()):
+                        abandon(connection)
+                    drop(connection)
+                    await connection.connect()
+            except BaseException:
+                drop(connection)
+                self._release_later(connection)
+                raise
         except Exception as error:
             raise ExchangeError(as_redis_error(error), sent=False) from error
         return connection
-
-    async def _reconnect(self, connection: Any) -> None:
-        """Reconnects a connection on which a reply was left, or that another thread's event loop gave back just now."""
-        try:
-            if is_foreign(connection, asyncio.get_running_loop()):
-                abandon(connection)
-            drop(connection)
-            await connection.connect()
-        except BaseException:
-            drop(connection)
-            self._release_later(connection)
-            raise
 
     def _release_later(self, connection: Any) -> None:
         """Gives a connection back to the pool in a task of its own, which a cancellation of this one leaves alone."""
@@ -156,22 +157,39 @@ def _renew_locks(pool: Any) -> None:
             setattr(pool, name, type(lock)())
 
 
-def _has_left(connection: Any) -> bool:
-    """Whether a reply was left on a connection of redis-py's: if it is an error, no call could tell it from its own."""
-    reader = getattr(connection._parser, "_reader", None)
-    has_data = getattr(reader, "has_data", None)
-    return bool(getattr(connection._reader, "_buffer", None)) or (has_data is not None and has_data())
+async def _take(pool: Any, deadline: float) -> Any:
+    """Takes a connection out of a pool: an idle one, whatever its state is, or a new one that is not connected.
+
+    Why the pool's `get_connection` is not called is explained in `pool.py`; if it is not redis-py's, it is.
+    """
+    is_blocking = behaves_as(pool, BlockingConnectionPool)
+    if behaves_as(pool, ConnectionPool) or (is_blocking and pool.can_get_connection()):
+        return pool.get_available_connection()
+    if not is_blocking:
+        return await pool.get_connection(*PURPOSE)
+    try:
+        async with pool._condition, asyncio.timeout(time_left(pool, deadline)):
+            await pool._condition.wait_for(pool.can_get_connection)
+            return pool.get_available_connection()
+    except builtins.TimeoutError:
+        raise ConnectionError("No connection available.") from None
 
 
-class _Borrower(Borrower):
-    def __init__(self, pool: Any, deadline: float, release_later: Callable[[Any], None]) -> None:
-        super().__init__(pool, deadline)
-        vars(self)["_release_later"] = release_later
+def _is_quiet(connection: Any) -> bool:
+    """Whether a connection is open in the running event loop, and no reply was left on it.
 
-    async def release(self, connection: Any) -> None:
-        """Is called by the pool if the connection could not be set up."""
-        drop(connection)
-        vars(self)["_release_later"](connection)
+    If that reply is an error, no call could tell it from its own.
+    """
+    reader = connection._reader
+    if reader is None or reader.at_eof() or is_foreign(connection, asyncio.get_running_loop()):
+        return False
+    has_data = getattr(getattr(connection._parser, "_reader", None), "has_data", None)
+    if reader._buffer or (has_data is not None and has_data()):
+        return False
+    endpoint = connection._writer.get_extra_info("socket")
+    poll = select.poll()
+    poll.register(endpoint, select.POLLIN)
+    return not poll.poll(0)
 
 
 async def exchange_on(

@@ -196,11 +196,6 @@ def idle_of(pool: Any) -> list[Any]:
     return [connection for connection in list(idle) if connection is not None]
 
 
-def follows_notifications(pool: Any) -> bool:
-    """Whether a managed service may send notifications on a pool's connections; then the pool does not check them."""
-    return hasattr(pool, "maint_notifications_enabled") and bool(pool.maint_notifications_enabled())
-
-
 def _is_plain(client: object) -> bool:
     pool: Any = getattr(client, "connection_pool", None)
     if pool is None:

@@ -21,11 +21,11 @@ from typing import Any, Final
 from redis.exceptions import AskError, RedisError, ResponseError
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
-from squidstep_redis.transport.client import follows_notifications, idle_of, own_connection, probed
+from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.handshake import open_connection
-from squidstep_redis.transport.pool import Borrower, get_connection
+from squidstep_redis.transport.pool import take
 from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
-from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
+from squidstep_redis.transport.stream import OwnStream, Packed, Read, Stream, stream_of
 
 _MAX_IDLE: Final = 16
 _FRESH_SECONDS: Final = 1.0
@@ -148,26 +148,21 @@ class OwnConnections(Connections):
             connection.close()
 
 
-class _Borrower(Borrower):
-    def release(self, connection: Any) -> None:
-        """Is called by the pool if the connection could not be set up."""
-        connection.disconnect()
-        self._pool.release(connection)
-
-
 class PooledConnections(Connections):
     """The pool of a user's client: a connection is borrowed for one exchange."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._may_be_dirty = follows_notifications(pool)  # redis-py checks the connections of all other pools
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
-        connection = self._borrow(deadline)
+        try:
+            connection = take(self._pool, deadline)
+        except RedisError as error:
+            raise ExchangeError(error, sent=False) from error
         is_reusable = False
         is_demoted = False
         try:
-            stream = stream_of(connection)
+            stream = _connected(connection)
             if stream is None:
                 results, is_demoted = _exchange(connection, commands, read)
             else:
@@ -180,16 +175,6 @@ class PooledConnections(Connections):
         if is_demoted:
             self._disconnect_idle()
         return results
-
-    def _borrow(self, deadline: float) -> Any:
-        try:
-            borrower = _Borrower(self._pool, deadline)
-            connection = get_connection(borrower)
-            if self._may_be_dirty:
-                _reconnect_if_dirty(connection, borrower)
-        except RedisError as error:
-            raise ExchangeError(error, sent=False) from error
-        return connection
 
     def _disconnect_idle(self) -> None:
         for connection in idle_of(self._pool):
@@ -233,15 +218,21 @@ def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return error
 
 
-def _reconnect_if_dirty(connection: Any, borrower: _Borrower) -> None:
-    """Reconnects a connection on which a reply was left: if it is an error, no call could tell it from its own."""
-    try:
-        if connection.can_read():
-            connection.disconnect()
-            connection.connect()
-    except BaseException:
-        borrower.release(connection)
-        raise
+def _connected(connection: Any) -> Stream | None:
+    """Connects a connection unless it is ready; returns its stream, or None if its own methods write and read it.
+
+    It is not ready if a reply was left on it: if that is an error, no call could tell it from its own.
+    """
+    if connection._sock is not None:
+        stream = stream_of(connection)
+        try:
+            if stream.is_quiet() if stream is not None else not connection.can_read():
+                return stream
+        except (RedisError, OSError):  # the server has closed it
+            pass
+        connection.disconnect()
+    open_connection(connection)
+    return stream_of(connection)
 
 
 def _exchange(connection: Any, commands: Sequence[Command], read: Read) -> tuple[list[Any], bool]:

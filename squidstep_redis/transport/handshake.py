@@ -27,6 +27,7 @@ def open_connection(connection: Any) -> Any:
         connection.connect()
         if isinstance(connection._sock, _HandshakeSocket):
             connection._sock = connection._sock.finish()
+            connection._parser.on_connect(connection)  # it had the other socket
     except BaseException as error:
         connection.disconnect()
         if isinstance(error, (RedisError, RedisClusterException)):

@@ -157,9 +157,11 @@ class Link(asyncio.Protocol):
                         if is_demotion(reply):
                             self.is_open, self.is_demoted = False, True
                     elif isinstance(reply, ConnectionError):
-                        return self._fail(reply)
+                        self._fail(reply)
+                        return
                     if not sent:
-                        return self._fail(ConnectionError("Unexpected reply."))
+                        self._fail(ConnectionError("Unexpected reply."))
+                        return
                     exchange = sent[0]
                     exchange.replies.append(reply)
                     if len(exchange.replies) == exchange.count:
@@ -168,7 +170,8 @@ class Link(asyncio.Protocol):
                             exchange.future.set_result(exchange.replies)
                 reply = gets()
         except InvalidResponse as error:
-            return self._fail(ConnectionError(f"Protocol error: {error}"))
+            self._fail(ConnectionError(f"Protocol error: {error}"))
+            return
         if not self.is_open:
             self.retire()
         if self._waiters:

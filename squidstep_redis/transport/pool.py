@@ -1,48 +1,61 @@
-"""Borrows one connection of a redis-py pool, for no longer than a call may take, and never takes it half set up."""
+"""Takes connections out of the pool of a user's client."""
 
 from __future__ import annotations
 
 import time
 from math import inf
+from queue import Empty
 from typing import Any, Final, cast
 
 import redis
+from redis.connection import BlockingConnectionPool, ConnectionPool
+from redis.exceptions import ConnectionError
 
-_PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
+PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
+"""What `get_connection` of a pool expects."""
 
 
-class Borrower:
-    """A view of a pool for one borrowed connection: the pool's own `get_connection` runs on it.
+def take(pool: Any, deadline: float) -> Any:
+    """Takes a connection out of a pool: an idle one, whatever its state is, or a new one that is not connected.
 
-    A pool of redis-py's waits for a connection as long as it is set to, whatever the call's timeout is; and it takes
-    back a connection whose set-up was interrupted as it is, possibly without credentials or on another database.
+    A pool's own `get_connection` waits as long as the pool is set to, whatever the call's timeout is. It connects, and
+    if that is interrupted, the connection goes back half set up: possibly without credentials, or on another database.
+
+    Args:
+        pool: the pool. If its `get_connection` is not redis-py's, that is called.
+        deadline: when the call's timeout ends, by the monotonic clock.
     """
+    if behaves_as(pool, ConnectionPool):
+        pool._checkpid()
+        with pool._lock:
+            idle: list[Any] = pool._available_connections
+            connection = idle.pop() if idle else pool.make_connection()
+            pool._in_use_connections.add(connection)
+        return connection
+    if behaves_as(pool, BlockingConnectionPool):
+        pool._checkpid()
+        try:
+            connection = pool.pool.get(timeout=time_left(pool, deadline))
+        except Empty:
+            raise ConnectionError("No connection available.") from None
+        if connection is None:
+            try:
+                connection = pool.make_connection()
+            finally:
+                if connection is None:
+                    pool.pool.put_nowait(None)  # otherwise the pool would lose a place
+        return connection
+    return pool.get_connection(*PURPOSE)
 
-    def __init__(self, pool: Any, deadline: float) -> None:
-        vars(self).update(_pool=pool, _deadline=deadline)
 
-    @property
-    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: a pool's methods call super()
-        return cast("Any", type(self._pool))
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that the pool waits for a connection; None: without a limit."""
-        left = max(0.0, self._deadline - time.monotonic())
-        own: float | None = self._pool.timeout
-        return own if left == inf else left if own is None else min(own, left)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._pool, name, value)
+def behaves_as(pool: Any, kind: Any) -> bool:
+    """Whether a pool gets its connections as this class of redis-py's does."""
+    actual = cast("Any", type(pool))
+    return "get_connection" not in vars(pool) and actual.get_connection is kind.get_connection
 
 
-def get_connection(borrower: Borrower) -> Any:
-    """Returns a connection of the borrower's pool; for an asyncio pool, a coroutine of it."""
-    pool = vars(borrower)["_pool"]
-    if "get_connection" in vars(pool):  # replaced on this pool
-        return pool.get_connection(*_PURPOSE)
-    kind = cast("Any", type(pool))
-    return kind.get_connection(borrower, *_PURPOSE)
+def time_left(pool: Any, deadline: float) -> float | None:
+    """Returns for how many seconds to wait for a connection of a blocking pool; None: without a limit."""
+    left = max(0.0, deadline - time.monotonic())
+    own: float | None = pool.timeout
+    return own if left == inf else left if own is None else min(own, left)

@@ -93,6 +93,14 @@ class Stream:
         except InvalidResponse as error:
             raise ExchangeError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
 
+    def is_quiet(self) -> bool:
+        """Whether it is open and nothing is left to read."""
+        if type(self._socket) is not socket.socket:  # TLS may hold bytes back
+            return not self._connection.can_read()
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not (poll.poll(0) or self.has_left())
+
     def _write(self, data: bytes, *, is_first: bool = True) -> None:
         written = self._socket.send(data) if is_first else 0
         if written < len(data):
@@ -162,12 +170,6 @@ class OwnStream(Stream):
 
     def close(self) -> None:
         self._connection.disconnect()
-
-    def is_quiet(self) -> bool:
-        """Whether it is open and nothing is left to read."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return not poll.poll(0)
 
     def _set_timeout(self, seconds: float | None) -> None:
         if not self._has_kernel_timeouts:

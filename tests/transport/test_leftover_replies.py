@@ -14,7 +14,7 @@ from support.proxy import Fault, Proxy
 from support.records import begun
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.transport.pool import get_connection
+from squidstep_redis.transport.pool import PURPOSE
 from transport.conftest import CLIENTS, Connect
 
 pytestmark = pytest.mark.servers("valkey")
@@ -80,16 +80,7 @@ def test_reply_left_by_the_user_is_discarded_with_its_connection(
 
 
 def pool_connection(client: Any) -> Any:
-    class View:
-        pass
-
-    view: Any = View()
-    vars(view)["_pool"] = client.connection_pool
-    vars(client.connection_pool).setdefault("get_connection", client.connection_pool.get_connection)
-    try:
-        return get_connection(view)
-    finally:
-        vars(client.connection_pool).pop("get_connection", None)
+    return client.connection_pool.get_connection(*PURPOSE)
 
 
 @pytest.mark.parametrize("left", LEFT)
