@@ -140,13 +140,15 @@ def _against_databases(pace: Pace, how: str, aof: str, commit: str) -> Iterator[
     for side, name, what, label in (
         ("squidstep", "source's SQL", "the source's SQL on PostgreSQL 15", _SQL),
         ("chain", "DBOS, PostgreSQL", "DBOS Transact on PostgreSQL, ten-step workflows", "DBOS Transact on PostgreSQL"),
-        ("chain", "DBOS, SQLite", "DBOS Transact on SQLite, ten-step workflows", "DBOS Transact on SQLite"),
+        ("chain", "DBOS, SQLite", "DBOS Transact on SQLite, ten-step workflows", ""),
     ):
         if name in versus.turns.seconds or name in problems:
-            key, row = f"SQL, {how}" if label == _SQL else "", f"{label}, both {how}"
-            yield versus.result(f"{how}: against {what}", side, name, BUDGETS.get(key), (row, "single"))
+            key = f"SQL, {how}" if label == _SQL else ""
+            single: Summary | None = (f"{label}, both {how}", "single") if label else None
+            batch: Summary | None = (f"{label}, both {how}", "batch") if label else None
+            yield versus.result(f"{how}: against {what}", side, name, BUDGETS.get(key), single)
             batches = f"{how}: batches of 100, against the same"
-            yield versus.result(batches, "in batches", name, BUDGETS.get(f"{key}, batch"), (row, "batch"))
+            yield versus.result(batches, "in batches", name, BUDGETS.get(f"{key}, batch"), batch)
 
 
 def durable_workers(pace: Pace) -> Iterator[Result]:

@@ -134,11 +134,11 @@ def with_performance(readme: str, results: Results) -> str:
             continue
         label, column = result.summary
         if column == "bytes":
-            memory.append(f"{result.median:.0f} bytes beyond payloads of {label} bytes")
+            memory.append(f"{result.median:.0f} beyond payloads of {label}")
         else:
             cells.setdefault(label, {})[column] = _times(result.median)
     rows = "".join(f"| {label} | {row.get('single', '-')} | {row.get('batch', '')} |\n" for label, row in cells.items())
-    sentence = f"A completed step uses {', '.join(memory)}." if memory else ""
+    sentence = f"In bytes, a completed step uses {', '.join(memory)}." if memory else ""
     section = _SECTION.format(rows=rows, memory=sentence)
     old = r"^## Performance\n.*?(?=^## |\Z)"
     changed, count = re.subn(old, lambda _: f"{section}\n", readme, flags=re.MULTILINE | re.DOTALL)
