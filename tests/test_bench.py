@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bench.measure import Budget, Pace, Result, Side, Spread, figure, measure_in_turns
+from bench.__main__ import measured
+from bench.crew import Crew, measure_crews
+from bench.measure import QUICK, Bars, Budget, Pace, Result, Side, Spread, Work, figure, measure_in_turns
 from bench.plot import plot
+from bench.report import with_performance
 
 BENCH = Path(__file__).with_name("bench")
+README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_command_prints_its_table_and_keeps_it(tmp_path: Path) -> None:
     kept, drawn = tmp_path / "results.json", tmp_path / "peers.svg"
-    written = tmp_path / "results.md"
+    written, readme = tmp_path / "results.md", tmp_path / "README.md"
+    readme.write_text(README.read_text("utf-8"), "utf-8")
     options = ["--quick", "--only", "peers", "--only", "import", "--json", kept, "--svg", drawn, "--markdown", written]
+    options += ["--readme", readme]
     ran = subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True, check=True)
     results = json.loads(kept.read_text())["results"]
     assert [line.split() for line in ran.stdout.splitlines() if line.startswith("what ")] == [
@@ -33,10 +43,11 @@ def test_the_command_prints_its_table_and_keeps_it(tmp_path: Path) -> None:
         result["what"] for result in results
     }
     rows = [line for line in written.read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(results)
+    assert len(rows) == 2 + len(results)  # a table for each row of the benchmark
     assert all(row.count(" | ") == 3 for row in rows)
     texts = [element.text for element in ElementTree.parse(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert {"squidstep_redis", "Lock + HSET"} <= set(texts)
+    assert "| redis-py's `Lock` around an `HSET` | " in readme.read_text("utf-8")
 
 
 def test_a_row_that_is_not_there_is_refused() -> None:
@@ -87,10 +98,54 @@ def test_a_figure_has_three_digits_that_count(value: float, text: str) -> None:
 
 
 def test_the_plot_puts_the_fastest_first_and_escapes_names() -> None:
-    root = ElementTree.fromstring(plot([{"panel": "a < b", "rates": {"squidstep": 10.0, "R&D": 100.0}}], "a note"))
+    panel = Bars("a < b", {"squidstep_redis": 10.0}, {"R&D": (100.0, 0.1)})
+    root = ElementTree.fromstring(plot([panel], "a note"))
     bars = [float(bar.get("width", "")) for bar in root.iter("{http://www.w3.org/2000/svg}rect") if bar.get("rx")]
     assert bars == sorted(bars, reverse=True)
     names = [
         text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("class") in ("name", "ours")
     ]
     assert names == ["R&D", "squidstep_redis"]
+
+
+def test_a_package_that_is_missing_is_named_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    (result,) = measured("uvloop", QUICK)
+    assert (result.verdict, result.note) == ("missing", "uvloop: pip install uvloop")
+
+
+def test_only_the_performance_section_of_the_readme_is_replaced() -> None:
+    before = README.read_text("utf-8")
+    found = [
+        Result("a lock", 2.345, summary=("a `Lock`", "single")),
+        Result("a lock, in batches", 45.6, summary=("a `Lock`", "batch")),
+        Result("memory", 123.4, "bytes", summary=("200", "bytes")),
+        Result("not in the README", 1),
+    ]
+    after = with_performance(before, {"row": ("", found)})
+    head, _, tail = before.partition("## Performance\n")
+    assert after.startswith(head)
+    assert after.endswith(tail[tail.index("\n## ") :])
+    assert "\n| a `Lock` | 2.35 | 46 |\n" in after
+    assert "uses 123 beyond payloads of 200." in after
+    assert with_performance(after, {"row": ("", found)}) == after
+
+
+def test_crews_take_turns_with_what_they_do(tmp_path: Path) -> None:
+    @contextlib.contextmanager
+    def worker(number: int) -> Iterator[Mapping[str, Work]]:
+        def fast(_: int) -> None:
+            time.sleep(0.001)
+
+        def slow(_: int) -> None:
+            (tmp_path / f"{number}-{os.getpid()}").touch()
+            time.sleep(0.01)
+
+        yield {"fast": fast, "slow": slow}
+
+    with Crew(2, worker) as crew:
+        found = measure_crews({"fast": (crew, "fast"), "slow": (crew, "slow")}, 0.05)
+    assert len(found.turns.seconds["fast"]) == len(found.turns.seconds["slow"]) == 5
+    assert found.turns.rate("fast") > found.turns.rate("slow")
+    assert found.slowest["slow"] >= 10
+    assert [path.name[:2] for path in sorted(tmp_path.iterdir())] == ["0-", "1-"]

@@ -22,6 +22,7 @@ from support.servers import find_binary
 
 from squidstep_redis.embedded import EmbeddedServer
 
+SERVERS = {"valkey": "Valkey", "redis-7": "Redis 7"}
 # Server options by durability, named as in the table.
 DURABILITY: dict[str, dict[str, str]] = {
     "memory": {},
@@ -40,12 +41,20 @@ def server(name: str = "valkey", durability: str = "memory") -> Iterator[Embedde
     Raises:
         MissingError: the binary is not installed.
     """
+    with EmbeddedServer(binary=find_server(name), port=0, options=DURABILITY[durability]) as started:
+        yield started
+
+
+def find_server(name: str) -> Path:
+    """Returns the path of a server binary.
+
+    Raises:
+        MissingError: it is not installed.
+    """
     try:
-        binary = find_binary(name)
+        return find_binary(name)
     except LookupError as error:
         raise MissingError(str(error)) from error
-    with EmbeddedServer(binary=binary, port=0, options=DURABILITY[durability]) as started:
-        yield started
 
 
 def connect(started: EmbeddedServer, **options: Any) -> redis.Redis:

@@ -12,10 +12,11 @@ import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 Work = Callable[[int], Any]  # executes the given number of operations
+Summary = tuple[str, Literal["single", "batch", "bytes"]]  # where the README shows a result
 
 
 class Side(NamedTuple):
@@ -158,6 +159,21 @@ class Budget(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A panel of the plot.
+
+    Attributes:
+        panel: its title.
+        ours: our rates, by label.
+        others: the other rates, by label, each with the ratio of our rate to it.
+    """
+
+    panel: str
+    ours: Mapping[str, float]
+    others: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Result:
     """One row of the table.
 
@@ -168,7 +184,9 @@ class Result:
         budget: the limit; None if there is none.
         note: absolute figures and other context.
         failed: whether the row raised an exception.
-        bars: rates by name, for the plot; None if the plot does not show this result.
+        bars: for the plot; None if the plot does not show this result.
+        summary: for the README: the row of its table, and the column "single" or "batch"; or the size of the payloads
+            in bytes, and "bytes". None if the README does not show this result.
     """
 
     what: str
@@ -177,7 +195,8 @@ class Result:
     budget: Budget | None = None
     note: str = ""
     failed: bool = False
-    bars: Mapping[str, float] | None = None
+    bars: Bars | None = None
+    summary: Summary | None = None
 
     @property
     def median(self) -> float | None:
@@ -210,7 +229,7 @@ class Result:
             "budget": str(self.budget) if self.budget else None,
             "verdict": self.verdict,
             "note": self.note,
-            "bars": self.bars,
+            "bars": asdict(self.bars) if self.bars else None,
         }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import msgpack
@@ -40,6 +40,13 @@ def new_names(count: int) -> Iterator[Name]:
         yield f"run-{number // STEPS_OF_A_RUN}", f"step-{number % STEPS_OF_A_RUN}"
 
 
+def scattered_names(count: int) -> Iterator[Name]:
+    """Yields unused pairs of run and step. Each 100 of them are in 100 runs, and each run gets ten steps."""
+    for number in itertools.islice(_numbers, count):
+        turn, run = divmod(number, BATCH)
+        yield f"wide-{turn // STEPS_OF_A_RUN}-{run}", f"step-{turn % STEPS_OF_A_RUN}"
+
+
 def own_store(client: redis.Redis | redis.RedisCluster) -> StepRunStore:
     """Returns a store with its own client, on the server of the yardstick's client."""
     if isinstance(client, redis.RedisCluster):
@@ -59,17 +66,18 @@ class Blocking:
     ) -> None:
         self.client: Any = client
         self.store = own_store(client)
+        self.users = StepRunStore(client)
         self.payload = payload
         self.names = names
         self.sha = self.client.script_load(HSET)
 
     def steps(self, count: int) -> None:
-        for run, step in self.names(count):
-            claim, _ = self.store.begin_step(run, step, self.payload, lease=LEASE)
-            self.store.complete_step(claim, self.payload)
+        self._steps(self.store, count)
 
     def steps_on_users_client(self, count: int) -> None:
-        store = StepRunStore(self.client)
+        self._steps(self.users, count)
+
+    def _steps(self, store: StepRunStore, count: int) -> None:
         for run, step in self.names(count):
             claim, _ = store.begin_step(run, step, self.payload, lease=LEASE)
             store.complete_step(claim, self.payload)
@@ -107,22 +115,30 @@ class Blocking:
 
 
 class Asyncio:
-    """The asyncio store and its yardstick, with `tasks` concurrent tasks on one pool."""
+    """A store from `from_url` (or on the cluster client), and the yardstick on redis-py's client; `tasks` at once."""
 
-    def __init__(self, runner: asyncio.Runner, url: str, tasks: int) -> None:
+    def __init__(self, runner: asyncio.Runner, url: str, tasks: int, *, is_cluster: bool = False) -> None:
+        kind: Any = redis.asyncio.RedisCluster if is_cluster else redis.asyncio.Redis
         self.runner = runner
         self.tasks = tasks
-        self.client: Any = redis.asyncio.Redis.from_url(url, protocol=2)
-        self.store = AsyncStepRunStore.from_url(url)
+        self.client: Any = kind.from_url(url, protocol=2)
+        self.store = AsyncStepRunStore(self.client) if is_cluster else AsyncStepRunStore.from_url(url)
+        self.users = AsyncStepRunStore(self.client)
         self.sha = runner.run(self.client.script_load(HSET))
 
-    def steps(self, count: int) -> None:
-        async def task(names: list[Name]) -> None:
-            for run, step in names:
-                claim, _ = await self.store.begin_step(run, step, PAYLOAD, lease=LEASE)
-                await self.store.complete_step(claim, PAYLOAD)
+    def __enter__(self) -> Asyncio:
+        return self
 
-        self._share(count, task)
+    def __exit__(self, *exc_info: object) -> None:
+        for it in (self.store, self.users):
+            self.runner.run(it.close())
+        self.runner.run(self.client.aclose())
+
+    def steps(self, count: int) -> None:
+        self._share(count, lambda names: self._steps(self.store, names))
+
+    def steps_on_users_client(self, count: int) -> None:
+        self._share(count, lambda names: self._steps(self.users, names))
 
     def yardsticks(self, count: int) -> None:
         async def task(names: list[Name]) -> None:
@@ -132,13 +148,14 @@ class Asyncio:
 
         self._share(count, task)
 
-    def _share(self, count: int, task: Callable[[list[Name]], Any]) -> None:
+    async def _steps(self, store: AsyncStepRunStore, names: list[Name]) -> None:
+        for run, step in names:
+            claim, _ = await store.begin_step(run, step, PAYLOAD, lease=LEASE)
+            await store.complete_step(claim, PAYLOAD)
+
+    def _share(self, count: int, task: Callable[[list[Name]], Coroutine[Any, Any, None]]) -> None:
         async def share() -> None:
             names = list(new_names(count))
             await asyncio.gather(*(task(names[first :: self.tasks]) for first in range(self.tasks)))
 
         self.runner.run(share())
-
-    def close(self) -> None:
-        self.runner.run(self.store.close())
-        self.runner.run(self.client.aclose())

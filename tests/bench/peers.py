@@ -74,17 +74,19 @@ def powertools(client: redis.Redis) -> Work:
 
 
 @contextlib.contextmanager
-def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
+def source_sql(url: str, synchronous_commit: str, runs: list[uuid.UUID]) -> Iterator[Work]:
     """The source's SQL on PostgreSQL: its columns, indexes and statements, each committed separately.
 
     Beginning a step inserts the row unless it exists, and reads it. Completing a step updates the row if it is running,
     and rereads it. That is four round trips of prepared statements, as with the source's driver.
+
+    Args:
+        url: of the database.
+        synchronous_commit: PostgreSQL's setting of that name.
+        runs: the runs to work on, of `source_tables`. No other connection may work on them.
     """
-    try:
-        import psycopg
-        from psycopg.types.json import Jsonb
-    except ImportError as error:
-        raise MissingError("psycopg: pip install 'psycopg[binary]'") from error
+    import psycopg
+    from psycopg.types.json import Jsonb
 
     insert = """insert into step_runs (id, run_id, step, status, input, inserted_at, updated_at)
         values (%s, %s, %s, 'running', %s, now(), now()) on conflict (run_id, step) do nothing"""
@@ -96,13 +98,12 @@ def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
 
     options = f"-c synchronous_commit={synchronous_commit}"
     with psycopg.connect(url, autocommit=True, prepare_threshold=0, options=options) as connection:
-        runs = _source_tables(connection)
         step_numbers = numbers()
 
         def steps(count: int) -> None:
             for _ in range(count):
                 number = next(step_numbers)
-                run, step = runs[number // STEPS_OF_A_RUN % _RUNS], f"step-{number % STEPS_OF_A_RUN}"
+                run, step = runs[number // STEPS_OF_A_RUN % len(runs)], f"step-{number % STEPS_OF_A_RUN}"
                 if connection.execute(insert, (uuid.uuid4(), run, step, Jsonb(PAYLOAD))).rowcount != 1:
                     raise RuntimeError(f"{run} {step} exists already")
                 row = connection.execute(read, (run, step)).fetchone()
@@ -114,8 +115,21 @@ def source_sql(url: str, synchronous_commit: str) -> Iterator[Work]:
         yield steps
 
 
+def source_tables(url: str) -> list[uuid.UUID]:
+    """Creates the source's tables, and the runs that the steps refer to; returns the runs.
+
+    Raises:
+        MissingError: psycopg is not installed.
+    """
+    try:
+        import psycopg
+    except ImportError as error:
+        raise MissingError("psycopg: pip install 'psycopg[binary]'") from error
+    with psycopg.connect(url, autocommit=True) as connection:
+        return _source_tables(connection)
+
+
 def _source_tables(connection: Any) -> list[uuid.UUID]:
-    """Creates the tables, and the runs that the steps refer to, outside the measurement."""
     connection.execute("drop table if exists step_runs, runs")
     connection.execute("create table runs (id uuid primary key)")
     connection.execute(

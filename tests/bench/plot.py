@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from bench.measure import figure
+from bench.measure import Bars, figure
 
 _WIDTH = 760
-_LABELS = 190  # space to the left of the bars
+_LABELS = 250  # space to the left of the bars
 _BAR = 22
 _STEP = 30
 _PANEL = 52  # above the first bar of a panel
@@ -24,34 +23,26 @@ text { font-size: 14px; fill: #374151 }
 .times, .note { fill: #6b7280 }
 .note { font-size: 12px }
 """
-_OURS = {
-    "squidstep": "squidstep_redis",
-    "chain": "with advance_step",
-    "in batches": "in batches of 100",
-}
 
 
-def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
-    """Draws panels of `{"panel": title, "rates": {name: steps per second}}`, each with its own scale."""
+def plot(panels: Iterable[Bars], note: str) -> str:
+    """Draws panels, each with its own scale."""
     parts: list[str] = []
     y = _TITLE
     for panel in panels:
-        rates: dict[str, float] = dict(panel["rates"])
-        unit = (_WIDTH - _LABELS - 150) / max(rates.values())
+        bars = [(name, rate, "") for name, rate in panel.ours.items()]
+        bars += [(name, rate, f"ours is {_times(ratio)}x") for name, (rate, ratio) in panel.others.items()]
+        unit = (_WIDTH - _LABELS - 150) / max(rate for _, rate, _ in bars)
         y += _PANEL
-        parts.append(f'<text class="panel" x="24" y="{y - 16}">{escape(panel["panel"])}</text>')
-        for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
-            ours = name in _OURS
+        parts.append(f'<text class="panel" x="24" y="{y - 16}">{escape(panel.panel)}</text>')
+        for name, rate, times in sorted(bars, key=lambda bar: -bar[1]):
+            kind, fill = ("name", "#9ca3af") if times else ("ours", "#0f766e")
             length = max(2, rate * unit)
             middle = y + _BAR / 2 + 5
-            label = _OURS.get(name, name)
-            parts.append(
-                f'<text class="{"ours" if ours else "name"}" x="{_LABELS - 10}" y="{middle}">{escape(label)}</text>'
-            )
-            fill = "#0f766e" if ours else "#9ca3af"
+            parts.append(f'<text class="{kind}" x="{_LABELS - 10}" y="{middle}">{escape(name)}</text>')
             parts.append(f'<rect x="{_LABELS}" y="{y}" width="{length:.1f}" height="{_BAR}" rx="3" fill="{fill}"/>')
-            times = "" if ours else f'  <tspan class="times">{_times(rates["squidstep"] / rate)}</tspan>'
-            parts.append(f'<text class="rate" x="{_LABELS + length + 8:.1f}" y="{middle}">{figure(rate)}{times}</text>')
+            label = f'{figure(rate)}  <tspan class="times">{times}</tspan>' if times else figure(rate)
+            parts.append(f'<text class="rate" x="{_LABELS + length + 8:.1f}" y="{middle}">{label}</text>')
             y += _STEP
     height = y + 44
     size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
@@ -60,7 +51,7 @@ def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{_FONTS}">',
             f"<style>{_STYLE}</style>",
             f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-            '<text class="title" x="24" y="38">Steps per second, begun and completed by one worker</text>',
+            '<text class="title" x="24" y="38">Steps per second, begun and completed</text>',
             *parts,
             f'<text class="note" x="24" y="{height - 16}">{escape(note)}</text>',
             "</svg>",
@@ -70,5 +61,4 @@ def plot(panels: Iterable[Mapping[str, Any]], note: str) -> str:
 
 
 def _times(ratio: float) -> str:
-    """The ratio as a label."""
-    return f"ours is {figure(ratio) if ratio < 10 else f'{ratio:.0f}'}x"
+    return figure(ratio) if ratio < 10 else f"{ratio:.0f}"

@@ -1,29 +1,27 @@
-"""The rows with many steps, runs, processes, nodes or live claims."""
+"""The rows with many steps, runs, processes or live claims."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
+import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import msgpack
 import redis
-from bench.databases import connect, die_with_parent, server
+from bench.budgets import BUDGETS
+from bench.crew import Crew, blocking_worker, measure_crews, processes
+from bench.databases import connect, server
 from bench.listing import RUNS, listing
-from bench.measure import Budget, Pace, Result, Side, Spread, Turns, figure, measure_in_turns
-from bench.ours import BATCH, LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
-from support.servers import EmbeddedCluster
+from bench.measure import Budget, Pace, Result, Spread, Turns, figure, measure_in_turns
+from bench.ours import LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
 
 from squidstep_redis import StepRunStore
 
-_CORES = multiprocessing.cpu_count()
-_processes = multiprocessing.get_context("fork")
+_CORES = os.cpu_count() or 1
 _LONG_RUN = "long"
 _TRIES = 5  # repetitions of a measurement without turns
 
@@ -40,14 +38,19 @@ def long_run(pace: Pace) -> Iterator[Result]:
         long = Blocking(full_client, names=in_the_long_run)
         long.batched_steps(size)
         turns = measure_in_turns(pace, {"long": long.steps, "small": Blocking(empty_client).steps})
-        yield _slowdown(f"a transition in a run of {size:,} steps, against a small store", turns, "long", "small")
+        yield _slowdown(
+            f"a transition in a run of {size:,} steps, against a small store",
+            turns,
+            "long",
+            "small",
+            BUDGETS["run of 10,000"],
+        )
         yield from _blocking(StepRunStore(full_client), full_client, size)
 
 
-def _slowdown(what: str, turns: Turns, side: str, other: str) -> Result:
+def _slowdown(what: str, turns: Turns, side: str, other: str, budget: Budget) -> Result:
     ratio = turns.times(other, side)  # a ratio of rates is the inverse ratio of times
-    note = turns.rates(side, other, "steps")
-    return Result(what, ratio, "x the time", Budget.at_most(1.3), note)
+    return Result(what, ratio, "x the time", budget, turns.rates(side, other, "steps"))
 
 
 def _blocking(store: StepRunStore, client: redis.Redis, size: int) -> Iterator[Result]:
@@ -119,14 +122,15 @@ def many_steps(pace: Pace) -> Iterator[Result]:
         }
         turns = measure_in_turns(pace, sides)
         what = f"a transition among {steps:,} steps, against an empty store"
-        yield _slowdown(f"{what}: in new runs", turns, "full", "empty")
-        yield _slowdown(f"{what}: in any of its runs", turns, "scattered", "empty")
+        budget = BUDGETS["1,000,000 steps"]
+        yield _slowdown(f"{what}: in new runs", turns, "full", "empty", budget)
+        yield _slowdown(f"{what}: in any of its runs", turns, "scattered", "empty", budget)
 
 
 def _filled(url: str, runs: int) -> None:
     """Completes all steps of `runs` runs, with one process per core."""
     workers = [
-        _processes.Process(target=_fill, args=(url, range(part, runs, _CORES)), daemon=True) for part in range(_CORES)
+        processes.Process(target=_fill, args=(url, range(part, runs, _CORES)), daemon=True) for part in range(_CORES)
     ]
     for worker in workers:
         worker.start()
@@ -143,113 +147,24 @@ def _fill(url: str, runs: range) -> None:
         ours.batched_steps(len(runs) * STEPS_OF_A_RUN)
 
 
-class Crew:
-    """Client processes that work concurrently, and report the duration of each step."""
-
-    def __init__(self, url: str, size: int) -> None:
-        self._pipes: list[Connection] = []
-        self._members = []
-        for _ in range(size):
-            pipe, end = _processes.Pipe()
-            member = _processes.Process(target=_work_along, args=(url, end), daemon=True)
-            member.start()
-            end.close()
-            self._pipes.append(pipe)
-            self._members.append(member)
-        for pipe in self._pipes:
-            pipe.recv()  # wait until it is ready
-
-    def rate(self, what: str, seconds: float) -> tuple[float, float]:
-        """Runs all processes for `seconds`. Returns steps per second, and the 99th percentile of their ms."""
-        start = time.monotonic() + 0.1
-        for pipe in self._pipes:
-            pipe.send((what, start, seconds))
-        durations = sorted(itertools.chain.from_iterable(pipe.recv() for pipe in self._pipes))
-        return len(durations) / seconds, 1_000 * durations[int(len(durations) * 0.99)]
-
-    def dismiss(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)  # closing is not enough: members started later have inherited the pipe
-        for member in self._members:
-            member.join()
-
-
-def _work_along(url: str, pipe: Connection) -> None:
-    die_with_parent()
-    with redis.Redis.from_url(url, protocol=2) as client:
-        me = multiprocessing.current_process().pid
-        numbers = itertools.count()
-
-        def names(count: int) -> Iterator[Name]:
-            for number in itertools.islice(numbers, count):
-                yield f"run-{me}-{number // STEPS_OF_A_RUN}", f"step-{number % STEPS_OF_A_RUN}"
-
-        ours = Blocking(client, names=names)
-        ours.steps(1)
-        pipe.send("ready")
-        while request := pipe.recv():
-            what, start, seconds = request
-            work = getattr(ours, what)
-            time.sleep(max(0.0, start - time.monotonic()))
-            durations = []
-            while (now := time.monotonic()) < start + seconds:
-                work(1)
-                durations.append(time.monotonic() - now)
-            pipe.send(durations)
-
-
 def many_processes(pace: Pace) -> Iterator[Result]:
     """64 client processes on one server."""
+    size = pace.of(64, minimum=4)
     with server() as started:
-        size = pace.of(64, minimum=4)
-        crew = Crew(started.url, size)
-        alone = Crew(started.url, 1)
-        seconds = max(0.1, pace.seconds / 24)
-        rounds = [
-            (crew.rate("steps", seconds), crew.rate("yardsticks", seconds), alone.rate("steps", seconds))
-            for _ in range(5)
-        ]
-        crew.dismiss()
-        alone.dismiss()
-        ours, yardstick, single = (
-            [statistics.median(measured[side][part] for measured in rounds) for part in (0, 1)] for side in range(3)
-        )
-        yield Result(
-            f"{size} processes: begin + complete, against as many yardsticks",
-            Spread.of([mine[0] / theirs[0] for mine, theirs, _ in rounds]),
-            note=f"{figure(ours[0])} against {figure(yardstick[0])} steps/s; "
-            f"99% of steps within {figure(ours[1])} against {figure(yardstick[1])} ms",
-        )
-        yield Result(
-            f"{size} processes, against one",
-            Spread.of([mine[0] / one[0] for mine, _, one in rounds]),
-            note=f"{figure(ours[0])} against {figure(single[0])} steps/s, on {_CORES} cores, the server's included",
-        )
-
-
-def cluster(pace: Pace) -> Iterator[Result]:
-    """A cluster of three nodes against one node, for one blocking client."""
-    with (
-        EmbeddedCluster() as nodes,
-        redis.RedisCluster.from_url(nodes.url, protocol=2) as cluster_client,
-        server() as one,
-        connect(one) as client,
-    ):
-        three, single = Blocking(cluster_client), Blocking(client)
-        sides = {
-            "three": three.steps,
-            "one": single.steps,
-            "yardstick": three.yardsticks,
-            "three, batch": Side(three.batched_steps, BATCH),
-            "one, batch": Side(single.batched_steps, BATCH),
-        }
-        turns = measure_in_turns(pace, sides)
-        for what, side, other in (
-            ("a cluster of three: begin + complete, against one node", "three", "one"),
-            ("a cluster of three: begin + complete, against as many yardsticks on the cluster", "three", "yardstick"),
-            ("a cluster of three: batches of 100, against one node", "three, batch", "one, batch"),
-        ):
-            yield Result(what, turns.times(side, other), note=turns.rates(side, other, "steps"))
+        worker = blocking_worker(started.url)
+        with Crew(size, worker) as crew, Crew(1, worker) as one:
+            sides = {"crew": (crew, "steps"), "yardstick": (crew, "yardsticks"), "one": (one, "steps")}
+            measured = measure_crews(sides, max(0.1, pace.seconds / 24))
+    yield Result(
+        f"{size} processes: begin + complete, against as many yardsticks",
+        measured.turns.times("crew", "yardstick"),
+        note=measured.note("crew", "yardstick"),
+    )
+    yield Result(
+        f"{size} processes, against one",
+        measured.turns.times("crew", "one"),
+        note=f"{measured.turns.rates('crew', 'one', 'steps')}, on {_CORES} cores, the server's included",
+    )
 
 
 def indexes(pace: Pace) -> Iterator[Result]:
