@@ -10,7 +10,7 @@ import select
 import time
 from collections.abc import Sequence
 from math import inf
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 from redis.asyncio.connection import BlockingConnectionPool, ConnectionPool
@@ -195,24 +195,40 @@ def _is_quiet(connection: Any) -> bool:
 async def exchange_on(
     connection: Any, commands: Sequence[Command], read: Read, deadline: float = inf
 ) -> tuple[list[Any], bool]:
-    """Sends commands on a connection of redis-py's; returns the results, and whether the server is no primary."""
-    limit = max(deadline, time.monotonic()) + (connection.socket_timeout or inf)
+    """Sends commands on a connection of redis-py's; returns the results, and whether the server is no primary.
+
+    A plain stream is written and read here, because redis-py sets a timer, and starts a task, for each step.
+    """
+    timeout: float | None = connection.socket_timeout
+    limit = max(deadline, time.monotonic()) + (timeout or inf)
     packed = Packed(commands)
     results: list[Any] = []
     is_demoted = False
+    is_plain = has_plain_stream(cast("type[object]", type(connection))) and not connection.health_check_interval
+    scope = asyncio.timeout(timeout)
     try:
-        await connection.send_packed_command(packed)
-        for index in range(len(commands)):
-            if time.monotonic() > limit:  # each reply has its own timeout; together, they have this one
-                raise TimeoutError("Timeout reading from socket")
-            try:
-                reply = await connection.read_response(disable_decoding=True)
-            except ResponseError as error:
-                reply = error
-            is_demoted = is_demoted or (isinstance(reply, ResponseError) and is_demotion(reply))
-            results.append(read(index, reply))
+        async with scope:
+            if is_plain:
+                if connection._writer.is_closing():
+                    raise ConnectionError("Connection closed by server.")
+                connection._writer.write(b"".join(packed))
+                await connection._writer.drain()
+                read_response = connection._parser.read_response
+            else:
+                await connection.send_packed_command(packed)
+                read_response = connection.read_response
+            for index in range(len(commands)):
+                if index and timeout is not None:  # each reply has its own timeout; together, they have the limit
+                    scope.reschedule(asyncio.get_running_loop().time() + min(timeout, limit - time.monotonic()))
+                try:
+                    reply = await read_response(disable_decoding=True)
+                except ResponseError as error:
+                    reply = error
+                is_demoted = is_demoted or (isinstance(reply, ResponseError) and is_demotion(reply))
+                results.append(read(index, reply))
     except ReplyMismatchError:
         raise
     except Exception as error:
-        raise ExchangeError(as_redis_error(error), sent=packed.was_taken) from error
+        cause = TimeoutError("Timeout reading from socket") if scope.expired() else as_redis_error(error)
+        raise ExchangeError(cause, sent=packed.was_taken) from error
     return results, is_demoted
