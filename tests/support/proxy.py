@@ -131,6 +131,12 @@ class Proxy:
             self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._placeholder.bind(("127.0.0.1", self.port))
 
+    def disconnect(self) -> None:
+        """Closes all connections."""
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # it is already closed
+                each.shutdown(socket.SHUT_RDWR)
+
     def heal(self) -> None:
         """Removes the pending faults."""
         self._faults.clear()
@@ -158,9 +164,7 @@ class Proxy:
         self._threads.pop(0).join()
         self._listener.close()
         self._placeholder.close()
-        for each in self._sockets:
-            with contextlib.suppress(OSError):  # it is already closed
-                each.shutdown(socket.SHUT_RDWR)
+        self.disconnect()
         for released in self._held:
             released.set()
         for thread in self._threads:
