@@ -178,6 +178,7 @@ class Proxy:
         with contextlib.suppress(OSError):  # the listener was shut down
             while True:
                 client, _ = self._listener.accept()
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # replies to a batch are sent one by one
                 server = socket.socket(socket.AF_UNIX if isinstance(self.server, str) else socket.AF_INET)
                 self._sockets += [client, server]
                 self._start(self._serve, client, server)
