@@ -73,7 +73,7 @@ class Storm:
             self.problems[f"not cancelled: {task!r}"] += 1
         elif not task.cancelled():
             self.problems[f"cancelled: {task!r}"] += 1
-        elif time.monotonic() - began > 2:  # one, and the delays of a loaded machine
+        elif time.monotonic() - began > 5:  # one, and the delays of a loaded machine
             self.problems["block left late"] += 1
 
     async def _pause(self) -> None:

@@ -46,10 +46,13 @@ class Proxy:
         commands: the commands that arrived, lost ones included, as lists of words.
         round_trips: how often a client sent commands after its last reply. A batch that is sent in several pieces
             counts as one only inside of `batches`, which waits for the last piece.
+        server: the path of a unix socket, or host and port: new connections lead there.
+        translate: changes each reply, before a fault does.
     """
 
     def __init__(self, server: str | tuple[str, int]) -> None:
-        self.server = server  # the path of a unix socket, or host and port
+        self.server = server
+        self.translate: Callable[[bytes], bytes] = bytes
         self.clear()
         self._batches: deque[int] = deque()
         self._faults: deque[Fault] = deque()
@@ -200,7 +203,7 @@ class Proxy:
                     applies = last and self._faults and self._faults[0].applies_to(command)
                     fault = self._faults.popleft() if applies else Fault()
                     server.sendall(given := fault.request(request))
-                    if given != request or not (reply := fault.reply(frame(replies))):
+                    if given != request or not (reply := fault.reply(self.translate(frame(replies)))):
                         return
                     held.append(reply)
                     if last:

@@ -31,7 +31,10 @@ each_protocol = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "hooke
 each_retry = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "hooked", "hooked, with retries"], indirect=True)
 
 SHORT = 0.05  # seconds: a call that has to fail is retried for so long
-PATIENT = {"socket_timeout": 20, "socket_connect_timeout": 20}  # on a machine that stalls, a reply that matters still arrives in time
+PATIENT = {
+    "socket_timeout": 20,
+    "socket_connect_timeout": 20,
+}  # on a machine that stalls, a reply that matters still arrives in time
 
 STRAY_REPLY = b"*3\r\n$9\r\ncompleted\r\n$1\r\n0\r\n$1\r\nx\r\n"
 

@@ -130,7 +130,14 @@ class TestTricklingServer:
 
 @pytest.mark.parametrize(
     ("kind", "batch"),
-    [("own", False), ("own", True), ("plain", False), ("plain", True), ("RESP3", False), ("hooked, with retries", False)],
+    [
+        ("own", False),
+        ("own", True),
+        ("plain", False),
+        ("plain", True),
+        ("RESP3", False),
+        ("hooked, with retries", False),
+    ],
     indirect=["kind"],
 )
 def test_hanging_server_costs_the_timeout_and_one_attempt(
