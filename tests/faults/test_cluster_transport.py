@@ -93,7 +93,7 @@ def runs_on_each(cluster: Cluster) -> list[str]:
 
 
 def new_run() -> str:
-    return f"run-{next(_numbers)}"
+    return f"transport-{next(_numbers)}"  # another module uses the same clusters
 
 
 def claim_in_run_with_all_keys(store: StepRunStore, run: str) -> StepRun:
