@@ -84,12 +84,12 @@ def slot_of(run: str) -> int:
 
 
 def runs_on_each(cluster: Cluster) -> list[str]:
-    """Returns a run that no test has used for each primary."""
+    """Returns a run that no test has used for each primary; the URL of the cluster leads to the first one."""
     runs: dict[int, str] = {}
     while len(runs) < cluster.primaries:
         run = new_run()
         runs.setdefault(cluster.nodes_of(slot_of(run))[0].port, run)
-    return list(runs.values())
+    return [runs[node.port] for node in cluster.nodes[: cluster.primaries]]
 
 
 def new_run() -> str:
