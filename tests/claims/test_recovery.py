@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from support.claims import (
     heartbeat_of,
     outcomes,
     real_server,
+    undo_timeout,
     until_extended,
 )
 from support.internals import replace_client
@@ -96,7 +98,12 @@ class TestBeginWithoutReply:
 
 @real_server
 class TestServerThatDoesNotReply:
-    """An interrupted block is entered or left within a second, and its claim is ended once the server replies."""
+    """An interrupted block is entered or left within a second, and its claim is ended once the server replies.
+
+    Most of these tests shorten the second, and all tolerate some more: without this rule, a block waits for 20 seconds.
+    """
+
+    LIMIT = 10
 
     @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), DeclinedError("timeout")], ids=repr)
     @pytest.mark.parametrize("moment", ["work", "complete"])
@@ -109,23 +116,24 @@ class TestServerThatDoesNotReply:
             server.pause()
             if moment == "work":
                 signal.raise_signal(signal.SIGUSR1)
-            threading.Timer(0.2, lambda: signal.pthread_kill(main_thread(), signal.SIGUSR1)).start()
+            threading.Timer(0.05, lambda: signal.pthread_kill(main_thread(), signal.SIGUSR1)).start()
             return {}
 
-        took = self.time_of(store, work, error)
+        with undo_timeout(0.1):
+            took = self.time_of(store, work, error)
 
-        assert took < 1.5
+        assert took < self.LIMIT
         server.resume()
         wait_until(lambda: outcomes(store) in ([Outcome.FAILED], [Outcome.COMPLETED]))
 
     def test_interrupted_entry_ends_within_a_second(self, paused: tuple[EmbeddedServer, StepRunStore]) -> None:
         server, store = paused
         server.pause()
-        threading.Timer(0.2, lambda: signal.pthread_kill(main_thread(), signal.SIGUSR1)).start()
+        threading.Timer(0.05, lambda: signal.pthread_kill(main_thread(), signal.SIGUSR1)).start()
 
         took = self.time_of(store, charge, DeclinedError("timeout"))
 
-        assert took < 1.5
+        assert took < self.LIMIT / 2
         server.resume()
         wait_until(lambda: (store.get_step_run("run", "pay") or stored(store)).status is StepStatus.PENDING)
 
@@ -134,12 +142,12 @@ class TestServerThatDoesNotReply:
     ) -> None:
         server, store = paused
         server.pause()
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
 
-        took = time.monotonic()
-        with pytest.raises(AlarmError):
+        began = time.monotonic()
+        with undo_timeout(0.1), pytest.raises(AlarmError):
             store.run_step("run", "pay", charge, {"amount": 1})
-        assert time.monotonic() - took < 1.7
+        assert time.monotonic() - began < self.LIMIT
         server.resume()
 
     def time_of(self, store: StepRunStore, work: Any, error: BaseException) -> float:
@@ -151,7 +159,7 @@ class TestServerThatDoesNotReply:
 
 @pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
 class TestExceptionAtAnyInstruction:
-    """An exception raised at the nth place where the interpreter lets one in, for each n."""
+    """An exception raised at each place where the interpreter lets one in; in a loop, during some passes."""
 
     @fakeredis_only
     @pytest.mark.parametrize("fails", [False, True])
@@ -166,17 +174,19 @@ class TestExceptionAtAnyInstruction:
                 raise ValueError("no funds")
             return {}
 
-        for number in itertools.count():
-            step = f"step-{number}"
-            with at_instruction(number, kind) as raised, contextlib.suppress(ValueError, kind):
+        def execute(step: str) -> None:
+            with contextlib.suppress(ValueError, kind):
                 worker.store.run_step("run", step, work, {}, lease=60)
-            if not raised:
-                break
+
+        execute("before")  # fills caches
+        for number in instructions(lambda: execute("without exception")):
+            step = f"step-{number}"
+            with at_instruction(number, kind) as raised:
+                execute(step)
             step_run = others.get_step_run("run", step)
             assert step_run is None or step_run.status is not StepStatus.RUNNING, raised
             assert current_claim() is None, raised
             assert signal.getsignal(signal.SIGALRM) is handler, raised
-        assert number > 100
 
         with worker.claim(lease=0.3) as claim:
             until_extended(claim.claim)
@@ -190,32 +200,34 @@ class TestExceptionAtAnyInstruction:
         monkeypatch.setattr(threading, "excepthook", lambda _: None)
         url = f"unix://{bench.backend.raw.connection_pool.connection_kwargs['path']}"
         store = StepRunStore.from_url(url, prefix=bench.prefix)
-        numbers, stop, done = itertools.count(), time.monotonic() + 4, []
+        numbers, stop, done = itertools.count(), threading.Event(), []
 
         def execute() -> None:
-            while time.monotonic() < stop:
+            while not stop.is_set():
                 with contextlib.suppress(OutsideError):
-                    while time.monotonic() < stop:
+                    while not stop.is_set():
                         store.run_step("run", f"{next(numbers)}", dict, {}, lease=60)
                         done.append(True)
 
         def execute_guarded() -> None:
-            while time.monotonic() < stop:
+            while not stop.is_set():
                 with contextlib.suppress(OutsideError):
                     execute()
 
         threads = [threading.Thread(target=execute_guarded) for _ in range(3)]
         for thread in threads:
             thread.start()
-        while time.monotonic() < stop - 0.5:
+        for _ in range(150):
             for thread in threads:
                 raise_in(thread)
                 time.sleep(0.002)
+        before = len(done)
+        wait_until(lambda: len(done) > before + 100)
+        stop.set()
         for thread in threads:
             thread.join(30)
 
         assert not any(thread.is_alive() for thread in threads)
-        assert len(done) > 100
         with store.claim_step("run", "after", {}, lease=0.5) as claim:
             until_extended(claim)
             claim.complete({})
@@ -263,12 +275,34 @@ class LosingClient:
         raise redis.TimeoutError("slow")
 
 
+EVENTS = ("call", "c_call", "c_return")  # of sys.setprofile
+
+
 def main_thread() -> int:
     return threading.main_thread().ident or 0
 
 
 def is_ours(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith("squidstep_redis")
+
+
+def instructions(run: Callable[[], None]) -> list[int]:
+    """Returns numbers for `at_instruction`: those of a run's instructions; of a loop, two passes and the last."""
+    passes: dict[Any, list[int]] = {}
+    count = itertools.count()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event in EVENTS and is_ours(frame):
+            callers = [(id(each.f_code), line) for each, line in walk_stack(frame)]
+            passes.setdefault((event, *callers), []).append(next(count))
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    assert len(passes) > 100
+    return sorted({number for numbers in passes.values() for number in (*numbers[:2], numbers[-1])})
 
 
 @contextlib.contextmanager
@@ -279,7 +313,7 @@ def at_instruction(number: int, kind: type[BaseException]) -> Iterator[list[str]
 
     def strike(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal left
-        if event in ("call", "c_call", "c_return") and is_ours(frame):
+        if event in EVENTS and is_ours(frame):
             left -= 1
             if left < 0:
                 sys.setprofile(None)

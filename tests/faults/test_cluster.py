@@ -7,12 +7,12 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from redis.crc import key_slot
+from support.internals import retry_for
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import wait_until
@@ -33,30 +33,13 @@ pytestmark = [
 _runs = (f"run-{number}" for number in itertools.count())
 
 
-@pytest.fixture(scope="module")
-def started(binary: Path) -> Iterator[Cluster]:
-    with Cluster(binary) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def unreplicated(binary: Path) -> Iterator[Cluster]:
-    """A cluster for tests that delete a slot and add it again.
-
-    The other nodes of Redis 7.0 remember the deletion. If a replica takes over such a slot later and the old primary
-    comes back, the new primary drops the slot. Then no node serves it, and the cluster stays down.
-    """
-    with Cluster(binary, replicated=False) as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def cluster(started: Cluster) -> Iterator[Cluster]:
+def cluster(replicated: Cluster) -> Iterator[Cluster]:
     """The shared cluster, with all nodes up and in sync; earlier tests may have changed the primaries."""
-    for node in started.nodes:
+    for node in replicated.nodes:
         node.start()
-    wait_until(started.is_ready, timeout=60)
-    yield started
+    wait_until(replicated.is_ready, timeout=60)
+    yield replicated
     gc.collect()  # here, where the warnings are filtered
 
 
@@ -152,7 +135,7 @@ class TestMigratingSlot:
         self, cluster: Cluster, stores: Stores, run: str, claim: StepRun, moved: list[str]
     ) -> None:
         """The server replies TRYAGAIN until the deadline."""
-        store = stores.on_cluster(cluster.url, timeout=1)
+        store = stores.on_cluster(cluster.url, timeout=0.3)
         with redis.RedisCluster.from_url(cluster.url) as client:
             before = stored_keys(client, run)
             with Migration(cluster, slot_of(run)) as migration:
@@ -198,8 +181,9 @@ class TestUnservedSlot:
         gc.collect()  # here, where the warnings are filtered
 
     def test_calls_are_rejected_and_nothing_is_written(self, cluster: Cluster, stores: Stores, run: str) -> None:
-        store = stores.on_cluster(cluster.url, timeout=1)
+        store = stores.on_cluster(cluster.url, timeout=60)
         claim = create_run_with_all_keys(run, store)
+        retry_for(store, 0.3)
         with redis.RedisCluster.from_url(cluster.url) as client:
             before = stored_keys(client, run)
             with unserved(cluster, slot_of(run)):

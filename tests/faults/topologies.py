@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 import redis
 import redis.sentinel
 from redis.crc import key_slot
+from support.proxy import Proxy
 from support.servers import EmbeddedCluster, wait_until
 
 from squidstep_redis.embedded import EmbeddedServer
@@ -118,9 +119,9 @@ class Sentinels:
 class Cluster(EmbeddedCluster):
     """A cluster of three primaries. By default each has a replica, which takes over within seconds."""
 
-    def __init__(self, binary: Path, *, replicated: bool = True) -> None:
+    def __init__(self, binary: Path, *, replicated: bool = True, spares: int = 0) -> None:
         options = {**REPLICATION, "cluster-node-timeout": "4000", "cluster-replica-validity-factor": "0"}
-        super().__init__(binary=binary, replicated=replicated, options=options)
+        super().__init__(binary=binary, replicated=replicated, spares=spares, options=options)
 
     def nodes_of(self, slot: int) -> list[EmbeddedServer]:
         """Returns the slot's primary, then its replica, according to the majority of the running nodes."""
@@ -146,6 +147,17 @@ class Cluster(EmbeddedCluster):
         wait_until(self.is_ready, timeout=30)
         assert self.nodes_of(slot)[0] is replica
 
+    def replace_primary(self, slot: int) -> EmbeddedServer:
+        """Kills a slot's primary and lets the replica take over at once, without the vote; returns the old primary."""
+        old, replica = self.nodes_of(slot)
+        with connected(old) as client:
+            client.execute_command("WAIT", 1, 5_000)
+        old.kill()
+        with connected(replica) as client:
+            client.execute_command("CLUSTER FAILOVER", "TAKEOVER")
+        self.wait_for_new_primary(slot, old)
+        return old
+
     def wait_for_new_primary(self, slot: int, old: EmbeddedServer) -> EmbeddedServer:
         """Waits until another node serves the slot and all running nodes know it; returns that node."""
 
@@ -164,12 +176,13 @@ class Cluster(EmbeddedCluster):
 class Migration:
     """A slot that moves from one primary to another, key by key, as in a resharding."""
 
-    def __init__(self, cluster: Cluster, slot: int) -> None:
+    def __init__(self, cluster: Cluster, slot: int, target: EmbeddedServer | None = None) -> None:
         self.cluster = cluster
         self.slot = slot
         self.source = cluster.nodes_of(slot)[0]
         primaries = [cluster.nodes_of(other)[0] for other in range(0, 16_384, 5_000)]
-        self.target = next(node for node in primaries if node is not self.source)
+        self.target = target or next(node for node in primaries if node is not self.source)
+        self._is_over = False
         self._ids = {node: self._id(node) for node in (self.source, self.target)}
 
     @staticmethod
@@ -193,8 +206,19 @@ class Migration:
         with connected(self.source) as client:
             client.execute_command("MIGRATE", self.target.host, self.target.port, "", 0, 5_000, "KEYS", *keys)
 
+    def cancel(self) -> None:
+        """Leaves the slot where it was; keys that have moved are lost. Only for a target that serves no slot."""
+        with connected(self.target) as client:
+            client.execute_command("FLUSHALL")
+        for node in (self.target, self.source):
+            with connected(node) as client:
+                client.execute_command("CLUSTER SETSLOT", self.slot, "STABLE")
+        self._is_over = True
+
     def finish(self) -> None:
         """Moves the remaining keys and assigns the slot on all nodes. Calling it again does nothing."""
+        if self._is_over:
+            return
         with connected(self.source) as client:
             while keys := client.execute_command("CLUSTER GETKEYSINSLOT", self.slot, 100):
                 self.move(*(key.encode() for key in keys))
@@ -202,3 +226,57 @@ class Migration:
             with connected(node) as client, contextlib.suppress(redis.ResponseError):  # a replica learns it by gossip
                 client.execute_command("CLUSTER SETSLOT", self.slot, "NODE", self._ids[self.target])
         wait_until(lambda: self.cluster.nodes_of(self.slot)[0] is self.target)
+
+
+class Fronts:
+    """Proxies of all nodes of a cluster. For clients that go through them, a node is dead once its proxy is closed.
+
+    So no test has to wait for a new cluster, and none damages one that others use.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._proxies = {node.port: Proxy((node.host, node.port)) for node in cluster.nodes}
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        """The URL of the first node."""
+        return f"redis://127.0.0.1:{self._proxies[self._cluster.nodes[0].port].port}"
+
+    def remap(self, address: tuple[str, int]) -> tuple[str, int]:
+        """Is a client's `address_remap`."""
+        host, port = address
+        return host, self._proxies[port].port if port in self._proxies else port
+
+    def _translate(self, reply: bytes) -> bytes:
+        """Remaps a redirect, because not all clients of redis-py do."""
+        if reply.startswith((b"-MOVED", b"-ASK")):
+            address, _, port = reply.rstrip().rpartition(b":")
+            return b"%s:%d\r\n" % (address, self._proxies[int(port)].port)
+        return reply
+
+    def of(self, slot: int) -> Proxy:
+        """Returns the proxy of a slot's primary."""
+        return self._proxies[self._cluster.nodes_of(slot)[0].port]
+
+    def kill(self, *slots: int) -> None:
+        """Closes the proxies of the primaries of these slots; without slots, all."""
+        for proxy in map(self.of, slots) if slots else self._proxies.values():
+            proxy.refuse()
+            proxy.disconnect()
+
+    def lead_to(self, server: EmbeddedServer) -> None:
+        """Closes all connections; new ones lead to this server, whatever the node."""
+        for proxy in self._proxies.values():
+            proxy.server = (server.host, server.port)
+            proxy.disconnect()
+
+    def __enter__(self) -> Self:
+        for proxy in self._proxies.values():
+            proxy.translate = self._translate
+            self._stack.enter_context(proxy)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()

@@ -19,24 +19,33 @@ class Address:
         accepted: how many connections were accepted.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, *, is_open: bool = True) -> None:
+        """Binds a port. Unless `is_open`, connections are refused until `open` is called."""
         self.target = target
         self.pause = 0.0
         self.accepted = 0
         self._readable = threading.Event()
         self._readable.set()
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self._is_open = is_open
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
 
     def __enter__(self) -> Self:
-        self._start(self._accept)
+        if self._is_open:
+            self.open()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.resume()
         self._close(self._listener)
         self.disconnect()
+
+    def open(self) -> None:
+        """Accepts connections from now on."""
+        self._listener.listen(200)
+        self._start(self._accept)
 
     def disconnect(self) -> None:
         """Closes all connections."""

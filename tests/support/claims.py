@@ -345,8 +345,11 @@ def short_lived_heartbeats() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undo_timeout(seconds: float) -> Iterator[None]:
-    """Sets for how long an interrupted asyncio claim waits until its acquisition is undone."""
-    with mock.patch("squidstep_redis.aio.INTERRUPTED_SECONDS", seconds):
+    """Sets for how long an interrupted claim waits until its acquisition is undone, or its failure recorded."""
+    with (
+        mock.patch("squidstep_redis.store.INTERRUPTED_SECONDS", seconds),
+        mock.patch("squidstep_redis.aio.INTERRUPTED_SECONDS", seconds),
+    ):
         yield
 
 

@@ -27,9 +27,14 @@ def call_timeout(store: Any) -> float:
     return store._transport.timeout
 
 
+def retry_for(store: Any, seconds: float) -> None:
+    """Makes a store retry its next calls for so many seconds."""
+    store._transport.timeout = seconds
+
+
 def give_up_early(store: Any, timeout: float = 0.05) -> None:
     """Makes a store retry a call for `timeout` seconds, without a reserve for the last send."""
-    store._transport.timeout = timeout
+    retry_for(store, timeout)
 
 
 def can_bypass_client(store: Any) -> bool:

@@ -46,10 +46,13 @@ class Proxy:
         commands: the commands that arrived, lost ones included, as lists of words.
         round_trips: how often a client sent commands after its last reply. A batch that is sent in several pieces
             counts as one only inside of `batches`, which waits for the last piece.
+        server: the path of a unix socket, or host and port: new connections lead there.
+        translate: changes each reply, before a fault does.
     """
 
     def __init__(self, server: str | tuple[str, int]) -> None:
-        self.server = server  # the path of a unix socket, or host and port
+        self.server = server
+        self.translate: Callable[[bytes], bytes] = bytes
         self.clear()
         self._batches: deque[int] = deque()
         self._faults: deque[Fault] = deque()
@@ -131,6 +134,12 @@ class Proxy:
             self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._placeholder.bind(("127.0.0.1", self.port))
 
+    def disconnect(self) -> None:
+        """Closes all connections."""
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # it is already closed
+                each.shutdown(socket.SHUT_RDWR)
+
     def heal(self) -> None:
         """Removes the pending faults."""
         self._faults.clear()
@@ -158,9 +167,7 @@ class Proxy:
         self._threads.pop(0).join()
         self._listener.close()
         self._placeholder.close()
-        for each in self._sockets:
-            with contextlib.suppress(OSError):  # it is already closed
-                each.shutdown(socket.SHUT_RDWR)
+        self.disconnect()
         for released in self._held:
             released.set()
         for thread in self._threads:
@@ -174,6 +181,7 @@ class Proxy:
         with contextlib.suppress(OSError):  # the listener was shut down
             while True:
                 client, _ = self._listener.accept()
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # replies to a batch are sent one by one
                 server = socket.socket(socket.AF_UNIX if isinstance(self.server, str) else socket.AF_INET)
                 self._sockets += [client, server]
                 self._start(self._serve, client, server)
@@ -195,7 +203,7 @@ class Proxy:
                     applies = last and self._faults and self._faults[0].applies_to(command)
                     fault = self._faults.popleft() if applies else Fault()
                     server.sendall(given := fault.request(request))
-                    if given != request or not (reply := fault.reply(frame(replies))):
+                    if given != request or not (reply := fault.reply(self.translate(frame(replies)))):
                         return
                     held.append(reply)
                     if last:

@@ -86,7 +86,7 @@ def _executable_copy(binary: Path) -> Path:
 
 
 class EmbeddedCluster:
-    """A cluster on loopback ports during the `with` block: primaries, and optionally a replica of each.
+    """A cluster on loopback ports during the `with` block: primaries, optionally a replica of each, and spare nodes.
 
     It takes a little over two seconds to start: every version waits that long before a primary becomes writable, and
     no option changes this.
@@ -97,6 +97,7 @@ class EmbeddedCluster:
         *,
         nodes: int = 3,
         replicated: bool = False,
+        spares: int = 0,
         binary: str | os.PathLike[str] | None = None,
         options: Mapping[str, str] = {},
     ) -> None:
@@ -105,6 +106,7 @@ class EmbeddedCluster:
         Args:
             nodes: How many primaries share the slots.
             replicated: Whether each primary has a replica.
+            spares: How many further primaries have no slots, so that clients do not know them.
             binary: The server binary, as for `EmbeddedServer`.
             options: Further configuration of every node.
         """
@@ -117,9 +119,11 @@ class EmbeddedCluster:
             "repl-diskless-sync-delay": "0",
             **options,
         }
-        self.primaries = nodes  # the first nodes; each of the others replicates one of them
-        count = nodes * (2 if replicated else 1)
+        self.primaries = nodes  # the first nodes; then their replicas, in the same order
+        self._replicated = replicated
+        count = nodes * (2 if replicated else 1) + spares
         self.nodes = [EmbeddedServer(binary=binary, options=config, port=0) for _ in range(count)]
+        self.spares = self.nodes[count - spares :]
         self._stack = contextlib.ExitStack()
 
     @property
@@ -146,7 +150,7 @@ class EmbeddedCluster:
             "cluster_known_nodes": str(len(self.nodes)),
             "cluster_size": str(self.primaries),
         }
-        copies = len(self.nodes) // self.primaries  # of each range of slots
+        copies = 2 if self._replicated else 1  # of each range of slots
         return all(
             expected.items() <= client.execute_command("CLUSTER INFO").items()
             and client.info("replication").get("master_link_status", "up") == "up"
@@ -167,8 +171,8 @@ class EmbeddedCluster:
             for other in self.nodes[:index]:
                 client.execute_command("CLUSTER MEET", other.host, other.port)
         for index, client in enumerate(self._clients()):
-            if index >= self.primaries:
-                primary = ids[index % self.primaries]
+            if self._replicated and self.primaries <= index < 2 * self.primaries:
+                primary = ids[index - self.primaries]
                 wait_until(lambda client=client, primary=primary: _has_met(client, primary), timeout=30)
                 client.execute_command("CLUSTER REPLICATE", primary)
         wait_until(self.is_ready, timeout=30)

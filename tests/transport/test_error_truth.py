@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from typing import Any
 
 import pytest
 from support.backends import Bench
+from support.internals import retry_for
 from support.proxy import Fault, Proxy
 from support.records import begun
 
@@ -24,6 +24,17 @@ from squidstep_redis import (
 from transport.conftest import Connect
 
 pytestmark = pytest.mark.servers("valkey")
+
+# The three ways to send, and the protocols and retries of redis-py that have a share in what is known about a call.
+each_way = pytest.mark.parametrize("kind", ["own", "plain", "hooked"], indirect=True)
+each_protocol = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "hooked"], indirect=True)
+each_retry = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "hooked", "hooked, with retries"], indirect=True)
+
+SHORT = 0.05  # seconds: a call that has to fail is retried for so long
+PATIENT = {
+    "socket_timeout": 20,
+    "socket_connect_timeout": 20,
+}  # on a machine that stalls, a reply that matters still arrives in time
 
 STRAY_REPLY = b"*3\r\n$9\r\ncompleted\r\n$1\r\n0\r\n$1\r\nx\r\n"
 
@@ -50,25 +61,26 @@ def batch(request: pytest.FixtureRequest) -> bool:
 
 
 class TestNotSent:
+    @each_way
     def test_closed_port_is_not_sent(self, connect_to: Connect, kind: str, batch: bool) -> None:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
-            store = connect_to(kind, bound.getsockname()[1], timeout=0.2)
+            store = connect_to(kind, bound.getsockname()[1], timeout=SHORT)
             error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
         assert type(error) is NotSentError
         assert "nothing was sent" in str(error)
 
+    @each_protocol
     def test_server_gone_between_two_calls_is_not_sent(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
     ) -> None:
         """The idle connection was closed: where that shows before the call is sent, nothing is."""
-        store = connect_to(kind, proxy.port, timeout=0.3)
+        store = connect_to(kind, proxy.port, client=PATIENT)
         store.schedule_step("run", "before", {})
+        retry_for(store, SHORT)
         arrived = len(proxy.commands)
         proxy.refuse()
-        for connection in proxy._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        proxy.disconnect()
         if bench.runner is not None:
             bench.runner.run(asyncio.sleep(0.01))  # lets the event loop notice
         error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
@@ -78,8 +90,9 @@ class TestNotSent:
         else:
             assert type(error) is NotSentError
 
+    @each_way
     def test_wrong_password_is_refused(self, connect_to: Connect, proxy: Proxy, kind: str, batch: bool) -> None:
-        store = connect_to(kind, proxy.port, client={"username": "nobody", "password": "wrong"}, timeout=0.3)
+        store = connect_to(kind, proxy.port, client={"username": "nobody", "password": "wrong", **PATIENT})
         error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
         assert type(error) is RefusedError
         assert not error.transient
@@ -87,30 +100,33 @@ class TestNotSent:
 
 
 class TestOutcomeUnknown:
+    @each_retry
     def test_lost_reply_of_a_lost_server_is_unknown(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
     ) -> None:
         """The server executed the call. The attempts after that cannot connect, which changes nothing about it."""
-        store = connect_to(kind, proxy.port, timeout=0.3)
+        store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT)
         proxy.refuse_after_reply("begin_step")
         error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
         assert type(error) is OutcomeUnknownError
         assert bench.store().step_statuses("run") == {"pay": "running"}
 
+    @each_way
     def test_half_received_command_is_unknown(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, known: None
     ) -> None:
-        store = connect_to(kind, proxy.port, timeout=0.3)
+        store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT)
         proxy.tear(100, "begin_step")
         error = error_of(store, store.calls.begin_step("run", "pay", {}), batch=False)
         assert type(error) is OutcomeUnknownError
         assert bench.store().step_statuses("run") == {}
 
+    @each_way
     def test_resend_of_an_unknown_call_stays_unknown(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
     ) -> None:
         """The second send alone would be certain: nothing is sent, or the server refuses."""
-        store = connect_to(kind, proxy.port, timeout=0.3)
+        store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT)
         proxy.refuse_after_reply("begin_step")
         first = error_of(store, store.calls.begin_step("run", "pay", {}), batch=False)
         assert isinstance(first, OutcomeUnknownError)
@@ -118,17 +134,18 @@ class TestOutcomeUnknown:
         again = error_of(store, first.call, batch)
         assert type(again) is OutcomeUnknownError
         with Proxy.to(bench.backend.raw) as other:
-            refusing = connect_to(kind, other.port, timeout=0.3)
+            refusing = connect_to(kind, other.port, client=PATIENT, timeout=SHORT)
             refuse(other, "OOM", "begin_step")
             refused = error_of(refusing, first.call, batch)
         assert type(refused) is OutcomeUnknownError
         assert "no reply to an earlier attempt" in str(refused)
         assert begun(bench.store().send(first.call)).attempt == 1
 
+    @each_way
     def test_resend_of_a_mismatched_call_stays_unknown(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, known: None
     ) -> None:
-        store = connect_to(kind, proxy.port, timeout=0.2)
+        store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT)
         proxy.replace_replies(*[STRAY_REPLY] * 1_000)
         error = error_of(store, store.calls.begin_step("run", "pay", {}), batch=False)
         assert isinstance(error, ReplyMismatchError)
@@ -144,34 +161,43 @@ class TestOutcomeUnknown:
         self, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, known: None
     ) -> None:
         """The primary has executed it; only its replicas are missing."""
-        store = connect_to(kind, proxy.port, timeout=0.2, wait_replicas=1, wait_timeout=0.01)
+        store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT, wait_replicas=1, wait_timeout=0.01)
         error = error_of(store, store.calls.begin_step("run", "pay", {}), batch)
         assert type(error) is NotReplicatedError
         assert error.call is not None
         proxy.refuse()
         store.close() if kind == "own" else None
-        plain = connect_to(kind, proxy.port, timeout=0.2)
+        plain = connect_to(kind, proxy.port, timeout=SHORT)
         assert type(error_of(plain, error.call, batch)) is OutcomeUnknownError
 
 
+# What a word means does not depend on how it arrived, with two exceptions: an error of its own class in redis-py, and
+# that of a server that is no primary any more, after which connections are closed.
+REFUSALS = [
+    *(("own", word) for word in ("OOM", "READONLY", "MASTERDOWN", "NOPERM", "LOADING", "BUSY", "MISCONF")),
+    *((kind, word) for kind in ("plain", "RESP3", "hooked") for word in ("NOPERM", "READONLY")),
+]
+
+
 class TestRefused:
-    @pytest.mark.parametrize("word", ["OOM", "READONLY", "MASTERDOWN", "NOPERM", "LOADING", "BUSY", "MISCONF"])
+    @pytest.mark.parametrize(("kind", "word"), REFUSALS, indirect=["kind"])
     def test_refusals_alone_leave_the_outcome_known(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, batch: bool, word: str, known: None
     ) -> None:
-        store = connect_to(kind, proxy.port, timeout=0.2, client={"socket_timeout": 3})
+        store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT)
         refuse(proxy, word, "get_step_run")
         error = error_of(store, store.calls.get_step_run("run", "pay"), batch)
         assert type(error) is RefusedError
         assert "nothing was written" in str(error)
 
+    @each_way
     def test_command_that_fails_within_a_script_is_unknown(
         self, bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
     ) -> None:
         """An ACL may forbid a command of the script, after which other commands of it have written."""
         raw = bench.backend.raw
         raw.execute_command(f"ACL SETUSER halfway reset on >secret ~{bench.prefix}:* +@all -zadd")
-        store = connect_to(kind, proxy.port, client={"username": "halfway", "password": "secret"}, timeout=0.3)
+        store = connect_to(kind, proxy.port, client={"username": "halfway", "password": "secret", **PATIENT})
         claim = begun(bench.store().begin_step("run", "pay", {}))
         error = error_of(store, store.calls.complete_step(claim, {}), batch=False)
         raw.execute_command("ACL DELUSER halfway")
