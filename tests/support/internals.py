@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from redis.exceptions import RedisError
@@ -19,7 +19,10 @@ from squidstep_redis.transport.aio_connection import AsyncConnections
 from squidstep_redis.transport.base import as_it_is
 from squidstep_redis.transport.client import ClientHooks
 from squidstep_redis.transport.connection import Connections
+from squidstep_redis.transport.driver import Exchange, ExchangeAll, Execute
 from squidstep_redis.transport.retry import ExchangeError
+
+S = TypeVar("S")
 
 
 def call_timeout(store: Any) -> float:
@@ -100,6 +103,19 @@ def shorten_pauses(monkeypatch: Any, longest: float) -> None:
 def end_retries(state: Any, timeout: float) -> None:
     """Replaces the deadline of a call in progress."""
     state._timeout = timeout
+
+
+def counting(kind: type[S], count: Callable[[], None]) -> type[S]:
+    """Returns a kind of store that calls `count` whenever it sends a call or a batch, also if it sends it again."""
+    base: Any = kind
+
+    class Transport(base._transport_type):  # type: ignore[misc]
+        def _perform(self, action: Any, deadline: float) -> Any:
+            if isinstance(action, (Execute, Exchange, ExchangeAll)):
+                count()
+            return super()._perform(action, deadline)
+
+    return type(kind.__name__, (kind,), {"_transport_type": Transport})
 
 
 def idle_packers() -> deque[Any]:
