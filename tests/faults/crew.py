@@ -344,7 +344,7 @@ async def _work_asyncio(url: str, log: Log, seed: int, own_connections: bool) ->
     await asyncio.gather(*(run(actor) for actor in _actors(store.calls, log, seed)))
 
 
-def end_worker(log: Log, error: Exception) -> None:
+def end_worker(log: Log, error: BaseException) -> None:
     """Ends the worker after an error in an actor, which is a bug in the soak; the soak notices the end."""
     log.write("error", f"{log.path.stem} ended unexpectedly: {error!r}")
     os._exit(1)

@@ -118,6 +118,29 @@ def counting(kind: type[S], count: Callable[[], None]) -> type[S]:
     return type(kind.__name__, (kind,), {"_transport_type": Transport})
 
 
+def log_calls(store: Any, logged: Callable[[Any], Any]) -> None:
+    """Lets everything that an asyncio store sends, also in the background, pass through a context manager.
+
+    Args:
+        store: the store.
+        logged: returns a context manager, given the calls; the results are added to the list that it yields.
+    """
+    kind = type(store._transport)
+
+    class Transport(kind):  # type: ignore[misc, valid-type]
+        async def send(self, call: Any) -> Any:
+            with logged([call]) as results:
+                results.append(await super().send(call))
+                return results[0]
+
+        async def send_batch(self, calls: Any) -> Any:
+            with logged(calls) as results:
+                results.extend(await super().send_batch(calls))
+                return results
+
+    store._transport.__class__ = Transport
+
+
 def idle_packers() -> deque[Any]:
     """Returns the idle packers of the default codec."""
     return codec._packers
