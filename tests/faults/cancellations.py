@@ -32,8 +32,11 @@ from squidstep_redis import (
     StepRunNotFoundError,
 )
 
-from .crew import ACTORS, GENERATION, PREFIX, RUNS, STEPS, Log, Request, count_send, end_worker, set_up_process
+from .crew import ACTORS, GENERATION, PREFIX, STEPS, Log, Request, count_send, end_worker, set_up_process
 
+RUNS: Final = (
+    6  # per generation: with more calls on each step, the checker could not try all orders of those without a reply
+)
 TASKS: Final = 16  # at once, per worker
 CANCELLATIONS: Final = (0, 0, 0, 0, 0, 0, 0, 1, 1, 2)  # of one task
 VALUES: Final = 1_000_000
