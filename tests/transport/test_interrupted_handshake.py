@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -221,6 +222,61 @@ def test_slow_credential_provider_outlives_the_cancelled_call(
 
     assert bench.runner is not None
     bench.runner.run(main())
+    check(bench)
+
+
+# A signal is pending when redis-py packs a command that has a number in it. Its handler raises.
+PACKS_UNDER_A_SIGNAL = """
+import ctypes, functools, operator, signal, sys
+import hiredis, redis
+from squidstep_redis.transport.handshake import open_connection
+
+class Stopped(Exception):
+    pass
+
+def stop(*_):
+    raise Stopped
+
+def pack(words, original=hiredis.pack_command):
+    if words[0] != b"SELECT":
+        return original(words)
+    arrive = functools.partial(ctypes.CDLL(None)["raise"], int(signal.SIGUSR1))
+    return list(map(operator.call, [arrive, functools.partial(original, words)]))[1]
+
+signal.signal(signal.SIGUSR1, stop)
+hiredis.pack_command = pack
+try:
+    open_connection(redis.Redis(port=int(sys.argv[1]), db=3, protocol=2).connection_pool.make_connection())
+except Stopped:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+def test_signal_while_a_number_is_packed_crashes_nothing(bench: Bench, proxy: Proxy) -> None:
+    command = [sys.executable, "-c", PACKS_UNDER_A_SIGNAL, str(proxy.port)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (child.returncode, child.stdout) == (0, "stopped\n"), child.stderr
+
+
+@pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+def test_alarm_is_raised_after_the_handshake(bench: Bench, connect_to: Connect, proxy: Proxy) -> None:
+    """It would leave locks of other modules held: with RESP3, redis-py's handshake takes that of `logging`."""
+    finished: list[bool] = []
+
+    class AlarmingCredentials(Credentials):
+        def get_credentials(self) -> tuple[str, str]:
+            if not finished:
+                signal.raise_signal(signal.SIGALRM)
+                finished.append(True)
+            return super().get_credentials()
+
+    store = connect_to("own", proxy.port, DATABASE, options(bench, AlarmingCredentials()), timeout=2)
+    with sigalrm_raises(), pytest.raises(AlarmError):
+        store.schedule_step("run", "pay", {})
+    assert finished == [True]
+    begun(store.begin_step("run", "ship", {}))
     check(bench)
 
 
