@@ -110,12 +110,27 @@ def counting(kind: type[S], count: Callable[[], None]) -> type[S]:
     base: Any = kind
 
     class Transport(base._transport_type):  # type: ignore[misc]
-        def _perform(self, action: Any, deadline: float) -> Any:
-            if isinstance(action, (Execute, Exchange, ExchangeAll)):
-                count()
-            return super()._perform(action, deadline)
+        def _run(self, steps: Any) -> Any:
+            return super()._run(_counted(steps, count))
 
     return type(kind.__name__, (kind,), {"_transport_type": Transport})
+
+
+def _counted(steps: Any, count: Callable[[], None]) -> Any:
+    """Passes on the actions of a driver, and counts those that send something."""
+    try:
+        action = next(steps)
+        while True:
+            if isinstance(action, (Execute, Exchange, ExchangeAll)):
+                count()
+            try:
+                outcome = yield action
+            except Exception as error:  # noqa: BLE001 -- the driver decides which errors it handles
+                action = steps.throw(error)
+            else:
+                action = steps.send(outcome)
+    except StopIteration as end:
+        return end.value
 
 
 def log_calls(store: Any, logged: Callable[[Any], Any]) -> None:
