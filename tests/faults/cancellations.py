@@ -34,9 +34,7 @@ from squidstep_redis import (
 
 from .crew import ACTORS, GENERATION, PREFIX, STEPS, Log, Request, count_send, end_worker, set_up_process
 
-RUNS: Final = (
-    6  # per generation: with more calls on each step, the checker could not try all orders of those without a reply
-)
+RUNS: Final = 6  # per generation; with fewer, each step has too many calls without a reply for the checker
 TASKS: Final = 16  # at once, per worker
 CANCELLATIONS: Final = (0, 0, 0, 0, 0, 0, 0, 1, 1, 2)  # of one task
 VALUES: Final = 1_000_000
@@ -120,14 +118,17 @@ class Actor:
     async def run(self, generation: int) -> None:
         """Works until the generation is over."""
         while generation == int(time.time() / GENERATION):
-            task = asyncio.create_task(self._deliver(generation))
+            task, is_cancelled = asyncio.create_task(self._deliver(generation)), False
             for _ in range(self.dice.choice(CANCELLATIONS)):
                 await self._pause()
                 if task.cancel():
+                    is_cancelled = True
                     self.log.write("cancelled")
             await asyncio.wait([task])
             if not task.cancelled():
                 task.result()
+                if is_cancelled:
+                    self.log.write("error", f"{task!r} has swallowed its cancellation")
 
     async def _pause(self) -> None:
         if self.dice.random() < 0.5:
