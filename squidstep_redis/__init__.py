@@ -13,6 +13,7 @@ _NAMES = {
     "doctor.checks": ("Level",),
     "doctor.examine": ("Diagnosis", "Finding"),
     "errors": (
+        "BatchError",
         "CorruptRunError",
         "InvalidArgumentError",
         "NewerFormatError",

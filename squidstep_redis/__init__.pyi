@@ -19,6 +19,9 @@ from squidstep_redis.doctor.examine import (
     Finding as Finding,
 )
 from squidstep_redis.errors import (
+    BatchError as BatchError,
+)
+from squidstep_redis.errors import (
     CorruptRunError as CorruptRunError,
 )
 from squidstep_redis.errors import (

@@ -17,6 +17,7 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── CorruptRunError           the stored data is corrupt; nothing was written
     │   └── NewerFormatError          a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
+    ├── BatchError                batch with raise_errors: a call failed; it holds all results and errors
     └── ServerError               the server or the connection failed; __cause__ is redis-py's error
         ├── NotSentError              could not connect; nothing was sent
         ├── RefusedError              the server refused; nothing was written
@@ -234,6 +235,34 @@ class UndecodablePayloadError(SquidstepError):
 
     def __str__(self) -> str:
         return f"{_where(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}"
+
+
+@_error
+class BatchError(SquidstepError):
+    """At least one call of a batch failed. The calls are independent, so the others took effect.
+
+    The first error is the `__cause__`. Each error says what its own call wrote.
+
+    Attributes:
+        results: for each call, in order, its result or its error.
+    """
+
+    results: list[Any]
+
+    @property
+    def errors(self) -> list[Exception]:
+        """The errors alone, in the order of their calls."""
+        return [result for result in self.results if isinstance(result, Exception)]
+
+    def __str__(self) -> str:
+        first, failed, total = self.errors[0], len(self.errors), len(self.results)
+        unknown = sum(isinstance(error, OutcomeUnknownError) for error in self.errors)
+        return (
+            f"batch: {failed} of {total} calls failed. The first is results[{self.results.index(first)}], "
+            f"{type(first).__name__}: {str(first).rstrip('.')}. {total - failed} succeeded, {failed - unknown} wrote "
+            f"nothing, and {unknown} may have taken effect. Handle each of the errors; re-sending the same calls is "
+            "safe, because each takes effect once"
+        )
 
 
 @_error

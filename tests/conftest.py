@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
 from support.servers import find_binary
+from support.storm_length import StormLength
 
 from squidstep_redis import StepRunStore
 
@@ -47,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "with -m quick fakeredis alone. A server that is named and missing is an error.",
     )
     parser.addoption("--soak-seconds", default=300, type=int, help="how long -m soak lasts")
+    parser.addoption("--storm-seconds", default=0, type=float, help="how long each storm lasts; 0: its short form")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -93,6 +95,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _is_quick(item):
             item.add_marker("quick")
+        if isinstance(item, pytest.Function) and "storm_length" in item.fixturenames:
+            item.add_marker("storm")
 
 
 def _parameters(item: pytest.Item) -> dict[str, object]:
@@ -135,6 +139,12 @@ def _names_in(item: pytest.Function) -> set[str]:
         if inspect.isfunction(helper):
             names |= set(helper.__code__.co_names)
     return names
+
+
+@pytest.fixture
+def storm_length(request: pytest.FixtureRequest) -> StormLength:
+    """How long a test that interrupts calls at random moments lasts."""
+    return StormLength(request.config.getoption("--storm-seconds"))
 
 
 # Servers and stores

@@ -116,6 +116,7 @@ def calls_and_batches(store: StepRunStore) -> None:
     assert_type(begin, Call[BeginResult])
     assert_type(store.send(begin), BeginResult)
     assert_type(store.batch([begin, begin]), list[BeginResult | Exception])
+    assert_type(store.batch([begin, begin], raise_errors=True), list[BeginResult])
     assert_type(store.queue(object(), begin).result([]), BeginResult)
 
 
@@ -124,6 +125,9 @@ async def asyncio_store(store: AsyncStepRunStore) -> None:
     assert_type(result, BeginResult)
     assert_type(await store.complete_step(result.step_run, {}), StepRun)
     assert_type(await store.failed_steps(), list[StepRun])
+    begin = store.calls.begin_step("run", "pay", {})
+    assert_type(await store.batch([begin]), list[BeginResult | Exception])
+    assert_type(await store.batch([begin], raise_errors=True), list[BeginResult])
     assert_type(await store.runs(), RunPage)
     async with AsyncStepRunStore.from_url("redis://localhost") as own:
         assert_type(own, AsyncStepRunStore)
@@ -160,4 +164,5 @@ def mixed_batch(store: StepRunStore, claim: StepRun) -> None:
     calls = [store.calls.complete_step(claim, {}), store.calls.completed_steps("run")]
     assert_type(store.batch(calls), list[StepRun | list[str] | Exception])
     mixed = store.batch([*calls, store.calls.begin_step("run", "step", {})])
-    assert_type(mixed, list[StepRun | list[str] | BeginResult | Exception])
+    assert_type(mixed, list[StepRun | list[str] | BeginResult | Exception])  # to mypy: list[Any]
+    assert_type(store.batch(calls, raise_errors=True), list[StepRun | list[str]])

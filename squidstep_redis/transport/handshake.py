@@ -8,6 +8,7 @@ from typing import Any
 
 from redis.exceptions import RedisClusterException, RedisError
 
+from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.retry import ExchangeError
 
 
@@ -17,17 +18,22 @@ def open_connection(connection: Any) -> Any:
     An interruption between two steps of its handshake leaves a connection that looks ready but has another database or
     no credentials: it is closed. A server that trickles bytes does not prolong the timeout of a reply.
 
+    SIGALRM is deferred. With RESP3, redis-py asks for a logger, and an exception there could leave logging's lock held.
+
     Raises:
         ExchangeError: it could not be connected; nothing was sent.
     """
-    connect, timeout = connection._connect, connection.socket_timeout
-    if timeout is not None:
-        connection._connect = lambda: _HandshakeSocket(connect(), timeout)
+    connect, timeout, packer = connection._connect, connection.socket_timeout, connection._command_packer
+    deferred = defer_sigalrm()
     try:
-        connection.connect()
-        if isinstance(connection._sock, _HandshakeSocket):
-            connection._sock = connection._sock.finish()
-            connection._parser.on_connect(connection)  # it had the other socket
+        with deferred:
+            if timeout is not None:
+                connection._connect = lambda: _HandshakeSocket(connect(), timeout)
+            connection._command_packer = _Packer(packer)
+            connection.connect()
+            if isinstance(connection._sock, _HandshakeSocket):
+                connection._sock = connection._sock.finish()
+                connection._parser.on_connect(connection)  # it had the other socket
     except BaseException as error:
         connection.disconnect()
         if isinstance(error, (RedisError, RedisClusterException)):
@@ -36,7 +42,19 @@ def open_connection(connection: Any) -> Any:
     finally:
         attributes: dict[str, Any] = connection.__dict__
         attributes.pop("_connect", None)  # a cycle of references would outlive the connection
+        attributes["_command_packer"] = packer
     return connection
+
+
+class _Packer:
+    """Packs no numbers: hiredis crashes the process if a signal handler raises while it formats one."""
+
+    def __init__(self, packer: Any) -> None:
+        self._packer = packer
+
+    def pack(self, *words: Any) -> Any:
+        """Returns what redis-py's packer returns."""
+        return self._packer.pack(*[str(word) if isinstance(word, int) else word for word in words])
 
 
 class _HandshakeSocket:

@@ -15,6 +15,7 @@ import pytest
 from support.asyncio_stores import either_kind, embedded, opened
 from support.backends import Backend
 from support.claims import DeclinedError, until
+from support.storm_length import StormLength
 
 from squidstep_redis import AsyncClaim, AsyncStepRunStore, StepStatus
 
@@ -123,11 +124,6 @@ def brew(name: str, kind: str, seconds: float, seed: int) -> None:
 
 
 @either_kind
-def test_short_storm_leaves_no_claim_and_no_task(backend: Backend, kind: str) -> None:
-    brew(backend.name, kind, 1, seed=1)
-
-
-@pytest.mark.soak
-@either_kind
-def test_storm_leaves_no_claim_and_no_task(backend: Backend, kind: str) -> None:
-    brew(backend.name, kind, 40, seed=int.from_bytes(os.urandom(4), "big"))
+def test_storm_leaves_no_claim_and_no_task(backend: Backend, kind: str, storm_length: StormLength) -> None:
+    seed = int.from_bytes(os.urandom(4), "big") if storm_length.least else 1
+    brew(backend.name, kind, storm_length.seconds(1), seed)

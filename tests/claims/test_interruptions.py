@@ -27,6 +27,7 @@ from support.internals import replace_client
 from support.interruptions import SignalingClient, sigusr1_raises
 from support.proxy import Fault, Proxy
 from support.records import begun, stored
+from support.storm_length import StormLength
 
 from squidstep_redis import (
     AsyncStepRunStore,
@@ -151,7 +152,9 @@ class TestInterruptedAcquisition:
         self.check_that_no_claim_is_left(others)
 
     @asyncio_only
-    def test_cancellation_at_any_point_leaves_no_running_step(self, worker: Worker, others: StepRunStore) -> None:
+    def test_cancellation_at_any_point_leaves_no_running_step(
+        self, worker: Worker, others: StepRunStore, storm_length: StormLength
+    ) -> None:
         store: AsyncStepRunStore = worker.plain_store
         executed: list[str] = []
 
@@ -160,10 +163,10 @@ class TestInterruptedAcquisition:
             return {}
 
         async def main() -> None:
-            for steps in range(40):
-                step = f"step-{steps}"
+            for number in storm_length.rounds(40):
+                step = f"step-{number}"
                 task = asyncio.create_task(store.run_step("run", step, work, {"step": step}))
-                for _ in range(steps):
+                for _ in range(number % 40):
                     await asyncio.sleep(0)
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -30,6 +30,7 @@ from support.internals import idle_connections
 from support.interruptions import AlarmError
 from support.records import begun, stored
 from support.servers import wait_until
+from support.storm_length import StormLength
 
 from squidstep_redis import (
     MsgpackCodec,
@@ -238,23 +239,29 @@ class TestAlarmDuringAClaim:
 
     @real_server
     def test_7000_alarms_corrupt_nothing_and_leak_no_connection(
-        self, bench: Bench, others: StepRunStore, alarms: list[int], no_garbage_is_collected: None
+        self,
+        bench: Bench,
+        others: StepRunStore,
+        alarms: list[int],
+        no_garbage_is_collected: None,
+        storm_length: StormLength,
     ) -> None:
         dice = random.Random(7_000)
         path = bench.backend.raw.connection_pool.connection_kwargs["path"]
         outputs: dict[int, dict[str, Any]] = {}
         with connected(bench, f"unix://{path}", client_name=bench.prefix) as worker:
-            for number in range(7_000):
+            for number in storm_length.rounds(7_000):
                 with contextlib.suppress(AlarmError):
                     signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.000_01, 0.000_8))
                     input = {"number": number}
                     outputs[number] = worker.store.run_step(f"run-{number % 100}", f"{number}", dict, input, lease=0.5)
                     wait_until(lambda: len(alarms) > number)  # noqa: B023 -- called immediately
-            assert len(alarms) == 7_000
+            total = len(alarms)
+            assert total == number + 1
 
             found = {int(each.step): each for run in range(100) for each in others.get_run(f"run-{run}")}
             assert [each for each in found.values() if each.status is StepStatus.RUNNING] == []
-            interrupted = [number for number in range(7_000) if number not in outputs]
+            interrupted = [number for number in range(total) if number not in outputs]
             assert len(interrupted) > 500
             assert all(outputs[number] == {"number": number} == found[number].output for number in outputs)
             for number in interrupted[::10]:

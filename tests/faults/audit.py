@@ -139,6 +139,8 @@ class Audit:
         for event, *rest in log.read():
             if event == "error":
                 self.verdict.errors += rest
+            elif event == "cancelled":
+                self.verdict.counts["tasks cancelled"] += 1
             elif event == "sent":
                 number, when, requests = rest
                 log.sent[number] = when, requests

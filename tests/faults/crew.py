@@ -17,14 +17,14 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import redis
-import redis.asyncio
+from support.internals import counting
 
 from squidstep_redis import (
     AsyncStepRunStore,
@@ -74,20 +74,9 @@ class Request(NamedTuple):
 _sends: ContextVar[int] = ContextVar("sends", default=0)  # of the current actor; a retried call is sent more than once
 
 
-class Connection(redis.Connection):
-    """Counts the commands it sends."""
-
-    def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
-        _sends.set(_sends.get() + 1)
-        super().send_packed_command(*args, **kwargs)
-
-
-class AsyncConnection(redis.asyncio.Connection):
-    """Counts the commands it sends."""
-
-    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
-        _sends.set(_sends.get() + 1)
-        await super().send_packed_command(*args, **kwargs)
+def count_send() -> None:
+    """Counts a call or a batch that a store sends for the current actor."""
+    _sends.set(_sends.get() + 1)
 
 
 @dataclass
@@ -107,13 +96,22 @@ class Log:
         """Makes calls in one round trip and logs them before and after; returns their results."""
         if not requests:
             return []
+        received = self.sent(requests)
+        results = yield [request.call for request in requests]
+        received(results)
+        return results
+
+    def sent(self, requests: Sequence[Request]) -> Callable[[Sequence[Any]], None]:
+        """Logs calls that are about to be sent; returns the function that logs their results."""
         number, sends = next(self._numbers), _sends.get()
         self.write("sent", number, time.time(), [request[1:] for request in requests])
-        results = yield [request.call for request in requests]
-        when = time.time()
-        replies = [self._reply(*each) for each in zip(requests, results, strict=True)]
-        self.write("received", number, when, replies, _sends.get() - sends > 1)
-        return results
+
+        def received(results: Sequence[Any]) -> None:
+            when = time.time()
+            replies = [self._reply(*each) for each in zip(requests, results, strict=True)]
+            self.write("received", number, when, replies, _sends.get() - sends > 1)
+
+        return received
 
     def _reply(self, request: Request, result: Any) -> list[Any] | None:
         try:
@@ -126,6 +124,8 @@ class Log:
 def reply_of(request: Request, result: Any) -> list[Any] | None:
     """Returns a result as the history records it; None if the outcome is unknown."""
     match result:
+        case asyncio.CancelledError():
+            return None
         case Exception():
             return _reply_of_error(result)
         case BeginResult():
@@ -270,26 +270,36 @@ class Actor:
 # A worker's process
 
 
-def work(url: str, log: Path, seed: int, kind: str, lua: str | None) -> None:
+def work(url: str, log: Path, seed: int, number: int, lua: str | None) -> None:
     """Runs a worker's process until it is killed or its parent ends."""
+    set_up_process(lua)
+    own_connections = number % 3 > 0  # the others use the client's pool
+    if number % 2:
+        asyncio.run(_work_asyncio(url, Log(log), seed, own_connections))
+    else:
+        _work_blocking(url, Log(log), seed, own_connections)
+
+
+def set_up_process(lua: str | None) -> None:
+    """Prepares a worker's process, which ends with its parent.
+
+    Args:
+        lua: a directory of scripts to use instead of the package's: those of a mutant.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.nice(5)  # below the processes that kill and check
-    if lua is not None:  # the scripts of a mutant
+    if lua is not None:
         scripts.directory = lambda: Path(lua)
-    if kind == "asyncio":
-        asyncio.run(_work_asyncio(url, Log(log), seed))
-    else:
-        _work_blocking(url, Log(log), seed)
 
 
 def _actors(calls: Calls, log: Log, seed: int) -> list[Actor]:
     return [Actor(calls, log, random.Random(seed + number), log.path.stem, number) for number in range(ACTORS)]
 
 
-def _work_blocking(url: str, log: Log, seed: int) -> None:
-    store = StepRunStore.from_url(url, prefix=PREFIX, connection_class=Connection)
+def _work_blocking(url: str, log: Log, seed: int, own_connections: bool) -> None:
+    store = counting(StepRunStore, count_send).from_url(url, prefix=PREFIX, own_connections=own_connections)
 
     def send(calls: list[Call[Any]]) -> list[Any]:
         try:
@@ -304,7 +314,7 @@ def _work_blocking(url: str, log: Log, seed: int) -> None:
                 effect = routine.send(result)
                 result = send(effect) if isinstance(effect, list) else time.sleep(effect)
         except Exception as error:  # noqa: BLE001 -- it is logged
-            _end_worker(log, error)
+            end_worker(log, error)
 
     threads = [threading.Thread(target=run, args=(actor,), daemon=True) for actor in _actors(store.calls, log, seed)]
     for thread in threads:
@@ -313,8 +323,8 @@ def _work_blocking(url: str, log: Log, seed: int) -> None:
         thread.join()
 
 
-async def _work_asyncio(url: str, log: Log, seed: int) -> None:
-    store = AsyncStepRunStore.from_url(url, prefix=PREFIX, connection_class=AsyncConnection)
+async def _work_asyncio(url: str, log: Log, seed: int, own_connections: bool) -> None:
+    store = counting(AsyncStepRunStore, count_send).from_url(url, prefix=PREFIX, own_connections=own_connections)
 
     async def send(calls: list[Call[Any]]) -> list[Any]:
         try:
@@ -329,12 +339,12 @@ async def _work_asyncio(url: str, log: Log, seed: int) -> None:
                 effect = routine.send(result)
                 result = await (send(effect) if isinstance(effect, list) else asyncio.sleep(effect))
         except Exception as error:  # noqa: BLE001 -- it is logged
-            _end_worker(log, error)
+            end_worker(log, error)
 
     await asyncio.gather(*(run(actor) for actor in _actors(store.calls, log, seed)))
 
 
-def _end_worker(log: Log, error: Exception) -> None:
+def end_worker(log: Log, error: BaseException) -> None:
     """Ends the worker after an error in an actor, which is a bug in the soak; the soak notices the end."""
     log.write("error", f"{log.path.stem} ended unexpectedly: {error!r}")
     os._exit(1)
@@ -356,6 +366,7 @@ class Crew:
     dice: random.Random
     lua: Path | None = None
     size: int = 6
+    target: Callable[..., None] = work
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
@@ -374,9 +385,9 @@ class Crew:
         number = next(self._numbers)
         log = self.logs / f"w{number}.log"
         _append(log, "started", int(time.time() / GENERATION), ACTORS)
-        kind, url = ("blocking", "asyncio")[number % 2], self.urls[number // 2 % len(self.urls)]
-        args = (url, log, self.dice.randrange(1 << 32), kind, self.lua and str(self.lua))
-        worker = PROCESSES.Process(target=work, args=args, name=log.stem, daemon=True)
+        url = self.urls[number // 2 % len(self.urls)]
+        args = (url, log, self.dice.randrange(1 << 32), number, self.lua and str(self.lua))
+        worker = PROCESSES.Process(target=self.target, args=args, name=log.stem, daemon=True)
         worker.start()
         self._workers[log] = worker
 

@@ -23,11 +23,12 @@ class Relay:
     """Forwards connections to a server.
 
     Attributes:
+        server: the address to which new connections lead; existing ones stay where they are.
         port: the loopback port that clients connect to.
     """
 
     def __init__(self, server: tuple[str, int], dice: random.Random) -> None:
-        self._server = server
+        self.server = server
         self._dice = dice
         self._replies_to_lose: deque[None] = deque()
         self._request_faults: deque[Callable[[socket.socket, socket.socket, bytes], None]] = deque()
@@ -80,7 +81,7 @@ class Relay:
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
         try:
-            server = socket.create_connection(self._server)
+            server = socket.create_connection(self.server)
         except OSError:  # the server is down
             client.close()
             return

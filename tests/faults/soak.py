@@ -1,7 +1,7 @@
 """Workers of both stores execute the same few steps, while faults hit the workers, the network and the server.
 
-This module injects the faults and makes the report. `crew.py` has the workers, `relay.py` the network, `audit.py` the
-checks.
+This module injects the faults and makes the report. `crew.py` and `cancellations.py` have the workers, `relay.py` the
+network, `audit.py` the checks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import redis
 
 from squidstep_redis.embedded import EmbeddedServer
 
+from . import cancellations
 from .audit import Verdict, audit
 from .crew import PROCESSES, Crew
 from .relay import Relay
+from .topologies import Pair, connected
 
 PAUSE: Final = (0, 0.12)  # seconds between two faults: least and most
 MIN_OPERATIONS: Final = 2_000  # a shorter history proves nothing
@@ -79,6 +81,10 @@ def auditing(*args: Any) -> Iterator[Any]:
             process.join()
 
 
+Actions = dict[str, tuple[int, Callable[[], object]]]
+"""The faults, each with its weight and with what injects it."""
+
+
 def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = None, seed: int = 0) -> Report:
     """Injects faults while a crew works, until the time is over or the audit finds a wrong result.
 
@@ -93,51 +99,122 @@ def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = No
     """
     dice = random.Random(seed)
     options = {"appendonly": "yes", "appendfsync": "always"}  # everysec can delay a write while the disk is busy
-    logs = directory / "logs"
-    logs.mkdir(parents=True)
+    logs = _make_logs(directory)
     with (
         EmbeddedServer(binary=binary, options=options, port=0) as server,
         Relay((server.host, server.port), dice) as relay,
         redis.Redis.from_url(server.url) as client,
         auditing(logs, server.url, lua and str(lua)) as auditor,
     ):
-        faults = Counter[str]()
-        began = time.monotonic()
-        with Crew((server.url, f"redis://127.0.0.1:{relay.port}/0"), logs, dice, lua) as crew:
+        crew = Crew((server.url, f"redis://127.0.0.1:{relay.port}/0"), logs, dice, lua)
 
-            def restart() -> None:
-                server.kill()
-                server.start()
+        def restart() -> None:
+            server.kill()
+            server.start()
 
-            def pause() -> None:
-                server.pause()
-                time.sleep(dice.uniform(0, 0.2))
-                server.resume()
+        actions: Actions = {
+            "workers killed": (6, crew.kill_one),
+            **_network_faults(relay, dice),
+            "scripts flushed": (4, client.script_flush),
+            "server killed and restarted": (2, restart),
+            "server paused": (2, lambda: _pause(server, dice)),
+        }
+        return _run(seconds, crew, actions, auditor)
 
-            actions: dict[str, tuple[int, Callable[[], object]]] = {  # each with its weight
-                "workers killed": (6, crew.kill_one),
-                "replies lost": (24, lambda: relay.lose_replies(dice.choice((1, 1, 3)))),
-                "requests lost": (3, relay.lose_request),
-                "requests late": (3, relay.delay_request),
-                "scripts flushed": (4, client.script_flush),
-                "server killed and restarted": (2, restart),
-                "server paused": (2, pause),
+
+def soak_of_cancellations(
+    seconds: float,
+    directory: Path,
+    *,
+    binary: Path,
+    lua: Path | None = None,
+    target: Callable[..., None] = cancellations.work,
+    seed: int = 0,
+) -> Report:
+    """The same for asyncio workers whose tasks are cancelled, while the primary changes behind one address.
+
+    Args:
+        seconds: the length of the soak.
+        directory: where the workers write their logs.
+        binary: the server binary.
+        lua: a directory of scripts to use instead of the package's; None: the package's.
+        target: what a worker's process runs.
+        seed: the seed of the random faults.
+    """
+    dice = random.Random(seed)
+    logs = _make_logs(directory)
+    with Pair(binary) as pair, Relay((pair.primary.host, pair.primary.port), dice) as relay:
+        address = f"redis://127.0.0.1:{relay.port}/0"
+        with auditing(logs, address, lua and str(lua)) as auditor:
+            crew = Crew((address,), logs, dice, lua, size=4, target=target)
+
+            def lead_to(server: EmbeddedServer) -> None:
+                relay.server = (server.host, server.port)
+
+            def demote() -> None:
+                pair.change_roles(lead_to, dice.uniform(0, 0.2), moves_first=dice.random() < 0.5)
+
+            def kill_connections() -> None:
+                with connected(pair.primary) as admin:
+                    ids = [each["id"] for each in admin.client_list(_type="normal") if each["cmd"] != "client|list"]
+                    for killed in dice.sample(ids, min(len(ids), dice.choice((1, 1, 2, 4)))):
+                        admin.client_kill_filter(_id=killed)
+
+            def flush_scripts() -> None:
+                with connected(pair.primary) as admin:
+                    admin.script_flush()
+
+            actions: Actions = {
+                "workers killed": (2, crew.kill_one),
+                **_network_faults(relay, dice),
+                "connections killed": (16, kill_connections),
+                "primaries demoted": (6, demote),
+                "scripts flushed": (4, flush_scripts),
+                "server paused": (2, lambda: _pause(pair.primary, dice)),
             }
-            weights = [weight for weight, _ in actions.values()]
-            while time.monotonic() - began < seconds + 60 * (_count_operations(logs) < MIN_OPERATIONS):
-                if auditor.poll(dice.uniform(*PAUSE)):
-                    auditor.recv()
-                    break
-                name = dice.choices(list(actions), weights)[0]
-                actions[name][1]()
-                faults[name] += 1
-            if ended := crew.unexpected_ends():
-                raise AssertionError(f"{ended} ended unexpectedly")
-        lasted = time.monotonic() - began
-        auditor.send("finish")
-        while not isinstance(verdict := auditor.recv(), Verdict):
-            pass
+            return _run(seconds, crew, actions, auditor)
+
+
+def _run(seconds: float, crew: Crew, actions: Actions, auditor: Any) -> Report:
+    faults = Counter[str]()
+    dice, logs = crew.dice, crew.logs
+    began = time.monotonic()
+    with crew:
+        weights = [weight for weight, _ in actions.values()]
+        while time.monotonic() - began < seconds + 60 * (_count_operations(logs) < MIN_OPERATIONS):
+            if auditor.poll(dice.uniform(*PAUSE)):
+                auditor.recv()
+                break
+            name = dice.choices(list(actions), weights)[0]
+            actions[name][1]()
+            faults[name] += 1
+        ended = crew.unexpected_ends()
+    lasted = time.monotonic() - began
+    auditor.send("finish")
+    while not isinstance(verdict := auditor.recv(), Verdict):
+        pass
+    verdict.errors += [f"{worker} ended unexpectedly" for worker in ended]
     return Report(lasted, time.monotonic() - began - lasted, verdict, faults)
+
+
+def _make_logs(directory: Path) -> Path:
+    logs = directory / "logs"
+    logs.mkdir(parents=True)
+    return logs
+
+
+def _network_faults(relay: Relay, dice: random.Random) -> Actions:
+    return {
+        "replies lost": (24, lambda: relay.lose_replies(dice.choice((1, 1, 3)))),
+        "requests lost": (3, relay.lose_request),
+        "requests late": (3, relay.delay_request),
+    }
+
+
+def _pause(server: EmbeddedServer, dice: random.Random) -> None:
+    server.pause()
+    time.sleep(dice.uniform(0, 0.2))
+    server.resume()
 
 
 def _count_operations(logs: Path) -> float:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from support.servers import find_binary, wait_until
 
 from squidstep_redis.protocol import scripts
 
-from .soak import Report, soak
+from .broken import DEFECTS, with_defect
+from .soak import Report, soak, soak_of_cancellations
 
 
 class Mutant(NamedTuple):
@@ -151,9 +152,22 @@ def test_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
         report = soak(5, tmp_path / str(seed), binary=binary, seed=seed)
         assert_linearizable(report)
         counts += report.verdict.counts + report.faults
-        if not missing(counts):
+        if not missing(counts, GENERAL):
             break
-    assert not missing(counts)
+    assert not missing(counts, GENERAL)
+
+
+@pytest.mark.servers("valkey", "redis-7", "redis-6")
+@pytest.mark.timeout(900)
+def test_short_soak_of_cancellations_is_linearizable(binary: Path, tmp_path: Path) -> None:
+    counts = Counter[str]()
+    for seed in range(4):
+        report = soak_of_cancellations(10, tmp_path / str(seed), binary=binary, seed=seed)
+        assert_linearizable(report)
+        counts += report.verdict.counts + report.faults
+        if not missing(counts, CANCELLATIONS):
+            break
+    assert not missing(counts, CANCELLATIONS)
 
 
 def test_killed_soak_leaves_no_process(tmp_path: Path) -> None:
@@ -186,7 +200,28 @@ def test_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureReques
     report = soak(request.config.getoption("--soak-seconds"), tmp_path, binary=find_binary("valkey"), seed=1)
     say("", *report.lines())
     assert_linearizable(report)
-    assert not missing(report.verdict.counts + report.faults)
+    assert not missing(report.verdict.counts + report.faults, GENERAL)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_long_soak_of_cancellations_is_linearizable(
+    tmp_path: Path, request: pytest.FixtureRequest, say: Callable[..., None]
+) -> None:
+    seconds = request.config.getoption("--soak-seconds")
+    report = soak_of_cancellations(seconds, tmp_path, binary=find_binary("valkey"), seed=1)
+    say("", *report.lines())
+    assert_linearizable(report)
+    assert not missing(report.verdict.counts + report.faults, CANCELLATIONS)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_broken_transport_is_caught(defect: str, tmp_path: Path, say: Callable[..., None]) -> None:
+    report = soak_of_cancellations(120, tmp_path, binary=find_binary("valkey"), target=with_defect(defect))
+    assert report.problems
+    say(f" {report.seconds:.1f} s: {report.problems[0][:200]}")
 
 
 @pytest.mark.soak
@@ -220,16 +255,21 @@ def assert_linearizable(report: Report) -> None:
     assert (report.problems, report.verdict.findings.undecided, report.verdict.errors) == ([], [], [])
 
 
-def missing(counts: Counter[str]) -> list[str]:
-    """Returns the kinds of events that did not occur; without them a soak proves nothing."""
-    expected = ["begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "begin: superseded"]
-    expected += ["complete: done", "complete: stale", "fail: stale", "extend: stale", "release: stale", "expire: done"]
-    expected += [
-        "takeovers",
-        "replies never received",
-        "sent more than once",
-        "zombies rejected",
-        "completions found at the end",
-    ]
-    expected += ["workers killed", "replies lost", "server killed and restarted"]
+# Without these kinds of events, a soak proves nothing.
+BOTH = ("begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "complete: done", "fail: stale")
+BOTH = (*BOTH, "extend: stale", "takeovers", "zombies rejected", "replies never received", "sent more than once")
+BOTH = (*BOTH, "completions found at the end", "workers killed", "replies lost")
+GENERAL = (
+    *BOTH,
+    "begin: superseded",
+    "complete: stale",
+    "release: stale",
+    "expire: done",
+    "server killed and restarted",
+)
+CANCELLATIONS = (*BOTH, "tasks cancelled", "extend: done", "release: done", "connections killed", "primaries demoted")
+
+
+def missing(counts: Counter[str], expected: Sequence[str]) -> list[str]:
+    """Returns the kinds of events that did not occur."""
     return [name for name in expected if not counts[name]]

@@ -1,9 +1,10 @@
-"""Servers that fail over: a master with two replicas and three sentinels, and a cluster of six nodes."""
+"""Servers that fail over: a primary and a replica, a master with sentinels, and a cluster of six nodes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -38,6 +39,65 @@ def replicate(replica: EmbeddedServer, master: EmbeddedServer) -> None:
     with connected(replica) as client:
         client.execute_command("REPLICAOF", master.host, master.port)
         wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=30)
+
+
+class Pair:
+    """A primary and its replica, which run during the `with` block and can change roles without losing a write.
+
+    Clients that stay connected to the demoted server get MASTERDOWN or READONLY, and no data that is out of date.
+
+    Attributes:
+        primary: the server that accepts writes.
+        replica: the other one.
+    """
+
+    def __init__(self, binary: Path) -> None:
+        options = {**REPLICATION, "replica-serve-stale-data": "no"}
+        self.primary, self.replica = (EmbeddedServer(binary=binary, port=0, options=options) for _ in range(2))
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for server in (self.primary, self.replica):
+                stack.enter_context(server)
+            replicate(self.replica, self.primary)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def change_roles(self, lead_to: Callable[[EmbeddedServer], None], seconds: float, *, moves_first: bool) -> None:
+        """Promotes the replica, and demotes the primary.
+
+        Args:
+            lead_to: lets new connections lead to a server.
+            seconds: for how long the demoted server keeps its connections.
+            moves_first: whether new connections lead to the promoted server meanwhile. Then the calls on the old ones
+                get MASTERDOWN. Otherwise all connections lead to the demoted server, and calls get READONLY.
+        """
+        with connected(self.primary) as demoted, connected(self.replica) as promoted:
+            demoted.client_pause(60_000, all=False)
+            wait_until(lambda: _offset(demoted, "master") == _offset(promoted, "slave"))
+            promoted.replicaof("NO", "ONE")
+            if moves_first:
+                demoted.replicaof("127.0.0.1", 1)
+                lead_to(self.replica)
+            else:
+                demoted.replicaof(self.replica.host, self.replica.port)
+            demoted.client_unpause()
+            time.sleep(seconds)
+            demoted.client_pause(60_000, all=False)  # from now on, what the demoted server has is out of date
+            lead_to(self.replica)
+            demoted.client_kill_filter(_type="normal", skipme=True)
+            demoted.client_unpause()
+            demoted.replicaof(self.replica.host, self.replica.port)
+            wait_until(lambda: demoted.info("replication")["master_link_status"] == "up", timeout=30)
+        self.primary, self.replica = self.replica, self.primary
+
+
+def _offset(client: Any, role: str) -> int:
+    return client.info("replication")[f"{role}_repl_offset"]
 
 
 class Sentinels:

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from redis.exceptions import RedisError
@@ -19,7 +19,10 @@ from squidstep_redis.transport.aio_connection import AsyncConnections
 from squidstep_redis.transport.base import as_it_is
 from squidstep_redis.transport.client import ClientHooks
 from squidstep_redis.transport.connection import Connections
+from squidstep_redis.transport.driver import Exchange, ExchangeAll, Execute
 from squidstep_redis.transport.retry import ExchangeError
+
+S = TypeVar("S")
 
 
 def call_timeout(store: Any) -> float:
@@ -105,6 +108,57 @@ def shorten_pauses(monkeypatch: Any, longest: float) -> None:
 def end_retries(state: Any, timeout: float) -> None:
     """Replaces the deadline of a call in progress."""
     state._timeout = timeout
+
+
+def counting(kind: type[S], count: Callable[[], None]) -> type[S]:
+    """Returns a kind of store that calls `count` whenever it sends a call or a batch, also if it sends it again."""
+    base: Any = kind
+
+    class Transport(base._transport_type):  # type: ignore[misc]
+        def _run(self, steps: Any) -> Any:
+            return super()._run(_counted(steps, count))
+
+    return type(kind.__name__, (kind,), {"_transport_type": Transport})
+
+
+def _counted(steps: Any, count: Callable[[], None]) -> Any:
+    """Passes on the actions of a driver, and counts those that send something."""
+    try:
+        action = next(steps)
+        while True:
+            if isinstance(action, (Execute, Exchange, ExchangeAll)):
+                count()
+            try:
+                outcome = yield action
+            except Exception as error:  # noqa: BLE001 -- the driver decides which errors it handles
+                action = steps.throw(error)
+            else:
+                action = steps.send(outcome)
+    except StopIteration as end:
+        return end.value
+
+
+def log_calls(store: Any, logged: Callable[[Any], Any]) -> None:
+    """Lets everything that an asyncio store sends, also in the background, pass through a context manager.
+
+    Args:
+        store: the store.
+        logged: returns a context manager, given the calls; the results are added to the list that it yields.
+    """
+    kind = type(store._transport)
+
+    class Transport(kind):  # type: ignore[misc, valid-type]
+        async def send(self, call: Any) -> Any:
+            with logged([call]) as results:
+                results.append(await super().send(call))
+                return results[0]
+
+        async def send_batch(self, calls: Any) -> Any:
+            with logged(calls) as results:
+                results.extend(await super().send_batch(calls))
+                return results
+
+    store._transport.__class__ = Transport
 
 
 def idle_packers() -> deque[Any]:

@@ -16,6 +16,7 @@ from rq.timeouts import JobTimeoutException
 
 from squidstep_redis import StepBusyError, StepStatus, UndecodablePayloadError, current_claim
 from squidstep_redis.rq import busy, current_run, step, steps, store
+from support.storm_length import StormLength
 
 _doubled: Counter[int] = Counter()
 
@@ -81,11 +82,12 @@ INTERRUPTED: list[Callable[[int], int]] = [
 _ONCE = {_call_step, _call_steps, _call_call}
 
 
-def storm(alarms: int) -> dict[str, Any]:
+def storm(least: int, length: StormLength) -> dict[str, Any]:
     """Interrupts calls to the store at random moments, as RQ's job timeout does, and returns its findings.
 
     Args:
-        alarms: the number of interruptions.
+        least: the least number of interruptions.
+        length: how long it goes on.
     """
     own, this_run = store(), current_run().id
     own.schedule_steps("storm-known", {f"step-{number}": {"number": number} for number in range(10)})
@@ -114,7 +116,7 @@ def storm(alarms: int) -> dict[str, Any]:
 
     sys.unraisablehook = report_ignored  # Python cannot raise what a handler raises in a destructor
     signal.signal(signal.SIGALRM, alarm)
-    for number in range(alarms):
+    for number in length.rounds(least):
         function = INTERRUPTED[number % len(INTERRUPTED)]
         result: int | None = None
         try:
@@ -138,6 +140,7 @@ def storm(alarms: int) -> dict[str, Any]:
             wrong.append(f"{function.__name__}({number}) left {left} behind")
             break
     return {
+        "alarms": number + 1,
         "raised": raised,
         "caught": caught,
         "wrong": wrong,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from support.internals import close_idle_connections, plain_store
 from support.interruptions import AlarmError, sigalrm_raises
 from support.proxy import Proxy
 from support.records import begun
+from support.storm_length import StormLength
 
 from squidstep_redis import StepRunStore
 from transport.conftest import Connect
@@ -105,26 +108,27 @@ CLOSED_LATE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcepti
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @KINDS
 def test_exception_at_any_line_leaves_no_half_made_connection(
-    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, storm_length: StormLength
 ) -> None:
-    line, number, misses = 0, 0, 0
-    while misses < 3:
-        line += random.randint(1, 5)
-        store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
-        with interrupted_at(line) as was_interrupted, contextlib.suppress(Interruption):
-            store.schedule_step("run", "pay", {})
-        misses = 0 if was_interrupted() else misses + 1
-        number += 1
-        assert begun(store.begin_step(f"run-{number}", "pay", {})).attempt == 1
-        check(bench)
-    assert line > 100
+    numbers = itertools.count()
+    for _ in storm_length.rounds(1):
+        line, misses = 0, 0
+        while misses < 3:
+            line += random.randint(1, 5)
+            store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
+            with interrupted_at(line) as was_interrupted, contextlib.suppress(Interruption):
+                store.schedule_step("run", "pay", {})
+            misses = 0 if was_interrupted() else misses + 1
+            assert begun(store.begin_step(f"run-{next(numbers)}", "pay", {})).attempt == 1
+            check(bench)
+        assert line > 100
 
 
 @CLOSED_LATE
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @KINDS
 def test_signals_at_random_moments_leave_no_half_made_connection(
-    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, storm_length: StormLength
 ) -> None:
     """Other threads use the same pool, and must not be handed a half-made connection either."""
     store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
@@ -141,7 +145,7 @@ def test_signals_at_random_moments_leave_no_half_made_connection(
     with ThreadPoolExecutor(2) as threads, sigalrm_raises() as raised:
         working = [threads.submit(work, thread) for thread in range(2)]
         try:
-            for number in range(300):
+            for number in storm_length.rounds(300):
                 with contextlib.suppress(AlarmError):
                     signal.setitimer(signal.ITIMER_REAL, random.uniform(0.000_01, 0.004))
                     store.client.connection_pool.disconnect(inuse_connections=False)
@@ -161,18 +165,18 @@ def test_signals_at_random_moments_leave_no_half_made_connection(
 @pytest.mark.parametrize("cancellations", [1, 2])
 @KINDS
 def test_cancellation_at_any_turn_leaves_no_half_made_connection(
-    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, cancellations: int
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, cancellations: int, storm_length: StormLength
 ) -> None:
     store = connect_to(kind, proxy.port, DATABASE, options(bench, Credentials(turns=10)), timeout=2)
     plain: Any = plain_store(store)
 
-    async def main() -> int:
+    async def main(storm: int) -> int:
         turns, finished = 0, 0
         while finished < 3:
             turns += 1 + turns // 15  # every turn at first; how many there are depends on the machine
             await plain.client.connection_pool.disconnect()
             close_idle_connections(plain)
-            task = asyncio.ensure_future(plain.schedule_step(f"cancelled-{turns}", "pay", {}))
+            task = asyncio.ensure_future(plain.schedule_step(f"cancelled-{storm}-{turns}", "pay", {}))
             for _ in range(turns):
                 await asyncio.sleep(0.000_1 if turns % 2 else 0)
             for _ in range(cancellations):
@@ -183,14 +187,15 @@ def test_cancellation_at_any_turn_leaves_no_half_made_connection(
                 finished += 1
             except asyncio.CancelledError:
                 finished = 0
-            at_once = [plain.begin_step(f"run-{turns}-{number}", "pay", {}) for number in range(3)]
+            at_once = [plain.begin_step(f"run-{storm}-{turns}-{number}", "pay", {}) for number in range(3)]
             assert [begun(result).attempt for result in await asyncio.gather(*at_once)] == [1, 1, 1]
             if turns % 5 == 0:
                 check(bench)
         return turns
 
     assert bench.runner is not None
-    assert bench.runner.run(main()) > 10
+    for number in storm_length.rounds(1):
+        assert bench.runner.run(main(number)) > 10
     check(bench)
     pool: Any = plain.client.connection_pool
     assert not pool._in_use_connections
@@ -217,6 +222,61 @@ def test_slow_credential_provider_outlives_the_cancelled_call(
 
     assert bench.runner is not None
     bench.runner.run(main())
+    check(bench)
+
+
+# A signal is pending when redis-py packs a command that has a number in it. Its handler raises.
+PACKS_UNDER_A_SIGNAL = """
+import ctypes, functools, operator, signal, sys
+import hiredis, redis
+from squidstep_redis.transport.handshake import open_connection
+
+class Stopped(Exception):
+    pass
+
+def stop(*_):
+    raise Stopped
+
+def pack(words, original=hiredis.pack_command):
+    if words[0] != b"SELECT":
+        return original(words)
+    arrive = functools.partial(ctypes.CDLL(None)["raise"], int(signal.SIGUSR1))
+    return list(map(operator.call, [arrive, functools.partial(original, words)]))[1]
+
+signal.signal(signal.SIGUSR1, stop)
+hiredis.pack_command = pack
+try:
+    open_connection(redis.Redis(port=int(sys.argv[1]), db=3, protocol=2).connection_pool.make_connection())
+except Stopped:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+def test_signal_while_a_number_is_packed_crashes_nothing(bench: Bench, proxy: Proxy) -> None:
+    command = [sys.executable, "-c", PACKS_UNDER_A_SIGNAL, str(proxy.port)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (child.returncode, child.stdout) == (0, "stopped\n"), child.stderr
+
+
+@pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+def test_alarm_is_raised_after_the_handshake(bench: Bench, connect_to: Connect, proxy: Proxy) -> None:
+    """It would leave locks of other modules held: with RESP3, redis-py's handshake takes that of `logging`."""
+    finished: list[bool] = []
+
+    class AlarmingCredentials(Credentials):
+        def get_credentials(self) -> tuple[str, str]:
+            if not finished:
+                signal.raise_signal(signal.SIGALRM)
+                finished.append(True)
+            return super().get_credentials()
+
+    store = connect_to("own", proxy.port, DATABASE, options(bench, AlarmingCredentials()), timeout=2)
+    with sigalrm_raises(), pytest.raises(AlarmError):
+        store.schedule_step("run", "pay", {})
+    assert finished == [True]
+    begun(store.begin_step("run", "ship", {}))
     check(bench)
 
 

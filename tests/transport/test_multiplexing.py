@@ -15,6 +15,7 @@ from support.internals import plain_store
 from support.proxy import Fault, Proxy
 from support.records import begun
 from support.servers import wait_until
+from support.storm_length import StormLength
 
 from squidstep_redis import AsyncStepRunStore, OutcomeUnknownError, WaitTimeoutError
 from squidstep_redis.transport.link import Link
@@ -53,7 +54,9 @@ def test_hundred_tasks_use_one_connection(bench: Bench, store: AsyncStepRunStore
         assert len(connected(bench)) == 1
 
 
-def test_mixed_calls_and_batches_get_their_own_replies(bench: Bench, store: AsyncStepRunStore) -> None:
+def test_mixed_calls_and_batches_get_their_own_replies(
+    bench: Bench, store: AsyncStepRunStore, storm_length: StormLength
+) -> None:
     async def single(number: int) -> None:
         await asyncio.sleep(random.uniform(0, 0.02))
         assert begun(await store.begin_step(f"run-{number}", "pay", {"n": number})).input == {"n": number}
@@ -66,16 +69,20 @@ def test_mixed_calls_and_batches_get_their_own_replies(bench: Bench, store: Asyn
         assert [begun(result).input["n"] for result in results] == list(range(20))
 
     async def main() -> None:
-        await asyncio.gather(*[each(number) for number in range(50) for each in (single, many)])
+        for storm in storm_length.rounds(1):
+            numbers = range(50 * storm, 50 * storm + 50)
+            await asyncio.gather(*[each(number) for number in numbers for each in (single, many)])
 
     run(bench, main())
     assert len(connected(bench)) == 1
 
 
-def test_cancelled_call_leaves_the_others_their_replies(bench: Bench, store: AsyncStepRunStore) -> None:
+def test_cancelled_call_leaves_the_others_their_replies(
+    bench: Bench, store: AsyncStepRunStore, storm_length: StormLength
+) -> None:
     async def main() -> None:
         await store.schedule_step("run", "before", {})
-        for turns in range(30):
+        for turns in storm_length.rounds(30):
             tasks = [asyncio.ensure_future(store.begin_step(f"run-{turns}-{n}", "pay", {"n": n})) for n in range(20)]
             for _ in range(turns % 10):
                 await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from support.records import begun
 from support.servers import SLOTS
 
 from squidstep_redis import (
+    BatchError,
     BeginResult,
     Call,
     InvalidArgumentError,
@@ -66,6 +68,33 @@ class TestBatch:
         assert isinstance(outcomes[2], StepRun)
         assert isinstance(outcomes[3], StepRunNotFoundError)
         assert outcomes[4] == [{"receipt": 7}]
+
+    def test_raise_errors_returns_the_results_if_all_succeed(self, store: StepRunStore) -> None:
+        calls = [store.calls.schedule_step("run", f"step-{number}", {}) for number in range(3)]
+
+        assert [result.decision for result in store.batch(calls, raise_errors=True)] == ["schedule"] * 3
+        assert store.batch([], raise_errors=True) == []
+
+    def test_raise_errors_raises_one_error_that_holds_all(self, store: StepRunStore) -> None:
+        pay, ship = begun(store.begin_step("run", "pay", {})), begun(store.begin_step("run", "ship", {}))
+        unknown = step_run_id(store.calls.prefix, "run", "unknown")
+        store.release_step(ship)
+
+        with pytest.raises(BatchError) as caught:
+            store.batch([store.calls.complete_step(each, {}) for each in (pay, ship, unknown)], raise_errors=True)
+
+        completed, *errors = caught.value.results
+        assert isinstance(completed, StepRun)
+        assert [type(error) for error in errors] == [StaleStepRunError, StepRunNotFoundError]
+        assert caught.value.errors == errors
+        assert caught.value.__cause__ is errors[0]
+        assert str(caught.value).startswith(
+            "batch: 2 of 3 calls failed. The first is results[1], StaleStepRunError: run"
+        )
+        assert "1 succeeded, 2 wrote nothing, and 0 may have taken effect" in str(caught.value)
+        assert store.step_statuses("run") == {"pay": "completed", "ship": "pending"}
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert (str(copy), copy.results[0]) == (str(caught.value), completed)
 
     def test_an_empty_batch_sends_nothing(self, proxy: Proxy, proxied: StepRunStore) -> None:
         assert proxied.batch([]) == []
