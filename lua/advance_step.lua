@@ -2,7 +2,7 @@
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 token   of the next claim; 1 to 9 are the arguments of begin_step for the next step
---       2 step, 3 run, 4 input, 5 lease_ms, 6 owner, 7 ttl_ms, 8 max_attempts, 9 lease_expired_error
+--       2 step, 3 input, 4 run, 5 lease_ms, 6 owner, 7 ttl_ms, 8 max_attempts, 9 lease_expired_error
 --       10 from        the step to complete
 --       11 from_token  of the claim on it, or ""  any claim
 --       12 output      of the step to complete
@@ -14,7 +14,7 @@
 -- Writes only when it first completes the step, or as begin_step. It does both or neither.
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
+local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[6] or ""
 local from, from_token, output = ARGV[10], ARGV[11], ARGV[12]
 
 -- The common case: a live claim, no waiting client and a new step next, in a run that does not expire. The general path
@@ -27,8 +27,8 @@ if lines[1] and lines[2] and not lines[3] and not lines[4] then
     local time = redis.call("TIME")
     local now = @NOW(time)
     if
-      (from_lease == "" or type(redis.pcall("ZREM", claims, ARGV[3] .. from)) == "number")
-      and (lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)) == "number")
+      (from_lease == "" or type(redis.pcall("ZREM", claims, ARGV[4] .. from)) == "number")
+      and (lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[4] .. step)) == "number")
     then
       created, completed = created + 1 .. "", completed + 1 .. ""
       redis.call("ZADD", done, completed, from)
@@ -45,7 +45,7 @@ end
 -- include record
 -- include run
 
-local run, previous, refusal = load_run(steps, done, from)
+local run, previous, refusal = load_step(steps, done, from)
 if refusal then
   return refusal
 end
@@ -63,17 +63,20 @@ local now = now_ms()
 -- include indexes
 -- include complete
 
-if holds(previous, from_token) then
+local completed = complete(from, "s" .. from, previous.line, from_token, output)
+if completed then
   -- Only an index that will change is checked.
   if state or lease ~= "" or previous.lease ~= "" then
     @CHECK_INDEXES(claims, state and failed or nil)
   end
   if previous.lease ~= "" then
-    redis.call("ZREM", claims, ARGV[3] .. from)
+    redis.call("ZREM", claims, ARGV[4] .. from)
   end
-  complete(run, previous, steps, done, from, output, now)
+  write_completed()
   -- include notify
-  notify(previous, steps, from)
+  if previous.awaited then
+    notify(steps, from)
+  end
 else
   local resent = previous.status == @COMPLETED and (from_token == previous.token or from_token == "")
   if not resent or redis.call("HGET", steps, "o" .. from) ~= output then
@@ -81,4 +84,10 @@ else
   end
 end
 
--- include begin
+if state then
+  -- include begin
+  return begin(state, token, step, input)
+end
+-- include claim
+local reply = claim(token, step, "s" .. step, input)
+return write_claims() or reply

@@ -1,35 +1,43 @@
--- begin_step: claims a step for one delivery, or returns why it must be skipped.
+-- begin_step: claims steps of a run, each for one delivery, or returns why they must be skipped.
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
--- ARGV  1 token   of this call only; it becomes the claim's token, by which a re-sent call is recognized
+-- ARGV  1 token   of this claim only; a re-sent call is recognized by it
 --       2 step
---       3 run     "<bytes in the run id>:<run id>", for the indexes
---       4 input   of the caller; ignored if the step was scheduled with an input
+--       3 input   of the caller; ignored if the step was scheduled with an input
+--       4 run     "<bytes in the run id>:<run id>", for the indexes
 --       5 lease_ms      or ""  the claim never expires; trailing arguments may be omitted from here on
 --       6 owner         or ""
 --       7 ttl_ms        or ""  of the run, if this call creates it
 --       8 max_attempts  or ""  no limit
 --       9 lease_expired_error  last error of a step whose last attempt lost its lease; required with max_attempts
+--       10 token, step, input, …  of further steps, each step once
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
 --       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
 --       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
+--       {"each", nonce, reply, …}  of several steps: a reply for each, as above
 -- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6] or ""
+local token, step, lease, owner = ARGV[1], ARGV[2], ARGV[5], ARGV[6] or ""
+local MORE = 10
 
--- The common case: a new step in a run that does not expire. The general path below does the same at a higher cost.
-local lines = redis.pcall("HMGET", steps, "r", "s" .. step)
-if not lines.err and lines[1] and not lines[2] then
-  local created, completed = string.match(lines[1], @READ_RUN .. "$")
-  if created and redis.pcall("ZCARD", done) == tonumber(completed) then
+-- The common case: one new step in a run that does not expire. The general path below does the same at a higher cost.
+local lines = not ARGV[MORE] and redis.pcall("HMGET", steps, "r", "s" .. step)
+if lines and not lines.err and not lines[2] then
+  local created, completed
+  if lines[1] then
+    created, completed = string.match(lines[1], @READ_RUN .. "$")
+  elseif (ARGV[7] or "") == "" and redis.call("EXISTS", steps) == 0 then
+    created, completed = 0, 0
+  end
+  if created and redis.pcall("ZCARD", done) == completed + 0 then
     local time = redis.call("TIME")
     local now = @NOW(time)
-    if lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[3] .. step)) == "number" then
+    if lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[4] .. step)) == "number" then
       created = created + 1 .. ""
       local line = @FIRST_CLAIM(token, lease, now, created, owner)
-      redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "i" .. step, input)
+      redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "i" .. step, ARGV[3])
       return "execute " .. token .. " " .. line
     end
   end
@@ -37,8 +45,40 @@ end
 
 -- include record
 -- include run
+-- include group
 
-@OPEN_STEP
+local positions, names = positions_of_steps(1, MORE, 3), {}
+for index = 1, #positions do
+  names[index] = "s" .. ARGV[positions[index] + 1]
+end
+local run, lines, refusal = load_run(steps, done, unpack(names))
+@RETURN_REFUSAL
 local now = now_ms()
+set_ttl_if_new(run, ARGV[7] or "")
 
--- include begin
+-- include claim
+
+local replies, states, known = { "each", nonce }, {}, nil
+for index = 1, #positions do
+  local position, line = positions[index], lines[index + 1]
+  if line then
+    known = parse_state(line)
+    if not known then
+      return unreadable(steps, names[index], line)
+    end
+    states[index] = known
+  else
+    replies[index + 2] = claim(ARGV[position], ARGV[position + 1], names[index], ARGV[position + 2])
+  end
+end
+if known then
+  -- include begin
+  if positions[2] then
+    @CHECK_INDEXES(claims, failed) -- before the first write about any of the steps
+  end
+  for index, state in pairs(states) do
+    local position = positions[index]
+    replies[index + 2] = begin(state, ARGV[position], ARGV[position + 1], ARGV[position + 2])
+  end
+end
+return write_claims() or positions[2] and replies or replies[3]

@@ -1,31 +1,33 @@
--- complete_step: ends a claim with an output, appends the step to the completion order, and schedules its successors.
+-- complete_step: ends claims with an output, appends their steps to the completion order, and schedules successors.
 --
 -- KEYS  1 steps, 2 done, 3 claims
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
---       3 run     "<bytes in the run id>:<run id>", for the indexes
---       4 token   of the claim, or ""  any claim
---       5 output
---       6 step, 7 input, …  successors: those without a record become pending
+--       3 token   of the claim, or ""  any claim
+--       4 output
+--       5 run     "<bytes in the run id>:<run id>", for the indexes
+--       6 step, input, …  successors: those without a record become pending; or ""  there are further steps:
+--       7 step, token, output, …  of further steps, each step once
 -- REPLY "completed nonce state" | {"completed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
+--       {"each", nonce, reply, …}  of several steps: a reply for each, as above
 -- Writes only when it first replies "completed".
 
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
-local step, token, output = ARGV[2], ARGV[4], ARGV[5]
 local SUCCESSORS = 6
 
 -- The common case: a live claim, no successors and no waiting client, in a run that does not expire. The general path
 -- below does the same at a higher cost.
-local lines = redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step)
-if lines[1] and lines[2] and not lines[3] and not ARGV[SUCCESSORS] then
+local step, token = ARGV[2], ARGV[3]
+local lines = not ARGV[SUCCESSORS] and redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step)
+if lines and lines[1] and lines[2] and not lines[3] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
   local claim, holder, lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
   if
     created
     and holder == token
-    and redis.pcall("ZCARD", done) == tonumber(completed)
-    and (lease == "" or type(redis.pcall("ZREM", claims, ARGV[3] .. step)) == "number")
+    and redis.pcall("ZCARD", done) == completed + 0
+    and (lease == "" or type(redis.pcall("ZREM", claims, ARGV[5] .. step)) == "number")
   then
     local time = redis.call("TIME")
     local now = @NOW(time)
@@ -33,7 +35,7 @@ if lines[1] and lines[2] and not lines[3] and not ARGV[SUCCESSORS] then
     redis.call("ZADD", done, completed, step)
     local ended = @DURATION(now, created_at, started)
     local line = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
-    redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "o" .. step, output)
+    redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "o" .. step, ARGV[4])
     return "completed " .. ARGV[1] .. " " .. line
   end
 end
@@ -41,32 +43,68 @@ end
 -- include record
 -- include run
 -- include reply
+-- include group
 
-@OPEN_EXISTING_STEP
+local successors = ARGV[SUCCESSORS] and ARGV[SUCCESSORS] ~= ""
+local positions, names = successors and { 2 } or positions_of_steps(2, SUCCESSORS + 1, 3), {}
+for index = 1, #positions do
+  local step = ARGV[positions[index]]
+  names[2 * index - 1] = "s" .. step
+  names[2 * index] = "w" .. step
+end
+local run, lines, refusal = load_run(steps, done, unpack(names))
+@RETURN_REFUSAL
+local now = now_ms()
 
-if holds(state, token) then
-  if state.lease ~= "" then
-    -- The first write checks its own key: if it fails, nothing is written.
-    local reply = redis.pcall("ZREM", claims, ARGV[3] .. step)
-    if type(reply) == "table" then
-      return failed_call(claims, reply)
-    end
+-- include complete
+-- include notify
+
+local replies, members, awaited = { "each", nonce }, {}, {}
+for index = 1, #positions do
+  local position, line = positions[index], lines[2 * index]
+  local step, token, output = ARGV[position], ARGV[position + 1], ARGV[position + 2]
+  local completed, lease
+  if line then
+    completed, lease = complete(step, names[2 * index - 1], line, token, output)
   end
-  local now = now_ms()
-  if ARGV[SUCCESSORS] then
+  if completed then
+    replies[index + 2] = with_input("completed", completed, token, steps, step)
+    if lease ~= "" then
+      members[#members + 1] = ARGV[5] .. step
+    end
+    if lines[2 * index + 1] then
+      awaited[#awaited + 1] = step
+    end
+  elseif line then
+    local state = parse_state(line)
+    if not state then
+      return unreadable(steps, names[2 * index - 1], line)
+    end
+    local resent = state.status == @COMPLETED and (token == state.token or token == "")
+    if resent and redis.call("HGET", steps, "o" .. step) == output then
+      replies[index + 2] = with_input("completed", line, token, steps, step)
+    else
+      replies[index + 2] = with_record("stale", steps, step)
+    end
+  else
+    replies[index + 2] = { "missing", nonce }
+  end
+end
+if members[1] then
+  -- The first write checks its own key: if it fails, nothing is written.
+  local reply = redis.pcall("ZREM", claims, unpack(members))
+  if type(reply) == "table" then
+    return failed_call(claims, reply)
+  end
+end
+if outputs[1] then
+  if successors then
     -- include schedule
     write_pending(run, steps, without_record(steps, SUCCESSORS, ""), "", now)
   end
-  -- include complete
-  local line = complete(run, state, steps, done, step, output, now)
-  -- include notify
-  notify(state, steps, step)
-  return with_input("completed", line, token, steps, step)
+  write_completed()
 end
-
-if state.status == @COMPLETED and (token == state.token or token == "") then
-  if redis.call("HGET", steps, "o" .. step) == output then
-    return with_input("completed", state.line, token, steps, step)
-  end
+for _, step in ipairs(awaited) do
+  notify(steps, step)
 end
-return with_record("stale", steps, step)
+return positions[2] and replies or replies[3]

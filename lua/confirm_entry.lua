@@ -17,7 +17,7 @@
 local steps, index, step, member = KEYS[1], KEYS[3], ARGV[2], ARGV[3] .. ARGV[2]
 local wanted, owner = ARGV[4], ARGV[5]
 
-local _, state, refusal = load_run(steps, KEYS[2], step)
+local _, state, refusal = load_step(steps, KEYS[2], step)
 if refusal and refusal[1] ~= "tombstone" then
   return refusal
 end

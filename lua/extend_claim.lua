@@ -3,9 +3,9 @@
 -- KEYS  1 steps, 2 done, 3 claims
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
---       3 run     "<bytes in the run id>:<run id>", for the indexes
---       4 token   of the claim, or ""  any claim
---       5 lease_ms  or ""  the claim never expires, or 0  it can be taken over immediately
+--       3 token   of the claim, or ""  any claim
+--       4 lease_ms  or ""  the claim never expires, or 0  it can be taken over immediately
+--       5 run     "<bytes in the run id>:<run id>", for the indexes
 -- REPLY {"extended", nonce, state} | {"extended", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it replies "extended".
@@ -16,7 +16,7 @@
 -- include indexes
 
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
-local step, token, lease = ARGV[2], ARGV[4], ARGV[5]
+local step, token, lease = ARGV[2], ARGV[3], ARGV[4]
 @OPEN_EXISTING_STEP
 
 if not holds(state, token) then
@@ -25,8 +25,8 @@ end
 @CHECK_INDEXES(claims, nil)
 
 local now = now_ms()
-local member = ARGV[3] .. step
-unretain(run, state)
+local member = ARGV[5] .. step
+unretain(run, state.lease)
 if lease == "" then
   state.lease = ""
   redis.call("ZREM", claims, member)

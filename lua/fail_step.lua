@@ -3,9 +3,9 @@
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
---       3 run     "<bytes in the run id>:<run id>", for the indexes
---       4 token   of the claim, or ""  any claim
---       5 error
+--       3 token   of the claim, or ""  any claim
+--       4 error
+--       5 run     "<bytes in the run id>:<run id>", for the indexes
 -- REPLY {"failed", nonce, state} | {"failed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it first replies "failed".
@@ -17,7 +17,7 @@
 -- include history
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local step, token, last_error = ARGV[2], ARGV[4], ARGV[5]
+local step, token, last_error = ARGV[2], ARGV[3], ARGV[4]
 @OPEN_EXISTING_STEP
 
 if not holds(state, token) then
@@ -35,8 +35,8 @@ end
 @CHECK_INDEXES(claims, failed)
 
 local now = now_ms()
-local member = ARGV[3] .. step
-unretain(run, state)
+local member = ARGV[5] .. step
+unretain(run, state.lease)
 end_attempt(state, @FAILED, now)
 local line = format_state(state)
 redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "e" .. step, last_error)
@@ -44,5 +44,7 @@ redis.call("ZREM", claims, member)
 index_failed(failed, member, now)
 renew_expiry(run, steps, done, now)
 -- include notify
-notify(state, steps, step)
+if state.awaited then
+  notify(steps, step)
+end
 return with_input("failed", line, token, steps, step)

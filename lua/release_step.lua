@@ -3,8 +3,8 @@
 -- KEYS  1 steps, 2 done, 3 claims
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
---       3 run     "<bytes in the run id>:<run id>", for the indexes
---       4 token   of the claim, or ""  any claim
+--       3 token   of the claim, or ""  any claim
+--       4 run     "<bytes in the run id>:<run id>", for the indexes
 -- REPLY {"released", nonce, state} | {"released", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it first replies "released".
@@ -16,7 +16,7 @@
 -- include history
 
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
-local step, token = ARGV[2], ARGV[4]
+local step, token = ARGV[2], ARGV[3]
 @OPEN_EXISTING_STEP
 
 if not holds(state, token) then
@@ -32,11 +32,11 @@ end
 @CHECK_INDEXES(claims, nil)
 
 local now = now_ms()
-unretain(run, state)
+unretain(run, state.lease)
 end_attempt(state, @PENDING, now)
 state.released = (tonumber(state.released) or 0) + 1
 local line = format_state(state)
 redis.call("HSET", steps, "r", format_run(run), "s" .. step, line)
-redis.call("ZREM", claims, ARGV[3] .. step)
+redis.call("ZREM", claims, ARGV[4] .. step)
 renew_expiry(run, steps, done, now)
 return with_input("released", line, token, steps, step)

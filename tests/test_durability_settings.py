@@ -113,10 +113,11 @@ class TestServers:
         with contextlib.closing(bench.from_url(primary.url, wait_timeout=0.5, **settings)) as store:
             with pytest.raises(NotReplicatedError, match=problem) as single:
                 store.schedule_step("run", "single", {})
-            (batched,) = store.batch([store.calls.schedule_step("run", "batched", {})])
+            batched = store.batch([store.calls.begin_step("run", step, {}) for step in ("a", "b")])
 
-        assert isinstance(batched, NotReplicatedError)
-        assert single.value.replicas == batched.replicas == replicas
+        errors = [error for error in batched if isinstance(error, NotReplicatedError)]
+        assert [error.replicas for error in (single.value, *errors)] == [replicas] * 3
+        assert [error.result.step_run.step for error in errors] == ["a", "b"]
 
     def test_transition_that_the_replica_has_is_confirmed(self, bench: Bench, primary: EmbeddedServer) -> None:
         with contextlib.closing(bench.from_url(primary.url, wait_replicas=1, timeout=60, wait_timeout=10)) as store:

@@ -182,7 +182,7 @@ class TestHeaders:
         documented = {int(number) for number in re.findall(r"(?:^|-- +|, |\s)(\d+) [a-z_]+", section[1])}
         assert documented == set(range(1, len(documented) + 1))
         read = {int(number) for number in re.findall(rf"{kind}\[(\d+)\]", code)}
-        constants = {int(number) for number in re.findall(r"local (?:FIRST|SUCCESSORS) = (\d+)", code)}
+        constants = {int(number) for number in re.findall(r"local (?:FIRST|SUCCESSORS|MORE) = (\d+)", code)}
         if kind == "ARGV":
             read |= constants
             # Pairs and lists of any length are documented by their first members.

@@ -9,10 +9,8 @@ local function stream_of(steps)
   return string.sub(steps, 1, -#"steps" - 1) .. "wake"
 end
 
-local function notify(state, steps, step)
-  if state.awaited then
-    redis.call("HDEL", steps, "w" .. step)
-    redis.pcall("XADD", stream_of(steps), "MAXLEN", "~", 100, "*", "step", step)
-    redis.pcall("PEXPIRE", stream_of(steps), NOTIFY_MS)
-  end
+local function notify(steps, step)
+  redis.call("HDEL", steps, "w" .. step)
+  redis.pcall("XADD", stream_of(steps), "MAXLEN", "~", 100, "*", "step", step)
+  redis.pcall("PEXPIRE", stream_of(steps), NOTIFY_MS)
 end

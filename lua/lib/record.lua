@@ -74,11 +74,11 @@ local function expire_attempt(state)
   state.status, state.ended, state.lease = @EXPIRED, state.lease, ""
 end
 
--- Reads the run line and, if `step` is given, its state line. Checks the types of both keys and that they agree: a run
--- of which one key was evicted or overwritten is refused.
--- Returns run, state (nil if there is no record), or nil, nil, refusal.
-local function load_run(steps, done, step)
-  local lines = step and redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step) or redis.pcall("HMGET", steps, "r")
+-- Reads the run line and further fields. Checks the types of both keys and that they agree: a run of which one key was
+-- evicted or overwritten is refused.
+-- Returns run, the values of "r" and the further fields; or nil, nil, refusal.
+local function load_run(steps, done, ...)
+  local lines = redis.pcall("HMGET", steps, "r", ...)
   if lines.err then
     return nil, nil, failed_call(steps, lines)
   end
@@ -94,7 +94,7 @@ local function load_run(steps, done, step)
     if redis.call("EXISTS", steps) == 1 then
       return nil, nil, { "corrupt", nonce, steps, "r" }
     end
-    return { created = 0, completed = 0 }
+    return { created = 0, completed = 0 }, lines
   end
   local created, completed, expiry = string.match(line, @READ_RUN .. "(.*)$")
   if not created then
@@ -114,8 +114,14 @@ local function load_run(steps, done, step)
       return nil, nil, unreadable(steps, "r", line)
     end
   end
-  if not lines[2] then
-    return run
+  return run, lines
+end
+
+-- Reads the run line and the state line of a step. Returns run, state (nil if there is no record); or nil, nil, refusal.
+local function load_step(steps, done, step)
+  local run, lines, refusal = load_run(steps, done, "s" .. step, "w" .. step)
+  if refusal or not lines[2] then
+    return run, nil, refusal
   end
   local state = parse_state(lines[2])
   if not state then
@@ -130,5 +136,5 @@ end
 -- define RETURN_REFUSAL if refusal then return refusal end
 -- define OPEN_RUN local run, _, refusal = load_run(steps, done) @RETURN_REFUSAL
 -- define OPEN_EXISTING_RUN @OPEN_RUN if not run.exists then return { "missing", nonce } end
--- define OPEN_STEP local run, state, refusal = load_run(steps, done, step) @RETURN_REFUSAL
+-- define OPEN_STEP local run, state, refusal = load_step(steps, done, step) @RETURN_REFUSAL
 -- define OPEN_EXISTING_STEP @OPEN_STEP if not state then return { "missing", nonce } end

@@ -28,8 +28,8 @@ local function retain(run, lease, started)
 end
 
 -- A live claim ends or is about to be extended. A lease stays in run.retained_until.
-local function unretain(run, state)
-  if run.ttl and state.lease == "" then
+local function unretain(run, lease)
+  if run.ttl and lease == "" then
     run.unleased = math.max(0, run.unleased - 1)
   end
 end

@@ -5,7 +5,7 @@ The rules themselves are Lua scripts, one per operation, with the same name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
@@ -101,7 +101,7 @@ def complete_step(
     """
     data = context.payloads.encode("output", output)
     successors = encode_inputs(context, "schedule", schedule) if schedule is not None else []
-    return _transition(context, "complete_step", step_run, (data, *successors), output=data)
+    return _transition(context, "complete_step", step_run, (data,), successors, output=data)
 
 
 def advance_step(
@@ -280,7 +280,7 @@ def _begin_args(
         lease_expired = context.lease_expired_payload
     claimed_by = arguments.owner(owner)
     lease_ms = arguments.lease_ms(lease)
-    return [new_token(), step.data, run.member, input, lease_ms, claimed_by, context.run_ttl_ms, limit, lease_expired]
+    return [new_token(), step.data, input, run.member, lease_ms, claimed_by, context.run_ttl_ms, limit, lease_expired]
 
 
 def _parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:
@@ -336,12 +336,13 @@ def _transition(
     operation: str,
     step_run: StepRun | str,
     args: tuple[bytes, ...],
+    successors: Sequence[bytes] = (),
     output: bytes | None = None,
     last_error: bytes | None = None,
 ) -> Call[StepRun]:
     """Builds the call of a transition of a claim, given the step run that carries it, or an id."""
     run, name, token = _claim_of(context, operation, step_run)
-    return _transition_call(context, operation, step_run, run, name, token, args, output, last_error)
+    return _transition_call(context, operation, step_run, run, name, token, args, successors, output, last_error)
 
 
 def _transition_call(
@@ -352,10 +353,11 @@ def _transition_call(
     step: Name,
     token: bytes,
     args: tuple[bytes, ...],
+    successors: Sequence[bytes] = (),
     output: bytes | None = None,
     last_error: bytes | None = None,
 ) -> Call[StepRun]:
-    sent = (new_nonce(), step.data, run.member, token, *args)
+    sent = (new_nonce(), step.data, token, *args, run.member, *successors)
     parse = partial(_parse_end, context, operation, step_run, run, step, token, output, last_error)
     return Call(run.text, script(operation), run.keys[: _KEYS[operation]], sent, parse, None, step.text)
 

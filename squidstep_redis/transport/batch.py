@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from squidstep_redis.errors import NotReplicatedError
 from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.protocol.groups import divided
 
 T = TypeVar("T")
 
@@ -81,6 +82,14 @@ def replies_to(calls: Sequence[Call[Any]], replies: list[Any], durability: Durab
         _NotConfirmed(reply, *unmet) if call.script.is_transition and not isinstance(reply, Exception) else reply
         for call, reply in zip(calls, replied, strict=True)
     ]
+
+
+def replies_of_group(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any]:
+    """Returns the reply to each call of a group, given the reply to the call that was sent for it."""
+    if isinstance(reply, _NotConfirmed):
+        replies = divided(sent, calls, reply.reply)
+        return [each if isinstance(each, Exception) else reply._replace(reply=each) for each in replies]
+    return divided(sent, calls, reply)
 
 
 def waits(calls: Sequence[Call[Any]], durability: Durability | None) -> list[Command]:

@@ -26,6 +26,7 @@ from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError
 
 from squidstep_redis.errors import ReplyMismatchError, SquidstepError
 from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.protocol.groups import group, merged
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.retry import (
@@ -109,6 +110,44 @@ class _NeedsResend(NamedTuple):
     """The outcome of a call of a batch that is to be sent again by itself."""
 
     error: Exception
+
+
+class _Sent(NamedTuple):
+    """What is sent to one server for the calls of a batch.
+
+    Attributes:
+        calls: the calls that are sent, some of them for a group.
+        groups: the indexes of the calls in each group.
+        members: the calls of each group.
+    """
+
+    calls: list[Call[Any]]
+    groups: list[list[int]]
+    members: list[list[Call[Any]]]
+
+    @classmethod
+    def of(cls, calls: Sequence[Call[Any]], indexes: Sequence[int]) -> _Sent:
+        """Groups some of the calls of a batch."""
+        groups = group(calls, indexes)
+        members = [[calls[index] for index in indexes] for indexes in groups]
+        return cls([merged(each) for each in members], groups, members)
+
+    def outcome(self, position: int, reply: Any, state: RetryState) -> Any:
+        """Reads the reply to a call that was sent: its outcome, or a list of those of the calls in its group."""
+        call, members = self.calls[position], self.members[position]
+        if len(members) == 1:
+            return _outcome(call, reply, state)
+        replies = batch.replies_of_group(call, members, reply)
+        return [_outcome(each, part, state) for each, part in zip(members, replies, strict=True)]
+
+    def assign(self, outcomes: Sequence[Any], results: list[Any]) -> None:
+        """Assigns the outcome of each call to its place in the results of the batch."""
+        for indexes, outcome in zip(self.groups, outcomes, strict=True):
+            if len(indexes) == 1:
+                results[indexes[0]] = outcome
+            else:
+                for index, each in zip(indexes, outcome, strict=True):
+                    results[index] = each
 
 
 def send(call: Call[T], timeout: float, durability: Durability | None) -> Driver[T]:
@@ -222,29 +261,28 @@ def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durabilit
 
 def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Durability | None) -> Driver[list[Any]]:
     routes: list[tuple[Any, Sequence[int]]] = yield Route(calls)
+    sent = [_Sent.of(calls, indexes) for _, indexes in routes]
     exchanges: list[Exchange] = []
-    for node, indexes in routes:
-        group = [calls[index] for index in indexes]
-        commands = batch.commands(group, durability)
-        blocks = bool(batch.waits(group, durability))
-        read = _raw_reader(group, commands, durability) if blocks else _batch_reader(group, commands, state)
+    for (node, _), each in zip(routes, sent, strict=True):
+        commands = batch.commands(each.calls, durability)
+        blocks = bool(batch.waits(each.calls, durability))
+        read = _raw_reader(each.calls, commands, durability) if blocks else _batch_reader(each, commands, state)
         exchanges.append(Exchange(node, commands, read, blocks))
     if len(exchanges) == 1:
         outcomes = [(yield exchanges[0])]
     else:
         outcomes = yield ExchangeAll(exchanges)
     results: list[Any] = [None] * len(calls)
-    for (_, indexes), exchange, outcome in zip(routes, exchanges, outcomes, strict=True):
+    for (_, indexes), each, exchange, outcome in zip(routes, sent, exchanges, outcomes, strict=True):
         if isinstance(outcome, Exception):
-            replies: list[Any] = [_NeedsResend(outcome)] * len(indexes)
-        elif exchange.blocks:
-            group = [calls[index] for index in indexes]
-            replied = batch.replies_to(group, outcome, durability)
-            replies = [_outcome(call, reply, state) for call, reply in zip(group, replied, strict=True)]
-        else:
-            replies = outcome[-len(indexes) :]
-        for index, reply in zip(indexes, replies, strict=True):
-            results[index] = reply
+            for index in indexes:
+                results[index] = _NeedsResend(outcome)
+            continue
+        read_replies: list[Any] = outcome[-len(each.calls) :]
+        if exchange.blocks:
+            replied = batch.replies_to(each.calls, outcome, durability)
+            read_replies = [each.outcome(position, reply, state) for position, reply in enumerate(replied)]
+        each.assign(read_replies, results)
     return results
 
 
@@ -268,12 +306,12 @@ def _resend(
         return failure
 
 
-def _batch_reader(calls: Sequence[Call[Any]], commands: Sequence[Command], state: RetryState) -> Read:
+def _batch_reader(sent: _Sent, commands: Sequence[Command], state: RetryState) -> Read:
     """Returns what reads the replies to a batch one by one. The first ones are those to loading the scripts."""
-    offset = len(commands) - len(calls)
+    offset = len(commands) - len(sent.calls)
 
     def read(index: int, reply: Any) -> Any:
-        return _outcome(calls[index - offset], reply, state) if index >= offset else reply
+        return sent.outcome(index - offset, reply, state) if index >= offset else reply
 
     return read
 

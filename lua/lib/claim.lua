@@ -1,0 +1,37 @@
+-- claim: claims steps that have no record. Needs record and run.
+--
+-- Reads run and now, both loaded, and the arguments of begin_step.
+
+local entries, fields, ends = {}, {}, lease ~= "" and now + lease
+local member = ARGV[4]
+
+-- Returns the reply. `write_claims` writes the claim.
+local function claim(token, step, field, input)
+  local created = run.created + 1
+  run.created = created
+  retain(run, lease, now)
+  local line, count = @FIRST_CLAIM(token, lease, now, created, owner), #fields
+  fields[count + 1] = field
+  fields[count + 2] = line
+  fields[count + 3] = "i" .. step
+  fields[count + 4] = input
+  if ends then
+    entries[count / 2 + 1] = ends
+    entries[count / 2 + 2] = member .. step
+  end
+  return "execute " .. nonce .. " " .. line
+end
+
+-- Returns the refusal if claims has another type: the first write checks its own key.
+local function write_claims()
+  if entries[1] then
+    local reply = redis.pcall("ZADD", claims, unpack(entries))
+    if type(reply) == "table" then
+      return failed_call(claims, reply)
+    end
+  end
+  if fields[1] then
+    redis.call("HSET", steps, "r", format_run(run), unpack(fields))
+    renew_expiry(run, steps, done, now)
+  end
+end
