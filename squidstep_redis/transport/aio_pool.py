@@ -10,7 +10,7 @@ import select
 import time
 from collections.abc import Sequence
 from math import inf
-from typing import Any, cast
+from typing import Any, Final, cast
 from weakref import ref
 
 from redis.asyncio.connection import BlockingConnectionPool, ConnectionPool
@@ -29,9 +29,13 @@ from squidstep_redis.transport.aio_connection import (
     raise_swallowed_cancellation,
 )
 from squidstep_redis.transport.client import has_plain_stream, idle_of
-from squidstep_redis.transport.pool import PURPOSE, behaves_as, time_left
+from squidstep_redis.transport.pool import ask, is_known, seconds_to_wait
 from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import Packed, Read
+
+_plain: Any = ConnectionPool
+_blocking: Any = BlockingConnectionPool
+_KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 
 
 class PooledConnections(AsyncConnections):
@@ -91,10 +95,12 @@ class PooledConnections(AsyncConnections):
         try:
             connection = await _take(self._pool, deadline)
             try:
-                if not _is_quiet(connection):
-                    # A reply was left on it, or it is closed, or another thread's event loop gave it back just now.
-                    if is_foreign(connection, asyncio.get_running_loop()):
-                        abandon(connection)
+                if is_foreign(connection, asyncio.get_running_loop()):  # another thread gave it back just now
+                    abandon(connection)
+                    drop(connection)
+                if not has_plain_stream(cast("type[object]", type(connection))):
+                    await self._pool.ensure_connection(connection)
+                elif not _is_quiet(connection):
                     drop(connection)
                     await connection.connect()
             except BaseException:
@@ -162,26 +168,23 @@ async def _take(pool: Any, deadline: float) -> Any:
 
     Why the pool's `get_connection` is not called is explained in `pool.py`; if it is not redis-py's, it is.
     """
-    is_blocking = behaves_as(pool, BlockingConnectionPool)
-    if behaves_as(pool, ConnectionPool) or (is_blocking and pool.can_get_connection()):
+    if not is_known(pool, _KNOWN):
+        return await ask(pool)
+    if not isinstance(pool, BlockingConnectionPool) or pool.can_get_connection():
         return pool.get_available_connection()
-    if not is_blocking:
-        return await pool.get_connection(*PURPOSE)
+    condition: asyncio.Condition = vars(pool)["_condition"]
     try:
-        async with pool._condition, asyncio.timeout(time_left(pool, deadline)):
-            await pool._condition.wait_for(pool.can_get_connection)
+        async with condition, asyncio.timeout(seconds_to_wait(pool, deadline)):
+            await condition.wait_for(pool.can_get_connection)
             return pool.get_available_connection()
     except builtins.TimeoutError:
         raise ConnectionError("No connection available.") from None
 
 
 def _is_quiet(connection: Any) -> bool:
-    """Whether a connection is open in the running event loop, and no reply was left on it.
-
-    If that reply is an error, no call could tell it from its own.
-    """
+    """Whether a connection is open and nothing was left on it. An error that was left could not be recognized."""
     reader = connection._reader
-    if reader is None or reader.at_eof() or is_foreign(connection, asyncio.get_running_loop()):
+    if reader is None or reader.at_eof():
         return False
     has_data = getattr(getattr(connection._parser, "_reader", None), "has_data", None)
     if reader._buffer or (has_data is not None and has_data()):

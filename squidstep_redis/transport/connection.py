@@ -23,9 +23,9 @@ from redis.exceptions import AskError, RedisError, ResponseError
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.handshake import open_connection
-from squidstep_redis.transport.pool import take
+from squidstep_redis.transport.pool import borrow
 from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
-from squidstep_redis.transport.stream import OwnStream, Packed, Read, Stream, stream_of
+from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
 _MAX_IDLE: Final = 16
 _FRESH_SECONDS: Final = 1.0
@@ -155,14 +155,11 @@ class PooledConnections(Connections):
         self._pool = pool
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
-        try:
-            connection = take(self._pool, deadline)
-        except RedisError as error:
-            raise ExchangeError(error, sent=False) from error
+        connection = borrow(self._pool, deadline)
         is_reusable = False
         is_demoted = False
         try:
-            stream = _connected(connection)
+            stream = stream_of(connection)
             if stream is None:
                 results, is_demoted = _exchange(connection, commands, read)
             else:
@@ -216,23 +213,6 @@ def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return client.execute_command(*command, **OPTIONS)
     except ResponseError as error:
         return error
-
-
-def _connected(connection: Any) -> Stream | None:
-    """Connects a connection unless it is ready; returns its stream, or None if its own methods write and read it.
-
-    It is not ready if a reply was left on it: if that is an error, no call could tell it from its own.
-    """
-    if connection._sock is not None:
-        stream = stream_of(connection)
-        try:
-            if stream.is_quiet() if stream is not None else not connection.can_read():
-                return stream
-        except (RedisError, OSError):  # the server has closed it
-            pass
-        connection.disconnect()
-    open_connection(connection)
-    return stream_of(connection)
 
 
 def _exchange(connection: Any, commands: Sequence[Command], read: Read) -> tuple[list[Any], bool]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import Any
+from typing import Any, cast
 
+from redis.connection import PythonRespSerializer
 from redis.exceptions import RedisClusterException, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.retry import ExchangeError
 
 
@@ -23,38 +25,44 @@ def open_connection(connection: Any) -> Any:
     Raises:
         ExchangeError: it could not be connected; nothing was sent.
     """
-    connect, timeout, packer = connection._connect, connection.socket_timeout, connection._command_packer
-    deferred = defer_sigalrm()
     try:
-        with deferred:
-            if timeout is not None:
-                connection._connect = lambda: _HandshakeSocket(connect(), timeout)
-            connection._command_packer = _Packer(packer)
-            connection.connect()
-            if isinstance(connection._sock, _HandshakeSocket):
-                connection._sock = connection._sock.finish()
-                connection._parser.on_connect(connection)  # it had the other socket
+        with defer_sigalrm():
+            if has_plain_stream(cast("type[object]", type(connection))):
+                _connect(connection)
+            else:
+                connection.connect()
     except BaseException as error:
         connection.disconnect()
         if isinstance(error, (RedisError, RedisClusterException)):
             raise ExchangeError(error, sent=False) from error
         raise
-    finally:
-        attributes: dict[str, Any] = connection.__dict__
-        attributes.pop("_connect", None)  # a cycle of references would outlive the connection
-        attributes["_command_packer"] = packer
     return connection
 
 
-class _Packer:
-    """Packs no numbers: hiredis crashes the process if a signal handler raises while it formats one."""
+def _connect(connection: Any) -> None:
+    given, packer = connection.redis_connect_func, connection._command_packer
 
-    def __init__(self, packer: Any) -> None:
-        self._packer = packer
+    def set_up(_: object) -> None:
+        holder: Any
+        sock, parser = connection._sock, connection._parser
+        if connection.socket_timeout is not None:
+            connection._sock = _HandshakeSocket(sock, connection.socket_timeout)
+        try:
+            connection.on_connect() if given is None else given(connection)
+        finally:
+            if connection._sock is not None:  # nothing has disconnected it
+                for holder in (connection, parser, getattr(parser, "_buffer", None)):
+                    if hasattr(holder, "_sock"):
+                        holder._sock = sock
+                sock.settimeout(connection.socket_timeout)
 
-    def pack(self, *words: Any) -> Any:
-        """Returns what redis-py's packer returns."""
-        return self._packer.pack(*[str(word) if isinstance(word, int) else word for word in words])
+    connection.redis_connect_func = set_up
+    # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.
+    connection._command_packer = PythonRespSerializer(connection._buffer_cutoff, connection.encoder.encode)
+    try:
+        connection.connect()
+    finally:
+        connection.redis_connect_func, connection._command_packer = given, packer
 
 
 class _HandshakeSocket:
@@ -83,8 +91,3 @@ class _HandshakeSocket:
         """Reads a piece of a reply."""
         self._sock.settimeout(max(0.001, self._until - time.monotonic()))
         return self._sock.recv(*args)
-
-    def finish(self) -> socket.socket:
-        """Returns the socket itself."""
-        self._sock.settimeout(self._timeout)
-        return self._sock

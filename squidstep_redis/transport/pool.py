@@ -1,61 +1,116 @@
-"""Takes connections out of the pool of a user's client."""
+"""Borrows one connection of a redis-py pool, for no longer than a call may take, and never takes it half set up.
+
+A pool's own `get_connection` waits as long as the pool is set to, whatever the call's timeout is, and keeps a
+connection whose set-up was interrupted as it is, possibly without credentials or on another database. So a connection
+is taken out of the pool first, and set up afterwards. A pool with a `get_connection` of its own is asked instead.
+"""
 
 from __future__ import annotations
 
 import time
 from math import inf
 from queue import Empty
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import redis
 from redis.connection import BlockingConnectionPool, ConnectionPool
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, RedisClusterException, RedisError
+
+from squidstep_redis.transport.handshake import open_connection
+from squidstep_redis.transport.retry import ExchangeError
+from squidstep_redis.transport.stream import stream_of
 
 PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
-"""What `get_connection` of a pool expects."""
+_plain: Any = ConnectionPool
+_blocking: Any = BlockingConnectionPool
+_KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 
 
-def take(pool: Any, deadline: float) -> Any:
-    """Takes a connection out of a pool: an idle one, whatever its state is, or a new one that is not connected.
-
-    A pool's own `get_connection` waits as long as the pool is set to, whatever the call's timeout is. It connects, and
-    if that is interrupted, the connection goes back half set up: possibly without credentials, or on another database.
+def borrow(pool: Any, deadline: float) -> Any:
+    """Takes a connection out of a pool and sets it up, or leaves the pool as it was.
 
     Args:
-        pool: the pool. If its `get_connection` is not redis-py's, that is called.
-        deadline: when the call's timeout ends, by the monotonic clock.
+        pool: the pool.
+        deadline: how long to wait for a connection, by the monotonic clock.
+
+    Raises:
+        ExchangeError: there is no connection, or it could not be set up.
     """
-    if behaves_as(pool, ConnectionPool):
+    waits = isinstance(pool, _blocking)
+    connection, has_place = None, False
+    try:
+        if not is_known(pool, _KNOWN):
+            return ask(pool)
         pool._checkpid()
-        with pool._lock:
-            idle: list[Any] = pool._available_connections
-            connection = idle.pop() if idle else pool.make_connection()
-            pool._in_use_connections.add(connection)
-        return connection
-    if behaves_as(pool, BlockingConnectionPool):
-        pool._checkpid()
-        try:
-            connection = pool.pool.get(timeout=time_left(pool, deadline))
-        except Empty:
-            raise ConnectionError("No connection available.") from None
-        if connection is None:
-            try:
+        if waits:
+            connection, has_place = _wait_for_place(pool, deadline), True
+            if connection is None:
                 connection = pool.make_connection()
-            finally:
-                if connection is None:
-                    pool.pool.put_nowait(None)  # otherwise the pool would lose a place
+        else:
+            with pool._lock:
+                idle: list[Any] = pool._available_connections
+                if idle:
+                    connection, idle[-1:] = idle[-1], ()  # signal handlers may raise after each call: this is none
+                else:
+                    connection = _make_connection(pool)
+                pool._in_use_connections.add(connection)
+        if not _is_ready(connection):
+            connection.disconnect()
+            open_connection(connection)
         return connection
+    except BaseException as error:
+        if connection is not None:
+            connection.disconnect()
+            if not waits:
+                pool._in_use_connections.add(connection)
+            pool.release(connection)
+        elif has_place:
+            pool.pool.put_nowait(None)
+        if isinstance(error, (RedisError, RedisClusterException)):
+            raise ExchangeError(error, sent=False) from error
+        raise
+
+
+def ask(pool: Any) -> Any:
+    """Returns a pool's next connection; for an asyncio pool, a coroutine of it."""
     return pool.get_connection(*PURPOSE)
 
 
-def behaves_as(pool: Any, kind: Any) -> bool:
-    """Whether a pool gets its connections as this class of redis-py's does."""
-    actual = cast("Any", type(pool))
-    return "get_connection" not in vars(pool) and actual.get_connection is kind.get_connection
+def is_known(pool: Any, known: tuple[Any, ...]) -> bool:
+    """Whether a pool's `get_connection` is one of these, and the pool not about to move its connections."""
+    return getattr(pool.get_connection, "__func__", None) in known and not getattr(pool, "_in_maintenance", False)
 
 
-def time_left(pool: Any, deadline: float) -> float | None:
-    """Returns for how many seconds to wait for a connection of a blocking pool; None: without a limit."""
+def seconds_to_wait(pool: Any, deadline: float) -> float | None:
+    """Returns how long to wait for a connection of a pool that waits; None: without a limit."""
     left = max(0.0, deadline - time.monotonic())
     own: float | None = pool.timeout
     return own if left == inf else left if own is None else min(own, left)
+
+
+def _wait_for_place(pool: Any, deadline: float) -> Any:
+    """Returns an idle connection, or None for one that is to be made."""
+    try:
+        return pool.pool.get(timeout=seconds_to_wait(pool, deadline))
+    except Empty:
+        raise ConnectionError("No connection available.") from None
+
+
+def _make_connection(pool: Any) -> Any:
+    count = pool._created_connections
+    try:
+        return pool.make_connection()
+    except BaseException:
+        pool._created_connections = count
+        raise
+
+
+def _is_ready(connection: Any) -> bool:
+    """Whether a connection is open and nothing was left on it. An error that was left could not be recognized."""
+    if getattr(connection, "_sock", None) is None:
+        return False
+    stream = stream_of(connection)
+    try:
+        return not connection.can_read() if stream is None else stream.is_quiet()
+    except RedisError:  # the server has closed it
+        return False
