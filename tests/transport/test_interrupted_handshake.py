@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import random
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ import redis
 from redis.credentials import CredentialProvider
 from support.backends import Bench
 from support.internals import close_idle_connections, plain_store
-from support.interruptions import AlarmError, sigalrm_raises
+from support.interruptions import AlarmError, at_line, sigalrm_raises
 from support.proxy import Proxy
 from support.records import begun
 
@@ -73,27 +71,8 @@ class Interruption(BaseException):
     pass
 
 
-@contextlib.contextmanager
-def interrupted_at(line: int) -> Iterator[Callable[[], bool]]:
-    """In the block, an exception is raised at the n-th line of the transport or of redis-py's connections."""
-    left = line
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal left
-        if not any(part in frame.f_code.co_filename for part in INTERRUPTED_FILES):
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                raise Interruption
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield lambda: left <= 0
-    finally:
-        sys.settrace(None)
+def interrupt() -> None:
+    raise Interruption
 
 
 # Python closes a socket that was made in the interrupted line, and says so.
@@ -111,7 +90,7 @@ def test_exception_at_any_line_leaves_no_half_made_connection(
     while misses < 3:
         line += random.randint(1, 5)
         store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
-        with interrupted_at(line) as was_interrupted, contextlib.suppress(Interruption):
+        with at_line(line, INTERRUPTED_FILES, interrupt) as was_interrupted, contextlib.suppress(Interruption):
             store.schedule_step("run", "pay", {})
         misses = 0 if was_interrupted() else misses + 1
         number += 1
