@@ -24,7 +24,6 @@ from squidstep_redis.transport.aio_connection import (
     AsyncConnections,
     HookedClient,
     OwnConnections,
-    abandon,
     drop,
     is_foreign,
 )
@@ -198,7 +197,7 @@ def _remove_foreign(node: Any) -> None:
     loop = asyncio.get_running_loop()
     while node._free and is_foreign(node._free[0], loop):
         connection = node._free.popleft()
-        abandon(connection)
+        drop(connection)
         with suppress(ValueError):  # redis-py has removed it
             node._connections.remove(connection)
 

@@ -173,8 +173,9 @@ class OwnConnections(AsyncConnections):
 
     def _forget_closed_loops(self) -> None:
         """Closes the connections of event loops that were closed before them."""
-        for loop in list(self._by_loop):
-            if loop.is_closed():
+        for reference in self._by_loop.keyrefs():  # a copy: other threads add theirs
+            loop = reference()
+            if loop is not None and loop.is_closed():
                 links = self._by_loop.pop(loop, None)
                 if links is not None:
                     links.close()
@@ -346,31 +347,23 @@ async def raise_swallowed_cancellation(before: int) -> None:
 
 
 def drop(connection: Any) -> None:
-    """Closes a connection of redis-py's without awaiting anything, which a cancellation could interrupt."""
+    """Closes a connection of redis-py's without awaiting anything, which a cancellation could interrupt.
+
+    Its transport is closed in the event loop in which it was opened, which may be that of another thread.
+    """
     writer = getattr(connection, "_writer", None)
     connection._parser.on_disconnect()
     connection._reader = connection._writer = None
     if isinstance(writer, asyncio.StreamWriter):
-        writer.close()
+        loop: asyncio.AbstractEventLoop = vars(writer)["_loop"]
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            if loop is asyncio.get_running_loop():
+                writer.close()
+            else:
+                loop.call_soon_threadsafe(writer.close)
 
 
 def is_foreign(connection: Any, loop: asyncio.AbstractEventLoop) -> bool:
     """Whether a connection of redis-py's was opened in another event loop."""
     reader = getattr(connection, "_reader", None)
     return reader is not None and getattr(reader, "_loop", loop) is not loop
-
-
-def abandon(connection: Any) -> None:
-    """Leaves a connection to the event loop in which it was opened."""
-    writer = getattr(connection, "_writer", None)
-    connection._reader = connection._writer = None
-    if isinstance(writer, asyncio.StreamWriter):
-        loop = connection_loop(writer)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(writer.close)
-
-
-def connection_loop(writer: asyncio.StreamWriter) -> asyncio.AbstractEventLoop:
-    """Returns the event loop of a writer."""
-    writer_: Any = writer
-    return writer_._loop

@@ -8,7 +8,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Final, cast
 from weakref import ref
@@ -21,7 +21,6 @@ from squidstep_redis.protocol.call import Command
 from squidstep_redis.transport.aio_connection import (
     AsyncConnections,
     OwnConnections,
-    abandon,
     abandoned,
     cancellations,
     drop,
@@ -49,7 +48,7 @@ class PooledConnections(AsyncConnections):
         self._pool = client.connection_pool
         self._others = OwnConnections(client) if has_plain_stream(self._pool.connection_class) else None
         self._pid = os.getpid()
-        self._loop: ref[asyncio.AbstractEventLoop] | None = None
+        self._owner = _Owner(lambda: None)
         self._releasing: set[asyncio.Task[None]] = set()
 
     @property
@@ -96,7 +95,6 @@ class PooledConnections(AsyncConnections):
             connection = await _take(self._pool, deadline)
             try:
                 if is_foreign(connection, asyncio.get_running_loop()):  # another thread gave it back just now
-                    abandon(connection)
                     drop(connection)
                 if not has_plain_stream(cast("type[object]", type(connection))):
                     await self._pool.ensure_connection(connection)
@@ -125,13 +123,13 @@ class PooledConnections(AsyncConnections):
     def _has_pool(self) -> bool:
         """Whether the running event loop may use the pool. The first one may, until it is closed or this is a fork."""
         loop = asyncio.get_running_loop()
-        owner = None if self._loop is None else self._loop()
-        if owner is loop:
-            return True
-        if owner is not None and not owner.is_closed() and self._pid == os.getpid():
-            return False
-        self._loop = ref(loop)
-        _renew_locks(self._pool)
+        while (owner := self._owner).loop() is not loop:
+            if not owner.is_gone():
+                return False
+            new = _Owner(ref(loop))
+            self._owner = owner = owner.successor.setdefault(0, new)  # atomic: another thread's loop may want it, too
+            if owner is new:
+                _renew_locks(self._pool)
         return True
 
     def _remove_foreign(self) -> None:
@@ -144,7 +142,26 @@ class PooledConnections(AsyncConnections):
         loop = asyncio.get_running_loop()
         with contextlib.suppress(IndexError):  # another thread took it
             while idle and is_foreign(idle[-1], loop):
-                abandon(idle.pop())
+                drop(idle.pop())
+
+
+class _Owner:
+    """The event loop that may use a pool.
+
+    Attributes:
+        loop: a weak reference to it.
+        successor: at 0, the next owner.
+    """
+
+    def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop | None]) -> None:
+        self.loop = loop
+        self.successor: dict[int, _Owner] = {}
+        self._pid = os.getpid()
+
+    def is_gone(self) -> bool:
+        """Whether the loop is closed, or belongs to a parent process."""
+        loop = self.loop()
+        return loop is None or loop.is_closed() or self._pid != os.getpid()
 
 
 class _Uncancellable(asyncio.Task[None]):

@@ -70,21 +70,23 @@ class TestLoops:
         self, server: EmbeddedServer, observer: StepRunStore, kind: str
     ) -> None:
         store = make_store(server.url, kind)
-        both_hold = threading.Barrier(3)
+        all_are_here = threading.Barrier(3)
 
-        async def main(step: str) -> None:
-            async with store.claim_step("run", step, {}, lease=LEASE) as claim:
-                await asyncio.to_thread(both_hold.wait, 30)
+        async def main(number: int) -> None:
+            if number == 0:
+                await store.step_statuses("run")  # the first loop keeps the pool, so it has to close the client
+            await asyncio.to_thread(all_are_here.wait, 30)
+            async with store.claim_step("run", f"step-{number}", {}, lease=LEASE) as claim:
+                await asyncio.to_thread(all_are_here.wait, 30)
                 await extended(claim)
                 await claim.complete({})
             await store.close()
-            if kind == "user's pool":
-                await asyncio.to_thread(both_hold.wait, 30)
-                if step == "step-0":
-                    await store.client.aclose()
+            await asyncio.to_thread(all_are_here.wait, 30)
+            if number == 0:
+                await store.client.aclose()
 
         with ThreadPoolExecutor(3) as threads:
-            for ended in [threads.submit(asyncio.run, main(f"step-{number}")) for number in range(3)]:
+            for ended in [threads.submit(asyncio.run, main(number)) for number in range(3)]:
                 ended.result()
 
         assert set(observer.step_statuses("run").values()) == {StepStatus.COMPLETED}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 
@@ -74,3 +76,26 @@ def raise_in(thread: threading.Thread) -> None:
     """Raises OutsideError in a thread, wherever it is."""
     if thread.is_alive():  # a new thread may have the id of one that ended
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OutsideError))
+
+
+@contextlib.contextmanager
+def at_line(line: int, files: tuple[str, ...], act: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+    """In the block, `act` is called at the n-th line of these files; yields whether it was."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not any(part in frame.f_code.co_filename for part in files):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                act()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield lambda: left <= 0
+    finally:
+        sys.settrace(None)

@@ -10,22 +10,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
-from typing import Any
+from math import inf
+from typing import Any, cast
 
+import hiredis
 import pytest
 import redis
 from redis.credentials import CredentialProvider
 from support.backends import Bench
 from support.internals import close_idle_connections, plain_store
-from support.interruptions import AlarmError, sigalrm_raises
+from support.interruptions import AlarmError, at_line, sigalrm_raises
 from support.proxy import Proxy
 from support.records import begun
 from support.storm_length import StormLength
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.transport.pool import borrow
 from transport.conftest import Connect
 
 pytestmark = pytest.mark.servers("valkey")
@@ -76,27 +79,8 @@ class Interruption(BaseException):
     pass
 
 
-@contextlib.contextmanager
-def interrupted_at(line: int) -> Iterator[Callable[[], bool]]:
-    """In the block, an exception is raised at the n-th line of the transport or of redis-py's connections."""
-    left = line
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal left
-        if not any(part in frame.f_code.co_filename for part in INTERRUPTED_FILES):
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                raise Interruption
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield lambda: left <= 0
-    finally:
-        sys.settrace(None)
+def interrupt() -> None:
+    raise Interruption
 
 
 # Python closes a socket that was made in the interrupted line, and says so.
@@ -116,12 +100,50 @@ def test_exception_at_any_line_leaves_no_half_made_connection(
         while misses < 3:
             line += random.randint(1, 5)
             store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
-            with interrupted_at(line) as was_interrupted, contextlib.suppress(Interruption):
+            with at_line(line, INTERRUPTED_FILES, interrupt) as was_interrupted, contextlib.suppress(Interruption):
                 store.schedule_step("run", "pay", {})
             misses = 0 if was_interrupted() else misses + 1
             assert begun(store.begin_step(f"run-{next(numbers)}", "pay", {})).attempt == 1
             check(bench)
         assert line > 100
+
+
+@CLOSED_LATE
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_exception_at_any_line_of_borrowing_loses_no_place(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    line, misses = 0, 0
+    while misses < 3:
+        line += random.randint(1, 3)
+        client = {**options(bench), "max_connections": 1}
+        pool: Any = connect_to(kind, proxy.port, DATABASE, client).client.connection_pool
+        with at_line(line, INTERRUPTED_FILES, interrupt) as was_interrupted, contextlib.suppress(Interruption):
+            borrow(pool, inf)
+        if was_interrupted():
+            misses = 0
+            pool.release(borrow(pool, time.monotonic()))
+        else:
+            misses += 1
+    assert line > 100
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@KINDS
+def test_no_handshake_formats_an_int_with_hiredis(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hiredis crashes the process if a signal handler raises meanwhile."""
+    words: list[Any] = []
+    pack = cast("Any", hiredis).pack_command
+    monkeypatch.setattr(hiredis, "pack_command", lambda command: words.extend(command) or pack(command))
+    store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
+    for number in range(2):
+        begun(store.begin_step(f"run-{number}", "pay", {}))
+        store.client.connection_pool.disconnect()
+        close_idle_connections(store)
+    assert not [word for word in words if isinstance(word, int)]
 
 
 @CLOSED_LATE

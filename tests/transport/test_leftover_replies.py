@@ -15,7 +15,7 @@ from support.proxy import Fault, Proxy
 from support.records import begun
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.transport.pool import PURPOSE
+from squidstep_redis.transport.pool import ask
 from transport.conftest import Connect
 
 pytestmark = pytest.mark.servers("valkey")
@@ -76,7 +76,7 @@ def test_reply_left_by_the_user_is_discarded_with_its_connection(
     client: Any = store.client
 
     async def leave_asyncio() -> None:
-        connection = await pool_connection(client)
+        connection = await ask(client.connection_pool)
         await connection.send_command("PING")
         await client.connection_pool.release(connection)
         await until(lambda: connection._reader._buffer)
@@ -84,15 +84,11 @@ def test_reply_left_by_the_user_is_discarded_with_its_connection(
     if bench.runner is not None:
         finish(bench, leave_asyncio())
     else:
-        connection = pool_connection(client)
+        connection = ask(client.connection_pool)
         connection.send_command("PING")
         client.connection_pool.release(connection)
         assert select.select([connection._sock], [], [], 20)[0]
     check_recovery(store, proxy, 3 if batch else 1)
-
-
-def pool_connection(client: Any) -> Any:
-    return client.connection_pool.get_connection(*PURPOSE)
 
 
 @pytest.mark.parametrize(("kind", "left"), WITH_ANOTHER, indirect=["kind"])

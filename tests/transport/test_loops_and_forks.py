@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import redis
 import redis.asyncio
 from support.backends import Backend
 from support.internals import idle_connections
+from support.interruptions import at_line
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import wait_until
 
 from squidstep_redis import AsyncStepRunStore, ServerError, StepRunStore
+from transport.conftest import HookedAsyncRedis
 
 pytestmark = [pytest.mark.servers("valkey"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -186,6 +189,79 @@ class TestEventLoops:
                 assert await use(store, f"run-{number}", 1) == []
 
         asyncio.run(main())
+
+
+def call_beside_another_loop(store: AsyncStepRunStore, line: int, loops: list[asyncio.AbstractEventLoop]) -> bool:
+    """Makes a call; at its n-th line, another thread's loop makes one, and goes on; returns whether there was one.
+
+    Args:
+        store: what both loops use.
+        line: the number of the line.
+        loops: keeps closed loops, which a store has to forget.
+    """
+    pool: Any = store.client.connection_pool
+    has_called, is_over = threading.Event(), threading.Event()
+    others: list[Future[None]] = []
+    owners: list[set[asyncio.AbstractEventLoop]] = []
+
+    async def call(step: str) -> None:
+        loops.append(asyncio.get_running_loop())
+        await store.begin_step("run", f"{step}-{line}", {})
+
+    async def other() -> None:
+        try:
+            await call("other")
+        finally:
+            has_called.set()
+        await asyncio.to_thread(is_over.wait, 30)
+
+    def start() -> None:
+        others.append(thread.submit(asyncio.run, other()))
+        assert has_called.wait(30)
+        owners.append({connection._reader._loop for connection in pool._available_connections})
+
+    async def first() -> bool:
+        with at_line(line, ("/transport/aio", "/weakref.py"), start) as was_reached:
+            await call("first")
+        owners.append({connection._reader._loop for connection in pool._available_connections})
+        return was_reached()
+
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            was_reached = asyncio.run(first())
+        finally:
+            is_over.set()
+        for each in others:
+            each.result()
+    assert owners[0] in (set(), owners[-1])  # the first loop that gets the pool keeps it
+    return was_reached
+
+
+@UNCLOSED
+@pytest.mark.parametrize("kind", STORES)
+def test_loop_of_another_thread_may_start_at_any_line(proxy: Proxy, name: str, kind: str) -> None:
+    store, loops = asyncio_store(kind, proxy, name), list[asyncio.AbstractEventLoop]()
+    line, misses = 0, 0
+    while misses < 3:
+        line += random.randint(1, 3)
+        if kind == "user's":
+            store = asyncio_store(kind, proxy, name)
+        was_reached = call_beside_another_loop(store, line, loops)
+        misses = 0 if was_reached else misses + 1
+    assert line > 50
+
+
+@UNCLOSED
+def test_connections_of_a_closed_loop_do_not_fail_calls(proxy: Proxy, name: str) -> None:
+    store = AsyncStepRunStore(HookedAsyncRedis.from_url(f"redis://127.0.0.1:{proxy.port}"), prefix=name)
+
+    async def demote() -> None:
+        for number in range(4):
+            proxy.replace_replies(b"-READONLY You can't write against a read only replica.\r\n")
+            assert begun(await store.begin_step("demoted", f"step-{number}", {})).attempt == 1
+
+    assert asyncio.run(use(store, "run", 1)) == []
+    asyncio.run(demote())
 
 
 @UNCLOSED
