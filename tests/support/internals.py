@@ -92,7 +92,10 @@ def lose_replies(store: Any, times: int) -> None:
             await send(commands, as_it_is, *args, **options)
         return await send(commands, read, *args, **options)
 
-    connections.send = send_all_asyncio if inspect.iscoroutinefunction(send) else send_all
+    is_asyncio = inspect.iscoroutinefunction(send)
+    connections.send = send_all_asyncio if is_asyncio else send_all
+    kind: Any = AsyncConnections if is_asyncio else Connections
+    connections.execute = functools.partial(kind.execute, connections)  # through `send`
 
 
 def check_every_connection(monkeypatch: Any) -> None:
@@ -182,7 +185,7 @@ class ScriptedConnections:
         self._reply = reply
         # One server, as with any client that is no cluster's.
         kind: Any = AsyncConnections if is_asyncio else Connections
-        for name in ("route", "redirect", "refresh"):
+        for name in ("execute", "route", "redirect", "refresh"):
             setattr(self, name, functools.partial(getattr(kind, name), self))
 
     def replace_connections_of(self, store: Any) -> None:

@@ -7,8 +7,6 @@ import contextlib
 import itertools
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -98,7 +96,7 @@ def test_exception_at_any_line_leaves_no_half_made_connection(
     for _ in storm_length.rounds(1):
         line, misses = 0, 0
         while misses < 3:
-            line += random.randint(1, 5)
+            line += random.randint(1, 12)
             store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
             with at_line(line, INTERRUPTED_FILES, interrupt) as was_interrupted, contextlib.suppress(Interruption):
                 store.schedule_step("run", "pay", {})
@@ -116,7 +114,7 @@ def test_exception_at_any_line_of_borrowing_loses_no_place(
 ) -> None:
     line, misses = 0, 0
     while misses < 3:
-        line += random.randint(1, 3)
+        line += random.randint(1, 8)
         client = {**options(bench), "max_connections": 1}
         pool: Any = connect_to(kind, proxy.port, DATABASE, client).client.connection_pool
         with at_line(line, INTERRUPTED_FILES, interrupt) as was_interrupted, contextlib.suppress(Interruption):
@@ -248,39 +246,6 @@ def test_slow_credential_provider_outlives_the_cancelled_call(
 
 
 # A signal is pending when redis-py packs a command that has a number in it. Its handler raises.
-PACKS_UNDER_A_SIGNAL = """
-import ctypes, functools, operator, signal, sys
-import hiredis, redis
-from squidstep_redis.transport.handshake import open_connection
-
-class Stopped(Exception):
-    pass
-
-def stop(*_):
-    raise Stopped
-
-def pack(words, original=hiredis.pack_command):
-    if words[0] != b"SELECT":
-        return original(words)
-    arrive = functools.partial(ctypes.CDLL(None)["raise"], int(signal.SIGUSR1))
-    return list(map(operator.call, [arrive, functools.partial(original, words)]))[1]
-
-signal.signal(signal.SIGUSR1, stop)
-hiredis.pack_command = pack
-try:
-    open_connection(redis.Redis(port=int(sys.argv[1]), db=3, protocol=2).connection_pool.make_connection())
-except Stopped:
-    print("stopped")
-"""
-
-
-@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
-def test_signal_while_a_number_is_packed_crashes_nothing(bench: Bench, proxy: Proxy) -> None:
-    command = [sys.executable, "-c", PACKS_UNDER_A_SIGNAL, str(proxy.port)]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (child.returncode, child.stdout) == (0, "stopped\n"), child.stderr
-
-
 @pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 def test_alarm_is_raised_after_the_handshake(bench: Bench, connect_to: Connect, proxy: Proxy) -> None:
