@@ -19,6 +19,7 @@ from support.proxy import Proxy
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.protocol.scripts import directory, script
+from squidstep_redis.transport.pool import get_connection
 
 
 class HookedRedis(redis.Redis):
@@ -99,3 +100,18 @@ def known(bench: Bench) -> None:
     """The server knows all scripts."""
     for path in directory().glob("*.lua"):
         bench.backend.raw.script_load(script(path.stem).source)
+
+
+def pool_connection(client: Any) -> Any:
+    """Borrows a connection of a client's pool, whatever the version of redis-py; on asyncio, returns a coroutine."""
+
+    class View:
+        pass
+
+    view: Any = View()
+    vars(view)["_pool"] = client.connection_pool
+    vars(client.connection_pool).setdefault("get_connection", client.connection_pool.get_connection)
+    try:
+        return get_connection(view)
+    finally:
+        vars(client.connection_pool).pop("get_connection", None)

@@ -15,8 +15,7 @@ from support.proxy import Fault, Proxy
 from support.records import begun
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.transport.pool import get_connection
-from transport.conftest import Connect
+from transport.conftest import Connect, pool_connection
 
 pytestmark = pytest.mark.servers("valkey")
 
@@ -89,19 +88,6 @@ def test_reply_left_by_the_user_is_discarded_with_its_connection(
         client.connection_pool.release(connection)
         assert select.select([connection._sock], [], [], 20)[0]
     check_recovery(store, proxy, 3 if batch else 1)
-
-
-def pool_connection(client: Any) -> Any:
-    class View:
-        pass
-
-    view: Any = View()
-    vars(view)["_pool"] = client.connection_pool
-    vars(client.connection_pool).setdefault("get_connection", client.connection_pool.get_connection)
-    try:
-        return get_connection(view)
-    finally:
-        vars(client.connection_pool).pop("get_connection", None)
 
 
 @pytest.mark.parametrize(("kind", "left"), WITH_ANOTHER, indirect=["kind"])
