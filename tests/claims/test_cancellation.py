@@ -179,7 +179,7 @@ class TestServerWithoutReplies:
         self, server: EmbeddedServer, observer: StepRunStore, kind: str
     ) -> None:
         async def main() -> None:
-            async with opened(server.url, kind, timeout=0.3) as store:
+            async with opened(server.url, kind, timeout=1) as store:
                 await store.get_run("run")
                 server.pause()
                 if kind == "own client":
@@ -187,7 +187,7 @@ class TestServerWithoutReplies:
                         await store.run_step("run", "pay", forever, {}, lease=None)
                 else:  # without a timeout of the socket, only the caller ends the call
                     with pytest.raises(TimeoutError):
-                        await asyncio.wait_for(store.run_step("run", "pay", forever, {}, lease=None), 0.2)
+                        await asyncio.wait_for(store.run_step("run", "pay", forever, {}, lease=None), 0.5)
                 server.resume()
                 await until(lambda: "pay" in observer.step_statuses("run"))
                 await until(lambda: observer.step_statuses("run") == {"pay": StepStatus.PENDING})
@@ -222,7 +222,7 @@ class TestServerWithoutReplies:
             raise asyncio.CancelledError
 
         async def main() -> None:
-            async with opened(server.url, kind, timeout=0.3) as store:
+            async with opened(server.url, kind, timeout=1) as store:
                 with pytest.raises(asyncio.CancelledError) as caught:
                     await store.run_step("run", "pay", work, {})
                 assert "could not record this failure: OutcomeUnknownError: fail_step" in caught.value.__notes__[0]

@@ -116,7 +116,7 @@ class TestServerThatDoesNotReply:
             server.pause()
             if moment == "work":
                 signal.raise_signal(signal.SIGUSR1)
-            threading.Timer(0.05, lambda: signal.pthread_kill(main_thread(), signal.SIGUSR1)).start()
+            threading.Thread(target=signal_a_waiting_call).start()
             return {}
 
         with undo_timeout(0.1):
@@ -129,13 +129,13 @@ class TestServerThatDoesNotReply:
     def test_interrupted_entry_ends_within_a_second(self, paused: tuple[EmbeddedServer, StepRunStore]) -> None:
         server, store = paused
         server.pause()
-        threading.Timer(0.05, lambda: signal.pthread_kill(main_thread(), signal.SIGUSR1)).start()
+        threading.Thread(target=signal_a_waiting_call).start()
 
         took = self.time_of(store, charge, DeclinedError("timeout"))
 
         assert took < self.LIMIT / 2
         server.resume()
-        wait_until(lambda: (store.get_step_run("run", "pay") or stored(store)).status is StepStatus.PENDING)
+        wait_until(lambda: store.step_statuses("run") == {"pay": StepStatus.PENDING})
 
     def test_alarm_is_not_deferred_until_the_server_replies(
         self, paused: tuple[EmbeddedServer, StepRunStore], alarms: list[int]
@@ -280,6 +280,12 @@ EVENTS = ("call", "c_call", "c_return")  # of sys.setprofile
 
 def main_thread() -> int:
     return threading.main_thread().ident or 0
+
+
+def signal_a_waiting_call() -> None:
+    """Sends SIGUSR1 to the main thread once it waits for a reply."""
+    wait_until(lambda: sys._current_frames()[main_thread()].f_code.co_name == "_receive")
+    signal.pthread_kill(main_thread(), signal.SIGUSR1)
 
 
 def is_ours(frame: FrameType) -> bool:

@@ -19,6 +19,7 @@ from support.proxy import Proxy
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.protocol.scripts import directory, script
+from squidstep_redis.transport.pool import ask
 
 
 class HookedRedis(redis.Redis):
@@ -99,3 +100,8 @@ def known(bench: Bench) -> None:
     """The server knows all scripts."""
     for path in directory().glob("*.lua"):
         bench.backend.raw.script_load(script(path.stem).source)
+
+
+def pool_connection(client: Any) -> Any:
+    """Borrows a connection of a client's pool, whatever the version of redis-py; on asyncio, returns a coroutine."""
+    return ask(client.connection_pool)

@@ -15,8 +15,7 @@ from support.proxy import Fault, Proxy
 from support.records import begun
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.transport.pool import ask
-from transport.conftest import Connect
+from transport.conftest import Connect, pool_connection
 
 pytestmark = pytest.mark.servers("valkey")
 
@@ -76,7 +75,7 @@ def test_reply_left_by_the_user_is_discarded_with_its_connection(
     client: Any = store.client
 
     async def leave_asyncio() -> None:
-        connection = await ask(client.connection_pool)
+        connection = await pool_connection(client)
         await connection.send_command("PING")
         await client.connection_pool.release(connection)
         await until(lambda: connection._reader._buffer)
@@ -84,7 +83,7 @@ def test_reply_left_by_the_user_is_discarded_with_its_connection(
     if bench.runner is not None:
         finish(bench, leave_asyncio())
     else:
-        connection = ask(client.connection_pool)
+        connection = pool_connection(client)
         connection.send_command("PING")
         client.connection_pool.release(connection)
         assert select.select([connection._sock], [], [], 20)[0]
