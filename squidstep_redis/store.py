@@ -67,7 +67,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     delete_pending_steps = _call(Calls.delete_pending_steps)
 
     begin_step = _call(Calls.begin_step)
+    begin_steps = _call(Calls.begin_steps)
     complete_step = _call(Calls.complete_step)
+    complete_steps = _workflow(Calls.complete_steps)
     advance_step = _call(Calls.advance_step)
     fail_step = _call(Calls.fail_step)
     extend_claim = _call(Calls.extend_claim)

@@ -22,6 +22,8 @@ def write_calls(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
         calls.schedule_step("run", "new", {}),
         calls.schedule_steps("run", {"new": {}}),
         calls.begin_step("run", "new", {}, lease=60),
+        calls.begin_steps("run", {"new": {}, "newer": {}}, lease=60),
+        calls.begin_steps("run", {"new": {}, "failed": {}}, lease=60),
         calls.begin_step("run", "failed", {}, lease=60),
         calls.begin_step("run", "lapsed", {}),
         calls.begin_step("run", "lapsed", {}, max_attempts=1),

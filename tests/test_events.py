@@ -36,6 +36,22 @@ def kinds(events: list[Event]) -> list[tuple[str, str | None, str | None]]:
     return [(event.kind, event.step, event.reason) for event in events]
 
 
+def test_a_group_emits_one_event_per_step(store: StepRunStore, events: list[Event]) -> None:
+    store.schedule_step("run", "pay", {})
+    results = store.begin_steps("run", {"pay": {}, "mail": {}})
+    store.begin_steps("run", {"pay": {}})
+    store.complete_steps([(result.step_run, {}) for result in results.values()])
+    assert kinds(events) == [
+        ("schedule", "pay", None),
+        ("execute", "pay", None),
+        ("execute", "mail", None),
+        ("skip", "pay", "busy"),
+        ("complete", "pay", None),
+        ("complete", "mail", None),
+    ]
+    assert [event.operation for event in events[1:3]] == ["begin_steps"] * 2
+
+
 def test_each_decision_emits_one_event(store: StepRunStore, events: list[Event]) -> None:
     claim = begun(store.begin_step("run", "pay", {"card": "secret"}, lease=60, owner="worker-1"))
     store.begin_step("run", "pay", {})

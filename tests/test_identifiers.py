@@ -207,6 +207,7 @@ TAKES_A_RUN: dict[str, Callable[[StepRunStore, Any], object]] = {
     "schedule_step": lambda store, run: store.schedule_step(run, "pay", {}),
     "schedule_steps": lambda store, run: store.schedule_steps(run, {"pay": {}}),
     "begin_step": lambda store, run: store.begin_step(run, "pay", {}),
+    "begin_steps": lambda store, run: store.begin_steps(run, {"pay": {}}),
     "delete_pending_steps": lambda store, run: store.delete_pending_steps(run, ["pay"]),
     "get_step_run": lambda store, run: store.get_step_run(run, "pay"),
     "get_run": lambda store, run: store.get_run(run),
@@ -223,6 +224,7 @@ ID = step_run_id("squidstep", "run", "pay")
 TAKES_A_STEP: dict[str, tuple[str, Callable[[StepRunStore, Any], object]]] = {
     "schedule_step": ("step", lambda store, step: store.schedule_step("run", step, {})),
     "begin_step": ("step", lambda store, step: store.begin_step("run", step, {})),
+    "begin_steps": ("steps", lambda store, step: store.begin_steps("run", {"a": {}, step: {}})),
     "get_step_run": ("step", lambda store, step: store.get_step_run("run", step)),
     "attempts": ("step", lambda store, step: store.attempts("run", step)),
     "delete_pending_steps": ("steps", lambda store, step: store.delete_pending_steps("run", ["a", step])),

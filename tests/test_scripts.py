@@ -211,6 +211,6 @@ class TestHeaders:
         inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
         listings = {"failed_steps", "lapsed_claims", "live_claims"}  # list_index
         exchanges = {"batch", "runs", "retry_run", "purge"}
-        shared = {"expire_claim", "wait_for_step"}  # extend_claim with no lease, await_step
+        shared = {"expire_claim", "wait_for_step", "begin_steps", "complete_steps"}  # of extend_claim, await_step, …
         operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
         assert set(SCRIPTS) - inner == operations - exchanges - shared - listings

@@ -46,6 +46,8 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.complete_step(step_run.id, {}, schedule={Step.PAY: {}}), StepRun)
     successors: dict[str, dict[str, int]] = {"ship": {"parcels": 2}}
     assert_type(store.complete_step(step_run, {}, schedule=successors), StepRun)
+    assert_type(store.begin_steps("run", {Step.PAY: {}, "ship": {}}, lease=30), dict[str, BeginResult])
+    assert_type(store.complete_steps([(step_run, {}), (step_run.id, {})]), list[StepRun | Exception])
     assert_type(store.fail_step(step_run, ValueError("no")), StepRun)
     assert_type(store.schedule_steps("run", {Step.PAY: {}}), list[str])
     assert_type(store.get_step_run("run", "pay"), StepRun | None)

@@ -64,8 +64,8 @@ def begin_step(
     run = context.keys.run(run_id)
     name = arguments.step(step)
     data = context.payloads.encode("input", input)
-    args = _begin_args(context, run, name, data, lease, max_attempts, owner)
-    parse = partial(_parse_begin, context, run, name, args[0], data)
+    args = begin_args(context, run, name, data, lease, max_attempts, owner)
+    parse = partial(parse_begin, context, run, name, args[0], data)
     while len(args) > 5 and not args[-1]:
         args.pop()  # each argument takes time to send
     return Call(run.text, script("begin_step"), run.keys, tuple(args), parse, None, name.text)
@@ -99,9 +99,8 @@ def complete_step(
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    data = context.payloads.encode("output", output)
     successors = encode_inputs(context, "schedule", schedule) if schedule is not None else []
-    return _transition(context, "complete_step", step_run, (data,), successors, output=data)
+    return complete_call(context, step_run, "output", output, successors)
 
 
 def advance_step(
@@ -149,11 +148,11 @@ def advance_step(
     if name == from_step:
         raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
     next_input = context.payloads.encode("input", input)
-    args = _begin_args(context, run, name, next_input, lease, max_attempts, owner)
+    args = begin_args(context, run, name, next_input, lease, max_attempts, owner)
 
     def parse(reply: Reply) -> BeginResult:
         _raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
-        return _parse_begin(context, run, name, args[0], next_input, reply)
+        return parse_begin(context, run, name, args[0], next_input, reply)
 
     sent = (*args, from_step.data, from_token, data)
     return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
@@ -264,7 +263,15 @@ def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
 # What the transitions share
 
 
-def _begin_args(
+def complete_call(
+    context: Context, step_run: StepRun | str, argument: str, output: object, successors: Sequence[bytes] = ()
+) -> Call[StepRun]:
+    """Builds the call of complete_step; `argument` is what error messages call the output."""
+    data = context.payloads.encode(argument, output)
+    return _transition(context, "complete_step", step_run, (data,), successors, output=data)
+
+
+def begin_args(
     context: Context,
     run: Run,
     step: Name,
@@ -283,7 +290,7 @@ def _begin_args(
     return [new_token(), step.data, input, run.member, lease_ms, claimed_by, context.run_ttl_ms, limit, lease_expired]
 
 
-def _parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:
+def parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:
     """Parses the reply to begin_step."""
     if reply[0] in (b"execute", b"takeover"):
         payloads = (reply[3] if len(reply) > 3 else input, None, None)

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from redis.exceptions import NoScriptError
 
-from squidstep_redis.protocol.call import Call, Reply
+from squidstep_redis.protocol.call import Call, Reply, words_of
 
 MAX_MERGED: Final = 100  # calls: the server runs nothing else for the time that they take together
 
@@ -77,19 +77,9 @@ def merged(calls: Sequence[Call[Any]]) -> Call[Any]:
     first = calls[0]
     if len(calls) == 1:
         return first
-    own = _LAYOUTS[first.script.name].own
-    return first._replace(args=merged_args(first, [call.args[own] for call in calls[1:]]))
-
-
-def merged_args(first: Call[Any], further: Iterable[Sequence[bytes]]) -> tuple[bytes, ...]:
-    """Returns the arguments of a call about several steps.
-
-    Args:
-        first: the call about the first step.
-        further: the own arguments of each further step.
-    """
-    padding = [b""] * (_LAYOUTS[first.script.name].more - len(first.args))
-    return (*first.args, *padding, *(word for words in further for word in words))
+    own, _, more = _LAYOUTS[first.script.name]
+    padding = [b""] * (more - len(first.args))
+    return first._replace(args=(*first.args, *padding, *(word for call in calls[1:] for word in call.args[own])))
 
 
 def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any]:
@@ -115,6 +105,6 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
 
 
 def _with_nonce(call: Call[Any], reply: Any) -> Reply:
-    words: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
+    words: Reply = words_of(reply)
     words[1] = call.args[0]
     return words

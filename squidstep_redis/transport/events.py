@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from squidstep_redis.errors import StaleStepRunError, StepRunNotFoundError
 from squidstep_redis.model import BeginResult, StepRun
@@ -33,7 +33,7 @@ class Event(NamedTuple):
     """One decision of a store, or an error that prevented one.
 
     Attributes:
-        kind: "execute" or "skip" of a begin_step; "complete", "fail", "release", "extend" and "schedule" of the
+        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend" and "schedule" of the
             transition of that name; "refuse" if the claim was no longer held; "error" for every other error.
         operation: the method, or the script, that was sent.
         run_id: the run.
@@ -105,7 +105,7 @@ class EventEmitter:
 
 
 def events_of(call: Call[Any], result: object, seconds: float, batched: bool, prefix: str) -> Iterator[Event]:
-    """Returns the events of a call: none for a read, two for an advance_step."""
+    """Returns the events of a call: none for a read, two for an advance_step, one for each step of a begin_steps."""
     operation = call.operation
     if not call.script.is_transition or call.run_id is None:
         return
@@ -124,10 +124,11 @@ def events_of(call: Call[Any], result: object, seconds: float, batched: bool, pr
             yield event("refuse", getattr(result, "current", None), name)
         else:
             yield event("error", None, name)
-    elif isinstance(result, BeginResult):
+    elif isinstance(result, BeginResult) or operation == "begin_steps":
         if operation == "advance_step":
             yield event("complete", None)
-        kind: Kind = "execute" if result.decision == "execute" else "skip"
-        yield event(kind, result.step_run, result.reason, result.takeover)
+        begun = [result] if isinstance(result, BeginResult) else cast("dict[str, BeginResult]", result).values()
+        for each in begun:
+            yield event(each.decision, each.step_run, each.reason, each.takeover)
     elif operation in _KINDS:
         yield event(_KINDS[operation], result if isinstance(result, StepRun) else None)

@@ -35,7 +35,11 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "schedule_step": lambda store, claim: (claim.run_id, "new", PAYLOAD),
     "schedule_steps": lambda store, claim: (claim.run_id, {"new": PAYLOAD, "pending": {}, "newer": {}}),
     "begin_step": lambda store, claim: (claim.run_id, "pending", {}),
+    "begin_steps": lambda store, claim: (claim.run_id, {"pending": {}, "new": PAYLOAD, "completed": {}}),
     "complete_step": lambda store, claim: (claim, PAYLOAD),
+    "complete_steps": lambda store, claim: (
+        [(claim, PAYLOAD), (step_run_id(store.calls.prefix, claim.run_id, "pending"), {})],
+    ),
     "advance_step": lambda store, claim: (claim, PAYLOAD, "pending", {}),
     "fail_step": lambda store, claim: (claim, PAYLOAD),
     "extend_claim": lambda store, claim: (claim, 120),
@@ -139,6 +143,8 @@ def seen(result: Any) -> Any:
         return sorted(each._replace(changed_at=None) for each in result.runs)
     if isinstance(result, dict) and "squidstep_run" in result:
         return [(each["step"], each["state"], each["input"], each["output"]) for each in result["steps"]]
+    if isinstance(result, dict):
+        return {key: seen(each) for key, each in result.items()}
     if isinstance(result, list):
         return [seen(each) for each in result]
     return type(result) if isinstance(result, Exception) else result

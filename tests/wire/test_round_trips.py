@@ -80,7 +80,7 @@ class TestRoundTrips:
         assert found.step == ACROSS_RUNS[operation]
 
     def test_every_operation_has_a_test_of_its_round_trips(self) -> None:
-        counted = {*CALLS, "batch", "count_claims", *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
+        counted = {*CALLS, "batch", "complete_steps", "count_claims", *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
     def test_filtering_by_owner_costs_one_round_trip_per_page(
