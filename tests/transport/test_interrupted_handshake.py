@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import random
 import signal
@@ -100,8 +101,19 @@ def interrupted_at(line: int) -> Iterator[Callable[[], bool]]:
         sys.settrace(None)
 
 
-# Python closes a socket that was made in the interrupted line, and says so.
-CLOSED_LATE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def sockets_closed_late() -> Iterator[None]:
+    """Python closes a socket that was made in the interrupted line when it is collected, and warns.
+
+    An alarm would interrupt pytest's hook, too.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    yield
+    gc.collect()
+    sys.unraisablehook = hook
+
+
+CLOSED_LATE = pytest.mark.usefixtures("sockets_closed_late")
 
 
 @CLOSED_LATE
