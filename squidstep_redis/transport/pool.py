@@ -110,6 +110,8 @@ def _is_ready(connection: Any) -> bool:
     if getattr(connection, "_sock", None) is None:
         return False
     stream = stream_of(connection)
+    if stream is None:  # another class of connection has a say in whether it is connected
+        open_connection(connection)
     try:
         return not connection.can_read() if stream is None else stream.is_quiet()
     except RedisError:  # the server has closed it

@@ -195,9 +195,9 @@ class TestRedirects:
                 pass
             proxy.clear()
 
-            outcomes: list[Any] = store.batch([store.calls.begin_step(run, f"step-{n}", {}) for n in range(5)])
+            outcomes: list[Any] = store.batch([store.calls.schedule_step(run, f"step-{n}", {}) for n in range(5)])
 
-            assert [begun(outcome).attempt for outcome in outcomes] == [1] * 5
+            assert [outcome.decision for outcome in outcomes] == ["schedule"] * 5
             assert calls_in(proxy) == ["EVALSHA"] * 5
 
     def test_ask_leads_to_a_node_that_the_client_does_not_know(self, cluster: Cluster, stores: Stores) -> None:
