@@ -1,4 +1,4 @@
--- extend_claim: restarts the lease of a live claim from now.
+-- extend_claim: restarts the leases of live claims from now.
 --
 -- KEYS  1 steps, 2 done, 3 claims
 -- ARGV  1 nonce   of this call, echoed
@@ -6,37 +6,62 @@
 --       3 token   of the claim, or ""  any claim
 --       4 lease_ms  or ""  the claim never expires, or 0  it can be taken over immediately
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
--- REPLY {"extended", nonce, state} | {"extended", nonce, state, input}  without a token
+--       6 step, token, …  of further steps, each step once
+-- REPLY "extended nonce state" | {"extended", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
+--       {"each", nonce, reply, …}  of several steps: a reply for each, as above
 -- Writes only when it replies "extended".
 
 -- include record
 -- include run
 -- include reply
--- include indexes
+-- include group
 
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
-local step, token, lease = ARGV[2], ARGV[3], ARGV[4]
-@OPEN_EXISTING_STEP
-
-if not holds(state, token) then
-  return with_record("stale", steps, step)
+local lease, member = ARGV[4], ARGV[5]
+local MORE = 6
+local positions, names = positions_of_steps(2, MORE, 2), {}
+for index = 1, #positions do
+  names[index] = "s" .. ARGV[positions[index]]
 end
-@CHECK_INDEXES(claims, nil)
+local run, lines, refusal = load_run(steps, done, unpack(names))
+@RETURN_REFUSAL
 
 local now = now_ms()
-local member = ARGV[5] .. step
-unretain(run, state.lease)
-if lease == "" then
-  state.lease = ""
-  redis.call("ZREM", claims, member)
-else
-  local started = state.created + state.started
-  state.lease = math.max(0, now + lease - started)
-  redis.call("ZADD", claims, started + state.lease, member)
+local replies, fields, entries = { "each", nonce }, {}, {}
+for index = 1, #positions do
+  local step, token, line = ARGV[positions[index]], ARGV[positions[index] + 1], lines[index + 1]
+  local state = line and parse_state(line)
+  if not line then
+    replies[index + 2] = { "missing", nonce }
+  elseif not state then
+    return unreadable(steps, names[index], line)
+  elseif not holds(state, token) then
+    replies[index + 2] = with_record("stale", steps, step)
+  else
+    local started = state.created + state.started
+    unretain(run, state.lease)
+    if lease == "" then
+      state.lease = ""
+    else
+      state.lease = math.max(0, now + lease - started)
+      entries[#entries + 1] = started + state.lease
+    end
+    entries[#entries + 1] = member .. step
+    retain(run, state.lease, started)
+    local extended = format_state(state)
+    fields[#fields + 1] = names[index]
+    fields[#fields + 1] = extended
+    replies[index + 2] = with_input("extended", extended, token, steps, step)
+  end
 end
-retain(run, state.lease, state.created + state.started)
-local line = format_state(state)
-redis.call("HSET", steps, "r", format_run(run), "s" .. step, line)
-renew_expiry(run, steps, done, now)
-return with_input("extended", line, token, steps, step)
+if fields[1] then
+  -- The first write checks its own key: if it fails, nothing is written.
+  local reply = redis.pcall(lease == "" and "ZREM" or "ZADD", claims, unpack(entries))
+  if type(reply) == "table" then
+    return failed_call(claims, reply)
+  end
+  redis.call("HSET", steps, "r", format_run(run), unpack(fields))
+  renew_expiry(run, steps, done, now)
+end
+return positions[2] and replies or replies[3]

@@ -26,7 +26,11 @@ class _Layout(NamedTuple):
     more: int
 
 
-_LAYOUTS: Final = {"begin_step": _Layout(slice(0, 3), 3, 9), "complete_step": _Layout(slice(1, 4), 4, 6)}
+_LAYOUTS: Final = {
+    "begin_step": _Layout(slice(0, 3), 3, 9),
+    "complete_step": _Layout(slice(1, 4), 4, 6),
+    "extend_claim": _Layout(slice(1, 3), 3, 5),
+}
 _OF_RUN: Final = (b"tombstone", b"torn")  # refusals of every call on the run
 
 
@@ -100,7 +104,8 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
         return [_with_nonce(call, part) for call, part in zip(calls, parts, strict=True)]
     if word in _OF_RUN:
         return [[word, call.args[0], *parts] for call in calls]
-    # One of the records or indexes is corrupt. Nothing was written: each call by itself has its own outcome.
+    # One of the records or an index is corrupt. Nothing was written. Each call by itself has its own outcome, although
+    # it then takes effect after the later calls of the batch.
     return [NoScriptError("the group was refused")] * len(calls)
 
 

@@ -8,6 +8,7 @@ import gc
 import itertools
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
