@@ -23,6 +23,7 @@ from squidstep_redis.transport.stream import stream_of
 PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
 _plain: Any = ConnectionPool
 _blocking: Any = BlockingConnectionPool
+_pop: Any = list.pop
 _KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 
 
@@ -38,6 +39,7 @@ def borrow(pool: Any, deadline: float) -> Any:
     """
     waits = isinstance(pool, _blocking)
     connection, has_place = None, False
+    taken: list[Any] = []
     try:
         if not is_known(pool, _KNOWN):
             return ask(pool)
@@ -47,18 +49,22 @@ def borrow(pool: Any, deadline: float) -> Any:
             if connection is None:
                 connection = pool.make_connection()
         else:
-            with pool._lock:
-                idle: list[Any] = pool._available_connections
-                if idle:
-                    connection, idle[-1:] = idle[-1], ()  # signal handlers may raise after each call: this is none
-                else:
+            # Without the pool's lock, which an exception of a signal handler could leave held: the call that takes the
+            # connection is atomic. Only the number of connections needs the lock.
+            try:
+                taken.extend(map(_pop, (pool._available_connections,)))
+                connection = taken[0]
+            except IndexError:
+                with pool._lock:
                     connection = _make_connection(pool)
-                pool._in_use_connections.add(connection)
+            pool._in_use_connections.add(connection)
         if not _is_ready(connection):
             connection.disconnect()
             open_connection(connection)
         return connection
     except BaseException as error:
+        if taken:
+            connection = taken[0]
         if connection is not None:
             connection.disconnect()
             if not waits:
