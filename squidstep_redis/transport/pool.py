@@ -23,7 +23,7 @@ from squidstep_redis.transport.stream import stream_of
 PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
 _plain: Any = ConnectionPool
 _blocking: Any = BlockingConnectionPool
-_pop: Any = list.pop
+_pop = list[Any].pop
 _KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 
 
