@@ -52,7 +52,7 @@ MUTANTS = {
         "complete_step.lua",
         "local SUCCESSORS = 6\n",
         "local SUCCESSORS = 6\n"
-        'local held = redis.call("HGET", steps, "s" .. step) or ""\n'
+        'local held = redis.call("HGET", steps, "s" .. ARGV[2]) or ""\n'
         'local lease, started, created = string.match(held, "^1r %d+ %d* %S* (%d+) (%d*) %d* (%d+)")\n'
         'if lease and created + started + lease < redis.call("TIME")[1] * 1000 then\n'
         '  return { "missing", ARGV[1] }\nend\n',
@@ -95,7 +95,7 @@ MUTANTS = {
     "a released attempt counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
     "one attempt too many": Mutant("lib/begin.lua", "used >= limit", "used > limit"),
     "a lapsed claim stays running when no attempt is left": Mutant(
-        "lib/begin.lua", "  if lease_expired then\n    redis.call", "  if false then\n    redis.call"
+        "lib/begin.lua", "    if lease_expired then\n      redis.call", "    if false then\n      redis.call"
     ),
     # Re-sent calls
     "a re-sent begin starts another attempt": Mutant("lib/begin.lua", "if holds(state, token) then", "if false then"),
@@ -116,9 +116,9 @@ MUTANTS = {
     ),
     "a re-sent completion takes another place in the order": Mutant(
         "complete_step.lua",
-        'if redis.call("HGET", steps, "o" .. step) == output then',
-        'if redis.call("HGET", steps, "o" .. step) == output then\n'
-        '    redis.call("ZADD", done, run.completed + 1, step)',
+        'if resent and redis.call("HGET", steps, "o" .. step) == output then',
+        'if resent and redis.call("HGET", steps, "o" .. step) == output then\n'
+        '      redis.call("ZADD", done, run.completed + 1, step)',
     ),
     # Completion
     "a completed step is executed again": Mutant(
@@ -129,8 +129,8 @@ MUTANTS = {
     ),
     "a completion writes before it checks": Mutant(
         "complete_step.lua",
-        "if holds(state, token) then",
-        'redis.call("HSET", steps, "o" .. step, output)\nif holds(state, token) then',
+        "-- include complete\n",
+        '-- include complete\nredis.call("HSET", steps, "o" .. step, ARGV[4])\n',
     ),
     "a failure overwrites a completion": Mutant(
         "fail_step.lua",
@@ -138,7 +138,7 @@ MUTANTS = {
         "if not holds(state, token) and not (state.status == @COMPLETED and state.token == token) then",
     ),
     "the scheduled input is replaced": Mutant(
-        "lib/begin.lua", "if not scheduled then\n  fields", "if true then\n  fields"
+        "lib/begin.lua", "if not scheduled then\n    written", "if true then\n    written"
     ),
 }
 
