@@ -140,6 +140,41 @@ def test_exception_at_any_line_of_borrowing_loses_no_place(
     assert line > 100
 
 
+class AlarmingLock:
+    """A lock; when it is entered for the first time, SIGALRM arrives before the code under it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.acquire, self.release, self.locked = lock.acquire, lock.release, lock.locked
+        self.has_alarmed = False
+
+    def __enter__(self) -> None:
+        self.acquire()
+        if not self.has_alarmed:
+            self.has_alarmed = True
+            signal.raise_signal(signal.SIGALRM)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+@pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("condition", ["not_empty", "not_full"])  # of taking a connection, and of giving it back
+def test_alarm_leaves_no_lock_of_a_blocking_pool_held(
+    bench: Bench, connect_to: Connect, proxy: Proxy, condition: str
+) -> None:
+    store = connect_to("blocking pool", proxy.port, DATABASE, {**options(bench), "max_connections": 1}, timeout=2)
+    queue: Any = store.client.connection_pool.pool
+    lock = AlarmingLock(queue.mutex)
+    setattr(queue, condition, threading.Condition(cast("Any", lock)))
+    with sigalrm_raises(), pytest.raises(AlarmError):
+        store.schedule_step("run", "pay", {})
+    assert lock.has_alarmed
+    assert not lock.locked()
+    assert queue.qsize() == 1
+    begun(store.begin_step("run", "pay", {}))
+
+
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @KINDS
 def test_no_handshake_formats_an_int_with_hiredis(
