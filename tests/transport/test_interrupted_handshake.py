@@ -175,6 +175,45 @@ def test_alarm_leaves_no_lock_of_a_blocking_pool_held(
     begun(store.begin_step("run", "pay", {}))
 
 
+class ClosedConnection(redis.Connection):
+    """A connection that another thread closes at the end of its first handshake, as `disconnect` of its pool does."""
+
+    is_open = True
+
+    def on_connect(self) -> None:
+        super().on_connect()
+        if self.is_open:
+            self.is_open = False
+            self._sock.close()
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_call_survives_a_close_by_another_thread_while_connecting(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    client = {**options(bench), "connection_class": ClosedConnection}
+    begun(connect_to(kind, proxy.port, DATABASE, client, timeout=2).begin_step("run", "pay", {}))
+    check(bench)
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_call_survives_a_disconnect_of_its_pool(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def borrow_and_disconnect(pool: Any, deadline: float) -> Any:
+        connection = borrow(pool, deadline)
+        monkeypatch.undo()
+        connection.disconnect()
+        return connection
+
+    store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
+    monkeypatch.setattr("squidstep_redis.transport.connection.borrow", borrow_and_disconnect)
+    begun(store.begin_step("run", "pay", {}))
+    check(bench)
+
+
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @KINDS
 def test_no_handshake_formats_an_int_with_hiredis(
