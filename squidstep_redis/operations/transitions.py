@@ -17,7 +17,6 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.codec import error_payload
-from squidstep_redis.protocol.groups import padded
 from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 
@@ -67,7 +66,9 @@ def begin_step(
     data = context.payloads.encode("input", input)
     args = begin_args(context, run, name, data, lease, max_attempts, owner)
     parse = partial(parse_begin, context, run, name, args[0], data)
-    return Call(run.text, script("begin_step"), run.keys, args, parse, None, name.text)
+    while len(args) > 5 and not args[-1]:
+        args.pop()  # each argument takes time to send
+    return Call(run.text, script("begin_step"), run.keys, tuple(args), parse, None, name.text)
 
 
 def complete_step(
@@ -153,7 +154,7 @@ def advance_step(
         _raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
         return parse_begin(context, run, name, args[0], next_input, reply)
 
-    sent = (*padded("begin_step", args), from_step.data, from_token, data)
+    sent = (*args, from_step.data, from_token, data)
     return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
 
 
@@ -278,16 +279,15 @@ def begin_args(
     lease: Seconds | None,
     max_attempts: int | None,
     owner: str | None,
-) -> tuple[bytes, ...]:
-    """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
+) -> list[bytes]:
+    """Returns all nine arguments of begin_step."""
+    limit = lease_expired = b""
     if max_attempts is not None:
         limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
-        limits = (context.run_ttl_ms, limit, context.lease_expired_payload)
-    else:
-        limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()
+        lease_expired = context.lease_expired_payload
     claimed_by = arguments.owner(owner)
-    owned = (claimed_by, *limits) if claimed_by or limits else ()
-    return (new_token(), step.data, input, run.member, arguments.lease_ms(lease), *owned)
+    lease_ms = arguments.lease_ms(lease)
+    return [new_token(), step.data, input, run.member, lease_ms, claimed_by, context.run_ttl_ms, limit, lease_expired]
 
 
 def parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:

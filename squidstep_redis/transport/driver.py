@@ -116,28 +116,27 @@ class _Sent(NamedTuple):
     """What is sent to one server for the calls of a batch.
 
     Attributes:
-        calls: the calls that are sent, one for each group.
+        calls: the calls that are sent, some of them for a group.
         groups: the indexes of the calls in each group.
-        all_calls: all calls of the batch.
+        members: the calls of each group.
     """
 
     calls: list[Call[Any]]
     groups: list[list[int]]
-    all_calls: Sequence[Call[Any]]
+    members: list[list[Call[Any]]]
 
     @classmethod
     def of(cls, calls: Sequence[Call[Any]], indexes: Sequence[int]) -> _Sent:
         """Groups some of the calls of a batch."""
         groups = group(calls, indexes)
-        sent = [calls[each[0]] if len(each) == 1 else merged([calls[index] for index in each]) for each in groups]
-        return cls(sent, groups, calls)
+        members = [[calls[index] for index in indexes] for indexes in groups]
+        return cls([merged(each) for each in members], groups, members)
 
     def outcome(self, position: int, reply: Any, state: RetryState) -> Any:
         """Reads the reply to a call that was sent: its outcome, or a list of those of the calls in its group."""
-        call, indexes = self.calls[position], self.groups[position]
-        if len(indexes) == 1:
+        call, members = self.calls[position], self.members[position]
+        if len(members) == 1:
             return _outcome(call, reply, state)
-        members = [self.all_calls[index] for index in indexes]
         replies = batch.replies_of_group(call, members, reply)
         return [_outcome(each, part, state) for each, part in zip(members, replies, strict=True)]
 
