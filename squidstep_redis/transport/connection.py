@@ -23,7 +23,7 @@ from redis.exceptions import AskError, RedisError, ResponseError
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.handshake import open_connection
-from squidstep_redis.transport.pool import borrow
+from squidstep_redis.transport.pool import borrow, give_back
 from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
@@ -168,7 +168,7 @@ class PooledConnections(Connections):
         finally:
             if not is_reusable:
                 connection.disconnect()
-            self._pool.release(connection)
+            give_back(self._pool, connection)
         if is_demoted:
             self._disconnect_idle()
         return results

@@ -7,7 +7,7 @@ import time
 from typing import Any, cast
 
 from redis.connection import PythonRespSerializer
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.client import has_plain_stream
@@ -54,7 +54,12 @@ def _connect(connection: Any) -> None:
                 for holder in (connection, parser, getattr(parser, "_buffer", None)):
                     if hasattr(holder, "_sock"):
                         holder._sock = sock
-                sock.settimeout(connection.socket_timeout)
+                try:
+                    sock.settimeout(connection.socket_timeout)
+                except OSError as error:
+                    if sock.fileno() >= 0:  # then a signal handler raised it
+                        raise
+                    raise ConnectionError("Connection closed by another thread.") from error
 
     connection.redis_connect_func = set_up
     # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.

@@ -16,6 +16,7 @@ import redis
 from redis.connection import BlockingConnectionPool, ConnectionPool
 from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
+from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.handshake import open_connection
 from squidstep_redis.transport.retry import ExchangeError
 from squidstep_redis.transport.stream import stream_of
@@ -45,7 +46,8 @@ def borrow(pool: Any, deadline: float) -> Any:
             return ask(pool)
         pool._checkpid()
         if waits:
-            connection, has_place = _wait_for_place(pool, deadline), True
+            with defer_sigalrm():
+                connection, has_place = _wait_for_place(pool, deadline), True
             if connection is None:
                 connection = pool.make_connection()
         else:
@@ -69,12 +71,25 @@ def borrow(pool: Any, deadline: float) -> Any:
             connection.disconnect()
             if not waits:
                 pool._in_use_connections.add(connection)
-            pool.release(connection)
+            give_back(pool, connection)
         elif has_place:
-            pool.pool.put_nowait(None)
+            with defer_sigalrm():
+                pool.pool.put_nowait(None)
         if isinstance(error, (RedisError, RedisClusterException)):
             raise ExchangeError(error, sent=False) from error
         raise
+
+
+def give_back(pool: Any, connection: Any) -> None:
+    """Gives a connection back to its pool.
+
+    SIGALRM is deferred if the pool waits: its queue takes a lock in Python code, where an alarm would leave it held.
+    """
+    if isinstance(pool, _blocking):
+        with defer_sigalrm():
+            pool.release(connection)
+    else:
+        pool.release(connection)
 
 
 def ask(pool: Any) -> Any:

@@ -181,13 +181,20 @@ class OwnStream(Stream):
 
 
 def stream_of(connection: Any) -> Stream | None:
-    """Returns the stream of a borrowed connection; None if its own methods have to write and read it."""
+    """Returns the stream of a borrowed connection; None if its own methods have to write and read it.
+
+    Raises:
+        ExchangeError: another thread has closed the connection, as `disconnect` of its pool does.
+    """
     kind = cast("type[object]", type(connection))
     parser: Any = connection._parser
     is_hiredis = type(parser) is _redis_parser._HiredisParser
     if not is_hiredis or connection.health_check_interval or not has_plain_stream(kind):
         return None
-    return Stream(connection, parser._reader, _INCOMPLETE, parser._buffer)
+    reader: Any = parser._reader
+    if reader is None or connection._sock is None:
+        raise ExchangeError(ConnectionError("Connection closed by another thread."), sent=False)
+    return Stream(connection, reader, _INCOMPLETE, parser._buffer)
 
 
 class Packed(Iterable[bytes]):

@@ -140,6 +140,80 @@ def test_exception_at_any_line_of_borrowing_loses_no_place(
     assert line > 100
 
 
+class AlarmingLock:
+    """A lock; when it is entered for the first time, SIGALRM arrives before the code under it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.acquire, self.release, self.locked = lock.acquire, lock.release, lock.locked
+        self.has_alarmed = False
+
+    def __enter__(self) -> None:
+        self.acquire()
+        if not self.has_alarmed:
+            self.has_alarmed = True
+            signal.raise_signal(signal.SIGALRM)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+@pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("condition", ["not_empty", "not_full"])  # of taking a connection, and of giving it back
+def test_alarm_leaves_no_lock_of_a_blocking_pool_held(
+    bench: Bench, connect_to: Connect, proxy: Proxy, condition: str
+) -> None:
+    store = connect_to("blocking pool", proxy.port, DATABASE, {**options(bench), "max_connections": 1}, timeout=2)
+    queue: Any = store.client.connection_pool.pool
+    lock = AlarmingLock(queue.mutex)
+    setattr(queue, condition, threading.Condition(cast("Any", lock)))
+    with sigalrm_raises(), pytest.raises(AlarmError):
+        store.schedule_step("run", "pay", {})
+    assert lock.has_alarmed
+    assert not lock.locked()
+    assert queue.qsize() == 1
+    begun(store.begin_step("run", "pay", {}))
+
+
+class ClosedConnection(redis.Connection):
+    """A connection that another thread closes at the end of its first handshake, as `disconnect` of its pool does."""
+
+    is_open = True
+
+    def on_connect(self) -> None:
+        super().on_connect()
+        if self.is_open:
+            self.is_open = False
+            self._sock.close()
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_call_survives_a_close_by_another_thread_while_connecting(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    client = {**options(bench), "connection_class": ClosedConnection}
+    begun(connect_to(kind, proxy.port, DATABASE, client, timeout=2).begin_step("run", "pay", {}))
+    check(bench)
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_call_survives_a_disconnect_of_its_pool(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def borrow_and_disconnect(pool: Any, deadline: float) -> Any:
+        connection = borrow(pool, deadline)
+        monkeypatch.undo()
+        connection.disconnect()
+        return connection
+
+    store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
+    monkeypatch.setattr("squidstep_redis.transport.connection.borrow", borrow_and_disconnect)
+    begun(store.begin_step("run", "pay", {}))
+    check(bench)
+
+
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @KINDS
 def test_no_handshake_formats_an_int_with_hiredis(
