@@ -36,7 +36,7 @@ class BackgroundThread(ABC):
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._running = threading.Lock()  # held by the thread as long as it runs; nobody waits for it
+        self._running = threading.Lock()  # held by the thread as long as it runs; no thread waits for it
         self._wakeup = threading.Lock()  # a binary semaphore: released to wake the thread
         self._wakeup.acquire()
         self._failures = 0  # one after another
@@ -110,7 +110,7 @@ class BackgroundThread(ABC):
     def _loop(self) -> None:
         idle_since = time.monotonic()
         while True:
-            self.waits_until = math.inf  # whoever adds work from here on wakes this thread
+            self.waits_until = math.inf  # from here on, adding work wakes this thread
             due, now = self.work(), time.monotonic()
             self._failures = 0
             if due is not None:
@@ -124,7 +124,7 @@ class BackgroundThread(ABC):
 
 
 class LockFreeEvent(threading.Event):
-    """An event whose methods may be interrupted at any point: `set` never blocks, whatever happened to a waiter."""
+    """An event whose methods may be interrupted at any point: `set` never blocks, even if a waiter was interrupted."""
 
     def __init__(self) -> None:
         self._flag = False
@@ -169,5 +169,5 @@ class LockFreeEvent(threading.Event):
 def _release(semaphore: threading.Lock) -> None:
     try:
         semaphore.release()
-    except RuntimeError:  # it was released before, and nobody has acquired it since
+    except RuntimeError:  # it was released before, and no thread has acquired it since
         return

@@ -34,7 +34,8 @@ def batch(
 ) -> Workflow[list[Any]]:
     """Sends any mixture of operations, on any runs, in one round trip per server.
 
-    They are not one transaction. Each is atomic, and those of one run take effect in the given order.
+    They are not one transaction. Each is atomic, and those of one run take effect in the given order, unless one has
+    to be sent again: because the server refused it for the moment, or because of a corrupt record beside it.
 
     Args:
         calls: calls made by `store.calls`, such as `store.calls.begin_step("run", "step", {})`.

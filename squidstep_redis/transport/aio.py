@@ -17,7 +17,7 @@ from squidstep_redis.transport.aio_connection import AsyncConnections, HookedCli
 from squidstep_redis.transport.aio_pool import PooledConnections
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.driver import Driver, Exchange, Execute, Pause, Redirect, Refresh, Route
+from squidstep_redis.transport.driver import Driver, Exchange, ExchangeAll, Execute, Pause, Redirect, Refresh, Route
 from squidstep_redis.transport.retry import FAILURES, ExchangeError
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
             action = next(steps)
             while True:
                 try:
-                    if type(action) is Execute:
+                    if isinstance(action, Execute):
                         outcome = await self._connections().execute(action.command, action.call, deadline)
                     else:
                         outcome = await self._perform(action, deadline)
@@ -126,9 +126,10 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         except StopIteration as end:
             return end.value
 
-    async def _perform(self, action: driver.Action, deadline: float) -> Any:
-        if isinstance(action, Execute):
-            return await self._connections().execute(action.command, action.call, deadline)
+    async def _perform(
+        self, action: Exchange | ExchangeAll | Route | Redirect | Refresh | Pause, deadline: float
+    ) -> Any:
+        """Performs an action other than Execute."""
         if isinstance(action, Exchange):
             return await action.node.send(action.commands, action.read, deadline, blocks=action.blocks)
         if isinstance(action, Route):

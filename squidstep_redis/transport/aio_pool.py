@@ -181,7 +181,7 @@ def _renew_locks(pool: Any) -> None:
 
 
 async def _take(pool: Any, deadline: float) -> Any:
-    """Takes a connection out of a pool: an idle one, whatever its state is, or a new one that is not connected.
+    """Takes a connection out of a pool: an idle one, in any state, or a new one that is not connected.
 
     Why the pool's `get_connection` is not called is explained in `pool.py`; if it is not redis-py's, it is.
     """

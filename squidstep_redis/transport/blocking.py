@@ -13,7 +13,7 @@ from squidstep_redis.transport import driver
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.cluster import ClusterConnections, HookedCluster
 from squidstep_redis.transport.connection import Connections, HookedClient, OwnConnections, PooledConnections
-from squidstep_redis.transport.driver import Driver, Exchange, Execute, Pause, Redirect, Refresh, Route
+from squidstep_redis.transport.driver import Driver, Exchange, ExchangeAll, Execute, Pause, Redirect, Refresh, Route
 from squidstep_redis.transport.retry import FAILURES, ExchangeError
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class BlockingTransport(BaseTransport[Connections]):
             action = next(steps)
             while True:
                 try:
-                    if type(action) is Execute:
+                    if isinstance(action, Execute):
                         outcome = self._connections().execute(action.command, action.call, deadline)
                     else:
                         outcome = self._perform(action, deadline)
@@ -97,9 +97,8 @@ class BlockingTransport(BaseTransport[Connections]):
         except StopIteration as end:
             return end.value
 
-    def _perform(self, action: driver.Action, deadline: float) -> Any:
-        if isinstance(action, Execute):
-            return self._connections().execute(action.command, action.call, deadline)
+    def _perform(self, action: Exchange | ExchangeAll | Route | Redirect | Refresh | Pause, deadline: float) -> Any:
+        """Performs an action other than Execute."""
         if isinstance(action, Exchange):
             return action.node.send(action.commands, action.read, deadline)
         if isinstance(action, Route):

@@ -91,9 +91,6 @@ class ClusterConnections(Connections):
         """Sends commands to the node of the first key."""
         return self._to(self._topology.node_of(commands[0][KEY])).send(commands, read, deadline)
 
-    def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
-        return self._to(self._topology.node_of(call.keys[0])).execute(command, call, deadline)
-
     def node_of(self, key: bytes) -> Connections:
         """Returns the pool of the node of a key."""
         return self._to(self._topology.node_of(key))
@@ -173,8 +170,6 @@ class _NodeConnections(PooledConnections):
 
 class HookedCluster(ClusterConnections):
     """A cluster client whose `execute_command` has to see every single call."""
-
-    execute = Connections.execute
 
     def __init__(self, client: Any) -> None:
         super().__init__(client)

@@ -97,7 +97,7 @@ class Link(asyncio.Protocol):
             if self._sent:
                 self._loop.call_soon(self._flush)
             else:
-                self._flush()  # nobody to share the write with
+                self._flush()  # there is no other call to share the write with
         return future
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Borrows one connection of a redis-py pool, for no longer than a call may take, and never takes it half set up.
 
-A pool's own `get_connection` waits as long as the pool is set to, whatever the call's timeout is, and keeps a
+A pool's own `get_connection` waits as long as the pool is set to, regardless of the call's timeout, and keeps a
 connection whose set-up was interrupted as it is, possibly without credentials or on another database. So a connection
 is taken out of the pool first, and set up afterwards. A pool with a `get_connection` of its own is asked instead.
 """

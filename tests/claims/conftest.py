@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from support.backends import Bench
+from support.asyncio_stores import embedded
+from support.backends import Backend, Bench
 from support.claims import Worker, connected, short_lived_heartbeats
 from support.interruptions import sigalrm_raises
 from support.proxy import Proxy
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.scripts import directory, script
 
 
@@ -50,3 +52,25 @@ def no_thread_is_left() -> Iterator[None]:
     """An idle heartbeat thread would disturb the tests that fork."""
     with short_lived_heartbeats():
         yield
+
+
+@pytest.fixture(scope="module")
+def started(backend: Backend) -> Iterator[tuple[EmbeddedServer, StepRunStore]]:
+    """A server of the module's own, and a blocking store on it."""
+    with embedded(backend.name) as started:
+        yield started
+
+
+@pytest.fixture
+def server(started: tuple[EmbeddedServer, StepRunStore]) -> Iterator[EmbeddedServer]:
+    """An empty server, which a test may pause."""
+    server, observer = started
+    observer.client.flushall()
+    yield server
+    server.resume()
+
+
+@pytest.fixture
+def observer(started: tuple[EmbeddedServer, StepRunStore]) -> StepRunStore:
+    """A blocking store on `server`, beside the asyncio stores under test."""
+    return started[1]

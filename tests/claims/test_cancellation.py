@@ -5,40 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any, cast
 
 import anyio
 import pytest
 import redis
 import redis.asyncio
-from support.asyncio_stores import either_kind, embedded, forever, opened, wait_for_status
-from support.backends import Backend
+from support.asyncio_stores import either_kind, forever, opened, wait_for_status
 from support.claims import DeclinedError, until
 
 from squidstep_redis import AsyncStepRunStore, OutcomeUnknownError, StepRunStore, StepStatus
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.servers("valkey")
-
-
-@pytest.fixture(scope="module")
-def started(backend: Backend) -> Iterator[tuple[EmbeddedServer, StepRunStore]]:
-    with embedded(backend.name) as started:
-        yield started
-
-
-@pytest.fixture
-def server(started: tuple[EmbeddedServer, StepRunStore]) -> Iterator[EmbeddedServer]:
-    server, observer = started
-    observer.client.flushall()
-    yield server
-    server.resume()
-
-
-@pytest.fixture
-def observer(started: tuple[EmbeddedServer, StepRunStore]) -> StepRunStore:
-    return started[1]
 
 
 async def enter(store: AsyncStepRunStore, **options: Any) -> asyncio.Task[Any]:

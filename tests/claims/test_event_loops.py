@@ -7,14 +7,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
 import redis.asyncio
-from support.asyncio_stores import either_kind, embedded, make_store, opened
-from support.backends import Backend
+from support.asyncio_stores import either_kind, make_store, opened
 from support.claims import heartbeat_of_loop, until
 from support.servers import wait_until
 
@@ -24,25 +23,6 @@ from squidstep_redis.embedded import EmbeddedServer
 pytestmark = pytest.mark.servers("valkey")
 
 LEASE = 0.6
-
-
-@pytest.fixture(scope="module")
-def started(backend: Backend) -> Iterator[tuple[EmbeddedServer, StepRunStore]]:
-    with embedded(backend.name) as started:
-        yield started
-
-
-@pytest.fixture
-def server(started: tuple[EmbeddedServer, StepRunStore]) -> Iterator[EmbeddedServer]:
-    server, observer = started
-    observer.client.flushall()
-    yield server
-    server.resume()
-
-
-@pytest.fixture
-def observer(started: tuple[EmbeddedServer, StepRunStore]) -> StepRunStore:
-    return started[1]
 
 
 async def extended(claim: AsyncClaim, times: int = 2) -> None:

@@ -103,5 +103,5 @@ def known(bench: Bench) -> None:
 
 
 def pool_connection(client: Any) -> Any:
-    """Borrows a connection of a client's pool, whatever the version of redis-py; on asyncio, returns a coroutine."""
+    """Borrows a connection of a client's pool, with any version of redis-py; on asyncio, returns a coroutine."""
     return ask(client.connection_pool)

@@ -1,4 +1,4 @@
-"""Groups of a batch: one script call for each, whatever happens on the way."""
+"""Groups of a batch: one script call for each, also after lost replies, redirects and refusals."""
 
 from __future__ import annotations
 
