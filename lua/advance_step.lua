@@ -13,30 +13,31 @@
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
 -- Writes only when it first completes the step, or as begin_step. It does both or neither.
 
+local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[6] or ""
 local from, from_token, output = ARGV[10], ARGV[11], ARGV[12]
 
 -- The common case: a live claim, no waiting client and a new step next, in a run that does not expire. The general path
 -- below does the same at a higher cost.
-local lines = redis.pcall("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
+local lines = try("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
 if lines[1] and lines[2] and not lines[3] and not lines[4] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
   local claim, holder, from_lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
-  if created and holder == from_token and redis.pcall("ZCARD", done) == tonumber(completed) then
-    local time = redis.call("TIME")
+  if created and holder == from_token and try("ZCARD", done) == completed + 0 then
+    local time = call("TIME")
     local now = @NOW(time)
     if
-      (from_lease == "" or type(redis.pcall("ZREM", claims, ARGV[4] .. from)) == "number")
-      and (lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[4] .. step)) == "number")
+      (from_lease == "" or try("ZREM", claims, ARGV[4] .. from) == 1)
+      and (lease == "" or try("ZADD", claims, now + lease, ARGV[4] .. step) == 1)
     then
-      created, completed = created + 1 .. "", completed + 1 .. ""
-      redis.call("ZADD", done, completed, from)
+      created, completed = string.format("%d", created + 1), string.format("%d", completed + 1)
+      call("ZADD", done, completed, from)
       local ended = @DURATION(now, created_at, started)
       local last = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
       local line = @FIRST_CLAIM(token, lease, now, created, owner)
       local run = @RUN(created, completed)
-      redis.call("HSET", steps, "r", run, "s" .. from, last, "o" .. from, output, "s" .. step, line, "i" .. step, input)
+      call("HSET", steps, "r", run, "s" .. from, last, "o" .. from, output, "s" .. step, line, "i" .. step, input)
       return "execute " .. token .. " " .. line
     end
   end
@@ -89,5 +90,5 @@ if state then
   return begin(state, token, step, input)
 end
 -- include claim
-local reply = claim(token, step, "s" .. step, input)
-return write_claims() or reply
+local line = claim(token, step, "s" .. step, input)
+return write_claims() or "execute " .. token .. " " .. line

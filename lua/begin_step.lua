@@ -15,29 +15,31 @@
 --       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
 --       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
---       {"each", nonce, reply, …}  of several steps: a reply for each, as above
+--       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "execute nonce state"
 -- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
 
-local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
+local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local token, step, lease, owner = ARGV[1], ARGV[2], ARGV[5], ARGV[6] or ""
 local MORE = 10
 
 -- The common case: one new step in a run that does not expire. The general path below does the same at a higher cost.
-local lines = not ARGV[MORE] and redis.pcall("HMGET", steps, "r", "s" .. step)
+local field = "s" .. step
+local lines = not ARGV[MORE] and try("HMGET", steps, "r", field)
 if lines and not lines.err and not lines[2] then
   local created, completed
   if lines[1] then
     created, completed = string.match(lines[1], @READ_RUN .. "$")
-  elseif (ARGV[7] or "") == "" and redis.call("EXISTS", steps) == 0 then
+  elseif (ARGV[7] or "") == "" and call("EXISTS", steps) == 0 then
     created, completed = 0, 0
   end
-  if created and redis.pcall("ZCARD", done) == completed + 0 then
-    local time = redis.call("TIME")
+  if created and try("ZCARD", done) == completed + 0 then
+    local time = call("TIME")
     local now = @NOW(time)
-    if lease == "" or type(redis.pcall("ZADD", claims, now + lease, ARGV[4] .. step)) == "number" then
-      created = created + 1 .. ""
+    if lease == "" or try("ZADD", claims, now + lease, ARGV[4] .. step) == 1 then
+      created = string.format("%d", created + 1)
       local line = @FIRST_CLAIM(token, lease, now, created, owner)
-      redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "i" .. step, ARGV[3])
+      call("HSET", steps, "r", @RUN(created, completed), field, line, "i" .. step, ARGV[3])
       return "execute " .. token .. " " .. line
     end
   end
@@ -47,11 +49,9 @@ end
 -- include run
 -- include group
 
-local positions, names = positions_of_steps(1, MORE, 3), {}
-for index = 1, #positions do
-  names[index] = "s" .. ARGV[positions[index] + 1]
-end
-local run, lines, refusal = load_run(steps, done, unpack(names))
+local failed = KEYS[4]
+local positions, fields = steps_of_call(2, MORE + 1, 3)
+local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 local now = now_ms()
 set_ttl_if_new(run, ARGV[7] or "")
@@ -64,11 +64,11 @@ for index = 1, #positions do
   if line then
     known = parse_state(line)
     if not known then
-      return unreadable(steps, names[index], line)
+      return unreadable(steps, fields[index], line)
     end
     states[index] = known
   else
-    replies[index + 2] = claim(ARGV[position], ARGV[position + 1], names[index], ARGV[position + 2])
+    replies[index + 2] = claim(ARGV[position - 1], ARGV[position], fields[index], ARGV[position + 1])
   end
 end
 if known then
@@ -78,7 +78,7 @@ if known then
   end
   for index, state in pairs(states) do
     local position = positions[index]
-    replies[index + 2] = begin(state, ARGV[position], ARGV[position + 1], ARGV[position + 2])
+    replies[index + 2] = begin(state, ARGV[position - 1], ARGV[position], ARGV[position + 1])
   end
 end
-return write_claims() or positions[2] and replies or replies[3]
+return write_claims() or reply_of_steps(replies, "execute")

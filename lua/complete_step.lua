@@ -10,32 +10,34 @@
 --       7 step, token, output, …  of further steps, each step once
 -- REPLY "completed nonce state" | {"completed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
---       {"each", nonce, reply, …}  of several steps: a reply for each, as above
+--       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "completed nonce state"
 -- Writes only when it first replies "completed".
 
+local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local SUCCESSORS = 6
 
 -- The common case: a live claim, no successors and no waiting client, in a run that does not expire. The general path
 -- below does the same at a higher cost.
 local step, token = ARGV[2], ARGV[3]
-local lines = not ARGV[SUCCESSORS] and redis.pcall("HMGET", steps, "r", "s" .. step, "w" .. step)
+local field = "s" .. step
+local lines = not ARGV[SUCCESSORS] and try("HMGET", steps, "r", field, "w" .. step)
 if lines and lines[1] and lines[2] and not lines[3] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
   local claim, holder, lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
   if
     created
     and holder == token
-    and redis.pcall("ZCARD", done) == completed + 0
-    and (lease == "" or type(redis.pcall("ZREM", claims, ARGV[5] .. step)) == "number")
+    and try("ZCARD", done) == completed + 0
+    and (lease == "" or try("ZREM", claims, ARGV[5] .. step) == 1)
   then
-    local time = redis.call("TIME")
+    local time = call("TIME")
     local now = @NOW(time)
-    completed = completed + 1 .. ""
-    redis.call("ZADD", done, completed, step)
+    completed = string.format("%d", completed + 1)
+    call("ZADD", done, completed, step)
     local ended = @DURATION(now, created_at, started)
     local line = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
-    redis.call("HSET", steps, "r", @RUN(created, completed), "s" .. step, line, "o" .. step, ARGV[4])
+    call("HSET", steps, "r", @RUN(created, completed), field, line, "o" .. step, ARGV[4])
     return "completed " .. ARGV[1] .. " " .. line
   end
 end
@@ -46,13 +48,8 @@ end
 -- include group
 
 local successors = ARGV[SUCCESSORS] and ARGV[SUCCESSORS] ~= ""
-local positions, names = successors and { 2 } or positions_of_steps(2, SUCCESSORS + 1, 3), {}
-for index = 1, #positions do
-  local step = ARGV[positions[index]]
-  names[2 * index - 1] = "s" .. step
-  names[2 * index] = "w" .. step
-end
-local run, lines, refusal = load_run(steps, done, unpack(names))
+local positions, fields = steps_of_call(2, successors and #ARGV + 1 or SUCCESSORS + 1, 3, true)
+local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 local now = now_ms()
 
@@ -65,10 +62,10 @@ for index = 1, #positions do
   local step, token, output = ARGV[position], ARGV[position + 1], ARGV[position + 2]
   local completed, lease
   if line then
-    completed, lease = complete(step, names[2 * index - 1], line, token, output)
+    completed, lease = complete(step, fields[2 * index - 1], line, token, output)
   end
   if completed then
-    replies[index + 2] = with_input("completed", completed, token, steps, step)
+    replies[index + 2] = token ~= "" and completed or with_input("completed", completed, token, steps, step)
     if lease ~= "" then
       members[#members + 1] = ARGV[5] .. step
     end
@@ -78,11 +75,11 @@ for index = 1, #positions do
   elseif line then
     local state = parse_state(line)
     if not state then
-      return unreadable(steps, names[2 * index - 1], line)
+      return unreadable(steps, fields[2 * index - 1], line)
     end
     local resent = state.status == @COMPLETED and (token == state.token or token == "")
     if resent and redis.call("HGET", steps, "o" .. step) == output then
-      replies[index + 2] = with_input("completed", line, token, steps, step)
+      replies[index + 2] = token ~= "" and line or with_input("completed", line, token, steps, step)
     else
       replies[index + 2] = with_record("stale", steps, step)
     end
@@ -107,4 +104,4 @@ end
 for _, step in ipairs(awaited) do
   notify(steps, step)
 end
-return positions[2] and replies or replies[3]
+return reply_of_steps(replies, "completed")

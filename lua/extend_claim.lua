@@ -9,7 +9,7 @@
 --       6 step, token, …  of further steps, each step once
 -- REPLY "extended nonce state" | {"extended", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
---       {"each", nonce, reply, …}  of several steps: a reply for each, as above
+--       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "extended nonce state"
 -- Writes only when it replies "extended".
 
 -- include record
@@ -20,22 +20,19 @@
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local lease, member = ARGV[4], ARGV[5]
 local MORE = 6
-local positions, names = positions_of_steps(2, MORE, 2), {}
-for index = 1, #positions do
-  names[index] = "s" .. ARGV[positions[index]]
-end
-local run, lines, refusal = load_run(steps, done, unpack(names))
+local positions, fields = steps_of_call(2, MORE, 2)
+local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 
 local now = now_ms()
-local replies, fields, entries = { "each", nonce }, {}, {}
+local replies, written, entries = { "each", nonce }, {}, {}
 for index = 1, #positions do
   local step, token, line = ARGV[positions[index]], ARGV[positions[index] + 1], lines[index + 1]
   local state = line and parse_state(line)
   if not line then
     replies[index + 2] = { "missing", nonce }
   elseif not state then
-    return unreadable(steps, names[index], line)
+    return unreadable(steps, fields[index], line)
   elseif not holds(state, token) then
     replies[index + 2] = with_record("stale", steps, step)
   else
@@ -50,18 +47,18 @@ for index = 1, #positions do
     entries[#entries + 1] = member .. step
     retain(run, state.lease, started)
     local extended = format_state(state)
-    fields[#fields + 1] = names[index]
-    fields[#fields + 1] = extended
-    replies[index + 2] = with_input("extended", extended, token, steps, step)
+    written[#written + 1] = fields[index]
+    written[#written + 1] = extended
+    replies[index + 2] = token ~= "" and extended or with_input("extended", extended, token, steps, step)
   end
 end
-if fields[1] then
+if written[1] then
   -- The first write checks its own key: if it fails, nothing is written.
   local reply = redis.pcall(lease == "" and "ZREM" or "ZADD", claims, unpack(entries))
   if type(reply) == "table" then
     return failed_call(claims, reply)
   end
-  redis.call("HSET", steps, "r", format_run(run), unpack(fields))
+  redis.call("HSET", steps, "r", format_run(run), unpack(written))
   renew_expiry(run, steps, done, now)
 end
-return positions[2] and replies or replies[3]
+return reply_of_steps(replies, "extended")

@@ -2,24 +2,24 @@
 --
 -- Reads run and now, both loaded, and the arguments of begin_step.
 
-local entries, fields, ends = {}, {}, lease ~= "" and now + lease
+local entries, written, ends = {}, {}, lease ~= "" and now + lease
 local member = ARGV[4]
 
--- Returns the reply. `write_claims` writes the claim.
+-- Returns the state line. `write_claims` writes it.
 local function claim(token, step, field, input)
   local created = run.created + 1
   run.created = created
   retain(run, lease, now)
-  local line, count = @FIRST_CLAIM(token, lease, now, created, owner), #fields
-  fields[count + 1] = field
-  fields[count + 2] = line
-  fields[count + 3] = "i" .. step
-  fields[count + 4] = input
+  local line, count = @FIRST_CLAIM(token, lease, now, created, owner), #written
+  written[count + 1] = field
+  written[count + 2] = line
+  written[count + 3] = "i" .. step
+  written[count + 4] = input
   if ends then
     entries[count / 2 + 1] = ends
     entries[count / 2 + 2] = member .. step
   end
-  return "execute " .. nonce .. " " .. line
+  return line
 end
 
 -- Returns the refusal if claims has another type: the first write checks its own key.
@@ -30,8 +30,8 @@ local function write_claims()
       return failed_call(claims, reply)
     end
   end
-  if fields[1] then
-    redis.call("HSET", steps, "r", format_run(run), unpack(fields))
+  if written[1] then
+    redis.call("HSET", steps, "r", format_run(run), unpack(written))
     renew_expiry(run, steps, done, now)
   end
 end

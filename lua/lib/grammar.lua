@@ -39,10 +39,10 @@
 
 -- The clock: milliseconds from the reply to TIME, as text. Formatting a number costs as much as a command; arithmetic
 -- on text costs little.
--- define NOW(time) time[1] .. string.sub("00000" .. time[2], -6, -4)
+-- define NOW(time) time[1] .. string.sub(#time[2] == 6 and time[2] or string.sub("00000" .. time[2], -6), 1, 3)
 
--- The duration of an attempt; 0 if the server's clock was set back.
--- define DURATION(now, created, started) math.max(0, now - created - started)
+-- The duration of an attempt, as text; 0 if the server's clock was set back.
+-- define DURATION(now, created, started) string.format("%d", math.max(0, now - created - started))
 
 -- Arguments of one redis.call: Lua's stack has room for about 8,000.
 -- define CHUNK 1000

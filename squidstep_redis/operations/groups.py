@@ -11,7 +11,8 @@ from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.schedule import encode_inputs
 from squidstep_redis.operations.transitions import begin_args, complete_call, parse_begin
 from squidstep_redis.protocol.arguments import Name, RunId, Seconds, StepInputs
-from squidstep_redis.protocol.call import Call, Reply, new_token, words_of
+from squidstep_redis.protocol.call import Call, Reply, new_token
+from squidstep_redis.protocol.groups import padded, replies_in
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
 
@@ -57,13 +58,14 @@ def begin_steps(
     if not 0 < len(steps) <= MAX_STEPS:
         raise InvalidArgumentError("steps", f"must be 1 to {MAX_STEPS:,} steps, not {len(steps):,}")
     names, inputs = [Name(data.decode(), data) for data in sent[::2]], sent[1::2]
-    args = begin_args(context, run, names[0], inputs[0], lease, max_attempts, owner)
-    tokens = [args[0], *(new_token() for _ in names[1:])]
+    first = begin_args(context, run, names[0], inputs[0], lease, max_attempts, owner)
+    tokens = [first[0], *(new_token() for _ in names[1:])]
+    args = [*padded("begin_step", first)]
     for token, name, input in zip(tokens[1:], names[1:], inputs[1:], strict=True):
         args += (token, name.data, input)
 
     def parse(reply: Reply) -> dict[str, BeginResult]:
-        parts = map(words_of, reply[2:]) if len(names) > 1 else [reply]
+        parts = replies_in("begin_step", reply[2:], tokens) if len(names) > 1 else [reply]
         each = zip(names, tokens, inputs, parts, strict=True)
         return {name.text: parse_begin(context, run, name, token, input, part) for name, token, input, part in each}
 

@@ -17,6 +17,7 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.codec import error_payload
+from squidstep_redis.protocol.groups import padded
 from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 
@@ -66,9 +67,7 @@ def begin_step(
     data = context.payloads.encode("input", input)
     args = begin_args(context, run, name, data, lease, max_attempts, owner)
     parse = partial(parse_begin, context, run, name, args[0], data)
-    while len(args) > 5 and not args[-1]:
-        args.pop()  # each argument takes time to send
-    return Call(run.text, script("begin_step"), run.keys, tuple(args), parse, None, name.text)
+    return Call(run.text, script("begin_step"), run.keys, args, parse, None, name.text)
 
 
 def complete_step(
@@ -154,7 +153,7 @@ def advance_step(
         _raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
         return parse_begin(context, run, name, args[0], next_input, reply)
 
-    sent = (*args, from_step.data, from_token, data)
+    sent = (*padded("begin_step", args), from_step.data, from_token, data)
     return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
 
 
@@ -279,15 +278,16 @@ def begin_args(
     lease: Seconds | None,
     max_attempts: int | None,
     owner: str | None,
-) -> list[bytes]:
-    """Returns all nine arguments of begin_step."""
-    limit = lease_expired = b""
+) -> tuple[bytes, ...]:
+    """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
     if max_attempts is not None:
         limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
-        lease_expired = context.lease_expired_payload
+        limits = (context.run_ttl_ms, limit, context.lease_expired_payload)
+    else:
+        limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()
     claimed_by = arguments.owner(owner)
-    lease_ms = arguments.lease_ms(lease)
-    return [new_token(), step.data, input, run.member, lease_ms, claimed_by, context.run_ttl_ms, limit, lease_expired]
+    owned = (claimed_by, *limits) if claimed_by or limits else ()
+    return (new_token(), step.data, input, run.member, arguments.lease_ms(lease), *owned)
 
 
 def parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:

@@ -59,8 +59,11 @@ def run_id(value: object) -> Name:
 
 def step(value: object, argument: str = "step") -> Name:
     """Returns a step's name: an identifier, or an enum member (its value if that is a str, else its name)."""
-    if type(value) is str and argument == "step":
-        return _known_step(value)
+    if type(value) is str:
+        try:
+            return _known_step(value)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(argument, error.problem) from None
     if isinstance(value, Enum):
         value = value.value if isinstance(value.value, str) else value.name
     return identifier(argument, value)

@@ -39,11 +39,6 @@ def new_nonce() -> bytes:
     return b"%d" % next(_nonces)
 
 
-def words_of(reply: Any) -> Any:
-    """Divides a reply into its words; a reply without payloads is one string, which saves the server a table."""
-    return reply.split(b" ", 2) if type(reply) is bytes else reply
-
-
 def new_token() -> bytes:
     """Returns 72 random bits in 12 characters: unique among all claims, and short enough for a compact state line."""
     return b2a_base64(os.urandom(9), newline=False)
@@ -95,7 +90,8 @@ class Call(NamedTuple, Generic[T]):
         Raises:
             ReplyMismatchError: it is the reply to another call.
         """
-        words: Reply = words_of(reply)
+        # A reply without payloads is one string, which saves the server a table.
+        words: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if type(words) is not list or len(words) < 2 or words[1] != self.args[0]:
             problem = f"an earlier call on this connection was interrupted; received its reply: {described(reply)}"
@@ -181,5 +177,8 @@ def check_call(argument: str, value: object) -> Call[Any]:
 
 def check_calls(calls: object) -> list[Call[Any]]:
     """Returns the items as a list; raises InvalidArgumentError unless each of them is a Call."""
-    items = enumerate(cast("Iterable[object]", calls))
-    return [check_call(f"calls[{index}]", item) for index, item in items]
+    items = list(cast("Iterable[Call[Any]]", calls))
+    for index, item in enumerate(items):
+        if type(item) is not Call:
+            check_call(f"calls[{index}]", item)
+    return items

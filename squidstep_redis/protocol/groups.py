@@ -7,29 +7,31 @@ from typing import Any, Final, NamedTuple
 
 from redis.exceptions import NoScriptError
 
-from squidstep_redis.protocol.call import Call, Reply, words_of
+from squidstep_redis.protocol.call import Call, Reply
 
 MAX_MERGED: Final = 100  # calls: the server runs nothing else for the time that they take together
 
 
 class _Layout(NamedTuple):
-    """The arguments of a script that runs several calls as one.
+    """The arguments and replies of a script that runs several calls as one.
 
     Attributes:
         own: which arguments each step has of its own.
         rest: where the arguments begin that all steps share, apart from a nonce.
         more: where the arguments of further steps begin.
+        word: the word of a reply about one of several steps that is only a state line.
     """
 
     own: slice
     rest: int
     more: int
+    word: bytes
 
 
 _LAYOUTS: Final = {
-    "begin_step": _Layout(slice(0, 3), 3, 9),
-    "complete_step": _Layout(slice(1, 4), 4, 6),
-    "extend_claim": _Layout(slice(1, 3), 3, 5),
+    "begin_step": _Layout(slice(0, 3), 3, 9, b"execute"),
+    "complete_step": _Layout(slice(1, 4), 4, 6, b"completed"),
+    "extend_claim": _Layout(slice(1, 3), 3, 5, b"extended"),
 }
 _OF_RUN: Final = (b"tombstone", b"torn")  # refusals of every call on the run
 
@@ -45,23 +47,21 @@ def group(calls: Sequence[Call[Any]], indexes: Iterable[int]) -> list[list[int]]
         The indexes of the calls in each group.
     """
     groups: list[list[int]] = []
-    latest: dict[
-        bytes, tuple[Call[Any], list[int], set[bytes]]
-    ] = {}  # of each run: its last group, and the steps in it
+    latest: dict[bytes, tuple[list[int], set[bytes]]] = {}  # by run: its last group, and the steps in it
     for index in indexes:
         call = calls[index]
+        args, key = call.args, call.keys[0]
         layout = _LAYOUTS.get(call.script.name)
-        if layout is None or len(call.args) > layout.more:
+        if layout is None or len(args) > layout.more:
             groups.append([index])
             if call.run_id is None:
                 latest.clear()
             else:
-                latest.pop(call.keys[0], None)
+                latest.pop(key, None)
             continue
-        args, key = call.args, call.keys[0]
-        known = latest.get(key)
-        if known is not None:
-            first, members, steps = known
+        if (known := latest.get(key)) is not None:
+            members, steps = known
+            first = calls[members[0]]
             if (
                 first.script is call.script
                 and args[1] not in steps
@@ -71,19 +71,25 @@ def group(calls: Sequence[Call[Any]], indexes: Iterable[int]) -> list[list[int]]
                 members.append(index)
                 steps.add(args[1])
                 continue
-        groups.append([index])
-        latest[key] = (call, groups[-1], {args[1]})
+        members = [index]
+        groups.append(members)
+        latest[key] = (members, {args[1]})
     return groups
 
 
 def merged(calls: Sequence[Call[Any]]) -> Call[Any]:
-    """Returns the call that is sent for the calls of a group."""
+    """Returns the call that is sent for the calls of a group, of which there are several."""
     first = calls[0]
-    if len(calls) == 1:
-        return first
-    own, _, more = _LAYOUTS[first.script.name]
-    padding = [b""] * (more - len(first.args))
-    return first._replace(args=(*first.args, *padding, *(word for call in calls[1:] for word in call.args[own])))
+    own = _LAYOUTS[first.script.name].own
+    args = [*padded(first.script.name, first.args)]
+    for call in calls[1:]:
+        args += call.args[own]
+    return first._replace(args=tuple(args))
+
+
+def padded(script: str, args: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Returns all arguments of a call about one step, including empty ones at the end."""
+    return args + (b"",) * (_LAYOUTS[script].more - len(args))
 
 
 def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any]:
@@ -101,7 +107,7 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
         return [reply] * len(calls)
     word, _, *parts = sent.words_of(reply)
     if word == b"each":
-        return [_with_nonce(call, part) for call, part in zip(calls, parts, strict=True)]
+        return replies_in(sent.script.name, parts, [call.args[0] for call in calls])
     if word in _OF_RUN:
         return [[word, call.args[0], *parts] for call in calls]
     # One of the records or an index is corrupt. Nothing was written. Each call by itself has its own outcome, although
@@ -109,7 +115,14 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
     return [NoScriptError("the group was refused")] * len(calls)
 
 
-def _with_nonce(call: Call[Any], reply: Any) -> Reply:
-    words: Reply = words_of(reply)
-    words[1] = call.args[0]
-    return words
+def replies_in(script: str, parts: Sequence[Any], nonces: Sequence[bytes]) -> list[Reply]:
+    """Returns the replies in a reply about several steps, each with a nonce of its own."""
+    word = _LAYOUTS[script].word
+    replies: list[Reply] = []
+    for part, nonce in zip(parts, nonces, strict=True):
+        if type(part) is bytes:
+            replies.append([word, nonce, part])
+        else:
+            part[1] = nonce
+            replies.append(part)
+    return replies

@@ -8,7 +8,7 @@ package; in a wheel, it is inside. A script is built in four steps, once per pro
    including the lines above it. Lines that begin with `--   ` continue the text. Lines of code use it as `@NAME` or
    `@NAME(argument, …)`. A macro may use other macros. An argument is Lua text without parentheses, except in a literal
    or in a macro.
-3. Comments: whole-line comments and blank lines are dropped, because batches send the source.
+3. Comments: whole-line comments, blank lines and indentation are dropped, because batches send the source.
 4. Literals: `"a" .. "b"` becomes `"ab"`, so that a pattern composed of macros costs nothing on the server. This is a
    textual replacement: no literal in the scripts may contain ` .. `.
 """
@@ -28,7 +28,7 @@ _CONTINUATION: Final = re.compile(r"\n--  ")
 _USE: Final = re.compile(r'@(\w++)(?:\(((?:"[^"\n]*"|[^"()@])*)\)|(?!\())')  # innermost: no macro in its arguments
 _ARGUMENT: Final = re.compile(r'(?:"[^"\n]*"|[^",])+')
 _NO_TRANSITION: Final = re.compile(r"^-- Writes (nothing|only hints)\b", re.MULTILINE)
-_NOT_CODE: Final = re.compile(r"^\s*(--.*)?\n", re.MULTILINE)
+_NOT_CODE: Final = re.compile(r"^\s*(--.*)?\n|^ +", re.MULTILINE)
 
 
 class Script(NamedTuple):

@@ -116,27 +116,28 @@ class _Sent(NamedTuple):
     """What is sent to one server for the calls of a batch.
 
     Attributes:
-        calls: the calls that are sent, some of them for a group.
+        calls: the calls that are sent, one for each group.
         groups: the indexes of the calls in each group.
-        members: the calls of each group.
+        all_calls: all calls of the batch.
     """
 
     calls: list[Call[Any]]
     groups: list[list[int]]
-    members: list[list[Call[Any]]]
+    all_calls: Sequence[Call[Any]]
 
     @classmethod
     def of(cls, calls: Sequence[Call[Any]], indexes: Sequence[int]) -> _Sent:
         """Groups some of the calls of a batch."""
         groups = group(calls, indexes)
-        members = [[calls[index] for index in indexes] for indexes in groups]
-        return cls([merged(each) for each in members], groups, members)
+        sent = [calls[each[0]] if len(each) == 1 else merged([calls[index] for index in each]) for each in groups]
+        return cls(sent, groups, calls)
 
     def outcome(self, position: int, reply: Any, state: RetryState) -> Any:
         """Reads the reply to a call that was sent: its outcome, or a list of those of the calls in its group."""
-        call, members = self.calls[position], self.members[position]
-        if len(members) == 1:
+        call, indexes = self.calls[position], self.groups[position]
+        if len(indexes) == 1:
             return _outcome(call, reply, state)
+        members = [self.all_calls[index] for index in indexes]
         replies = batch.replies_of_group(call, members, reply)
         return [_outcome(each, part, state) for each, part in zip(members, replies, strict=True)]
 
