@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -20,6 +21,7 @@ from support.servers import find_binary
 from support.storm_length import StormLength
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.claims.heartbeat import Heartbeat
 
 settings.register_profile(
     "default",
@@ -174,6 +176,13 @@ def backend(request: pytest.FixtureRequest, start: Callable[[str], Backend]) -> 
 def binary(request: pytest.FixtureRequest) -> Path:
     """The binary of each real server that was asked for."""
     return find_binary(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_lived_heartbeats() -> Iterator[None]:
+    """Heartbeat threads end soon after their last claim: tests fork, and some wait for the end."""
+    with mock.patch.object(Heartbeat, "IDLE", 0.02):
+        yield
 
 
 @pytest.fixture(scope="session")

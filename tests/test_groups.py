@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import Bench, contents, timeless
@@ -130,6 +131,7 @@ def spoil(raw: Any, key: bytes, how: str) -> None:
         raw.set(key, "other")
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(batches=st.lists(BATCHES, min_size=1, max_size=4), last=LAST)
 def test_a_batch_has_the_effects_of_single_calls(bench: Bench, batches: list[Any], last: Any) -> None:

@@ -79,7 +79,7 @@ class Recovery(BackgroundThread):
     def close(self) -> None:
         """Ends the thread, after a second at most; claims that are not settled by then expire with their leases."""
         deadline = time.monotonic() + _CLOSE_SECONDS
-        while self.has_work() and self._running.locked() and time.monotonic() < deadline:
+        while self.has_work() and self.is_running and time.monotonic() < deadline:
             time.sleep(0.001)
         self._gives_up = True
         super().close()

@@ -43,6 +43,11 @@ class BackgroundThread(ABC):
         self.is_closing = False
         self.waits_until = math.inf
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread runs."""
+        return self._running.locked()
+
     @abstractmethod
     def work(self) -> float | None:
         """Does what is due; returns when there is more to do, on the monotonic clock, or None. Called in the thread."""
@@ -59,7 +64,7 @@ class BackgroundThread(ABC):
 
         `Thread.start` holds locks and waits. So a plain thread calls it, which nothing interrupts.
         """
-        if not self._running.locked() and self._pid == os.getpid():
+        if not self.is_running and self._pid == os.getpid():
             _thread.start_new_thread(self._start, ())
 
     def wake(self) -> None:
@@ -71,7 +76,7 @@ class BackgroundThread(ABC):
         self.is_closing = True
         self.wake()
         deadline = time.monotonic() + _CLOSE_SECONDS
-        while self._running.locked() and self._pid == os.getpid() and time.monotonic() < deadline:
+        while self.is_running and self._pid == os.getpid() and time.monotonic() < deadline:
             if self.has_work():
                 break
             time.sleep(0.001)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from support.asyncio_stores import embedded
 from support.backends import Backend, Bench
-from support.claims import Worker, connected, short_lived_heartbeats
+from support.claims import Worker, connected
 from support.interruptions import sigalrm_raises
 from support.proxy import Proxy
 
@@ -45,13 +45,6 @@ def alarms() -> Iterator[list[int]]:
     """Each SIGALRM raises `AlarmError`, and is listed here."""
     with sigalrm_raises() as raised:
         yield raised
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    """An idle heartbeat thread would disturb the tests that fork."""
-    with short_lived_heartbeats():
-        yield
 
 
 @pytest.fixture(scope="module")

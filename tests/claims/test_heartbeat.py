@@ -24,6 +24,7 @@ from support.claims import (
     claim_of_the_work,
     end,
     fakeredis_only,
+    has_heartbeat,
     heartbeat_threads,
     outcomes,
     real_server,
@@ -74,15 +75,15 @@ class TestHeartbeat:
         assert outcomes(others) == [Outcome.COMPLETED]
 
     @fakeredis_only
-    def test_claim_without_a_lease_starts_no_heartbeat(self, worker: Worker, others: StepRunStore) -> None:
-        wait_until(lambda: not heartbeat_threads())  # those of other tests
-
-        def work(input: dict[str, Any]) -> dict[str, Any]:
-            assert heartbeat_threads() == []
+    def test_only_a_claim_with_a_lease_has_a_heartbeat(self, worker: Worker, others: StepRunStore) -> None:
+        with worker.claim(lease=None) as claim:
             assert stored(others).lease_ends_at is None
-            return {}
-
-        worker.execute(work, lease=None)
+            time.sleep(0.05)  # a thread that starts by mistake needs some time
+            assert not has_heartbeat(worker)
+            claim.complete({})
+        with worker.claim("ship", lease=60) as claim:
+            wait_until(lambda: has_heartbeat(worker))
+            claim.complete({})
 
     @fakeredis_only
     def test_claims_begun_at_different_times_share_one_batch(self, worker: Worker) -> None:
@@ -193,9 +194,9 @@ class TestThread:
         for _ in range(2):
             with worker.claim(lease=SHORT_LEASE) as claim:
                 worker.wait_for_extension(claim)
-                wait_until(lambda: len(heartbeat_threads()) == 1)  # one of another test may be ending
+                assert has_heartbeat(worker)
                 claim.release()
-            wait_until(lambda: not heartbeat_threads())
+            wait_until(lambda: not has_heartbeat(worker))
 
     def test_thread_ends_even_after_a_long_lease(self, worker: Worker) -> None:
         with worker.claim("ship", lease=3_600) as long:
@@ -207,7 +208,7 @@ class TestThread:
             )  # from then on only the long one is due
             long.complete({})
 
-        wait_until(lambda: not heartbeat_threads())
+        wait_until(lambda: not has_heartbeat(worker))
 
     def test_threads_with_one_client_share_one_heartbeat(self, worker: Worker, others: StepRunStore) -> None:
         barrier = threading.Barrier(5)

@@ -157,6 +157,7 @@ class TestServerThatDoesNotReply:
         return time.monotonic() - began
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
 class TestExceptionAtAnyInstruction:
     """An exception raised at each place where the interpreter lets one in; in a loop, during some passes."""

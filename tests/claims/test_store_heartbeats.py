@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -29,7 +28,7 @@ from support.records import begun
 from support.servers import find_binary, wait_until
 
 from squidstep_redis import Event, Outcome, StepRunStore
-from squidstep_redis.claims.heartbeat import Heartbeat
+from squidstep_redis.claims.heartbeat import heartbeat_of
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = blocking_only
@@ -123,7 +122,7 @@ class TestConnection:
             until_extended(claim)
             assert connections() == 2
             claim.complete({})
-        wait_until(lambda: not heartbeat_threads())
+        wait_until(lambda: not heartbeat_of(store).is_running)
 
         assert connections() == 1
         store.client.close()
@@ -162,36 +161,40 @@ def test_hooked_client_sees_the_extensions(worker: Worker) -> None:
 
 @fakeredis_only
 class TestThread:
-    @pytest.fixture(autouse=True)
-    def threads_linger(self) -> Iterator[None]:
-        with mock.patch.object(Heartbeat, "IDLE", 60.0):
-            yield
+    def make_store(self, bench: Bench) -> StepRunStore:
+        """Makes a store whose thread does not end by itself during the test."""
+        store = bench.store()
+        heartbeat: Any = heartbeat_of(store)
+        heartbeat.IDLE = 60.0
+        return store
 
     def test_closing_a_store_ends_its_thread(self, bench: Bench) -> None:
-        for number in range(20):
-            store = bench.store()
-            with store.claim_step("run", f"step-{number}", {}) as claim:
-                wait_until(heartbeat_threads)
-                claim.complete({})
+        def use_and_close(store: StepRunStore) -> None:
+            with store.claim_step("run", "pay", {}) as claim:
+                wait_until(lambda: heartbeat_of(store).is_running)
+                claim.release()
             store.close()
-            wait_until(lambda: not heartbeat_threads(), timeout=20)  # it is still listed while it ends
+            wait_until(lambda: not heartbeat_of(store).is_running, timeout=20)
 
-    def test_claims_are_extended_until_they_end_after_closing(self, bench: Bench, others: StepRunStore) -> None:
-        store = bench.store()
+        for _ in range(20):
+            use_and_close(self.make_store(bench))
+
+    def test_claims_are_extended_until_they_end_after_closing(self, bench: Bench) -> None:
+        store = self.make_store(bench)
         with store.claim_step("run", "pay", {}, lease=SHORT_LEASE) as claim:
             store.close()
             until_extended(claim)
             claim.complete({})
-        wait_until(lambda: not heartbeat_threads())
+        wait_until(lambda: not heartbeat_of(store).is_running)
 
         with store.claim_step("run", "ship", {}, lease=SHORT_LEASE) as claim:  # and it can be used again
             until_extended(claim)
             claim.complete({})
-        wait_until(lambda: not heartbeat_threads())
+        wait_until(lambda: not heartbeat_of(store).is_running)
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in finalizers
     def test_thread_survives_exceptions_from_outside(self, bench: Bench) -> None:
-        store = bench.store()
+        store = self.make_store(bench)
         with store.claim_step("run", "pay", {}, lease=1) as claim:
             raised = 0
             while raised <= 100:

@@ -245,6 +245,7 @@ class TestKilledAt:
                 survived = True
         assert not survived
 
+    @pytest.mark.slow  # retries until the timeout
     def test_other_threads_lose_the_server_but_are_not_killed(self, kit: StepKit) -> None:
         errors = list[Exception]()
 

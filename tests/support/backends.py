@@ -98,7 +98,7 @@ def offline_store(**settings: Any) -> Iterator[StepRunStore]:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         with redis.Redis(port=bound.getsockname()[1], retry=Retry(NoBackoff(), 0)) as client:
-            yield StepRunStore(client, timeout=0.05, **settings)
+            yield StepRunStore(client, timeout=0.001, **settings)
 
 
 def keys_of(raw: Any, prefix: str) -> set[bytes]:

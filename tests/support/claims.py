@@ -330,17 +330,20 @@ def heartbeat_of(worker: Worker) -> heartbeats.Heartbeat:
     return heartbeats.heartbeat_of(worker.plain_store)
 
 
+def has_heartbeat(worker: Worker) -> bool:
+    """Returns whether a thread, or with asyncio a timer, extends claims of the worker's store."""
+    if worker.runner is None:
+        return heartbeat_of(worker).is_running
+    return worker.runner.run(_has_timer(worker.plain_store))
+
+
+async def _has_timer(store: Any) -> bool:
+    return heartbeat_of_loop(store)._timer is not None
+
+
 def heartbeat_threads() -> list[threading.Thread]:
-    """Returns the heartbeat threads of this process."""
+    """Returns the heartbeat threads of this process, of any store. One may still start for a claim that has ended."""
     return [thread for thread in threading.enumerate() if thread.name == "squidstep-heartbeat"]
-
-
-@contextlib.contextmanager
-def short_lived_heartbeats() -> Iterator[None]:
-    """In the block, heartbeat threads end soon after their last claim; at its end, waits for all of them."""
-    with mock.patch.object(heartbeats.Heartbeat, "IDLE", 0.02):
-        yield
-        wait_until(lambda: not heartbeat_threads())
 
 
 @contextlib.contextmanager
