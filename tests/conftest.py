@@ -56,8 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Returns the workers of `-n auto`: every worker collects all tests, so a quick run has fewer."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Much of the other tests waits for servers.
-    return cores if config.getoption("markexpr") == "quick" else min(2 * cores, 8)
+    # Most of the time, the other tests wait for servers, leases and timeouts.
+    return cores if config.getoption("markexpr") == "quick" else min(3 * cores, 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
