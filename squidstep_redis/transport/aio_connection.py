@@ -1,8 +1,8 @@
 """The connections of the asyncio transport: how bytes get to one server and replies come back.
 
 There are the same three ways as in `connection.py`; that of a user's pool is in `aio_pool.py`. `OwnConnections`
-multiplexes: in each event loop, all tasks share one connection. What they send within one turn of the loop becomes one
-write, and the replies are matched in order. A cancelled call's reply is read and dropped. Large payloads, and commands
+multiplexes: in each event loop, all tasks share one connection. What they send within one turn of the loop shares few
+writes, and the replies are matched in order. A cancelled call's reply is read and dropped. Large payloads, and commands
 that make the server wait, use connections of their own, because they would delay all others.
 
 A connection belongs to one event loop of one process.

@@ -1,7 +1,8 @@
 """One connection of the asyncio transport, on which the exchanges of many tasks overlap.
 
-What tasks send within one turn of the event loop becomes one write. The replies are matched with the exchanges in
-order. A cancelled exchange's reply is read and dropped.
+What tasks send within one turn of the event loop shares few writes: the server works on the first ones while the loop
+still runs the tasks that send more. The replies are matched with the exchanges in order. A cancelled exchange's reply
+is read and dropped.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Link(asyncio.Protocol):
         await waiter
 
     def submit(self, data: bytes, count: int, deadline: float) -> asyncio.Future[list[Any]]:
-        """Sends packed commands, together with what other tasks send in this turn of the loop.
+        """Sends packed commands, at the latest after this turn of the loop, together with those of other tasks.
 
         Args:
             data: the commands.
@@ -93,11 +94,10 @@ class Link(asyncio.Protocol):
             return future
         self._unsent.append(_Pending(future, data, count, deadline))
         self._unsent_bytes += len(data)
-        if len(self._unsent) == 1:
-            if self._sent:
-                self._loop.call_soon(self._flush)
-            else:
-                self._flush()  # there is no other call to share the write with
+        if len(self._unsent) >= len(self._sent):  # keeps the server busy; each write of a turn is twice as large
+            self._flush()
+        elif len(self._unsent) == 1:
+            self._loop.call_soon(self._flush)
         return future
 
     def close(self) -> None:

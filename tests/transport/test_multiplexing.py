@@ -54,6 +54,28 @@ def test_hundred_tasks_use_one_connection(bench: Bench, store: AsyncStepRunStore
         assert len(connected(bench)) == 1
 
 
+def test_calls_of_one_turn_share_few_writes_and_the_first_does_not_wait(
+    bench: Bench, store: AsyncStepRunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write is about as large as all before it, so that the server always has something to do."""
+    writes: list[int] = []
+    flush = Link._flush
+
+    def counted(link: Link) -> None:
+        writes.append(len(link._unsent))
+        flush(link)
+
+    async def main() -> None:
+        await store.schedule_step("run", "before", {})
+        monkeypatch.setattr(Link, "_flush", counted)
+        await begin_at_once(store, "run", 100)
+
+    run(bench, main())
+    sizes = [size for size in writes if size]
+    assert (sizes[0], sum(sizes)) == (1, 100)
+    assert len(sizes) <= 9
+
+
 def test_mixed_calls_and_batches_get_their_own_replies(
     bench: Bench, store: AsyncStepRunStore, storm_length: StormLength
 ) -> None:
