@@ -8,7 +8,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from math import inf
 from typing import Any, Final, cast
 
@@ -31,7 +30,7 @@ Read = Callable[[int, Any], Any]
 _hiredis: Any = hiredis  # parts of its types are unknown
 pack_command: Callable[[Command], bytes] = _hiredis.pack_command
 
-_CHUNK: Final = 16  # commands per send: the server starts on a chunk while the next one is packed
+_CHUNK_BYTES: Final = 4_096  # of a write: the server starts on it while the next commands are packed
 _READ_SIZE: Final = 65_536
 _redis_parser: Any = redis_parser
 _INCOMPLETE: Final = getattr(_redis_parser, "NOT_ENOUGH_DATA", False)  # older versions of redis-py use False
@@ -216,9 +215,17 @@ class Packed(Iterable[bytes]):
 
 def chunks(commands: Iterable[Command]) -> Iterator[bytes]:
     """Packs commands in chunks."""
-    remaining = iter(commands)
-    while chunk := list(islice(remaining, _CHUNK)):
-        yield b"".join(map(pack_command, chunk))
+    packed: list[bytes] = []
+    size = 0
+    for command in commands:
+        data = pack_command(command)
+        packed.append(data)
+        size += len(data)
+        if size >= _CHUNK_BYTES:
+            yield b"".join(packed)
+            packed, size = [], 0
+    if packed:
+        yield b"".join(packed)
 
 
 def new_reader(connection: Any) -> Any:
