@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from typing import Any
+from unittest import mock
 
 import pytest
+import redis
 from support.backends import Bench
 from support.internals import retry_for
 from support.proxy import Fault, Proxy
@@ -169,6 +171,20 @@ class TestOutcomeUnknown:
         store.close() if kind == "own" else None
         plain = connect_to(kind, proxy.port, timeout=SHORT)
         assert type(error_of(plain, error.call, batch)) is OutcomeUnknownError
+
+
+@pytest.mark.servers("cluster")
+def test_call_for_a_slot_that_no_known_node_serves_is_not_sent(bench: Bench) -> None:
+    store = bench.store(timeout=SHORT)
+    assert store.get_run("run") == []  # learns the nodes
+    nodes: Any = store.client.nodes_manager
+    call = store.calls.begin_step("run", "pay", {})
+    away = redis.ConnectionError("away")
+    with mock.patch.object(nodes, "slots_cache", {}), mock.patch.object(type(nodes), "initialize", side_effect=away):
+        assert type(error_of(store, call, batch=False)) is NotSentError
+        with pytest.raises(NotSentError, match="no node of the cluster serves slot"):
+            store.batch([call])
+    assert begun(store.send(call)).attempt == 1
 
 
 # What a word means does not depend on how it arrived, with two exceptions: an error of its own class in redis-py, and

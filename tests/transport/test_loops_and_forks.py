@@ -121,6 +121,20 @@ class TestEventLoops:
             wait_until(lambda: connected(backend, name) <= 2)
             assert idle_connections(store) <= 1
 
+    def test_connections_of_a_closed_loop_are_closed_in_the_next(
+        self, backend: Backend, proxy: Proxy, name: str, kind: str
+    ) -> None:
+        """The loops were closed without `shutdown_asyncgens`, and something still refers to them."""
+        store = asyncio_store(kind, proxy, name)
+        loops = [asyncio.new_event_loop() for _ in range(4)]
+        for number, loop in enumerate(loops):
+            assert loop.run_until_complete(use(store, f"loop-{number}", 1)) == []
+            loop.close()
+
+        if kind == "own":
+            wait_until(lambda: connected(backend, name) <= 1)
+        assert asyncio.run(use(store, "last", 1)) == []
+
     def test_loop_that_ends_in_mid_call_leaves_the_store_usable(
         self, backend: Backend, proxy: Proxy, name: str, kind: str
     ) -> None:

@@ -106,6 +106,16 @@ class TestTricklingServer:
         )
         call_in_peace(store, address)
 
+    def test_trickling_handshake_does_not_prolong_the_timeout(
+        self, connect_to: Connect, address: Address, kind: str
+    ) -> None:
+        """Each byte of the reply to SELECT arrives in time, but not all of them: the call itself is never sent."""
+        client = {"socket_timeout": 0.12, "socket_connect_timeout": 0.12}
+        store = connect_to(kind, address.port, db=1, client=client, timeout=0.3)
+        address.pause = 0.05
+        fails(lambda: store.begin_step("run", "pay", {}), NotSentError)
+        call_in_peace(store, address)
+
     def test_slow_reply_within_the_timeout_is_read(self, connect_to: Connect, address: Address, kind: str) -> None:
         store = connect_to(kind, address.port, client={"socket_timeout": 20})
         call_in_peace(store, address)
