@@ -20,6 +20,7 @@ from bench.measure import Budget, Pace, Result, Spread, Turns, figure, measure_i
 from bench.ours import LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
 
 _CORES = os.cpu_count() or 1
 _LONG_RUN = "long"
@@ -30,6 +31,7 @@ def long_run(pace: Pace) -> Iterator[Result]:
     """A transition in a run of 10,000 steps against one in a small run, and how long each call blocks the server."""
     size = pace.of(10_000, minimum=1_000)
     with server() as full, server() as empty, connect(full) as full_client, connect(empty) as empty_client:
+        _side_by_side(full, empty)
         numbers = itertools.count()
 
         def in_the_long_run(count: int) -> Iterator[Name]:
@@ -46,6 +48,14 @@ def long_run(pace: Pace) -> Iterator[Result]:
             BUDGETS["run of 10,000"],
         )
         yield from _blocking(StepRunStore(full_client), full_client, size)
+
+
+def _side_by_side(*servers: EmbeddedServer) -> None:
+    """Lets servers run on the same core: otherwise one may share the client's, which halves or doubles its times."""
+    if hasattr(os, "sched_setaffinity"):
+        core = max(os.sched_getaffinity(0))
+        for each in servers:
+            os.sched_setaffinity(each.pid, {core})
 
 
 def _slowdown(what: str, turns: Turns, side: str, other: str, budget: Budget) -> Result:
@@ -98,6 +108,7 @@ def many_steps(pace: Pace) -> Iterator[Result]:
     runs = pace.of(100_000)
     steps = runs * STEPS_OF_A_RUN
     with server() as full, server() as empty, connect(full) as client, connect(empty) as empty_client:
+        _side_by_side(full, empty)
         before = client.info("memory")["used_memory"]
         start = time.monotonic()
         _filled(full.url, runs)
