@@ -13,8 +13,9 @@
 --       10 token, step, input, …  of further steps, each step once
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
 --       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
---       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
+--       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
+--       {"delayed", nonce, state, input, output, error, remaining_ms}
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "execute nonce state"
 -- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
 

@@ -21,7 +21,7 @@ local _, state, refusal = load_step(steps, KEYS[2], step)
 if refusal and refusal[1] ~= "tombstone" then
   return refusal
 end
-if state and wanted == "failed" and (state.status == @FAILED or state.status == @EXPIRED) then
+if state and wanted == "failed" and @IS_FAILURE(state.status) then
   return with_record("failed", steps, step)
 end
 if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then

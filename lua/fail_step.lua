@@ -1,4 +1,4 @@
--- fail_step: ends a claim with an error; the step can be claimed again.
+-- fail_step: ends a claim with an error; the step can be claimed again at once, after a delay, or not at all.
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 nonce   of this call, echoed
@@ -6,6 +6,7 @@
 --       3 token   of the claim, or ""  any claim
 --       4 error
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
+--       6 delay_ms      until the step can be claimed again; or "final"  it cannot; or omitted  at once
 -- REPLY {"failed", nonce, state} | {"failed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 -- Writes only when it first replies "failed".
@@ -17,17 +18,18 @@
 -- include history
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local step, token, last_error = ARGV[2], ARGV[3], ARGV[4]
+local step, token, last_error, delay = ARGV[2], ARGV[3], ARGV[4], ARGV[6]
+local status = delay == "final" and @FINAL or @FAILED
 @OPEN_EXISTING_STEP
 
 if not holds(state, token) then
-  if state.status == @FAILED and (token == state.token or token == "") then
+  if state.status == status and (token == state.token or token == "") then
     if redis.call("HGET", steps, "e" .. step) == last_error then
       return with_input("failed", state.line, token, steps, step)
     end
   end
   local past = past_attempt(steps, step, state, token)
-  if past and past.status == @FAILED and past.error == last_error then
+  if past and past.status == status and past.error == last_error then
     return with_input("failed", past.line, token, steps, step)
   end
   return with_record("stale", steps, step)
@@ -37,7 +39,11 @@ end
 local now = now_ms()
 local member = ARGV[5] .. step
 unretain(run, state.lease)
-end_attempt(state, @FAILED, now)
+end_attempt(state, status, now)
+if delay and status == @FAILED then
+  state.lease = string.format("%d", state.ended + delay)
+  retain(run, delay, now)
+end
 local line = format_state(state)
 redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "e" .. step, last_error)
 redis.call("ZREM", claims, member)

@@ -45,7 +45,10 @@ for _, state in ipairs(states) do
     if state.lease ~= "" then
       redis.call("ZADD", claims, started + state.lease, state.member)
     end
-  elseif state.status == @FAILED or state.status == @EXPIRED then
+  elseif @IS_FAILURE(state.status) then
+    if state.lease ~= "" then
+      retain(run, state.lease, started)
+    end
     index_failed(failed, state.member, started + (tonumber(state.ended) or 0))
   end
 end

@@ -30,7 +30,7 @@ local now = now_ms()
 if state.status == @RUNNING and has_expired(state, now) then
   expire_attempt(state)
 end
-if state.status ~= @FAILED and state.status ~= @EXPIRED then
+if not @IS_FAILURE(state.status) then
   return with_record("stale", steps, step)
 end
 @CHECK_INDEXES(claims, failed)

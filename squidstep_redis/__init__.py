@@ -8,7 +8,9 @@ from importlib import import_module
 # The public names, by module. A module is imported when one of its names is first used: pytest loads this package's
 # plugin in every project, and must not import redis-py with it.
 _NAMES = {
-    "aio": ("AsyncClaim", "AsyncStepRunStore"),
+    "aio": ("AsyncStepRunStore",),
+    "claims.aio_claim": ("AsyncClaim",),
+    "claims.claim": ("Claim",),
     "claims.rules": ("current_claim",),
     "doctor.checks": ("Level",),
     "doctor.examine": ("Diagnosis", "Finding"),
@@ -53,7 +55,7 @@ _NAMES = {
     "protocol.codec": ("Codec", "MsgpackCodec"),
     "protocol.pipeline": ("Queued",),
     "settings": ("StoreSettings",),
-    "store": ("Claim", "StepRunStore"),
+    "store": ("StepRunStore",),
     "transport.events": ("Event",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -1,10 +1,13 @@
 """The public names for type checkers; `__init__.py` loads them on first use."""
 
 from squidstep_redis.aio import (
+    AsyncStepRunStore as AsyncStepRunStore,
+)
+from squidstep_redis.claims.aio_claim import (
     AsyncClaim as AsyncClaim,
 )
-from squidstep_redis.aio import (
-    AsyncStepRunStore as AsyncStepRunStore,
+from squidstep_redis.claims.claim import (
+    Claim as Claim,
 )
 from squidstep_redis.claims.rules import (
     current_claim as current_claim,
@@ -131,9 +134,6 @@ from squidstep_redis.protocol.pipeline import (
 )
 from squidstep_redis.settings import (
     StoreSettings as StoreSettings,
-)
-from squidstep_redis.store import (
-    Claim as Claim,
 )
 from squidstep_redis.store import (
     StepRunStore as StepRunStore,

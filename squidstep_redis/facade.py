@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
@@ -178,24 +177,3 @@ def as_method(method: F, operation: Callable[..., Any], store: str) -> F:
     parameters = [context.replace(name="self", annotation=context.empty), *rest]
     method.__dict__["__signature__"] = own.replace(parameters=parameters, return_annotation=result)
     return method
-
-
-def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[[F], F]:
-    """Gives a method the docstring of its blocking counterpart.
-
-    Args:
-        original: the blocking method.
-        **replacements: descriptions of the arguments that differ or that the original does not have.
-    """
-    doc = original.__doc__ or ""
-    for name, text in replacements.items():
-        line = f"            {name}: {text}\n"
-        doc, replaced = re.subn(rf"^            {name}: .*\n(?:                .*\n)*", line, doc, flags=re.MULTILINE)
-        if not replaced:
-            doc = doc.replace("\n        Returns:", f"{line}\n        Returns:")
-
-    def decorate(method: F) -> F:
-        method.__doc__ = doc
-        return method
-
-    return decorate

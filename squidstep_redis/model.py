@@ -44,6 +44,7 @@ STATUS: Final = {
     b"c": StepStatus.COMPLETED,
     b"f": StepStatus.FAILED,
     b"x": StepStatus.FAILED,
+    b"n": StepStatus.FAILED,
 }
 OUTCOME: Final = {
     b"p": Outcome.RELEASED,
@@ -51,10 +52,11 @@ OUTCOME: Final = {
     b"c": Outcome.COMPLETED,
     b"f": Outcome.FAILED,
     b"x": Outcome.LEASE_EXPIRED,
+    b"n": Outcome.FAILED,
 }
 
 _LINE: Final = re.compile(
-    FORMAT + rb"([prcfx]) (\d+) (\d*) (\S*) (\d*) (\d*) (\d*) (\d+) (\d+) (\S*) (.*)", re.DOTALL
+    FORMAT + rb"([prcfxn]) (\d+) (\d*) (\S*) (\d*) (\d*) (\d*) (\d+) (\d+) (\S*) (.*)", re.DOTALL
 ).fullmatch
 
 
@@ -68,7 +70,7 @@ class StateLine(NamedTuple):
         attempt: number of the latest claim.
         released: how many attempts do not count against `max_attempts`.
         token: claim token of the latest attempt.
-        lease: when the lease ends, in ms since the attempt started.
+        lease: when the lease ends, or the delay after a failure, in ms since the attempt started.
         started: when the attempt started, in ms since the step was created.
         ended: when the attempt ended, in ms since it started.
         created: when the step was created, in ms since 1970.
@@ -228,7 +230,24 @@ class StepRun:
     @property
     def lease_ends_at(self) -> datetime | None:
         """When the claim can be taken over; None if it never expires or the step is not running."""
+        if self.status is not StepStatus.RUNNING:
+            return None
         return _moment(self._line.ms_after_start(self._line.lease))
+
+    @property
+    def final(self) -> bool:
+        """Whether the step has failed for good: nobody may claim it again, until `retry_step`."""
+        return self._line.letter == b"n"
+
+    @property
+    def retry_at(self) -> datetime | None:
+        """Before this time, a failed step cannot be claimed again; None if there was no delay, or it has not failed."""
+        return _moment(self._line.ms_after_start(self._line.lease)) if self._line.letter == b"f" else None
+
+    @property
+    def attempts_used(self) -> int:
+        """Number of attempts that count against `max_attempts`: neither released ones, nor those before a retry."""
+        return self.attempt - int(self._line.released or 0)
 
     @property
     def position(self) -> int:
@@ -272,7 +291,7 @@ class Attempt(NamedTuple):
     ended_at: datetime | None
 
 
-SkipReason = Literal["busy", "completed", "exhausted", "superseded"]
+SkipReason = Literal["busy", "completed", "failed", "delayed", "exhausted", "superseded"]
 
 
 class _BeginPair(NamedTuple):
@@ -284,8 +303,10 @@ class BeginResult(_BeginPair):
     """What `begin_step` returns; unpacks to `(step_run, decision)`.
 
     Attributes:
-        reason: why to skip: "busy", "completed", "exhausted" or "superseded"; None when the decision is "execute".
-        retry_in: seconds until the live lease that blocks this call expires; None if there is no such lease.
+        reason: why to skip: "busy", "completed", "failed", "delayed", "exhausted" or "superseded"; None when the
+            decision is "execute".
+        retry_in: seconds until the live lease that blocks this call expires, or the delay after a failure ends; None
+            if there is neither.
         takeover: whether the claim was granted over one whose lease had expired: the previous holder's work may be
             half done. A call that is re-sent after a lost reply does not report it.
     """
@@ -311,6 +332,16 @@ class BeginResult(_BeginPair):
     def busy(self) -> bool:
         """Another claim is live: retry in `retry_in` seconds. If that is None, the claim never expires."""
         return self.reason == "busy"
+
+    @property
+    def failed(self) -> bool:
+        """The step has failed for good: nobody may claim it again, until `retry_step`."""
+        return self.reason == "failed"
+
+    @property
+    def delayed(self) -> bool:
+        """The step has failed, and may be claimed again in `retry_in` seconds."""
+        return self.reason == "delayed"
 
     @property
     def exhausted(self) -> bool:

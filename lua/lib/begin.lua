@@ -23,6 +23,9 @@ local function begin(state, token, step, input)
     end
     lease_expired = true
   end
+  if state.status == @FINAL then
+    return with_record("failed", steps, step)
+  end
   local scheduled = state.status == @PENDING
   if state.token == token or past_attempt(steps, step, state, token) then
     -- An earlier copy of this call acquired a claim that has ended since. No caller is waiting for this copy.
@@ -44,6 +47,14 @@ local function begin(state, token, step, input)
       renew_expiry(run, steps, done, now)
     end
     return with_record("exhausted", steps, step)
+  end
+  if state.status == @FAILED and state.lease ~= "" then
+    local remaining = state.created + state.started + state.lease - now
+    if remaining > 0 then
+      local reply = with_record("delayed", steps, step)
+      reply[7] = tostring(remaining)
+      return reply
+    end
   end
 
   local written = {}

@@ -5,13 +5,16 @@
 
 -- define FORMAT "1"
 
--- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover.
+-- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover. FINAL is one that nobody may
+-- claim again, until retry_step.
 -- define PENDING "p"
 -- define RUNNING "r"
 -- define COMPLETED "c"
 -- define FAILED "f"
 -- define EXPIRED "x"
--- define ANY_STATUS "([" .. @PENDING .. @RUNNING .. @COMPLETED .. @FAILED .. @EXPIRED .. "])"
+-- define FINAL "n"
+-- define ANY_STATUS "([" .. @PENDING .. @RUNNING .. @COMPLETED .. @FAILED .. @EXPIRED .. @FINAL .. "])"
+-- define IS_FAILURE(letter) (letter == @FAILED or letter == @EXPIRED or letter == @FINAL)
 
 -- The run line.
 -- define RUN(created, completed) @FORMAT .. " " .. created .. " " .. completed

@@ -157,21 +157,33 @@ def advance_step(
     return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
 
 
-def fail_step(context: Context, step_run: StepRun | str, error: Mapping[str, Any] | BaseException) -> Call[StepRun]:
-    """Ends a claim with an error; the step can be claimed again.
+def fail_step(
+    context: Context,
+    step_run: StepRun | str,
+    error: Mapping[str, Any] | BaseException,
+    *,
+    final: bool = False,
+    retry_after: Seconds | None = None,
+) -> Call[StepRun]:
+    """Ends a claim with an error; the step can be claimed again at once, after a delay, or not at all.
 
-    One round trip. Repeating it with the same error, even as a new call, returns the same result.
+    One round trip. Repeating it with the same error and `final`, even as a new call, returns the same result.
 
     Args:
         step_run: the step run that `begin_step` returned with "execute"; or a bare `StepRun.id`, which stands for the
             current holder of the claim.
         error: a dict; or an exception, which is stored as a dict of `type`, `message` and `traceback`.
+        final: whether the step has failed for good: `begin_step` then skips with the reason "failed", until
+            `retry_step`.
+        retry_after: seconds, or a timedelta, from 0.001: until then `begin_step` skips with the reason "delayed",
+            unless `retry_step` resets the step; by the server's clock. None: the step can be claimed at once.
 
     Returns:
         The failed step run.
 
     Raises:
-        InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
+        InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix,
+            or both `final` and `retry_after`.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
         CorruptRunError: the stored data is corrupt.
@@ -181,7 +193,11 @@ def fail_step(context: Context, step_run: StepRun | str, error: Mapping[str, Any
         data = context.payloads.encode_own(error_payload(error))
     else:
         data = context.payloads.encode("error", error)
-    return _transition(context, "fail_step", step_run, (data,), last_error=data)
+    delay = arguments.milliseconds("retry_after", retry_after, arguments.MAX_LEASE)
+    if final and delay:
+        raise InvalidArgumentError("retry_after", "cannot be given with final=True: the step is not retried")
+    when = b"final" if final else delay
+    return _transition(context, "fail_step", step_run, (data,), (when,) if when else (), last_error=data)
 
 
 def extend_claim(context: Context, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
@@ -343,13 +359,13 @@ def _transition(
     operation: str,
     step_run: StepRun | str,
     args: tuple[bytes, ...],
-    successors: Sequence[bytes] = (),
+    more: Sequence[bytes] = (),
     output: bytes | None = None,
     last_error: bytes | None = None,
 ) -> Call[StepRun]:
     """Builds the call of a transition of a claim, given the step run that carries it, or an id."""
     run, name, token = _claim_of(context, operation, step_run)
-    return _transition_call(context, operation, step_run, run, name, token, args, successors, output, last_error)
+    return _transition_call(context, operation, step_run, run, name, token, args, more, output, last_error)
 
 
 def _transition_call(
@@ -360,11 +376,11 @@ def _transition_call(
     step: Name,
     token: bytes,
     args: tuple[bytes, ...],
-    successors: Sequence[bytes] = (),
+    more: Sequence[bytes] = (),
     output: bytes | None = None,
     last_error: bytes | None = None,
 ) -> Call[StepRun]:
-    sent = (new_nonce(), step.data, token, *args, run.member, *successors)
+    sent = (new_nonce(), step.data, token, *args, run.member, *more)
     parse = partial(_parse_end, context, operation, step_run, run, step, token, output, last_error)
     return Call(run.text, script(operation), run.keys[: _KEYS[operation]], sent, parse, None, step.text)
 

@@ -350,8 +350,8 @@ def heartbeat_threads() -> list[threading.Thread]:
 def undo_timeout(seconds: float) -> Iterator[None]:
     """Sets for how long an interrupted claim waits until its acquisition is undone, or its failure recorded."""
     with (
-        mock.patch("squidstep_redis.store.INTERRUPTED_SECONDS", seconds),
-        mock.patch("squidstep_redis.aio.INTERRUPTED_SECONDS", seconds),
+        mock.patch("squidstep_redis.claims.claim.INTERRUPTED_SECONDS", seconds),
+        mock.patch("squidstep_redis.claims.aio_claim.INTERRUPTED_SECONDS", seconds),
     ):
         yield
 

@@ -1,0 +1,170 @@
+"""The claim of an asyncio store: an `async with` block."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Final, Self, cast
+
+from squidstep_redis.claims.aio_background import LastingSender, LeavingSender, PerLoop, SideConnections
+from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
+from squidstep_redis.claims.claim import Claim
+from squidstep_redis.claims.rules import BaseClaim, OnBusy
+from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
+from squidstep_redis.docstrings import with_docs_of
+from squidstep_redis.errors import NotSentError, OutcomeUnknownError, SquidstepError, StaleStepRunError
+from squidstep_redis.model import StepRun
+from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
+from squidstep_redis.protocol.workflow import Workflow
+from squidstep_redis.transport.aio import AsyncTransport, run_workflow
+
+MAX_BACKGROUND_SECONDS: Final = 86_400.0  # to end a claim without a lease, which nothing else would end
+
+
+class LoopState:
+    """What a store has in each event loop."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self.side = SideConnections(transport)
+        self.heartbeat = AsyncHeartbeat(self.side)
+
+
+class AsyncClaim(BaseClaim[asyncio.Event]):
+    """A step to be executed or skipped by this delivery: the `async with` block that `claim_step` returns."""
+
+    def __init__(
+        self,
+        store: Any,  # of a higher layer
+        transport: AsyncTransport,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: OnBusy,
+        owner: str | None,
+        cancel_when_lost: bool,
+        per_loop: PerLoop[LoopState],
+    ) -> None:
+        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, asyncio.Event())
+        self.store = store
+        self._transport = transport
+        self._cancels = cancel_when_lost
+        self._per_loop = per_loop
+        self._heartbeat: AsyncHeartbeat | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._has_cancelled = False
+
+    async def __aenter__(self) -> Self:
+        try:
+            await run_workflow(self._transport, self._acquire())
+            self._enter()
+            self._task, self._has_cancelled = asyncio.current_task(), False
+            if self._state == "held" and self._lease is not None:
+                self._heartbeat = self._per_loop.get().heartbeat
+                self._heartbeat.add(self)
+        except OutcomeUnknownError:  # the server may have granted the claim
+            self._start_undoing()
+            raise
+        except SquidstepError:
+            raise
+        except BaseException as error:  # the task was cancelled before the work started
+            self._stop()
+            if self._sent is not None and not _ends_process(error):
+                await self._undo(error)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        missing = None
+        try:
+            if not _ends_process(error):
+                sender = LeavingSender(self._lasting_sender, self._longest_retry, self._background_seconds())
+                sender.waits = not isinstance(error, GeneratorExit)  # a coroutine that is closed must not wait
+                missing = await run_workflow(cast("AsyncTransport", sender), self._on_exit(error))
+        finally:
+            self._stop()
+        if missing is not None:
+            raise missing
+        if self._has_cancelled and self._task is not None and self._loss is not None:
+            others = self._task.uncancel()
+            if isinstance(error, asyncio.CancelledError) and not others:
+                if not isinstance(self._loss, StaleStepRunError):
+                    raise self._loss
+                await run_workflow(self._transport, self._reconcile())
+                return True
+        return False
+
+    @with_docs_of(Claim.complete)
+    async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
+        return await self._end(self._complete(output, schedule))
+
+    @with_docs_of(Claim.fail)
+    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
+        return await self._end(self._fail(error))
+
+    @with_docs_of(Claim.release)
+    async def release(self) -> StepRun:
+        return await self._end(self._release())
+
+    async def _end(self, workflow: Workflow[StepRun]) -> StepRun:
+        """Runs a workflow that ends the claim; an exhausted pool does not delay it."""
+        if not self._transport.is_pool_exhausted:
+            return await run_workflow(self._transport, workflow)
+        side = self._per_loop.get().side
+        side.acquire()
+        try:
+            return await run_workflow(side.transport, workflow)
+        finally:
+            side.release()
+
+    def is_of_this_code(self, step_run: StepRun) -> bool:
+        """Whether this task executes the step under this claim.
+
+        Another task may inherit the claim's context, and may wait for the step.
+        """
+        return self._task is asyncio.current_task() and super().is_of_this_code(step_run)
+
+    def _signal_lost(self) -> None:
+        super()._signal_lost()
+        if self._cancels and self._task is not None:
+            self._has_cancelled = self._task.cancel("the claim on the step was lost")
+
+    def _stop(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.discard(self)
+            self._heartbeat = None
+        self._exit()
+
+    def _lasting_sender(self) -> LastingSender:
+        """Makes what sends calls in the background; raises NotSentError if there is no event loop any more."""
+        try:
+            side = self._per_loop.get().side
+        except RuntimeError as error:
+            raise NotSentError("claim", None, None, "its event loop has ended; its lease expires", False) from error
+        return LastingSender(self._transport, side)
+
+    def _background_seconds(self) -> float:
+        """Returns for how long to give back the claim or record its failure: afterwards, its lease has expired."""
+        return self._lease_seconds or MAX_BACKGROUND_SECONDS
+
+    async def _undo(self, error: BaseException) -> None:
+        with suppress(NotSentError):
+            undoing = self._start_undoing()
+            if not isinstance(error, GeneratorExit):  # a coroutine that is closed must not wait
+                await asyncio.wait([undoing], timeout=INTERRUPTED_SECONDS)
+
+    def _start_undoing(self) -> asyncio.Task[None]:
+        """Gives back what `_acquire` may have claimed, in a task that no cancellation ends."""
+        sender = self._lasting_sender()
+        undoing = run_workflow(cast("AsyncTransport", sender), self._undo_acquire())
+        return sender.start(undoing, self._background_seconds())
+
+
+def _ends_process(error: BaseException | None) -> bool:
+    """Whether the error stands for the end of the process, in tests: then nothing is sent any more."""
+    return bool(getattr(error, "ends_process", False))

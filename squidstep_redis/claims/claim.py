@@ -1,0 +1,189 @@
+"""The claim of a blocking store: a `with` block."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from squidstep_redis.claims.heartbeat import heartbeat_of
+from squidstep_redis.claims.rules import BaseClaim, OnBusy
+from squidstep_redis.claims.threads import LockFreeEvent
+from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS, Unsettled
+from squidstep_redis.errors import OutcomeUnknownError, SquidstepError
+from squidstep_redis.model import StepRun
+from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
+from squidstep_redis.protocol.workflow import Workflow
+from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
+
+
+class Claim(BaseClaim[threading.Event]):
+    """A step to be executed or skipped by this delivery: the `with` block that `claim_step` returns."""
+
+    def __init__(
+        self,
+        store: Any,  # of a higher layer
+        transport: BlockingTransport,
+        run_id: RunId,
+        step: Step,
+        input: Mapping[str, Any],
+        lease: Seconds | None,
+        max_attempts: int | None,
+        on_busy: OnBusy,
+        owner: str | None,
+    ) -> None:
+        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, LockFreeEvent())
+        self.store = store
+        self._transport = transport
+
+    # An exception from outside may arrive at any instruction. What must happen after it is handed over to a background
+    # thread: by `append` of a deque, so that nothing comes between catching the exception and that operation.
+
+    def __enter__(self) -> Self:
+        self._raise_if_entered()
+        self._sent = None
+        heartbeat = self._heartbeat = heartbeat_of(self.store)
+        unsettled = self._unsettled = Unsettled()
+        hand_over, deferred = heartbeat.recovery.queue.append, defer_sigalrm()
+        try:
+            with deferred:
+                run_workflow(self._transport, self._acquire(), deferred.sleep)
+                self._enter()
+                if self._state == "held" and self._lease is not None:
+                    heartbeat.add(self)
+            return self
+        except BaseException as error:
+            begin = unsettled.begin = self._sent
+            if begin is not None:  # it may have acquired the claim
+                unsettled.error = error
+                hand_over(unsettled)
+            self._stop()
+            if begin is not None:
+                heartbeat.recovery.wait_for(unsettled, _seconds_to_wait(error))
+            deferred.__exit__()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        unsettled = self._unsettled
+        hand_over, deferred = self._heartbeat.recovery.queue.append, defer_sigalrm()
+        is_own = self._entered_by == os.getpid()  # in a forked child, the claim is the parent's
+        if error is None or not self._is_interruption(error):
+            try:
+                with deferred:
+                    missing = run_workflow(self._transport, self._on_exit(error), deferred.sleep)
+                if is_own and self._state != "ended" and self._lease is None:  # nothing else would ever end the claim
+                    unsettled.step_run, unsettled.error = self._claim, missing if error is None else error
+                    hand_over(unsettled)
+                    self._heartbeat.recovery.wait_for(unsettled, 0)
+                self._stop()
+            except BaseException as interruption:
+                if is_own and self._state != "ended":
+                    unsettled.step_run, unsettled.error = self._claim, interruption if error is None else error
+                    hand_over(unsettled)
+                self._leave_soon()
+                deferred.__exit__()
+                raise
+            if missing is not None:
+                raise missing
+        else:
+            if is_own and self._state != "ended":
+                unsettled.step_run, unsettled.error = self._claim, error
+                hand_over(unsettled)
+            self._leave_soon()
+
+    def exit_again(self, interruption: BaseException) -> None:
+        """Exits the block if an exception from outside kept `__exit__` from doing it. For `run_step`."""
+        if self._entered_by is not None:
+            self._interruption = interruption
+            self.__exit__(type(interruption), interruption, interruption.__traceback__)
+
+    def _leave_soon(self) -> None:
+        """Leaves an interrupted block, whose claim may have been handed over."""
+        unsettled = self._unsettled
+        self._stop()
+        if unsettled.step_run is not None:
+            if self._lease is not None:
+                unsettled.deadline = time.monotonic() + self._longest_retry
+            self._heartbeat.recovery.wait_for(unsettled, INTERRUPTED_SECONDS)
+            if not unsettled.is_settled and unsettled.error is not None:
+                unsettled.error.add_note("squidstep_redis is still trying to record this failure")
+
+    def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
+        """Ends the claim with an output. One round trip, retried as long as in `run_step`.
+
+        Args:
+            output: the step's output, a dict.
+            schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
+
+        Returns:
+            The completed step run: the winner's, if the claim was lost to it.
+
+        Raises:
+            StaleStepRunError: the claim was lost, and the step is not completed.
+            StepRunNotFoundError: the run was deleted.
+            PayloadError: the output cannot be stored; the claim is still held.
+            ServerError: the result could not be sent in time; the claim expires with its lease.
+        """
+        return self._run_ending(self._complete(output, schedule))
+
+    def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
+        """Ends the claim with an error. One round trip, retried as long as in `run_step`.
+
+        Args:
+            error: a dict; or an exception, which is stored as a dict of `type`, `message` and `traceback`.
+
+        Returns:
+            The failed step run: the winner's completed one, if the claim was lost to it.
+
+        Raises:
+            StaleStepRunError: the claim was lost, and the step is not completed.
+            StepRunNotFoundError: the run was deleted.
+            PayloadError: the error cannot be stored; the claim is still held.
+            ServerError: the error could not be sent in time; the claim expires with its lease.
+        """
+        return self._run_ending(self._fail(error))
+
+    def release(self) -> StepRun:
+        """Releases the claim before the work took effect, for example on SIGTERM. One round trip, retried.
+
+        The attempt does not count against `max_attempts`, and the step can be claimed immediately.
+
+        Returns:
+            The pending step run: the winner's completed one, if the claim was lost to it.
+
+        Raises:
+            StaleStepRunError: the claim was lost, and the step is not completed.
+            StepRunNotFoundError: the run was deleted.
+            ServerError: the release could not be sent in time; the claim expires with its lease.
+        """
+        return self._run_ending(self._release())
+
+    def _run_ending(self, ending: Workflow[StepRun]) -> StepRun:
+        deferred = defer_sigalrm()
+        try:
+            with deferred:
+                return run_workflow(self._transport, ending, deferred.sleep)
+        except SquidstepError:
+            raise
+        except BaseException as interruption:
+            self._interruption = interruption
+            deferred.__exit__()
+            raise
+        finally:
+            ending.close()  # it restores the state, although the traceback may keep it alive
+
+    def _stop(self) -> None:
+        self._exit()
+        if self._lease is not None:
+            self._heartbeat.discard(self)
+
+
+def _seconds_to_wait(error: BaseException) -> float:
+    """How long an interrupted entry waits until the claim is given back: not at all if the server does not reply."""
+    return 0 if isinstance(error, OutcomeUnknownError) else INTERRUPTED_SECONDS
