@@ -8,8 +8,9 @@
 --       12 output      of the step to complete
 -- REPLY as begin_step, about the next step, once the first is completed:
 --       "execute nonce state" | {"execute", nonce, state, input} | {"takeover", nonce, state, input}
---       {"completed" | "exhausted" | "superseded", nonce, state, input, output, error}
+--       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
+--       {"delayed", nonce, state, input, output, error, remaining_ms}
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
 -- Writes only when it first completes the step, or as begin_step. It does both or neither.
 

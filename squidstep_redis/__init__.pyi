@@ -9,6 +9,15 @@ from squidstep_redis.claims.aio_claim import (
 from squidstep_redis.claims.claim import (
     Claim as Claim,
 )
+from squidstep_redis.claims.failures import (
+    ExponentialBackoff as ExponentialBackoff,
+)
+from squidstep_redis.claims.failures import (
+    PermanentError as PermanentError,
+)
+from squidstep_redis.claims.failures import (
+    RetryLater as RetryLater,
+)
 from squidstep_redis.claims.rules import (
     current_claim as current_claim,
 )
@@ -73,7 +82,13 @@ from squidstep_redis.errors import (
     StepBusyError as StepBusyError,
 )
 from squidstep_redis.errors import (
+    StepDelayedError as StepDelayedError,
+)
+from squidstep_redis.errors import (
     StepExhaustedError as StepExhaustedError,
+)
+from squidstep_redis.errors import (
+    StepFailedError as StepFailedError,
 )
 from squidstep_redis.errors import (
     StepRunNotFoundError as StepRunNotFoundError,

@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 
 from squidstep_redis.claims.aio_background import PerLoop, wait_for_background_of
 from squidstep_redis.claims.aio_claim import AsyncClaim, LoopState
+from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
 from squidstep_redis.claims.rules import DEFAULT_LEASE, OnBusy
 from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
@@ -123,11 +124,13 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         self,
         run_id: RunId,
         step: Step,
-        fn: Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]] | Mapping[str, Any]],
+        fn: Callable[[dict[str, Any]], Awaitable[Mapping[str, Any] | None] | Mapping[str, Any] | None],
         input: Mapping[str, Any],
         *,
         lease: Seconds | None = DEFAULT_LEASE,
         max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         cancel_when_lost: bool = False,
@@ -141,6 +144,8 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                 input,
                 lease=lease,
                 max_attempts=max_attempts,
+                permanent=permanent,
+                backoff=backoff,
                 on_busy=on_busy,
                 owner=owner,
                 cancel_when_lost=cancel_when_lost,
@@ -151,7 +156,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                         output = fn(claim.input)
                         output = await output if isawaitable(output) else output
                         if not claim.ended:
-                            await claim.complete(output)
+                            await claim.complete({} if output is None else output)
                 return claim.result()
             except StaleStepRunError as error:
                 claim.raise_unless_running(error)
@@ -169,6 +174,8 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         *,
         lease: Seconds | None = DEFAULT_LEASE,
         max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         cancel_when_lost: bool = False,
@@ -183,6 +190,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             max_attempts,
             on_busy,
             owner,
+            failure_rules(permanent, backoff),
             cancel_when_lost,
             self._per_loop,
         )

@@ -13,6 +13,8 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepBusyError             run_step: another worker holds the step; retry later
     ├── WaitTimeoutError          wait_for_step: the step did not end in time
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
+    ├── StepFailedError           run_step: the step has failed for good
+    ├── StepDelayedError          run_step: the step has failed, and may be retried later
     ├── RunExistsError            import_run: the run exists already; nothing was written
     ├── CorruptRunError           the stored data is corrupt; nothing was written
     │   └── NewerFormatError          a later version of this library wrote it
@@ -24,6 +26,8 @@ Each error says what failed, for which run and step, what was written, and what 
         └── OutcomeUnknownError       sent, but no reply: re-send it, or read the record
             ├── NotReplicatedError        done, but not confirmed by the replicas or the AOF in time
             └── ReplyMismatchError        the connection returned the reply to another call
+
+Your own code raises PermanentError and RetryLater, which are no SquidstepErrors: see `claims/failures.py`.
 """
 
 from __future__ import annotations
@@ -178,6 +182,43 @@ class StepExhaustedError(SquidstepError):
         return (
             f"{_where(self.current.run_id, self.current.step)}: max_attempts reached after attempt "
             f"{self.current.attempt}{_last_error(self.current)}; call retry_step, or allow more attempts"
+        )
+
+
+@_error
+class StepFailedError(SquidstepError):
+    """The step has failed for good, so this delivery did not execute it.
+
+    Attributes:
+        current: the step run as it is stored now, with its `last_error`.
+    """
+
+    current: StepRun
+
+    def __str__(self) -> str:
+        return (
+            f"{_where(self.current.run_id, self.current.step)}: failed for good in attempt {self.current.attempt}"
+            f"{_last_error(self.current)}. Nothing was executed here; call retry_step to allow another attempt"
+        )
+
+
+@_error
+class StepDelayedError(SquidstepError):
+    """The step has failed and may not be retried yet, so this delivery did not execute it. Redeliver it later.
+
+    Attributes:
+        current: the step run as it is stored now, with its `last_error`.
+        retry_in: seconds until it can be claimed again.
+    """
+
+    current: StepRun
+    retry_in: float
+
+    def __str__(self) -> str:
+        return (
+            f"{_where(self.current.run_id, self.current.step)}: failed in attempt {self.current.attempt}"
+            f"{_last_error(self.current)}, and may be retried in {self.retry_in:.3f} s. Nothing was executed here; "
+            "retry then, or call retry_step"
         )
 
 

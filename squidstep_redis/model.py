@@ -121,6 +121,7 @@ class StateLine(NamedTuple):
 
 Decode = Callable[[bytes, str, str, str], dict[str, Any]]
 _Payload = bytes | dict[str, Any] | None
+_Payloads = tuple[_Payload, _Payload, _Payload]
 
 
 class StepRun:
@@ -151,14 +152,7 @@ class StepRun:
     token: Final[bytes]
 
     def __init__(
-        self,
-        prefix: str,
-        run_id: str,
-        step: str,
-        line: bytes,
-        payloads: tuple[_Payload, _Payload, _Payload],
-        decode: Decode,
-        token: bytes = b"",
+        self, prefix: str, run_id: str, step: str, line: bytes, payloads: _Payloads, decode: Decode, token: bytes = b""
     ) -> None:
         """Called only by the store; raises ValueError if `line` is not a state line."""
         self._line = parsed = StateLine.parse(line)

@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from squidstep_redis.claims.claim import Claim
+from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
 from squidstep_redis.claims.heartbeat import end_heartbeat
 from squidstep_redis.claims.rules import DEFAULT_LEASE, OnBusy
 from squidstep_redis.doctor.examine import Diagnosis, examine
@@ -118,11 +119,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         self,
         run_id: RunId,
         step: Step,
-        fn: Callable[[dict[str, Any]], Mapping[str, Any]],
+        fn: Callable[[dict[str, Any]], Mapping[str, Any] | None],
         input: Mapping[str, Any],
         *,
         lease: Seconds | None = DEFAULT_LEASE,
         max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
     ) -> dict[str, Any]:
@@ -131,23 +134,30 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of this
         process, a third of the lease after the last extension: one round trip for all claims of one store.
 
-        An exception of `fn` is recorded with `fail_step` and re-raised. If the claim is lost to a takeover,
-        `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A result, or a
-        failure, that cannot be sent is retried for as long as the lease, but for at most a minute. If the process is
-        interrupted (a signal, a cancellation), that takes at most a second. A claim whose begin got no reply is
-        released once the server replies again.
+        An exception of `fn` is recorded with `fail_step` and re-raised. PermanentError, and the types in `permanent`,
+        make the step fail for good; RetryLater, and `backoff`, delay the next attempt. If the claim is lost to a
+        takeover, `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A
+        result, or a failure, that cannot be sent is retried for as long as the lease, but for at most a minute. If the
+        process is interrupted (a signal, a cancellation), that takes at most a second. A claim whose begin got no reply
+        is released once the server replies again.
 
         Args:
             run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
             step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
                 str, else its name).
-            fn: does the work: receives the stored input and returns the output. `current_claim()` is its claim.
+            fn: does the work: receives the stored input and returns the output, a dict; None stands for {}.
+                `current_claim()` is its claim.
             input: the step's input, a dict. It is stored unless the step was scheduled with its own.
             lease: seconds, or a timedelta, after which another worker may take over from one that is dead or hangs;
                 None: never.
             max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
-            on_busy: what to do while another worker holds the step: "raise", or "wait" until it is completed or can be
-                claimed (polling at most once a second).
+            permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step
+                has failed for good.
+            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
+                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
+                after RetryLater. None: the step can be claimed at once.
+            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
+                "wait" until it is completed or can be claimed (polling at most once a second).
             owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
                 `host:pid`.
 
@@ -156,9 +166,12 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
 
         Raises:
             StepBusyError: another worker holds the step, or took it over.
+            StepDelayedError: the step has failed and may not be retried yet.
+            StepFailedError: the step has failed for good.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.
-            PayloadError: the output of `fn` cannot be stored; the step is recorded as failed.
+            PayloadError: the output of `fn` cannot be stored; the step has failed for good, because the work may have
+                taken effect.
             InvalidArgumentError: an argument was rejected before anything was sent.
             ServerError: the server or the connection failed, at the beginning or when the result was sent.
         """
@@ -166,14 +179,22 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
         while True:
             claim = self.claim_step(
-                run_id, step, input, lease=lease, max_attempts=max_attempts, on_busy=on_busy, owner=owner
+                run_id,
+                step,
+                input,
+                lease=lease,
+                max_attempts=max_attempts,
+                permanent=permanent,
+                backoff=backoff,
+                on_busy=on_busy,
+                owner=owner,
             )
             try:
                 with claim:
                     if claim.decision == "execute":
                         output = fn(claim.input)
                         if not claim.ended:
-                            claim.complete(output)
+                            claim.complete({} if output is None else output)
                 return claim.result()
             except BaseException as error:
                 claim.exit_again(error)
@@ -189,6 +210,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         *,
         lease: Seconds | None = DEFAULT_LEASE,
         max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
     ) -> Claim:
@@ -206,8 +229,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             lease: seconds, or a timedelta, after which another worker may take over from one that is dead or hangs;
                 None: never. A heartbeat extends it meanwhile.
             max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
-            on_busy: what to do while another worker holds the step: "raise", or "wait" until it is completed or can be
-                claimed (polling at most once a second).
+            permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step
+                has failed for good.
+            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
+                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
+                after RetryLater. None: the step can be claimed at once.
+            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
+                "wait" until it is completed or can be claimed (polling at most once a second).
             owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
                 `host:pid`.
 
@@ -215,9 +243,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             The claim.
 
         Raises:
-            InvalidArgumentError: `lease` or `on_busy` was rejected.
+            InvalidArgumentError: `lease`, `on_busy`, `permanent` or `backoff` was rejected.
         """
-        return Claim(self, self._transport, run_id, step, input, lease, max_attempts, on_busy, owner)
+        failures = failure_rules(permanent, backoff)
+        return Claim(self, self._transport, run_id, step, input, lease, max_attempts, on_busy, owner, failures)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Checks whether the guarantees hold on the server and the client, and what limits them.

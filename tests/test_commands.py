@@ -242,6 +242,22 @@ class TestShow:
         assert all(line.isprintable() for line in lines)
 
 
+class TestFailures:
+    def test_show_says_whether_a_failed_step_can_be_claimed(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        for step, options in {"at-once": {}, "final": {"final": True}, "later": {"retry_after": 3_600}}.items():
+            store.fail_step(store.begin_step("run", step, {}).step_run, {"type": "E", "message": "e"}, **options)
+
+        lines = invoke("show", "run", *options_of(server, store)).stdout.splitlines()
+        shown = json.loads(invoke("show", "run", "--json", *options_of(server, store)).stdout)
+
+        last_words = {line.split()[0]: line.split("  ")[-1] for line in lines if " failed " in line[:30]}
+        assert last_words["final"] == "failed for good"
+        assert re.fullmatch(r"retry in (59 min( \d+ s)?|1 h)", last_words["later"])
+        assert "retry" not in last_words["at-once"]
+        each = {step["step"]: (step["final"], step["retry_at"] is not None) for step in shown}
+        assert each == {"at-once": (False, False), "final": (True, False), "later": (False, True)}
+
+
 class TestTimeline:
     def test_files_load_nothing_from_elsewhere(
         self, server: EmbeddedServer, filled: StepRunStore, tmp_path: Path

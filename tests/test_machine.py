@@ -87,7 +87,11 @@ ADVANCE_STEP = operations("advance_step", holders(), payloads, steps, payloads, 
     lambda operation: operation.args[0].claim.step != operation.args[2]
 )
 COMPLETE_STEP = operations("complete_step", holders(), payloads, schedule=st.none() | inputs)
-FAIL_STEP = operations("fail_step", holders(), payloads)
+FAIL_STEP = st.one_of(
+    operations("fail_step", holders(), payloads),
+    operations("fail_step", holders(), payloads, final=st.just(True)),
+    operations("fail_step", holders(), payloads, retry_after=st.sampled_from([1_000, 2_000])),
+)
 EXTEND_CLAIM = operations("extend_claim", holders(), leases)
 RELEASE_STEP = operations("release_step", holders())
 RETRY_STEP = operations("retry_step", runs, steps, owner=st.sampled_from([None, "operator"]))
@@ -183,6 +187,12 @@ class Machine(RuleBasedStateMachine):
         if take_over:
             begin = Operation("begin_step", (run, step, {"n": -1}), {"lease": lease, "max_attempts": max_attempts})
             self.send(self.record(begin), times=1)
+
+    @precondition(lambda self: self.model.delayed_steps())
+    @rule(step=machines.flatmap(lambda machine: st.sampled_from(sorted(machine.model.delayed_steps()))))
+    def end_delay(self, step: tuple[str, str]) -> None:
+        expire_lease(self.bench.backend.raw, self.keys[step[0]], *step)
+        self.model.end_delay(*step)
 
     @precondition(lambda self: self.model.tombstones)
     @rule(run=machines.flatmap(lambda machine: st.sampled_from(sorted(machine.model.tombstones))))

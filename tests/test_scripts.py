@@ -17,7 +17,7 @@ LUA = directory()
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 FILES = sorted(LUA.rglob("*.lua"))
 WITH_COMMON_CASE = ("begin_step", "complete_step", "advance_step")
-STATUSES = ("PENDING", "RUNNING", "COMPLETED", "FAILED", "EXPIRED")
+STATUSES = ("PENDING", "RUNNING", "COMPLETED", "FAILED", "EXPIRED", "FINAL")
 GRAMMAR = LUA / "lib" / "grammar.lua"
 
 
@@ -142,13 +142,13 @@ class TestGrammar:
     def test_no_code_spells_out_a_line(self, path: Path) -> None:
         code = re.sub(r"^\s*--.*$", "", path.read_text("utf-8"), flags=re.MULTILINE)
         literals = re.findall(r'"([^"\n]*)"', code)
-        assert not [text for text in literals if re.match(r"\^?1[prcfx ]|\^?%d\+ %S", text)]
+        assert not [text for text in literals if re.match(r"\^?1[prcfxn ]|\^?%d\+ %S", text)]
         assert "time[2]" not in code
 
     def test_a_pattern_is_one_literal(self) -> None:
         common, general = self.paths(LUA, "complete_step")
         assert 'string.match(lines[2], "^1r (%d+ %d* (%S+)) (%d*) (%d*)  (%d+) (%d+ %S* .*)$")' in common
-        parsed = r"^1([prcfx]) (%d+) (%d*) (%S*) (%d*) (%d*) (%d*) (%d+) (%d+ %S* .*)$"
+        parsed = r"^1([prcfxn]) (%d+) (%d*) (%S*) (%d*) (%d*) (%d*) (%d+) (%d+ %S* .*)$"
         assert f'string.match(line, "{parsed}")' in general
 
     def test_the_letters_and_the_format_are_those_of_the_model(self) -> None:

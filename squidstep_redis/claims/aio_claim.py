@@ -11,6 +11,7 @@ from typing import Any, Final, Self, cast
 from squidstep_redis.claims.aio_background import LastingSender, LeavingSender, PerLoop, SideConnections
 from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
 from squidstep_redis.claims.claim import Claim
+from squidstep_redis.claims.failures import FailureRules
 from squidstep_redis.claims.rules import BaseClaim, OnBusy
 from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
@@ -45,10 +46,13 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         max_attempts: int | None,
         on_busy: OnBusy,
         owner: str | None,
+        failures: FailureRules,
         cancel_when_lost: bool,
         per_loop: PerLoop[LoopState],
     ) -> None:
-        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, asyncio.Event())
+        super().__init__(
+            store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, failures, asyncio.Event()
+        )
         self.store = store
         self._transport = transport
         self._cancels = cancel_when_lost
@@ -104,8 +108,10 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         return await self._end(self._complete(output, schedule))
 
     @with_docs_of(Claim.fail)
-    async def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
-        return await self._end(self._fail(error))
+    async def fail(
+        self, error: Mapping[str, Any] | BaseException, *, final: bool = False, retry_after: Seconds | None = None
+    ) -> StepRun:
+        return await self._end(self._fail(error, final, retry_after))
 
     @with_docs_of(Claim.release)
     async def release(self) -> StepRun:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from squidstep_redis.claims.failures import FailureRules
 from squidstep_redis.claims.heartbeat import heartbeat_of
 from squidstep_redis.claims.rules import BaseClaim, OnBusy
 from squidstep_redis.claims.threads import LockFreeEvent
@@ -35,8 +36,11 @@ class Claim(BaseClaim[threading.Event]):
         max_attempts: int | None,
         on_busy: OnBusy,
         owner: str | None,
+        failures: FailureRules,
     ) -> None:
-        super().__init__(store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, LockFreeEvent())
+        super().__init__(
+            store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, failures, LockFreeEvent()
+        )
         self.store = store
         self._transport = transport
 
@@ -79,12 +83,14 @@ class Claim(BaseClaim[threading.Event]):
                     missing = run_workflow(self._transport, self._on_exit(error), deferred.sleep)
                 if is_own and self._state != "ended" and self._lease is None:  # nothing else would ever end the claim
                     unsettled.step_run, unsettled.error = self._claim, missing if error is None else error
+                    unsettled.verdict_of = self._verdict
                     hand_over(unsettled)
                     self._heartbeat.recovery.wait_for(unsettled, 0)
                 self._stop()
             except BaseException as interruption:
                 if is_own and self._state != "ended":
                     unsettled.step_run, unsettled.error = self._claim, interruption if error is None else error
+                    unsettled.verdict_of = self._verdict
                     hand_over(unsettled)
                 self._leave_soon()
                 deferred.__exit__()
@@ -93,7 +99,7 @@ class Claim(BaseClaim[threading.Event]):
                 raise missing
         else:
             if is_own and self._state != "ended":
-                unsettled.step_run, unsettled.error = self._claim, error
+                unsettled.step_run, unsettled.error, unsettled.verdict_of = self._claim, error, self._verdict
                 hand_over(unsettled)
             self._leave_soon()
 
@@ -127,16 +133,21 @@ class Claim(BaseClaim[threading.Event]):
         Raises:
             StaleStepRunError: the claim was lost, and the step is not completed.
             StepRunNotFoundError: the run was deleted.
-            PayloadError: the output cannot be stored; the claim is still held.
+            PayloadError: the output cannot be stored; the claim is still held. If it leaves the block, the step has
+                failed for good: the work may have taken effect.
             ServerError: the result could not be sent in time; the claim expires with its lease.
         """
         return self._run_ending(self._complete(output, schedule))
 
-    def fail(self, error: Mapping[str, Any] | BaseException) -> StepRun:
+    def fail(
+        self, error: Mapping[str, Any] | BaseException, *, final: bool = False, retry_after: Seconds | None = None
+    ) -> StepRun:
         """Ends the claim with an error. One round trip, retried as long as in `run_step`.
 
         Args:
             error: a dict; or an exception, which is stored as a dict of `type`, `message` and `traceback`.
+            final: whether the step has failed for good, until `retry_step`.
+            retry_after: seconds, or a timedelta, from 0.001, until the step can be claimed again; None: at once.
 
         Returns:
             The failed step run: the winner's completed one, if the claim was lost to it.
@@ -144,10 +155,10 @@ class Claim(BaseClaim[threading.Event]):
         Raises:
             StaleStepRunError: the claim was lost, and the step is not completed.
             StepRunNotFoundError: the run was deleted.
-            PayloadError: the error cannot be stored; the claim is still held.
+            InvalidArgumentError: an argument was rejected; the claim is still held. PayloadError for the error.
             ServerError: the error could not be sent in time; the claim expires with its lease.
         """
-        return self._run_ending(self._fail(error))
+        return self._run_ending(self._fail(error, final, retry_after))
 
     def release(self) -> StepRun:
         """Releases the claim before the work took effect, for example on SIGTERM. One round trip, retried.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
-from squidstep_redis.claims.rules import LAST_PAUSE, BaseClaim
+from squidstep_redis.claims.retrying import LAST_PAUSE
+from squidstep_redis.claims.rules import BaseClaim
 
 Claim = BaseClaim[Any]
 

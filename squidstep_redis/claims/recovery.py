@@ -11,7 +11,7 @@ import time
 from collections import deque
 from typing import ClassVar, Final
 
-from squidstep_redis.claims.rules import LAST_PAUSE
+from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE
 from squidstep_redis.claims.separate import SeparateTransport
 from squidstep_redis.claims.threads import BackgroundThread
 from squidstep_redis.claims.unsettled import Unsettled, settle
@@ -21,7 +21,6 @@ from squidstep_redis.transport.blocking import run_workflow
 
 _log: Final = logging.getLogger("squidstep_redis")
 
-_FIRST_PAUSE: Final = 0.05
 _MAX_UNSETTLED: Final = 1_000
 _CLOSE_SECONDS: Final = 1.0
 
@@ -42,7 +41,7 @@ class Recovery(BackgroundThread):
         self._calls = calls
         self._transport = transport
         self._pending: list[Unsettled] = []  # of the thread
-        self._pause = _FIRST_PAUSE
+        self._pause = FIRST_PAUSE
         self._next_at = 0.0
         self._gives_up = False
         self.queue: deque[Unsettled] = deque(maxlen=_MAX_UNSETTLED)
@@ -89,9 +88,10 @@ class Recovery(BackgroundThread):
         while remaining:
             if not self._try(remaining[0]):
                 break  # the server cannot be reached: the others would wait for it, too
-            remaining.popleft().is_settled = True
+            settled = remaining.popleft()
+            settled.is_settled, settled.verdict_of = True, None  # it refers to the claim, which refers to it
         self._pending = list(remaining)
-        self._pause = min(2 * self._pause, LAST_PAUSE) if remaining else _FIRST_PAUSE
+        self._pause = min(2 * self._pause, LAST_PAUSE) if remaining else FIRST_PAUSE
         self._next_at = time.monotonic() + self._pause
 
     def _try(self, unsettled: Unsettled) -> bool:

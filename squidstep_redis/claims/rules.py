@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import socket
 import threading
 import time
@@ -24,18 +23,21 @@ from functools import cache
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 from weakref import ref
 
+from squidstep_redis.claims.failures import NEVER, FailureRules, Verdict
+from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered, retry_until
 from squidstep_redis.claims.unsettled import give_back
 from squidstep_redis.errors import (
     CorruptRunError,
     InvalidArgumentError,
     NotSentError,
-    OutcomeUnknownError,
     RefusedError,
     ServerError,
     SquidstepError,
     StaleStepRunError,
     StepBusyError,
+    StepDelayedError,
     StepExhaustedError,
+    StepFailedError,
     StepRunNotFoundError,
     described,
 )
@@ -55,9 +57,6 @@ OnBusy = Literal["raise", "wait"]
 DEFAULT_LEASE: Final = 30.0
 EXTENSIONS_PER_LEASE: Final = 3
 MAX_RETRY_SECONDS: Final = 60.0  # for the result of finished work
-
-_FIRST_PAUSE: Final = 0.05
-LAST_PAUSE: Final = 1.0
 
 _current: ContextVar[tuple[ref[BaseClaim[Any]], ...]] = ContextVar("squidstep_claims", default=())
 
@@ -108,6 +107,7 @@ class BaseClaim(Generic[E]):
         max_attempts: int | None,
         on_busy: OnBusy,
         owner: str | None,
+        failures: FailureRules,
         lost: E,
     ) -> None:
         """Called only by `claim_step`; raises InvalidArgumentError if `lease` or `on_busy` is rejected."""
@@ -117,6 +117,7 @@ class BaseClaim(Generic[E]):
         self._lease = lease
         self._lease_seconds = int(lease_ms(lease) or 0) / 1_000
         self._on_busy = on_busy
+        self._failures = failures
 
         def begin() -> Call[BeginResult]:
             claimed_by = default_owner() if owner is None else owner
@@ -125,6 +126,7 @@ class BaseClaim(Generic[E]):
         self._begin: Callable[[], Call[BeginResult]] = begin
         self._sent: Call[BeginResult] | None = None  # what may have acquired the claim
         self._unrecorded: ServerError | None = None  # what ending the claim raised
+        self._unstorable: InvalidArgumentError | None = None  # why the output was rejected
         self._interruption: BaseException | None = None  # an exception from outside while the claim was ended
         self._loss: StaleStepRunError | StepRunNotFoundError | None = None
         self._step_run: StepRun | None = None
@@ -185,7 +187,7 @@ class BaseClaim(Generic[E]):
         Raises:
             PayloadError: the output cannot be stored; UnsupportedClientError for the pipeline. Nothing was queued.
         """
-        call = self._calls.complete_step(self.step_run, output, schedule=schedule)
+        call = self._completion(output, schedule)
 
         def parse(reply: list[Any]) -> StepRun:
             self._step_run, self._state = call.parse(reply), "ended"
@@ -246,13 +248,15 @@ class BaseClaim(Generic[E]):
 
         Raises:
             StepBusyError: another worker holds the step, and `on_busy` is "raise".
+            StepDelayedError: the step has failed and may not be retried yet, and `on_busy` is "raise".
+            StepFailedError: the step has failed for good.
             StepExhaustedError: `max_attempts` is reached.
             InvalidArgumentError: this code itself is executing the step, and would wait for itself.
         """
         self._raise_if_entered()
         self.lost.clear()
-        self._loss = self._sent = self._unrecorded = self._interruption = None
-        pause = _FIRST_PAUSE
+        self._loss = self._sent = self._unrecorded = self._unstorable = self._interruption = None
+        pause = FIRST_PAUSE
         while True:
             call = self._begin()
             self._sent, self._sent_at = call, time.monotonic()
@@ -276,16 +280,18 @@ class BaseClaim(Generic[E]):
                 return
             if result.exhausted:
                 raise StepExhaustedError(self._step_run)
-            if result.busy:
+            if result.failed:
+                raise StepFailedError(self._step_run)
+            if result.busy or result.delayed:
                 if self._on_busy == "raise":
-                    raise StepBusyError(self._step_run, result.retry_in)
-                if any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
+                    raise _not_now(result)
+                if result.busy and any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
                     raise InvalidArgumentError(
                         "on_busy",
                         f"'wait' would never end: this code itself is executing step {self._step_run.step!r} of run "
                         f"{self._step_run.run_id!r}. A nested step needs its own name",
                     )
-                yield Sleep(min(_jittered(pause), result.retry_in or pause))
+                yield Sleep(min(jittered(pause), result.retry_in or pause))
                 pause = min(2 * pause, LAST_PAUSE)
 
     def _raise_if_entered(self) -> None:
@@ -301,11 +307,19 @@ class BaseClaim(Generic[E]):
     def _complete(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Workflow[StepRun]:
         if self._loss is not None:
             return (yield from self._reconcile())
-        call = self._calls.complete_step(self.step_run, output, schedule=schedule)
-        return (yield from self._finish(call))
+        return (yield from self._finish(self._completion(output, schedule)))
 
-    def _fail(self, error: Mapping[str, Any] | BaseException, *, retryable: bool = True) -> Workflow[StepRun]:
-        call = self._calls.fail_step(self.step_run, error)
+    def _completion(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Call[StepRun]:
+        try:
+            return self._calls.complete_step(self.step_run, output, schedule=schedule)
+        except InvalidArgumentError as error:
+            self._unstorable = error
+            raise
+
+    def _fail(
+        self, error: Mapping[str, Any] | BaseException, final: bool, retry_after: Seconds | None, retryable: bool = True
+    ) -> Workflow[StepRun]:
+        call = self._calls.fail_step(self.step_run, error, final=final, retry_after=retry_after)
         return (yield from self._finish(call if retryable else call._replace(retryable=False)))
 
     def _release(self) -> Workflow[StepRun]:
@@ -388,10 +402,17 @@ class BaseClaim(Generic[E]):
             )
         try:
             insists = error is not self._unrecorded and not self._is_interruption(error)
-            yield from self._fail(error, retryable=insists)
+            yield from self._fail(error, *self._verdict(error), insists)
         except SquidstepError as problem:
             error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing
+
+    def _verdict(self, error: BaseException) -> Verdict:
+        """Returns when the step can be claimed again after an exception left the block."""
+        if error is not self._unstorable:
+            return self._failures.verdict(error, self.step_run.attempts_used)
+        error.add_note("The result of the work cannot be stored: the step has failed for good, until retry_step")
+        return NEVER
 
     @property
     def _is_held_here(self) -> bool:
@@ -416,19 +437,10 @@ class BaseClaim(Generic[E]):
         _current.set(tuple(ref(claim) for claim in _current_claims() if claim is not self))
 
 
-def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
-    """Sends a call, and retries transient errors until a deadline (monotonic clock), beyond the store's timeout."""
-    pause = _FIRST_PAUSE
-    while True:
-        try:
-            return (yield Send(call))
-        except ServerError as error:
-            if isinstance(error, OutcomeUnknownError):  # from now on, no error may say that nothing was sent
-                call = call._replace(may_have_run=True)
-            if not error.transient or time.monotonic() + pause > deadline:
-                raise
-        yield Sleep(_jittered(pause))
-        pause = min(2 * pause, LAST_PAUSE)
+def _not_now(result: BeginResult) -> StepBusyError | StepDelayedError:
+    if result.delayed:
+        return StepDelayedError(result.step_run, result.retry_in or 0.0)
+    return StepBusyError(result.step_run, result.retry_in)
 
 
 def _is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
@@ -436,8 +448,3 @@ def _is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
     if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError):
         return False
     return error.run_id == call.run_id and getattr(error, "step", None) in (call.step, None)
-
-
-def _jittered(seconds: float) -> float:
-    """Adds ±25 % jitter."""
-    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 -- not a secret

@@ -6,8 +6,10 @@ An exception from outside (of a signal handler, a cancellation) interrupted the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
+from squidstep_redis.claims.failures import AT_ONCE, Verdict
 from squidstep_redis.errors import NotReplicatedError
 from squidstep_redis.model import BeginResult, StepRun
 from squidstep_redis.operations.calls import Calls
@@ -25,6 +27,7 @@ class Unsettled:
         begin: what was sent to acquire it, if its work has not begun: it is given back.
         step_run: the step run that carries the claim, if its work has begun: it is recorded as failed.
         error: what interrupted its code, or what the work raised.
+        verdict_of: returns what the error means for the next attempt; None: it can begin at once.
         deadline: until when a server that cannot be reached is tried again, on the monotonic clock.
         is_settled: whether there is nothing more to do.
     """
@@ -32,6 +35,7 @@ class Unsettled:
     begin: Call[BeginResult] | None = None
     step_run: StepRun | None = None
     error: BaseException | None = None
+    verdict_of: Callable[[BaseException], Verdict] | None = None
     deadline: float = math.inf
     is_settled: bool = False
 
@@ -52,7 +56,8 @@ def settle(calls: Calls, unsettled: Unsettled) -> Workflow[None]:
         if unsettled.begin is not None:
             yield from give_back(calls, unsettled.begin)
         elif unsettled.step_run is not None and unsettled.error is not None:
-            yield Send(calls.fail_step(unsettled.step_run, unsettled.error))
+            verdict = unsettled.verdict_of(unsettled.error) if unsettled.verdict_of else AT_ONCE
+            yield Send(calls.fail_step(unsettled.step_run, unsettled.error, **verdict._asdict()))
     except NotReplicatedError:  # done; the replicas do not matter any more
         return
 

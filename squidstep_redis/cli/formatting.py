@@ -57,7 +57,12 @@ def format_age(moment: datetime | None) -> str:
 
 
 def format_lease(step_run: StepRun) -> str:
-    """Returns the remaining time of a running step's lease."""
+    """Returns the remaining time of a running step's lease, or when a failed step can be claimed again."""
+    if step_run.final:
+        return "failed for good"
+    if step_run.retry_at is not None:
+        left = (step_run.retry_at - datetime.now(UTC)).total_seconds()
+        return f"retry in {format_duration(left)}" if left > 0 else ""
     if step_run.status is not StepStatus.RUNNING:
         return ""
     if step_run.lease_ends_at is None:

@@ -8,10 +8,10 @@ from typing import Any, Final
 from squidstep_redis import Attempt, RunSummary, StepRun, UndecodablePayloadError
 from squidstep_redis.operations.documents import to_json
 
-_TIMES: Final = ("created_at", "started_at", "ended_at", "lease_ends_at")
+_TIMES: Final = ("created_at", "started_at", "ended_at", "lease_ends_at", "retry_at")
 _PAYLOADS: Final = ("input", "output", "last_error", "error")
 _FIELDS: Final = {
-    StepRun: ("run_id", "step", "status", "attempt", "owner", *_TIMES, "input", "output", "last_error"),
+    StepRun: ("run_id", "step", "status", "final", "attempt", "owner", *_TIMES, "input", "output", "last_error"),
     RunSummary: ("run_id", "steps", "counts", "changed_at", "problem"),
     Attempt: ("number", "owner", "outcome", "error", "started_at", "ended_at"),
 }

@@ -24,7 +24,14 @@ VERSION: Final = 1
 
 Document = dict[str, Any]
 
-_STATES: Final = {b"p": "pending", b"r": "running", b"c": "completed", b"f": "failed", b"x": "lease_expired"}
+_STATES: Final = {
+    b"p": "pending",
+    b"r": "running",
+    b"c": "completed",
+    b"f": "failed",
+    b"x": "lease_expired",
+    b"n": "failed_for_good",
+}
 _LETTERS: Final = {state: letter for letter, state in _STATES.items()}
 _TOKEN: Final = re.compile(r"[!-~]{0,64}")
 _HISTORY: Final = re.compile(rb"a(\d+):(.+)", re.DOTALL)
@@ -108,6 +115,7 @@ def _state(run_id: str, key: bytes, step: str, line: bytes) -> tuple[Document, D
     except ValueError:
         problem = f"field 's{step}' is not what squidstep_redis writes"
         raise CorruptRunError(run_id, key.decode(), problem) from None
+    until = state.ms_after_start(state.lease)
     return {
         "state": _STATES[state.letter],
         "attempt": int(state.attempt),
@@ -115,7 +123,8 @@ def _state(run_id: str, key: bytes, step: str, line: bytes) -> tuple[Document, D
         "token": state.token.decode(),
         "owner": state.owner.decode() or None,
         "started_at": _time(state.started_ms),
-        "lease_ends_at": _time(state.ms_after_start(state.lease)),
+        "lease_ends_at": _time(until) if state.letter == b"r" else None,
+        "retry_at": _time(until) if state.letter == b"f" else None,
         "ended_at": _time(state.ms_after_start(state.ended)),
     }, {
         "position": int(state.position),
@@ -268,7 +277,7 @@ class _Part:
 def _line(part: _Part, step: _Part, position: int) -> bytes:
     """Returns the state line of a step, or of one of its past attempts."""
     created, started = step.time("created_at"), part.time("started_at")
-    lease_end, ended = part.time("lease_ends_at"), part.time("ended_at")
+    lease_end, retry_at, ended = part.time("lease_ends_at"), part.time("retry_at"), part.time("ended_at")
     letter = _LETTERS.get(str(part.value("state")))
     attempt, token = part.number("attempt"), part.text("token")
     if letter is None or created is None:
@@ -276,12 +285,16 @@ def _line(part: _Part, step: _Part, position: int) -> bytes:
     fits = {
         b"p": attempt == 0 or bool(ended),
         b"r": bool(started and token and attempt) and not ended,
-        **dict.fromkeys((b"c", b"f", b"x"), bool(started and ended and token and attempt)),
+        **dict.fromkeys((b"c", b"f", b"x", b"n"), bool(started and ended and token and attempt)),
     }
-    if not fits[letter or b""] or bool(started) != bool(attempt) or (lease_end and letter != b"r"):
+    if (
+        not fits[letter or b""]
+        or bool(started) != bool(attempt)
+        or ((lease_end and letter != b"r") or (retry_at and letter != b"f"))
+    ):
         part.reject("state", f"does not agree with its attempt, token and times: {part.value('state')}")
     owner = part.read("owner", arguments.owner)
-    lease, start, end = _span(started, lease_end), _span(created, started), _span(started, ended)
+    lease, start, end = _span(started, lease_end or retry_at), _span(created, started), _span(started, ended)
     if min(lease, start, end) < -1:
         part.reject("started_at", "must not be before created_at, nor after the attempt's end")
     lease_span, start_span, end_span = (b"" if span == -1 else b"%d" % span for span in (lease, start, end))

@@ -1,4 +1,4 @@
-"""Reschedules a job whose step is claimed by another worker."""
+"""Reschedules a job whose step cannot be executed now: another worker holds it, or it is to be retried later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
 
-from squidstep_redis import InvalidArgumentError, StepBusyError
+from squidstep_redis import InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError
 from squidstep_redis.claims.rules import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
@@ -26,6 +26,9 @@ OnBusy = Literal["reschedule", "raise", "wait"]
 MAX_RESCHEDULES: Final = 1_000_000
 _SYNCHRONOUS: Final = "sync"  # the worker name of jobs that run inside enqueue(), where RQ ignores Retry
 
+NotNow = StepBusyError | StepDelayedError | RetryLater
+NOT_NOW: Final = (StepBusyError, StepDelayedError, RetryLater)
+
 _inside: ContextVar[bool] = ContextVar("squidstep_rq_inside", default=False)
 
 
@@ -38,16 +41,16 @@ def check_on_busy(on_busy: object) -> None:
 def rescheduling(
     fn: Callable[P, T], call: Callable[[Any, Any], T], lease: Seconds | None, on_busy: OnBusy
 ) -> Callable[P, T]:
-    """Returns the decorated function. If it is the function of a job, it returns Retry when a step is busy.
+    """Returns the decorated function. If it is the function of a job, it returns Retry when a step cannot be executed.
 
     Args:
         fn: the function that is decorated.
         call: calls it as a step, or as a run of steps, with its arguments and keyword arguments.
         lease: seconds until RQ reruns the job if the other worker's claim has no lease.
-        on_busy: "reschedule"; with any other value, StepBusyError is raised.
+        on_busy: "reschedule"; with any other value, the error is raised.
     """
 
-    def on_busy_step(error: StepBusyError, outermost: bool) -> T:
+    def on_busy_step(error: NotNow, outermost: bool) -> T:
         job = get_current_job()
         if on_busy != "reschedule" or not outermost or job is None or not _is_function_of(job, decorated):
             raise error
@@ -65,7 +68,7 @@ def rescheduling(
         try:
             _inside.set(True)
             return call(args, kwargs)
-        except StepBusyError as error:
+        except NOT_NOW as error:
             return on_busy_step(error, outermost)
         finally:
             _inside.set(not outermost)
@@ -76,7 +79,7 @@ def rescheduling(
         try:
             _inside.set(True)
             return await cast("Any", call(args, kwargs))
-        except StepBusyError as error:
+        except NOT_NOW as error:
             return on_busy_step(error, outermost)
         finally:
             _inside.set(not outermost)
@@ -102,13 +105,13 @@ def _has_scheduler(job: Job) -> bool:
         return bool(connection.exists(RQScheduler.get_locking_key(job.origin)))
 
 
-def reschedule_delay(error: StepBusyError, lease: Seconds | None) -> int:
-    """Returns the seconds until the rerun: the rest of the lease, plus jitter of up to 10 %, or 1 s for short leases.
+def reschedule_delay(error: NotNow, lease: Seconds | None) -> int:
+    """Returns the seconds until the rerun: the rest of the lease or delay, plus jitter of up to 10 %, at least 1 s.
 
     RQ accepts whole seconds only.
 
     Args:
-        error: the error of the busy step, with the remaining lease.
+        error: why the step was not executed, or is to be retried, with the remaining lease or delay.
         lease: seconds to use if the other worker's claim has no lease; None: the default lease.
     """
     rest = error.retry_in

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from inspect import iscoroutinefunction, signature
 from typing import Any, ParamSpec, TypeVar, cast
 
+from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
 from squidstep_redis.claims.rules import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
-from squidstep_redis.rq.execution import execute
+from squidstep_redis.rq.execution import StepSettings, execute
 from squidstep_redis.rq.functions import RunIdOf, run_id_of
 from squidstep_redis.rq.runs import Run, await_in_run, call_in_run, current_run
 
@@ -23,6 +24,8 @@ def step(
     run_id: RunIdOf | None = None,
     lease: Seconds | None = DEFAULT_LEASE,
     max_attempts: int | None = None,
+    permanent: Permanent = (),
+    backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
@@ -37,16 +40,29 @@ def step(
         lease: seconds after which another worker can take over the step from a dead one; None: never. A heartbeat
             extends the lease while the function runs.
         max_attempts: the maximum number of attempts; None: no limit.
-        on_busy: what to do while another worker has claimed the step. "reschedule": RQ reruns the job when the lease
-            expires, without using the job's own retries; this needs a worker with a scheduler, and raises StepBusyError
-            if RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until the step is
-            completed or can be claimed.
+        permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
+            step has failed for good.
+        backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
+            given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
+        on_busy: what to do while another worker has claimed the step, or while it may not be retried yet (after
+            `backoff` or RetryLater). "reschedule": RQ reruns the job when the lease expires, or the delay ends, without
+            using the job's own retries; this needs a worker with a scheduler, and raises the error if RQ cannot
+            reschedule. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside the job until the step
+            is completed or can be claimed.
 
     Raises:
         InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
             `on_busy` is not one of the three modes.
     """
     check_on_busy(on_busy)
+    failure_rules(permanent, backoff)
+    settings = StepSettings(
+        lease=lease,
+        max_attempts=max_attempts,
+        permanent=permanent,
+        backoff=backoff,
+        on_busy="wait" if on_busy == "wait" else "raise",
+    )
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = signature(fn)
@@ -57,16 +73,7 @@ def step(
             run = current_run(id_of(bound) if id_of is not None else None)
             if run.id is None:
                 return fn(*args, **kwargs)
-            return execute(
-                run.id,
-                run.job,
-                name,
-                fn,
-                bound,
-                lease=lease,
-                max_attempts=max_attempts,
-                on_busy="wait" if on_busy == "wait" else "raise",
-            )
+            return execute(run.id, run.job, name, fn, bound, settings)
 
         return rescheduling(fn, call, lease, on_busy)
 
@@ -78,6 +85,8 @@ def steps(
     run_id: RunIdOf | None = None,
     lease: Seconds | None = DEFAULT_LEASE,
     max_attempts: int | None = None,
+    permanent: Permanent = (),
+    backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a job function a run of several steps.
@@ -91,16 +100,22 @@ def steps(
         lease: seconds after which another worker can take over a step of `current_run().call(…)` from a dead one;
             None: never. A heartbeat extends the lease while the step runs.
         max_attempts: the maximum number of attempts of each step of `current_run().call(…)`; None: no limit.
-        on_busy: what to do while another worker has claimed one of the steps. "reschedule": RQ reruns the job when the
-            lease expires, without using the job's own retries; this needs a worker with a scheduler, and raises
-            StepBusyError if RQ cannot reschedule. "raise": raises StepBusyError. "wait": waits inside the job until the
-            step is completed or can be claimed.
+        permanent: a type of exception, or a tuple of them, besides PermanentError: if the function of such a step
+            raises one, the step has failed for good.
+        backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
+            given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
+        on_busy: what to do while another worker has claimed one of the steps, or while one may not be retried yet
+            (after `backoff` or RetryLater). "reschedule": RQ reruns the job when the lease expires, or the delay ends,
+            without using the job's own retries; this needs a worker with a scheduler, and raises the error if RQ cannot
+            reschedule. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside the job until the step
+            is completed or can be claimed.
 
     Raises:
         InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
             `on_busy` is not one of the three modes.
     """
     check_on_busy(on_busy)
+    failure_rules(permanent, backoff)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = signature(fn)
@@ -109,7 +124,14 @@ def steps(
         def open_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
             id = id_of(parameters.bind(*args, **kwargs)) if id_of is not None else None
             busy_mode = "wait" if on_busy == "wait" else "raise"
-            return current_run(id, lease=lease, max_attempts=max_attempts, on_busy=busy_mode)
+            return current_run(
+                id,
+                lease=lease,
+                max_attempts=max_attempts,
+                permanent=permanent,
+                backoff=backoff,
+                on_busy=busy_mode,
+            )
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
             run = open_run(args, kwargs)

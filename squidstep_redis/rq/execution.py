@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from inspect import BoundArguments, iscoroutinefunction
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypedDict, TypeVar, cast
 
 from squidstep_redis import PayloadError, StaleStepRunError
+from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.rules import default_owner
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.rq.functions import explain, result_of, stored_arguments
@@ -17,6 +18,16 @@ from squidstep_redis.rq.stores import store_for
 T = TypeVar("T")
 
 _MAX_OWNER_BYTES: Final = 256
+
+
+class StepSettings(TypedDict):
+    """Arguments of `run_step` that the decorators and `current_run` accept, too."""
+
+    lease: Seconds | None
+    max_attempts: int | None
+    permanent: Permanent
+    backoff: Backoff | None
+    on_busy: Literal["raise", "wait"]
 
 
 def owner(job: Job | None, pid: int | None = None) -> str:
@@ -38,10 +49,7 @@ def execute(
     step: Step,
     fn: Callable[..., T],
     bound: BoundArguments,
-    *,
-    lease: Seconds | None,
-    max_attempts: int | None,
-    on_busy: Literal["raise", "wait"],
+    settings: StepSettings,
 ) -> T:
     """Executes a function as a step, once across all deliveries, and returns its stored result.
 
@@ -51,12 +59,10 @@ def execute(
         step: the name of the step.
         fn: the function. For a coroutine function, a coroutine is returned.
         bound: the arguments of the call. They are the input of the step.
-        lease: seconds after which another worker can take over from a dead one; None: never.
-        max_attempts: the maximum number of attempts; None: no limit.
-        on_busy: while another worker has claimed the step, "raise" StepBusyError, or "wait".
+        settings: how it is claimed, and what a failure means.
     """
     store, input = store_for(job), dict(bound.arguments)
-    settings: Any = {"lease": lease, "max_attempts": max_attempts, "on_busy": on_busy, "owner": owner(job)}
+    claimed_by = owner(job)
 
     def work(stored: dict[str, Any]) -> dict[str, Any]:
         return {"result": result_of(fn, stored_arguments(bound, stored))}
@@ -64,7 +70,7 @@ def execute(
     async def work_async() -> Any:
         # The blocking store delays no other task, because RQ runs each coroutine in its own event loop and process.
         while True:
-            claim = store.claim_step(run_id, step, input, **settings)
+            claim = store.claim_step(run_id, step, input, owner=claimed_by, **settings)
             try:
                 with claim:
                     if claim.decision == "execute":
@@ -82,7 +88,7 @@ def execute(
     if iscoroutinefunction(fn):
         return cast("T", work_async())
     try:
-        return _result(store.run_step(run_id, step, work, input, **settings))
+        return _result(store.run_step(run_id, step, work, input, owner=claimed_by, **settings))
     except PayloadError as error:
         explain(error)
         raise

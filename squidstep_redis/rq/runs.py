@@ -7,9 +7,10 @@ from contextvars import ContextVar
 from inspect import signature
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
+from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.rules import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
-from squidstep_redis.rq.execution import execute
+from squidstep_redis.rq.execution import StepSettings, execute
 from squidstep_redis.rq.installed import Job, get_current_job
 
 P = ParamSpec("P")
@@ -30,19 +31,10 @@ class Run:
         job: the job that executes the run; None outside a job.
     """
 
-    def __init__(
-        self,
-        id: str | None,
-        job: Job | None,
-        lease: Seconds | None,
-        max_attempts: int | None,
-        on_busy: Literal["raise", "wait"],
-    ) -> None:
+    def __init__(self, id: str | None, job: Job | None, settings: StepSettings) -> None:
         self.id = id
         self.job = job
-        self._lease = lease
-        self._max_attempts = max_attempts
-        self._on_busy: Literal["raise", "wait"] = on_busy
+        self._settings = settings
 
     def call(self, step: Step, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls `fn(*args, **kwargs)` as a step: once across all deliveries.
@@ -61,26 +53,19 @@ class Run:
 
         Raises:
             StepBusyError: another worker has claimed the step, or has taken it over.
+            StepDelayedError: the step has failed and may not be retried yet.
+            StepFailedError: the step has failed for good.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no other worker has completed or claimed the step.
-            PayloadError: the arguments or the result cannot be stored in a payload. If it is the result, the step is
-                recorded as failed.
+            PayloadError: the arguments or the result cannot be stored in a payload. If it is the result, the step has
+                failed for good, because the function may have taken effect.
             InvalidArgumentError: an argument was rejected; nothing was sent.
             ServerError: the server was unreachable, or did not confirm the result.
         """
         if self.id is None:
             return fn(*args, **kwargs)
         bound = signature(fn).bind(*args, **kwargs)
-        return execute(
-            self.id,
-            self.job,
-            step,
-            fn,
-            bound,
-            lease=self._lease,
-            max_attempts=self._max_attempts,
-            on_busy=self._on_busy,
-        )
+        return execute(self.id, self.job, step, fn, bound, self._settings)
 
     def __repr__(self) -> str:
         return f"<Run {self.id!r}>"
@@ -91,6 +76,8 @@ def current_run(
     *,
     lease: Seconds | None = DEFAULT_LEASE,
     max_attempts: int | None = None,
+    permanent: Permanent = (),
+    backoff: Backoff | None = None,
     on_busy: Literal["raise", "wait"] = "raise",
 ) -> Run:
     """Returns the run of the current job, for calling several steps within one job. Nothing is sent.
@@ -102,6 +89,10 @@ def current_run(
         lease: seconds after which another worker can take over a step from a dead one; None: never. A heartbeat extends
             the lease while the step runs.
         max_attempts: the maximum number of attempts of each step; None: no limit.
+        permanent: a type of exception, or a tuple of them, besides PermanentError: if the function of a step raises
+            one, the step has failed for good.
+        backoff: how long a step cannot be claimed after any other exception: a function that returns the seconds, given
+            how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: while another worker has claimed a step, "raise" StepBusyError, or "wait" until the step is completed
             or can be claimed. To reschedule the job instead, decorate its function with `steps`.
     """
@@ -111,7 +102,10 @@ def current_run(
         return run
     if run_id is None and job is not None:
         run_id = default_run_id(job)
-    return Run(run_id, job, lease, max_attempts, on_busy)
+    settings = StepSettings(
+        lease=lease, max_attempts=max_attempts, permanent=permanent, backoff=backoff, on_busy=on_busy
+    )
+    return Run(run_id, job, settings)
 
 
 def default_run_id(job: Job) -> str:

@@ -95,7 +95,7 @@ class EventEmitter:
     def emit(self, call: Call[Any], result: object, seconds: float, *, batched: bool = False) -> None:
         """Emits the events of a call, given its result or the error that it raises."""
         for event in events_of(call, result, seconds, batched, self._prefix):
-            important = event.takeover or event.kind in INFO_KINDS or event.reason == "exhausted"
+            important = event.takeover or event.kind in INFO_KINDS or event.reason in ("exhausted", "failed")
             _log.log(logging.INFO if important else logging.DEBUG, "%s", event)
             for listener in self.listeners:
                 try:

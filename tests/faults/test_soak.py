@@ -106,7 +106,7 @@ MUTANTS = {
         "lib/begin.lua", "state.token == token or past_attempt", "past_attempt"
     ),
     "the history forgets how a past attempt failed": Mutant(
-        "fail_step.lua", "if past and past.status == @FAILED", "if false"
+        "fail_step.lua", "if past and past.status == status", "if false"
     ),
     "a re-sent failure may have another error": Mutant(
         "fail_step.lua", 'redis.call("HGET", steps, "e" .. step) == last_error', "true"

@@ -33,6 +33,7 @@ from squidstep_redis import (
     current_claim,
 )
 from squidstep_redis.claims import heartbeat as heartbeats
+from squidstep_redis.claims.failures import FailureRules
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.protocol.workflow import Workflow
 from support.backends import Bench, Driven
@@ -363,7 +364,18 @@ def limit_retries(store: Any) -> None:
 
 def granted_claim(lease: float) -> BaseClaim[threading.Event]:
     """Makes a claim that has just been acquired, without a server."""
-    claim = BaseClaim(Calls("test", None, 1_000, None), "run", "pay", {}, lease, None, "raise", None, threading.Event())
+    claim = BaseClaim(
+        Calls("test", None, 1_000, None),
+        "run",
+        "pay",
+        {},
+        lease,
+        None,
+        "raise",
+        None,
+        FailureRules(),
+        threading.Event(),
+    )
     acquiring = claim._acquire()
     next(acquiring)
     with contextlib.suppress(StopIteration):

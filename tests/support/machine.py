@@ -104,6 +104,8 @@ def snapshot(step_run: StepRun) -> Snapshot:
         step_run.last_error,
         seconds_left(step_run.lease_ends_at and step_run.lease_ends_at.timestamp() - time.time()),
         step_run.position,
+        step_run.final,
+        seconds_left(step_run.retry_at and step_run.retry_at.timestamp() - time.time()),
     )
 
 

@@ -5,7 +5,7 @@ compares the real store, one operation at a time. Three simplifications keep it 
 
 - A record has no stored status. The status follows from the outcome of the latest attempt.
 - Every call has an id, `call`. A call that is re-sent after a lost reply has the same id.
-- A lease is the number of seconds for which it was granted, or `EXPIRED` after `lapse`.
+- A lease is the number of seconds for which it was granted, or `EXPIRED` after `lapse`; the delay after a failure, too.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Snapshot(NamedTuple):
     last_error: Payload | None
     lease: int | None
     position: int
+    final: bool = False
+    delay: int | None = None
 
 
 class Claim(NamedTuple):
@@ -84,6 +86,8 @@ class Attempt:
     outcome: str = "running"
     output: Payload | None = None
     error: Payload | None = None
+    final: bool = False
+    delay: int | None = None
 
 
 @dataclass
@@ -177,6 +181,8 @@ class Model:
                 return self._snapshot(run_id, step), None, None
             if record.latest.lease != EXPIRED:
                 return self._snapshot(run_id, step), "busy", record.latest.lease
+        if status == "failed" and record.latest.final:
+            return self._snapshot(run_id, step), "failed", None
         if any(attempt.call == call for attempt in record.kept_attempts):
             # This call has acquired a claim that has ended. No call acquires a second one.
             return self._snapshot(run_id, step), "superseded", None
@@ -188,6 +194,8 @@ class Model:
                 record.latest.error = LEASE_EXPIRED_ERROR if exhausted else None
             if exhausted:
                 return self._snapshot(run_id, step), "exhausted", None
+            if status == "failed" and record.latest.delay:
+                return self._snapshot(run_id, step), "delayed", record.latest.delay
             record.input = input
         record.attempts.append(Attempt(len(record.attempts) + 1, call, owner, lease, record.input))
         return self._snapshot(run_id, step), None, None
@@ -218,8 +226,13 @@ class Model:
         self.complete_step(claim, output, call=call)
         return self.begin_step(claim.run, step, input, call=call, lease=lease, max_attempts=max_attempts, owner=owner)
 
-    def fail_step(self, claim: Claim, error: Payload, *, call: CallId) -> Snapshot:
-        return self._end(claim, "failed", error=error)
+    def fail_step(
+        self, claim: Claim, error: Payload, *, call: CallId, final: bool = False, retry_after: int | None = None
+    ) -> Snapshot:
+        first = self._get(claim).is_held_by(claim)
+        if first:
+            self._get(claim).latest.final, self._get(claim).latest.delay = final, retry_after
+        return self._end(claim, "failed", error=error, final=final)
 
     def release_step(self, claim: Claim, *, call: CallId) -> Snapshot:
         return self._end(claim, "released")
@@ -293,6 +306,9 @@ class Model:
     def leased_claims(self) -> set[tuple[str, str]]:
         return {(run, step) for run, step, record in self._all_records() if self._snapshot(run, step).lease is not None}
 
+    def delayed_steps(self) -> set[tuple[str, str]]:
+        return {(run, step) for run, step, _ in self._all_records() if self._snapshot(run, step).delay}
+
     def lapsed_claims(self) -> set[tuple[str, str]]:
         return {(run, step) for run, step in self.leased_claims() if self._snapshot(run, step).lease == EXPIRED}
 
@@ -305,6 +321,10 @@ class Model:
     def lapse(self, run_id: str, step: str) -> None:
         """Expires the lease of a claim."""
         self.runs[run_id].records[step].latest.lease = EXPIRED
+
+    def end_delay(self, run_id: str, step: str) -> None:
+        """Ends the delay after a failure."""
+        self.runs[run_id].records[step].latest.delay = EXPIRED
 
     def end_tombstone(self, run_id: str) -> None:
         """Expires a tombstone: the run can be created again."""
@@ -330,13 +350,21 @@ class Model:
             raise RefusedError("missing")
         return self._records(claim.run)[claim.step]
 
-    def _end(self, claim: Claim, outcome: str, output: Payload | None = None, error: Payload | None = None) -> Snapshot:
+    def _end(
+        self,
+        claim: Claim,
+        outcome: str,
+        output: Payload | None = None,
+        error: Payload | None = None,
+        final: bool = False,
+    ) -> Snapshot:
         """Ends the attempt that the claim holds. A re-send, which finds it ended in this way, returns the same."""
         record = self._get(claim)
         if record.is_held_by(claim):
             record.latest.outcome, record.latest.output, record.latest.error = outcome, output, error
         attempt = record.attempt_of(claim)
-        if attempt and (attempt.outcome, attempt.output, attempt.error) == (outcome, output, error):
+        ended = attempt and (attempt.outcome, attempt.output, attempt.error, attempt.final)
+        if attempt and ended == (outcome, output, error, final):
             return self._snapshot(claim.run, claim.step, attempt)
         raise RefusedError("stale", self._snapshot(claim.run, claim.step))
 
@@ -356,4 +384,5 @@ class Model:
         lease = attempt.lease if status == "running" else None
         last_error = attempt.error if status == "failed" else None
         number, owner, input, output = attempt.number, attempt.owner, attempt.input, attempt.output
-        return Snapshot(run_id, step, status, number, owner, input, output, last_error, lease, record.position)
+        ending = (attempt.final, attempt.delay) if attempt.outcome == "failed" else (False, None)
+        return Snapshot(run_id, step, status, number, owner, input, output, last_error, lease, record.position, *ending)

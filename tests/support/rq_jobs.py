@@ -16,7 +16,7 @@ from typing import Any
 from rq import Queue, get_current_job
 from rq.job import Job
 
-from squidstep_redis import current_claim
+from squidstep_redis import PermanentError, RetryLater, current_claim
 from squidstep_redis.rq import configure, current_run, queue_completion, step, steps, store
 
 
@@ -87,6 +87,33 @@ def charge_or_wait(amount: int) -> dict[str, int]:
 def charge_or_raise(amount: int) -> dict[str, int]:
     effect("charge")
     return {"charged": amount}
+
+
+@step("charge", permanent=LookupError, backoff=lambda attempt: 600 * attempt)
+def charge_or_fail(error: str) -> dict[str, int]:
+    """Fails in its first attempt."""
+    errors = {"later": RetryLater(600), "permanent": PermanentError(), "lookup": KeyError(7), "other": OSError()}
+    effect("charge")
+    if this_attempt() == 1:
+        raise errors[error]
+    return {"charged": 7}
+
+
+@step("charge", permanent=LookupError, backoff=lambda attempt: 600 * attempt)
+async def charge_or_fail_asyncio(error: str) -> dict[str, int]:
+    return charge_or_fail.__wrapped__(error)  # type: ignore[attr-defined, no-any-return]
+
+
+@steps(permanent=LookupError, backoff=lambda attempt: 600 * attempt)
+def ship_or_fail(error: str) -> dict[str, int]:
+    return current_run().call("charge", charge_or_fail.__wrapped__, error)  # type: ignore[attr-defined, no-any-return]
+
+
+@step("charge")
+def charge_set(amount: int) -> set[int]:
+    """Has an effect, and a result that cannot be stored."""
+    effect("charge")
+    return {amount}
 
 
 def advance_timeout() -> None:

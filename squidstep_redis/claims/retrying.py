@@ -1,0 +1,36 @@
+"""How claims retry: with pauses that grow, and for longer than the store's timeout. No I/O."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Final, TypeVar
+
+from squidstep_redis.errors import OutcomeUnknownError, ServerError
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
+
+T = TypeVar("T")
+
+FIRST_PAUSE: Final = 0.05
+LAST_PAUSE: Final = 1.0
+
+
+def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
+    """Sends a call, and retries transient errors until a deadline (monotonic clock), beyond the store's timeout."""
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return (yield Send(call))
+        except ServerError as error:
+            if isinstance(error, OutcomeUnknownError):  # from now on, no error may say that nothing was sent
+                call = call._replace(may_have_run=True)
+            if not error.transient or time.monotonic() + pause > deadline:
+                raise
+        yield Sleep(jittered(pause))
+        pause = min(2 * pause, LAST_PAUSE)
+
+
+def jittered(seconds: float) -> float:
+    """Adds ±25 % jitter."""
+    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 -- not a secret
