@@ -55,8 +55,10 @@ OUTCOME: Final = {
     b"n": Outcome.FAILED,
 }
 
+_N, _N_OR_EMPTY, _TOKEN = rb"(\d{1,14})", rb"(\d{0,14})", rb"([!-~]*)"
 _LINE: Final = re.compile(
-    FORMAT + rb"([prcfxn]) (\d+) (\d*) (\S*) (\d*) (\d*) (\d*) (\d+) (\d+) (\S*) (.*)", re.DOTALL
+    b" ".join((FORMAT + rb"([prcfxn])", _N, _N_OR_EMPTY, _TOKEN, *3 * (_N_OR_EMPTY,), _N, _N, _TOKEN, rb"(.*)")),
+    re.DOTALL,
 ).fullmatch
 
 
@@ -95,7 +97,7 @@ class StateLine(NamedTuple):
     def parse(cls, line: bytes) -> StateLine:
         """Parses a state line; raises ValueError if the scripts would not write it."""
         match = _LINE(line)
-        if match is None:
+        if match is None or not (line.isascii() or match[11].decode()):  # of an owner; raises a ValueError
             raise ValueError(line)
         return cls._make(match.groups())
 

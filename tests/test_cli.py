@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,10 +20,10 @@ from support.commands import (
     invoke,
     run_on_terminal,
 )
-from support.demos import run
+from support.demos import SQUIDSTEP, run
 from support.servers import EmbeddedCluster, find_binary
 
-from squidstep_redis import Level
+from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.usefixtures("default_environment")
@@ -231,3 +232,30 @@ def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str
     script = f"import sys; sys.modules['{module}'] = None; sys.argv[0] = 'squidstep'"
     script += "; from squidstep_redis.cli import main; main()"
     return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+
+
+class TestEncodings:
+    """Output for a pipe whose encoding is not UTF-8, as on Windows, or in a cron job with an old locale."""
+
+    @pytest.fixture
+    def filled(self, server: EmbeddedServer) -> Iterator[str]:
+        with StepRunStore.from_url(server.url, prefix="encodings") as store:
+            claim = store.begin_step("Zoë", "charge ✓", {"name": "☠"}, lease=60, owner="wörker").step_run
+            store.fail_step(claim, ValueError("→ ☠"))
+            yield server.url
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+    @pytest.mark.parametrize(
+        "command", ["runs", "show Zoë", "show Zoë --json", "timeline Zoë", "failed", "export Zoë", "watch --once"]
+    )
+    def test_every_character_is_shown_or_escaped(self, filled: str, encoding: str, command: str) -> None:
+        ended = subprocess.run(
+            [SQUIDSTEP, *command.split(), "-u", filled, "--prefix", "encodings"],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+            check=False,
+        )
+        assert ended.returncode in (0, 1), ended.stderr
+        assert b"Traceback" not in ended.stderr
+        shown = ended.stdout.decode(encoding)
+        assert "Zo\xeb" in shown or r"Zo\xeb" in shown or r"Zo\u00eb" in shown

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from support.backends import Backend, Bench
 from support.internals import event_listeners, give_up_early
 from support.records import begun
+from support.servers import wait_until
 
 from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
 from squidstep_redis.metrics import observe
@@ -79,6 +80,50 @@ def test_each_decision_emits_one_event(store: StepRunStore, events: list[Event])
     assert (first.run_id, first.operation, first.attempt, first.owner) == ("run", "begin_step", 1, "worker-1")
     assert first.seconds > 0
     assert pickle.loads(pickle.dumps(first)) == first
+
+
+def test_interventions_emit_events(store: StepRunStore, events: list[Event]) -> None:
+    store.expire_claim(begun(store.begin_step("run", "pay", {}, lease=60)))
+    store.begin_step("run", "pay", {}, max_attempts=1)
+    store.retry_step("run", "pay")
+    store.schedule_steps("run", {"mail": {}, "ship": {}})
+    store.fail_step(begun(store.begin_step("run", "ship", {})), {}, final=True)
+    assert store.begin_step("run", "ship", {}).failed
+    store.retry_run("run")
+    store.delete_pending_steps("run", ["mail", "none"])
+    store.expire_run("run", 60)
+    document = store.export_run("run")
+    store.delete_run("run")
+    store.import_run({**document, "run_id": "copy"})
+    assert kinds(events) == [
+        ("execute", "pay", None),
+        ("expire", "pay", None),
+        ("skip", "pay", "exhausted"),
+        ("retry", "pay", None),
+        ("schedule", None, None),
+        ("execute", "ship", None),
+        ("fail", "ship", None),
+        ("skip", "ship", "failed"),
+        ("retry", "ship", None),
+        ("delete", None, None),
+        ("expire", None, None),
+        ("delete", None, None),
+        ("import", None, None),
+    ]
+    assert [event.run_id for event in events] == ["run"] * 12 + ["copy"]
+
+
+def test_what_changed_nothing_emits_no_event(store: StepRunStore, events: list[Event]) -> None:
+    assert not store.delete_run("none")
+    assert not store.expire_run("none", 60)
+    assert store.delete_pending_steps("none", []) == []
+    assert kinds(events) == []
+
+
+def test_purged_runs_emit_events(store: StepRunStore, events: list[Event]) -> None:
+    store.complete_step(begun(store.begin_step("run", "pay", {})), {})
+    wait_until(lambda: store.purge(0.001))
+    assert kinds(events)[2:] == [("delete", None, None)]
 
 
 def test_takeover_and_refused_zombie_emit_events(store: StepRunStore, events: list[Event]) -> None:

@@ -85,6 +85,16 @@ def test_every_waiter_is_notified_when_the_step_ends(
     assert not is_awaited(bench)
 
 
+def test_waiter_is_notified_when_the_last_attempt_has_lapsed(bench: Bench, store: StepRunStore, no_polls: None) -> None:
+    claim = begun(store.begin_step("run", "pay", {"amount": 1}, lease=60, max_attempts=1))
+    with waiting(bench, store, "pay") as (waiter,):
+        wait_until(lambda: is_awaited(bench))
+        store.expire_claim(claim)
+        assert store.begin_step("run", "pay", {}, max_attempts=1).exhausted
+        assert waiter.result(LONG) == store.get_step_run("run", "pay")
+    assert not is_awaited(bench)
+
+
 @pytest.mark.parametrize("ttl", [None, 60])
 def test_waiters_are_notified_of_their_own_step_only(bench: Bench, no_polls: None, ttl: float | None) -> None:
     store = bench.store(run_ttl=ttl)

@@ -5,6 +5,7 @@
 -- include reply
 -- include indexes
 -- include history
+-- include notify
 
 local function begin(state, token, step, input)
   if state.status == @COMPLETED then
@@ -45,6 +46,9 @@ local function begin(state, token, step, input)
       redis.call("ZREM", claims, member)
       index_failed(failed, member, now)
       renew_expiry(run, steps, done, now)
+      if redis.call("HGET", steps, "w" .. step) then
+        notify(steps, step)
+      end
     end
     return with_record("exhausted", steps, step)
   end

@@ -7,6 +7,7 @@
 -- include grammar
 
 local nonce = ARGV[1]
+local MAX_DIGITS = 14 -- Lua calculates with larger numbers, but inexactly, and a loop may never reach its end
 
 local function now_ms()
   local time = redis.call("TIME")
@@ -32,7 +33,7 @@ end
 
 local function parse_state(line)
   local status, attempt, released, token, lease, started, ended, created, rest = string.match(line, @READ_STATE)
-  if not status then
+  if not status or math.max(#attempt, #released, #lease, #started, #ended, #created) > MAX_DIGITS then
     return nil
   end
   return {
@@ -107,10 +108,13 @@ local function load_run(steps, done, ...)
   if tonumber(completed) ~= completions then
     return nil, nil, { "torn", nonce, done }
   end
+  if #created > MAX_DIGITS then
+    return nil, nil, unreadable(steps, "r", line)
+  end
   local run = { exists = true, created = created, completed = completed }
   if expiry ~= "" then
     run.ttl, run.unleased, run.retained_until = string.match(expiry, @READ_RUN_EXPIRY)
-    if not run.ttl then
+    if not run.ttl or math.max(#run.ttl, #run.unleased, #run.retained_until) > MAX_DIGITS then
       return nil, nil, unreadable(steps, "r", line)
     end
   end

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _COMMANDS: Final = {
     },
 }
 _FROM_EXTRAS: Final = ("click", "rich", "rq")
+_RECURSION_LIMIT: Final = 10_000  # payloads of 500 levels are stored; json and rich use several frames for each
 _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -53,6 +55,8 @@ def main() -> None:
     for number in _EXIT_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _exit_on_signal)
+    _prepare_streams()
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION_LIMIT))
     try:
         build_group()()
     except ModuleNotFoundError as error:
@@ -64,6 +68,13 @@ def main() -> None:
         name = signal.Signals(int(str(exit_)) - 128).name
         print(f"squidstep: terminated by {name}", file=sys.stderr)  # noqa: T201 -- click may not be installed
         raise
+
+
+def _prepare_streams() -> None:
+    """Lets any text be printed, also where the output's encoding lacks a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def build_group() -> click.Group:

@@ -109,6 +109,26 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
     return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
 
 
+def drop_stale_entries(context: Context) -> Workflow[None]:
+    """Drops the entries of both indexes that stand for no record, such as those of runs that have expired.
+
+    Two round trips per server, or more if there are many. Of each of 1,024 buckets, it looks at the first 1,000
+    entries that it does not drop.
+    """
+    modes: tuple[Mode, ...] = ("lapsed", "failed")
+    for mode in modes:
+        keys = context.keys.failed() if mode == "failed" else context.keys.claims()
+        incomplete: list[_Bucket] = [_Bucket(key, MAX_LIMIT) for key in keys]
+        while incomplete:
+            pages = yield SendBatch([each.call(mode) for each in incomplete])
+            for each, page in zip(incomplete, raise_first_error(pages), strict=True):
+                each.load(page)
+            entries = [_Entry(*entry, each) for each in incomplete for entry in each.entries]
+            for start in range(0, len(entries), MAX_LIMIT):
+                yield from _verify_all(context, mode, entries[start : start + MAX_LIMIT], b"", {})
+            incomplete = [each for each in incomplete if each.has_more and each.dropped]
+
+
 def _list(
     context: Context, mode: Mode, indexes: list[bytes], limit: int, owner: bytes = b""
 ) -> Workflow[list[StepRun]]:

@@ -14,6 +14,7 @@ from redis.crc import key_slot
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, described
 from squidstep_redis.model import RunPage, RunSummary, StepRun, StepStatus, moment
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
@@ -146,7 +147,8 @@ def purge(
 
     It scans all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
     such runs. Each run is deleted in one call, whatever its size, if it has not changed since it was read; its memory
-    is freed in the background. A run with more than 1,000 failed steps is not deleted; use `delete_run`.
+    is freed in the background. A run with more than 1,000 failed steps is not deleted; use `delete_run`. Entries that
+    expired runs have left in the indexes are removed, which takes four round trips more.
 
     Args:
         older_than: seconds since the last change, by the server's clock, up to ten years; or a timedelta.
@@ -182,7 +184,10 @@ def purge(
         purged += [summary for _, summary in old]
         position = page.next
         if position is None:
-            return sorted(purged, key=_newest_first, reverse=True)
+            break
+    if not dry_run:
+        yield from drop_stale_entries(context)
+    return sorted(purged, key=_newest_first, reverse=True)
 
 
 # One run

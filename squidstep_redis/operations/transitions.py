@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
-from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, StepRunNotFoundError, described
+from squidstep_redis.errors import (
+    InvalidArgumentError,
+    StaleStepRunError,
+    StepRunNotFoundError,
+    UndecodablePayloadError,
+    described,
+)
 from squidstep_redis.model import BeginResult, SkipReason, StepRun, StepStatus, parse_step_run_id
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.schedule import encode_inputs
@@ -243,13 +249,14 @@ def expire_claim(context: Context, step_run: StepRun | str) -> Call[StepRun]:
         ServerError: the server or the connection failed.
     """
     if not isinstance(step_run, StepRun):
-        return _transition(context, "extend_claim", step_run, (b"0",))
+        return _transition(context, "extend_claim", step_run, (b"0",))._replace(part_of="expire_claim")
     _check_prefix(context, step_run)
     token = step_run.token or step_run.current_token
     if not token:
         raise StaleStepRunError(step_run, "expire_claim was refused: the step was never claimed. Nothing was sent")
     run, name = context.keys.run(step_run.run_id), arguments.step(step_run.step)
-    return _transition_call(context, "extend_claim", step_run, run, name, token, (b"0",))
+    call = _transition_call(context, "extend_claim", step_run, run, name, token, (b"0",))
+    return call._replace(part_of="expire_claim")
 
 
 def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
@@ -397,10 +404,29 @@ def _parse_end(
     reply: Reply,
 ) -> StepRun:
     """Parses the reply to a transition of a claim."""
+    if reply[0] == b"stale" and (ended := _as_ended_before(context, run, step, token, output, reply)):
+        return ended
     _raise_if_refused(context, operation, run, step, token, reply)
     if isinstance(step_run, StepRun):
         return step_run.after_transition(reply[2], context.payloads.decode, output, last_error)
     return context.records.record(run.text, step.text, [*reply[2:4], output, last_error], run.keys.steps)
+
+
+def _as_ended_before(
+    context: Context, run: Run, step: Name, token: bytes, output: bytes | None, reply: Reply
+) -> StepRun | None:
+    """Returns the completed step run if the same claim completed it with an equal output, encoded in another way.
+
+    The script compares bytes. Equal dicts may have their keys in another order, and a codec may encrypt.
+    """
+    current = context.records.record(run.text, step.text, reply[2:], run.keys.steps)
+    if output is None or current.status is not StepStatus.COMPLETED or token not in (b"", current.current_token):
+        return None
+    try:
+        same = current.output == context.payloads.decode(output, run.text, step.text, "output")
+    except UndecodablePayloadError:
+        return None
+    return current if same else None
 
 
 def _parse_id(context: Context, id: object) -> tuple[str, str]:

@@ -75,6 +75,10 @@ class MsgpackCodec:
             faithful = decoded == payload or decoded == _as_decoded(payload)
         except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
             raise _find_offender(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
+        except Exception as error:  # msgpack in pure Python calls repr, which may raise anything
+            if offender := _find_offender(payload):
+                raise offender from error
+            raise
         if not faithful:
             raise _find_offender(payload) or PayloadError("payload", "would not come back equal")
         return data

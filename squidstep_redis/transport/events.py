@@ -15,7 +15,10 @@ from squidstep_redis.protocol.call import Call
 
 _log: Final = logging.getLogger("squidstep_redis")
 
-Kind = Literal["execute", "skip", "complete", "fail", "release", "extend", "schedule", "refuse", "error"]
+Kind = Literal[
+    "execute", "skip", "complete", "fail", "release", "extend", "schedule", "expire", "retry", "delete", "import",
+    "refuse", "error",
+]  # fmt: skip
 
 _KINDS: Final[dict[str, Kind]] = {
     "complete_step": "complete",
@@ -24,6 +27,13 @@ _KINDS: Final[dict[str, Kind]] = {
     "extend_claim": "extend",
     "schedule_step": "schedule",
     "schedule_steps": "schedule",
+    "expire_claim": "expire",
+    "expire_run": "expire",
+    "retry_step": "retry",
+    "delete_pending_steps": "delete",
+    "delete_run": "delete",
+    "purge_run": "delete",
+    "import_run": "import",
 }
 # Logged at INFO: what an operator wants to see. What happens at every step is logged at DEBUG.
 INFO_KINDS: Final = ("fail", "refuse", "error")
@@ -33,8 +43,9 @@ class Event(NamedTuple):
     """One decision of a store, or an error that prevented one.
 
     Attributes:
-        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend" and "schedule" of the
-            transition of that name; "refuse" if the claim was no longer held; "error" for every other error.
+        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "schedule", "retry" and
+            "import" of the operation of that name; "expire" of a claim, or of a run that will expire; "delete" of
+            pending steps, or of a run; "refuse" if the claim was no longer held; "error" for every other error.
         operation: the method, or the script, that was sent.
         run_id: the run.
         step: the step; None if a call is about several steps.
@@ -130,5 +141,5 @@ def events_of(call: Call[Any], result: object, seconds: float, batched: bool, pr
         begun = [result] if isinstance(result, BeginResult) else cast("dict[str, BeginResult]", result).values()
         for each in begun:
             yield event(each.decision, each.step_run, each.reason, each.takeover)
-    elif operation in _KINDS:
-        yield event(_KINDS[operation], result if isinstance(result, StepRun) else None)
+    elif (kind := _KINDS.get(operation) or _KINDS.get(call.script.name)) and result not in (False, []):
+        yield event(kind, result if isinstance(result, StepRun) else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.backends import Bench
 from support.records import begun, stored
@@ -55,6 +57,29 @@ class TestCompleteStep:
             store.complete_step(step_run, {"receipt": 8})
 
         assert caught.value.current == completed == stored(store)
+
+    @pytest.mark.parametrize("how", ["complete_step", "complete_steps", "by id", "batch"])
+    def test_equal_output_in_another_order_is_a_resend(self, bench: Bench, store: StepRunStore, how: str) -> None:
+        claim = begun(store.begin_step("run", "pay", {}, lease=60))
+        completed = store.complete_step(claim, {"receipt": 7, "items": [{"a": 1, "b": 2}]})
+        before, again = bench.dump(), {"items": [{"b": 2, "a": 1}], "receipt": 7}
+
+        results: dict[str, Any] = {
+            "complete_step": lambda: store.complete_step(claim, again),
+            "complete_steps": lambda: store.complete_steps([(claim, again)])[0],
+            "by id": lambda: store.complete_step(claim.id, again),
+            "batch": lambda: store.batch([store.calls.complete_step(claim, again)])[0],
+        }
+
+        assert results[how]() == completed
+        assert bench.dump() == before
+
+    def test_equal_output_of_another_claim_is_stale(self, bench: Bench, store: StepRunStore) -> None:
+        zombie = begun(store.begin_step("run", "pay", {}, lease=0.01))
+        bench.lapse(zombie)
+        store.complete_step(begun(store.begin_step("run", "pay", {})), {"a": 1, "b": 2})
+        with pytest.raises(StaleStepRunError):
+            store.complete_step(zombie, {"b": 2, "a": 1})
 
     def test_expired_claim_that_was_not_taken_over_still_completes(self, bench: Bench, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {}, lease=0.01))

@@ -16,6 +16,7 @@ from squidstep_redis import (
     PayloadTooLargeError,
     StepRunStore,
 )
+from squidstep_redis.operations.documents import from_json, to_json
 
 
 def nested(levels: int, wrap: Callable[[Any], Any]) -> Any:
@@ -49,6 +50,11 @@ class TestDepth:
         payload = nested(500, wrap)
 
         assert MsgpackCodec().decode(MsgpackCodec().encode(payload)) == payload
+
+    @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+    def test_500_levels_can_be_exported_and_imported(self, wrap: Callable[[Any], Any]) -> None:
+        payload = nested(500, wrap)
+        assert from_json(to_json(payload)) == payload
 
     @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
     @pytest.mark.parametrize("levels", [2_000, 5_000])

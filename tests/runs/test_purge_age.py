@@ -9,8 +9,10 @@ import pytest
 from support.backends import Bench
 from support.records import begun
 from support.server_time import at
+from support.servers import wait_until
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.protocol.keys import Keys
 
 
 def finish_step(bench: Bench, store: StepRunStore, run_id: str, began: int, ended: int, ending: str) -> None:
@@ -122,3 +124,29 @@ class TestCorruptRun:
         assert {summary.run_id for summary in store.purge(0.001)} == sound
 
         assert store.get_step_run("later", "pay") == last
+
+
+@pytest.mark.servers("valkey", "cluster", "redis-7", "redis-6")  # fakeredis reads the indexes slowly
+def test_entries_of_expired_runs_leave_the_indexes(bench: Bench) -> None:
+    """Nothing else reads the indexes meanwhile."""
+    store = bench.store(run_ttl=0.05)
+    keep = begun(bench.store().begin_step("kept", "pay", {}, lease=0.02))
+    failed = begun(bench.store().begin_step("kept", "mail", {}, lease=60))
+    bench.store().fail_step(failed, {})
+    for number in range(30):
+        store.begin_step(f"lapsed-{number}", "pay", {}, lease=0.02)
+        store.fail_step(begun(store.begin_step(f"failed-{number}", "pay", {})), {})
+    bench.lapse(keep)
+    wait_until(lambda: not store.get_run("lapsed-29") and not store.get_run("failed-29"))
+
+    assert store.purge(60, dry_run=True) == []
+    assert entries(bench) == 62
+    assert store.purge(60) == []
+
+    assert entries(bench) == 2
+    assert [each.run_id for each in (*store.lapsed_claims(), *store.failed_steps())] == ["kept", "kept"]
+
+
+def entries(bench: Bench) -> int:
+    keys = Keys(bench.prefix.encode())
+    return sum(bench.backend.raw.zcard(key) for key in (*keys.claims(), *keys.failed()))
