@@ -1,4 +1,4 @@
--- delete_pending_steps: deletes the records of those of the given steps that are pending.
+-- delete_pending_steps: deletes the records of those of the given steps that are pending, and a run without any steps.
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
@@ -45,5 +45,8 @@ end
 write_chunks("HDEL", steps, fields)
 if fields[1] then
   renew_expiry(run, steps, done, now_ms())
+  if redis.call("HLEN", steps) == 1 + redis.call("HEXISTS", steps, "m") then -- no step is left
+    redis.call("DEL", steps, done)
+  end
 end
 return reply

@@ -17,7 +17,7 @@ if ttl == "" then
   redis.call("PERSIST", steps)
   redis.call("PERSIST", done)
 else
-  run.ttl, run.unleased, run.retained_until = ttl, 0, 0
+  set_ttl(run, ttl)
   -- A run that never expires does not count its live claims: count them now.
   for _, field in ipairs(redis.call("HKEYS", steps)) do
     if string.sub(field, 1, 1) == "s" then
@@ -26,7 +26,7 @@ else
       if not state then
         return unreadable(steps, field, line)
       end
-      if state.status == @RUNNING then
+      if state.status == @RUNNING or state.lease ~= "" then
         retain(run, state.lease, state.created + state.started)
       end
     end

@@ -26,7 +26,7 @@ end
 if state.status == @PENDING then
   return with_record("pending", steps, step)
 end
-local now = now_ms()
+local now, lease = now_ms(), state.lease
 if state.status == @RUNNING and has_expired(state, now) then
   expire_attempt(state)
 end
@@ -39,6 +39,9 @@ end
 -- identifies a re-sent call. All attempts so far count as released.
 local past, number = format_state(state), state.attempt
 local last_error = redis.call("HGET", steps, "e" .. step) or ""
+if lease ~= "" then -- of a lapsed claim, or the delay after the failure
+  unretain(run, lease)
+end
 state.status = @PENDING
 state.attempt = state.attempt + 1
 state.released = state.attempt
@@ -48,7 +51,7 @@ state.started = math.max(0, now - state.created)
 state.ended = 0
 state.rest = string.match(state.rest, "^" .. @REST("%d+", "%S*", "")) .. owner
 local line = format_state(state)
-redis.call("HSET", steps, "s" .. step, line, attempt_field(number, step), past .. "\n" .. last_error)
+redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, attempt_field(number, step), past .. "\n" .. last_error)
 redis.call("HDEL", steps, "e" .. step, attempt_field(state.attempt - 1 - HISTORY, step))
 redis.call("ZREM", claims, ARGV[3] .. step)
 redis.call("ZREM", failed, ARGV[3] .. step)

@@ -35,7 +35,9 @@ STATES = st.sampled_from([b"1" + letter for letter in (b"p", b"r", b"c", b"f", b
 STATE_LINES = st.binary(max_size=60) | STATES.flatmap(
     lambda state: changed(state + b" 2 1 Tk9wZ2xhc3Nl 30000 125  1790000000000 3  worker-7")
 )
-RUN_LINES = st.binary(max_size=40) | changed(b"1 3 2") | changed(b"1 3 2 60000 0 1790000030000") | changed(b"1x token")
+RUN_LINES = (
+    st.binary(max_size=40) | changed(b"1 3 2") | changed(b"1 3 2 60000 0 1 1790000030000") | changed(b"1x token")
+)
 FIELDS = st.one_of(
     st.tuples(st.just(b"sa"), STATE_LINES),
     st.tuples(st.just(b"sa"), STATE_LINES),

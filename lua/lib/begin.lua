@@ -35,6 +35,7 @@ local function begin(state, token, step, input)
   @CHECK_INDEXES(claims, failed)
 
   local member = ARGV[4] .. step
+  local lease_of_last = state.lease
   if lease_expired then
     expire_attempt(state)
   end
@@ -42,7 +43,8 @@ local function begin(state, token, step, input)
   local limit = tonumber(ARGV[8] or "") or math.huge
   if not scheduled and used >= limit then
     if lease_expired then
-      redis.call("HSET", steps, "s" .. step, format_state(state), "e" .. step, ARGV[9])
+      unretain(run, lease_of_last)
+      redis.call("HSET", steps, "r", format_run(run), "s" .. step, format_state(state), "e" .. step, ARGV[9])
       redis.call("ZREM", claims, member)
       index_failed(failed, member, now)
       renew_expiry(run, steps, done, now)
@@ -73,6 +75,9 @@ local function begin(state, token, step, input)
   state.started = math.max(0, now - state.created)
   state.ended = ""
   state.rest = string.match(state.rest, "^" .. @REST("%d+", "%S*", "")) .. owner
+  if lease_of_last ~= "" then -- of a lapsed claim, or the delay after a failure
+    unretain(run, lease_of_last)
+  end
   retain(run, lease, state.created + state.started)
   local line = format_state(state)
   local count = #written

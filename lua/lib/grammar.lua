@@ -18,10 +18,11 @@
 
 -- The run line.
 -- define RUN(created, completed) @FORMAT .. " " .. created .. " " .. completed
--- define RUN_EXPIRY(ttl, unleased, retained_until) " " .. ttl .. " " .. unleased .. " " .. retained_until
+-- define RUN_EXPIRY(ttl, unleased, leased, retained_until) " " .. ttl .. " " .. unleased .. " " .. leased
+--   .. " " .. retained_until
 -- define TOMBSTONE(token) @FORMAT .. "x " .. token
 -- define READ_RUN "^" .. @RUN("(%d+)", "(%d+)")
--- define READ_RUN_EXPIRY "^" .. @RUN_EXPIRY("(%d+)", "(%d+)", "(%d+)") .. "$"
+-- define READ_RUN_EXPIRY "^" .. @RUN_EXPIRY("(%d+)", "(%d+)", "(%d+)", "(%d+)") .. "$"
 
 -- The state line.
 -- define STATE(status, claim, lease, started, ended, created, rest) @FORMAT .. status .. " " .. claim

@@ -113,8 +113,8 @@ local function load_run(steps, done, ...)
   end
   local run = { exists = true, created = created, completed = completed }
   if expiry ~= "" then
-    run.ttl, run.unleased, run.retained_until = string.match(expiry, @READ_RUN_EXPIRY)
-    if not run.ttl or math.max(#run.ttl, #run.unleased, #run.retained_until) > MAX_DIGITS then
+    run.ttl, run.unleased, run.leased, run.retained_until = string.match(expiry, @READ_RUN_EXPIRY)
+    if not run.ttl or math.max(#run.ttl, #run.unleased, #run.leased, #run.retained_until) > MAX_DIGITS then
       return nil, nil, unreadable(steps, "r", line)
     end
   end

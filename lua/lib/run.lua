@@ -3,19 +3,24 @@
 local function format_run(run)
   local line = @RUN(run.created, run.completed)
   if run.ttl then
-    line = line .. @RUN_EXPIRY(run.ttl, run.unleased, run.retained_until)
+    line = line .. @RUN_EXPIRY(run.ttl, run.unleased, run.leased, run.retained_until)
   end
   return line
 end
 
--- A new run expires `ttl` after its last write; "" for never.
+-- A run expires `ttl` after its last write, and retains nothing yet.
+local function set_ttl(run, ttl)
+  run.ttl, run.unleased, run.leased, run.retained_until = ttl, 0, 0, 0
+end
+
+-- The same for a new run; "" for never.
 local function set_ttl_if_new(run, ttl)
   if not run.exists and ttl ~= "" then
-    run.ttl, run.unleased, run.retained_until = ttl, 0, 0
+    set_ttl(run, ttl)
   end
 end
 
--- A claim begins or is extended: the run must outlive it.
+-- A claim begins or is extended, or a failure delays the next one: the run must outlive the lease or the delay.
 local function retain(run, lease, started)
   if not run.ttl then
     return
@@ -23,14 +28,24 @@ local function retain(run, lease, started)
   if lease == "" then
     run.unleased = run.unleased + 1
   else
+    run.leased = run.leased + 1
     run.retained_until = math.max(run.retained_until, started + lease)
   end
 end
 
--- A live claim ends or is about to be extended. A lease stays in run.retained_until.
+-- A claim or a delay ends, or is about to be extended. The longest lease counts until the last one has ended: which
+-- of the others is the longest is not known.
 local function unretain(run, lease)
-  if run.ttl and lease == "" then
+  if not run.ttl then
+    return
+  end
+  if lease == "" then
     run.unleased = math.max(0, run.unleased - 1)
+  else
+    run.leased = math.max(0, run.leased - 1)
+    if run.leased == 0 then
+      run.retained_until = 0
+    end
   end
 end
 

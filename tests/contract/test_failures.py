@@ -136,7 +136,7 @@ class TestDelay:
         assert store.begin_step("run", "pay", {}, max_attempts=2).reason == "delayed"
 
     def test_the_run_does_not_expire_before(self, bench: Bench) -> None:
-        """A run is kept for its ttl after the last lease, 60 seconds, or after the delay."""
+        """A run is kept for its ttl after the failure, or after the delay."""
         store = bench.store(run_ttl=10)
         claims = [begun(store.begin_step(run, "pay", {}, lease=60)) for run in ("run", "delayed")]
         store.fail_step(claims[0], ERROR)
@@ -144,7 +144,7 @@ class TestDelay:
         store.import_run({**store.export_run("delayed"), "run_id": "imported"})
         at_once, *delayed = (bench.backend.raw.pttl(bench.keys(run)[0]) for run in ("run", "delayed", "imported"))
         assert at_once > 0
-        assert all(35_000 < each - at_once < 45_000 for each in delayed)
+        assert all(95_000 < each - at_once < 105_000 for each in delayed)
 
 
 class TestOperationsOnSeveralSteps:

@@ -99,14 +99,31 @@ class TestDeletePendingSteps:
 
     def test_deleted_imported_step_leaves_no_field_behind(self, bench: Bench, store: StepRunStore) -> None:
         """A pending step that was never begun has no last error, but an imported document may contain one."""
-        store.schedule_step("run", "pay", {})
+        store.schedule_steps("run", {"pay": {}, "mail": {}})
         document = store.export_run("run")
         document["steps"][0]["last_error"] = {"why": "it says so"}
         store.import_run({**document, "run_id": "copy"})
 
         assert store.delete_pending_steps("copy", ["pay"]) == ["pay"]
 
-        assert set(bench.backend.raw.hkeys(bench.keys("copy")[0])) == {b"r", b"m"}
+        assert set(bench.backend.raw.hkeys(bench.keys("copy")[0])) == {b"r", b"m", b"smail", b"imail"}
+
+    @pytest.mark.parametrize("ttl", [None, 60])
+    @pytest.mark.parametrize("imported", [False, True])
+    def test_run_without_steps_is_gone(self, bench: Bench, ttl: float | None, imported: bool) -> None:
+        store = bench.store(run_ttl=ttl)
+        store.schedule_steps("run", {"pay": {}, "mail": {}})
+        if imported:
+            document = store.export_run("run")
+            store.delete_pending_steps("run", ["pay", "mail"])
+            store.import_run(document)
+        store.release_step(begun(store.begin_step("run", "pay", {}, lease=60)))
+
+        call = store.calls.delete_pending_steps("run", ["pay", "mail"])
+        assert store.send(call) == store.send(call) == ["pay", "mail"]
+
+        assert bench.dump() == {}
+        assert begun(store.begin_step("run", "pay", {})).position == 1
 
     def test_deleted_step_can_be_begun_again(self, store: StepRunStore) -> None:
         store.schedule_step("run", "pay", {"amount": 1})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import pytest
 from support.backends import Bench
 from support.records import begun
 from support.servers import wait_until
 
-from squidstep_redis import (
-    StepRunStore,
-)
+from squidstep_redis import StaleStepRunError, StepRun, StepRunNotFoundError, StepRunStore
+from squidstep_redis.model import step_run_id
 
 
 def ttls(bench: Bench) -> list[int]:
@@ -82,7 +84,48 @@ class TestRunTtl:
 
         store.fail_step(two, {"reason": "declined"})
 
-        assert all(50_000 < ttl <= 150_000 for ttl in ttls(bench))
+        assert all(0 < ttl <= 100_000 for ttl in ttls(bench) if ttl != -2)
+
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda store, claim: store.complete_step(claim, {}),
+            lambda store, claim: store.complete_steps([(claim, {}), (claim, {})]),
+            lambda store, claim: store.advance_step(claim, {}, "next", {}, lease=1),
+            lambda store, claim: store.fail_step(claim, {}),
+            lambda store, claim: store.release_step(claim),
+            lambda store, claim: store.extend_claim(claim, 1),
+            lambda store, claim: store.expire_claim(claim) and store.begin_step("run", "pay", {}, lease=1),
+            lambda store, claim: store.expire_claim(claim) and store.begin_step("run", "pay", {}, max_attempts=1),
+            lambda store, claim: store.expire_claim(claim) and store.retry_step("run", "pay"),
+            lambda store, claim: store.fail_step(claim, {}, retry_after=5_000) and store.retry_step("run", "pay"),
+        ],
+        ids=[
+            *("completed", "completed in a batch", "advanced", "failed", "released", "extended", "taken over"),
+            *("exhausted", "lapsed and retried", "delayed and retried"),
+        ],
+    )
+    def test_long_lease_no_longer_counts_once_it_has_ended(
+        self, bench: Bench, end: Callable[[StepRunStore, StepRun], object]
+    ) -> None:
+        store = bench.store(run_ttl=100)
+        claim = begun(store.begin_step("run", "pay", {}, lease=5_000))
+        begun(store.begin_step("run", "mail", {}, lease=1_000))
+        assert ttls(bench)[0] > 5_000_000
+        store.complete_step(begun(store.begin_step("run", "other", {}, lease=10)), {})
+        assert ttls(bench)[0] > 5_000_000  # as long as another claim is live, the longest lease counts
+        end(store, claim)
+        for step in ("mail", "pay", "next"):
+            with contextlib.suppress(StaleStepRunError, StepRunNotFoundError):
+                store.release_step(step_run_id(bench.prefix, "run", step))
+
+        assert all(0 < ttl <= 110_000 for ttl in ttls(bench) if ttl != -2)
+
+    def test_delay_after_a_failure_counts_as_a_lease(self, bench: Bench) -> None:
+        store = bench.store()
+        store.fail_step(begun(store.begin_step("run", "pay", {})), {}, retry_after=5_000)
+        store.expire_run("run", 100)
+        assert 5_000_000 < ttls(bench)[0] <= 5_100_000
 
 
 class TestExpireRun:

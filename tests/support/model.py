@@ -264,6 +264,8 @@ class Model:
         for step in steps:
             if step in records and records[step].status == "pending":
                 del records[step]
+        if run_id in self.runs and not records:
+            del self.runs[run_id]
         return [step for step in steps if step not in records]
 
     def expire_run(self, run_id: str, ttl: float | None, *, call: CallId) -> bool:
