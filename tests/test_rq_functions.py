@@ -78,12 +78,12 @@ class TestResults:
         assert result_of(queue.enqueue_job(job)) == ["a", [1, 2]]
         assert harness.effects() == {"pair": 1}
 
-    def test_result_that_no_payload_can_hold_fails_the_step(self, harness: Harness, queue: Queue) -> None:
+    def test_result_that_no_payload_can_hold_fails_the_step_for_good(self, harness: Harness, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.make_object)
         assert_contains(traceback_of(job), "PayloadError", "output['result']", "Pass plain data, such as an id")
-        assert_contains(traceback_of(queue.enqueue_job(job)), "PayloadError", "output['result']")
+        assert_contains(traceback_of(queue.enqueue_job(job)), "StepFailedError", "output['result']")
         (step_run,) = StepRunStore(queue.connection).get_run(job.id)
-        assert (step_run.status, step_run.attempt) == ("failed", 2)
+        assert (step_run.status, step_run.attempt, step_run.final) == ("failed", 1, True)
 
     def test_output_of_another_kind_is_returned_whole(self, harness: Harness, queue: Queue) -> None:
         store = StepRunStore(queue.connection)

@@ -112,21 +112,20 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
 def drop_stale_entries(context: Context) -> Workflow[None]:
     """Drops the entries of both indexes that stand for no record, such as those of runs that have expired.
 
-    Two round trips per server, or more if there are many. Of each of 1,024 buckets, it looks at the first 1,000
-    entries that it does not drop.
+    One round trip per server reads the indexes; if there are lapsed claims or failed steps, one or more verify them. Of
+    each of 1,024 buckets, it looks at the first 1,000 entries that it does not drop.
     """
-    modes: tuple[Mode, ...] = ("lapsed", "failed")
-    for mode in modes:
-        keys = context.keys.failed() if mode == "failed" else context.keys.claims()
-        incomplete: list[_Bucket] = [_Bucket(key, MAX_LIMIT) for key in keys]
-        while incomplete:
-            pages = yield SendBatch([each.call(mode) for each in incomplete])
-            for each, page in zip(incomplete, raise_first_error(pages), strict=True):
-                each.load(page)
-            entries = [_Entry(*entry, each) for each in incomplete for entry in each.entries]
+    modes: dict[Mode, list[bytes]] = {"lapsed": context.keys.claims(), "failed": context.keys.failed()}
+    incomplete: list[tuple[Mode, _Bucket]] = [(mode, _Bucket(key, MAX_LIMIT)) for mode in modes for key in modes[mode]]
+    while incomplete:
+        pages = raise_first_error((yield SendBatch([each.call(mode) for mode, each in incomplete])))
+        for (_, each), page in zip(incomplete, pages, strict=True):
+            each.load(page)
+        for mode in modes:
+            entries = [_Entry(*entry, each) for of, each in incomplete if of == mode for entry in each.entries]
             for start in range(0, len(entries), MAX_LIMIT):
                 yield from _verify_all(context, mode, entries[start : start + MAX_LIMIT], b"", {})
-            incomplete = [each for each in incomplete if each.has_more and each.dropped]
+        incomplete = [(mode, each) for mode, each in incomplete if each.has_more and each.dropped]
 
 
 def _list(

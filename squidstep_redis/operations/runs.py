@@ -148,7 +148,7 @@ def purge(
     It scans all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
     such runs. Each run is deleted in one call, whatever its size, if it has not changed since it was read; its memory
     is freed in the background. A run with more than 1,000 failed steps is not deleted; use `delete_run`. Entries that
-    expired runs have left in the indexes are removed, which takes four round trips more.
+    expired runs have left in the indexes are removed, which takes one to three round trips per server.
 
     Args:
         older_than: seconds since the last change, by the server's clock, up to ten years; or a timedelta.

@@ -27,6 +27,7 @@ class KitBench(Bench):
 
     def __init__(self, kit: StepKit) -> None:
         backend: Any = SimpleNamespace(
+            name="kit",
             connect=lambda: kit.store.client,
             now=lambda: kit.clock.now().timestamp(),
             raw=kit.observer.client,

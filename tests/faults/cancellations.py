@@ -86,10 +86,10 @@ class RecordedCalls(Calls):
         call = super().complete_step(step_run, output, **options)
         return self._record(call, "complete", step_run.owner, output["value"])
 
-    def fail_step(self, step_run: Any, error: Any) -> Call[StepRun]:
+    def fail_step(self, step_run: Any, error: Any, **options: Any) -> Call[StepRun]:
         if isinstance(error, BaseException):  # the history tells errors by their values
             error = {"value": next(_values), "type": type(error).__name__}
-        return self._record(super().fail_step(step_run, error), "fail", step_run.owner, error["value"])
+        return self._record(super().fail_step(step_run, error, **options), "fail", step_run.owner, error["value"])
 
     def release_step(self, step_run: Any) -> Call[StepRun]:
         return self._record(super().release_step(step_run), "release", step_run.owner)
