@@ -95,7 +95,7 @@ MUTANTS = {
     "a released attempt counts": Mutant("release_step.lua", "(tonumber(state.released) or 0) + 1", "state.released"),
     "one attempt too many": Mutant("lib/begin.lua", "used >= limit", "used > limit"),
     "a lapsed claim stays running when no attempt is left": Mutant(
-        "lib/begin.lua", "    if lease_expired then\n      redis.call", "    if false then\n      redis.call"
+        "lib/begin.lua", "    if lease_expired then\n      unretain", "    if false then\n      unretain"
     ),
     # Re-sent calls
     "a re-sent begin starts another attempt": Mutant("lib/begin.lua", "if holds(state, token) then", "if false then"),
