@@ -13,7 +13,7 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepBusyError             run_step: another worker holds the step; retry later
     ├── WaitTimeoutError          wait_for_step: the step did not end in time
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
-    ├── StepFailedError           run_step: the step has failed for good
+    ├── StepFailedError           run_step: the step has failed permanently
     ├── StepDelayedError          run_step: the step has failed, and may be retried later
     ├── RunExistsError            import_run: the run exists already; nothing was written
     ├── CorruptRunError           the stored data is corrupt; nothing was written
@@ -187,7 +187,7 @@ class StepExhaustedError(SquidstepError):
 
 @_error
 class StepFailedError(SquidstepError):
-    """The step has failed for good, so this delivery did not execute it.
+    """The step has failed permanently, so this delivery did not execute it.
 
     Attributes:
         current: the step run as it is stored now, with its `last_error`.
@@ -197,7 +197,7 @@ class StepFailedError(SquidstepError):
 
     def __str__(self) -> str:
         return (
-            f"{_where(self.current.run_id, self.current.step)}: failed for good in attempt {self.current.attempt}"
+            f"{_where(self.current.run_id, self.current.step)}: failed permanently in attempt {self.current.attempt}"
             f"{_last_error(self.current)}. Nothing was executed here; call retry_step to allow another attempt"
         )
 

@@ -232,7 +232,7 @@ class StepRun:
 
     @property
     def final(self) -> bool:
-        """Whether the step has failed for good: nobody may claim it again, until `retry_step`."""
+        """Whether the step has failed permanently: no delivery can claim it again, until `retry_step`."""
         return self._line.letter == b"n"
 
     @property
@@ -331,7 +331,7 @@ class BeginResult(_BeginPair):
 
     @property
     def failed(self) -> bool:
-        """The step has failed for good: nobody may claim it again, until `retry_step`."""
+        """The step has failed permanently: no delivery can claim it again, until `retry_step`."""
         return self.reason == "failed"
 
     @property

@@ -135,7 +135,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         process, a third of the lease after the last extension: one round trip for all claims of one store.
 
         An exception of `fn` is recorded with `fail_step` and re-raised. PermanentError, and the types in `permanent`,
-        make the step fail for good; RetryLater, and `backoff`, delay the next attempt. If the claim is lost to a
+        make the step fail permanently; RetryLater, and `backoff`, delay the next attempt. If the claim is lost to a
         takeover, `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A
         result, or a failure, that cannot be sent is retried for as long as the lease, but for at most a minute. If the
         process is interrupted (a signal, a cancellation), that takes at most a second. A claim whose begin got no reply
@@ -152,7 +152,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 None: never.
             max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
             permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step
-                has failed for good.
+                has failed permanently.
             backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
                 or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
                 after RetryLater. None: the step can be claimed at once.
@@ -167,11 +167,11 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         Raises:
             StepBusyError: another worker holds the step, or took it over.
             StepDelayedError: the step has failed and may not be retried yet.
-            StepFailedError: the step has failed for good.
+            StepFailedError: the step has failed permanently.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.
-            PayloadError: the output of `fn` cannot be stored; the step has failed for good, because the work may have
-                taken effect.
+            PayloadError: the output of `fn` cannot be stored. The step has failed permanently, because the work may
+                have taken effect.
             InvalidArgumentError: an argument was rejected before anything was sent.
             ServerError: the server or the connection failed, at the beginning or when the result was sent.
         """
@@ -230,7 +230,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 None: never. A heartbeat extends it meanwhile.
             max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
             permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step
-                has failed for good.
+                has failed permanently.
             backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
                 or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
                 after RetryLater. None: the step can be claimed at once.

@@ -251,7 +251,7 @@ class TestFailures:
         shown = json.loads(invoke("show", "run", "--json", *options_of(server, store)).stdout)
 
         last_words = {line.split()[0]: line.split("  ")[-1] for line in lines if " failed " in line[:30]}
-        assert last_words["final"] == "failed for good"
+        assert last_words["final"] == "failed permanently"
         assert re.fullmatch(r"retry in (59 min( \d+ s)?|1 h)", last_words["later"])
         assert "retry" not in last_words["at-once"]
         each = {step["step"]: (step["final"], step["retry_at"] is not None) for step in shown}

@@ -1,4 +1,4 @@
-"""Jobs whose step fails for good, or is to be retried later."""
+"""Jobs whose step fails permanently, or is to be retried later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_permanent_failure_is_executed_once(harness: Harness, function: Callab
     harness.start()
 
     traceback = harness.wait_failed(job)
-    assert_contains(traceback, "StepFailedError", "failed for good in attempt 1")
+    assert_contains(traceback, "StepFailedError", "failed permanently in attempt 1")
     assert harness.effects() == {"charge": 1}
     assert harness.outcomes(job, "charge") == ["failed"]
 
@@ -43,9 +43,7 @@ def test_a_result_that_cannot_be_stored_is_not_computed_again(harness: Harness) 
 
 
 @each_function
-def test_retry_later_reschedules_the_job_and_uses_none_of_its_retries(
-    harness: Harness, function: Callable[..., Any]
-) -> None:
+def test_retry_later_reschedules_without_using_retries(harness: Harness, function: Callable[..., Any]) -> None:
     before = time.time()
     job = harness.enqueue(function, "later", job_id="the-job", retry=Retry(max=1))
     harness.start()
@@ -80,8 +78,6 @@ def test_a_delayed_step_reschedules_the_retry_of_its_job(harness: Harness) -> No
 
 @pytest.mark.parametrize("decorator", [lambda **options: step("charge", **options), steps])
 @pytest.mark.parametrize("options", [{"permanent": 1}, {"backoff": 60}], ids=["permanent", "backoff"])
-def test_invalid_settings_are_rejected_when_the_function_is_decorated(
-    decorator: Callable[..., Any], options: dict[str, Any]
-) -> None:
+def test_decorators_reject_invalid_settings(decorator: Callable[..., Any], options: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
         decorator(**options)

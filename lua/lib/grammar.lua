@@ -5,8 +5,8 @@
 
 -- define FORMAT "1"
 
--- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover. FINAL is one that nobody may
--- claim again, until retry_step.
+-- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover. After a FINAL one, the step
+-- cannot be claimed until retry_step.
 -- define PENDING "p"
 -- define RUNNING "r"
 -- define COMPLETED "c"

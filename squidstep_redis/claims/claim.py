@@ -134,7 +134,7 @@ class Claim(BaseClaim[threading.Event]):
             StaleStepRunError: the claim was lost, and the step is not completed.
             StepRunNotFoundError: the run was deleted.
             PayloadError: the output cannot be stored; the claim is still held. If it leaves the block, the step has
-                failed for good: the work may have taken effect.
+                failed permanently: the work may have taken effect.
             ServerError: the result could not be sent in time; the claim expires with its lease.
         """
         return self._run_ending(self._complete(output, schedule))
@@ -146,7 +146,7 @@ class Claim(BaseClaim[threading.Event]):
 
         Args:
             error: a dict; or an exception, which is stored as a dict of `type`, `message` and `traceback`.
-            final: whether the step has failed for good, until `retry_step`.
+            final: whether the step has failed permanently, until `retry_step`.
             retry_after: seconds, or a timedelta, from 0.001, until the step can be claimed again; None: at once.
 
         Returns:

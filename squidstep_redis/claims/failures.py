@@ -15,7 +15,7 @@ Backoff = Callable[[int], Seconds]
 
 
 class PermanentError(Exception):
-    """Raised by your code under a claim: the step has failed for good, and no delivery executes it again.
+    """Raised by your code under a claim: the step has failed permanently, and no delivery executes it again.
 
     `retry_step` allows another attempt. It is recorded like any other exception, and raised again.
     """

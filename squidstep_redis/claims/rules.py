@@ -249,7 +249,7 @@ class BaseClaim(Generic[E]):
         Raises:
             StepBusyError: another worker holds the step, and `on_busy` is "raise".
             StepDelayedError: the step has failed and may not be retried yet, and `on_busy` is "raise".
-            StepFailedError: the step has failed for good.
+            StepFailedError: the step has failed permanently.
             StepExhaustedError: `max_attempts` is reached.
             InvalidArgumentError: this code itself is executing the step, and would wait for itself.
         """
@@ -411,7 +411,7 @@ class BaseClaim(Generic[E]):
         """Returns when the step can be claimed again after an exception left the block."""
         if error is not self._unstorable:
             return self._failures.verdict(error, self.step_run.attempts_used)
-        error.add_note("The result of the work cannot be stored: the step has failed for good, until retry_step")
+        error.add_note("The result of the work cannot be stored: the step has failed permanently, until retry_step")
         return NEVER
 
     @property

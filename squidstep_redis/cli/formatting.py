@@ -59,7 +59,7 @@ def format_age(moment: datetime | None) -> str:
 def format_lease(step_run: StepRun) -> str:
     """Returns the remaining time of a running step's lease, or when a failed step can be claimed again."""
     if step_run.final:
-        return "failed for good"
+        return "failed permanently"
     if step_run.retry_at is not None:
         left = (step_run.retry_at - datetime.now(UTC)).total_seconds()
         return f"retry in {format_duration(left)}" if left > 0 else ""

@@ -30,7 +30,7 @@ _STATES: Final = {
     b"c": "completed",
     b"f": "failed",
     b"x": "lease_expired",
-    b"n": "failed_for_good",
+    b"n": "failed_permanently",
 }
 _LETTERS: Final = {state: letter for letter, state in _STATES.items()}
 _TOKEN: Final = re.compile(r"[!-~]{0,64}")

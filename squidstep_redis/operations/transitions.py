@@ -179,7 +179,7 @@ def fail_step(
         step_run: the step run that `begin_step` returned with "execute"; or a bare `StepRun.id`, which stands for the
             current holder of the claim.
         error: a dict; or an exception, which is stored as a dict of `type`, `message` and `traceback`.
-        final: whether the step has failed for good: `begin_step` then skips with the reason "failed", until
+        final: whether the step has failed permanently: `begin_step` then skips with the reason "failed", until
             `retry_step`.
         retry_after: seconds, or a timedelta, from 0.001: until then `begin_step` skips with the reason "delayed",
             unless `retry_step` resets the step; by the server's clock. None: the step can be claimed at once.

@@ -41,7 +41,7 @@ def step(
             extends the lease while the function runs.
         max_attempts: the maximum number of attempts; None: no limit.
         permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
-            step has failed for good.
+            step has failed permanently.
         backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
             given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: what to do while another worker has claimed the step, or while it may not be retried yet (after
@@ -101,7 +101,7 @@ def steps(
             None: never. A heartbeat extends the lease while the step runs.
         max_attempts: the maximum number of attempts of each step of `current_run().call(…)`; None: no limit.
         permanent: a type of exception, or a tuple of them, besides PermanentError: if the function of such a step
-            raises one, the step has failed for good.
+            raises one, the step has failed permanently.
         backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
             given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: what to do while another worker has claimed one of the steps, or while one may not be retried yet

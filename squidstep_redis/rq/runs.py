@@ -54,11 +54,11 @@ class Run:
         Raises:
             StepBusyError: another worker has claimed the step, or has taken it over.
             StepDelayedError: the step has failed and may not be retried yet.
-            StepFailedError: the step has failed for good.
+            StepFailedError: the step has failed permanently.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no other worker has completed or claimed the step.
             PayloadError: the arguments or the result cannot be stored in a payload. If it is the result, the step has
-                failed for good, because the function may have taken effect.
+                failed permanently, because the function may have taken effect.
             InvalidArgumentError: an argument was rejected; nothing was sent.
             ServerError: the server was unreachable, or did not confirm the result.
         """
@@ -90,7 +90,7 @@ def current_run(
             the lease while the step runs.
         max_attempts: the maximum number of attempts of each step; None: no limit.
         permanent: a type of exception, or a tuple of them, besides PermanentError: if the function of a step raises
-            one, the step has failed for good.
+            one, the step has failed permanently.
         backoff: how long a step cannot be claimed after any other exception: a function that returns the seconds, given
             how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: while another worker has claimed a step, "raise" StepBusyError, or "wait" until the step is completed

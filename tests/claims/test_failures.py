@@ -62,7 +62,7 @@ class TestPermanentFailure:
             worker.execute(raising(error), permanent=permanent)
         assert raised.value is error
         for _ in range(2):
-            with pytest.raises(StepFailedError, match=f"failed for good in attempt 1 .*{error}") as failed:
+            with pytest.raises(StepFailedError, match=f"failed permanently in attempt 1 .*{error}") as failed:
                 worker.execute(charge)
         assert failed.value.current == stored(others)
         assert stored(others).final
@@ -103,7 +103,7 @@ class TestPermanentFailure:
         assert delay_of(others, "ship") == 60
 
     @fakeredis_only
-    def test_waiting_for_a_busy_step_ends_when_it_fails_for_good(self, worker: Worker, others: StepRunStore) -> None:
+    def test_waiting_for_a_busy_step_ends_when_it_fails_permanently(self, worker: Worker, others: StepRunStore) -> None:
         others.fail_step(others.begin_step("run", "pay", {}).step_run, {}, final=True)
         with pytest.raises(StepFailedError):
             worker.execute(charge, on_busy="wait")

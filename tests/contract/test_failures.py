@@ -21,7 +21,7 @@ def failed_step(store: StepRunStore, step: str = "pay", **options: Any) -> StepR
 
 
 class TestFinal:
-    def test_nobody_can_claim_the_step(self, bench: Bench, store: StepRunStore) -> None:
+    def test_no_delivery_can_claim_the_step(self, bench: Bench, store: StepRunStore) -> None:
         failed = failed_step(store, final=True)
         assert (failed.status, failed.final, failed.retry_at) == (StepStatus.FAILED, True, None)
         before = bench.dump()
@@ -96,7 +96,7 @@ class TestFinal:
 
 
 class TestDelay:
-    def test_nobody_can_claim_the_step_before_it_ends(self, bench: Bench, store: StepRunStore) -> None:
+    def test_no_delivery_can_claim_the_step_before_it_ends(self, bench: Bench, store: StepRunStore) -> None:
         failed = failed_step(store, retry_after=60)
         assert (failed.status, failed.final, failed.lease_ends_at) == (StepStatus.FAILED, False, None)
         assert failed.retry_at is not None

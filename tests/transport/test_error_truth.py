@@ -174,7 +174,7 @@ class TestOutcomeUnknown:
 
 
 @pytest.mark.servers("cluster")
-def test_call_for_a_slot_that_no_known_node_serves_is_not_sent(bench: Bench) -> None:
+def test_call_for_an_unserved_slot_is_not_sent(bench: Bench) -> None:
     store = bench.store(timeout=SHORT)
     assert store.get_run("run") == []  # learns the nodes
     nodes: Any = store.client.nodes_manager

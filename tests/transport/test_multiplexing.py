@@ -54,7 +54,7 @@ def test_hundred_tasks_use_one_connection(bench: Bench, store: AsyncStepRunStore
         assert len(connected(bench)) == 1
 
 
-def test_calls_of_one_turn_share_few_writes_and_the_first_does_not_wait(
+def test_calls_of_one_turn_share_few_writes(
     bench: Bench, store: AsyncStepRunStore, known: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each write is about as large as all before it, so that the server always has something to do."""
