@@ -74,7 +74,7 @@ class ExponentialBackoff:
             delay = min(self.cap, self.first * self.factor ** (attempt - 1))
         except OverflowError:
             delay = self.cap
-        return max(0.001, delay * random.uniform(1 - self.jitter, 1 + self.jitter))  # noqa: S311 -- not a secret
+        return max(0.001, delay * random.uniform(1 - self.jitter, 1 + self.jitter))
 
 
 class Verdict(NamedTuple):

@@ -33,4 +33,4 @@ def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
 
 def jittered(seconds: float) -> float:
     """Adds ±25 % jitter."""
-    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 -- not a secret
+    return seconds * random.uniform(0.75, 1.25)

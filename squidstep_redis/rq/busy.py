@@ -118,4 +118,4 @@ def reschedule_delay(error: NotNow, lease: Seconds | None) -> int:
     if rest is None:
         rest = lease if isinstance(lease, float | int) else DEFAULT_LEASE if lease is None else lease.total_seconds()
     seconds = max(1, math.ceil(rest))
-    return seconds + random.randint(0, max(1, seconds // 10))  # noqa: S311 -- jitter is not secret
+    return seconds + random.randint(0, max(1, seconds // 10))

@@ -193,7 +193,7 @@ class RetryState:
             if isinstance(error, ReplyMismatchError):
                 raise error
             raise map_error(error, self._call, self.may_have_run, elapsed) from error
-        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 -- not a secret
+        pause = self._pause * random.uniform(0.5, 1.0)
         self._pause = min(2 * self._pause, _LAST_PAUSE)
         return min(pause, self._timeout - elapsed)  # the last attempt begins at the deadline
 
