@@ -151,14 +151,23 @@ def to_json(value: Any) -> Any:
     Raises:
         TypeError: it has a type that the store's own codec does not support.
     """
-    # By `map`, because a comprehension is a frame of its own, and payloads of 500 levels are stored.
+    # Loops, because a comprehension is a frame of its own, and payloads of 500 levels are stored.
     if type(value) is dict:
         items = cast("dict[Any, Any]", value)
         if all(type(key) is str for key in items) and not (len(items) == 1 and next(iter(items)).startswith("$")):
-            return dict(zip(items, map(to_json, items.values()), strict=True))
-        return {"$dict": list(map(list, zip(map(to_json, items), map(to_json, items.values()), strict=True)))}
+            converted: dict[str, Any] = {}
+            for key, item in items.items():
+                converted[key] = to_json(item)
+            return converted
+        pairs: list[Any] = []
+        for key, item in items.items():
+            pairs.append([to_json(key), to_json(item)])
+        return {"$dict": pairs}
     if type(value) is list:
-        return list(map(to_json, cast("list[Any]", value)))
+        elements: list[Any] = []
+        for item in cast("list[Any]", value):
+            elements.append(to_json(item))
+        return elements
     if type(value) is bytes:
         return {"$bytes": b64encode(value).decode()}
     if type(value) is datetime:
@@ -343,12 +352,18 @@ def from_json(value: Any) -> Any:
         ValueError: `to_json` would not return this value; TypeError for a wrong type.
     """
     if isinstance(value, list):
-        return list(map(from_json, cast("list[Any]", value)))
+        elements: list[Any] = []
+        for item in cast("list[Any]", value):
+            elements.append(from_json(item))
+        return elements
     if not isinstance(value, dict):
         return value
     items = cast("dict[str, Any]", value)
     if len(items) != 1 or not (tag := next(iter(items))).startswith("$"):
-        return dict(zip(items, map(from_json, items.values()), strict=True))
+        converted: dict[str, Any] = {}
+        for key, item in items.items():
+            converted[key] = from_json(item)
+        return converted
     inner = items[tag]
     match tag:
         case "$dict":
