@@ -16,7 +16,7 @@ from squidstep_redis.claims.aio_background import PerLoop, wait_for_background_o
 from squidstep_redis.claims.aio_claim import AsyncClaim, LoopState
 from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
 from squidstep_redis.claims.rules import DEFAULT_LEASE, OnBusy
-from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.errors import NotReplicatedError, OutcomeUnknownError, ServerError
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.transport.aio import AsyncTransport
@@ -191,24 +191,24 @@ class LeavingSender:
         waits: whether the caller may wait at all.
     """
 
-    def __init__(self, sender: Callable[[], LastingSender], insistence: float, seconds: float) -> None:
+    def __init__(self, sender: Callable[[], LastingSender], retry_seconds: float, seconds: float) -> None:
         """Makes a sender of one block.
 
         Args:
             sender: makes what sends one call in the background.
-            insistence: seconds to wait for a call that is to be retried; for any other, one second.
+            retry_seconds: seconds to wait for a call that is to be retried; for any other, one second.
             seconds: for how long a call goes on in the background.
         """
         self._sender = sender
         self.waits = True
-        self._insistence = insistence
+        self._retry_seconds = retry_seconds
         self._seconds = seconds
 
     async def send(self, call: Call[T]) -> T:
         """Sends a call; returns its result."""
         sender = self._sender()
         task = sender.start(sender.send(call), self._seconds)
-        timeout = self._insistence if call.retryable else INTERRUPTED_SECONDS
+        timeout = self._retry_seconds if call.retryable else INTERRUPTED_SECONDS
         if self.waits:
             await asyncio.wait([task], timeout=timeout)
         if task.done() and not task.is_over:

@@ -13,7 +13,7 @@ from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
 from squidstep_redis.claims.claim import Claim
 from squidstep_redis.claims.failures import FailureRules
 from squidstep_redis.claims.rules import BaseClaim, OnBusy
-from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.errors import NotSentError, OutcomeUnknownError, SquidstepError, StaleStepRunError
 from squidstep_redis.model import StepRun

@@ -13,7 +13,7 @@ from squidstep_redis.claims.failures import FailureRules
 from squidstep_redis.claims.heartbeat import heartbeat_of
 from squidstep_redis.claims.rules import BaseClaim, OnBusy
 from squidstep_redis.claims.threads import LockFreeEvent
-from squidstep_redis.claims.unsettled import INTERRUPTED_SECONDS, Unsettled
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, UnfinishedClaim
 from squidstep_redis.errors import OutcomeUnknownError, SquidstepError
 from squidstep_redis.model import StepRun
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
@@ -51,7 +51,7 @@ class Claim(BaseClaim[threading.Event]):
         self._raise_if_entered()
         self._sent = None
         heartbeat = self._heartbeat = heartbeat_of(self.store)
-        unsettled = self._unsettled = Unsettled()
+        unfinished = self._unfinished = UnfinishedClaim()
         hand_over, deferred = heartbeat.recovery.queue.append, defer_sigalrm()
         try:
             with deferred:
@@ -61,20 +61,20 @@ class Claim(BaseClaim[threading.Event]):
                     heartbeat.add(self)
             return self
         except BaseException as error:
-            begin = unsettled.begin = self._sent
+            begin = unfinished.begin = self._sent
             if begin is not None:  # it may have acquired the claim
-                unsettled.error = error
-                hand_over(unsettled)
+                unfinished.error = error
+                hand_over(unfinished)
             self._stop()
             if begin is not None:
-                heartbeat.recovery.wait_for(unsettled, _seconds_to_wait(error))
+                heartbeat.recovery.wait_for(unfinished, _seconds_to_wait(error))
             deferred.__exit__()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        unsettled = self._unsettled
+        unfinished = self._unfinished
         hand_over, deferred = self._heartbeat.recovery.queue.append, defer_sigalrm()
         is_own = self._entered_by == os.getpid()  # in a forked child, the claim is the parent's
         if error is None or not self._is_interruption(error):
@@ -82,16 +82,16 @@ class Claim(BaseClaim[threading.Event]):
                 with deferred:
                     missing = run_workflow(self._transport, self._on_exit(error), deferred.sleep)
                 if is_own and self._state != "ended" and self._lease is None:  # nothing else would ever end the claim
-                    unsettled.step_run, unsettled.error = self._claim, missing if error is None else error
-                    unsettled.verdict_of = self._verdict
-                    hand_over(unsettled)
-                    self._heartbeat.recovery.wait_for(unsettled, 0)
+                    unfinished.step_run, unfinished.error = self._claim, missing if error is None else error
+                    unfinished.verdict_of = self._verdict
+                    hand_over(unfinished)
+                    self._heartbeat.recovery.wait_for(unfinished, 0)
                 self._stop()
             except BaseException as interruption:
                 if is_own and self._state != "ended":
-                    unsettled.step_run, unsettled.error = self._claim, interruption if error is None else error
-                    unsettled.verdict_of = self._verdict
-                    hand_over(unsettled)
+                    unfinished.step_run, unfinished.error = self._claim, interruption if error is None else error
+                    unfinished.verdict_of = self._verdict
+                    hand_over(unfinished)
                 self._leave_soon()
                 deferred.__exit__()
                 raise
@@ -99,8 +99,8 @@ class Claim(BaseClaim[threading.Event]):
                 raise missing
         else:
             if is_own and self._state != "ended":
-                unsettled.step_run, unsettled.error, unsettled.verdict_of = self._claim, error, self._verdict
-                hand_over(unsettled)
+                unfinished.step_run, unfinished.error, unfinished.verdict_of = self._claim, error, self._verdict
+                hand_over(unfinished)
             self._leave_soon()
 
     def exit_again(self, interruption: BaseException) -> None:
@@ -111,14 +111,14 @@ class Claim(BaseClaim[threading.Event]):
 
     def _leave_soon(self) -> None:
         """Leaves an interrupted block, whose claim may have been handed over."""
-        unsettled = self._unsettled
+        unfinished = self._unfinished
         self._stop()
-        if unsettled.step_run is not None:
+        if unfinished.step_run is not None:
             if self._lease is not None:
-                unsettled.deadline = time.monotonic() + self._longest_retry
-            self._heartbeat.recovery.wait_for(unsettled, INTERRUPTED_SECONDS)
-            if not unsettled.is_settled and unsettled.error is not None:
-                unsettled.error.add_note("squidstep_redis is still trying to record this failure")
+                unfinished.deadline = time.monotonic() + self._longest_retry
+            self._heartbeat.recovery.wait_for(unfinished, INTERRUPTED_SECONDS)
+            if not unfinished.is_recovered and unfinished.error is not None:
+                unfinished.error.add_note("squidstep_redis is still trying to record this failure")
 
     def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
         """Ends the claim with an output. One round trip, retried as long as in `run_step`.

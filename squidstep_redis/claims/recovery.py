@@ -14,22 +14,22 @@ from typing import ClassVar, Final
 from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE
 from squidstep_redis.claims.separate import SeparateTransport
 from squidstep_redis.claims.threads import BackgroundThread
-from squidstep_redis.claims.unsettled import Unsettled, settle
+from squidstep_redis.claims.unfinished import UnfinishedClaim, recover
 from squidstep_redis.errors import ServerError, SquidstepError
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.transport.blocking import run_workflow
 
 _log: Final = logging.getLogger("squidstep_redis")
 
-_MAX_UNSETTLED: Final = 1_000
+_MAX_UNFINISHED: Final = 1_000
 _CLOSE_SECONDS: Final = 1.0
 
 
 class Recovery(BackgroundThread):
-    """Settles the claims of one store that are handed over to it.
+    """Recovers the claims of one store that are handed over to it.
 
     Attributes:
-        queue: claims to settle. To hand one over, append it here: one operation, which nothing interrupts. Then call
+        queue: claims to recover. To hand one over, append it here: one operation, which nothing interrupts. Then call
             `start`; if that is interrupted, the next claim of the store does it.
     """
 
@@ -40,17 +40,17 @@ class Recovery(BackgroundThread):
         super().__init__()
         self._calls = calls
         self._transport = transport
-        self._pending: list[Unsettled] = []  # of the thread
+        self._pending: list[UnfinishedClaim] = []  # of the thread
         self._pause = FIRST_PAUSE
         self._next_at = 0.0
         self._gives_up = False
-        self.queue: deque[Unsettled] = deque(maxlen=_MAX_UNSETTLED)
+        self.queue: deque[UnfinishedClaim] = deque(maxlen=_MAX_UNFINISHED)
 
-    def wait_for(self, unsettled: Unsettled, seconds: float) -> None:
-        """Settles a claim that was handed over, and waits for it.
+    def wait_for(self, unfinished: UnfinishedClaim, seconds: float) -> None:
+        """Recovers a claim that was handed over, and waits for it.
 
         Args:
-            unsettled: a claim, which was appended to `queue`.
+            unfinished: a claim, which was appended to `queue`.
             seconds: how long to wait at most.
         """
         try:
@@ -59,15 +59,15 @@ class Recovery(BackgroundThread):
             self.work()
         self.wake()
         deadline = time.monotonic() + seconds
-        while not unsettled.is_settled and time.monotonic() < deadline:
+        while not unfinished.is_recovered and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def has_work(self) -> bool:
-        """Whether a claim is not settled."""
+        """Whether a claim is not recovered."""
         return bool(self.queue or self._pending)
 
     def work(self) -> float | None:
-        """Tries to settle all claims; returns when to try again those that could not be."""
+        """Tries to recover all claims; returns when to try again those that could not be."""
         while self.queue:
             self._pending.append(self.queue.popleft())
             self._next_at = 0.0
@@ -76,7 +76,7 @@ class Recovery(BackgroundThread):
         return self._next_at if self._pending else None
 
     def close(self) -> None:
-        """Ends the thread, after a second at most; claims that are not settled by then expire with their leases."""
+        """Ends the thread, after a second at most; claims that are not recovered by then expire with their leases."""
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self.has_work() and self.is_running and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -88,25 +88,25 @@ class Recovery(BackgroundThread):
         while remaining:
             if not self._try(remaining[0]):
                 break  # the server cannot be reached: the others would wait for it, too
-            settled = remaining.popleft()
-            settled.is_settled, settled.verdict_of = True, None  # it refers to the claim, which refers to it
+            first = remaining.popleft()
+            first.is_recovered, first.verdict_of = True, None  # it refers to the claim, which refers to it
         self._pending = list(remaining)
         self._pause = min(2 * self._pause, LAST_PAUSE) if remaining else FIRST_PAUSE
         self._next_at = time.monotonic() + self._pause
 
-    def _try(self, unsettled: Unsettled) -> bool:
+    def _try(self, unfinished: UnfinishedClaim) -> bool:
         """Returns whether there is no more to do for a claim."""
-        if unsettled.is_of_dead_process:
+        if unfinished.is_of_dead_process:
             return True
         try:
-            run_workflow(self._transport.get(), settle(self._calls, unsettled))
+            run_workflow(self._transport.get(), recover(self._calls, unfinished))
         except ServerError as error:
-            if error.transient and not self._gives_up and time.monotonic() < unsettled.deadline:
+            if error.transient and not self._gives_up and time.monotonic() < unfinished.deadline:
                 return False
             self._give_up(error)
         except SquidstepError as error:  # taken over, ended or deleted meanwhile
             _log.debug("a claim needed no recovery: %s", error)
-        except Exception as error:  # noqa: BLE001 -- the others must be settled nevertheless
+        except Exception as error:  # noqa: BLE001 -- the others must be recovered nevertheless
             self._give_up(error)
         return True
 

@@ -7,7 +7,7 @@ A claim has four states:
     new ──_acquire──▶ held ──_finish──▶ ending ──▶ ended      ending: the call was sent, and its result is not known yet
                         └──the heartbeat finds it taken over──▶ ended, with the loss recorded
 
-What the code of a claim cannot do, because it was interrupted or got no reply, is done later: see `unsettled.py`.
+What the code of a claim cannot do, because it was interrupted or got no reply, is done later: see `unfinished.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weakref import ref
 
 from squidstep_redis.claims.failures import NEVER, FailureRules, Verdict
 from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered, retry_until
-from squidstep_redis.claims.unsettled import give_back
+from squidstep_redis.claims.unfinished import give_back
 from squidstep_redis.errors import (
     CorruptRunError,
     InvalidArgumentError,
@@ -385,9 +385,9 @@ class BaseClaim(Generic[E]):
             raise StepBusyError(error.current, None) from error
 
     def _on_exit(self, error: BaseException | None) -> Workflow[BaseException | None]:
-        """Records what the block raised, when the block exits: as insistently as a result.
+        """Records what the block raised, when the block exits: retried for as long as a result.
 
-        There is one attempt if an insistent ending has just failed, or if the block was interrupted from outside: it
+        There is one attempt if a retried ending has just failed, or if the block was interrupted from outside: it
         must end soon.
 
         Returns:
@@ -401,8 +401,8 @@ class BaseClaim(Generic[E]):
                 "output", "the block ended without complete(), fail() or release(); the step is recorded as failed"
             )
         try:
-            insists = error is not self._unrecorded and not self._is_interruption(error)
-            yield from self._fail(error, *self._verdict(error), insists)
+            retryable = error is not self._unrecorded and not self._is_interruption(error)
+            yield from self._fail(error, *self._verdict(error), retryable)
         except SquidstepError as problem:
             error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing

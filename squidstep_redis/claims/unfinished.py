@@ -20,7 +20,7 @@ INTERRUPTED_SECONDS: Final = 1.0
 """How long the code of a block, once interrupted, waits for its claim to be given back or recorded as failed."""
 
 
-class Unsettled:
+class UnfinishedClaim:
     """A claim that its own code cannot end: what is to be sent instead.
 
     Attributes:
@@ -29,7 +29,7 @@ class Unsettled:
         error: what interrupted its code, or what the work raised.
         verdict_of: returns what the error means for the next attempt; None: it can begin at once.
         deadline: until when a server that cannot be reached is tried again, on the monotonic clock.
-        is_settled: whether there is nothing more to do.
+        is_recovered: whether there is nothing more to do.
     """
 
     begin: Call[BeginResult] | None = None
@@ -37,7 +37,7 @@ class Unsettled:
     error: BaseException | None = None
     verdict_of: Callable[[BaseException], Verdict] | None = None
     deadline: float = math.inf
-    is_settled: bool = False
+    is_recovered: bool = False
 
     @property
     def is_of_dead_process(self) -> bool:
@@ -45,7 +45,7 @@ class Unsettled:
         return bool(getattr(self.error, "ends_process", False))
 
 
-def settle(calls: Calls, unsettled: Unsettled) -> Workflow[None]:
+def recover(calls: Calls, unfinished: UnfinishedClaim) -> Workflow[None]:
     """Gives back, or records as failed, a claim that its own code could not end. One attempt.
 
     Raises:
@@ -53,11 +53,11 @@ def settle(calls: Calls, unsettled: Unsettled) -> Workflow[None]:
             the server did not do it.
     """
     try:
-        if unsettled.begin is not None:
-            yield from give_back(calls, unsettled.begin)
-        elif unsettled.step_run is not None and unsettled.error is not None:
-            verdict = unsettled.verdict_of(unsettled.error) if unsettled.verdict_of else AT_ONCE
-            yield Send(calls.fail_step(unsettled.step_run, unsettled.error, **verdict._asdict()))
+        if unfinished.begin is not None:
+            yield from give_back(calls, unfinished.begin)
+        elif unfinished.step_run is not None and unfinished.error is not None:
+            verdict = unfinished.verdict_of(unfinished.error) if unfinished.verdict_of else AT_ONCE
+            yield Send(calls.fail_step(unfinished.step_run, unfinished.error, **verdict._asdict()))
     except NotReplicatedError:  # done; the replicas do not matter any more
         return
 
