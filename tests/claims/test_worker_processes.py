@@ -25,7 +25,7 @@ from squidstep_redis import (
 
 # The common start of the scripts below.
 HEAD = """
-import asyncio, os, signal, sys, threading
+import asyncio, os, signal, sys, time
 from squidstep_redis import AsyncStepRunStore, StepBusyError, StepRunStore, current_claim
 
 def say(*words):
@@ -38,12 +38,13 @@ url, prefix = sys.argv[1:]
 
 STOPPABLE = {
     "blocking": """
-stopping = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+stopping = []  # no threading.Event: its `set` waits for a lock that the interrupted `wait` may hold
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
 
 def work(input):
     say("working")
-    stopping.wait()
+    while not stopping:
+        time.sleep(0.01)
     current_claim().release()
     raise Stopped
 
