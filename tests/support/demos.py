@@ -116,6 +116,7 @@ def assert_leaves_nothing(*arguments: object, number: signal.Signals, moment: st
         if number == signal.SIGKILL:
             assert status == -signal.SIGKILL  # a worker that loses its parent while it starts may print a traceback
         else:
-            assert (status, errors) == (128 + number, f"squidstep: terminated by {number.name}\n")
+            expected = (128 + number, f"squidstep: terminated by {number.name}\n")
+            assert (status, errors) == expected, (status, errors)  # pytest explains only asserts of test modules
         wait_until(lambda: not processes_using(temporary), TIMEOUT)
         wait_until(lambda: not list(temporary.iterdir()), TIMEOUT)
