@@ -14,8 +14,8 @@ from redis.backoff import NoBackoff
 
 from squidstep_redis.claims.aio_background import PerLoop, wait_for_background_of
 from squidstep_redis.claims.aio_claim import AsyncClaim, LoopState
-from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
-from squidstep_redis.claims.rules import DEFAULT_LEASE, OnBusy
+from squidstep_redis.claims.failures import Backoff, Permanent
+from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.doctor.examine import Diagnosis, examine
@@ -180,20 +180,18 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         owner: str | None = None,
         cancel_when_lost: bool = False,
     ) -> AsyncClaim:
-        return AsyncClaim(
-            self,
-            self._transport,
+        request = claim_request(
             run_id,
             step,
             input,
-            lease,
-            max_attempts,
-            on_busy,
-            owner,
-            failure_rules(permanent, backoff),
-            cancel_when_lost,
-            self._per_loop,
+            lease=lease,
+            max_attempts=max_attempts,
+            permanent=permanent,
+            backoff=backoff,
+            on_busy=on_busy,
+            owner=owner,
         )
+        return AsyncClaim(self, self._transport, request, cancel_when_lost, self._per_loop)
 
     @with_docs_of(StepRunStore.doctor)
     async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:

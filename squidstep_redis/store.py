@@ -10,9 +10,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from squidstep_redis.claims.claim import Claim
-from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
+from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.heartbeat import end_heartbeat
-from squidstep_redis.claims.rules import DEFAULT_LEASE, OnBusy
+from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import (
     InvalidArgumentError,
@@ -245,8 +245,18 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         Raises:
             InvalidArgumentError: `lease`, `on_busy`, `permanent` or `backoff` was rejected.
         """
-        failures = failure_rules(permanent, backoff)
-        return Claim(self, self._transport, run_id, step, input, lease, max_attempts, on_busy, owner, failures)
+        request = claim_request(
+            run_id,
+            step,
+            input,
+            lease=lease,
+            max_attempts=max_attempts,
+            permanent=permanent,
+            backoff=backoff,
+            on_busy=on_busy,
+            owner=owner,
+        )
+        return Claim(self, self._transport, request)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Checks whether the guarantees hold on the server and the client, and what limits them.

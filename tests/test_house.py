@@ -34,7 +34,15 @@ BESIDE_PUBLIC_NAMES = {
     "embedded": set[str](),
     "metrics": set[str](),
     "pytest_plugin": {"embedded", "testing"},
-    "rq": {"rq", "claims.failures", "claims.rules", "protocol.arguments", "signals", "transport.blocking"},
+    "rq": {
+        "rq",
+        "claims.failures",
+        "claims.request",
+        "claims.rules",
+        "protocol.arguments",
+        "signals",
+        "transport.blocking",
+    },
     "testing": {"testing", "embedded", "protocol.arguments", "protocol.scripts"},
 }
 MODULES = {

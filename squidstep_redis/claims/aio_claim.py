@@ -11,13 +11,13 @@ from typing import Any, Final, Self, cast
 from squidstep_redis.claims.aio_background import LastingSender, LeavingSender, PerLoop, SideConnections
 from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
 from squidstep_redis.claims.claim import Claim
-from squidstep_redis.claims.failures import FailureRules
-from squidstep_redis.claims.rules import BaseClaim, OnBusy
+from squidstep_redis.claims.request import ClaimRequest
+from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.errors import NotSentError, OutcomeUnknownError, SquidstepError, StaleStepRunError
 from squidstep_redis.model import StepRun
-from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
+from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
 
@@ -39,20 +39,11 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self,
         store: Any,  # of a higher layer
         transport: AsyncTransport,
-        run_id: RunId,
-        step: Step,
-        input: Mapping[str, Any],
-        lease: Seconds | None,
-        max_attempts: int | None,
-        on_busy: OnBusy,
-        owner: str | None,
-        failures: FailureRules,
+        request: ClaimRequest,
         cancel_when_lost: bool,
         per_loop: PerLoop[LoopState],
     ) -> None:
-        super().__init__(
-            store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, failures, asyncio.Event()
-        )
+        super().__init__(store.calls, request, asyncio.Event())
         self.store = store
         self._transport = transport
         self._cancels = cancel_when_lost

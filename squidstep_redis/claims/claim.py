@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from squidstep_redis.claims.failures import FailureRules
 from squidstep_redis.claims.heartbeat import heartbeat_of
-from squidstep_redis.claims.rules import BaseClaim, OnBusy
+from squidstep_redis.claims.request import ClaimRequest
+from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.claims.threads import LockFreeEvent
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, UnfinishedClaim
 from squidstep_redis.errors import OutcomeUnknownError, SquidstepError
 from squidstep_redis.model import StepRun
-from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs
+from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
@@ -29,18 +29,9 @@ class Claim(BaseClaim[threading.Event]):
         self,
         store: Any,  # of a higher layer
         transport: BlockingTransport,
-        run_id: RunId,
-        step: Step,
-        input: Mapping[str, Any],
-        lease: Seconds | None,
-        max_attempts: int | None,
-        on_busy: OnBusy,
-        owner: str | None,
-        failures: FailureRules,
+        request: ClaimRequest,
     ) -> None:
-        super().__init__(
-            store.calls, run_id, step, input, lease, max_attempts, on_busy, owner, failures, LockFreeEvent()
-        )
+        super().__init__(store.calls, request, LockFreeEvent())
         self.store = store
         self._transport = transport
 

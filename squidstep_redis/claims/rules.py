@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from functools import cache
-from typing import Any, Final, Generic, Literal, TypeVar, cast
+from typing import Any, Final, Generic, Literal, TypeVar
 from weakref import ref
 
-from squidstep_redis.claims.failures import NEVER, FailureRules, Verdict
+from squidstep_redis.claims.failures import NEVER, Verdict
+from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered, retry_until
 from squidstep_redis.claims.unfinished import give_back
 from squidstep_redis.errors import (
@@ -39,11 +38,10 @@ from squidstep_redis.errors import (
     StepExhaustedError,
     StepFailedError,
     StepRunNotFoundError,
-    described,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import RunId, Seconds, Step, StepInputs, lease_ms
+from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
@@ -52,9 +50,6 @@ from squidstep_redis.signals import is_raised_by_handler
 E = TypeVar("E", threading.Event, asyncio.Event)
 T = TypeVar("T")
 
-OnBusy = Literal["raise", "wait"]
-
-DEFAULT_LEASE: Final = 30.0
 EXTENSIONS_PER_LEASE: Final = 3
 MAX_RETRY_SECONDS: Final = 60.0  # for the result of finished work
 
@@ -74,16 +69,6 @@ def _current_claims() -> Iterator[BaseClaim[Any]]:
             yield claim
 
 
-@cache
-def _hostname() -> str:
-    return socket.gethostname()
-
-
-def default_owner() -> str:
-    """Returns the default owner of a claim: `host:pid`."""
-    return f"{_hostname()}:{os.getpid()}"
-
-
 class BaseClaim(Generic[E]):
     """A step that at most one delivery executes at a time, and the claim on it while this delivery executes it.
 
@@ -97,33 +82,11 @@ class BaseClaim(Generic[E]):
     lost: E
     decision: Literal["execute", "skip"] | None
 
-    def __init__(
-        self,
-        calls: Calls,
-        run_id: RunId,
-        step: Step,
-        input: Mapping[str, Any],
-        lease: Seconds | None,
-        max_attempts: int | None,
-        on_busy: OnBusy,
-        owner: str | None,
-        failures: FailureRules,
-        lost: E,
-    ) -> None:
-        """Called only by `claim_step`; raises InvalidArgumentError if `lease` or `on_busy` is rejected."""
-        if cast("object", on_busy) not in ("raise", "wait"):
-            raise InvalidArgumentError("on_busy", f"must be 'raise' or 'wait', not {described(on_busy)}")
+    def __init__(self, calls: Calls, request: ClaimRequest, lost: E) -> None:
+        """Called only by `claim_step`."""
         self._calls = calls
-        self._lease = lease
-        self._lease_seconds = int(lease_ms(lease) or 0) / 1_000
-        self._on_busy = on_busy
-        self._failures = failures
-
-        def begin() -> Call[BeginResult]:
-            claimed_by = default_owner() if owner is None else owner
-            return calls.begin_step(run_id, step, input, lease=lease, max_attempts=max_attempts, owner=claimed_by)
-
-        self._begin: Callable[[], Call[BeginResult]] = begin
+        self._request = request
+        self._lease, self._lease_seconds = request.lease, request.lease_seconds
         self._sent: Call[BeginResult] | None = None  # what may have acquired the claim
         self._unrecorded: ServerError | None = None  # what ending the claim raised
         self._unstorable: InvalidArgumentError | None = None  # why the output was rejected
@@ -258,7 +221,7 @@ class BaseClaim(Generic[E]):
         self._loss = self._sent = self._unrecorded = self._unstorable = self._interruption = None
         pause = FIRST_PAUSE
         while True:
-            call = self._begin()
+            call = self._request.begin(self._calls)
             self._sent, self._sent_at = call, time.monotonic()
             try:
                 result: BeginResult = yield Send(call)
@@ -283,7 +246,7 @@ class BaseClaim(Generic[E]):
             if result.failed:
                 raise StepFailedError(self._step_run)
             if result.busy or result.delayed:
-                if self._on_busy == "raise":
+                if self._request.on_busy == "raise":
                     raise _not_now(result)
                 if result.busy and any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
                     raise InvalidArgumentError(
@@ -381,7 +344,7 @@ class BaseClaim(Generic[E]):
         """Returns if `run_step` must wait for the worker that took over; otherwise raises what `run_step` raises."""
         if error is not self._loss or error.current.status is not StepStatus.RUNNING:
             raise error
-        if self._on_busy == "raise":
+        if self._request.on_busy == "raise":
             raise StepBusyError(error.current, None) from error
 
     def _on_exit(self, error: BaseException | None) -> Workflow[BaseException | None]:
@@ -410,7 +373,7 @@ class BaseClaim(Generic[E]):
     def _verdict(self, error: BaseException) -> Verdict:
         """Returns when the step can be claimed again after an exception left the block."""
         if error is not self._unstorable:
-            return self._failures.verdict(error, self.step_run.attempts_used)
+            return self._request.failures.verdict(error, self.step_run.attempts_used)
         error.add_note("The result of the work cannot be stored: the step has failed permanently, until retry_step")
         return NEVER
 

@@ -11,7 +11,7 @@ from inspect import iscoroutinefunction
 from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
 
 from squidstep_redis import InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError
-from squidstep_redis.claims.rules import DEFAULT_LEASE
+from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
 from squidstep_redis.signals import defer_sigalrm

@@ -7,7 +7,7 @@ from inspect import iscoroutinefunction, signature
 from typing import Any, ParamSpec, TypeVar, cast
 
 from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
-from squidstep_redis.claims.rules import DEFAULT_LEASE
+from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
 from squidstep_redis.rq.execution import StepSettings, execute

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypedDict, TypeVar, cast
 
 from squidstep_redis import PayloadError, StaleStepRunError
 from squidstep_redis.claims.failures import Backoff, Permanent
-from squidstep_redis.claims.rules import default_owner
+from squidstep_redis.claims.request import default_owner
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.rq.functions import explain, result_of, stored_arguments
 from squidstep_redis.rq.installed import Job

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from squidstep_redis.claims.failures import Backoff, Permanent
-from squidstep_redis.claims.rules import DEFAULT_LEASE
+from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.rq.execution import StepSettings, execute
 from squidstep_redis.rq.installed import Job, get_current_job

@@ -22,7 +22,7 @@ from rq.results import Result
 from rq.scheduler import RQScheduler
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.claims.rules import default_owner
+from squidstep_redis.claims.request import default_owner
 from squidstep_redis.rq import release_killed_work_horse
 from support.rq_workers import DEADLINE, WorkerProcess, is_alive, start_process
 
