@@ -44,6 +44,7 @@ _COMMANDS: Final = {
 _FROM_EXTRAS: Final = ("click", "rich", "rq")
 _RECURSION_LIMIT: Final = 10_000  # payloads of 500 levels are stored; json and rich use several frames for each
 _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXIT_AGAIN_SECONDS: Final = 0.001
 
 
 class _SignalExit(SystemExit):
@@ -55,6 +56,7 @@ def main() -> None:
     for number in _EXIT_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _exit_on_signal)
+    sys.unraisablehook = _exit_later
     _prepare_streams()
     sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION_LIMIT))
     try:
@@ -137,3 +139,17 @@ def _exit_on_signal(number: int, _frame: object) -> NoReturn:
     for each in _EXIT_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise _SignalExit(128 + number)
+
+
+def _exit_later(unraisable: sys.UnraisableHookArgs) -> None:
+    """Raises the exception of a signal once more if it came during a `__del__`, which discards exceptions."""
+    error = unraisable.exc_value
+    if not isinstance(error, _SignalExit):
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def exit_again(_number: int, _frame: object) -> NoReturn:
+        raise _SignalExit(*error.args)
+
+    signal.signal(signal.SIGALRM, exit_again)
+    signal.setitimer(signal.ITIMER_REAL, _EXIT_AGAIN_SECONDS)
