@@ -33,7 +33,7 @@ from squidstep_redis import (
 )
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.transport.retry import ExchangeError, RetryState
+from squidstep_redis.transport.retry import RetryState, RoundTripError
 
 real_server = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
@@ -73,7 +73,7 @@ NO_REPLY: dict[str, Exception] = {
     "timeout": exceptions.TimeoutError("Timeout reading from socket"),
     "cluster unreachable": exceptions.RedisClusterException("Redis Cluster cannot be connected."),
 }
-NOT_CONNECTED = ExchangeError(exceptions.ConnectionError("Error 111 connecting to localhost:6379."), sent=False)
+NOT_CONNECTED = RoundTripError(exceptions.ConnectionError("Error 111 connecting to localhost:6379."), sent=False)
 OTHER_ERRORS: dict[str, Exception] = {
     "refused midway": exceptions.ResponseError(
         "ACL failure in script: User has no permissions to run the 'zadd' command"
@@ -129,7 +129,7 @@ class TestServerErrors:
 
     def test_failed_connect_after_a_lost_reply_leaves_the_outcome_unknown(self) -> None:
         assert type(raised(NOT_CONNECTED, NO_REPLY["connection closed"])) is OutcomeUnknownError
-        assert type(raised(NOT_CONNECTED, ExchangeError(NO_REPLY["timeout"], sent=True))) is OutcomeUnknownError
+        assert type(raised(NOT_CONNECTED, RoundTripError(NO_REPLY["timeout"], sent=True))) is OutcomeUnknownError
 
     def test_failed_connects_and_refusals_leave_the_outcome_known(self) -> None:
         assert type(raised(NOT_CONNECTED, NOT_CONNECTED, REFUSALS["loading"][0])) is NotSentError

@@ -17,8 +17,8 @@ from squidstep_redis.transport.aio_connection import AsyncConnections, HookedCli
 from squidstep_redis.transport.aio_pool import PooledConnections
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.driver import Driver, Exchange, ExchangeAll, Execute, Pause, Redirect, Refresh, Route
-from squidstep_redis.transport.retry import FAILURES, ExchangeError
+from squidstep_redis.transport.driver import Driver, Execute, Pause, Redirect, Refresh, RoundTrip, RoundTrips, Route
+from squidstep_redis.transport.retry import FAILURES, RoundTripError
 
 T = TypeVar("T")
 
@@ -127,10 +127,10 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
             return end.value
 
     async def _perform(
-        self, action: Exchange | ExchangeAll | Route | Redirect | Refresh | Pause, deadline: float
+        self, action: RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause, deadline: float
     ) -> Any:
         """Performs an action other than Execute."""
-        if isinstance(action, Exchange):
+        if isinstance(action, RoundTrip):
             return await action.node.send(action.commands, action.read, deadline, blocks=action.blocks)
         if isinstance(action, Route):
             return await self._connections().route(action.calls)
@@ -141,13 +141,13 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         if isinstance(action, Refresh):
             return await self._connections().refresh(action.since)
         return await asyncio.gather(
-            *(self._outcome(exchange, deadline) for exchange in action.exchanges)
-        )  # ExchangeAll
+            *(self._outcome(round_trip, deadline) for round_trip in action.round_trips)
+        )  # RoundTrips
 
-    async def _outcome(self, exchange: Exchange, deadline: float) -> Any:
+    async def _outcome(self, round_trip: RoundTrip, deadline: float) -> Any:
         try:
-            return await exchange.node.send(exchange.commands, exchange.read, deadline, blocks=exchange.blocks)
-        except ExchangeError as error:
+            return await round_trip.node.send(round_trip.commands, round_trip.read, deadline, blocks=round_trip.blocks)
+        except RoundTripError as error:
             return error
 
 
@@ -158,7 +158,7 @@ async def _replies(server: AsyncConnections, commands: Sequence[Command]) -> Asy
             try:
                 yield (await server.send([command], as_it_is))[0]
                 continue
-            except ExchangeError as error:
+            except RoundTripError as error:
                 unreachable = error.cause
         yield unreachable  # to the other commands, too
 

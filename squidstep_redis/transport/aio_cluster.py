@@ -27,10 +27,10 @@ from squidstep_redis.transport.aio_connection import (
     drop,
     is_foreign,
 )
-from squidstep_redis.transport.aio_pool import exchange_on
+from squidstep_redis.transport.aio_pool import round_trip_on
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.cluster import KEY, PRIMARY, Topology
-from squidstep_redis.transport.retry import ExchangeError, as_redis_error
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
 
 
@@ -94,7 +94,7 @@ class ClusterConnections(AsyncConnections):
                 node = ClusterNode(host, port, PRIMARY, **manager.connection_kwargs)
                 manager.set_nodes(manager.nodes_cache, {node.name: node})
         except Exception as failure:
-            raise ExchangeError(as_redis_error(failure), sent=False) from failure
+            raise RoundTripError(as_redis_error(failure), sent=False) from failure
         return self._to(node)
 
     async def refresh(self, since: float) -> None:
@@ -112,7 +112,7 @@ class ClusterConnections(AsyncConnections):
     async def _initialize(self) -> None:
         """Lets the client learn the slots, unless it knows them."""
         if self._client._initialize and (error := await self._learn()) is not None:
-            raise ExchangeError(error, sent=False) from error
+            raise RoundTripError(error, sent=False) from error
 
     async def _learn(self) -> Exception | None:
         """Lets the client learn the slots, once for all tasks that wait for it, and whichever of them is cancelled."""
@@ -171,14 +171,14 @@ class _NodeConnections(OwnConnections):
     ) -> list[Any]:
         try:
             return await super().send(commands, read, deadline, blocks=blocks)
-        except ExchangeError:
+        except RoundTripError:
             self._topology.failed = self.node.name
             raise
 
     async def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
         try:
             return await super().execute(command, call, deadline)
-        except ExchangeError:
+        except RoundTripError:
             self._topology.failed = self.node.name
             raise
 
@@ -224,12 +224,12 @@ class _BorrowedNode(AsyncConnections):
                 connection = self.node.acquire_connection()
                 await connection.connect()
             except Exception as error:
-                raise ExchangeError(as_redis_error(error), sent=False) from error
-            results, is_demoted = await exchange_on(connection, commands, read, deadline)
+                raise RoundTripError(as_redis_error(error), sent=False) from error
+            results, is_demoted = await round_trip_on(connection, commands, read, deadline)
         except BaseException as error:
             if connection is not None:
                 drop(connection)
-            if isinstance(error, ExchangeError):
+            if isinstance(error, RoundTripError):
                 self._topology.failed = self.node.name
             raise
         else:

@@ -31,7 +31,7 @@ from squidstep_redis.errors import ReplyMismatchError
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.link import Link
-from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import Read, chunks, pack_command
 
 _MAX_IDLE: Final = 16
@@ -65,7 +65,7 @@ class AsyncConnections(ABC):
             What `read` returned.
 
         Raises:
-            ExchangeError: connecting, sending or reading failed.
+            RoundTripError: connecting, sending or reading failed.
             ReplyMismatchError: raised by `read`.
         """
 
@@ -90,7 +90,7 @@ class AsyncConnections(ABC):
 
         Raises:
             AskError: the client is no cluster client.
-            ExchangeError: the node could not be learned.
+            RoundTripError: the node could not be learned.
         """
         raise error
 
@@ -150,7 +150,7 @@ class OwnConnections(AsyncConnections):
             links.close()
 
     def retire(self) -> None:
-        """Closes the connections of the running event loop as soon as no exchange is under way on them."""
+        """Closes the connections of the running event loop as soon as no round trip is under way on them."""
         links = self._by_loop.pop(asyncio.get_running_loop(), None)
         if links is not None:
             links.retire()
@@ -214,7 +214,7 @@ class OwnConnections(AsyncConnections):
         except BaseException as error:
             drop(connection)
             if isinstance(error, (RedisError, RedisClusterException)):
-                raise ExchangeError(error, sent=False) from error
+                raise RoundTripError(error, sent=False) from error
             raise
 
 
@@ -255,7 +255,7 @@ class _Links:
         return None
 
     def retire(self) -> None:
-        """Lets no exchange begin on these connections: their server is no primary any more."""
+        """Lets no round trip begin on these connections: their server is no primary any more."""
         self.close_idle()
         if self.shared is not None:
             self.shared.retire()
@@ -307,7 +307,7 @@ class HookedClient(AsyncConnections):
                     pipeline.execute_command(*command, **OPTIONS)
                 replies = await pipeline.execute(raise_on_error=False)
         except Exception as error:
-            raise ExchangeError(as_redis_error(error), sent=name.packed) from error
+            raise RoundTripError(as_redis_error(error), sent=name.packed) from error
         is_reusable = False
         try:
             results = [read(index, reply) for index, reply in enumerate(replies)]

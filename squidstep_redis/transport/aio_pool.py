@@ -1,4 +1,4 @@
-"""The pool of a user's client on asyncio: a connection is borrowed for one exchange."""
+"""The pool of a user's client on asyncio: a connection is borrowed for one round trip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from squidstep_redis.transport.aio_connection import (
 )
 from squidstep_redis.transport.client import has_plain_stream, idle_of
 from squidstep_redis.transport.pool import ask, is_known, seconds_to_wait
-from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import Packed, Read
 
 _plain: Any = ConnectionPool
@@ -38,7 +38,7 @@ _KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 
 
 class PooledConnections(AsyncConnections):
-    """The pool of a user's client: a connection is borrowed for one exchange.
+    """The pool of a user's client: a connection is borrowed for one round trip.
 
     A pool serves one event loop at a time, because its locks belong to a loop. The first loop that uses it keeps it
     until it is closed; meanwhile, other loops use connections of their own, if the pool's are plain streams.
@@ -65,7 +65,7 @@ class PooledConnections(AsyncConnections):
         before = cancellations()
         connection = await self._borrow(deadline)
         try:
-            results, is_demoted = await exchange_on(connection, commands, read, deadline)
+            results, is_demoted = await round_trip_on(connection, commands, read, deadline)
             await raise_swallowed_cancellation(before)
         except BaseException:
             drop(connection)
@@ -106,7 +106,7 @@ class PooledConnections(AsyncConnections):
                 self._release_later(connection)
                 raise
         except Exception as error:
-            raise ExchangeError(as_redis_error(error), sent=False) from error
+            raise RoundTripError(as_redis_error(error), sent=False) from error
         return connection
 
     def _release_later(self, connection: Any) -> None:
@@ -212,7 +212,7 @@ def _is_quiet(connection: Any) -> bool:
     return not poll.poll(0)
 
 
-async def exchange_on(
+async def round_trip_on(
     connection: Any, commands: Sequence[Command], read: Read, deadline: float = inf
 ) -> tuple[list[Any], bool]:
     """Sends commands on a connection of redis-py's; returns the results, and whether the server is no primary.
@@ -250,5 +250,5 @@ async def exchange_on(
         raise
     except Exception as error:
         cause = TimeoutError("Timeout reading from socket") if scope.expired() else as_redis_error(error)
-        raise ExchangeError(cause, sent=packed.was_taken) from error
+        raise RoundTripError(cause, sent=packed.was_taken) from error
     return results, is_demoted

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.client import ClientFacts, ClientHooks, has_plain_stream
 from squidstep_redis.transport.events import EventEmitter
-from squidstep_redis.transport.retry import ExchangeError
+from squidstep_redis.transport.retry import RoundTripError
 
 Connections = TypeVar("Connections")
 
@@ -72,4 +72,4 @@ def as_it_is(_: int, reply: Any) -> Any:
 
 def cause_of(error: Exception) -> Exception:
     """Returns what redis-py raised, or would raise."""
-    return error.cause if isinstance(error, ExchangeError) else error
+    return error.cause if isinstance(error, RoundTripError) else error

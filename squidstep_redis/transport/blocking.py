@@ -13,8 +13,8 @@ from squidstep_redis.transport import driver
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.cluster import ClusterConnections, HookedCluster
 from squidstep_redis.transport.connection import Connections, HookedClient, OwnConnections, PooledConnections
-from squidstep_redis.transport.driver import Driver, Exchange, ExchangeAll, Execute, Pause, Redirect, Refresh, Route
-from squidstep_redis.transport.retry import FAILURES, ExchangeError
+from squidstep_redis.transport.driver import Driver, Execute, Pause, Redirect, Refresh, RoundTrip, RoundTrips, Route
+from squidstep_redis.transport.retry import FAILURES, RoundTripError
 
 T = TypeVar("T")
 
@@ -97,9 +97,9 @@ class BlockingTransport(BaseTransport[Connections]):
         except StopIteration as end:
             return end.value
 
-    def _perform(self, action: Exchange | ExchangeAll | Route | Redirect | Refresh | Pause, deadline: float) -> Any:
+    def _perform(self, action: RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause, deadline: float) -> Any:
         """Performs an action other than Execute."""
-        if isinstance(action, Exchange):
+        if isinstance(action, RoundTrip):
             return action.node.send(action.commands, action.read, deadline)
         if isinstance(action, Route):
             return self._connections().route(action.calls)
@@ -109,12 +109,12 @@ class BlockingTransport(BaseTransport[Connections]):
             return self._connections().redirect(action.error)
         if isinstance(action, Refresh):
             return self._connections().refresh(action.since)
-        return [self._outcome(exchange, deadline) for exchange in action.exchanges]  # ExchangeAll
+        return [self._outcome(round_trip, deadline) for round_trip in action.round_trips]  # RoundTrips
 
-    def _outcome(self, exchange: Exchange, deadline: float) -> Any:
+    def _outcome(self, round_trip: RoundTrip, deadline: float) -> Any:
         try:
-            return exchange.node.send(exchange.commands, exchange.read, deadline)
-        except ExchangeError as error:
+            return round_trip.node.send(round_trip.commands, round_trip.read, deadline)
+        except RoundTripError as error:
             return error
 
 
@@ -125,7 +125,7 @@ def _replies(server: Connections, commands: Sequence[Command]) -> Iterator[Any]:
             try:
                 yield server.send([command], as_it_is)[0]
                 continue
-            except ExchangeError as error:
+            except RoundTripError as error:
                 unreachable = error.cause
         yield unreachable  # to the other commands, too
 

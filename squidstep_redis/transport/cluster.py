@@ -18,7 +18,7 @@ from redis.exceptions import AskError, MovedError, SlotNotCoveredError
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.transport.connection import Connections, HookedClient, PooledConnections
-from squidstep_redis.transport.retry import ExchangeError, as_redis_error
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
 
 KEY: Final = 3
@@ -42,11 +42,11 @@ class Topology:
         self.refreshed_at = float("-inf")
 
     def node_of(self, key: bytes) -> Any:
-        """Returns the node of a key's slot; raises ExchangeError if no known node serves it."""
+        """Returns the node of a key's slot; raises RoundTripError if no known node serves it."""
         slot = key_slot(key)
         nodes = self.client.nodes_manager.slots_cache.get(slot)
         if not nodes:
-            raise ExchangeError(SlotNotCoveredError(f"no node of the cluster serves slot {slot}"), sent=False)
+            raise RoundTripError(SlotNotCoveredError(f"no node of the cluster serves slot {slot}"), sent=False)
         return nodes[0]
 
     def locate(self, redirect: AskError) -> tuple[str, int]:
@@ -125,7 +125,7 @@ class ClusterConnections(Connections):
                 node = ClusterNode(host, port, PRIMARY)
                 manager.nodes_cache[node.name] = node
         except Exception as failure:
-            raise ExchangeError(as_redis_error(failure), sent=False) from failure
+            raise RoundTripError(as_redis_error(failure), sent=False) from failure
         return self._to(node)
 
     def refresh(self, since: float) -> None:
@@ -163,7 +163,7 @@ class _NodeConnections(PooledConnections):
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         try:
             return super().send(commands, read, deadline)
-        except ExchangeError:
+        except RoundTripError:
             self._topology.failed = self._name
             raise
 

@@ -24,7 +24,7 @@ from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.handshake import open_connection
 from squidstep_redis.transport.pool import borrow, give_back
-from squidstep_redis.transport.retry import ExchangeError, as_redis_error, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
 _MAX_IDLE: Final = 16
@@ -47,7 +47,7 @@ class Connections(ABC):
             What `read` returned.
 
         Raises:
-            ExchangeError: connecting, sending or reading failed.
+            RoundTripError: connecting, sending or reading failed.
             ReplyMismatchError: raised by `read`.
         """
 
@@ -72,7 +72,7 @@ class Connections(ABC):
 
         Raises:
             AskError: the client is no cluster client.
-            ExchangeError: the node could not be learned.
+            RoundTripError: the node could not be learned.
         """
         raise error
 
@@ -106,9 +106,9 @@ class OwnConnections(Connections):
         connection = self._acquire()
         is_reusable = False
         try:
-            results = connection.exchange(commands, read, deadline)
+            results = connection.round_trip(commands, read, deadline)
             is_reusable = True
-        except ExchangeError:
+        except RoundTripError:
             self._discard_idle()  # they lead to the same server
             raise
         finally:
@@ -149,7 +149,7 @@ class OwnConnections(Connections):
 
 
 class PooledConnections(Connections):
-    """The pool of a user's client: a connection is borrowed for one exchange."""
+    """The pool of a user's client: a connection is borrowed for one round trip."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
@@ -161,9 +161,9 @@ class PooledConnections(Connections):
         try:
             stream = stream_of(connection)
             if stream is None:
-                results, is_demoted = _exchange(connection, commands, read)
+                results, is_demoted = _round_trip(connection, commands, read)
             else:
-                results, is_demoted = stream.exchange(commands, read, deadline), stream.is_demoted
+                results, is_demoted = stream.round_trip(commands, read, deadline), stream.is_demoted
             is_reusable = not is_demoted
         finally:
             if not is_reusable:
@@ -195,7 +195,7 @@ class HookedClient(Connections):
                     pipeline.execute_command(*command, **OPTIONS)
                 replies = pipeline.execute(raise_on_error=False)
         except Exception as error:
-            raise ExchangeError(as_redis_error(error), sent=name.packed) from error
+            raise RoundTripError(as_redis_error(error), sent=name.packed) from error
         is_reusable = False
         try:
             results = [read(index, reply) for index, reply in enumerate(replies)]
@@ -215,7 +215,7 @@ def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return error
 
 
-def _exchange(connection: Any, commands: Sequence[Command], read: Read) -> tuple[list[Any], bool]:
+def _round_trip(connection: Any, commands: Sequence[Command], read: Read) -> tuple[list[Any], bool]:
     """Sends commands by redis-py's methods; returns the results, and whether the server is no primary any more."""
     packed = Packed(commands)
     results: list[Any] = []
@@ -230,5 +230,5 @@ def _exchange(connection: Any, commands: Sequence[Command], read: Read) -> tuple
                 is_demoted = is_demoted or is_demotion(error)
             results.append(read(index, reply))
     except RedisError as error:
-        raise ExchangeError(error, sent=packed.was_taken) from error
+        raise RoundTripError(error, sent=packed.was_taken) from error
     return results, is_demoted

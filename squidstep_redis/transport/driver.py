@@ -5,8 +5,8 @@ generator with the outcome, or throws in what the action raised.
 
     action                          the transport                                        the driver receives
     Execute(command, call)          sends the command of a call to the server of its key what `call.outcome` returned
-    Exchange(node, commands, read)  sends commands to one server in one write            a list of what `read` returned
-    ExchangeAll(exchanges)          performs several exchanges                           a list of replies or errors
+    RoundTrip(node, commands, read) sends commands to one server in one write            a list of what `read` returned
+    RoundTrips(round_trips)         performs several round trips                         a list of replies or errors
     Route(calls)                    groups calls by server                               pairs of a node and indexes
     Redirect(error)                 follows MOVED or ASK                                 the node, after ASK
     Refresh(since)                  learns which node of a cluster serves each slot      None
@@ -31,8 +31,8 @@ from squidstep_redis.transport import batch
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.retry import (
     FAILURES,
-    ExchangeError,
     RetryState,
+    RoundTripError,
     map_error,
     may_be_elsewhere,
     refusal_of,
@@ -49,7 +49,7 @@ class Execute(NamedTuple):
     call: Call[Any]
 
 
-class Exchange(NamedTuple):
+class RoundTrip(NamedTuple):
     """Sends commands to one server in one write, and reads a reply to each.
 
     Attributes:
@@ -86,10 +86,10 @@ class Refresh(NamedTuple):
     since: float
 
 
-class ExchangeAll(NamedTuple):
-    """Performs several exchanges, side by side if the transport can; an outcome is a list of replies or an error."""
+class RoundTrips(NamedTuple):
+    """Performs several round trips, side by side if the transport can; an outcome is a list of replies or an error."""
 
-    exchanges: Sequence[Exchange]
+    round_trips: Sequence[RoundTrip]
 
 
 class Pause(NamedTuple):
@@ -98,7 +98,7 @@ class Pause(NamedTuple):
     seconds: float
 
 
-Action = Execute | Exchange | ExchangeAll | Route | Redirect | Refresh | Pause
+Action = Execute | RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause
 Driver = Generator[Action, Any, T]
 
 _NOT_RUN: Final = (NoScriptError, AskError)  # MovedError is an AskError
@@ -235,7 +235,7 @@ def _send_once(call: Call[Any], command: Command, durability: Durability | None,
             call.words_of(reply)  # raises if it is the reply to another call
         return reply
 
-    replies = yield Exchange(node, commands, read, blocks=bool(waits))
+    replies = yield RoundTrip(node, commands, read, blocks=bool(waits))
     replies = [*replies[1 : 2 * asked : 2], *replies[2 * asked :]]
     reply = batch.replies_to([call], replies, durability)[0]
     return reply if isinstance(reply, Exception) else batch.read(call, reply)
@@ -263,24 +263,24 @@ def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durabilit
 def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Durability | None) -> Driver[list[Any]]:
     routes: list[tuple[Any, Sequence[int]]] = yield Route(calls)
     sent = [_Sent.of(calls, indexes) for _, indexes in routes]
-    exchanges: list[Exchange] = []
+    round_trips: list[RoundTrip] = []
     for (node, _), each in zip(routes, sent, strict=True):
         commands = batch.commands(each.calls, durability)
         blocks = bool(batch.waits(each.calls, durability))
         read = _raw_reader(each.calls, commands, durability) if blocks else _batch_reader(each, commands, state)
-        exchanges.append(Exchange(node, commands, read, blocks))
-    if len(exchanges) == 1:
-        outcomes = [(yield exchanges[0])]
+        round_trips.append(RoundTrip(node, commands, read, blocks))
+    if len(round_trips) == 1:
+        outcomes = [(yield round_trips[0])]
     else:
-        outcomes = yield ExchangeAll(exchanges)
+        outcomes = yield RoundTrips(round_trips)
     results: list[Any] = [None] * len(calls)
-    for (_, indexes), each, exchange, outcome in zip(routes, sent, exchanges, outcomes, strict=True):
+    for (_, indexes), each, round_trip, outcome in zip(routes, sent, round_trips, outcomes, strict=True):
         if isinstance(outcome, Exception):
             for index in indexes:
                 results[index] = _NeedsResend(outcome)
             continue
         read_replies: list[Any] = outcome[-len(each.calls) :]
-        if exchange.blocks:
+        if round_trip.blocks:
             replied = batch.replies_to(each.calls, outcome, durability)
             read_replies = [each.outcome(position, reply, state) for position, reply in enumerate(replied)]
         each.assign(read_replies, results)
@@ -340,7 +340,7 @@ def _outcome(call: Call[Any], reply: Any, state: RetryState) -> Any:
         return call.decode(reply) if type(reply) in (bytes, list) else batch.read(call, reply)
     except ReplyMismatchError:
         raise
-    except (*_NOT_RUN, ExchangeError) as error:
+    except (*_NOT_RUN, RoundTripError) as error:
         return _NeedsResend(error)
     except SquidstepError as error:
         return error

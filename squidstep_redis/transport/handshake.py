@@ -11,7 +11,7 @@ from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.retry import ExchangeError
+from squidstep_redis.transport.retry import RoundTripError
 
 
 def open_connection(connection: Any) -> Any:
@@ -23,7 +23,7 @@ def open_connection(connection: Any) -> Any:
     SIGALRM is deferred. With RESP3, redis-py asks for a logger, and an exception there could leave logging's lock held.
 
     Raises:
-        ExchangeError: it could not be connected; nothing was sent.
+        RoundTripError: it could not be connected; nothing was sent.
     """
     try:
         with defer_sigalrm():
@@ -34,7 +34,7 @@ def open_connection(connection: Any) -> Any:
     except BaseException as error:
         connection.disconnect()
         if isinstance(error, (RedisError, RedisClusterException)):
-            raise ExchangeError(error, sent=False) from error
+            raise RoundTripError(error, sent=False) from error
         raise
     return connection
 

@@ -1,8 +1,8 @@
-"""One connection of the asyncio transport, on which the exchanges of many tasks overlap.
+"""One connection of the asyncio transport, on which the round trips of many tasks overlap.
 
 What tasks send within one turn of the event loop shares few writes: the server works on the first ones while the loop
-still runs the tasks that send more. The replies are matched with the exchanges in order. A cancelled exchange's reply
-is read and dropped.
+still runs the tasks that send more. The replies are matched with the round trips in order. The reply of a
+cancelled one is read and dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from redis.exceptions import ConnectionError, InvalidResponse, RedisError, ResponseError, TimeoutError
 
-from squidstep_redis.transport.retry import ExchangeError, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, is_demotion
 from squidstep_redis.transport.stream import MORE, PUSH, new_reader
 
 _MAX_PENDING: Final = 10_000  # calls on one connection
@@ -23,7 +23,7 @@ _MAX_UNSENT_BYTES: Final = 1_048_576  # of the calls that are written together
 
 
 class _Pending:
-    """One exchange on a connection: its future receives the replies."""
+    """One round trip on a connection: its future receives the replies."""
 
     __slots__ = ("count", "data", "deadline", "future", "replies")
 
@@ -36,10 +36,10 @@ class _Pending:
 
 
 class Link(asyncio.Protocol):
-    """A connection that redis-py opened, on which exchanges overlap.
+    """A connection that redis-py opened, on which round trips overlap.
 
     Attributes:
-        is_open: whether it can be used for another exchange.
+        is_open: whether it can be used for another round trip.
         is_demoted: whether the server replied that it is no primary any more.
     """
 
@@ -63,7 +63,7 @@ class Link(asyncio.Protocol):
 
     @property
     def has_room(self) -> bool:
-        """Whether it is open, and an exchange need not wait until the server has read or replied more."""
+        """Whether it is open, and a round trip need not wait until the server has read or replied more."""
         return (
             self.is_open
             and not self._is_paused
@@ -86,11 +86,11 @@ class Link(asyncio.Protocol):
             deadline: when the call's timeout ends.
 
         Returns:
-            A future of the replies; or of an ExchangeError. Once cancelled, the replies are dropped.
+            A future of the replies; or of a RoundTripError. Once cancelled, the replies are dropped.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         if not self.is_open:
-            future.set_exception(ExchangeError(ConnectionError("Connection closed by server."), sent=False))
+            future.set_exception(RoundTripError(ConnectionError("Connection closed by server."), sent=False))
             return future
         self._unsent.append(_Pending(future, data, count, deadline))
         self._unsent_bytes += len(data)
@@ -101,17 +101,17 @@ class Link(asyncio.Protocol):
         return future
 
     def close(self) -> None:
-        """Closes the connection; exchanges under way fail."""
+        """Closes the connection; round trips under way fail."""
         self._fail(ConnectionError("Connection closed by its owner."))
 
     def retire(self) -> None:
-        """Lets no further exchange begin."""
+        """Lets no further round trip begin."""
         self.is_open = False
         if not self._sent and not self._unsent:
             self.close()
 
     def _flush(self) -> None:
-        pending = [exchange for exchange in self._unsent if not exchange.future.done()]
+        pending = [round_trip for round_trip in self._unsent if not round_trip.future.done()]
         self._unsent.clear()
         self._unsent_bytes = 0
         if not pending:
@@ -121,15 +121,15 @@ class Link(asyncio.Protocol):
             self._progress_at = self._loop.time()
         self._sent.extend(pending)
         self._transport.write(pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending]))
-        for exchange in pending:
-            exchange.data = b""
+        for round_trip in pending:
+            round_trip.data = b""
         if self._timer is None and self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self._check_progress)
         if self._waiters:
             self._wake()
 
     def _check_progress(self) -> None:
-        """Fails all exchanges if the server has completed no reply within the timeout.
+        """Fails all round trips if the server has completed no reply within the timeout.
 
         A batch whose replies all arrive within the timeout, but slowly, does not outlast its call's deadline by more.
         """
@@ -144,7 +144,7 @@ class Link(asyncio.Protocol):
             self._fail(TimeoutError("Timeout reading from socket"))
 
     def data_received(self, data: bytes) -> None:
-        """Matches replies with exchanges, in order."""
+        """Matches replies with round trips, in order."""
         sent, gets = self._sent, self._reader.gets
         try:
             self._reader.feed(data)
@@ -162,12 +162,12 @@ class Link(asyncio.Protocol):
                     if not sent:
                         self._fail(ConnectionError("Unexpected reply."))
                         return
-                    exchange = sent[0]
-                    exchange.replies.append(reply)
-                    if len(exchange.replies) == exchange.count:
+                    round_trip = sent[0]
+                    round_trip.replies.append(reply)
+                    if len(round_trip.replies) == round_trip.count:
                         sent.popleft()
-                        if not exchange.future.done():
-                            exchange.future.set_result(exchange.replies)
+                        if not round_trip.future.done():
+                            round_trip.future.set_result(round_trip.replies)
                 reply = gets()
         except InvalidResponse as error:
             self._fail(ConnectionError(f"Protocol error: {error}"))
@@ -178,15 +178,15 @@ class Link(asyncio.Protocol):
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fails the exchanges under way."""
+        """Fails the round trips under way."""
         self._fail(ConnectionError(f"Connection lost: {exc}" if exc else "Connection closed by server."))
 
     def pause_writing(self) -> None:
-        """Lets further exchanges wait: the server does not read as fast as they send."""
+        """Lets further round trips wait: the server does not read as fast as they send."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Lets exchanges go on."""
+        """Lets round trips go on."""
         self._is_paused = False
         self._wake()
 
@@ -206,10 +206,10 @@ class Link(asyncio.Protocol):
         if self._loop.is_closed():
             _close_socket(self._transport)
             return
-        for was_sent, exchanges in ((True, sent), (False, unsent)):
-            for exchange in exchanges:
-                if not exchange.future.done():
-                    exchange.future.set_exception(ExchangeError(error, sent=was_sent))
+        for was_sent, round_trips in ((True, sent), (False, unsent)):
+            for round_trip in round_trips:
+                if not round_trip.future.done():
+                    round_trip.future.set_exception(RoundTripError(error, sent=was_sent))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -18,7 +18,7 @@ from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.handshake import open_connection
-from squidstep_redis.transport.retry import ExchangeError
+from squidstep_redis.transport.retry import RoundTripError
 from squidstep_redis.transport.stream import stream_of
 
 PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
@@ -36,7 +36,7 @@ def borrow(pool: Any, deadline: float) -> Any:
         deadline: how long to wait for a connection, by the monotonic clock.
 
     Raises:
-        ExchangeError: there is no connection, or it could not be set up.
+        RoundTripError: there is no connection, or it could not be set up.
     """
     waits = isinstance(pool, _blocking)
     connection, has_place = None, False
@@ -76,7 +76,7 @@ def borrow(pool: Any, deadline: float) -> Any:
             with defer_sigalrm():
                 pool.pool.put_nowait(None)
         if isinstance(error, (RedisError, RedisClusterException)):
-            raise ExchangeError(error, sent=False) from error
+            raise RoundTripError(error, sent=False) from error
         raise
 
 

@@ -44,8 +44,8 @@ from squidstep_redis.errors import (
 from squidstep_redis.protocol.call import Call
 
 
-class ExchangeError(Exception):
-    """An exchange with a server failed: there is no reply.
+class RoundTripError(Exception):
+    """A round trip with a server failed: there is no reply.
 
     Attributes:
         cause: what redis-py raised, or would raise.
@@ -58,8 +58,8 @@ class ExchangeError(Exception):
         self.sent = sent
 
 
-# No OSError: connections turn their own into an ExchangeError, and one that a signal handler raises must not be caught.
-FAILURES: Final = (ExchangeError, RedisError, RedisClusterException, ReplyMismatchError)
+# No OSError: connections turn their own into a RoundTripError, and one that a signal handler raises must not be caught.
+FAILURES: Final = (RoundTripError, RedisError, RedisClusterException, ReplyMismatchError)
 """What sending a call may raise, apart from the refusals of its script."""
 
 RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangerous +time"
@@ -180,7 +180,7 @@ class RetryState:
             ServerError: the error is not transient, or the deadline is too close.
         """
         sent = True
-        if isinstance(error, ExchangeError):
+        if isinstance(error, RoundTripError):
             error, sent = error.cause, error.sent
         refusal = refusal_of(error)
         if refusal is None and sent:
@@ -200,7 +200,7 @@ class RetryState:
 
 def may_be_elsewhere(error: Exception) -> bool:
     """Whether an attempt may have failed because another node of the cluster serves the slot by now."""
-    cause = error.cause if isinstance(error, ExchangeError) else error
+    cause = error.cause if isinstance(error, RoundTripError) else error
     return isinstance(cause, (*NO_REPLY, ClusterError, ReadOnlyError)) and not isinstance(cause, MaxConnectionsError)
 
 

@@ -23,7 +23,7 @@ from redis.exceptions import (
 
 from squidstep_redis.protocol.call import Command
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.retry import ExchangeError, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, is_demotion
 
 Read = Callable[[int, Any], Any]
 
@@ -72,7 +72,7 @@ class Stream:
         self.is_demoted = False
         self.has_left: Callable[[], bool] = reader.has_data
 
-    def exchange(self, commands: Sequence[Command], read: Read, deadline: float) -> list[Any]:
+    def round_trip(self, commands: Sequence[Command], read: Read, deadline: float) -> list[Any]:
         """Sends commands and reads their replies, within one reply's timeout after the deadline."""
         self._limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
         sent = False
@@ -88,9 +88,9 @@ class Stream:
         except OSError as error:
             if not _is_raised_here(error):
                 raise
-            raise ExchangeError(_named(error, "reading" if sent else "writing"), sent=sent) from error
+            raise RoundTripError(_named(error, "reading" if sent else "writing"), sent=sent) from error
         except InvalidResponse as error:
-            raise ExchangeError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
+            raise RoundTripError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
 
     def is_quiet(self) -> bool:
         """Whether it is open and nothing is left to read."""
@@ -108,7 +108,7 @@ class Stream:
             except OSError as error:
                 if not _is_raised_here(error):
                     raise
-                raise ExchangeError(_named(error, "writing"), sent=True) from error
+                raise RoundTripError(_named(error, "writing"), sent=True) from error
 
     def _next(self) -> Any:
         """Returns one reply; an error of the server is a reply, unless it is one about the connection."""
@@ -125,7 +125,7 @@ class Stream:
                     self._receive_until(until)
             elif isinstance(reply, Exception):
                 if isinstance(reply, ConnectionError):
-                    raise ExchangeError(reply, sent=True)
+                    raise RoundTripError(reply, sent=True)
                 self.is_demoted = self.is_demoted or (isinstance(reply, ResponseError) and is_demotion(reply))
                 return reply
             elif type(reply) is PUSH:  # a managed service's notifications
@@ -136,7 +136,7 @@ class Stream:
     def _receive(self) -> None:
         count = self._socket.recv_into(self._buffer)
         if not count:
-            raise ExchangeError(ConnectionError("Connection closed by server."), sent=True)
+            raise RoundTripError(ConnectionError("Connection closed by server."), sent=True)
         self._reader.feed(self._buffer, 0, count)
 
     def _set_timeout(self, seconds: float | None) -> None:
@@ -145,7 +145,7 @@ class Stream:
     def _receive_until(self, until: float) -> None:
         left = until - time.monotonic()
         if left <= 0:  # a server that trickles bytes always sends some in time
-            raise ExchangeError(TimeoutError("Timeout reading"), sent=True)
+            raise RoundTripError(TimeoutError("Timeout reading"), sent=True)
         self._set_timeout(max(0.001, left))
         try:
             self._receive()
@@ -183,7 +183,7 @@ def stream_of(connection: Any) -> Stream | None:
     """Returns the stream of a borrowed connection; None if its own methods have to write and read it.
 
     Raises:
-        ExchangeError: another thread has closed the connection, as `disconnect` of its pool does.
+        RoundTripError: another thread has closed the connection, as `disconnect` of its pool does.
     """
     kind = cast("type[object]", type(connection))
     parser: Any = connection._parser
@@ -192,7 +192,7 @@ def stream_of(connection: Any) -> Stream | None:
         return None
     reader: Any = parser._reader
     if reader is None or connection._sock is None:
-        raise ExchangeError(ConnectionError("Connection closed by another thread."), sent=False)
+        raise RoundTripError(ConnectionError("Connection closed by another thread."), sent=False)
     return Stream(connection, reader, _INCOMPLETE, parser._buffer)
 
 

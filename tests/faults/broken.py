@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from squidstep_redis import Call
 from squidstep_redis.transport.link import Link
-from squidstep_redis.transport.retry import ExchangeError
+from squidstep_redis.transport.retry import RoundTripError
 
 from . import cancellations
 
@@ -24,7 +24,7 @@ def give_replies_to_the_next_call() -> None:
 
     def submit_and_swap(link: Any, data: bytes, *args: Any) -> asyncio.Future[list[Any]]:
         def swap(future: asyncio.Future[list[Any]]) -> None:
-            sent = [exchange.future for exchange in link._sent]
+            sent = [round_trip.future for round_trip in link._sent]
             if future.cancelled() and future in sent[:-1]:
                 index = sent.index(future)
                 if kinds[future] == kinds[sent[index + 1]]:
@@ -45,9 +45,9 @@ def take_lost_calls_for_unsent() -> None:
     """An error says that nothing was sent, although the connection was lost after that."""
 
     def fail(link: Any, error: RedisError) -> None:
-        for exchange in link._sent:
-            if not exchange.future.done():
-                exchange.future.set_exception(ExchangeError(error, sent=False))
+        for round_trip in link._sent:
+            if not round_trip.future.done():
+                round_trip.future.set_exception(RoundTripError(error, sent=False))
         original(link, error)
 
     original = Link._fail

@@ -19,8 +19,8 @@ from squidstep_redis.transport.aio_connection import AsyncConnections
 from squidstep_redis.transport.base import as_it_is
 from squidstep_redis.transport.client import ClientHooks
 from squidstep_redis.transport.connection import Connections
-from squidstep_redis.transport.driver import Exchange, ExchangeAll, Execute
-from squidstep_redis.transport.retry import ExchangeError
+from squidstep_redis.transport.driver import Execute, RoundTrip, RoundTrips
+from squidstep_redis.transport.retry import RoundTripError
 
 S = TypeVar("S")
 
@@ -129,7 +129,7 @@ def _counted(steps: Any, count: Callable[[], None]) -> Any:
     try:
         action = next(steps)
         while True:
-            if isinstance(action, (Execute, Exchange, ExchangeAll)):
+            if isinstance(action, (Execute, RoundTrip, RoundTrips)):
                 count()
             try:
                 outcome = yield action
@@ -197,7 +197,7 @@ class ScriptedConnections:
         try:
             reply = self._reply(self.sends - 1)
         except RedisError as error:
-            raise ExchangeError(error, sent=True) from error
+            raise RoundTripError(error, sent=True) from error
         return [read(index, reply) for index in range(len(commands))]
 
     async def _send_asyncio(
