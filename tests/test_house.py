@@ -71,17 +71,17 @@ def layer_of(module: str) -> int | None:
     return next((level for level, names in enumerate(LAYERS) if top in names), None)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down_the_layers(module: str) -> None:
-    level = layer_of(module)
-    for name in imported(module):
-        if level is None:
-            allowed = BESIDE_PUBLIC_NAMES[module.partition(".")[0]]
-            assert not name or {name, name.partition(".")[0]} & allowed, f"{module} imports {name}, no public name"
-        elif module != "errors":  # whose imports are for type checkers
-            below = layer_of(name)
-            assert below is not None, f"{module} imports {name or 'the public names'}, an integration's right"
-            assert below <= level, f"{module} imports {name}, of a higher layer"
+def test_imports_point_down_the_layers() -> None:
+    for module in MODULES:
+        level = layer_of(module)
+        for name in imported(module):
+            if level is None:
+                allowed = BESIDE_PUBLIC_NAMES[module.partition(".")[0]]
+                assert not name or {name, name.partition(".")[0]} & allowed, f"{module} imports {name}, no public name"
+            elif module != "errors":  # whose imports are for type checkers
+                below = layer_of(name)
+                assert below is not None, f"{module} imports {name or 'the public names'}, an integration's right"
+                assert below <= level, f"{module} imports {name}, of a higher layer"
 
 
 def test_modules_import_each_other_without_a_cycle() -> None:
@@ -98,10 +98,10 @@ class TestPublicNames:
         declared = re.findall(r"^(?:from \S+ import |    )(\w+) as \1,?$", stub, re.MULTILINE)
         assert sorted(declared) == squidstep_redis.__all__
 
-    @pytest.mark.parametrize("name", squidstep_redis.__all__)
-    def test_each_public_name_can_be_imported(self, name: str) -> None:
-        assert getattr(squidstep_redis, name) is not None
-        assert name in dir(squidstep_redis)
+    def test_each_public_name_can_be_imported(self) -> None:
+        for name in squidstep_redis.__all__:
+            assert getattr(squidstep_redis, name) is not None
+            assert name in dir(squidstep_redis)
 
     def test_an_unknown_name_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match="no_such_name"):
@@ -113,8 +113,11 @@ class TestTheTwoStores:
     WRITTEN_OUT = ("send", "run_step", "claim_step", "doctor", "close")
 
     @pytest.mark.parametrize("name", OPERATIONS)
-    @pytest.mark.parametrize("store", [StepRunStore, AsyncStepRunStore])
-    def test_each_operation_is_a_documented_method_of_both(self, store: type, name: str) -> None:
+    def test_each_operation_is_a_documented_method_of_both(self, name: str) -> None:
+        for store in (StepRunStore, AsyncStepRunStore):
+            self.check_method(store, name)
+
+    def check_method(self, store: type, name: str) -> None:
         method, operation = getattr(store, name), getattr(Calls, name)
         assert inspect.iscoroutinefunction(method) is (store is AsyncStepRunStore)
         assert (method.__name__, method.__qualname__) == (name, f"{store.__name__}.{name}")
@@ -132,8 +135,11 @@ class TestTheTwoStores:
         assert names(StepRunStore) - names(BaseStore) == {*self.OPERATIONS, *self.WRITTEN_OUT}
 
     @pytest.mark.parametrize("name", [*OPERATIONS, *WRITTEN_OUT, "from_url", "queue", "on_event"])
-    @pytest.mark.parametrize("store", [StepRunStore, AsyncStepRunStore])
-    def test_every_parameter_is_described_in_place(self, store: type, name: str) -> None:
+    def test_every_parameter_is_described_in_place(self, name: str) -> None:
+        for store in (StepRunStore, AsyncStepRunStore):
+            self.check_documentation(store, name)
+
+    def check_documentation(self, store: type, name: str) -> None:
         doc = inspect.getdoc(getattr(store, name)) or ""
         for parameter in parameters_of(getattr(store, name)):
             stars = {parameter.VAR_KEYWORD: r"\*\*"}.get(parameter.kind, "")

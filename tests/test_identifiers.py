@@ -56,7 +56,7 @@ class TestDistinctPairs:
         """All steps are begun, failed and begun again before any is completed, so that any overlap shows."""
 
         @settings(
-            max_examples=max(1, settings.default.max_examples // (10 if bench.backend.name == "fakeredis" else 5))
+            max_examples=max(1, settings.default.max_examples // (25 if bench.backend.name == "fakeredis" else 5))
         )
         @given(pairs=pairs)
         @example(
@@ -245,25 +245,25 @@ def assert_explains(error: InvalidArgumentError, value: object) -> None:
 
 
 class TestInvalidNames:
-    @pytest.mark.parametrize("run_id", INVALID.values(), ids=INVALID)
     @pytest.mark.parametrize("operation", TAKES_A_RUN)
-    def test_invalid_run_id_is_rejected(self, offline: StepRunStore, operation: str, run_id: object) -> None:
-        with pytest.raises(InvalidArgumentError) as caught:
-            TAKES_A_RUN[operation](offline, run_id)
+    def test_invalid_run_id_is_rejected(self, offline: StepRunStore, operation: str) -> None:
+        for run_id in INVALID.values():
+            with pytest.raises(InvalidArgumentError) as caught:
+                TAKES_A_RUN[operation](offline, run_id)
 
-        assert caught.value.argument == "run_id"
-        assert_explains(caught.value, run_id)
+            assert caught.value.argument == "run_id"
+            assert_explains(caught.value, run_id)
 
-    @pytest.mark.parametrize("step", [*INVALID.values(), UUID(int=1)], ids=[*INVALID, "UUID"])
     @pytest.mark.parametrize("operation", TAKES_A_STEP)
-    def test_invalid_step_is_rejected(self, offline: StepRunStore, operation: str, step: Any) -> None:
+    def test_invalid_step_is_rejected(self, offline: StepRunStore, operation: str) -> None:
         argument, call = TAKES_A_STEP[operation]
+        invalid: list[Any] = [*INVALID.values(), UUID(int=1)]
+        for step in invalid:
+            with pytest.raises(InvalidArgumentError) as caught:
+                call(offline, step)
 
-        with pytest.raises(InvalidArgumentError) as caught:
-            call(offline, step)
-
-        assert argument in caught.value.argument
-        assert_explains(caught.value, step)
+            assert argument in caught.value.argument
+            assert_explains(caught.value, step)
 
     @pytest.mark.parametrize("steps", [None, 7, "pay", b"pay", {"pay": {}}, [None], object()])
     def test_steps_to_delete_must_be_a_list_of_names(self, offline: StepRunStore, steps: Any) -> None:

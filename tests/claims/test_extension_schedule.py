@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.claims import Clock, fake_clock, granted_claim, lease_seconds
 
@@ -25,6 +25,7 @@ class TestExtensionSchedule:
         with fake_clock() as clock:
             yield clock
 
+    @settings(max_examples=25)
     @given(
         lives=st.lists(st.tuples(moments, leases, moments, st.booleans()), min_size=1, max_size=12),
         latency=st.floats(0, 0.25),

@@ -238,7 +238,7 @@ class TestAlarmDuringAClaim:
         assert outcomes(others) == [Outcome.RELEASED]  # by the holder; not claimed since
 
     @real_server
-    def test_7000_alarms_corrupt_nothing_and_leak_no_connection(
+    def test_alarms_at_random_moments_corrupt_nothing_and_leak_no_connection(
         self,
         bench: Bench,
         others: StepRunStore,
@@ -250,7 +250,7 @@ class TestAlarmDuringAClaim:
         path = bench.backend.raw.connection_pool.connection_kwargs["path"]
         outputs: dict[int, dict[str, Any]] = {}
         with connected(bench, f"unix://{path}", client_name=bench.prefix) as worker:
-            for number in storm_length.rounds(7_000):
+            for number in storm_length.rounds(2_000):
                 with contextlib.suppress(AlarmError):
                     signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.000_01, 0.000_8))
                     input = {"number": number}
@@ -262,7 +262,7 @@ class TestAlarmDuringAClaim:
             found = {int(each.step): each for run in range(100) for each in others.get_run(f"run-{run}")}
             assert [each for each in found.values() if each.status is StepStatus.RUNNING] == []
             interrupted = [number for number in range(total) if number not in outputs]
-            assert len(interrupted) > 500
+            assert len(interrupted) > total / 14
             assert all(outputs[number] == {"number": number} == found[number].output for number in outputs)
             for number in interrupted[::10]:
                 input = {"number": number}

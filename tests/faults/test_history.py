@@ -230,7 +230,7 @@ def has_order(ops: list[Op]) -> bool:
     return search(tuple(index for index, op in enumerate(ops) if op.reply is not None), State())
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(histories())
 @pytest.mark.slow
 def test_search_agrees_with_trying_every_order(ops: list[Op]) -> None:
