@@ -33,7 +33,7 @@ from squidstep_redis import (
     current_claim,
 )
 from squidstep_redis.claims import heartbeat as heartbeats
-from squidstep_redis.claims.failures import FailureRules
+from squidstep_redis.claims.request import claim_request
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.protocol.workflow import Workflow
 from support.backends import Bench, Driven
@@ -364,18 +364,18 @@ def limit_retries(store: Any) -> None:
 
 def granted_claim(lease: float) -> BaseClaim[threading.Event]:
     """Makes a claim that has just been acquired, without a server."""
-    claim = BaseClaim(
-        Calls("test", None, 1_000, None),
+    request = claim_request(
         "run",
         "pay",
         {},
-        lease,
-        None,
-        "raise",
-        None,
-        FailureRules(),
-        threading.Event(),
+        lease=lease,
+        max_attempts=None,
+        permanent=(),
+        backoff=None,
+        on_busy="raise",
+        owner=None,
     )
+    claim = BaseClaim(Calls("test", None, 1_000, None), request, threading.Event())
     acquiring = claim._acquire()
     next(acquiring)
     with contextlib.suppress(StopIteration):
