@@ -220,7 +220,7 @@ class Audit:
             counts[f"{op.kind}: {word}"] += 1
             if word == "execute":
                 granted[op.run, op.step, op.reply[1]] = op.claim
-            elif op.kind in ("fail", "release"):
+            elif op.kind in ("fail", "final", "release"):
                 ends[op.claim] = op
             counts["zombies rejected"] += word == "stale" and op.kind != "expire" and op.reply[3] != op.claim
         for run, step, attempt in granted:

@@ -242,17 +242,20 @@ class Actor:
 
     def _end(self, begin: Request, step_run: StepRun, kind: str | None = None) -> Request:
         value = self.dice.randrange(1_000_000)
-        match kind or self.dice.choices(("fail", "release", "complete"), (16, 3, 1))[0]:
+        match kind or self.dice.choices(("fail", "final", "release", "complete"), (15, 1, 3, 1))[0]:
             case "release":
                 return begin._replace(call=self.calls.release_step(step_run), kind="release")
             case "fail":
                 return begin._replace(call=self.calls.fail_step(step_run, {"value": value}), kind="fail", value=value)
+            case "final":
+                call = self.calls.fail_step(step_run, {"value": value}, final=True)
+                return begin._replace(call=call, kind="final", value=value)
             case _:
                 call = self.calls.complete_step(step_run, {"value": value})
                 return begin._replace(call=call, kind="complete", value=value)
 
     def _reads(self, begins: list[Request], results: list[Any]) -> list[Request]:
-        """Returns reads, and sometimes an expiry of a claim, as an operator makes it for a dead holder."""
+        """Returns reads, and what an operator does: expires the claim of a dead holder, or retries a failed step."""
         run, step = begins[0].run, begins[0].step
         requests = [
             Request(self.calls.get_step_run(run, step), "read", run, step),
@@ -264,6 +267,10 @@ class Actor:
                 requests.append(
                     Request(self.calls.expire_claim(holder), "expire", request.run, request.step, holder.owner or "")
                 )
+            elif isinstance(result, BeginResult) and result.failed:
+                owner = next(self._claims)
+                call = self.calls.retry_step(request.run, request.step, owner=owner)
+                requests.append(Request(call, "retry", request.run, request.step, owner))
         return requests
 
 

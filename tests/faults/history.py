@@ -39,7 +39,8 @@ class Op:
         sent: when it was sent, by the wall clock, which the server on the same machine shares.
         received: when the reply was received; inf if there is none.
         reply: None if it is unknown. For a begin: ("execute", attempt, author of the input, end of the lease),
-            ("busy" or "exhausted", attempt, holder), ("completed", attempt, holder, output) or ("superseded",). For a
+            ("busy", "failed" or "exhausted", attempt, holder), ("completed", attempt, holder, output) or
+            ("superseded",). For a
             schedule: ("schedule",) or ("skip",). For an extension: ("done", end of the lease). For other writes:
             ("done",). For a rejected write: ("stale", status, attempt, holder) or ("missing",). For a read: (status,
             attempt, holder, payload).
@@ -63,7 +64,11 @@ class Op:
 
 
 class State(NamedTuple):
-    """The state of a step between two calls. The end of its lease is known within bounds."""
+    """The state of a step between two calls. The end of its lease is known within bounds.
+
+    Attributes:
+        status: as a reply shows it, but "final" for a failure that only a retry ends.
+    """
 
     status: str = "none"
     attempt: int = 0
@@ -76,11 +81,18 @@ class State(NamedTuple):
     latest_end: float = math.inf
     past: tuple[tuple[Claim, str, int | None], ...] = ()
 
+    @property
+    def shown(self) -> str:
+        """The status in a reply."""
+        return "failed" if self.status == "final" else self.status
+
     def is_held_by(self, claim: Claim) -> bool:
         return self.status == "running" and self.holder == claim
 
 
 Outcome = tuple[State, tuple[Any, ...]]
+
+ENDS: Final = {"complete": "completed", "fail": "failed", "final": "final", "release": "pending"}
 
 
 def outcomes(state: State, op: Op) -> Iterable[Outcome]:
@@ -89,20 +101,24 @@ def outcomes(state: State, op: Op) -> Iterable[Outcome]:
         case "begin":
             return _begin(state, op)
         case "read" | "order":
-            return [(state, (state.status, state.attempt, state.holder, state.payload))]
+            return [(state, (state.shown, state.attempt, state.holder, state.payload))]
         case "schedule":
             return [_schedule(state, op)]
         case "extend" | "expire":
             if state.is_held_by(op.claim):
                 return [(_with_lease(state, op), ("done", *_reported_end(op)))]
             return [(state, _stale(state))]
+        case "retry":
+            return _retry(state, op)
         case kind:
-            return [_end(state, op, {"complete": "completed", "fail": "failed", "release": "pending"}[kind])]
+            return [_end(state, op, ENDS[kind])]
 
 
 def _begin(state: State, op: Op) -> Iterator[Outcome]:
     if state.status == "completed":
         yield state, ("completed", state.attempt, state.holder, state.payload)
+    elif state.status == "final":
+        yield state, ("failed", state.attempt, state.holder)
     elif state.is_held_by(op.claim):
         yield state, ("execute", state.attempt, state.input_by, *_reported_end(op, state))
     else:
@@ -119,9 +135,6 @@ def _grant(state: State, op: Op) -> Outcome:
         if state.status == "running":
             state = state._replace(status="failed", payload=None, earliest_end=math.inf, latest_end=math.inf)
         return state, ("exhausted", state.attempt, state.holder)
-    past = state.past
-    if state.holder:
-        past = (*past, (state.holder, state.status, state.payload))[-PAST_ATTEMPTS:]
     granted = State(
         "running",
         state.attempt + 1,
@@ -130,9 +143,31 @@ def _grant(state: State, op: Op) -> Outcome:
         None,
         state.input_by if state.status == "pending" else op.claim,
         state.scheduled_by,
-        past=past,
+        past=_past(state),
     )
     return _with_lease(granted, op), ("execute", granted.attempt, granted.input_by, *_reported_end(op))
+
+
+def _past(state: State) -> tuple[tuple[Claim, str, int | None], ...]:
+    """Returns the past attempts, when the latest becomes one of them."""
+    if not state.holder:
+        return state.past
+    return (*state.past, (state.holder, state.status, state.payload))[-PAST_ATTEMPTS:]
+
+
+def _retry(state: State, op: Op) -> Iterator[Outcome]:
+    is_own = op.claim == state.holder or any(claim == op.claim for claim, _, _ in state.past)
+    if is_own or state.status == "pending":
+        yield state, ("done",)
+        return
+    if state.status in ("none", "completed") or (state.status == "running" and state.latest_end > op.sent - TOLERANCE):
+        yield state, _stale(state)
+    if state.status in ("failed", "final") or (
+        state.status == "running" and state.earliest_end <= op.received + TOLERANCE
+    ):
+        attempt = state.attempt + 1
+        retried = State("pending", attempt, attempt, op.claim, None, state.input_by, state.scheduled_by)
+        yield retried._replace(past=_past(state)), ("done",)
 
 
 def _schedule(state: State, op: Op) -> Outcome:
@@ -153,7 +188,7 @@ def _end(state: State, op: Op, status: str) -> Outcome:
 
 
 def _stale(state: State) -> tuple[Any, ...]:
-    return ("stale", state.status, state.attempt, state.holder) if state.status != "none" else ("missing",)
+    return ("stale", state.shown, state.attempt, state.holder) if state.status != "none" else ("missing",)
 
 
 def _with_lease(state: State, op: Op) -> State:
@@ -389,7 +424,7 @@ class _Search:
         """
         if op.reply != ("done",):
             return op.kind != "extend" or op.reply[0] != "done"
-        return op.kind != "expire" and not self._begins[op.claim] & ~taken
+        return op.kind not in ("expire", "retry") and not self._begins[op.claim] & ~taken
 
 
 def _reported_attempt(op: Op) -> float:

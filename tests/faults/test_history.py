@@ -72,6 +72,14 @@ POSSIBLE = {
         op("begin", "b", 4, 5, "exhausted", 1, "a", limit=1),
         op("read", "", 6, 7, "failed", 1, "a", None),
     ],
+    "a final failure is retried": [
+        EXECUTED,
+        op("final", "a", 2, 3, "done", value=7),
+        op("begin", "b", 4, 5, "failed", 1, "a"),
+        op("retry", "r", 6, 7, "done"),
+        op("begin", "c", 8, 9, "execute", 3, "a", 9.5, limit=1),
+        op("final", "a", 10, 11, "done", value=7),
+    ],
     "a scheduled input is kept": [
         op("schedule", "a", 0, 1, "schedule"),
         op("schedule", "b", 1, 2, "skip"),
@@ -107,6 +115,23 @@ IMPOSSIBLE = {
         op("release", "a", 2, 3, "done"),
         op("begin", "b", 4, 5, "exhausted", 1, "a", limit=1),
     ],
+    "an attempt after a final failure": [
+        EXECUTED,
+        op("final", "a", 2, 3, "done", value=7),
+        op("begin", "b", 4, 5, "execute", 2, "b", 5.5),
+    ],
+    "a final failure that is sent again as an ordinary one": [
+        EXECUTED,
+        op("final", "a", 2, 3, "done", value=7),
+        op("fail", "a", 4, 5, "done", value=7),
+    ],
+    "a retry that has no effect": [
+        EXECUTED,
+        op("final", "a", 2, 3, "done", value=7),
+        op("retry", "r", 4, 5, "done"),
+        op("begin", "b", 6, 7, "failed", 1, "a"),
+    ],
+    "a retry of a live claim": [EXECUTED, op("retry", "r", 1.1, 1.2, "done")],
     "one attempt too many": [EXECUTED, FAILED, op("begin", "b", 4, 5, "execute", 2, "b", 5.5, limit=1)],
     "a scheduled input that is replaced": [
         op("schedule", "a", 0, 1, "schedule"),
@@ -187,12 +212,15 @@ class TestCompletionOrder:
         assert self.problems(Order("run", 9, 10, ("a", "b", "c", "d")))
 
 
+KINDS = ("begin", "begin", "begin", "fail", "final", "complete", "release", "extend", "retry", "read")
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[Op]:
     """Overlapping calls with the replies of a sequential execution; then some replies are changed or dropped."""
     state, ops = State(), []
     for number in range(draw(st.integers(1, 7))):
-        kind = draw(st.sampled_from(["begin", "begin", "begin", "fail", "complete", "release", "extend", "read"]))
+        kind = draw(st.sampled_from(KINDS))
         claim = "" if kind == "read" else draw(st.sampled_from("abc"))
         sent, received = number - draw(st.sampled_from([0.1, 1.5])), number + draw(st.sampled_from([0.1, 1.5]))
         limit, resent = draw(st.sampled_from([math.inf, math.inf, 1])), draw(st.sampled_from([False, False, True]))
@@ -209,7 +237,7 @@ def histories(draw: st.DrawFn) -> list[Op]:
 def has_order(ops: list[Op]) -> bool:
     """Returns whether an order explains the replies, by trying every order."""
     unknown = [replace(op, reply=None, received=math.inf) for op in ops if op.reply is None or op.resent]
-    grants = sum(op.kind == "begin" for op in ops)  # the most attempts that are possible
+    grants = sum(op.kind in ("begin", "retry") for op in ops)  # the most attempts that are possible
     seen: set[tuple[tuple[int, ...], State]] = set()
 
     def search(left: tuple[int, ...], state: State) -> bool:

@@ -80,6 +80,11 @@ MUTANTS = {
         "if holds(state, token) then\n  state.lease = now - state.created - state.started + lease\n"
         '  redis.call("HSET", steps, "s" .. step, format_state(state))',
     ),
+    # Failures
+    "a final failure can be claimed again": Mutant("lib/begin.lua", "state.status == @FINAL then\n", "false then\n"),
+    "an ordinary failure is final": Mutant("fail_step.lua", 'delay == "final" and @FINAL or @FAILED', "@FINAL"),
+    "a retry claims the step again and again": Mutant("retry_step.lua", "if resent then", "if false then"),
+    "a retry keeps the attempt counter": Mutant("retry_step.lua", "state.released = state.attempt\n", "\n"),
     # Attempts
     "attempt numbers are skipped": Mutant("lib/begin.lua", "state.attempt + 1\n", "state.attempt + 2\n"),
     "a takeover does not increase the attempt": Mutant(
@@ -262,6 +267,9 @@ BOTH = (*BOTH, "completions found at the end", "workers killed", "replies lost")
 GENERAL = (
     *BOTH,
     "begin: superseded",
+    "begin: failed",
+    "final: done",
+    "retry: done",
     "complete: stale",
     "release: stale",
     "expire: done",
