@@ -364,7 +364,8 @@ class _Search:
         # For each call and those after it: the earliest time of sending, and the lowest attempt in a reply.
         self._earliest = [math.inf] * (self.known + 1)
         highest = max([attempt for attempt in self._attempts if attempt < math.inf], default=0)
-        self._lowest = [highest + len(unknown)] * (self.known + 1)
+        unreported = len(unknown) + sum(op.kind == "retry" for op in self.ops)  # attempts that no reply may show
+        self._lowest = [highest + unreported] * (self.known + 1)
         for index in reversed(range(self.known)):
             self._earliest[index] = min(self.ops[index].sent, self._earliest[index + 1])
             self._lowest[index] = min(self._attempts[index], self._lowest[index + 1])
