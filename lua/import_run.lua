@@ -1,4 +1,4 @@
--- import_run: creates a run from an export, completely or not at all.
+-- import_run: creates a run from an export, or as a fork of another run, completely or not at all.
 --
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 nonce      of this call only; the run stores it, so that a re-sent call is recognized

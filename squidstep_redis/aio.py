@@ -101,6 +101,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     retry_run = _workflow(Calls.retry_run)
     export_run = _call(Calls.export_run)
     import_run = _call(Calls.import_run)
+    fork_run = _workflow(Calls.fork_run)
 
     batch = _workflow(Calls.batch)
 

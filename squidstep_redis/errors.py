@@ -15,7 +15,7 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
     ├── StepFailedError           run_step: the step has failed permanently
     ├── StepDelayedError          run_step: the step has failed, and may be retried later
-    ├── RunExistsError            import_run: the run exists already; nothing was written
+    ├── RunExistsError            import_run, fork_run: the run exists already; nothing was written
     ├── CorruptRunError           the stored data is corrupt; nothing was written
     │   └── NewerFormatError          a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
@@ -224,7 +224,7 @@ class StepDelayedError(SquidstepError):
 
 @_error
 class RunExistsError(SquidstepError):
-    """An import would overwrite a run; nothing was written.
+    """An import or a fork would overwrite a run; nothing was written.
 
     Attributes:
         run_id: the run.

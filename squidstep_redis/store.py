@@ -91,6 +91,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     retry_run = _workflow(Calls.retry_run)
     export_run = _call(Calls.export_run)
     import_run = _call(Calls.import_run)
+    fork_run = _workflow(Calls.fork_run)
 
     batch = _workflow(Calls.batch)
 

@@ -17,6 +17,7 @@ from support.commands import (
     pipe,
     run,
 )
+from support.records import begun
 from support.servers import find_binary
 
 from squidstep_redis import RunExistsError, StepRun, StepRunStore, StepStatus
@@ -141,6 +142,50 @@ class TestTransfer:
             assert (ended.returncode, ended.stdout) == (1, "")
             assert ended.stderr.startswith("squidstep: line 1: ")
             assert "Traceback" not in ended.stderr
+
+
+class TestFork:
+    def test_fork_creates_a_run_with_the_completed_steps(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for step in ("reserve", "charge \x1b[31m", "ship"):
+            store.complete_step(begun(store.begin_step("run", step, {})), {"of": step})
+        add_failed_step(store, "run")
+
+        planned = run("fork", "run", "new", "--through", "charge \x1b[31m", "--dry-run", *options)
+        assert planned.stdout == "would fork run to new: 2 completed steps, through charge \\x1b[31m\n"
+        assert store.get_run("new") == []
+        forked = run("fork", "run", "new", "--step", "ship", "--step", "reserve", "--json", *options)
+        assert json.loads(forked.stdout) == {"run_id": "new", "steps": ["reserve", "ship"]}
+        assert store.completed_outputs("new") == [{"of": "reserve"}, {"of": "ship"}]
+        forked = run("fork", "run", "newer", "--step", "ship", *options)
+        assert forked.stdout == "forked run to newer: 1 completed step, through ship\n"
+
+    @pytest.mark.parametrize(
+        ("words", "code", "problem"),
+        [
+            (("none", "new"), 1, "run 'none': there is no such run; nothing was written"),
+            (("run", "existing"), 1, "run 'existing': already exists"),
+            (("run", "new", "--step", "pay"), 1, "run 'run', step 'pay': fork_run was refused: the step is failed"),
+            (("run", "new", "--through", "none"), 1, "run 'run', step 'none': there is no such step run"),
+            (("run", "new", "--through", "a", "--step", "b"), 2, "through: must not be given together with steps"),
+            (("run", "new", "--step", ""), 2, "steps[0]: must be 1 to 512 bytes"),
+            (("run", "run"), 2, "new_run_id: must be another run"),
+            (("run",), 2, "NEW_RUN"),
+        ],
+    )
+    def test_refused_fork_writes_nothing(
+        self, server: EmbeddedServer, store: StepRunStore, words: tuple[str, ...], code: int, problem: str
+    ) -> None:
+        add_failed_step(store, "run")
+        store.complete_step(begun(store.begin_step("run", "a", {})), {})
+        store.schedule_step("existing", "a", {})
+
+        ended = run("fork", *words, *options_of(server, store))
+
+        assert (ended.returncode, ended.stdout) == (code, "")
+        assert problem in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert store.get_run("new") == []
 
 
 def fields_of(step_run: StepRun) -> list[Any]:

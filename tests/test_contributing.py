@@ -23,6 +23,7 @@ OTHER_SCRIPTS = {
     "complete_steps": "complete_step",
     "expire_claim": "extend_claim",
     "failed_steps": "list_index",
+    "fork_run": "import_run",
     "lapsed_claims": "list_index",
     "live_claims": "list_index",
     "purge": "purge_run",

@@ -59,6 +59,7 @@ def operations(store: StepRunStore, claim: StepRun) -> dict[str, Callable[[], An
         "completed_outputs": lambda: store.completed_outputs("run"),
         "completed_steps": lambda: store.completed_steps("run"),
         "export_run": lambda: store.export_run("run"),
+        "fork_run": lambda: store.fork_run("run", "new"),
         "schedule_steps": lambda: store.schedule_steps("run", {"a": {}, "new": {}}),
         "extend_claim": lambda: store.extend_claim(claim, 60),
         "begin_steps": lambda: store.begin_steps("run", {"a": {}, "b": {}}, lease=60),
@@ -94,8 +95,9 @@ def create(bench: Bench, store: StepRunStore, fields: list[tuple[bytes, bytes]])
 
 NAMES = (
     *("get_run", "get_step_run", "scan_steps", "step_statuses", "attempts", "completed_outputs", "completed_steps"),
-    *("export_run", "schedule_steps", "extend_claim", "begin_steps", "begin_step", "fail_step", "fail_step by id"),
-    *("release_step", "retry_step", "complete_step", "complete_step by id", "expire_run", "delete_pending_steps"),
+    *("export_run", "fork_run", "schedule_steps", "extend_claim", "begin_steps", "begin_step", "fail_step"),
+    *("fail_step by id", "release_step", "retry_step", "complete_step", "complete_step by id", "expire_run"),
+    "delete_pending_steps",
 )
 
 
@@ -108,6 +110,27 @@ def test_every_operation_returns_or_raises_a_typed_error(
         claim = create(bench, store, fields)
         with contextlib.suppress(SquidstepError):
             operations(store, claim)[name]()
+
+
+@settings(max_examples=60)
+@given(fields=st.lists(FIELDS, min_size=1, max_size=3))
+def test_fork_of_any_run_is_whole_or_a_typed_error(
+    bench: Bench, store: StepRunStore, fields: list[tuple[bytes, bytes]]
+) -> None:
+    store.complete_step(create(bench, store, [(b"ib", b"\x80")]), {"charged": 1})
+    bench.backend.raw.hset(bench.keys("run")[0], mapping=dict(fields))
+    bench.backend.raw.delete(*bench.keys("new")[:2])
+
+    try:
+        assert store.fork_run("run", "new") == ["a"]
+    except SquidstepError:
+        assert bench.backend.raw.exists(*bench.keys("new")[:1]) == 0
+        return
+
+    assert store.completed_steps("new") == ["a"]
+    (copy,) = store.get_run("new")
+    assert (copy.status, copy.position, copy.attempt) == ("completed", 1, store.get_run("run")[0].attempt)
+    begun(store.begin_step("new", "b", {}))
 
 
 COMMANDS = ("runs", "show run", "show run a", "show run --json", "timeline run", "stuck", "failed", "export run")

@@ -31,6 +31,7 @@ from support.records import begun
 
 from squidstep_redis import (
     BeginResult,
+    RunExistsError,
     ScheduleResult,
     StaleStepRunError,
     StepRun,
@@ -167,6 +168,28 @@ class Machine(RuleBasedStateMachine):
         end = Operation("release_step", (holder,), {}) if release else Operation("fail_step", (holder, {"n": 0}), {})
         self.send_batch([self.record(operation) for operation in (begin, end) * times])
 
+    @rule(
+        reverse=st.booleans(),
+        free=st.sampled_from([True, True, False]),
+        choice=st.one_of(
+            st.just({}),
+            st.fixed_dictionaries({"through": steps}),
+            st.fixed_dictionaries({"steps": st.lists(steps, min_size=1, unique=True)}),
+        ),
+    )
+    def fork_run(self, reverse: bool, free: bool, choice: dict[str, Any]) -> None:
+        """Forks one of the runs to the other one, which is deleted before if it must be free."""
+        source, new = self.runs[::-1] if reverse else self.runs
+        if free and new in self.model.runs:
+            self.send(self.record(Operation("delete_run", (new,), {})), times=1)
+        if free and new in self.model.tombstones:
+            self.end_tombstone(new)
+        try:
+            result: Any = self.store.fork_run(source, new, **choice)
+        except (StaleStepRunError, StepRunNotFoundError, RunExistsError) as error:
+            result = error
+        assert as_model(result) == Operation("fork_run", (source, new), choice).apply(self.model)
+
     @precondition(lambda self: self.resendable())
     @rule(recorded=machines.flatmap(lambda machine: newest_first(machine.resendable())), times=times)
     def resend(self, recorded: RecordedCall, times: int) -> None:
@@ -196,6 +219,9 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.tombstones)
     @rule(run=machines.flatmap(lambda machine: st.sampled_from(sorted(machine.model.tombstones))))
+    def end_a_tombstone(self, run: str) -> None:
+        self.end_tombstone(run)
+
     def end_tombstone(self, run: str) -> None:
         """Deletes a tombstone, which would expire after an hour."""
         steps, *_ = self.keys[run]
@@ -252,7 +278,7 @@ class Machine(RuleBasedStateMachine):
             return {"r"}
         if run not in self.model.runs:
             return set()
-        fields = {"r"}
+        fields = {"r", "m"} if self.model.runs[run].is_fork else {"r"}
         for step, record in self.model.runs[run].records.items():
             kinds = {"completed": "sio", "failed": "sie"}.get(record.status, "si")
             fields |= {kind + step for kind in kinds}
@@ -266,7 +292,11 @@ class Machine(RuleBasedStateMachine):
 
         The record was deleted, or the claim has dropped out of the history: a re-send is then a new begin.
         """
-        return [each for each in self.recorded if each.id not in self.granted or self.model.has_claim_of(each.id)]
+        return [
+            each
+            for each in self.recorded
+            if each.id not in self.granted or self.model.has_claim_of(each.operation.run, each.id)
+        ]
 
     def record(self, operation: Operation) -> RecordedCall:
         self.recorded.append(RecordedCall(operation, operation.call(self.store.calls), len(self.recorded)))
@@ -290,7 +320,7 @@ class Machine(RuleBasedStateMachine):
 
     def compare(self, recorded: RecordedCall, result: object) -> None:
         assert as_model(result) == recorded.operation.apply(self.model, recorded.id)
-        if recorded.operation.name == "retry_step" and self.model.has_claim_of(recorded.id):
+        if recorded.operation.name == "retry_step" and self.model.has_claim_of(recorded.operation.run, recorded.id):
             self.granted.add(recorded.id)
         if isinstance(result, BeginResult):
             assert bool(result.step_run.token) == (result.decision == "execute")

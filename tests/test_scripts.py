@@ -210,7 +210,7 @@ class TestHeaders:
         # Scripts that several calls share, or that are one part of an operation.
         inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
         listings = {"failed_steps", "lapsed_claims", "live_claims"}  # list_index
-        workflows = {"batch", "runs", "retry_run", "purge"}
+        workflows = {"batch", "runs", "retry_run", "purge", "fork_run"}
         shared = {"expire_claim", "wait_for_step", "begin_steps", "complete_steps"}  # of extend_claim, await_step, …
         operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
         assert set(SCRIPTS) - inner == operations - workflows - shared - listings

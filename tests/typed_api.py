@@ -65,6 +65,7 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.runs(status="failed").runs, list[RunSummary])
     assert_type(store.purge(timedelta(days=90), dry_run=True), list[RunSummary])
     assert_type(store.import_run(store.export_run("run")), str)
+    assert_type(store.fork_run("run", "new", through=Step.PAY), list[str])
     assert_type(store.advance_step(step_run, {}, Step.PAY, {}, lease=30), BeginResult)
     assert_type(store.release_step(step_run), StepRun)
     assert_type(store.extend_claim(step_run, timedelta(seconds=30)), StepRun)

@@ -35,7 +35,7 @@ _COMMANDS: Final = {
             "timeline": ("timeline",),
             "watch": ("watch",),
             "changes": ("retry", "release", "delete", "purge"),
-            "transfer": ("export", "import"),
+            "transfer": ("export", "import", "fork"),
             "doctor": ("doctor",),
         }.items()
         for name in names

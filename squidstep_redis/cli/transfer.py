@@ -1,4 +1,4 @@
-"""`squidstep export` and `squidstep import`: write runs as lines of JSON, and read them back."""
+"""`squidstep export`, `import` and `fork`: write runs as lines of JSON, read them back, and copy completed steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import click
 from squidstep_redis import InvalidArgumentError, RunDeletedError, RunExistsError
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.formatting import clean
-from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
-from squidstep_redis.cli.output import print_line
+from squidstep_redis.cli.options import StoreOptions, dry_run_option, json_option, store_options
+from squidstep_redis.cli.output import print_json, print_line
 from squidstep_redis.operations.documents import from_document
 
 
@@ -58,3 +58,35 @@ def import_command(options: StoreOptions, file: IO[str], dry_run: bool) -> None:
                 rejected += 1
                 sys.stderr.write(clean(f"squidstep: line {number}: {error}") + "\n")
     sys.exit(1 if rejected else 0)
+
+
+@click.command("fork", epilog="Example: squidstep fork order-1 order-1-again --through reserve")
+@store_options
+@click.argument("run")
+@click.argument("new_run")
+@click.option("--through", metavar="STEP", help="Copy the completed steps up to this one, in completion order.")
+@click.option("--step", "steps", metavar="STEP", multiple=True, help="Copy this step. Repeat it for further steps.")
+@dry_run_option
+@json_option
+def fork_command(
+    options: StoreOptions,
+    run: str,
+    new_run: str,
+    through: str | None,
+    steps: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Creates NEW_RUN with the completed steps of RUN, which stays as it is.
+
+    It executes nothing: deliver the other steps for NEW_RUN yourself. Steps are copied with their outputs, attempts and
+    completion order, all of them or none. An existing run is never overwritten. The exit code is 1 if nothing was
+    copied: NEW_RUN exists, RUN does not, or a given step is not completed.
+    """
+    with store_or_exit(options) as store:
+        copied = store.fork_run(run, new_run, steps=steps or None, through=through, dry_run=dry_run)
+    if as_json:
+        print_json({"run_id": new_run, "steps": copied})
+    else:
+        count = f"{len(copied):,} completed step{'s' * (len(copied) != 1)}"
+        print_line(f"{'would fork' if dry_run else 'forked'} {run} to {new_run}: {count}, through {copied[-1]}")

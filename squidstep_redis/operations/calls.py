@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from squidstep_redis.operations import batch as batches
-from squidstep_redis.operations import export, groups, indexes, reads, repair, schedule, transitions, waiting
+from squidstep_redis.operations import export, fork, groups, indexes, reads, repair, schedule, transitions, waiting
 from squidstep_redis.operations import runs as whole_runs
 from squidstep_redis.operations.context import Context
 
@@ -48,5 +48,6 @@ class Calls(Context):
     retry_run = repair.retry_run
     export_run = export.export_run
     import_run = export.import_run
+    fork_run = fork.fork_run
 
     batch = batches.batch

@@ -40,7 +40,7 @@ _MAX_NUMBER: Final = 10**9
 
 
 class Imported(NamedTuple):
-    """What is sent to import a document.
+    """What is sent to create a run: the records of a document, or those of a fork.
 
     Attributes:
         run_id: the run.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from squidstep_redis.errors import RunExistsError, StepRunNotFoundError
 from squidstep_redis.operations.context import Context
-from squidstep_redis.operations.documents import Document, from_document, to_document
+from squidstep_redis.operations.documents import Document, Imported, from_document, to_document
 from squidstep_redis.operations.reads import pairs
 from squidstep_redis.protocol.arguments import RunId
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.records import step_name
 from squidstep_redis.protocol.scripts import script
+
+T = TypeVar("T")
 
 
 def export_run(context: Context, run_id: RunId) -> Call[Document]:
@@ -67,13 +69,18 @@ def import_run(context: Context, document: Mapping[str, Any]) -> Call[str]:
         ServerError: the server or the connection failed.
     """
     given = from_document(document, context.payloads)
+    return write_run(context, given, given.run_id)
+
+
+def write_run(context: Context, given: Imported, result: T, part_of: str | None = None) -> Call[T]:
+    """Creates a run from its fields, completely or not at all; the call returns `result`."""
     run = context.keys.run(given.run_id)
 
-    def parse(reply: Reply) -> str:
+    def parse(reply: Reply) -> T:
         if reply[0] == b"exists":
             raise RunExistsError(run.text)
-        return run.text
+        return result
 
     counts = (b"%d" % given.created, b"%d" % len(given.order))
     args = (new_token(), run.member, given.ttl_ms, *counts, *given.order, *given.fields)
-    return Call(run.text, script("import_run"), run.keys, args, parse)
+    return Call(run.text, script("import_run"), run.keys, args, parse, part_of=part_of)

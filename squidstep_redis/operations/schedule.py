@@ -96,9 +96,7 @@ def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step])
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
-    if isinstance(steps, str | bytes | Mapping) or not isinstance(cast("object", steps), Iterable):
-        raise InvalidArgumentError("steps", f"must be an iterable of steps, not {described(cast('object', steps))}")
-    names = arguments.distinct("steps", (arguments.step(step, f"steps[{index}]") for index, step in enumerate(steps)))
+    names = arguments.steps(steps)
 
     def parse(reply: Reply) -> list[str]:
         return [names[int(position)].text for position in reply[2:]]

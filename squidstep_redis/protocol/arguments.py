@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import Enum
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
 
 from squidstep_redis.errors import InvalidArgumentError, described
@@ -73,6 +73,14 @@ def step(value: object, argument: str = "step") -> Name:
 def _known_step(value: str) -> Name:
     """Cached, because a program uses the same few steps repeatedly."""
     return identifier("step", value)
+
+
+def steps(value: object) -> list[Name]:
+    """Returns the steps of an iterable, each once."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidArgumentError("steps", f"must be an iterable of steps, not {described(value)}")
+    items = cast("Iterable[object]", value)
+    return distinct("steps", (step(item, f"steps[{index}]") for index, item in enumerate(items)))
 
 
 def distinct(argument: str, names: Iterable[Name]) -> list[Name]:

@@ -17,7 +17,7 @@ _log: Final = logging.getLogger("squidstep_redis")
 
 Kind = Literal[
     "execute", "skip", "complete", "fail", "release", "extend", "schedule", "expire", "retry", "delete", "import",
-    "refuse", "error",
+    "fork", "refuse", "error",
 ]  # fmt: skip
 
 _KINDS: Final[dict[str, Kind]] = {
@@ -34,6 +34,7 @@ _KINDS: Final[dict[str, Kind]] = {
     "delete_run": "delete",
     "purge_run": "delete",
     "import_run": "import",
+    "fork_run": "fork",
 }
 # Logged at INFO: what an operator wants to see. What happens at every step is logged at DEBUG.
 INFO_KINDS: Final = ("fail", "refuse", "error")
@@ -43,11 +44,12 @@ class Event(NamedTuple):
     """One decision of a store, or an error that prevented one.
 
     Attributes:
-        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "schedule", "retry" and
-            "import" of the operation of that name; "expire" of a claim, or of a run that will expire; "delete" of
-            pending steps, or of a run; "refuse" if the claim was no longer held; "error" for every other error.
+        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "schedule", "retry",
+            "import" and "fork" of the operation of that name; "expire" of a claim, or of a run that will expire;
+            "delete" of pending steps, or of a run; "refuse" if the claim was no longer held; "error" for every other
+            error.
         operation: the method, or the script, that was sent.
-        run_id: the run.
+        run_id: the run; of a fork, the new one.
         step: the step; None if a call is about several steps.
         attempt: number of the claim, if known.
         owner: who holds or held the claim, if known.

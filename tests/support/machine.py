@@ -12,6 +12,7 @@ from squidstep_redis import (
     BeginResult,
     Call,
     RunDeletedError,
+    RunExistsError,
     ScheduleResult,
     StaleStepRunError,
     StepPage,
@@ -35,14 +36,21 @@ class Operation(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def run(self) -> str:
+        """The run of the first argument, which is a run or a holder."""
+        first = self.args[0]
+        return first.claim.run if isinstance(first, Holder) else first
+
     def call(self, calls: Any) -> Call[Any]:
         args = (arg.step_run if isinstance(arg, Holder) else arg for arg in self.args)
         return getattr(calls, self.name)(*args, **self.kwargs)
 
-    def apply(self, model: Model, call: int) -> object:
+    def apply(self, model: Model, call: int | None = None) -> object:
         args = (arg.claim if isinstance(arg, Holder) else arg for arg in self.args)
+        resendable = {} if call is None else {"call": call}
         try:
-            return getattr(model, self.name)(*args, **self.kwargs, call=call)
+            return getattr(model, self.name)(*args, **self.kwargs, **resendable)
         except RefusedError as refusal:
             return refusal.args
 
@@ -79,6 +87,8 @@ def as_model(result: object) -> object:
             return ("deleted", None)
         case StepRunNotFoundError():
             return ("missing", None)
+        case RunExistsError():
+            return ("exists", None)
         case StaleStepRunError():
             return ("stale", snapshot(result.current))
         case Exception():

@@ -11,7 +11,7 @@ compares the real store, one operation at a time. Three simplifications keep it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 Payload = Mapping[str, Any]
@@ -59,7 +59,7 @@ class Claim(NamedTuple):
 
 
 class RefusedError(Exception):
-    """The operation wrote nothing: the run was "deleted", the record is "missing", or the claim is "stale"."""
+    """The operation wrote nothing: the run was "deleted" or "exists", the record is "missing", or the claim "stale"."""
 
     def __init__(self, reason: str, current: Snapshot | None = None) -> None:
         super().__init__(reason, current)
@@ -132,6 +132,7 @@ class Run:
     records: dict[str, Record] = field(default_factory=dict[str, Record])
     completed: list[str] = field(default_factory=list[str])
     ttl: float | None = None
+    is_fork: bool = False
 
     @property
     def expires(self) -> bool:
@@ -278,6 +279,32 @@ class Model:
             self.tombstones[run_id] = call
         return self.tombstones.get(run_id) == call
 
+    def fork_run(
+        self, run_id: str, new_run_id: str, *, steps: list[str] | None = None, through: str | None = None
+    ) -> list[str]:
+        """Copies completed steps, with the claims that ended them."""
+        self._check_not_deleted(run_id)
+        records, order = self._records(run_id), self.completed_steps(run_id)
+        for step in steps or ([through] if through else []):
+            if step not in order:
+                stale = step in records
+                raise RefusedError("stale" if stale else "missing", self._snapshot(run_id, step) if stale else None)
+        if through:
+            order = order[: order.index(through) + 1]
+        order = [step for step in order if steps is None or step in steps]
+        if not order:
+            raise RefusedError("missing")
+        self._check_not_deleted(new_run_id)
+        if new_run_id in self.runs:
+            raise RefusedError("exists")
+        created = [step for step in records if step in order]
+        copies = {
+            step: replace(records[step], position=position, attempts=[replace(each) for each in records[step].attempts])
+            for position, step in enumerate(created, 1)
+        }
+        self.runs[new_run_id] = Run(len(created), copies, order, is_fork=True)
+        return list(order)
+
     # Reads
 
     def get_step_run(self, run_id: str, step: str) -> Snapshot | None:
@@ -314,9 +341,10 @@ class Model:
     def lapsed_claims(self) -> set[tuple[str, str]]:
         return {(run, step) for run, step in self.leased_claims() if self._snapshot(run, step).lease == EXPIRED}
 
-    def has_claim_of(self, call: CallId) -> bool:
-        """Returns whether a record keeps a claim that this call acquired."""
-        return any(attempt.call == call for _, _, record in self._all_records() for attempt in record.kept_attempts)
+    def has_claim_of(self, run_id: str, call: CallId) -> bool:
+        """Returns whether a record of the run keeps a claim that this call acquired."""
+        records = self._records(run_id).values()
+        return any(attempt.call == call for record in records for attempt in record.kept_attempts)
 
     # The passing of time
 

@@ -59,6 +59,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "retry_run": lambda store, claim: (claim.run_id,),
     "export_run": lambda store, claim: (claim.run_id,),
     "import_run": lambda store, claim: (EXPORTED,),
+    "fork_run": lambda store, claim: (claim.run_id, "forked"),
     "runs": lambda store, claim: (),
     "purge": lambda store, claim: (60,),
     "batch": lambda store, claim: (mixed(store, 7),),
