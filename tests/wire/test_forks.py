@@ -50,9 +50,3 @@ def test_fork_whose_write_gets_no_reply_can_be_sent_again(proxy: Proxy, impatien
     assert impatient.completed_outputs("new") == [{"n": 1}]
     with pytest.raises(RunExistsError):
         impatient.fork_run("run", "new")
-
-
-def test_fork_costs_two_round_trips(proxy: Proxy, impatient: StepRunStore) -> None:
-    proxy.clear()
-    impatient.fork_run("run", "new")
-    assert proxy.names() == ["EVALSHA", "EVALSHA"]

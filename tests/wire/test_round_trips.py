@@ -79,8 +79,17 @@ class TestRoundTrips:
         assert proxy.round_trips == 2
         assert found.step == ACROSS_RUNS[operation]
 
+    def test_a_fork_costs_two_round_trips(self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None) -> None:
+        claim = prepare(bench, proxied)
+        proxy.clear()
+
+        perform(proxied, "fork_run", claim)
+
+        assert (proxy.round_trips, proxy.names()) == (2, ["EVALSHA", "EVALSHA"])
+
     def test_every_operation_has_a_test_of_its_round_trips(self) -> None:
-        counted = {*CALLS, "batch", "complete_steps", "count_claims", *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
+        others = {"batch", "complete_steps", "count_claims", "fork_run"}
+        counted = {*CALLS, *others, *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
     def test_filtering_by_owner_costs_one_round_trip_per_page(
