@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import Bench
 from support.commands import invoke
-from support.records import begun
+from support.records import begun, stored
 
 from squidstep_redis import SquidstepError, StepRun, StepRunStore
 
@@ -129,7 +129,7 @@ def test_fork_of_any_run_is_whole_or_a_typed_error(
 
     assert store.completed_steps("new") == ["a"]
     (copy,) = store.get_run("new")
-    assert (copy.status, copy.position, copy.attempt) == ("completed", 1, store.get_run("run")[0].attempt)
+    assert (copy.status, copy.position, copy.attempt) == ("completed", 1, stored(store, step="a").attempt)
     begun(store.begin_step("new", "b", {}))
 
 
