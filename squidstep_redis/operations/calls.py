@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from squidstep_redis.operations import batch as batches
-from squidstep_redis.operations import export, fork, groups, indexes, reads, repair, schedule, transitions, waiting
+from squidstep_redis.operations import (
+    begin,
+    export,
+    fork,
+    groups,
+    indexes,
+    reads,
+    repair,
+    schedule,
+    transitions,
+    waiting,
+)
 from squidstep_redis.operations import runs as whole_runs
 from squidstep_redis.operations.context import Context
 
@@ -15,11 +26,11 @@ class Calls(Context):
     schedule_steps = schedule.schedule_steps
     delete_pending_steps = schedule.delete_pending_steps
 
-    begin_step = transitions.begin_step
+    begin_step = begin.begin_step
     begin_steps = groups.begin_steps
     complete_step = transitions.complete_step
     complete_steps = groups.complete_steps
-    advance_step = transitions.advance_step
+    advance_step = begin.advance_step
     fail_step = transitions.fail_step
     extend_claim = transitions.extend_claim
     expire_claim = transitions.expire_claim

@@ -7,9 +7,10 @@ from typing import Any, Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import BeginResult, StepRun
+from squidstep_redis.operations.begin import begin_args, parse_begin
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.schedule import encode_inputs
-from squidstep_redis.operations.transitions import begin_args, complete_call, parse_begin
+from squidstep_redis.operations.transitions import complete_call
 from squidstep_redis.protocol.arguments import Name, RunId, Seconds, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_token
 from squidstep_redis.protocol.groups import padded, replies_in

@@ -1,0 +1,152 @@
+"""The operations that claim a step: what they send, and how the reply is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final, cast
+
+from squidstep_redis.errors import InvalidArgumentError
+from squidstep_redis.model import BeginResult, SkipReason, StepRun
+from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.transitions import claim_of, raise_if_refused
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
+from squidstep_redis.protocol.call import Call, Reply, new_token
+from squidstep_redis.protocol.groups import padded
+from squidstep_redis.protocol.keys import Run
+from squidstep_redis.protocol.scripts import script
+
+MAX_ATTEMPTS: Final = 1_000_000
+
+
+def begin_step(
+    context: Context,
+    run_id: RunId,
+    step: Step,
+    input: Mapping[str, Any],
+    *,
+    lease: Seconds | None = None,
+    max_attempts: int | None = None,
+    owner: str | None = None,
+) -> Call[BeginResult]:
+    """Claims the step for this delivery, or returns why it must be skipped.
+
+    One round trip. Re-sent after a lost reply, it returns the same decision with the same claim.
+
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+        step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+            str, else its name).
+        input: the step's input, a dict. It is stored unless the step was scheduled with its own; a new attempt after
+            a failure replaces it.
+        lease: seconds, or a timedelta, after which another delivery may take over, by the server's clock. None: the
+            claim never expires by itself, so a worker that dies blocks the step until someone intervenes.
+        max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
+        owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None: not stored.
+
+    Returns:
+        `(step_run, "execute")` for exactly one delivery per attempt; its step run carries the claim. For all other
+        deliveries `(step_run, "skip")`, with the stored record and the `reason`.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
+        RunDeletedError: the run was deleted recently.
+        CorruptRunError: the stored data is corrupt.
+        ServerError: the server or the connection failed.
+    """
+    run = context.keys.run(run_id)
+    name = arguments.step(step)
+    data = context.payloads.encode("input", input)
+    args = begin_args(context, run, name, data, lease, max_attempts, owner)
+    parse = partial(parse_begin, context, run, name, args[0], data)
+    return Call(run.text, script("begin_step"), run.keys, args, parse, None, name.text)
+
+
+def advance_step(
+    context: Context,
+    step_run: StepRun | str,
+    output: Mapping[str, Any],
+    step: Step,
+    input: Mapping[str, Any],
+    *,
+    lease: Seconds | None = None,
+    max_attempts: int | None = None,
+    owner: str | None = None,
+) -> Call[BeginResult]:
+    """Completes a step and begins the next one of its run: `complete_step` and `begin_step` in one transition.
+
+    One round trip: one worker needs eleven for a chain of ten steps. If the completion is refused, the next step is not
+    claimed. If another worker holds the next step, or it is completed, the first one is still completed.
+
+    Args:
+        step_run: the step run to complete, which `begin_step` or `advance_step` returned with "execute"; or a bare
+            `StepRun.id`, which stands for the current holder of the claim.
+        output: output of the step to complete, a dict.
+        step: the step to begin, another one of the same run: a non-empty str of at most 512 bytes of UTF-8, or an
+            enum member (its value if that is a str, else its name).
+        input: input of the step to begin, a dict. It is stored unless the step was scheduled with its own.
+        lease: seconds, or a timedelta, after which another delivery may take over the next step, by the server's
+            clock; None: never.
+        max_attempts: number of claims to grant on the next step in total, not counting released ones; None: no limit.
+        owner: who claims the next step, shown to operators: a str of up to 256 bytes without control characters;
+            None: not stored.
+
+    Returns:
+        What `begin_step` returns, for the next step.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for a payload.
+        StaleStepRunError: the claim is not held: taken over, ended, or never granted.
+        StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
+        CorruptRunError: the stored data is corrupt.
+        ServerError: the server or the connection failed.
+    """
+    data = context.payloads.encode("output", output)
+    run, from_step, from_token = claim_of(context, "advance_step", step_run)
+    name = arguments.step(step)
+    if name == from_step:
+        raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
+    next_input = context.payloads.encode("input", input)
+    args = begin_args(context, run, name, next_input, lease, max_attempts, owner)
+
+    def parse(reply: Reply) -> BeginResult:
+        raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
+        return parse_begin(context, run, name, args[0], next_input, reply)
+
+    sent = (*padded("begin_step", args), from_step.data, from_token, data)
+    return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
+
+
+# What they share
+
+
+def begin_args(
+    context: Context,
+    run: Run,
+    step: Name,
+    input: bytes,
+    lease: Seconds | None,
+    max_attempts: int | None,
+    owner: str | None,
+) -> tuple[bytes, ...]:
+    """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
+    if max_attempts is not None:
+        limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
+        limits = (context.run_ttl_ms, limit, context.lease_expired_payload)
+    else:
+        limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()
+    claimed_by = arguments.owner(owner)
+    owned = (claimed_by, *limits) if claimed_by or limits else ()
+    return (new_token(), step.data, input, run.member, arguments.lease_ms(lease), *owned)
+
+
+def parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:
+    """Parses the reply to begin_step."""
+    if reply[0] in (b"execute", b"takeover"):
+        payloads = (reply[3] if len(reply) > 3 else input, None, None)
+        claimed = context.records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, token)
+        return BeginResult(claimed, None, None, reply[0] == b"takeover")
+    step_run = context.records.record(run.text, step.text, reply[2:6], run.keys.steps)
+    retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
+    return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)
