@@ -6,11 +6,13 @@
 --       10 from        the step to complete
 --       11 from_token  of the claim on it, or ""  any claim
 --       12 output      of the step to complete
+--       13 fingerprint  of the input, or omitted
 -- REPLY as begin_step, about the next step, once the first is completed:
 --       "execute nonce state" | {"execute", nonce, state, input} | {"takeover", nonce, state, input}
 --       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 --       {"delayed", nonce, state, input, output, error, remaining_ms}
+--       {"mismatch", nonce, step, fingerprint}  the next step has this other one
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
 -- Writes only when it first completes the step, or as begin_step. It does both or neither.
 
@@ -19,10 +21,10 @@ local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[6] or ""
 local from, from_token, output = ARGV[10], ARGV[11], ARGV[12]
 
--- The common case: a live claim, no waiting client and a new step next, in a run that does not expire. The general path
--- below does the same at a higher cost.
+-- The common case: a live claim, no waiting client and a new step without a fingerprint next, in a run that does not
+-- expire. The general path below does the same at a higher cost.
 local lines = try("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
-if lines[1] and lines[2] and not lines[3] and not lines[4] then
+if lines[1] and lines[2] and not lines[3] and not lines[4] and not ARGV[13] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
   local claim, holder, from_lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
   if created and holder == from_token and try("ZCARD", done) == completed + 0 then
@@ -64,9 +66,21 @@ local now = now_ms()
 -- include reply
 -- include indexes
 -- include complete
+-- include notify
 
 local completed = complete(from, "s" .. from, previous.line, from_token, output)
-if completed then
+if not completed then
+  local resent = previous.status == @COMPLETED and (from_token == previous.token or from_token == "")
+  if not resent or redis.call("HGET", steps, "o" .. from) ~= output then
+    return with_record("stale", steps, from)
+  end
+end
+
+-- Returns the refusal if an index has another type.
+local function complete_first()
+  if not completed then -- an earlier copy of this call has
+    return nil
+  end
   -- Only an index that will change is checked.
   if state or lease ~= "" or previous.lease ~= "" then
     @CHECK_INDEXES(claims, state and failed or nil)
@@ -75,21 +89,20 @@ if completed then
     redis.call("ZREM", claims, ARGV[4] .. from)
   end
   write_completed()
-  -- include notify
   if previous.awaited then
     notify(steps, from)
   end
-else
-  local resent = previous.status == @COMPLETED and (from_token == previous.token or from_token == "")
-  if not resent or redis.call("HGET", steps, "o" .. from) ~= output then
-    return with_record("stale", steps, from)
-  end
 end
 
+local fingerprint = ARGV[13] or ""
 if state then
   -- include begin
-  return begin(state, token, step, input)
+  return input_mismatch(state, token, step, fingerprint)
+    or complete_first()
+    or begin(state, token, step, input, fingerprint)
 end
+refusal = complete_first()
+@RETURN_REFUSAL
 -- include claim
-local line = claim(token, step, "s" .. step, input)
+local line = claim(token, step, "s" .. step, input, fingerprint)
 return write_claims() or "execute " .. token .. " " .. line

@@ -10,23 +10,26 @@
 --       7 ttl_ms        or ""  of the run, if this call creates it
 --       8 max_attempts  or ""  no limit
 --       9 lease_expired_error  last error of a step whose last attempt lost its lease; required with max_attempts
---       10 token, step, input, …  of further steps, each step once
+--       10 fingerprint  of the input, or ""
+--       11 all          or ""  another fingerprint of one step refuses them all
+--       12 token, step, input, …  of further steps, each step once; fingerprint, too, if the first one has one
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
 --       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
 --       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error}
 --       {"busy", nonce, state, input, output, error, remaining_ms | ""}
 --       {"delayed", nonce, state, input, output, error, remaining_ms}
+--       {"mismatch", nonce, step, fingerprint}  the step has this other one
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "execute nonce state"
 -- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
 
 local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local token, step, lease, owner = ARGV[1], ARGV[2], ARGV[5], ARGV[6] or ""
-local MORE = 10
+local MORE = 12
 
--- The common case: one new step in a run that does not expire. The general path below does the same at a higher cost.
+-- The common case: one new step without a fingerprint in a run that does not expire. The general path below does the same at a higher cost.
 local field = "s" .. step
-local lines = not ARGV[MORE] and try("HMGET", steps, "r", field)
+local lines = not ARGV[10] and try("HMGET", steps, "r", field)
 if lines and not lines.err and not lines[2] then
   local created, completed
   if lines[1] then
@@ -51,11 +54,16 @@ end
 -- include group
 
 local failed = KEYS[4]
-local positions, fields = steps_of_call(2, MORE + 1, 3)
+local fingerprint = ARGV[10] or ""
+local positions, fields = steps_of_call(2, MORE + 1, fingerprint == "" and 3 or 4)
 local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 local now = now_ms()
 set_ttl_if_new(run, ARGV[7] or "")
+
+local function fingerprint_of(index)
+  return (fingerprint == "" or index == 1) and fingerprint or ARGV[positions[index] + 2]
+end
 
 -- include claim
 
@@ -69,17 +77,28 @@ for index = 1, #positions do
     end
     states[index] = known
   else
-    replies[index + 2] = claim(ARGV[position - 1], ARGV[position], fields[index], ARGV[position + 1])
+    replies[index + 2] = claim(ARGV[position - 1], ARGV[position], fields[index], ARGV[position + 1], fingerprint_of(index))
   end
 end
 if known then
   -- include begin
+  if fingerprint ~= "" then
+    for index = 1, #positions do
+      local position, state = positions[index], states[index]
+      local other = state and input_mismatch(state, ARGV[position - 1], ARGV[position], fingerprint_of(index))
+      if other and (ARGV[11] or "") ~= "" then
+        return other
+      elseif other then
+        states[index], replies[index + 2] = nil, other
+      end
+    end
+  end
   if positions[2] then
     @CHECK_INDEXES(claims, failed) -- before the first write about any of the steps
   end
   for index, state in pairs(states) do
     local position = positions[index]
-    replies[index + 2] = begin(state, ARGV[position - 1], ARGV[position], ARGV[position + 1])
+    replies[index + 2] = begin(state, ARGV[position - 1], ARGV[position], ARGV[position + 1], fingerprint_of(index))
   end
 end
 return write_claims() or reply_of_steps(replies, "execute")

@@ -6,8 +6,9 @@
 --       3 token   of the claim, or ""  any claim
 --       4 output
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
---       6 step, input, …  successors: those without a record become pending; or ""  there are further steps:
---       7 step, token, output, …  of further steps, each step once
+--       6 width   of the arguments for each successor: 3 with fingerprints, else 2; or ""  there are none
+--       7 step, input, fingerprint, …  of successors: those without a record become pending; or step, token, output, …
+--         of further steps, each step once
 -- REPLY "completed nonce state" | {"completed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "completed nonce state"
@@ -97,7 +98,9 @@ end
 if outputs[1] then
   if successors then
     -- include schedule
-    write_pending(run, steps, without_record(steps, SUCCESSORS, ""), "", now)
+    local width = tonumber(ARGV[SUCCESSORS])
+    local missing = without_record(steps, SUCCESSORS + 1, width, "")
+    write_pending(run, steps, missing, width, "", now)
   end
   write_completed()
 end

@@ -5,12 +5,15 @@
 --       2 ttl_ms  or ""  of the run, if this call creates it
 --       3 step
 --       4 input
+--       5 fingerprint  of the input, or omitted
 -- REPLY {"schedule", nonce, state} | {"schedule" | "skip", nonce, state, input, output, error}
+--       {"mismatch", nonce, step, fingerprint}  the step has this other one
 -- Writes only when it first replies "schedule".
 
 -- include record
 -- include run
 -- include schedule
+-- include fingerprint
 
 local steps, done, step = KEYS[1], KEYS[2], ARGV[3]
 @OPEN_STEP
@@ -21,6 +24,9 @@ if not state then
   run.created = run.created + 1
   local line = @PENDING_LINE(nonce, now, run.created)
   redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "i" .. step, ARGV[4])
+  if ARGV[5] then
+    redis.call("HSET", steps, "f" .. step, ARGV[5])
+  end
   renew_expiry(run, steps, done, now)
   return { "schedule", nonce, line }
 end
@@ -28,4 +34,7 @@ end
 -- include reply
 
 -- By the time a call is re-sent, the step that it scheduled may have another status.
-return with_record(scheduled_by(state) == nonce and "schedule" or "skip", steps, step)
+if scheduled_by(state) == nonce then
+  return with_record("schedule", steps, step)
+end
+return other_fingerprint(steps, step, ARGV[5] or "") or with_record("skip", steps, step)

@@ -3,30 +3,38 @@
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call only; the records store it, so that a re-sent call is recognized
 --       2 ttl_ms  or ""  of the run, if this call creates it
---       3 step, 4 input, …
--- REPLY {"scheduled", nonce, position, …}  of the newly scheduled among the given steps, from 0
+--       3 width   of the arguments for each step: 3 with fingerprints, else 2
+--       4 step, 5 input, …  of each step, and its fingerprint if width is 3
+-- REPLY {"mismatch", nonce, step, fingerprint}  one of the steps has this other one
+--       {"scheduled", nonce, position, …}  of the newly scheduled among the given steps, from 0
 -- Writes only when at least one of the steps has no record.
 
 -- include record
 -- include run
 -- include schedule
+-- include fingerprint
 
 local steps, done = KEYS[1], KEYS[2]
-local FIRST = 3
+local width = tonumber(ARGV[3])
+local FIRST = 4
 @OPEN_RUN
 
-local missing, created = without_record(steps, FIRST, nonce)
+local missing, created, others = without_record(steps, FIRST, width, nonce)
+for index = 1, width == 3 and #others or 0 do
+  refusal = other_fingerprint(steps, ARGV[others[index]], ARGV[others[index] + 2])
+  @RETURN_REFUSAL
+end
 if #missing > 0 then
   local now = now_ms()
   set_ttl_if_new(run, ARGV[2])
-  write_pending(run, steps, missing, nonce, now)
+  write_pending(run, steps, missing, width, nonce, now)
   redis.call("HSET", steps, "r", format_run(run))
   renew_expiry(run, steps, done, now)
 end
 local reply = { "scheduled", nonce }
 for _, positions in ipairs({ created, missing }) do
   for _, position in ipairs(positions) do
-    reply[#reply + 1] = (position - FIRST) / 2
+    reply[#reply + 1] = (position - FIRST) / width
   end
 end
 return reply

@@ -18,6 +18,7 @@ _NAMES = {
     "errors": (
         "BatchError",
         "CorruptRunError",
+        "InputMismatchError",
         "InvalidArgumentError",
         "NewerFormatError",
         "NotReplicatedError",

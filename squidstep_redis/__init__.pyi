@@ -37,6 +37,9 @@ from squidstep_redis.errors import (
     CorruptRunError as CorruptRunError,
 )
 from squidstep_redis.errors import (
+    InputMismatchError as InputMismatchError,
+)
+from squidstep_redis.errors import (
     InvalidArgumentError as InvalidArgumentError,
 )
 from squidstep_redis.errors import (

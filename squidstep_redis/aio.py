@@ -28,6 +28,7 @@ from squidstep_redis.facade import BaseStore, as_method
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step
 from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.store import StepRunStore
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
@@ -134,6 +135,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
         cancel_when_lost: bool = False,
     ) -> dict[str, Any]:
         if not callable(fn):
@@ -149,6 +151,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                 backoff=backoff,
                 on_busy=on_busy,
                 owner=owner,
+                fingerprint=fingerprint,
                 cancel_when_lost=cancel_when_lost,
             )
             try:
@@ -179,6 +182,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
         cancel_when_lost: bool = False,
     ) -> AsyncClaim:
         request = claim_request(
@@ -191,6 +195,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             backoff=backoff,
             on_busy=on_busy,
             owner=owner,
+            fingerprint=fingerprint,
         )
         return AsyncClaim(self, self._transport, request, cancel_when_lost, self._per_loop)
 

@@ -10,6 +10,7 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepRunNotFoundError      there is no such record; nothing was written
     │   └── RunDeletedError           the run was deleted recently
     ├── StaleStepRunError         the claim is not held, or no longer held; nothing was written
+    ├── InputMismatchError        the step has another input; nothing was written
     ├── StepBusyError             run_step: another worker holds the step; retry later
     ├── WaitTimeoutError          wait_for_step: the step did not end in time
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
@@ -125,6 +126,30 @@ class StaleStepRunError(SquidstepError):
 
     def __str__(self) -> str:
         return f"{_where(self.current.run_id, self.current.step)}: {self.problem}"
+
+
+@_error
+class InputMismatchError(SquidstepError):
+    """The step was scheduled or begun with another input, by their fingerprints; nothing was written.
+
+    Attributes:
+        run_id: the run.
+        step: the step.
+        stored: the fingerprint of the step.
+        given: the fingerprint of the input that was refused.
+    """
+
+    run_id: str
+    step: str
+    stored: str
+    given: str
+
+    def __str__(self) -> str:
+        return (
+            f"{_where(self.run_id, self.step)}: the input has the fingerprint {self.given!r}, but the step has "
+            f"{self.stored!r}, from another input. Nothing was written; use another run id or step name for another "
+            "input, or fingerprint=False to ignore the difference"
+        )
 
 
 @_error

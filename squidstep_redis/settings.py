@@ -9,6 +9,7 @@ from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.protocol.codec import Codec
+from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.client import ClientFacts
 
@@ -32,6 +33,9 @@ class StoreSettings(TypedDict, total=False):
         max_payload_bytes: largest encoded payload, in bytes. Default: 4 MiB.
         run_ttl: seconds, or a timedelta, after its last write at which a run that this store creates expires; see
             `expire_run`. The value is fixed when the run is created. Default: None, runs do not expire.
+        fingerprint: what the fingerprint of an input is made of, by which a delivery with another input is refused with
+            InputMismatchError: True: of the whole input; a function of the input: of what it returns. An operation can
+            override it. Default: None, inputs have no fingerprints.
         timeout: seconds, or a timedelta, for one call in total. Transient errors (a lost connection, a server that is
             loading) are retried until then, as long as the client's own timeouts leave time for one more attempt.
             Default: 10.
@@ -53,6 +57,7 @@ class StoreSettings(TypedDict, total=False):
     codec: Codec | None
     max_payload_bytes: int
     run_ttl: Seconds | None
+    fingerprint: Fingerprint | None
     timeout: Seconds
     wait_replicas: int
     wait_aof: bool
@@ -97,6 +102,7 @@ def check_settings(settings: StoreSettings, client: ClientFacts) -> CheckedSetti
         settings.get("codec"),
         settings.get("max_payload_bytes", DEFAULT_MAX_PAYLOAD_BYTES),
         settings.get("run_ttl"),
+        settings.get("fingerprint"),
     )
     timeout = arguments.seconds("timeout", settings.get("timeout", DEFAULT_TIMEOUT), arguments.MAX_TIMEOUT)
     own_connections = _flag(settings, "own_connections")

@@ -23,6 +23,7 @@ from squidstep_redis.facade import BaseStore, as_method
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step
 from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
 
@@ -129,6 +130,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> dict[str, Any]:
         """Executes a step once across all deliveries, and returns its stored output from then on.
 
@@ -161,11 +163,16 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 "wait" until it is completed or can be claimed (polling at most once a second).
             owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
                 `host:pid`.
+            fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
+                what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
+                control characters: that itself; False: nothing; None: the store's setting. If the step has another
+                fingerprint, the call is refused.
 
         Returns:
             The stored output.
 
         Raises:
+            InputMismatchError: the step has another fingerprint; nothing was written.
             StepBusyError: another worker holds the step, or took it over.
             StepDelayedError: the step has failed and may not be retried yet.
             StepFailedError: the step has failed permanently.
@@ -189,6 +196,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 backoff=backoff,
                 on_busy=on_busy,
                 owner=owner,
+                fingerprint=fingerprint,
             )
             try:
                 with claim:
@@ -215,6 +223,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         backoff: Backoff | None = None,
         on_busy: OnBusy = "raise",
         owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> Claim:
         """Returns a `with` block that holds the claim on a step: `run_step` for code that is not one function.
 
@@ -239,6 +248,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 "wait" until it is completed or can be claimed (polling at most once a second).
             owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
                 `host:pid`.
+            fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
+                what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
+                control characters: that itself; False: nothing; None: the store's setting. If the step has another
+                fingerprint, the call is refused.
 
         Returns:
             The claim.
@@ -256,6 +269,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             backoff=backoff,
             on_busy=on_busy,
             owner=owner,
+            fingerprint=fingerprint,
         )
         return Claim(self, self._transport, request)
 

@@ -40,6 +40,7 @@ BESIDE_PUBLIC_NAMES = {
         "claims.request",
         "claims.rules",
         "protocol.arguments",
+        "protocol.fingerprints",
         "signals",
         "transport.blocking",
     },

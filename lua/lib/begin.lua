@@ -1,13 +1,20 @@
 -- begin: claims a step that has a record, for one delivery, or skips it. Needs record and run.
 --
--- Reads run and now, both loaded, and the arguments of begin_step.
+-- Reads run and now, both loaded, and the arguments of begin_step. The caller checks `input_mismatch` first.
 
 -- include reply
 -- include indexes
 -- include history
 -- include notify
+-- include fingerprint
 
-local function begin(state, token, step, input)
+-- The refusal if the step has another input than this call; nil for a call that is re-sent.
+local function input_mismatch(state, token, step, fingerprint)
+  local other = other_fingerprint(steps, step, fingerprint)
+  return other and state.token ~= token and not past_attempt(steps, step, state, token) and other or nil
+end
+
+local function begin(state, token, step, input, fingerprint)
   if state.status == @COMPLETED then
     return with_record("completed", steps, step)
   end
@@ -86,8 +93,14 @@ local function begin(state, token, step, input)
   if not scheduled then
     written[count + 5], written[count + 6] = "i" .. step, input
   end
+  local dropped = "e" .. step
+  if fingerprint ~= "" then
+    written[#written + 1], written[#written + 2] = "f" .. step, fingerprint
+  elseif not scheduled then
+    dropped = "f" .. step -- of an earlier input
+  end
   redis.call("HSET", steps, unpack(written))
-  redis.call("HDEL", steps, "e" .. step, attempt_field(state.attempt - 1 - HISTORY, step))
+  redis.call("HDEL", steps, "e" .. step, attempt_field(state.attempt - 1 - HISTORY, step), dropped)
   redis.call("ZREM", failed, member)
   if lease == "" then
     redis.call("ZREM", claims, member)

@@ -6,7 +6,7 @@ local entries, written, ends = {}, {}, lease ~= "" and now + lease
 local member = ARGV[4]
 
 -- Returns the state line. `write_claims` writes it.
-local function claim(token, step, field, input)
+local function claim(token, step, field, input, fingerprint)
   local created = run.created + 1
   run.created = created
   retain(run, lease, now)
@@ -15,9 +15,14 @@ local function claim(token, step, field, input)
   written[count + 2] = line
   written[count + 3] = "i" .. step
   written[count + 4] = input
+  if fingerprint ~= "" then
+    written[count + 5] = "f" .. step
+    written[count + 6] = fingerprint
+  end
   if ends then
-    entries[count / 2 + 1] = ends
-    entries[count / 2 + 2] = member .. step
+    local last = #entries
+    entries[last + 1] = ends
+    entries[last + 2] = member .. step
   end
   return line
 end

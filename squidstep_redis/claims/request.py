@@ -14,6 +14,7 @@ from squidstep_redis.model import BeginResult
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step, lease_ms
 from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.fingerprints import Fingerprint
 
 OnBusy = Literal["raise", "wait"]
 
@@ -47,12 +48,19 @@ class ClaimRequest(NamedTuple):
     owner: str | None
     on_busy: OnBusy
     failures: FailureRules
+    fingerprint: Fingerprint | None
 
     def begin(self, calls: Calls) -> Call[BeginResult]:
         """Returns a call of `begin_step` with a token of its own."""
-        run_id, step, input, lease, _, max_attempts, owner, _, _ = self
-        claimed_by = default_owner() if owner is None else owner
-        return calls.begin_step(run_id, step, input, lease=lease, max_attempts=max_attempts, owner=claimed_by)
+        return calls.begin_step(
+            self.run_id,
+            self.step,
+            self.input,
+            lease=self.lease,
+            max_attempts=self.max_attempts,
+            owner=default_owner() if self.owner is None else self.owner,
+            fingerprint=self.fingerprint,
+        )
 
 
 def claim_request(
@@ -66,10 +74,11 @@ def claim_request(
     backoff: Backoff | None,
     on_busy: OnBusy,
     owner: str | None,
+    fingerprint: Fingerprint | None,
 ) -> ClaimRequest:
     """Returns the request; raises InvalidArgumentError if `lease`, `on_busy`, `permanent` or `backoff` is rejected."""
     if cast("object", on_busy) not in ("raise", "wait"):
         raise InvalidArgumentError("on_busy", f"must be 'raise' or 'wait', not {described(on_busy)}")
     lease_seconds = int(lease_ms(lease) or 0) / 1_000
     failures = failure_rules(permanent, backoff)
-    return ClaimRequest(run_id, step, input, lease, lease_seconds, max_attempts, owner, on_busy, failures)
+    return ClaimRequest(run_id, step, input, lease, lease_seconds, max_attempts, owner, on_busy, failures, fingerprint)

@@ -27,6 +27,7 @@ from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered, r
 from squidstep_redis.claims.unfinished import give_back
 from squidstep_redis.errors import (
     CorruptRunError,
+    InputMismatchError,
     InvalidArgumentError,
     NotSentError,
     RefusedError,
@@ -210,6 +211,7 @@ class BaseClaim(Generic[E]):
         """Sends begin_step until this delivery may execute the step, or the step is completed.
 
         Raises:
+            InputMismatchError: the step has another fingerprint.
             StepBusyError: another worker holds the step, and `on_busy` is "raise".
             StepDelayedError: the step has failed and may not be retried yet, and `on_busy` is "raise".
             StepFailedError: the step has failed permanently.
@@ -408,6 +410,6 @@ def _not_now(result: BeginResult) -> StepBusyError | StepDelayedError:
 
 def _is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
     """Whether an error says that this call wrote nothing. A signal handler may have raised one about another call."""
-    if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError):
+    if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError | InputMismatchError):
         return False
     return error.run_id == call.run_id and getattr(error, "step", None) in (call.step, None)

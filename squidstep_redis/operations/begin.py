@@ -13,11 +13,13 @@ from squidstep_redis.operations.transitions import claim_of, raise_if_refused
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
 from squidstep_redis.protocol.call import Call, Reply, new_token
-from squidstep_redis.protocol.groups import padded
+from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 
 MAX_ATTEMPTS: Final = 1_000_000
+
+_BEGIN_ARGS: Final = 9  # of begin_step without a fingerprint
 
 
 def begin_step(
@@ -29,6 +31,7 @@ def begin_step(
     lease: Seconds | None = None,
     max_attempts: int | None = None,
     owner: str | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> Call[BeginResult]:
     """Claims the step for this delivery, or returns why it must be skipped.
 
@@ -44,6 +47,10 @@ def begin_step(
             claim never expires by itself, so a worker that dies blocks the step until someone intervenes.
         max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
         owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None: not stored.
+        fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
+            what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
+            control characters: that itself; False: nothing; None: the store's setting. If the step has another
+            fingerprint, the call is refused.
 
     Returns:
         `(step_run, "execute")` for exactly one delivery per attempt; its step run carries the claim. For all other
@@ -51,6 +58,7 @@ def begin_step(
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
+        InputMismatchError: the step has another fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
@@ -58,8 +66,9 @@ def begin_step(
     run = context.keys.run(run_id)
     name = arguments.step(step)
     data = context.payloads.encode("input", input)
-    args = begin_args(context, run, name, data, lease, max_attempts, owner)
-    parse = partial(parse_begin, context, run, name, args[0], data)
+    printed = context.fingerprints.of(fingerprint, "input", input)
+    args = begin_args(context, run, name, data, lease, max_attempts, owner, printed)
+    parse = partial(parse_begin, context, run, name, args[0], data, printed)
     return Call(run.text, script("begin_step"), run.keys, args, parse, None, name.text)
 
 
@@ -73,6 +82,7 @@ def advance_step(
     lease: Seconds | None = None,
     max_attempts: int | None = None,
     owner: str | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> Call[BeginResult]:
     """Completes a step and begins the next one of its run: `complete_step` and `begin_step` in one transition.
 
@@ -91,12 +101,17 @@ def advance_step(
         max_attempts: number of claims to grant on the next step in total, not counting released ones; None: no limit.
         owner: who claims the next step, shown to operators: a str of up to 256 bytes without control characters;
             None: not stored.
+        fingerprint: what identifies the input of the step to begin. True: all of it, in any order of its keys; a
+            function of the input: what it returns, which may be anything that a payload may contain; a str of up to
+            256 bytes without control characters: that itself; False: nothing; None: the store's setting. If that step
+            has another fingerprint, the call is refused, and neither step changes.
 
     Returns:
         What `begin_step` returns, for the next step.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for a payload.
+        InputMismatchError: the step to begin has another fingerprint; nothing was written.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
         CorruptRunError: the stored data is corrupt.
@@ -108,13 +123,14 @@ def advance_step(
     if name == from_step:
         raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
     next_input = context.payloads.encode("input", input)
+    printed = context.fingerprints.of(fingerprint, "input", input)
     args = begin_args(context, run, name, next_input, lease, max_attempts, owner)
 
     def parse(reply: Reply) -> BeginResult:
         raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
-        return parse_begin(context, run, name, args[0], next_input, reply)
+        return parse_begin(context, run, name, args[0], next_input, printed, reply)
 
-    sent = (*padded("begin_step", args), from_step.data, from_token, data)
+    sent = (*_padded(args), from_step.data, from_token, data, *((printed,) if printed else ()))
     return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
 
 
@@ -129,6 +145,7 @@ def begin_args(
     lease: Seconds | None,
     max_attempts: int | None,
     owner: str | None,
+    fingerprint: bytes = b"",
 ) -> tuple[bytes, ...]:
     """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
     if max_attempts is not None:
@@ -138,15 +155,24 @@ def begin_args(
         limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()
     claimed_by = arguments.owner(owner)
     owned = (claimed_by, *limits) if claimed_by or limits else ()
-    return (new_token(), step.data, input, run.member, arguments.lease_ms(lease), *owned)
+    args = (new_token(), step.data, input, run.member, arguments.lease_ms(lease), *owned)
+    return (*_padded(args), fingerprint) if fingerprint else args
 
 
-def parse_begin(context: Context, run: Run, step: Name, token: bytes, input: bytes, reply: Reply) -> BeginResult:
+def _padded(args: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return args + (b"",) * (_BEGIN_ARGS - len(args))
+
+
+def parse_begin(
+    context: Context, run: Run, step: Name, token: bytes, input: bytes, fingerprint: bytes, reply: Reply
+) -> BeginResult:
     """Parses the reply to begin_step."""
     if reply[0] in (b"execute", b"takeover"):
         payloads = (reply[3] if len(reply) > 3 else input, None, None)
         claimed = context.records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, token)
         return BeginResult(claimed, None, None, reply[0] == b"takeover")
+    if reply[0] == b"mismatch":
+        raise mismatch(run.text, step.text, fingerprint, reply)
     step_run = context.records.record(run.text, step.text, reply[2:6], run.keys.steps)
     retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
     return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, cast
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, UndecodablePayloadError, described
 from squidstep_redis.model import StateLine, moment
 from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.call import corrupt
 from squidstep_redis.protocol.codec import Payloads
 from squidstep_redis.protocol.records import step_name
 
@@ -93,6 +94,7 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
                 **rest,
                 **state,
                 "input": payload(b"i", "input"),
+                "fingerprint": _fingerprint(run_id, key, step, fields.get(b"f" + name[1:])),
                 "output": payload(b"o", "output"),
                 "last_error": payload(b"e", "last_error"),
                 "history": history,
@@ -131,6 +133,15 @@ def _state(run_id: str, key: bytes, step: str, line: bytes) -> tuple[Document, D
         "created_at": _time(state.created_ms),
         "scheduled_by": state.scheduled_by.decode(),
     }
+
+
+def _fingerprint(run_id: str, key: bytes, step: str, data: bytes | None) -> str | None:
+    if data is None:
+        return None
+    try:
+        return arguments.fingerprint(data.decode()).decode()
+    except ValueError:  # also that of an InvalidArgumentError
+        raise corrupt(run_id, key.decode(), f"f{step}") from None
 
 
 def _time(ms: int | None) -> str | None:
@@ -209,6 +220,8 @@ def from_document(document: object, payloads: Payloads) -> Imported:
         line = _line(part, part, position)
         is_completed = line[1:2] == b"c"
         fields += [b"s" + step, line, b"i" + step, _payload_in(part, "input", payloads)]
+        if part.value("fingerprint") is not None:
+            fields += [b"f" + step, part.read("fingerprint", arguments.fingerprint)]
         if is_completed:
             completed.add(step)
             fields += [b"o" + step, _payload_in(part, "output", payloads)]

@@ -11,14 +11,17 @@ from squidstep_redis.operations.begin import begin_args, parse_begin
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.schedule import encode_inputs
 from squidstep_redis.operations.transitions import complete_call
-from squidstep_redis.protocol.arguments import Name, RunId, Seconds, StepInputs
+from squidstep_redis.protocol.arguments import RunId, Seconds, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_token
+from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.groups import padded, replies_in
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
 
 MAX_STEPS: Final = 1_000
 """Steps in one call: they block the server for about 10 ms, and a script can pass about 8,000 arguments on."""
+
+_ALL_OR_NONE: Final = b"1"
 
 
 def begin_steps(
@@ -29,6 +32,7 @@ def begin_steps(
     lease: Seconds | None = None,
     max_attempts: int | None = None,
     owner: str | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> Call[dict[str, BeginResult]]:
     """Claims several steps of a run for this delivery, or returns why they must be skipped: `begin_step` for each.
 
@@ -44,31 +48,44 @@ def begin_steps(
             the claims never expire by themselves, so a worker that dies blocks the steps until someone intervenes.
         max_attempts: number of claims to grant on each step in total, not counting released ones; None: no limit.
         owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None: not stored.
+        fingerprint: what identifies the input of each step. True: all of it, in any order of its keys; a function of
+            the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
+            without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
+            has another fingerprint, the call is refused.
 
     Returns:
         By step, in the given order, what `begin_step` returns.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for an input.
+        InputMismatchError: one of the steps has another fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
-    sent = encode_inputs(context, "steps", steps)
-    if not 0 < len(steps) <= MAX_STEPS:
-        raise InvalidArgumentError("steps", f"must be 1 to {MAX_STEPS:,} steps, not {len(steps):,}")
-    names, inputs = [Name(data.decode(), data) for data in sent[::2]], sent[1::2]
-    first = begin_args(context, run, names[0], inputs[0], lease, max_attempts, owner)
-    tokens = [first[0], *(new_token() for _ in names[1:])]
-    args = [*padded("begin_step", first)]
-    for token, name, input in zip(tokens[1:], names[1:], inputs[1:], strict=True):
-        args += (token, name.data, input)
+    inputs = encode_inputs(context, "steps", steps, fingerprint)
+    if not 0 < len(inputs) <= MAX_STEPS:
+        raise InvalidArgumentError("steps", f"must be 1 to {MAX_STEPS:,} steps, not {len(inputs):,}")
+    name, data, printed = inputs[0]
+    first = begin_args(context, run, name, data, lease, max_attempts, owner, printed)
+    tokens = [first[0], *(new_token() for _ in inputs[1:])]
+    args = [*first]
+    if len(inputs) > 1:
+        args = [*padded("begin_step", first)]
+        args[-1] = _ALL_OR_NONE
+    for token, (name, data, printed) in zip(tokens[1:], inputs[1:], strict=True):
+        args += (token, name.data, data, printed) if printed else (token, name.data, data)
 
     def parse(reply: Reply) -> dict[str, BeginResult]:
-        parts = replies_in("begin_step", reply[2:], tokens) if len(names) > 1 else [reply]
-        each = zip(names, tokens, inputs, parts, strict=True)
-        return {name.text: parse_begin(context, run, name, token, input, part) for name, token, input, part in each}
+        if reply[0] == b"mismatch":
+            given = next(each for each in inputs if each.step.data == reply[2])
+            raise mismatch(run.text, given.step.text, given.fingerprint, reply)
+        parts = replies_in("begin_step", reply[2:], tokens) if len(inputs) > 1 else [reply]
+        return {
+            name.text: parse_begin(context, run, name, token, data, printed, part)
+            for token, (name, data, printed), part in zip(tokens, inputs, parts, strict=True)
+        }
 
     return Call(run.text, script("begin_step"), run.keys, tuple(args), parse, part_of="begin_steps")
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import ScheduleResult
 from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import RunId, Step, StepInputs
+from squidstep_redis.protocol.arguments import Name, RunId, Step, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
+from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.scripts import script
 
 
-def schedule_step(context: Context, run_id: RunId, step: Step, input: Mapping[str, Any]) -> Call[ScheduleResult]:
+class StepInput(NamedTuple):
+    """A step and its input, as they are sent; the fingerprint is empty for none."""
+
+    step: Name
+    data: bytes
+    fingerprint: bytes
+
+
+def schedule_step(
+    context: Context,
+    run_id: RunId,
+    step: Step,
+    input: Mapping[str, Any],
+    *,
+    fingerprint: Fingerprint | None = None,
+) -> Call[ScheduleResult]:
     """Creates a pending record for a step that has none. A later begin_step does not replace this input.
 
     One round trip.
@@ -24,12 +40,17 @@ def schedule_step(context: Context, run_id: RunId, step: Step, input: Mapping[st
         step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
             str, else its name).
         input: the step's input, a dict.
+        fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
+            what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
+            control characters: that itself; False: nothing; None: the store's setting. If the step has another
+            fingerprint, the call is refused.
 
     Returns:
         `(step_run, "schedule")`, or `(step_run, "skip")` with the existing record.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
+        InputMismatchError: the step has another fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
@@ -38,17 +59,22 @@ def schedule_step(context: Context, run_id: RunId, step: Step, input: Mapping[st
     run = context.keys.run(run_id)
     name = arguments.step(step)
     data = context.payloads.encode("input", input)
+    printed = context.fingerprints.of(fingerprint, "input", input)
 
     def parse(reply: Reply) -> ScheduleResult:
+        if reply[0] == b"mismatch":
+            raise mismatch(run.text, name.text, printed, reply)
         values = reply[2:] if len(reply) > 3 else [reply[2], data, None, None]
         decision = "schedule" if reply[0] == b"schedule" else "skip"
         return ScheduleResult(context.records.record(run.text, name.text, values, run.keys.steps), decision)
 
-    args = (created_by, context.run_ttl_ms, name.data, data)
+    args = (created_by, context.run_ttl_ms, name.data, data, *((printed,) if printed else ()))
     return Call(run.text, script("schedule_step"), run.keys[:2], args, parse, step=name.text)
 
 
-def schedule_steps(context: Context, run_id: RunId, steps: StepInputs) -> Call[list[str]]:
+def schedule_steps(
+    context: Context, run_id: RunId, steps: StepInputs, *, fingerprint: Fingerprint | None = None
+) -> Call[list[str]]:
     """Creates pending records for those of many steps that have none: all of them or, on an error, none.
 
     One round trip and one script: 10,000 steps block the server for 0.04 to 0.1 s. If that is too long and the steps
@@ -57,23 +83,31 @@ def schedule_steps(context: Context, run_id: RunId, steps: StepInputs) -> Call[l
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
         steps: a dict of input by step.
+        fingerprint: what identifies the input of each step. True: all of it, in any order of its keys; a function of
+            the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
+            without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
+            has another fingerprint, the call is refused.
 
     Returns:
         The newly scheduled steps, in the given order.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for an input.
+        InputMismatchError: one of the steps has another fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
-    inputs = encode_inputs(context, "steps", steps)
+    inputs = encode_inputs(context, "steps", steps, fingerprint)
 
     def parse(reply: Reply) -> list[str]:
-        return [inputs[2 * int(position)].decode() for position in sorted(reply[2:])]
+        if reply[0] == b"mismatch":
+            given = next(each for each in inputs if each.step.data == reply[2])
+            raise mismatch(run.text, given.step.text, given.fingerprint, reply)
+        return [inputs[int(position)].step.text for position in sorted(reply[2:])]
 
-    args = (new_token()[:8], context.run_ttl_ms, *inputs)
+    args = (new_token()[:8], context.run_ttl_ms, *to_schedule(inputs))
     return Call(run.text, script("schedule_steps"), run.keys[:2], args, parse)
 
 
@@ -106,13 +140,26 @@ def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step])
     return Call(run.text, script("delete_pending_steps"), run.keys[:2], args, parse, if_deleted)
 
 
-def encode_inputs(context: Context, argument: str, steps: object) -> list[bytes]:
-    """Returns step, input, step, input, … as they are sent."""
+def encode_inputs(
+    context: Context, argument: str, steps: object, fingerprint: Fingerprint | None = None
+) -> list[StepInput]:
+    """Returns the steps with their inputs. Either all of them have a fingerprint, or none."""
     if not isinstance(steps, Mapping):
         raise InvalidArgumentError(argument, f"must be a dict of input by step, not {described(steps)}")
     items = cast("StepInputs", steps).items()
     names = arguments.distinct(argument, (arguments.step(step, f"a step of {argument}") for step, _ in items))
-    sent: list[bytes] = []
+    inputs: list[StepInput] = []
     for name, (_, input) in zip(names, items, strict=True):
-        sent += (name.data, context.payloads.encode(f"{argument}[{name.text!r}]", input))
+        path = f"{argument}[{name.text!r}]"
+        data = context.payloads.encode(path, input)
+        inputs.append(StepInput(name, data, context.fingerprints.of(fingerprint, path, input)))
+    return inputs
+
+
+def to_schedule(inputs: Sequence[StepInput]) -> list[bytes]:
+    """Returns the arguments of a script that schedules steps: how many each step has, and then those of each step."""
+    width = 3 if any(each.fingerprint for each in inputs) else 2
+    sent = [b"%d" % width]
+    for name, *rest in inputs:
+        sent += (name.data, *rest[: width - 1])
     return sent

@@ -18,7 +18,7 @@ from squidstep_redis.errors import (
 )
 from squidstep_redis.model import StepRun, StepStatus, parse_step_run_id
 from squidstep_redis.operations.context import Context
-from squidstep_redis.operations.schedule import encode_inputs
+from squidstep_redis.operations.schedule import encode_inputs, to_schedule
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, Seconds, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
@@ -58,8 +58,8 @@ def complete_step(
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    successors = encode_inputs(context, "schedule", schedule) if schedule is not None else []
-    return complete_call(context, step_run, "output", output, successors)
+    inputs = encode_inputs(context, "schedule", schedule) if schedule is not None else []
+    return complete_call(context, step_run, "output", output, to_schedule(inputs) if inputs else ())
 
 
 def fail_step(

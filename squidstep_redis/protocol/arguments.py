@@ -21,6 +21,7 @@ StepInputs = Mapping[Any, Mapping[str, Any]]
 MAX_IDENTIFIER_BYTES: Final = 512
 MAX_PREFIX_BYTES: Final = 128
 MAX_OWNER_BYTES: Final = 256
+MAX_FINGERPRINT_BYTES: Final = 256
 MAX_LEASE: Final = timedelta(days=366)
 MAX_TTL: Final = timedelta(days=3_660)
 MAX_WAIT: Final = timedelta(days=1)
@@ -116,9 +117,18 @@ def _known_owner(value: str) -> bytes:
 
 
 def _owner(value: object) -> bytes:
-    data = identifier("owner", value, MAX_OWNER_BYTES).data
+    return _without_controls("owner", value, MAX_OWNER_BYTES)
+
+
+def fingerprint(value: object) -> bytes:
+    """Returns a fingerprint: an identifier without control characters, because terminals show it."""
+    return _without_controls("fingerprint", value, MAX_FINGERPRINT_BYTES)
+
+
+def _without_controls(argument: str, value: object, max_bytes: int) -> bytes:
+    data = identifier(argument, value, max_bytes).data
     if _CONTROL.search(data):
-        raise InvalidArgumentError("owner", f"must not contain control characters: {described(value)}")
+        raise InvalidArgumentError(argument, f"must not contain control characters: {described(value)}")
     return data
 
 

@@ -17,21 +17,23 @@ class _Layout(NamedTuple):
 
     Attributes:
         own: which arguments each step has of its own.
-        rest: where the arguments begin that all steps share, apart from a nonce.
+        shared: which arguments all steps share.
+        optional: which arguments each step has of its own if the first one has them; empty for none.
         more: where the arguments of further steps begin.
         word: the word of a reply about one of several steps that is only a state line.
     """
 
     own: slice
-    rest: int
+    shared: slice
+    optional: slice
     more: int
     word: bytes
 
 
 _LAYOUTS: Final = {
-    "begin_step": _Layout(slice(0, 3), 3, 9, b"execute"),
-    "complete_step": _Layout(slice(1, 4), 4, 6, b"completed"),
-    "extend_claim": _Layout(slice(1, 3), 3, 5, b"extended"),
+    "begin_step": _Layout(slice(0, 3), slice(3, 9), slice(9, 10), 11, b"execute"),
+    "complete_step": _Layout(slice(1, 4), slice(4, 6), slice(6, 6), 6, b"completed"),
+    "extend_claim": _Layout(slice(1, 3), slice(3, 5), slice(5, 5), 5, b"extended"),
 }
 _OF_RUN: Final = (b"tombstone", b"torn")  # refusals of every call on the run
 
@@ -65,7 +67,8 @@ def group(calls: Sequence[Call[Any]], indexes: Iterable[int]) -> list[list[int]]
             if (
                 first.script is call.script
                 and args[1] not in steps
-                and first.args[layout.rest :] == args[layout.rest :]
+                and first.args[layout.shared] == args[layout.shared]
+                and len(first.args) == len(args)
                 and len(members) < MAX_MERGED
             ):
                 members.append(index)
@@ -80,10 +83,10 @@ def group(calls: Sequence[Call[Any]], indexes: Iterable[int]) -> list[list[int]]
 def merged(calls: Sequence[Call[Any]]) -> Call[Any]:
     """Returns the call that is sent for the calls of a group, of which there are several."""
     first = calls[0]
-    own = _LAYOUTS[first.script.name].own
+    layout = _LAYOUTS[first.script.name]
     args = [*padded(first.script.name, first.args)]
     for call in calls[1:]:
-        args += call.args[own]
+        args += call.args[layout.own] + call.args[layout.optional]
     return first._replace(args=tuple(args))
 
 

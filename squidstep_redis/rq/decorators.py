@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
 from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.fingerprints import Fingerprint, check_fingerprint
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
 from squidstep_redis.rq.execution import StepSettings, execute
 from squidstep_redis.rq.functions import RunIdOf, run_id_of
@@ -27,6 +28,7 @@ def step(
     permanent: Permanent = (),
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
+    fingerprint: Fingerprint | None = None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
 
@@ -49,19 +51,25 @@ def step(
             using the job's own retries; this needs a worker with a scheduler, and raises the error if RQ cannot
             reschedule. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside the job until the step
             is completed or can be claimed.
+        fingerprint: what identifies the step's input, the dict of the given arguments. True: all of it; a function of
+            the dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
+            without control characters: that itself; False: nothing; None: the store's setting. If the step has
+            another fingerprint, for example of another job, InputMismatchError is raised.
 
     Raises:
         InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
-            `on_busy` is not one of the three modes.
+            `on_busy` is not one of the three modes, or `fingerprint` is malformed.
     """
     check_on_busy(on_busy)
     failure_rules(permanent, backoff)
+    check_fingerprint(fingerprint)
     settings = StepSettings(
         lease=lease,
         max_attempts=max_attempts,
         permanent=permanent,
         backoff=backoff,
         on_busy="wait" if on_busy == "wait" else "raise",
+        fingerprint=fingerprint,
     )
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
@@ -73,7 +81,7 @@ def step(
             run = current_run(id_of(bound) if id_of is not None else None)
             if run.id is None:
                 return fn(*args, **kwargs)
-            return execute(run.id, run.job, name, fn, bound, settings)
+            return execute(run.id, run.job, run.inputs, name, fn, bound, settings)
 
         return rescheduling(fn, call, lease, on_busy)
 
@@ -88,6 +96,7 @@ def steps(
     permanent: Permanent = (),
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
+    fingerprint: Fingerprint | None = None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a job function a run of several steps.
 
@@ -109,13 +118,19 @@ def steps(
             without using the job's own retries; this needs a worker with a scheduler, and raises the error if RQ cannot
             reschedule. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside the job until the step
             is completed or can be claimed.
+        fingerprint: what identifies the input of each step of `current_run().call(…)`, the dict of the given
+            arguments. True: all of it; a function of the dict: what it returns, which may be anything that a payload
+            may contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the
+            store's setting. If the step has another fingerprint, for example of another job, InputMismatchError is
+            raised.
 
     Raises:
         InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
-            `on_busy` is not one of the three modes.
+            `on_busy` is not one of the three modes, or `fingerprint` is malformed.
     """
     check_on_busy(on_busy)
     failure_rules(permanent, backoff)
+    check_fingerprint(fingerprint)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = signature(fn)
@@ -131,6 +146,7 @@ def steps(
                 permanent=permanent,
                 backoff=backoff,
                 on_busy=busy_mode,
+                fingerprint=fingerprint,
             )
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:

@@ -11,7 +11,9 @@ from squidstep_redis import PayloadError, StaleStepRunError
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import default_owner
 from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.functions import explain, result_of, stored_arguments
+from squidstep_redis.rq.inputs import Inputs
 from squidstep_redis.rq.installed import Job
 from squidstep_redis.rq.stores import store_for
 
@@ -28,6 +30,7 @@ class StepSettings(TypedDict):
     permanent: Permanent
     backoff: Backoff | None
     on_busy: Literal["raise", "wait"]
+    fingerprint: Fingerprint | None
 
 
 def owner(job: Job | None, pid: int | None = None) -> str:
@@ -46,6 +49,7 @@ def owner(job: Job | None, pid: int | None = None) -> str:
 def execute(
     run_id: str,
     job: Job | None,
+    inputs: Inputs,
     step: Step,
     fn: Callable[..., T],
     bound: BoundArguments,
@@ -56,6 +60,7 @@ def execute(
     Args:
         run_id: the run of the step.
         job: the current job; None: outside a job.
+        inputs: those of the steps that the job has called.
         step: the name of the step.
         fn: the function. For a coroutine function, a coroutine is returned.
         bound: the arguments of the call. They are the input of the step.
@@ -72,7 +77,7 @@ def execute(
         while True:
             claim = store.claim_step(run_id, step, input, owner=claimed_by, **settings)
             try:
-                with claim:
+                with inputs.one_of(run_id, step, bound), claim:
                     if claim.decision == "execute":
                         arguments = stored_arguments(bound, claim.input)
                         result = await cast("Any", fn)(*arguments.args, **arguments.kwargs)
@@ -88,7 +93,8 @@ def execute(
     if iscoroutinefunction(fn):
         return cast("T", work_async())
     try:
-        return _result(store.run_step(run_id, step, work, input, owner=claimed_by, **settings))
+        with inputs.one_of(run_id, step, bound):
+            return _result(store.run_step(run_id, step, work, input, owner=claimed_by, **settings))
     except PayloadError as error:
         explain(error)
         raise

@@ -16,7 +16,12 @@ RunIdOf = str | Callable[..., str]
 """A format string over a function's arguments, or a function of them that returns the run id."""
 
 
-def _with_defaults(bound: BoundArguments) -> BoundArguments:
+def with_defaults(bound: BoundArguments) -> BoundArguments:
+    """Returns the arguments of a call, including those that were not given.
+
+    Args:
+        bound: the arguments of the call.
+    """
     complete = BoundArguments(bound.signature, cast("Any", dict(bound.arguments)))
     complete.apply_defaults()
     return complete
@@ -41,7 +46,7 @@ def stored_arguments(bound: BoundArguments, stored: dict[str, Any]) -> BoundArgu
         raise InvalidArgumentError(
             "input", f"the step was scheduled with {sorted(unknown)}, which its function does not accept: {parameters}"
         )
-    scheduled = _with_defaults(BoundArguments(parameters, cast("Any", {**bound.arguments, **stored})))
+    scheduled = with_defaults(BoundArguments(parameters, cast("Any", {**bound.arguments, **stored})))
     for name, parameter in parameters.parameters.items():
         if parameter.kind is Parameter.VAR_POSITIONAL:
             scheduled.arguments[name] = tuple(scheduled.arguments[name])
@@ -97,7 +102,7 @@ def run_id_of(run_id: RunIdOf | None, parameters: Signature) -> Callable[[BoundA
     if not isinstance(run_id, str):
 
         def call_run_id(bound: BoundArguments) -> str:
-            complete = _with_defaults(bound)
+            complete = with_defaults(bound)
             id = cast("str | None", run_id(*complete.args, **complete.kwargs))
             if id is None:  # elsewhere None means that there is no run
                 raise InvalidArgumentError("run_id", "must be a non-empty str, but its function returned None")
@@ -113,7 +118,7 @@ def run_id_of(run_id: RunIdOf | None, parameters: Signature) -> Callable[[BoundA
             raise InvalidArgumentError(
                 "run_id", f"{run_id!r} names {field!r}, which is not a parameter of {parameters}"
             )
-    return lambda bound: run_id.format(**_with_defaults(bound).arguments)
+    return lambda bound: run_id.format(**with_defaults(bound).arguments)
 
 
 def _as_stored(value: Any) -> Any:

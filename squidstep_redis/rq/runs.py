@@ -10,7 +10,9 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.execution import StepSettings, execute
+from squidstep_redis.rq.inputs import Inputs
 from squidstep_redis.rq.installed import Job, get_current_job
 
 P = ParamSpec("P")
@@ -29,11 +31,13 @@ class Run:
     Attributes:
         id: the run id; None outside a job: functions are then called without storing anything.
         job: the job that executes the run; None outside a job.
+        inputs: those of the steps that the job has called.
     """
 
     def __init__(self, id: str | None, job: Job | None, settings: StepSettings) -> None:
         self.id = id
         self.job = job
+        self.inputs = Inputs(job)
         self._settings = settings
 
     def call(self, step: Step, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -42,7 +46,8 @@ class Run:
         Two round trips if the function is executed, one if the step is already completed.
 
         Args:
-            step: the name of the step. Calls with the same name are the same step and return the same result.
+            step: the name of the step. Calls with the same name are the same step and return the same result. In one
+                execution of a job, they must have the same arguments.
             fn: the function or coroutine function that does the work. Its result is stored as `{"result": …}`.
             args: positional arguments of `fn`. They are stored as the step's input under the names of the parameters,
                 so they must be valid in a payload.
@@ -52,6 +57,8 @@ class Run:
             The stored result of `fn`. A tuple is returned as a list.
 
         Raises:
+            InputMismatchError: this job has called the step with other arguments, or the step has another fingerprint.
+                The function was not called.
             StepBusyError: another worker has claimed the step, or has taken it over.
             StepDelayedError: the step has failed and may not be retried yet.
             StepFailedError: the step has failed permanently.
@@ -65,7 +72,7 @@ class Run:
         if self.id is None:
             return fn(*args, **kwargs)
         bound = signature(fn).bind(*args, **kwargs)
-        return execute(self.id, self.job, step, fn, bound, self._settings)
+        return execute(self.id, self.job, self.inputs, step, fn, bound, self._settings)
 
     def __repr__(self) -> str:
         return f"<Run {self.id!r}>"
@@ -79,6 +86,7 @@ def current_run(
     permanent: Permanent = (),
     backoff: Backoff | None = None,
     on_busy: Literal["raise", "wait"] = "raise",
+    fingerprint: Fingerprint | None = None,
 ) -> Run:
     """Returns the run of the current job, for calling several steps within one job. Nothing is sent.
 
@@ -95,6 +103,10 @@ def current_run(
             how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: while another worker has claimed a step, "raise" StepBusyError, or "wait" until the step is completed
             or can be claimed. To reschedule the job instead, decorate its function with `steps`.
+        fingerprint: what identifies the input of each step, the dict of the given arguments. True: all of it; a
+            function of the dict: what it returns, which may be anything that a payload may contain; a str of up to
+            256 bytes without control characters: that itself; False: nothing; None: the store's setting. If the step
+            has another fingerprint, for example of another job, InputMismatchError is raised.
     """
     run, job = _run.get(), get_current_job()
     # With `is_async=False`, a job can run inside an enqueue() call of another job: `_run` is then the other job's run.
@@ -103,7 +115,12 @@ def current_run(
     if run_id is None and job is not None:
         run_id = default_run_id(job)
     settings = StepSettings(
-        lease=lease, max_attempts=max_attempts, permanent=permanent, backoff=backoff, on_busy=on_busy
+        lease=lease,
+        max_attempts=max_attempts,
+        permanent=permanent,
+        backoff=backoff,
+        on_busy=on_busy,
+        fingerprint=fingerprint,
     )
     return Run(run_id, job, settings)
 
