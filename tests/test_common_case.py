@@ -64,9 +64,10 @@ STEPS = st.sampled_from(["a", "b"])
 LEASES = st.sampled_from([None, 60])
 LIMITS = st.sampled_from([None, 1, 2])
 PAYLOADS = st.sampled_from([{"n": 1}, {"n": 2}])
+PRINTS = st.sampled_from([None, None, None, True])
 OPERATIONS = st.one_of(
-    st.tuples(st.just("begin"), STEPS, PAYLOADS, LEASES, LIMITS),
-    st.tuples(st.just("advance"), st.integers(0, 3), PAYLOADS, STEPS | st.just("c"), PAYLOADS, LEASES, LIMITS),
+    st.tuples(st.just("begin"), STEPS, PAYLOADS, LEASES, LIMITS, PRINTS),
+    st.tuples(st.just("advance"), st.integers(0, 3), PAYLOADS, STEPS | st.just("c"), PAYLOADS, LEASES, LIMITS, PRINTS),
     st.tuples(st.just("complete"), st.integers(0, 3), PAYLOADS, st.sampled_from([None, {"c": {}}])),
     st.tuples(st.just("complete by id"), STEPS, PAYLOADS),
     st.tuples(st.sampled_from(["release", "fail", "expire"]), st.integers(0, 3)),
@@ -80,8 +81,9 @@ OPERATIONS = st.one_of(
 def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[Any]]) -> Call[Any] | None:
     kind, *rest = operation
     if kind == "begin":
-        step, payload, lease, limit = rest
-        return CALLS.begin_step("run", step, payload, lease=lease, max_attempts=limit, owner="worker-1")
+        step, payload, lease, limit, printed = rest
+        options: dict[str, Any] = {"lease": lease, "max_attempts": limit, "owner": "worker-1", "fingerprint": printed}
+        return CALLS.begin_step("run", step, payload, **options)
     if kind == "schedule":
         return CALLS.schedule_step("run", *rest)
     if kind == "complete by id":
@@ -101,10 +103,11 @@ def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[A
     if kind == "complete":
         return CALLS.complete_step(claim, rest[1], schedule=rest[2])
     if kind == "advance":
-        output, step, payload, lease, limit = rest[1:]
+        output, step, payload, lease, limit, printed = rest[1:]
         if step == claim.step:
             return None
-        return CALLS.advance_step(claim, output, step, payload, lease=lease, max_attempts=limit, owner="worker-1")
+        options: dict[str, Any] = {"lease": lease, "max_attempts": limit, "owner": "worker-1", "fingerprint": printed}
+        return CALLS.advance_step(claim, output, step, payload, **options)
     if kind == "release":
         return CALLS.release_step(claim)
     return CALLS.fail_step(claim, {"why": "test"}) if kind == "fail" else CALLS.expire_claim(claim)

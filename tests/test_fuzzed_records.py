@@ -43,7 +43,7 @@ FIELDS = st.one_of(
     st.tuples(st.just(b"sa"), STATE_LINES),
     st.tuples(st.just(b"r"), RUN_LINES),
     st.tuples(st.just(b"a1:a"), STATE_LINES | STATE_LINES.map(lambda line: line + b"\n\x80")),
-    st.tuples(st.sampled_from([b"ia", b"oa", b"ea"]), st.binary(max_size=20)),
+    st.tuples(st.sampled_from([b"ia", b"oa", b"ea", b"fa"]), st.binary(max_size=20)),
     st.tuples(st.binary(min_size=1, max_size=5), STATE_LINES),
 )
 
@@ -64,6 +64,9 @@ def operations(store: StepRunStore, claim: StepRun) -> dict[str, Callable[[], An
         "extend_claim": lambda: store.extend_claim(claim, 60),
         "begin_steps": lambda: store.begin_steps("run", {"a": {}, "b": {}}, lease=60),
         "begin_step": lambda: shown(store.begin_step("run", "a", {}, lease=60, max_attempts=3).step_run),
+        "begin_step, fingerprint": lambda: store.begin_step("run", "a", {}, fingerprint=True),
+        "begin_steps, fingerprint": lambda: store.begin_steps("run", {"new": {}, "a": {}}, fingerprint=True),
+        "schedule_step": lambda: store.schedule_step("run", "a", {}, fingerprint=True),
         "fail_step": lambda: store.fail_step(claim, {"reason": "declined"}),
         "fail_step by id": lambda: store.fail_step(claim.id, {}, retry_after=60),
         "release_step": lambda: store.release_step(claim.id),
@@ -97,7 +100,7 @@ NAMES = (
     *("get_run", "get_step_run", "scan_steps", "step_statuses", "attempts", "completed_outputs", "completed_steps"),
     *("export_run", "fork_run", "schedule_steps", "extend_claim", "begin_steps", "begin_step", "fail_step"),
     *("fail_step by id", "release_step", "retry_step", "complete_step", "complete_step by id", "expire_run"),
-    "delete_pending_steps",
+    *("delete_pending_steps", "begin_step, fingerprint", "begin_steps, fingerprint", "schedule_step"),
 )
 
 

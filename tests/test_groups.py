@@ -25,7 +25,8 @@ STEPS = st.sampled_from(["a", "b", "c"])
 CLAIMS = st.integers(0, 5)
 LEASES = st.sampled_from([None, 60])
 PAYLOADS = st.sampled_from([{"n": 1}, {"n": 2}])
-BEGIN = st.tuples(st.just("begin"), RUNS, STEPS, PAYLOADS, st.sampled_from([(60, 1), (None, None)]))
+OPTIONS = st.sampled_from([(60, 1, None), (None, None, None), (60, 1, True)])
+BEGIN = st.tuples(st.just("begin"), RUNS, STEPS, PAYLOADS, OPTIONS)
 COMPLETE = st.one_of(
     st.tuples(st.just("complete"), CLAIMS, PAYLOADS, st.sampled_from([None, None, {"c": {}}])),
     st.tuples(st.just("complete by id"), RUNS, STEPS, PAYLOADS),
@@ -53,7 +54,7 @@ BATCHES = st.tuples(
 def last_batch(steps: list[str]) -> st.SearchStrategy[Any]:
     """Returns one group on the run."""
     kinds = {
-        "begin": (PAYLOADS, st.just((60, 1))),
+        "begin": (PAYLOADS, st.just((60, 1, None))),
         "complete by id": (PAYLOADS,),
         "extend by id": (st.just(60),),
     }
@@ -75,8 +76,9 @@ LAST = st.tuples(
 def call_of(calls: Calls, operation: tuple[Any, ...], claims: list[StepRun]) -> Call[Any] | None:
     kind, *rest = operation
     if kind == "begin":
-        run, step, payload, (lease, limit) = rest
-        return calls.begin_step(run, step, payload, lease=lease, max_attempts=limit, owner="worker-1")
+        run, step, payload, (lease, limit, printed) = rest
+        options: dict[str, Any] = {"lease": lease, "max_attempts": limit, "owner": "worker-1", "fingerprint": printed}
+        return calls.begin_step(run, step, payload, **options)
     if kind == "complete by id":
         run, step, payload = rest
         return calls.complete_step(step_run_id(calls.prefix, run, step), payload)
@@ -201,6 +203,10 @@ class TestGrouping:
 
     def test_other_shared_arguments_begin_another_group(self) -> None:
         assert self.grouped(*self.begin("ab"), *self.begin("cd", lease=1), *self.begin("e")) == ["ab", "cd", "e"]
+
+    def test_fingerprints_share_a_group_only_with_others(self) -> None:
+        calls = [*self.begin("ab", fingerprint=True), *self.begin("c", fingerprint="other"), *self.begin("d")]
+        assert self.grouped(*calls) == ["abc", "d"]
 
     def test_a_completion_with_successors_is_sent_singly(self) -> None:
         assert self.grouped(*self.complete("a", schedule={"next": {}}), *self.complete("bc")) == ["A", "BC"]

@@ -31,6 +31,7 @@ from support.records import begun
 
 from squidstep_redis import (
     BeginResult,
+    InputMismatchError,
     RunExistsError,
     ScheduleResult,
     StaleStepRunError,
@@ -82,7 +83,8 @@ def operations(
     return st.builds(Operation, st.just(name), st.tuples(*args), st.fixed_dictionaries(kwargs))
 
 
-CLAIMS = {"lease": leases, "max_attempts": limits, "owner": st.sampled_from([None, "worker 1", "worker 2"])}
+PRINTS = {"fingerprint": st.sampled_from([None, None, None, "input 1", "input 2"])}
+CLAIMS = {"lease": leases, "max_attempts": limits, "owner": st.sampled_from([None, "worker 1", "worker 2"]), **PRINTS}
 BEGIN_STEP = operations("begin_step", runs, steps, payloads, **CLAIMS)
 ADVANCE_STEP = operations("advance_step", holders(), payloads, steps, payloads, **CLAIMS).filter(
     lambda operation: operation.args[0].claim.step != operation.args[2]
@@ -96,7 +98,10 @@ FAIL_STEP = st.one_of(
 EXTEND_CLAIM = operations("extend_claim", holders(), leases)
 RELEASE_STEP = operations("release_step", holders())
 RETRY_STEP = operations("retry_step", runs, steps, owner=st.sampled_from([None, "operator"]))
-SCHEDULE = operations("schedule_step", runs, steps, payloads) | operations("schedule_steps", runs, inputs)
+SCHEDULE = st.one_of(
+    operations("schedule_step", runs, steps, payloads, **PRINTS),
+    operations("schedule_steps", runs, inputs, **PRINTS),
+)
 DELETE_PENDING_STEPS = operations("delete_pending_steps", runs, st.lists(steps, unique=True))
 EXPIRE_RUN = operations("expire_run", runs, st.sampled_from([None, 10_000]))
 DELETE_RUN = operations("delete_run", runs)
@@ -282,6 +287,8 @@ class Machine(RuleBasedStateMachine):
         for step, record in self.model.runs[run].records.items():
             kinds = {"completed": "sio", "failed": "sie"}.get(record.status, "si")
             fields |= {kind + step for kind in kinds}
+            if record.fingerprint:
+                fields.add(f"f{step}")
             fields |= {f"a{attempt.number}:{step}" for attempt in record.kept_attempts[:-1]}
         return fields
 
@@ -308,7 +315,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(times):
             try:
                 results.append(self.store.send(recorded.call))
-            except (StaleStepRunError, StepRunNotFoundError) as error:
+            except (InputMismatchError, StaleStepRunError, StepRunNotFoundError) as error:
                 results.append(error)
             self.compare(recorded, results[-1])
         assert all(as_model(result) == as_model(results[0]) for result in results)

@@ -41,7 +41,8 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(step_run, StepRun)
     assert_type(decision, Literal["execute", "skip"])
     assert_type(result.retry_in, float | None)
-    assert_type(store.schedule_step("run", "pay", {}), ScheduleResult)
+    assert_type(store.schedule_step("run", "pay", {}, fingerprint=True), ScheduleResult)
+    store.begin_step("run", "pay", {}, fingerprint=lambda given: given["amount"])
     assert_type(store.complete_step(step_run, {}, schedule={"ship": {}, "mail": {"to": "a"}}), StepRun)
     assert_type(store.complete_step(step_run.id, {}, schedule={Step.PAY: {}}), StepRun)
     successors: dict[str, dict[str, int]] = {"ship": {"parcels": 2}}

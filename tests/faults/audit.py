@@ -90,14 +90,14 @@ class Generation:
     def add(
         self, requests: list[list[Any]], sent: float, received: float, replies: list[Any], resent: bool = False
     ) -> None:
-        for (kind, run, step, claim, value, lease, limit), reply in zip(requests, replies, strict=True):
+        for (kind, run, step, claim, *given), reply in zip(requests, replies, strict=True):
             if reply == ["unwritten"] or (kind == "order" and reply is None):
                 continue
             if kind == "order" and reply[:1] != ["error"]:
                 self.orders.append(Order(run, sent, received, tuple(reply)))
                 continue
             known = (math.inf, None) if reply is None else (received, tuple(reply))
-            self.ops.append(Op(kind, run, step, claim, sent, *known, value, lease, limit, resent))
+            self.ops.append(Op(kind, run, step, claim, sent, *known, *given, resent))
 
 
 class Audit:

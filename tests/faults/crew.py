@@ -31,6 +31,7 @@ from squidstep_redis import (
     BeginResult,
     Call,
     Calls,
+    InputMismatchError,
     NotSentError,
     OutcomeUnknownError,
     RefusedError,
@@ -69,6 +70,7 @@ class Request(NamedTuple):
     value: int | None = None
     lease: float = 0.0
     limit: float = math.inf
+    printed: str = ""
 
 
 _sends: ContextVar[int] = ContextVar("sends", default=0)  # of the current actor; a retried call is sent more than once
@@ -150,6 +152,8 @@ def _reply_of_error(error: Exception) -> list[Any] | None:
             return ["stale", error.current.status, error.current.attempt, error.current.owner or ""]
         case StepRunNotFoundError():
             return ["missing"]
+        case InputMismatchError():
+            return ["mismatch"]
         case NotSentError() | RefusedError():
             return ["unwritten"]
         case ReplyMismatchError():
@@ -233,8 +237,11 @@ class Actor:
         if self.dice.random() < 0.05:
             return Request(self.calls.schedule_step(run, step, input), "schedule", run, step, claim)
         lease, limit = self.dice.choice((0.01, 0.03, 0.1)), self.dice.choice((None, None, None, 3, 9))
-        call = self.calls.begin_step(run, step, input, lease=lease, max_attempts=limit, owner=claim)
-        return Request(call, "begin", run, step, claim, None, lease, math.inf if limit is None else limit)
+        printed = self.dice.choice(("",) * 8 + ("x", "y"))
+        call = self.calls.begin_step(
+            run, step, input, lease=lease, max_attempts=limit, owner=claim, fingerprint=printed or False
+        )
+        return Request(call, "begin", run, step, claim, None, lease, math.inf if limit is None else limit, printed)
 
     def _extend(self, begin: Request, step_run: StepRun) -> Request:
         lease = self.dice.choice((0.01, 0.1))

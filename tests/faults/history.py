@@ -39,14 +39,15 @@ class Op:
         sent: when it was sent, by the wall clock, which the server on the same machine shares.
         received: when the reply was received; inf if there is none.
         reply: None if it is unknown. For a begin: ("execute", attempt, author of the input, end of the lease),
-            ("busy", "failed" or "exhausted", attempt, holder), ("completed", attempt, holder, output) or
-            ("superseded",). For a
+            ("busy", "failed" or "exhausted", attempt, holder), ("completed", attempt, holder, output),
+            ("superseded",) or ("mismatch",). For a
             schedule: ("schedule",) or ("skip",). For an extension: ("done", end of the lease). For other writes:
             ("done",). For a rejected write: ("stale", status, attempt, holder) or ("missing",). For a read: (status,
             attempt, holder, payload).
         value: the output of a completion, or the error of a failure.
         lease: the lease of a begin or an extension, in seconds.
         limit: max_attempts of a begin; inf for no limit.
+        printed: the fingerprint of a begin; empty for none.
         resent: whether the client may have sent the call more than once, because it reconnected.
     """
 
@@ -60,6 +61,7 @@ class Op:
     value: int | None = None
     lease: float = 0.0
     limit: float = math.inf
+    printed: str = ""
     resent: bool = False
 
 
@@ -80,6 +82,7 @@ class State(NamedTuple):
     earliest_end: float = math.inf
     latest_end: float = math.inf
     past: tuple[tuple[Claim, str, int | None], ...] = ()
+    printed: str = ""  # the fingerprint of the input
 
     @property
     def shown(self) -> str:
@@ -88,6 +91,9 @@ class State(NamedTuple):
 
     def is_held_by(self, claim: Claim) -> bool:
         return self.status == "running" and self.holder == claim
+
+    def knows(self, claim: Claim) -> bool:
+        return claim == self.holder or any(claim == past for past, _, _ in self.past)
 
 
 Outcome = tuple[State, tuple[Any, ...]]
@@ -115,7 +121,9 @@ def outcomes(state: State, op: Op) -> Iterable[Outcome]:
 
 
 def _begin(state: State, op: Op) -> Iterator[Outcome]:
-    if state.status == "completed":
+    if state.printed and op.printed not in ("", state.printed) and not state.knows(op.claim):
+        yield state, ("mismatch",)
+    elif state.status == "completed":
         yield state, ("completed", state.attempt, state.holder, state.payload)
     elif state.status == "final":
         yield state, ("failed", state.attempt, state.holder)
@@ -129,7 +137,7 @@ def _begin(state: State, op: Op) -> Iterator[Outcome]:
 
 
 def _grant(state: State, op: Op) -> Outcome:
-    if op.claim == state.holder or any(claim == op.claim for claim, _, _ in state.past):
+    if state.knows(op.claim):
         return state, ("superseded",)
     if state.status in ("running", "failed") and state.attempt - state.released >= op.limit:
         if state.status == "running":
@@ -144,6 +152,7 @@ def _grant(state: State, op: Op) -> Outcome:
         state.input_by if state.status == "pending" else op.claim,
         state.scheduled_by,
         past=_past(state),
+        printed=op.printed or (state.printed if state.status == "pending" else ""),
     )
     return _with_lease(granted, op), ("execute", granted.attempt, granted.input_by, *_reported_end(op))
 
@@ -156,8 +165,7 @@ def _past(state: State) -> tuple[tuple[Claim, str, int | None], ...]:
 
 
 def _retry(state: State, op: Op) -> Iterator[Outcome]:
-    is_own = op.claim == state.holder or any(claim == op.claim for claim, _, _ in state.past)
-    if is_own or state.status == "pending":
+    if state.knows(op.claim) or state.status == "pending":
         yield state, ("done",)
         return
     if state.status in ("none", "completed") or (state.status == "running" and state.latest_end > op.sent - TOLERANCE):
@@ -167,7 +175,7 @@ def _retry(state: State, op: Op) -> Iterator[Outcome]:
     ):
         attempt = state.attempt + 1
         retried = State("pending", attempt, attempt, op.claim, None, state.input_by, state.scheduled_by)
-        yield retried._replace(past=_past(state)), ("done",)
+        yield retried._replace(past=_past(state), printed=state.printed), ("done",)
 
 
 def _schedule(state: State, op: Op) -> Outcome:
@@ -308,7 +316,7 @@ def find_lost(ops: Iterable[Op], orders: Iterable[Order]) -> list[str]:
     forgotten: dict[tuple[str, str], Any] = {}
     for op in ops:
         completion = done.get((op.run, op.step))
-        if completion is None or op.sent <= completion.received or op.reply is None:
+        if completion is None or op.sent <= completion.received or op.reply in (None, ("mismatch",)):
             continue
         known = ("completed", completion.value)
         if (op.kind in ("begin", "read") and (op.reply[0], op.reply[-1]) != known) or (

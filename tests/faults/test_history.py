@@ -80,6 +80,16 @@ POSSIBLE = {
         op("begin", "c", 8, 9, "execute", 3, "a", 9.5, limit=1),
         op("final", "a", 10, 11, "done", value=7),
     ],
+    "another input is refused until a call without a fingerprint replaces it": [
+        op("begin", "a", 0, 1, "execute", 1, "a", 1.5, printed="x"),
+        op("begin", "b", 1, 1.2, "mismatch", printed="y"),
+        op("begin", "b", 1, 1.2, "busy", 1, "a", printed="x"),
+        FAILED,
+        op("begin", "c", 4, 5, "mismatch", printed="y"),
+        op("begin", "d", 6, 7, "execute", 2, "d", 7.5),
+        op("begin", "a", 7, 7.1, "superseded", printed="x"),
+        op("begin", "e", 9, 10, "execute", 3, "e", 10.5, printed="y"),
+    ],
     "a scheduled input is kept": [
         op("schedule", "a", 0, 1, "schedule"),
         op("schedule", "b", 1, 2, "skip"),
@@ -133,6 +143,19 @@ IMPOSSIBLE = {
     ],
     "a retry of a live claim": [EXECUTED, op("retry", "r", 1.1, 1.2, "done")],
     "one attempt too many": [EXECUTED, FAILED, op("begin", "b", 4, 5, "execute", 2, "b", 5.5, limit=1)],
+    "another input that is accepted": [
+        op("begin", "a", 0, 1, "execute", 1, "a", 1.5, printed="x"),
+        op("begin", "b", 4, 5, "execute", 2, "b", 5.5, printed="y"),
+    ],
+    "the same input refused": [
+        op("begin", "a", 0, 1, "execute", 1, "a", 1.5, printed="x"),
+        op("begin", "b", 4, 5, "mismatch", printed="x"),
+    ],
+    "a replaced input that keeps its fingerprint": [
+        op("begin", "a", 0, 1, "execute", 1, "a", 1.5, printed="x"),
+        op("begin", "b", 4, 5, "execute", 2, "b", 5.5),
+        op("begin", "c", 5.2, 5.3, "mismatch", printed="y"),
+    ],
     "a scheduled input that is replaced": [
         op("schedule", "a", 0, 1, "schedule"),
         op("begin", "b", 2, 3, "execute", 1, "b", 3.5),
@@ -225,7 +248,7 @@ def histories(draw: st.DrawFn) -> list[Op]:
         sent, received = number - draw(st.sampled_from([0.1, 1.5])), number + draw(st.sampled_from([0.1, 1.5]))
         limit, resent = draw(st.sampled_from([math.inf, math.inf, 1])), draw(st.sampled_from([False, False, True]))
         value = None if kind == "release" else 1
-        call = Op(kind, "run", "step", claim, sent, received, None, value, 0.5, limit, resent)
+        call = Op(kind, "run", "step", claim, sent, received, None, value, 0.5, limit, resent=resent)
         state, reply = draw(st.sampled_from(list(outcomes(state, call))))
         ops.append(replace(call, reply=reply))
     for index in draw(st.sets(st.integers(0, len(ops) - 1), max_size=2)):

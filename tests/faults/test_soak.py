@@ -125,6 +125,11 @@ MUTANTS = {
         'if resent and redis.call("HGET", steps, "o" .. step) == output then\n'
         '      redis.call("ZADD", done, run.completed + 1, step)',
     ),
+    # The input
+    "another input is accepted": Mutant(
+        "lib/begin.lua", "local other = other_fingerprint(steps, step, fingerprint)", "local other = nil"
+    ),
+    "a replaced input keeps its fingerprint": Mutant("lib/begin.lua", "elseif not scheduled then", "elseif false then"),
     # Completion
     "a completed step is executed again": Mutant(
         "lib/begin.lua", "if state.status == @COMPLETED then", "if state.status == @COMPLETED and now % 20 > 0 then"
@@ -270,6 +275,7 @@ GENERAL = (
     "begin: failed",
     "final: done",
     "retry: done",
+    "begin: mismatch",
     "complete: stale",
     "release: stale",
     "expire: done",

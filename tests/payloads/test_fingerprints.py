@@ -77,7 +77,7 @@ class TestCanonicalForm:
             (
                 date(2026, 1, 2),
                 "2026-01-02",
-                datetime.min,
+                datetime(2026, 1, 2, tzinfo=UTC).replace(tzinfo=None),
                 datetime(2026, 1, 2, tzinfo=UTC),
                 time(2),
             ),

@@ -11,6 +11,7 @@ from squidstep_redis import (
     Attempt,
     BeginResult,
     Call,
+    InputMismatchError,
     RunDeletedError,
     RunExistsError,
     ScheduleResult,
@@ -91,6 +92,8 @@ def as_model(result: object) -> object:
             return ("exists", None)
         case StaleStepRunError():
             return ("stale", snapshot(result.current))
+        case InputMismatchError():
+            return ("mismatch", result.stored)
         case Exception():
             raise result
         case list():

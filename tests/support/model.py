@@ -11,6 +11,7 @@ compares the real store, one operation at a time. Three simplifications keep it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
@@ -59,10 +60,13 @@ class Claim(NamedTuple):
 
 
 class RefusedError(Exception):
-    """The operation wrote nothing: the run was "deleted" or "exists", the record is "missing", or the claim "stale"."""
+    """The operation wrote nothing: the run was "deleted" or "exists", the record is "missing", the claim is "stale", or "mismatch".
 
-    def __init__(self, reason: str, current: Snapshot | None = None) -> None:
-        super().__init__(reason, current)
+    The last is about the input: `found` is then the fingerprint of the record.
+    """
+
+    def __init__(self, reason: str, found: Snapshot | str | None = None) -> None:
+        super().__init__(reason, found)
 
 
 class PastAttempt(NamedTuple):
@@ -100,6 +104,7 @@ class Record:
     attempts: list[Attempt] = field(default_factory=list[Attempt])
     attempts_at_retry: int = 0
     """The number of attempts at the latest retry; these do not count towards max_attempts."""
+    fingerprint: str | None = None
 
     @property
     def latest(self) -> Attempt:
@@ -150,14 +155,25 @@ class Model:
 
     # Transitions
 
-    def schedule_step(self, run_id: str, step: str, input: Payload, *, call: CallId) -> tuple[Snapshot, str]:
-        created = self.schedule_steps(run_id, {step: input}, call=call)
+    def schedule_step(
+        self, run_id: str, step: str, input: Payload, *, call: CallId, fingerprint: str | None = None
+    ) -> tuple[Snapshot, str]:
+        created = self.schedule_steps(run_id, {step: input}, call=call, fingerprint=fingerprint)
         return self._snapshot(run_id, step), "schedule" if created else "skip"
 
-    def schedule_steps(self, run_id: str, steps: Mapping[str, Payload], *, call: CallId) -> list[str]:
+    def schedule_steps(
+        self, run_id: str, steps: Mapping[str, Payload], *, call: CallId, fingerprint: str | None = None
+    ) -> list[str]:
         self._check_not_deleted(run_id)
+        for step in steps:
+            record = self._records(run_id).get(step)
+            if record is not None and record.scheduled_by != call:
+                _check_input(record, fingerprint)
         for step, input in steps.items():
-            self._get_or_create(run_id, step, input, call)
+            is_new = step not in self._records(run_id)
+            record = self._get_or_create(run_id, step, input, call)
+            if is_new:
+                record.fingerprint = fingerprint
         return [step for step in steps if self._records(run_id)[step].scheduled_by == call]
 
     def begin_step(
@@ -170,10 +186,13 @@ class Model:
         lease: int | None = None,
         max_attempts: int | None = None,
         owner: str | None = None,
+        fingerprint: str | None = None,
     ) -> tuple[Snapshot, str | None, float | None]:
         """Returns the step run, the reason to skip it (None: execute), and the seconds after which to retry."""
         self._check_not_deleted(run_id)
         record = self._get_or_create(run_id, step, input, None)
+        if not any(attempt.call == call for attempt in record.kept_attempts):
+            _check_input(record, fingerprint)
         status = record.status
         if status == "completed":
             return self._snapshot(run_id, step), "completed", None
@@ -197,7 +216,8 @@ class Model:
                 return self._snapshot(run_id, step), "exhausted", None
             if status == "failed" and record.latest.delay:
                 return self._snapshot(run_id, step), "delayed", record.latest.delay
-            record.input = input
+            record.input, record.fingerprint = input, None
+        record.fingerprint = fingerprint or record.fingerprint
         record.attempts.append(Attempt(len(record.attempts) + 1, call, owner, lease, record.input))
         return self._snapshot(run_id, step), None, None
 
@@ -223,9 +243,21 @@ class Model:
         lease: int | None = None,
         max_attempts: int | None = None,
         owner: str | None = None,
+        fingerprint: str | None = None,
     ) -> tuple[Snapshot, str | None, float | None]:
+        before = deepcopy(self.runs)
         self.complete_step(claim, output, call=call)
-        return self.begin_step(claim.run, step, input, call=call, lease=lease, max_attempts=max_attempts, owner=owner)
+        claims: dict[str, Any] = {
+            "lease": lease,
+            "max_attempts": max_attempts,
+            "owner": owner,
+            "fingerprint": fingerprint,
+        }
+        try:
+            return self.begin_step(claim.run, step, input, call=call, **claims)
+        except RefusedError:
+            self.runs = before
+            raise
 
     def fail_step(
         self, claim: Claim, error: Payload, *, call: CallId, final: bool = False, retry_after: int | None = None
@@ -416,3 +448,8 @@ class Model:
         number, owner, input, output = attempt.number, attempt.owner, attempt.input, attempt.output
         ending = (attempt.final, attempt.delay) if attempt.outcome == "failed" else (False, None)
         return Snapshot(run_id, step, status, number, owner, input, output, last_error, lease, record.position, *ending)
+
+
+def _check_input(record: Record, fingerprint: str | None) -> None:
+    if fingerprint is not None and record.fingerprint not in (None, fingerprint):
+        raise RefusedError("mismatch", record.fingerprint)
