@@ -374,6 +374,7 @@ def granted_claim(lease: float) -> BaseClaim[threading.Event]:
         backoff=None,
         on_busy="raise",
         owner=None,
+        fingerprint=None,
     )
     claim = BaseClaim(Calls("test", None, 1_000, None), request, threading.Event())
     acquiring = claim._acquire()
