@@ -84,22 +84,29 @@ def as_model(result: object) -> object:
             assert_in_order(result.started_at, result.ended_at)
             assert (result.ended_at is None) == (result.outcome == "running")
             return PastAttempt(result.number, result.owner, result.outcome, result.error)
-        case RunDeletedError():
-            return ("deleted", None)
-        case StepRunNotFoundError():
-            return ("missing", None)
-        case RunExistsError():
-            return ("exists", None)
-        case StaleStepRunError():
-            return ("stale", snapshot(result.current))
-        case InputMismatchError():
-            return ("mismatch", result.stored)
         case Exception():
-            raise result
+            return refusal(result)
         case list():
             return [as_model(each) for each in result]
         case _:
             return result
+
+
+def refusal(error: Exception) -> tuple[str, object]:
+    """Converts an error to what the model raises; raises those that the model does not know."""
+    match error:
+        case RunDeletedError():
+            return "deleted", None
+        case StepRunNotFoundError():
+            return "missing", None
+        case RunExistsError():
+            return "exists", None
+        case StaleStepRunError():
+            return "stale", snapshot(error.current)
+        case InputMismatchError():
+            return "mismatch", error.stored
+        case _:
+            raise error
 
 
 def snapshot(step_run: StepRun) -> Snapshot:

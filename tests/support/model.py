@@ -60,9 +60,10 @@ class Claim(NamedTuple):
 
 
 class RefusedError(Exception):
-    """The operation wrote nothing: the run was "deleted" or "exists", the record is "missing", the claim is "stale", or "mismatch".
+    """The operation wrote nothing.
 
-    The last is about the input: `found` is then the fingerprint of the record.
+    The run was "deleted" or "exists", the record is "missing", or the claim is "stale". Or the input is a "mismatch":
+    `found` is then the fingerprint of the record.
     """
 
     def __init__(self, reason: str, found: Snapshot | str | None = None) -> None:
