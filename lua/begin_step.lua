@@ -27,7 +27,8 @@ local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local token, step, lease, owner = ARGV[1], ARGV[2], ARGV[5], ARGV[6] or ""
 local MORE = 12
 
--- The common case: one new step without a fingerprint in a run that does not expire. The general path below does the same at a higher cost.
+-- The common case: one new step without a fingerprint, in a run that does not expire. The general path below does the
+-- same at a higher cost.
 local field = "s" .. step
 local lines = not ARGV[10] and try("HMGET", steps, "r", field)
 if lines and not lines.err and not lines[2] then
