@@ -81,6 +81,11 @@ class TestReplies:
         unmet = durability({"wait_aof": True}).unmet([WRITTEN, refused])
         assert unmet == (f"WAITAOF failed: {refused}", None)
 
+    def test_refused_marker_does_not_confirm_it(self) -> None:
+        refused = exceptions.NoPermissionError("this user has no permissions to run the 'set' command")
+        unmet = durability({"wait_replicas": 1, "wait_aof": True}).unmet([refused, 1, [1, 0]])
+        assert unmet == (f"SET of the marker failed: {refused}", None)
+
 
 @pytest.fixture(scope="module")
 def primary() -> Iterator[EmbeddedServer]:
@@ -118,6 +123,18 @@ class TestServers:
         errors = [error for error in batched if isinstance(error, NotReplicatedError)]
         assert [error.replicas for error in (single.value, *errors)] == [replicas] * 3
         assert [error.result.step_run.step for error in errors] == ["a", "b"]
+
+    def test_transition_whose_marker_is_refused_is_not_confirmed(self, bench: Bench, primary: EmbeddedServer) -> None:
+        """Without the marker, a re-sent call that writes nothing would wait for the writes before it."""
+        with redis.Redis.from_url(primary.url) as admin:
+            admin.execute_command("ACL", "SETUSER", "no-set", "reset", "on", ">secret", "~*", "&*", "+@all", "-set")
+        url = primary.url.replace("redis://", "redis://no-set:secret@")
+        with (
+            contextlib.closing(bench.from_url(url, wait_replicas=1, timeout=60)) as store,
+            pytest.raises(NotReplicatedError, match="SET of the marker failed") as caught,
+        ):
+            store.begin_step("run", "pay", {})
+        assert caught.value.result.decision == "execute"
 
     def test_transition_that_the_replica_has_is_confirmed(self, bench: Bench, primary: EmbeddedServer) -> None:
         with contextlib.closing(bench.from_url(primary.url, wait_replicas=1, timeout=60, wait_timeout=10)) as store:

@@ -47,8 +47,11 @@ class Durability(NamedTuple):
 
     def unmet(self, replies: Sequence[Any]) -> tuple[str, int | None] | None:
         """Returns what the replies to `commands` do not confirm, and how many replicas do; None if all is confirmed."""
+        marker, *confirmations = replies
+        if isinstance(marker, Exception):  # without it, what follows may be about an earlier write
+            return f"SET of the marker failed: {str(marker).rstrip('.')}", None
         replicas: int | None = None
-        for (name, *_), reply in zip(self._waits(), replies[1:], strict=True):
+        for (name, *_), reply in zip(self._waits(), confirmations, strict=True):
             if isinstance(reply, Exception):
                 return f"{name.decode()} failed: {str(reply).rstrip('.')}", replicas
             if name == b"WAIT":
