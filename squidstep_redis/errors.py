@@ -36,6 +36,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from squidstep_redis.escaping import escaped
+
 if TYPE_CHECKING:
     from squidstep_redis.model import StepRun
     from squidstep_redis.protocol.call import Call
@@ -166,8 +168,9 @@ class StepBusyError(SquidstepError):
 
     def __str__(self) -> str:
         until = "" if self.retry_in is None else f"; its lease expires in {self.retry_in:.3f} s"
+        holder = escaped(self.current.owner or "another worker")
         return (
-            f"{_where(self.current.run_id, self.current.step)}: held by {self.current.owner or 'another worker'} "
+            f"{_where(self.current.run_id, self.current.step)}: held by {holder} "
             f"(attempt {self.current.attempt}{until}). Nothing was executed here; retry later"
         )
 
@@ -287,20 +290,25 @@ class NewerFormatError(CorruptRunError):
 class UndecodablePayloadError(SquidstepError):
     """The store's codec cannot read a stored payload, usually because another codec wrote it.
 
+    An `EncryptedCodec` also raises it for a payload that was changed or moved, or whose key it does not have.
+
     Attributes:
         run_id: the run.
         step: the step.
         name: "input", "output", "last_error" or "error".
         codec: the name of the codec's class.
+        problem: why, if the codec says it; else empty.
     """
 
     run_id: str
     step: str
     name: str
     codec: str
+    problem: str = ""
 
     def __str__(self) -> str:
-        return f"{_where(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}"
+        why = f": {escaped(self.problem)}" if self.problem else ""
+        return f"{_where(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}{why}"
 
 
 @_error
@@ -431,7 +439,7 @@ def _last_error(step_run: StepRun) -> str:
     kind, message = (
         (str(error[name]) for name in ("type", "message")) if {"type", "message"} <= error.keys() else ("", "")
     )
-    text = f"{kind}: {message}" if kind else ""
+    text = escaped(f"{kind}: {message}") if kind else ""
     return f" (last error: {text if len(text) <= 200 else text[:199] + '…'})" if text else ""
 
 
@@ -442,7 +450,7 @@ def described(value: Any) -> str:
         Text such as `int -3`, or `str 'aaaa…'`.
     """
     try:
-        text = repr(value)
+        text = escaped(repr(value))
     except Exception:  # noqa: BLE001 -- a value without a repr must still be rejected
         text = "(without a repr)"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

@@ -20,7 +20,7 @@ PACKAGE = Path(inspect.getfile(model)).parent
 
 # The layers, lowest first. A module imports from its own layer and from those below it, and from no other.
 LAYERS = (
-    ("docstrings", "errors", "model", "signals"),
+    ("docstrings", "errors", "escaping", "model", "signals"),
     ("protocol",),
     ("operations",),
     ("transport",),
@@ -29,7 +29,8 @@ LAYERS = (
 )
 # What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
-    "cli": {"cli", "embedded", "operations.documents"},
+    "cli": {"cli", "embedded", "escaping", "operations.documents"},
+    "codecs": set[str](),
     "demo": {"demo", "embedded", "rq"},
     "embedded": set[str](),
     "metrics": set[str](),
@@ -39,6 +40,7 @@ BESIDE_PUBLIC_NAMES = {
         "claims.failures",
         "claims.request",
         "claims.rules",
+        "escaping",
         "protocol.arguments",
         "protocol.fingerprints",
         "signals",

@@ -129,7 +129,7 @@ def test_decorated_function_keeps_its_name_and_signature() -> None:
 
 def test_owner_names_process_and_job() -> None:
     assert squidstep_redis.rq.owner(None) == f"{HOST}:{os.getpid()}"
-    job: Any = SimpleNamespace(id="a\n\x7fb\udcff")
+    job: Any = SimpleNamespace(id="a\n\x9bb\udcff")
     assert squidstep_redis.rq.owner(job, 7) == f"{HOST}:7 a??b?"
     job = SimpleNamespace(id="é" * 300)
     assert 254 < len(squidstep_redis.rq.owner(job).encode()) <= 256

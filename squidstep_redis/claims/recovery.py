@@ -16,6 +16,7 @@ from squidstep_redis.claims.separate import SeparateTransport
 from squidstep_redis.claims.threads import BackgroundThread
 from squidstep_redis.claims.unfinished import UnfinishedClaim, recover
 from squidstep_redis.errors import ServerError, SquidstepError
+from squidstep_redis.escaping import escaped
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.transport.blocking import run_workflow
 
@@ -111,4 +112,8 @@ class Recovery(BackgroundThread):
         return True
 
     def _give_up(self, error: Exception) -> None:
-        _log.warning("a claim could not be given back; it expires with its lease: %s: %s", type(error).__name__, error)
+        _log.warning(
+            "a claim could not be given back; it expires with its lease: %s: %s",
+            type(error).__name__,
+            escaped(str(error)),
+        )

@@ -18,6 +18,7 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, TimeoutError
 
 from squidstep_redis.doctor.checks import CHECKS_OF_CLIENTS, CHECKS_OF_SERVERS, SETTINGS, Client, Found, Level, Server
 from squidstep_redis.errors import SquidstepError
+from squidstep_redis.escaping import escaped
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.call import Command
 from squidstep_redis.protocol.fingerprints import Fingerprints
@@ -86,7 +87,7 @@ def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
             found += yield from _self_test(calls, _slots(nodes) if client.is_cluster else None)
             found += _server(info, cluster, settings, _skew(clock, sent_at, elapsed), client)
         findings += [finding._replace(server=name) for finding in found]
-    return Diagnosis(findings)
+    return Diagnosis([each._replace(message=escaped(each.message)) for each in findings])  # quotes the server
 
 
 def _findings(checks: Mapping[str, Callable[[S], Found]], subject: S) -> Iterator[Finding]:

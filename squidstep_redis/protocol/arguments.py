@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import Enum
@@ -11,6 +10,7 @@ from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
 
 from squidstep_redis.errors import InvalidArgumentError, described
+from squidstep_redis.escaping import has_controls
 
 RunId = str | UUID
 Step = str | Enum
@@ -27,8 +27,6 @@ MAX_TTL: Final = timedelta(days=3_660)
 MAX_WAIT: Final = timedelta(days=1)
 MAX_TIMEOUT: Final = timedelta(hours=1)
 MAX_REPLICAS: Final = 100
-
-_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 class Name(NamedTuple):
@@ -126,10 +124,10 @@ def fingerprint(value: object) -> bytes:
 
 
 def _without_controls(argument: str, value: object, max_bytes: int) -> bytes:
-    data = identifier(argument, value, max_bytes).data
-    if _CONTROL.search(data):
+    name = identifier(argument, value, max_bytes)
+    if has_controls(name.text):
         raise InvalidArgumentError(argument, f"must not contain control characters: {described(value)}")
-    return data
+    return name.data
 
 
 def integer(argument: str, value: object, maximum: int, minimum: int = 1) -> int:

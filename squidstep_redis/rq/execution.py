@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from inspect import BoundArguments, iscoroutinefunction
 from typing import Any, Final, Literal, TypedDict, TypeVar, cast
@@ -10,6 +9,7 @@ from typing import Any, Final, Literal, TypedDict, TypeVar, cast
 from squidstep_redis import PayloadError, StaleStepRunError
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import default_owner
+from squidstep_redis.escaping import without_controls
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.functions import explain, result_of, stored_arguments
@@ -42,7 +42,7 @@ def owner(job: Job | None, pid: int | None = None) -> str:
     """
     text = default_owner() if pid is None else f"{default_owner().rpartition(':')[0]}:{pid}"
     if job is not None:
-        text = re.sub(r"[\x00-\x1f\x7f]", "?", f"{text} {job.id}")
+        text = without_controls(f"{text} {job.id}")
     return text.encode(errors="replace")[:_MAX_OWNER_BYTES].decode(errors="ignore")
 
 

@@ -6,6 +6,7 @@ import logging
 from typing import Final
 
 from squidstep_redis import StaleStepRunError
+from squidstep_redis.escaping import escaped
 from squidstep_redis.rq.execution import owner
 from squidstep_redis.rq.installed import Job
 from squidstep_redis.rq.stores import store_for
@@ -40,6 +41,6 @@ def release_killed_work_horse(job: Job, pid: int | None, status: int | None, usa
         _log.warning(
             "could not release the claims of work-horse %s of job %s; they expire with their leases: %s",
             pid,
-            job.id,
-            error,
+            escaped(job.id),
+            escaped(str(error)),
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from squidstep_redis.errors import NotReplicatedError
+from squidstep_redis.escaping import escaped
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.groups import divided
 
@@ -53,7 +54,7 @@ class Durability(NamedTuple):
         replicas: int | None = None
         for (name, *_), reply in zip(self._waits(), confirmations, strict=True):
             if isinstance(reply, Exception):
-                return f"{name.decode()} failed: {str(reply).rstrip('.')}", replicas
+                return f"{name.decode()} failed: {escaped(str(reply)).rstrip('.')}", replicas
             if name == b"WAIT":
                 replicas = int(reply)
                 if replicas < self.replicas:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from squidstep_redis.errors import StaleStepRunError, StepRunNotFoundError
+from squidstep_redis.escaping import escaped
 from squidstep_redis.model import BeginResult, StepRun
 from squidstep_redis.protocol.call import Call
 
@@ -75,7 +76,7 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         step = "" if self.step is None else f", step {self.step!r}"
         attempt = f", attempt {self.attempt}" if self.attempt else ""
-        owner = f" by {self.owner}" if self.owner else ""
+        owner = f" by {escaped(self.owner)}" if self.owner else ""
         takeover = ", a takeover" if self.takeover else ""
         reason = f": {self.reason}" if self.reason else ""
         return (

@@ -41,6 +41,7 @@ from squidstep_redis.errors import (
     ReplyMismatchError,
     ServerError,
 )
+from squidstep_redis.escaping import escaped
 from squidstep_redis.protocol.call import Call
 
 
@@ -207,7 +208,7 @@ def may_be_elsewhere(error: Exception) -> bool:
 def map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float) -> ServerError:
     """Maps an error of redis-py to one of this library."""
     operation, run, step = (call.operation, call.run_id, call.step) if call else ("batch", None, None)
-    text = (str(error) or type(error).__name__).rstrip(".")
+    text = escaped(str(error) or type(error).__name__).rstrip(".")
     refusal = refusal_of(error)
     if may_have_run:
         transient = isinstance(error, NO_REPLY) if refusal is None else refusal.transient
