@@ -9,6 +9,8 @@
 --       6 delay_ms      until the step can be claimed again; or "final"  it cannot; or omitted  at once
 -- REPLY {"failed", nonce, state} | {"failed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error} | {"missing", nonce}
+--       {"stale", nonce, state, input, output, error, ended, ended_error}  this claim has ended in the same way, with
+--       an error of other bytes: the client compares what the two decode to
 -- Writes only when it first replies "failed".
 
 -- include record
@@ -23,16 +25,17 @@ local status = delay == "final" and @FINAL or @FAILED
 @OPEN_EXISTING_STEP
 
 if not holds(state, token) then
-  if state.status == status and (token == state.token or token == "") then
-    if redis.call("HGET", steps, "e" .. step) == last_error then
-      return with_input("failed", state.line, token, steps, step)
-    end
+  local ended = (token == state.token or token == "") and state or past_attempt(steps, step, state, token)
+  if not ended or ended.status ~= status then
+    return with_record("stale", steps, step)
   end
-  local past = past_attempt(steps, step, state, token)
-  if past and past.status == status and past.error == last_error then
-    return with_input("failed", past.line, token, steps, step)
+  local stored = ended.error or redis.call("HGET", steps, "e" .. step) or ""
+  if stored == last_error then
+    return with_input("failed", ended.line, token, steps, step)
   end
-  return with_record("stale", steps, step)
+  local reply = with_record("stale", steps, step)
+  reply[7], reply[8] = ended.line, stored
+  return reply
 end
 @CHECK_INDEXES(claims, failed)
 

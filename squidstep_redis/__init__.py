@@ -56,7 +56,7 @@ _NAMES = {
     ),
     "operations.calls": ("Calls",),
     "protocol.call": ("Call",),
-    "protocol.codec": ("Codec", "MsgpackCodec"),
+    "protocol.codec": ("Codec", "MsgpackCodec", "Place", "PlacedCodec"),
     "protocol.pipeline": ("Queued",),
     "settings": ("StoreSettings",),
     "store": ("StepRunStore",),

@@ -147,6 +147,12 @@ from squidstep_redis.protocol.codec import (
 from squidstep_redis.protocol.codec import (
     MsgpackCodec as MsgpackCodec,
 )
+from squidstep_redis.protocol.codec import (
+    Place as Place,
+)
+from squidstep_redis.protocol.codec import (
+    PlacedCodec as PlacedCodec,
+)
 from squidstep_redis.protocol.pipeline import (
     Queued as Queued,
 )

@@ -8,7 +8,7 @@ from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Seconds
-from squidstep_redis.protocol.codec import Codec
+from squidstep_redis.protocol.codec import Codec, PlacedCodec
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.client import ClientFacts
@@ -29,7 +29,7 @@ class StoreSettings(TypedDict, total=False):
 
     Attributes:
         prefix: prefix of all keys: up to 128 bytes, without braces. Default: "squidstep".
-        codec: encodes payloads. Default: None, which is `MsgpackCodec()`.
+        codec: encodes payloads; see also `squidstep_redis.codecs`. Default: None, which is `MsgpackCodec()`.
         max_payload_bytes: largest encoded payload, in bytes. Default: 4 MiB.
         run_ttl: seconds, or a timedelta, after its last write at which a run that this store creates expires; see
             `expire_run`. The value is fixed when the run is created. Default: None, runs do not expire.
@@ -54,7 +54,7 @@ class StoreSettings(TypedDict, total=False):
     """
 
     prefix: str
-    codec: Codec | None
+    codec: Codec | PlacedCodec | None
     max_payload_bytes: int
     run_ttl: Seconds | None
     fingerprint: Fingerprint | None

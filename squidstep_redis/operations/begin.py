@@ -9,12 +9,14 @@ from typing import Any, Final, cast
 from squidstep_redis.errors import InvalidArgumentError
 from squidstep_redis.model import BeginResult, SkipReason, StepRun
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.repeats import completed_before
 from squidstep_redis.operations.transitions import claim_of, raise_if_refused
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
-from squidstep_redis.protocol.call import Call, Reply, new_token
+from squidstep_redis.protocol.call import Call, EqualOutputError, Reply, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
+from squidstep_redis.protocol.records import LEASE_EXPIRED
 from squidstep_redis.protocol.scripts import script
 
 MAX_ATTEMPTS: Final = 1_000_000
@@ -65,7 +67,7 @@ def begin_step(
     """
     run = context.keys.run(run_id)
     name = arguments.step(step)
-    data = context.payloads.encode("input", input)
+    data = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
     args = begin_args(context, run, name, data, lease, max_attempts, owner, printed)
     parse = partial(parse_begin, context, run, name, args[0], data, printed)
@@ -117,21 +119,27 @@ def advance_step(
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    data = context.payloads.encode("output", output)
     run, from_step, from_token = claim_of(context, "advance_step", step_run)
+    data = context.payloads.encode("output", output, run.text, from_step.text, "output")
     name = arguments.step(step)
     if name == from_step:
         raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
-    next_input = context.payloads.encode("input", input)
+    next_input = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
     args = begin_args(context, run, name, next_input, lease, max_attempts, owner)
 
     def parse(reply: Reply) -> BeginResult:
+        if reply[0] == b"stale" and (ended := completed_before(context, run, from_step, from_token, data, reply)):
+            error = EqualOutputError(ended, "advance_step was refused: its output is stored in other bytes")
+            error.resend = call._replace(args=(*completing, reply[4], *fingerprints))
+            raise error
         raise_if_refused(context, "advance_step", run, from_step, from_token, reply)
         return parse_begin(context, run, name, args[0], next_input, printed, reply)
 
-    sent = (*_padded(args), from_step.data, from_token, data, *((printed,) if printed else ()))
-    return Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
+    completing, fingerprints = (*_padded(args), from_step.data, from_token), (printed,) if printed else ()
+    sent = (*completing, data, *fingerprints)
+    call = Call(run.text, script("advance_step"), run.keys, sent, parse, step=from_step.text)
+    return call
 
 
 # What they share
@@ -150,7 +158,7 @@ def begin_args(
     """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
     if max_attempts is not None:
         limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
-        limits = (context.run_ttl_ms, limit, context.lease_expired_payload)
+        limits = (context.run_ttl_ms, limit, LEASE_EXPIRED)
     else:
         limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()
     claimed_by = arguments.owner(owner)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Seconds
-from squidstep_redis.protocol.codec import Codec, MsgpackCodec, Payloads
+from squidstep_redis.protocol.codec import Codec, MsgpackCodec, Payloads, PlacedCodec
 from squidstep_redis.protocol.fingerprints import Fingerprint, Fingerprints, check_fingerprint
 from squidstep_redis.protocol.keys import Keys
 from squidstep_redis.protocol.records import Records
@@ -31,25 +30,20 @@ class Context:
     def __init__(
         self,
         prefix: str,
-        codec: Codec | None,
+        codec: Codec | PlacedCodec | None,
         max_payload_bytes: int,
         run_ttl: Seconds | None,
         fingerprint: Fingerprint | None = None,
     ) -> None:
         """Raises InvalidArgumentError if a setting is rejected."""
-        if codec is not None and (isinstance(codec, type) or not isinstance(cast("object", codec), Codec)):
+        has_methods = isinstance(cast("object", codec), Codec | PlacedCodec) and not isinstance(codec, type)
+        if codec is not None and not has_methods:
             raise InvalidArgumentError("codec", f"must have encode() and decode(), not {described(codec)}")
         self.prefix = prefix
         self.keys = Keys(arguments.prefix(prefix))
         max_bytes = arguments.integer("max_payload_bytes", max_payload_bytes, MAX_PAYLOAD_BYTES)
-        self.payloads = Payloads(codec or MsgpackCodec(), max_bytes)
+        self.payloads = Payloads(MsgpackCodec() if codec is None else codec, max_bytes, prefix)
         self.records = Records(prefix, self.payloads)
         self.run_ttl_ms = arguments.milliseconds("run_ttl", run_ttl)
         check_fingerprint(fingerprint)
         self.fingerprints = Fingerprints(fingerprint)
-
-    @cached_property
-    def lease_expired_payload(self) -> bytes:
-        """The last error of a step whose last allowed attempt lost its lease. Encoded here, because Lua cannot."""
-        message = "the lease of the last attempt expired without a result"
-        return self.payloads.encode_own({"type": "LeaseExpired", "message": message})

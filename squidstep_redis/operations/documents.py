@@ -15,11 +15,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, cast
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, UndecodablePayloadError, described
+from squidstep_redis.escaping import escaped
 from squidstep_redis.model import StateLine, moment
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import corrupt
-from squidstep_redis.protocol.codec import Payloads
-from squidstep_redis.protocol.records import step_name
+from squidstep_redis.protocol.codec import PayloadField, Payloads
+from squidstep_redis.protocol.kinds import BY_TAG, kind_of
+from squidstep_redis.protocol.records import LEASE_EXPIRED, lease_expired_error, step_name
 
 VERSION: Final = 1
 
@@ -38,6 +40,7 @@ _TOKEN: Final = re.compile(r"[!-~]{0,64}")
 _HISTORY: Final = re.compile(rb"a(\d+):(.+)", re.DOTALL)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _MAX_NUMBER: Final = 10**9
+_FLOATS: Final = ("inf", "-inf", "nan")  # JSON has all others
 
 
 class Imported(NamedTuple):
@@ -79,14 +82,14 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
         step = step_name(run_id, name[1:], key)
         state, rest = _state(run_id, key, step, line)
 
-        def payload(kind: bytes, called: str, step: str = step) -> Any:
+        def payload(kind: bytes, called: str, step: str = step, line: bytes = line) -> Any:
             data = fields.get(kind + step.encode())
-            return None if data is None else _payload_out(data, run_id, step, called, payloads)
+            return None if data is None else _payload_out(line, data, run_id, step, called, payloads)
 
         history: list[Document] = []
         for _, entry in sorted(histories.get(name[1:], [])):
             past, _, error = entry.partition(b"\n")
-            decoded = _payload_out(error, run_id, step, "error", payloads) if error else None
+            decoded = _payload_out(past, error, run_id, step, "error", payloads) if error else None
             history.append({**_state(run_id, key, step, past)[0], "error": decoded})
         steps.append(
             {
@@ -115,7 +118,7 @@ def _state(run_id: str, key: bytes, step: str, line: bytes) -> tuple[Document, D
     try:
         state = StateLine.parse(line)
     except ValueError:
-        problem = f"field 's{step}' is not what squidstep_redis writes"
+        problem = f"field {f's{step}'!r} is not what squidstep_redis writes"
         raise CorruptRunError(run_id, key.decode(), problem) from None
     until = state.ms_after_start(state.lease)
     return {
@@ -148,8 +151,10 @@ def _time(ms: int | None) -> str | None:
     return None if ms is None else moment(ms).isoformat(timespec="milliseconds")
 
 
-def _payload_out(data: bytes, run_id: str, step: str, name: str, payloads: Payloads) -> Any:
+def _payload_out(line: bytes, data: bytes, run_id: str, step: str, name: str, payloads: Payloads) -> Any:
     """Returns a payload as JSON, or its bytes if the codec cannot read them or JSON cannot represent the value."""
+    if data == LEASE_EXPIRED and line[1:2] == b"x" and name not in ("input", "output"):
+        return lease_expired_error()
     try:
         return to_json(payloads.decode(data, run_id, step, name))
     except (UndecodablePayloadError, TypeError):
@@ -185,6 +190,8 @@ def to_json(value: Any) -> Any:
         return {"$datetime": value.astimezone(UTC).isoformat()}
     if type(value) is float and not math.isfinite(value):
         return {"$float": str(value)}
+    if (kind := kind_of(value)) is not None:
+        return {kind.tag: kind.to_text(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(type(value).__name__)
@@ -219,14 +226,15 @@ def from_document(document: object, payloads: Payloads) -> Imported:
         positions.add(position)
         line = _line(part, part, position)
         is_completed = line[1:2] == b"c"
-        fields += [b"s" + step, line, b"i" + step, _payload_in(part, "input", payloads)]
+        to = _Target(payloads, run_id, step.decode())
+        fields += [b"s" + step, line, b"i" + step, to.payload(part, "input", "input")]
         if part.value("fingerprint") is not None:
             fields += [b"f" + step, part.read("fingerprint", arguments.fingerprint)]
         if is_completed:
             completed.add(step)
-            fields += [b"o" + step, _payload_in(part, "output", payloads)]
+            fields += [b"o" + step, to.payload(part, "output", "output")]
         if part.value("last_error") is not None:
-            fields += [b"e" + step, _payload_in(part, "last_error", payloads)]
+            fields += [b"e" + step, to.error(part, "last_error", line)]
         attempt = part.number("attempt")
         past_numbers: set[int] = set()
         for past in part.parts("history"):
@@ -234,8 +242,9 @@ def from_document(document: object, payloads: Payloads) -> Imported:
             if number in past_numbers or not 1 <= number < attempt or attempt - number > 8:
                 past.reject("attempt", "must be unique, and one of the eight numbers before the step's attempt")
             past_numbers.add(number)
-            error = b"" if past.value("error") is None else _payload_in(past, "error", payloads)
-            fields += [b"a%d:%b" % (number, step), _line(past, part, position) + b"\n" + error]
+            past_line = _line(past, part, position)
+            error = b"" if past.value("error") is None else to.error(past, "error", past_line)
+            fields += [b"a%d:%b" % (number, step), past_line + b"\n" + error]
     order = [arguments.step(step, "document['completed']").data for step in doc.list_of("completed")]
     if len(order) != len(completed) or set(order) != completed:
         doc.reject("completed", "must name each completed step once")
@@ -315,7 +324,7 @@ def _line(part: _Part, step: _Part, position: int) -> bytes:
         or bool(started) != bool(attempt)
         or ((lease_end and letter != b"r") or (retry_at and letter != b"f"))
     ):
-        part.reject("state", f"does not agree with its attempt, token and times: {part.value('state')}")
+        part.reject("state", f"does not agree with its attempt, token and times: {described(part.value('state'))}")
     owner = part.read("owner", arguments.owner)
     lease, start, end = _span(started, lease_end or retry_at), _span(created, started), _span(started, ended)
     if min(lease, start, end) < -1:
@@ -346,16 +355,50 @@ def _span(since: datetime | None, to: datetime | None) -> int:
     return span if span >= 0 else -2
 
 
-def _payload_in(part: _Part, name: str, payloads: Payloads) -> bytes:
-    value = part.value(name)
-    path = f"{part.path}[{name!r}]"
-    try:
-        if isinstance(value, dict) and cast("Document", value).keys() == {"$encoded"}:
-            return b64decode(cast("Document", value)["$encoded"], validate=True)
-        payload = from_json(value)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InvalidArgumentError(path, f"is not an exported payload: {error}") from error
-    return payloads.encode(path, payload)
+class _Target(NamedTuple):
+    """A step whose payloads are encoded.
+
+    Attributes:
+        payloads: encodes them.
+        run_id: the run.
+        step: the step.
+    """
+
+    payloads: Payloads
+    run_id: str
+    step: str
+
+    def payload(self, part: _Part, name: str, field: PayloadField) -> bytes:
+        """Returns a payload of a document as it is stored."""
+        value = part.value(name)
+        path = f"{part.path}[{name!r}]"
+        try:
+            if isinstance(value, dict) and cast("Document", value).keys() == {"$encoded"}:
+                data = _bytes(cast("Document", value)["$encoded"])
+                if not data:
+                    raise ValueError("$encoded is empty")
+                self.payloads.check_size(path, data)
+                return data
+            payload = from_json(value)
+        except InvalidArgumentError:
+            raise
+        except RecursionError as error:
+            raise InvalidArgumentError(path, "is not an exported payload: it is nested too deeply") from error
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise InvalidArgumentError(path, f"is not an exported payload: {escaped(str(error))}") from error
+        return self.payloads.encode(path, payload, self.run_id, self.step, field)
+
+    def error(self, part: _Part, name: str, line: bytes) -> bytes:
+        """Returns the error of an attempt, whose state line is given, as it is stored."""
+        if line[1:2] == b"x" and part.value(name) == lease_expired_error():
+            return LEASE_EXPIRED
+        return self.payload(part, name, "error")
+
+
+def _bytes(text: object) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"base64 must be a str, not {described(text)}")
+    return b64decode(text, validate=True)
 
 
 def from_json(value: Any) -> Any:
@@ -378,14 +421,23 @@ def from_json(value: Any) -> Any:
             converted[key] = from_json(item)
         return converted
     inner = items[tag]
-    match tag:
-        case "$dict":
-            return {from_json(key): from_json(item) for key, item in inner}
-        case "$bytes":
-            return b64decode(inner, validate=True)
-        case "$datetime":
-            return datetime.fromisoformat(inner)
-        case "$float":
-            return float(inner)
-        case _:
-            raise ValueError(f"unknown tag {tag!r}")
+    if tag != "$dict":
+        return _scalar_from_json(tag, inner)
+    pairs: dict[Any, Any] = {}
+    for key, item in inner:
+        pairs[from_json(key)] = from_json(item)
+    if len(pairs) != len(inner):
+        raise ValueError("two keys of a $dict are equal")
+    return pairs
+
+
+def _scalar_from_json(tag: str, inner: Any) -> Any:
+    if tag == "$bytes":
+        return _bytes(inner)
+    if tag == "$datetime":
+        return datetime.fromisoformat(inner)
+    if tag == "$float" and inner in _FLOATS:
+        return float(inner)
+    if tag in BY_TAG and isinstance(inner, str):
+        return BY_TAG[tag].from_text(inner)
+    raise ValueError(f"unknown tag {tag!r}, or a value that it does not have: {described(inner)}")

@@ -24,7 +24,7 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Step
 from squidstep_redis.protocol.call import Call, Reply, corrupt, new_nonce
 from squidstep_redis.protocol.keys import Run
-from squidstep_redis.protocol.records import step_name
+from squidstep_redis.protocol.records import LEASE_EXPIRED, step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Send, Workflow
 
@@ -32,6 +32,8 @@ _OPERATION: Final = "fork_run"
 # A field of a step that a fork copies: of an attempt in its history, or of its record. lua/README.md lists the fields.
 # The mark of a waiting client stays behind.
 _FIELD: Final = re.compile(rb"a\d+:(.+)|[^aw](.+)", re.DOTALL)
+
+_PAYLOADS: Final = {b"i": "input", b"o": "output", b"e": "last_error"}
 
 _by_position = attrgetter("position")
 
@@ -51,9 +53,9 @@ def fork_run(
     is read at one moment, which blocks the server for about 0.05 s if it has 10,000 steps; writing them takes 0.15 s.
 
     A copied step keeps its input, output, owner, times, attempt number and history. Payloads are copied as bytes,
-    whatever their size and codec. The order of creation and the completion order are numbered from 1 again. Steps that
-    are not completed, claims and the expiry of the original are not copied: the new run expires by this store's
-    `run_ttl`. The id of a step run names its run, so a claim on a step of the original changes nothing in the new run.
+    whatever their size and codec; only a codec whose bytes depend on the run encodes them again. The order of creation
+    and the completion order are numbered from 1 again. Steps that are not completed, claims and the expiry of the
+    original are not copied: the new run expires by this store's `run_ttl`. The id of a step run names its run, so a claim on a step of the original changes nothing in the new run.
 
     Args:
         run_id: the original: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -73,6 +75,7 @@ def fork_run(
             if one of the two runs was deleted recently.
         StaleStepRunError: a given step is not completed; nothing was written.
         CorruptRunError: the stored data is corrupt; nothing was written.
+        UndecodablePayloadError: the codec's bytes depend on the run, and it cannot read a payload; nothing was written.
         ServerError: the server or the connection failed. After an OutcomeUnknownError, the call in its `call` can be
             re-sent, and takes effect once; after any other, nothing was written.
     """
@@ -122,7 +125,7 @@ def _fork_run(
         if (yield Send(step_statuses(context, new.text))):
             raise RunExistsError(new.text)
         return copied
-    given = Imported(new.text, context.run_ttl_ms, len(order), order, _fields(context, source, forked, fields))
+    given = Imported(new.text, context.run_ttl_ms, len(order), order, _fields(context, source, new, forked, fields))
     return (yield Send(write_run(context, given, copied, _OPERATION)))
 
 
@@ -160,17 +163,21 @@ def _step_run(context: Context, run: Run, name: Name, fields: dict[bytes, bytes]
     return context.records.record(run.text, name.text, values, run.keys.steps)
 
 
-def _fields(context: Context, run: Run, steps: dict[bytes, StepRun], fields: dict[bytes, bytes]) -> list[bytes]:
+def _fields(
+    context: Context, run: Run, new: Run, steps: dict[bytes, StepRun], fields: dict[bytes, bytes]
+) -> list[bytes]:
     """Returns all fields of these steps as the new run stores them: field, value, field, value, ….
-
-    This is the one place where payloads pass from run to run: as bytes. A codec whose bytes depend on the run must
-    decode and encode here the payloads of `i`, `o` and `e`, and the error that follows the line in `a`.
 
     Raises:
         CorruptRunError: the scripts would not write the state line of an attempt.
+        UndecodablePayloadError: the codec's bytes depend on the run, and it cannot read them.
     """
     created = {each.step: b"%d" % position for position, each in enumerate(sorted(steps.values(), key=_by_position), 1)}
     copied: list[bytes] = []
+
+    def moved(data: bytes, step: str, name: str) -> bytes:
+        return context.payloads.moved(data, run.text, step, name, new.text)
+
     for field, stored in fields.items():
         match = _FIELD.fullmatch(field)
         step_run = steps.get(match[1] or match[2]) if match else None
@@ -181,6 +188,10 @@ def _fields(context: Context, run: Run, steps: dict[bytes, StepRun], fields: dic
             line, line_break, error = stored.partition(b"\n")
             # It raises the typed error if this is no state line.
             context.records.step_run(run.text, step_run.step, line, (None, None, None), run.keys.steps)
+            if error and error != LEASE_EXPIRED:
+                error = moved(error, step_run.step, "error")
             value = StateLine.parse(line)._replace(position=created[step_run.step]).format() + line_break + error
+        elif (name := _PAYLOADS.get(field[:1])) is not None:
+            value = moved(stored, step_run.step, name)
         copied += (field, value)
     return copied

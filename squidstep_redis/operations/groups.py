@@ -64,7 +64,7 @@ def begin_steps(
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
-    inputs = encode_inputs(context, "steps", steps, fingerprint)
+    inputs = encode_inputs(context, run, "steps", steps, fingerprint)
     if not 0 < len(inputs) <= MAX_STEPS:
         raise InvalidArgumentError("steps", f"must be 1 to {MAX_STEPS:,} steps, not {len(inputs):,}")
     name, data, printed = inputs[0]

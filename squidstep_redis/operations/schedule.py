@@ -12,6 +12,7 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Step, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
+from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 
 
@@ -58,7 +59,7 @@ def schedule_step(
     created_by = new_token()[:8]
     run = context.keys.run(run_id)
     name = arguments.step(step)
-    data = context.payloads.encode("input", input)
+    data = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
 
     def parse(reply: Reply) -> ScheduleResult:
@@ -99,7 +100,7 @@ def schedule_steps(
         ServerError: the server or the connection failed.
     """
     run = context.keys.run(run_id)
-    inputs = encode_inputs(context, "steps", steps, fingerprint)
+    inputs = encode_inputs(context, run, "steps", steps, fingerprint)
 
     def parse(reply: Reply) -> list[str]:
         if reply[0] == b"mismatch":
@@ -141,9 +142,9 @@ def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step])
 
 
 def encode_inputs(
-    context: Context, argument: str, steps: object, fingerprint: Fingerprint | None = None
+    context: Context, run: Run, argument: str, steps: object, fingerprint: Fingerprint | None = None
 ) -> list[StepInput]:
-    """Returns the steps with their inputs. Either all of them have a fingerprint, or none."""
+    """Returns steps of a run with their inputs. Either all of them have a fingerprint, or none."""
     if not isinstance(steps, Mapping):
         raise InvalidArgumentError(argument, f"must be a dict of input by step, not {described(steps)}")
     items = cast("StepInputs", steps).items()
@@ -151,7 +152,7 @@ def encode_inputs(
     inputs: list[StepInput] = []
     for name, (_, input) in zip(names, items, strict=True):
         path = f"{argument}[{name.text!r}]"
-        data = context.payloads.encode(path, input)
+        data = context.payloads.encode(path, input, run.text, name.text, "input")
         inputs.append(StepInput(name, data, context.fingerprints.of(fingerprint, path, input)))
     return inputs
 

@@ -13,11 +13,11 @@ from squidstep_redis.errors import (
     InvalidArgumentError,
     StaleStepRunError,
     StepRunNotFoundError,
-    UndecodablePayloadError,
     described,
 )
 from squidstep_redis.model import StepRun, StepStatus, parse_step_run_id
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.repeats import are_equal, completed_before
 from squidstep_redis.operations.schedule import encode_inputs, to_schedule
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, Seconds, StepInputs
@@ -58,8 +58,7 @@ def complete_step(
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    inputs = encode_inputs(context, "schedule", schedule) if schedule is not None else []
-    return complete_call(context, step_run, "output", output, to_schedule(inputs) if inputs else ())
+    return complete_call(context, step_run, "output", output, schedule)
 
 
 def fail_step(
@@ -94,15 +93,17 @@ def fail_step(
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
+    run, name, token = claim_of(context, "fail_step", step_run)
     if isinstance(error, BaseException):
-        data = context.payloads.encode_own(error_payload(error))
+        data = context.payloads.encode_own(error_payload(error), run.text, name.text, "error")
     else:
-        data = context.payloads.encode("error", error)
+        data = context.payloads.encode("error", error, run.text, name.text, "error")
     delay = arguments.milliseconds("retry_after", retry_after, arguments.MAX_LEASE)
     if final and delay:
         raise InvalidArgumentError("retry_after", "cannot be given with final=True: the step is not retried")
     when = b"final" if final else delay
-    return _transition(context, "fail_step", step_run, (data,), (when,) if when else (), last_error=data)
+    more = (when,) if when else ()
+    return _transition_call(context, "fail_step", step_run, run, name, token, (data,), more, last_error=data)
 
 
 def extend_claim(context: Context, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
@@ -185,11 +186,14 @@ def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
 
 
 def complete_call(
-    context: Context, step_run: StepRun | str, argument: str, output: object, successors: Sequence[bytes] = ()
+    context: Context, step_run: StepRun | str, argument: str, output: object, schedule: StepInputs | None = None
 ) -> Call[StepRun]:
     """Builds the call of complete_step; `argument` is what error messages call the output."""
-    data = context.payloads.encode(argument, output)
-    return _transition(context, "complete_step", step_run, (data,), successors, output=data)
+    run, name, token = claim_of(context, "complete_step", step_run)
+    inputs = encode_inputs(context, run, "schedule", schedule) if schedule is not None else []
+    successors = to_schedule(inputs) if inputs else ()
+    data = context.payloads.encode(argument, output, run.text, name.text, "output")
+    return _transition_call(context, "complete_step", step_run, run, name, token, (data,), successors, output=data)
 
 
 def claim_of(context: Context, operation: str, step_run: StepRun | str) -> tuple[Run, Name, bytes]:
@@ -219,7 +223,7 @@ def raise_if_refused(context: Context, operation: str, run: Run, step: Name, tok
     if reply[0] == b"missing":
         raise StepRunNotFoundError(run.text, step.text, "there is no such step run; nothing was written")
     if reply[0] == b"stale":
-        current = context.records.record(run.text, step.text, reply[2:], run.keys.steps)
+        current = context.records.record(run.text, step.text, reply[2:6], run.keys.steps)
         if not token:
             why = f"is {current.status}, not running"
         elif current.status is StepStatus.RUNNING:
@@ -234,13 +238,10 @@ def _transition(
     operation: str,
     step_run: StepRun | str,
     args: tuple[bytes, ...],
-    more: Sequence[bytes] = (),
-    output: bytes | None = None,
-    last_error: bytes | None = None,
 ) -> Call[StepRun]:
     """Builds the call of a transition of a claim, given the step run that carries it, or an id."""
     run, name, token = claim_of(context, operation, step_run)
-    return _transition_call(context, operation, step_run, run, name, token, args, more, output, last_error)
+    return _transition_call(context, operation, step_run, run, name, token, args)
 
 
 def _transition_call(
@@ -272,29 +273,20 @@ def _parse_end(
     reply: Reply,
 ) -> StepRun:
     """Parses the reply to a transition of a claim."""
-    if reply[0] == b"stale" and (ended := _as_ended_before(context, run, step, token, output, reply)):
-        return ended
+    if reply[0] == b"stale":
+        if output is not None and (ended := completed_before(context, run, step, token, output, reply)):
+            return ended
+        # The script adds an attempt that the same claim ended in the same way, with an error of other bytes.
+        if (
+            last_error is not None
+            and len(reply) > 6
+            and are_equal(context, run, step, "last_error", reply[7], last_error)
+        ):
+            reply = [b"failed", reply[1], reply[6], reply[3]]
     raise_if_refused(context, operation, run, step, token, reply)
     if isinstance(step_run, StepRun):
         return step_run.after_transition(reply[2], context.payloads.decode, output, last_error)
     return context.records.record(run.text, step.text, [*reply[2:4], output, last_error], run.keys.steps)
-
-
-def _as_ended_before(
-    context: Context, run: Run, step: Name, token: bytes, output: bytes | None, reply: Reply
-) -> StepRun | None:
-    """Returns the completed step run if the same claim completed it with an equal output, encoded in another way.
-
-    The script compares bytes. Equal dicts may have their keys in another order, and a codec may encrypt.
-    """
-    current = context.records.record(run.text, step.text, reply[2:], run.keys.steps)
-    if output is None or current.status is not StepStatus.COMPLETED or token not in (b"", current.current_token):
-        return None
-    try:
-        same = current.output == context.payloads.decode(output, run.text, step.text, "output")
-    except UndecodablePayloadError:
-        return None
-    return current if same else None
 
 
 def _parse_id(context: Context, id: object) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from squidstep_redis.errors import (
     ReplyMismatchError,
     RunDeletedError,
     SquidstepError,
+    StaleStepRunError,
     described,
 )
 from squidstep_redis.protocol.scripts import Script
@@ -128,6 +129,18 @@ class Call(NamedTuple, Generic[T]):
             raise
         except SquidstepError as error:
             return error
+
+
+class EqualOutputError(StaleStepRunError):
+    """The script refused an output whose bytes differ from the stored ones, although the two decode to equal outputs.
+
+    The driver sends `resend`, which has the stored bytes. In your own pipeline nothing is sent again.
+    """
+
+    resend: Call[Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StaleStepRunError, (self.current, self.problem)  # a call has functions, which cannot be pickled
 
 
 def _deleted(run_id: str, _: str) -> SquidstepError:

@@ -8,7 +8,8 @@ import traceback
 from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol, cast, runtime_checkable
+from enum import Enum
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import msgpack as untyped_msgpack
 
@@ -19,6 +20,8 @@ from squidstep_redis.errors import (
     UndecodablePayloadError,
     described,
 )
+from squidstep_redis.escaping import escaped
+from squidstep_redis.protocol.kinds import from_extension, kind_of, plain, problem_of
 from squidstep_redis.signals import defer_sigalrm
 
 Payload = dict[str, Any]
@@ -26,10 +29,13 @@ Payload = dict[str, Any]
 msgpack: Any = untyped_msgpack  # it ships no types
 
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
+_EXTENDED: Final = f"{_ALLOWED}; Decimal, UUID, date, time, timedelta, and enum members with such a value"
+_WITH_OPTION: Final = "; with codec=MsgpackCodec(extended=True) it is stored"
 # Of the search for the offending value. msgpack itself fails at 511 or 1,024 levels, depending on its version.
 _MAX_DEPTH: Final = 500
 _PACKER_BYTES: Final = 64 * 1024
 _KEY_CHARS: Final = 500
+_SCALARS: Final = (type(None), bool, int, float, str, bytes, datetime)  # as which an enum member is packed
 _MESSAGE_CHARS: Final = 2_000
 _TRACEBACK_CHARS: Final = 8_000
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -37,10 +43,10 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 @runtime_checkable
 class Codec(Protocol):
-    """Converts payloads to bytes and back. Your own codec may wrap `MsgpackCodec` to compress or encrypt.
+    """Converts payloads to bytes and back. `squidstep_redis.codecs` has codecs that compress and encrypt.
 
-    Equal payloads must give equal bytes, or a completion that you send twice is not recognized as a repeat. All
-    processes that share a prefix need the same codec: the bytes do not say which codec wrote them.
+    All processes that share a prefix need the same codec: the bytes do not say which codec wrote them. Equal payloads
+    may give different bytes: a call that you repeat is compared with the stored payload as it decodes.
     """
 
     def encode(self, payload: Payload) -> bytes:
@@ -52,12 +58,57 @@ class Codec(Protocol):
         ...
 
 
+PayloadField = Literal["input", "output", "error"]
+
+
+class Place(NamedTuple):
+    """Where a payload is stored. The error of an attempt keeps its place when the attempt moves into the history.
+
+    Attributes:
+        prefix: the store's prefix.
+        run_id: the run.
+        step: the step.
+        field: "input", "output" or "error".
+    """
+
+    prefix: str
+    run_id: str
+    step: str
+    field: PayloadField
+
+
+@runtime_checkable
+class PlacedCodec(Protocol):
+    """A codec whose bytes depend on where a payload is stored, so that they cannot be read in another place."""
+
+    def encode_at(self, payload: Payload, place: Place) -> bytes:
+        """Returns the bytes to store; raises ValueError or TypeError for a payload that it does not support."""
+        ...
+
+    def decode_at(self, data: bytes, place: Place) -> Payload:
+        """Returns the payload that `encode_at` was given for the same place, and no other.
+
+        Raises:
+            PayloadError: the data cannot be decoded; says why. Any other exception means the same, without a reason.
+        """
+        ...
+
+
 class MsgpackCodec:
     """The default codec: msgpack, strict.
 
     A payload either comes back equal or is rejected. Tuples come back as lists, aware datetimes in UTC, bytearrays as
-    bytes. Subclasses of the allowed types (enum members, named tuples, numpy scalars) are rejected, not flattened.
+    bytes. Subclasses of the allowed types (named tuples, numpy scalars) are rejected, not flattened.
+
+    Args:
+        extended: whether to store Decimal, UUID, date, time and timedelta, too, and enum members, which come back as
+            their values. Every MsgpackCodec reads what one with this option wrote.
     """
+
+    extended: bool = False  # as a class attribute, for subclasses that do not call __init__
+
+    def __init__(self, *, extended: bool = False) -> None:
+        self.extended = extended
 
     def encode(self, payload: Payload) -> bytes:
         """Encodes a payload and checks that it decodes to an equal one.
@@ -67,34 +118,35 @@ class MsgpackCodec:
         """
         try:
             try:
-                data = _pack(payload)
+                data = _pack(payload, self.extended)
             except TypeError:  # tuples, or an unsupported type
-                data = _pack(_as_decoded(payload))
+                data = _pack(_as_decoded(payload, self.extended), self.extended)
             # Values that msgpack packs but does not return equal show up here: NaN, odd map keys, distant dates.
             decoded = self.decode(data)
-            faithful = decoded == payload or decoded == _as_decoded(payload)
+            faithful = decoded == payload or decoded == _as_decoded(payload, self.extended)
         except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
-            raise _find_offender(payload) or PayloadError("payload", f"cannot be stored: {error}") from error
+            offender = _find_offender(payload, self.extended)
+            raise offender or PayloadError("payload", f"cannot be stored: {escaped(str(error))}") from error
         except Exception as error:  # msgpack in pure Python calls repr, which may raise anything
-            if offender := _find_offender(payload):
+            if offender := _find_offender(payload, self.extended):
                 raise offender from error
             raise
         if not faithful:
-            raise _find_offender(payload) or PayloadError("payload", "would not come back equal")
+            raise _find_offender(payload, self.extended) or PayloadError("payload", "would not come back equal")
         return data
 
     def decode(self, data: bytes) -> Payload:
         """Decodes what `encode` returned."""
-        return msgpack.unpackb(data, strict_map_key=False, timestamp=3)
+        return msgpack.unpackb(data, strict_map_key=False, timestamp=3, ext_hook=from_extension)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self)
+        return type(other) is type(self) and cast("MsgpackCodec", other).extended is self.extended
 
     def __hash__(self) -> int:
-        return hash(type(self))
+        return hash((type(self), self.extended))
 
     def __repr__(self) -> str:
-        return "MsgpackCodec()"
+        return f"MsgpackCodec({'extended=True' if self.extended else ''})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,28 +162,42 @@ class _AbsentCodec:
         raise TypeError(f"{self.name} is not pickled with a step run: read it with `get_step_run` of a store")
 
 
-@dataclass(frozen=True, slots=True)
 class Payloads:
-    """A codec and the store's own checks."""
+    """A codec and the store's own checks.
 
-    codec: Codec
-    max_bytes: int
+    Attributes:
+        codec: the store's codec.
+        max_bytes: the largest encoded payload.
+        prefix: the store's prefix.
+    """
 
-    def __reduce__(self) -> tuple[type[Payloads], tuple[Codec, int]]:
+    __slots__ = ("_placed", "_plain", "codec", "max_bytes", "prefix")
+
+    def __init__(self, codec: Codec | PlacedCodec, max_bytes: int, prefix: str) -> None:
+        self.codec = codec
+        self.max_bytes = max_bytes
+        self.prefix = prefix
+        # A codec may have both pairs of methods: then the place is used.
+        self._placed = codec if isinstance(codec, PlacedCodec) else None
+        self._plain = cast("Codec", codec)
+
+    def __reduce__(self) -> tuple[type[Payloads], tuple[Codec, int, str]]:
         travels = type(self.codec) is MsgpackCodec
-        return Payloads, (self.codec if travels else _AbsentCodec(self._name), self.max_bytes)
+        return Payloads, (self._plain if travels else _AbsentCodec(self._name), self.max_bytes, self.prefix)
 
     @property
     def _name(self) -> str:
         codec = self.codec
         return codec.name if isinstance(codec, _AbsentCodec) else type(codec).__name__
 
-    def encode_own(self, payload: Payload) -> bytes:
+    def encode_own(self, payload: Payload, run_id: str, step: str, field: PayloadField) -> bytes:
         """Encodes an error payload that the store made. It is small, and no limit may prevent recording a failure."""
-        return self.codec.encode(payload)
+        if self._placed is None:
+            return self._plain.encode(payload)
+        return self._placed.encode_at(payload, Place(self.prefix, run_id, step, field))
 
-    def encode(self, argument: str, payload: object) -> bytes:
-        """Encodes the payload given as `argument`.
+    def encode(self, argument: str, payload: object, run_id: str, step: str, field: PayloadField) -> bytes:
+        """Encodes the payload given as `argument`, which will be stored in a field of a step.
 
         Raises:
             PayloadError: it is not a dict, or the codec rejects it; has the path.
@@ -140,20 +206,24 @@ class Payloads:
         if not isinstance(payload, dict):
             raise PayloadError(argument, f"must be a dict, not {described(payload)}")
         try:
-            data = self.codec.encode(cast("Payload", payload))
+            data = self.encode_own(cast("Payload", payload), run_id, step, field)
         except InvalidArgumentError as error:
             raise PayloadError(error.argument.replace("payload", argument, 1), error.problem) from error.__cause__
         except (ValueError, TypeError) as error:
-            raise PayloadError(argument, f"rejected by {type(self.codec).__name__}: {error}") from error
+            raise PayloadError(argument, f"rejected by {type(self.codec).__name__}: {escaped(str(error))}") from error
         if type(data) is not bytes or not data:
             raise PayloadError(
                 argument, f"{type(self.codec).__name__} must encode to non-empty bytes, not {described(data)}"
             )
+        self.check_size(argument, data)
+        return data
+
+    def check_size(self, argument: str, data: bytes) -> None:
+        """Raises PayloadTooLargeError if an encoded payload is larger than `max_bytes`."""
         if len(data) > self.max_bytes:
             raise PayloadTooLargeError(
                 argument, f"is {len(data):,} bytes, over the store's max_payload_bytes of {self.max_bytes:,}"
             )
-        return data
 
     def decode(self, data: bytes, run_id: str, step: str, name: str) -> Payload:
         """Decodes a stored payload.
@@ -162,35 +232,65 @@ class Payloads:
             UndecodablePayloadError: the codec cannot read it, usually because another codec wrote it.
         """
         try:
-            payload = self.codec.decode(data)
+            payload = self._decode(data, run_id, step, name)
         except Exception as error:  # of any kind: the caller needs to know which payload it was
-            if self._can_decode(data):
+            if self._can_decode(data, run_id, step, name):
                 raise  # a signal handler raised it, usually that of SIGALRM
-            raise UndecodablePayloadError(run_id, step, name, self._name) from error
+            problem = error.problem if isinstance(error, InvalidArgumentError) else ""
+            raise UndecodablePayloadError(run_id, step, name, self._name, problem) from error
         if not isinstance(cast("object", payload), dict):
             raise UndecodablePayloadError(run_id, step, name, self._name)
         return payload
 
-    def _can_decode(self, data: bytes) -> bool:
+    def moved(self, data: bytes, run_id: str, step: str, name: str, new_run_id: str) -> bytes:
+        """Returns a stored payload as it is stored in the same field of the same step of another run.
+
+        Raises:
+            UndecodablePayloadError: the codec's bytes depend on the run, and it cannot read them.
+        """
+        if self._placed is None:
+            return data
+        field = name if name in ("input", "output") else "error"
+        return self.encode_own(self.decode(data, run_id, step, name), new_run_id, step, field)
+
+    def _decode(self, data: bytes, run_id: str, step: str, name: str) -> Payload:
+        if self._placed is None:
+            return self._plain.decode(data)
+        field = name if name in ("input", "output") else "error"
+        return self._placed.decode_at(data, Place(self.prefix, run_id, step, field))
+
+    def _can_decode(self, data: bytes, run_id: str, step: str, name: str) -> bool:
         try:
-            self.codec.decode(data)
+            self._decode(data, run_id, step, name)
         except Exception:  # noqa: BLE001 -- a codec may raise anything
             return False
         return True
 
 
+def _to_extension(value: Any) -> Any:
+    """Returns what msgpack packs instead of a value that it does not support."""
+    value = plain(value)
+    if (kind := kind_of(value)) is not None and problem_of(value) is None:
+        return msgpack.ExtType(kind.code, kind.to_text(value).encode())
+    if type(value) in _SCALARS:
+        return value
+    raise TypeError(f"msgpack does not support {type(value).__name__}")
+
+
 # Idle packers; creating one costs more than packing. Any thread may use one.
 _packers: deque[Any] = deque()
+_extended_packers: deque[Any] = deque()
 
 
-def _pack(value: object) -> bytes:
+def _pack(value: object, extended: bool) -> bytes:
+    idle = _extended_packers if extended else _packers
     try:
-        packer = _packers.pop()
+        packer = idle.pop()
     except IndexError:
-        packer = msgpack.Packer(strict_types=True, datetime=True)
+        packer = msgpack.Packer(strict_types=True, datetime=True, default=_to_extension if extended else None)
     data = packer.pack(value)  # if this raises, the packer is dropped
     if len(data) < _PACKER_BYTES:  # a packer never shrinks its buffer
-        _packers.append(packer)
+        idle.append(packer)
     return data
 
 
@@ -222,32 +322,38 @@ def _printable(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _as_decoded(value: object) -> object:
-    """Returns the value as it will be decoded: tuples as lists, datetimes in UTC.
+def _as_decoded(value: object, extended: bool) -> object:
+    """Returns the value as it will be decoded: tuples as lists, datetimes in UTC, enum members as values if `extended`.
 
     Subclasses are not converted, so they are rejected. UTC, because a datetime in the hour that is repeated when
     clocks are set back does not equal any datetime in another zone.
     """
+    if extended:
+        value = plain(value)
     if type(value) is dict:
         items = cast("dict[object, object]", value)
-        converted = {_as_decoded_key(key): _as_decoded(item) for key, item in items.items()}
+        converted = {_as_decoded_key(key, extended): _as_decoded(item, extended) for key, item in items.items()}
         if len(converted) != len(items):
             raise ValueError("two of its keys would become equal")
         return converted
     if type(value) in (list, tuple):
-        return [_as_decoded(item) for item in cast("list[object]", value)]
-    return _as_decoded_key(value)
+        return [_as_decoded(item, extended) for item in cast("list[object]", value)]
+    return _as_decoded_key(value, extended)
 
 
-def _as_decoded_key(value: Any) -> object:
+def _as_decoded_key(value: Any, extended: bool) -> object:
+    if extended:
+        value = plain(value)
     return value.astimezone(UTC) if type(value) is datetime and value.tzinfo is not None else value
 
 
-def _find_offender(payload: object) -> PayloadError | None:
+def _find_offender(payload: object, extended: bool) -> PayloadError | None:
     """Finds the first value that msgpack does not support, depth first. Slow; only for payloads that are rejected."""
     stack: list[tuple[Any, str, int]] = [(payload, "payload", 1)]
     while stack:
         value, path, depth = stack.pop()
+        if extended:
+            value = plain(value)
         if depth > _MAX_DEPTH:
             return PayloadError(path, f"nested more than {_MAX_DEPTH} levels deep")
         found: list[tuple[Any, str, int]] = []
@@ -255,15 +361,16 @@ def _find_offender(payload: object) -> PayloadError | None:
             keys: set[object] = set()
             for key, item in cast("dict[object, object]", value).items():
                 inner = f"{path}[{_subscript(key)}]"
-                if problem := "a tuple cannot be a key" if type(key) is tuple else _scalar_problem(key):
+                if problem := _key_problem(key, extended):
                     return PayloadError(f"key {inner}", problem)
-                if (converted := _as_decoded_key(key)) in keys:
-                    return PayloadError(f"key {inner}", "the same instant as another key: one of the two would be lost")
+                if (converted := _as_decoded_key(key, extended)) in keys:
+                    same = "instant" if isinstance(converted, datetime) else "value"
+                    return PayloadError(f"key {inner}", f"the same {same} as another key: one of the two would be lost")
                 keys.add(converted)
                 found.append((item, inner, depth + 1))
         elif type(value) in (list, tuple):
             found = [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
-        elif problem := _scalar_problem(value):
+        elif problem := _scalar_problem(value, extended):
             return PayloadError(path, problem)
         stack += reversed(found)
     return None
@@ -274,10 +381,17 @@ def _subscript(key: object) -> str:
         text = repr(key)
     except Exception:  # noqa: BLE001 -- a key without a repr must still be rejected
         return f"a {type(key).__name__} without a repr"
+    text = escaped(text)
     return text if len(text) <= _KEY_CHARS else text[:_KEY_CHARS] + "…"
 
 
-def _scalar_problem(value: object) -> str | None:
+def _key_problem(key: object, extended: bool) -> str | None:
+    if extended:
+        key = plain(key)
+    return "a tuple cannot be a key" if type(key) is tuple else _scalar_problem(key, extended)
+
+
+def _scalar_problem(value: object, extended: bool) -> str | None:
     if type(value) is int:
         return None if -(2**63) <= value < 2**64 else "int of more than 64 bits"
     if type(value) is float:
@@ -294,4 +408,7 @@ def _scalar_problem(value: object) -> str | None:
         return None
     if value is None or type(value) in (bool, bytes, bytearray):
         return None
-    return f"{described(value)}; allowed are {_ALLOWED}"
+    if extended:
+        return problem_of(value) if kind_of(value) else f"{described(value)}; allowed are {_EXTENDED}"
+    hint = _WITH_OPTION if kind_of(value) or isinstance(value, Enum) else ""
+    return f"{described(value)}; allowed are {_ALLOWED}{hint}"

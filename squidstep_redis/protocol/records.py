@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import cast
+from typing import Any, Final, cast
 
 from squidstep_redis.errors import CorruptRunError, SquidstepError
 from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StepRun
@@ -12,6 +12,10 @@ from squidstep_redis.protocol.call import corrupt, newer
 from squidstep_redis.protocol.codec import Payloads
 
 StoredPayloads = tuple[bytes | None, bytes | None, bytes | None]
+
+LEASE_EXPIRED: Final = b"lease_expired"
+"""What is stored as the error of a step whose last allowed attempt lost its lease. No codec encodes it: the same bytes
+are sent for each step of a call, and a codec may encode for one place only."""
 
 
 def step_name(run: str, name: bytes, key: bytes) -> str:
@@ -27,6 +31,11 @@ def step_name(run: str, name: bytes, key: bytes) -> str:
     if not text:
         raise CorruptRunError(run, key.decode(), f"names the step {name!r}, which squidstep_redis did not write")
     return text
+
+
+def lease_expired_error() -> dict[str, Any]:
+    """Returns the error for which LEASE_EXPIRED stands."""
+    return {"type": "LeaseExpired", "message": "the lease of the last attempt expired without a result"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +64,11 @@ class Records:
         Raises:
             CorruptRunError: the scripts would not write the line. It names `key`.
         """
+        stored: tuple[bytes | None, bytes | None, bytes | dict[str, Any] | None] = payloads
+        if payloads[2] == LEASE_EXPIRED and line[1:2] == b"x":
+            stored = (payloads[0], payloads[1], lease_expired_error())
         try:
-            return StepRun(self.prefix, run, step, line, payloads, self.payloads.decode, token)
+            return StepRun(self.prefix, run, step, line, stored, self.payloads.decode, token)
         except ValueError:
             raise self._unreadable(run, step, line, key) from None
 

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError
 
 from squidstep_redis.errors import ReplyMismatchError, SquidstepError
-from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.protocol.call import Call, Command, EqualOutputError
 from squidstep_redis.protocol.groups import group, merged
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.batch import Durability
@@ -101,7 +101,7 @@ class Pause(NamedTuple):
 Action = Execute | RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause
 Driver = Generator[Action, Any, T]
 
-_NOT_RUN: Final = (NoScriptError, AskError)  # MovedError is an AskError
+_NOT_RUN: Final = (NoScriptError, AskError, EqualOutputError)  # MovedError is an AskError
 _MAX_REDIRECTS: Final = 5  # of one attempt
 _ASKING: Final = (b"ASKING",)  # lets the next command reach a slot that is still arriving
 
@@ -192,13 +192,15 @@ def _attempt(call: Call[T], durability: Durability | None) -> Driver[T]:
 
 
 def _follow(call: Call[T], durability: Durability | None, result: Any) -> Driver[T]:
-    """Sends a call with its script, or to another node, for as long as that is what its reply asks for."""
+    """Sends a call as its reply asks for: with its script, to another node, or with the stored output."""
     command, node = call.evalsha, None
     for _ in range(_MAX_REDIRECTS):
         if isinstance(result, NoScriptError):
             command = call.eval
         elif isinstance(result, AskError):
             node = yield Redirect(result)
+        elif isinstance(result, EqualOutputError):
+            call, command = result.resend, result.resend.evalsha
         else:
             break
         result = yield from _send_once(call, command(), durability, node)
@@ -238,7 +240,10 @@ def _send_once(call: Call[Any], command: Command, durability: Durability | None,
     replies = yield RoundTrip(node, commands, read, blocks=bool(waits))
     replies = [*replies[1 : 2 * asked : 2], *replies[2 * asked :]]
     reply = batch.replies_to([call], replies, durability)[0]
-    return reply if isinstance(reply, Exception) else batch.read(call, reply)
+    try:
+        return reply if isinstance(reply, Exception) else batch.read(call, reply)
+    except EqualOutputError as error:
+        return error
 
 
 def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durability | None) -> Driver[list[Any]]:
