@@ -53,7 +53,7 @@ READING = [
     ["failed", "--by-type"],
 ]
 EXIT_CODES = {"stuck": 1, "failed": 1}  # when something is found; 0 for the other commands
-EVIL = "\x1b]0;gotcha\x07\x1b[2J\u202e\n\r\0"
+EVIL = "\x1b]0;gotcha\x07\x1b[2J\x9b\x85\u202e\u2066\u061c\n\r\0"
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +139,12 @@ class TestReading:
         store.fail_step(store.begin_step(EVIL, EVIL, {"x": EVIL, EVIL: b""}, owner="w").step_run, {"type": EVIL})
         store.begin_step("stuck", EVIL, {}, lease=0.001)
         store.complete_step(store.begin_step("stuck", "done", {}).step_run, {EVIL: EVIL})
-        for line in ("runs", "stuck", "failed", "failed --by-type", "show stuck", "watch --once"):
+        commands = ("runs", "stuck", "failed", "failed --by-type", "show stuck", "watch --once", "watch stuck --once")
+        for line in (*commands, "show stuck --json", "watch stuck --once --json", "export stuck", "timeline stuck"):
             result = invoke(*line.split(), *options_of(server, store))
             assert result.exit_code in (0, 1)
-            assert not set(result.stdout) & set("\x1b\x07\x00\u202e\r"), line
+            assert "gotcha" in result.stdout
+            assert result.stdout.replace("\n", "").isprintable(), line
         for name in ("svg", "html"):
             result = invoke("timeline", "stuck", f"--{name}", os.devnull, *options_of(server, store))
             assert result.exit_code == 0

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from squidstep_redis import CorruptRunError, StepStatus
 from squidstep_redis.cli.connect import read_steps, store_or_exit
-from squidstep_redis.cli.formatting import clean, format_lease
+from squidstep_redis.cli.formatting import format_lease
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import (
     StoreOptions,
@@ -26,6 +26,7 @@ from squidstep_redis.cli.options import (
     yes_option,
 )
 from squidstep_redis.cli.output import confirm, fail, print_json, print_line
+from squidstep_redis.escaping import escaped
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -61,7 +62,7 @@ def _owner() -> str:
         name = getpass.getuser()
     except (OSError, KeyError):  # a user id without a name, as in some containers
         name = "unknown"
-    return clean(f"retry by {name}@{socket.gethostname()}")[:80]
+    return escaped(f"retry by {name}@{socket.gethostname()}")[:80]
 
 
 @click.command("release", epilog="Example: squidstep release order-1 charge --yes")

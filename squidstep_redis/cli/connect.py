@@ -13,9 +13,19 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
 
-from squidstep_redis import InvalidArgumentError, ServerError, SquidstepError, StepRun, StepRunStore
+from squidstep_redis import (
+    Attempt,
+    Calls,
+    InvalidArgumentError,
+    ServerError,
+    SquidstepError,
+    StepRun,
+    StepRunStore,
+    UndecodablePayloadError,
+)
 from squidstep_redis.cli.options import StoreOptions
 from squidstep_redis.cli.output import fail
+from squidstep_redis.escaping import escaped
 
 UNREACHABLE: Final = (RedisError, RedisClusterException)
 """What `open_store` raises when every node of a cluster is unreachable."""
@@ -39,15 +49,15 @@ def open_store(options: StoreOptions) -> Generator[StepRunStore]:
     """Opens a store for the `with` block. If the server is a cluster node, the store uses the whole cluster.
 
     Raises:
-        click.UsageError: The URL or the prefix is malformed.
+        click.UsageError: The URL, the prefix or the codec is malformed.
         RedisError, RedisClusterException: Every node of the cluster is unreachable. A single server is not contacted
             before the first call.
     """
     try:
-        store = StepRunStore.from_url(options.url, prefix=options.prefix)
+        store = StepRunStore.from_url(options.url, prefix=options.prefix, codec=options.codec)
         is_cluster = _is_cluster(store.client)
     except InvalidArgumentError as error:
-        raise click.BadParameter(str(error), param_hint="--prefix") from error
+        raise click.BadParameter(escaped(str(error)), param_hint=f"--{error.argument}") from error
     except (ValueError, TypeError) as error:  # their text may quote a part of the password
         raise click.BadParameter(_url_problem(options.url, error), param_hint="--url") from error
     with store:
@@ -56,7 +66,7 @@ def open_store(options: StoreOptions) -> Generator[StepRunStore]:
             return
     connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
     with connect(options.url, **_CLUSTER_OPTIONS) as cluster:
-        yield StepRunStore(cluster, prefix=options.prefix)
+        yield StepRunStore(cluster, prefix=options.prefix, codec=options.codec)
 
 
 @contextmanager
@@ -71,7 +81,7 @@ def store_or_exit(options: StoreOptions) -> Generator[StepRunStore]:
     except (ServerError, *UNREACHABLE) as error:
         fail(str(error), 2)
     except InvalidArgumentError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(escaped(str(error))) from error
     except SquidstepError as error:
         fail(str(error), 1)
 
@@ -86,6 +96,28 @@ def read_steps(store: StepRunStore, run: str) -> list[StepRun]:
         cursor = page.cursor
         if cursor is None:
             return sorted(found.values(), key=lambda each: each.position)
+
+
+class _Opaque:
+    """A codec that decodes every payload to an error that says that it cannot be decoded."""
+
+    def encode(self, payload: dict[str, Any]) -> bytes:
+        raise TypeError(f"it only reads: {payload}")
+
+    def decode(self, data: bytes) -> dict[str, Any]:
+        return {"type": "undecodable", "message": f"the store's codec cannot decode this error of {len(data):,} bytes"}
+
+
+def read_attempts(store: StepRunStore, run: str, steps: list[str]) -> list[list[Attempt]]:
+    """Returns the attempts of each of these steps. An error that cannot be decoded does not hide them."""
+    found: list[Any] = store.batch([store.calls.attempts(run, step) for step in steps])
+    opaque = Calls(store.calls.prefix, _Opaque(), 1, None)
+    for index, attempts in enumerate(found):
+        if isinstance(attempts, UndecodablePayloadError):
+            found[index] = store.send(opaque.attempts(run, steps[index]))
+        elif isinstance(attempts, Exception):
+            raise attempts
+    return found
 
 
 def _url_problem(url: str, error: Exception) -> str:

@@ -14,6 +14,7 @@ from squidstep_redis import Diagnosis, Finding, Level
 from squidstep_redis.cli.connect import UNREACHABLE, open_store
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import print_json, print_text
+from squidstep_redis.escaping import escaped
 
 _STYLES: Final = {Level.FAILURE: "bold red", Level.WARNING: "yellow", Level.UNKNOWN: "magenta", Level.OK: "green"}
 _PLURALS: Final = {Level.FAILURE: "failures", Level.WARNING: "warnings"}
@@ -43,7 +44,7 @@ def doctor_command(options: StoreOptions, lease: float | None, job_timeout: floa
     except UNREACHABLE as error:
         diagnosis = Diagnosis([Finding("connection", Level.FAILURE, f"the cluster cannot be used: {error}")])
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(escaped(str(error))) from error
     if as_json:
         findings = [{**finding._asdict(), "level": finding.level.name.lower()} for finding in diagnosis.findings]
         level = diagnosis.level.name.lower()
@@ -63,17 +64,17 @@ def _print_diagnosis(options: StoreOptions, diagnosis: Diagnosis) -> None:
     table = Table.grid(padding=(0, 2))
     for (check, level, message, _), nodes in nodes_of.items():
         is_everywhere = len(nodes) == len(all_nodes) > 1
-        location = f"all {len(nodes)} nodes" if is_everywhere else "\n".join(sorted(nodes))
+        location = f"all {len(nodes)} nodes" if is_everywhere else "\n".join(sorted(map(escaped, nodes)))
         table.add_row(
             Text(level.name.lower(), style=_STYLES[level]),
             Text(check, no_wrap=True),
             *([Text(location, no_wrap=True)] if all_nodes else []),
-            Text(message),
+            Text(escaped(message)),
         )
     counts = Counter(finding.level for finding in nodes_of)
     totals = (f"{counts[level]} {_level_name(level, counts[level])}" for level in _STYLES if counts[level])
     print_text(
-        Text(f"{options.server}, prefix {options.prefix}", style="bold"),
+        Text(escaped(f"{options.server}, prefix {options.prefix}"), style="bold"),
         table,
         Text(", ".join(totals), style=_STYLES[diagnosis.level]),
     )

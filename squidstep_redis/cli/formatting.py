@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any, Final, cast
+from uuid import UUID
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepStatus, UndecodablePayloadError
+from squidstep_redis.escaping import escaped
 
 STATUS_STYLES: Final = {
     StepStatus.FAILED: "red",
@@ -23,20 +26,15 @@ _UNITS: Final = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _MAX_PAYLOAD: Final = 400  # characters, unless a command is called with --full
 
 
-def clean(text: str) -> str:
-    """Returns untrusted text as one line without control characters, which could change the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def fit(text: str, width: int) -> str:
-    """Returns clean text, padded to `width` columns, or cut to `width` columns with an ellipsis."""
-    text = clean(text)
+    """Returns escaped text, padded to `width` columns, or cut to `width` columns with an ellipsis."""
+    text = escaped(text)
     return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
 
 
 def widest(texts: Iterable[str], limit: int) -> int:
     """Returns the width of the widest text in columns, at most `limit`."""
-    return min(max((cell_len(clean(text)) for text in texts), default=0), limit)
+    return min(max((cell_len(escaped(text)) for text in texts), default=0), limit)
 
 
 def format_duration(seconds: float) -> str:
@@ -85,7 +83,7 @@ def format_payload(step_run: StepRun, name: str, *, full: bool = True) -> str | 
     try:
         value = getattr(step_run, name)
     except UndecodablePayloadError as error:
-        return f"({clean(str(error))})"
+        return f"({escaped(str(error))})"
     if value is None:
         return None
     text = _to_line(value)
@@ -96,7 +94,7 @@ def format_payload(step_run: StepRun, name: str, *, full: bool = True) -> str | 
 def format_error(error: Mapping[str, Any]) -> str:
     """Returns an error's type and message in one line, or all of it if it has no type or message."""
     if "type" in error and "message" in error:
-        return clean(f"{error['type']}: {error['message']}")
+        return escaped(f"{error['type']}: {error['message']}")
     return _to_line(error)
 
 
@@ -112,7 +110,7 @@ def format_last_error(step_run: StepRun) -> str:
 def error_type(step_run: StepRun) -> str:
     """Returns the type of a step run's last error."""
     try:
-        return clean(str((step_run.last_error or {}).get("type", "(without a type)")))
+        return escaped(str((step_run.last_error or {}).get("type", "(without a type)")))
     except UndecodablePayloadError:
         return "(cannot be decoded)"
 
@@ -122,7 +120,7 @@ def traceback_lines(step_run: StepRun) -> list[str]:
     with suppress(UndecodablePayloadError):
         traceback = (step_run.last_error or {}).get("traceback")
         if isinstance(traceback, str):
-            return [clean(line) for line in traceback.splitlines()]
+            return [escaped(line) for line in traceback.splitlines()]
     return []
 
 
@@ -133,7 +131,7 @@ def format_counts(counts: Mapping[StepStatus, int]) -> Text:
 
 
 def _to_line(value: Any) -> str:
-    return clean(json.dumps(_readable(value), ensure_ascii=False))
+    return escaped(json.dumps(_readable(value), ensure_ascii=False))
 
 
 def _readable(value: Any) -> Any:
@@ -147,4 +145,6 @@ def _readable(value: Any) -> Any:
         return f"<{len(value):,} bytes>"
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, (Decimal, UUID, date, time, timedelta)):
+        return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from squidstep_redis import RunSummary, StepRun, StepRunStore, StepStatus
 from squidstep_redis.cli.connect import store_or_exit
-from squidstep_redis.cli.formatting import clean, error_type, format_age, format_counts, format_last_error, format_lease
+from squidstep_redis.cli.formatting import error_type, format_age, format_counts, format_last_error, format_lease
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, limit_option, run_prefix_option, store_options
 from squidstep_redis.cli.output import new_table, print_json, print_text
+from squidstep_redis.escaping import escaped
 
 
 @click.command("runs", epilog="Example: squidstep runs --status failed --run-prefix order-")
@@ -53,9 +54,9 @@ def runs_command(
     for summary in runs:
         is_sound = summary.problem is None
         table.add_row(
-            Text(clean(summary.run_id)),
+            Text(escaped(summary.run_id)),
             str(summary.steps) if is_sound else "",
-            format_counts(summary.counts) if is_sound else Text(clean(summary.problem or ""), "bold red"),
+            format_counts(summary.counts) if is_sound else Text(escaped(summary.problem or ""), "bold red"),
             format_age(summary.changed_at),
         )
     if runs:
@@ -112,7 +113,7 @@ def stuck_command(options: StoreOptions, limit: int, as_json: bool) -> None:
         for step_run in found:
             names = (step_run.run_id, step_run.step, step_run.owner or "")
             lease = Text(format_lease(step_run), "magenta")
-            table.add_row(*(Text(clean(name)) for name in names), str(step_run.attempt), lease)
+            table.add_row(*(Text(escaped(name)) for name in names), str(step_run.attempt), lease)
         print_text(table)
     sys.exit(1 if found else 0)
 
@@ -151,7 +152,7 @@ def failed_command(options: StoreOptions, limit: int, by_type: bool, as_json: bo
 def _print_failed(found: list[StepRun]) -> None:
     table = new_table({"failed": "fixed", "run": "fold", "step": "fold", "attempt": "number", "error": "fill"})
     for step_run in found:
-        names = (Text(clean(step_run.run_id)), Text(clean(step_run.step)))
+        names = (Text(escaped(step_run.run_id)), Text(escaped(step_run.step)))
         error = Text(format_last_error(step_run), "red")
         table.add_row(format_age(step_run.ended_at), *names, str(step_run.attempt), error)
     print_text(table)
@@ -161,6 +162,6 @@ def _print_groups(groups: list[tuple[str, list[StepRun]]]) -> None:
     table = new_table({"steps": "number", "type": "fold", "newest": "fixed", "for example": "fill"})
     for name, group in groups:
         newest = group[0]
-        example = f"{clean(newest.step)} of {clean(newest.run_id)}: {format_last_error(newest)}"
+        example = f"{escaped(newest.step)} of {escaped(newest.run_id)}: {format_last_error(newest)}"
         table.add_row(str(len(group)), Text(name, "red"), format_age(newest.ended_at), Text(example))
     print_text(table)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import click
 import redis
 
+from squidstep_redis import Codec, PlacedCodec
+from squidstep_redis.escaping import escaped
+
 
 class StoreOptions(NamedTuple):
-    """The server and the key prefix of the store that a command works on."""
+    """The server, the key prefix and the codec of the store that a command works on."""
 
     url: str
     prefix: str
+    codec: Codec | PlacedCodec | None = None
 
     @property
     def server(self) -> str:
@@ -28,8 +33,22 @@ class StoreOptions(NamedTuple):
         return f"{address}, database {options.get('db', 0)}"
 
 
+def _load_codec(context: click.Context, param: click.Parameter, name: str | None) -> Any:
+    """Imports the codec that `--codec` names."""
+    del context
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        codec = getattr(import_module(module), attribute)
+        return codec() if callable(codec) else codec
+    except Exception as error:  # the module may raise anything
+        problem = f"{name!r} is not MODULE:NAME of a codec: {type(error).__name__}: {error}"
+        raise click.BadParameter(escaped(problem), param=param) from error
+
+
 def store_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds `--url` and `--prefix`. The command receives them as one `StoreOptions`, its first argument."""
+    """Adds `--url`, `--prefix` and `--codec`. The command receives them as one `StoreOptions`, its first argument."""
 
     @click.option(
         "-u",
@@ -48,9 +67,17 @@ def store_options(command: Callable[..., None]) -> Callable[..., None]:
         show_envvar=True,
         help="The prefix of the store's keys.",
     )
+    @click.option(
+        "--codec",
+        envvar="SQUIDSTEP_CODEC",
+        callback=_load_codec,
+        metavar="MODULE:NAME",
+        show_envvar=True,
+        help="The store's codec, or a function that returns it, in a module that Python can import.",
+    )
     @wraps(command)
-    def with_store_options(url: str, prefix: str, **rest: object) -> None:
-        command(StoreOptions(url, prefix), **rest)
+    def with_store_options(url: str, prefix: str, codec: Any, **rest: object) -> None:
+        command(StoreOptions(url, prefix, codec), **rest)
 
     return with_store_options
 

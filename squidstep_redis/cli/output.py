@@ -10,7 +10,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from squidstep_redis.cli.formatting import clean
+from squidstep_redis.escaping import escaped
 
 _NO_FOLDING: Final = 10_000  # columns
 
@@ -33,7 +33,7 @@ def print_json(value: Any) -> None:
 
 def print_line(text: str) -> None:
     """Prints one line of untrusted text."""
-    sys.stdout.write(f"{clean(text)}\n")
+    sys.stdout.write(f"{escaped(text)}\n")
 
 
 def terminal_width() -> int:
@@ -69,7 +69,7 @@ def fail(problem: str, code: int) -> NoReturn:
         problem: What failed, and why; printed as one line.
         code: The exit code.
     """
-    sys.stderr.write(f"squidstep: {clean(problem)}\n")
+    sys.stderr.write(f"squidstep: {escaped(problem)}\n")
     sys.exit(code)
 
 
@@ -81,7 +81,7 @@ def confirm(action: str, *, yes: bool, dry_run: bool) -> bool:
         yes: Skip the question, and return True.
         dry_run: Only print the action, and return False.
     """
-    action = clean(action)
+    action = escaped(action)
     if dry_run:
         sys.stdout.write(f"would {action}\n")
         return False

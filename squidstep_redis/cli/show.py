@@ -12,10 +12,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from squidstep_redis import Attempt, StepRun, StepStatus
-from squidstep_redis.cli.connect import read_steps, store_or_exit
+from squidstep_redis.cli.connect import read_attempts, read_steps, store_or_exit
 from squidstep_redis.cli.formatting import (
     STATUS_STYLES,
-    clean,
     fit,
     format_counts,
     format_duration,
@@ -29,6 +28,7 @@ from squidstep_redis.cli.formatting import (
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_text
+from squidstep_redis.escaping import escaped
 
 
 @click.command("show", epilog="Example: squidstep show order-1 charge --full")
@@ -47,7 +47,7 @@ def show_command(options: StoreOptions, run: str, step: str | None, full: bool, 
             step_runs, attempts = read_steps(store, run), []
         else:
             found = store.get_step_run(run, step)
-            step_runs, attempts = ([found], store.attempts(run, step)) if found else ([], [])
+            step_runs, attempts = ([found], read_attempts(store, run, [step])[0]) if found else ([], [])
     if not step_runs:
         fail(f"run {run!r}: no such run" if step is None else f"run {run!r}, step {step!r}: no such step", 1)
     if not as_json:
@@ -82,7 +82,7 @@ def render_steps(
 
 def render_heading(run: str, step_runs: list[StepRun]) -> Text:
     """Renders the run's id and the number of its steps by status."""
-    return Text.assemble((clean(run), "bold"), "  ", format_counts(Counter(each.status for each in step_runs)))
+    return Text.assemble((escaped(run), "bold"), "  ", format_counts(Counter(each.status for each in step_runs)))
 
 
 def column_widths(step_runs: list[StepRun]) -> tuple[int, int]:
@@ -128,4 +128,4 @@ def _render_attempt(attempt: Attempt) -> Text:
     if attempt.ended_at is not None:
         duration = format_duration((attempt.ended_at - attempt.started_at).total_seconds())
     when = f"{attempt.started_at:%Y-%m-%d %H:%M:%S}  {duration:>10}"
-    return Text(f"    attempt {attempt.number}  {when}  {attempt.outcome}  {clean(attempt.owner or '')}")
+    return Text(f"    attempt {attempt.number}  {when}  {attempt.outcome}  {escaped(attempt.owner or '')}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.cli.connect import read_steps, store_or_exit
+from squidstep_redis.cli.connect import read_attempts, read_steps, store_or_exit
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_line, print_text, terminal_width
@@ -54,10 +54,8 @@ def read_timeline(store: StepRunStore, run: str) -> Timeline | None:
     step_runs = read_steps(store, run)
     if not step_runs:
         return None
-    histories = store.batch([store.calls.attempts(run, step_run.step) for step_run in step_runs])
+    histories = read_attempts(store, run, [step_run.step for step_run in step_runs])
     bars: list[Bar] = []
     for step_run, attempts in zip(step_runs, histories, strict=True):
-        if isinstance(attempts, Exception):
-            raise attempts
         bars += [Bar(step_run.step, attempt) for attempt in attempts] or [Bar(step_run.step, None)]
     return Timeline(run, bars)

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 from rich.text import Text
 
 from squidstep_redis import Attempt, Outcome
-from squidstep_redis.cli.formatting import clean, fit, format_duration, widest
+from squidstep_redis.cli.formatting import fit, format_duration, widest
+from squidstep_redis.escaping import escaped
 
 # The glyphs distinguish the attempts on a terminal without colors.
 _GLYPHS_AND_STYLES: Final = {
@@ -67,7 +68,7 @@ class Timeline:
     @property
     def heading(self) -> str:
         """The run's id, start and duration."""
-        return f"{clean(self.run)}  {self.start:%Y-%m-%d %H:%M:%S} UTC, {format_duration(self.seconds)}"
+        return f"{escaped(self.run)}  {self.start:%Y-%m-%d %H:%M:%S} UTC, {format_duration(self.seconds)}"
 
     def labels(self) -> Iterator[str]:
         """Yields a label for each bar: the step for its first attempt, and `attempt 2` and so on below it."""

@@ -10,8 +10,9 @@ from html import escape
 from typing import Final
 
 from squidstep_redis import Outcome
-from squidstep_redis.cli.formatting import clean, format_duration
+from squidstep_redis.cli.formatting import format_duration
 from squidstep_redis.cli.timeline_chart import Bar, Timeline
+from squidstep_redis.escaping import escaped
 
 _COLORS: Final = {
     Outcome.COMPLETED: "#2e9e5b",
@@ -57,7 +58,7 @@ def as_svg(timeline: Timeline) -> str:
         parts.append(f'<line x1="{x}" x2="{x}" y1="{_TOP - 8}" y2="{height - 10}"/>')
         parts.append(_text(x, _TOP - 14, label, "d m"))
     for row, (bar, label) in enumerate(zip(timeline.bars, timeline.labels(), strict=True)):
-        parts.append(_draw_row(timeline, bar, clean(label), _TOP + _ROW * row))
+        parts.append(_draw_row(timeline, bar, escaped(label), _TOP + _ROW * row))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -70,7 +71,7 @@ def _draw_row(timeline: Timeline, bar: Bar, label: str, y: int) -> str:
         return name + _text(_AXIS_X, y + 14, summary, "d")
     start, length = timeline.position(bar)
     owner = f", {bar.attempt.owner}" if bar.attempt.owner else ""
-    tooltip = escape(clean(f"{bar.step}, attempt {bar.attempt.number}{owner}: {summary}"))
+    tooltip = escape(escaped(f"{bar.step}, attempt {bar.attempt.number}{owner}: {summary}"))
     rect = (
         f'<rect x="{_AXIS_X + _AXIS * start:.1f}" y="{y + 3}" width="{max(_AXIS * length, 2):.1f}" height="15" rx="2" '
         f'fill="{_COLORS[bar.attempt.outcome]}"><title>{tooltip}</title></rect>'
@@ -85,7 +86,7 @@ def _text(x: int, y: int, text: str, css_class: str) -> str:
 def as_html(timeline: Timeline) -> str:
     """Makes an HTML page: the image, and a table of all attempts."""
     rows = "\n".join(_table_row(timeline, bar) for bar in timeline.bars)
-    return _PAGE.format(title=escape(clean(timeline.run)), svg=as_svg(timeline), rows=rows)
+    return _PAGE.format(title=escape(escaped(timeline.run)), svg=as_svg(timeline), rows=rows)
 
 
 def _table_row(timeline: Timeline, bar: Bar) -> str:
@@ -93,4 +94,4 @@ def _table_row(timeline: Timeline, bar: Bar) -> str:
     if (attempt := bar.attempt) is not None:
         number, owner, started = str(attempt.number), attempt.owner or "", f"{attempt.started_at:%F %T.%f}"[:-3]
     cells = (bar.step, number, owner, started, bar.summary(timeline.now))
-    return f"<tr>{''.join(f'<td>{escape(clean(cell))}' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<td>{escape(escaped(cell))}' for cell in cells)}</tr>"

@@ -10,9 +10,9 @@ import click
 
 from squidstep_redis import InvalidArgumentError, RunDeletedError, RunExistsError
 from squidstep_redis.cli.connect import store_or_exit
-from squidstep_redis.cli.formatting import clean
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, json_option, store_options
 from squidstep_redis.cli.output import print_json, print_line
+from squidstep_redis.escaping import escaped, json_line
 from squidstep_redis.operations.documents import from_document
 
 
@@ -27,14 +27,14 @@ def export_command(options: StoreOptions, runs: tuple[str, ...]) -> None:
     """
     with store_or_exit(options) as store:
         for run in runs:
-            sys.stdout.write(json.dumps(store.export_run(run), ensure_ascii=False) + "\n")
+            sys.stdout.write(json_line(store.export_run(run)) + "\n")
 
 
 @click.command("import", epilog="Example: squidstep export order-1 | squidstep import -u redis://other:6379")
 @store_options
-@click.argument("file", type=click.File("r", encoding="utf-8"), default="-")
+@click.argument("file", type=click.File("rb"), default="-")
 @dry_run_option
-def import_command(options: StoreOptions, file: IO[str], dry_run: bool) -> None:
+def import_command(options: StoreOptions, file: IO[bytes], dry_run: bool) -> None:
     """Creates the runs that `export` wrote. Each run is created completely or not at all.
 
     An existing run is never overwritten. Claims are also imported: a worker that has claimed a step can complete it in
@@ -46,7 +46,7 @@ def import_command(options: StoreOptions, file: IO[str], dry_run: bool) -> None:
             if not line.strip():
                 continue
             try:
-                document = json.loads(line)
+                document = json.loads(line.decode())
                 if dry_run:
                     run = from_document(document, store.calls.payloads).run_id
                     if store.step_statuses(run):
@@ -54,9 +54,9 @@ def import_command(options: StoreOptions, file: IO[str], dry_run: bool) -> None:
                 else:
                     run = store.import_run(document)
                 print_line(f"{'would import' if dry_run else 'imported'} {run}")
-            except (RunExistsError, RunDeletedError, InvalidArgumentError, ValueError) as error:
+            except (RunExistsError, RunDeletedError, InvalidArgumentError, ValueError, RecursionError) as error:
                 rejected += 1
-                sys.stderr.write(clean(f"squidstep: line {number}: {error}") + "\n")
+                sys.stderr.write(escaped(f"squidstep: line {number}: {error}") + "\n")
     sys.exit(1 if rejected else 0)
 
 

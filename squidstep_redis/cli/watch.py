@@ -18,7 +18,6 @@ from squidstep_redis import StepRun, StepRunStore, StepStatus
 from squidstep_redis.cli.connect import read_steps, store_or_exit
 from squidstep_redis.cli.formatting import (
     STATUS_STYLES,
-    clean,
     fit,
     format_age,
     format_last_error,
@@ -29,6 +28,7 @@ from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_text
 from squidstep_redis.cli.show import column_widths, render_heading, render_line
+from squidstep_redis.escaping import escaped
 
 _MAX_LISTED: Final = 1_000  # step runs of each kind
 
@@ -111,8 +111,8 @@ def _print_changes(store: StepRunStore, run: str, interval: float, once: bool, a
 
 def _log_line(step_run: StepRun) -> str:
     error = f"  {format_last_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
-    owner = f"  {clean(step_run.owner)}" if step_run.owner else ""
-    line = f"{clean(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
+    owner = f"  {escaped(step_run.owner)}" if step_run.owner else ""
+    line = f"{escaped(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
     return f"{datetime.now(UTC):%H:%M:%S}  {line}"
 
 
@@ -189,4 +189,4 @@ def _render_group(name: str, style: str, step_runs: list[StepRun]) -> Iterator[T
         detail = format_last_error(each) if each.status is StepStatus.FAILED else format_lease(each)
         names = f"{fit(each.run_id, run_width)}  {fit(each.step, step_width)}"
         age = format_age(each.ended_at or each.started_at)
-        yield Text(f"  {names}  {age:>14}  {clean(each.owner or '')}  {detail}", no_wrap=True, overflow="ellipsis")
+        yield Text(f"  {names}  {age:>14}  {escaped(each.owner or '')}  {detail}", no_wrap=True, overflow="ellipsis")

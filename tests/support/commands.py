@@ -30,7 +30,7 @@ def add_failed_step(store: StepRunStore, run: str = "run", step: str = "pay") ->
     store.fail_step(store.begin_step(run, step, {"amount": 1}, owner="w").step_run, ValueError("declined"))
 
 
-def invoke(*arguments: str, input: str | None = None, **environment: str) -> Result:
+def invoke(*arguments: str, input: str | bytes | None = None, **environment: str) -> Result:
     """Runs a command in this process; a separate process would take half a second to start."""
     result = CliRunner().invoke(build_group(), list(arguments), input=input, env=environment)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
