@@ -55,7 +55,8 @@ def fork_run(
     A copied step keeps its input, output, owner, times, attempt number and history. Payloads are copied as bytes,
     whatever their size and codec; only a codec whose bytes depend on the run encodes them again. The order of creation
     and the completion order are numbered from 1 again. Steps that are not completed, claims and the expiry of the
-    original are not copied: the new run expires by this store's `run_ttl`. The id of a step run names its run, so a claim on a step of the original changes nothing in the new run.
+    original are not copied: the new run expires by this store's `run_ttl`. The id of a step run names its run, so a
+    claim on a step of the original changes nothing in the new run.
 
     Args:
         run_id: the original: a non-empty str of at most 512 bytes of UTF-8, or a UUID.

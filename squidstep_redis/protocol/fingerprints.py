@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
 
 from squidstep_redis.errors import InputMismatchError, InvalidArgumentError, PayloadError, described
+from squidstep_redis.escaping import escaped
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import Reply
 from squidstep_redis.signals import is_raised_by_handler
@@ -78,7 +79,7 @@ def _picked(function: Any, argument: str, input: object) -> object:
     except Exception as error:
         if is_raised_by_handler(error):
             raise
-        problem = f"its function raised {type(error).__name__} for {argument}: {error}"
+        problem = f"its function raised {type(error).__name__} for {argument}: {escaped(str(error))}"
         raise InvalidArgumentError("fingerprint", problem) from error
     if iscoroutine(picked):
         picked.close()

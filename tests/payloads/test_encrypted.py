@@ -184,6 +184,25 @@ class TestRotation:
         copied = stored(other, "copy")
         assert (copied.input, copied.output, other.attempts("copy", "pay")[0].error) == (SECRET, SECRET, SECRET)
 
+    def test_fork_encrypts_for_the_new_run(self, bench: Bench) -> None:
+        store = bench.store(codec=BOTH)
+        old = bench.store(codec=CODEC)
+        old.fail_step(begun(old.begin_step("run", "pay", SECRET)), SECRET)
+        bench.lapse(begun(old.begin_step("run", "pay", SECRET, lease=0.001)))
+        assert old.begin_step("run", "pay", SECRET, max_attempts=2).exhausted
+        old.retry_step("run", "pay")
+        old.complete_step(begun(old.begin_step("run", "pay", {})), SECRET)
+        before = bench.dump()
+        with pytest.raises(UndecodablePayloadError, match="key 'old' is not known"):
+            bench.store(codec=ONLY_NEW).fork_run("run", "copy")
+        assert bench.dump() == before
+
+        assert store.fork_run("run", "copy") == ["pay"]
+
+        forked = stored(bench.store(codec=ONLY_NEW), "copy")
+        assert (forked.input, forked.output) == (SECRET, SECRET)
+        assert bench.store(codec=ONLY_NEW).attempts("copy", "pay") == store.attempts("run", "pay")
+
     def test_payload_is_encrypted_again_for_another_run(self) -> None:
         payloads = Payloads(CODEC, 1_000, "p")
         for name in ("input", "output", "last_error", "error"):
