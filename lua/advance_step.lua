@@ -8,12 +8,12 @@
 --       12 output      of the step to complete
 --       13 fingerprint  of the input, or omitted
 -- REPLY as begin_step, about the next step, once the first is completed:
---       "execute nonce state" | {"execute", nonce, state, input} | {"takeover", nonce, state, input}
---       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error}
---       {"busy", nonce, state, input, output, error, remaining_ms | ""}
---       {"delayed", nonce, state, input, output, error, remaining_ms}
+--       "execute nonce state" | {"execute" | "takeover", nonce, state, input, progress}
+--       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error, progress}
+--       {"busy", nonce, state, input, output, error, progress, remaining_ms | ""}
+--       {"delayed", nonce, state, input, output, error, progress, remaining_ms}
 --       {"mismatch", nonce, step, fingerprint}  the next step has this other one
---       {"stale", nonce, state, input, output, error} | {"missing", nonce}  about the step to complete
+--       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}  about the step to complete
 -- Writes only when it first completes the step, or as begin_step. It does both or neither.
 
 local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
@@ -21,8 +21,8 @@ local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[6] or ""
 local from, from_token, output = ARGV[10], ARGV[11], ARGV[12]
 
--- The common case: a live claim, no waiting client and a new step without a fingerprint next, in a run that does not
--- expire. The general path below does the same at a higher cost.
+-- The common case: a live claim without a mark and a new step without a fingerprint next, in a run that does not expire.
+-- The general path below does the same at a higher cost.
 local lines = try("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
 if lines[1] and lines[2] and not lines[3] and not lines[4] and not ARGV[13] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
@@ -66,7 +66,7 @@ local now = now_ms()
 -- include reply
 -- include indexes
 -- include complete
--- include notify
+-- include marks
 
 local completed = complete(from, "s" .. from, previous.line, from_token, output)
 if not completed then
@@ -89,9 +89,7 @@ local function complete_first()
     redis.call("ZREM", claims, ARGV[4] .. from)
   end
   write_completed()
-  if previous.awaited then
-    notify(steps, from)
-  end
+  settle_mark(steps, from, previous.mark, true)
 end
 
 local fingerprint = ARGV[13] or ""

@@ -14,10 +14,11 @@
 --       11 all          or ""  another fingerprint of one step refuses them all
 --       12 token, step, input, …  of further steps, each step once; fingerprint, too, if the first one has one
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
---       {"takeover", nonce, state, input}  the same for a claim whose lease had expired
---       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error}
---       {"busy", nonce, state, input, output, error, remaining_ms | ""}
---       {"delayed", nonce, state, input, output, error, remaining_ms}
+--       {"execute", nonce, state, input, progress}  if an earlier attempt has left progress; a nil input is the caller's
+--       {"takeover", nonce, state, input, progress}  the same for a claim whose lease had expired
+--       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error, progress}
+--       {"busy", nonce, state, input, output, error, progress, remaining_ms | ""}
+--       {"delayed", nonce, state, input, output, error, progress, remaining_ms}
 --       {"mismatch", nonce, step, fingerprint}  the step has this other one
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "execute nonce state"
 -- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").

@@ -10,7 +10,7 @@
 --       7 step, input, fingerprint, …  of successors: those without a record become pending; or step, token, output, …
 --         of further steps, each step once
 -- REPLY "completed nonce state" | {"completed", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error} | {"missing", nonce}
+--       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "completed nonce state"
 -- Writes only when it first replies "completed".
 
@@ -18,7 +18,7 @@ local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcal
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local SUCCESSORS = 6
 
--- The common case: a live claim, no successors and no waiting client, in a run that does not expire. The general path
+-- The common case: a live claim without a mark, no successors, in a run that does not expire. The general path
 -- below does the same at a higher cost.
 local step, token = ARGV[2], ARGV[3]
 local field = "s" .. step
@@ -55,9 +55,9 @@ local run, lines, refusal = load_run(steps, done, unpack(fields))
 local now = now_ms()
 
 -- include complete
--- include notify
+-- include marks
 
-local replies, members, awaited = { "each", nonce }, {}, {}
+local replies, members, marks = { "each", nonce }, {}, {}
 for index = 1, #positions do
   local position, line = positions[index], lines[2 * index]
   local step, token, output = ARGV[position], ARGV[position + 1], ARGV[position + 2]
@@ -70,9 +70,7 @@ for index = 1, #positions do
     if lease ~= "" then
       members[#members + 1] = ARGV[5] .. step
     end
-    if lines[2 * index + 1] then
-      awaited[#awaited + 1] = step
-    end
+    marks[step] = lines[2 * index + 1] or nil
   elseif line then
     local state = parse_state(line)
     if not state then
@@ -104,7 +102,7 @@ if outputs[1] then
   end
   write_completed()
 end
-for _, step in ipairs(awaited) do
-  notify(steps, step)
+for step, mark in pairs(marks) do
+  settle_mark(steps, step, mark, true)
 end
 return reply_of_steps(replies, "completed")

@@ -8,7 +8,7 @@
 --       3 run     "<bytes in the run id>:<run id>"
 --       4 wanted  "failed", or for an entry of claims "lapsed" or "live"
 --       5 owner   only live claims of this owner, or ""  any owner
--- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error} | {"other", nonce} | {"dropped", nonce}
+-- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error, progress} | {"other", nonce} | {"dropped", nonce}
 -- Writes only hints: when it replies "dropped", or for a live claim whose entry had another end of the lease.
 
 -- include record

@@ -36,8 +36,8 @@ for index, line in ipairs(read_fields(steps, names)) do
   if deleted and line then
     local last = #fields
     fields[last + 1], fields[last + 2] = names[index], "i" .. step
-    fields[last + 3], fields[last + 4] = "e" .. step, "w" .. step
-    fields[last + 5] = "f" .. step
+    fields[last + 3], fields[last + 4], fields[last + 5] = "e" .. step, "w" .. step, "p" .. step
+    fields[last + 6] = "f" .. step
     for number = first_attempt, attempt do
       fields[#fields + 1] = attempt_field(number, step)
     end

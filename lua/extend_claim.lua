@@ -8,7 +8,7 @@
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
 --       6 step, token, …  of further steps, each step once
 -- REPLY "extended nonce state" | {"extended", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error} | {"missing", nonce}
+--       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "extended nonce state"
 -- Writes only when it replies "extended".
 
@@ -16,6 +16,7 @@
 -- include run
 -- include reply
 -- include group
+-- include extend
 
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local lease, member = ARGV[4], ARGV[5]
@@ -36,16 +37,8 @@ for index = 1, #positions do
   elseif not holds(state, token) then
     replies[index + 2] = with_record("stale", steps, step)
   else
-    local started = state.created + state.started
-    unretain(run, state.lease)
-    if lease == "" then
-      state.lease = ""
-    else
-      state.lease = math.max(0, now + lease - started)
-      entries[#entries + 1] = started + state.lease
-    end
+    entries[#entries + 1] = extend(run, state, lease, now)
     entries[#entries + 1] = member .. step
-    retain(run, state.lease, started)
     local extended = format_state(state)
     written[#written + 1] = fields[index]
     written[#written + 1] = extended

@@ -8,9 +8,10 @@
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
 --       6 delay_ms      until the step can be claimed again; or "final"  it cannot; or omitted  at once
 -- REPLY {"failed", nonce, state} | {"failed", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error} | {"missing", nonce}
---       {"stale", nonce, state, input, output, error, ended, ended_error}  this claim has ended in the same way, with
---       an error of other bytes: the client compares what the two decode to
+--       {"failed", nonce, state, input, progress}  if there is progress
+--       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
+--       {"stale", nonce, state, input, output, error, progress, ended, ended_error}  this claim has ended in the same way,
+--       with an error of other bytes: the client compares what the two decode to
 -- Writes only when it first replies "failed".
 
 -- include record
@@ -31,10 +32,10 @@ if not holds(state, token) then
   end
   local stored = ended.error or redis.call("HGET", steps, "e" .. step) or ""
   if stored == last_error then
-    return with_input("failed", ended.line, token, steps, step)
+    return with_input("failed", ended.line, token, steps, step, state.mark)
   end
   local reply = with_record("stale", steps, step)
-  reply[7], reply[8] = ended.line, stored
+  reply[8], reply[9] = ended.line, stored
   return reply
 end
 @CHECK_INDEXES(claims, failed)
@@ -52,8 +53,6 @@ redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "e" .. step, 
 redis.call("ZREM", claims, member)
 index_failed(failed, member, now)
 renew_expiry(run, steps, done, now)
--- include notify
-if state.awaited then
-  notify(steps, step)
-end
-return with_input("failed", line, token, steps, step)
+-- include marks
+settle_mark(steps, step, state.mark, false)
+return with_input("failed", line, token, steps, step, state.mark)

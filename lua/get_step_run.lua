@@ -3,7 +3,7 @@
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
 --       2 step
--- REPLY {"found", nonce, state, input, output, error} | {"missing", nonce}
+-- REPLY {"found", nonce, state, input, output, error, progress} | {"missing", nonce}
 -- Writes nothing.
 
 -- include record

@@ -6,7 +6,8 @@
 --       3 token   of the claim, or ""  any claim
 --       4 run     "<bytes in the run id>:<run id>", for the indexes
 -- REPLY {"released", nonce, state} | {"released", nonce, state, input}  without a token
---       {"stale", nonce, state, input, output, error} | {"missing", nonce}
+--       {"released", nonce, state, input, progress}  if there is progress
+--       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
 -- Writes only when it first replies "released".
 
 -- include record
@@ -21,11 +22,11 @@ local step, token = ARGV[2], ARGV[3]
 
 if not holds(state, token) then
   if state.status == @PENDING and state.attempt ~= "0" and (token == state.token or token == "") then
-    return with_input("released", state.line, token, steps, step)
+    return with_input("released", state.line, token, steps, step, state.mark)
   end
   local past = past_attempt(steps, step, state, token)
   if past and past.status == @PENDING then
-    return with_input("released", past.line, token, steps, step)
+    return with_input("released", past.line, token, steps, step, state.mark)
   end
   return with_record("stale", steps, step)
 end
@@ -39,4 +40,4 @@ local line = format_state(state)
 redis.call("HSET", steps, "r", format_run(run), "s" .. step, line)
 redis.call("ZREM", claims, ARGV[4] .. step)
 renew_expiry(run, steps, done, now)
-return with_input("released", line, token, steps, step)
+return with_input("released", line, token, steps, step, state.mark)

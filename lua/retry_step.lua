@@ -5,7 +5,7 @@
 --       2 step
 --       3 run     "<bytes in the run id>:<run id>", for the indexes
 --       4 owner   of the call, or ""
--- REPLY {"retried", nonce, state, input} | {"pending" | "stale", nonce, state, input, output, error}
+-- REPLY {"retried", nonce, state, input, progress} | {"pending" | "stale", nonce, state, input, output, error, progress}
 --       {"missing", nonce}
 -- Writes only when it first replies "retried".
 
@@ -21,7 +21,7 @@ local step, owner = ARGV[2], ARGV[4]
 
 local resent = state.token == nonce and state or past_attempt(steps, step, state, nonce)
 if resent then
-  return { "retried", nonce, resent.line, redis.call("HGET", steps, "i" .. step) }
+  return { "retried", nonce, resent.line, unpack(redis.call("HMGET", steps, "i" .. step, "p" .. step)) }
 end
 if state.status == @PENDING then
   return with_record("pending", steps, step)
@@ -56,4 +56,4 @@ redis.call("HDEL", steps, "e" .. step, attempt_field(state.attempt - 1 - HISTORY
 redis.call("ZREM", claims, ARGV[3] .. step)
 redis.call("ZREM", failed, ARGV[3] .. step)
 renew_expiry(run, steps, done, now)
-return { "retried", nonce, line, redis.call("HGET", steps, "i" .. step) }
+return { "retried", nonce, line, unpack(redis.call("HMGET", steps, "i" .. step, "p" .. step)) }

@@ -4,7 +4,7 @@
 -- ARGV  1 nonce   of this call, echoed
 --       2 cursor  "0" for the first page, then as replied
 --       3 count   of fields to scan for this page, approximately
--- REPLY {"page", nonce, cursor, {field, state, input, output, error, …}}  "" for a missing value; unordered
+-- REPLY {"page", nonce, cursor, {field, state, input, output, error, progress, …}}  "" for a missing value; unordered
 -- Writes nothing.
 
 -- include record
@@ -17,10 +17,10 @@ local cursor, fields = walk(steps, ARGV[2], ARGV[3])
 local records = {}
 for _, field in ipairs(fields) do
   local step = string.sub(field, 2)
-  local values = redis.call("HMGET", steps, field, "i" .. step, "o" .. step, "e" .. step)
+  local values = redis.call("HMGET", steps, field, "i" .. step, "o" .. step, "e" .. step, "p" .. step)
   local last = #records
   records[last + 1] = field
-  for part = 1, 4 do
+  for part = 1, 5 do
     records[last + 1 + part] = values[part] or ""
   end
 end

@@ -6,7 +6,7 @@
 --       3 step
 --       4 input
 --       5 fingerprint  of the input, or omitted
--- REPLY {"schedule", nonce, state} | {"schedule" | "skip", nonce, state, input, output, error}
+-- REPLY {"schedule", nonce, state} | {"schedule" | "skip", nonce, state, input, output, error, progress}
 --       {"mismatch", nonce, step, fingerprint}  the step has this other one
 -- Writes only when it first replies "schedule".
 

@@ -75,6 +75,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     complete_steps = _workflow(Calls.complete_steps)
     advance_step = _call(Calls.advance_step)
     fail_step = _call(Calls.fail_step)
+    checkpoint_step = _call(Calls.checkpoint_step)
     extend_claim = _call(Calls.extend_claim)
     expire_claim = _call(Calls.expire_claim)
     release_step = _call(Calls.release_step)
@@ -163,7 +164,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                             await claim.complete({} if output is None else output)
                 return claim.result()
             except StaleStepRunError as error:
-                claim.raise_unless_running(error)
+                claim.raise_unless_taken_over(error)
 
     @with_docs_of(
         StepRunStore.claim_step,

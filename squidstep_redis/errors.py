@@ -295,7 +295,7 @@ class UndecodablePayloadError(SquidstepError):
     Attributes:
         run_id: the run.
         step: the step.
-        name: "input", "output", "last_error" or "error".
+        name: "input", "output", "last_error", "error" or "progress".
         codec: the name of the codec's class.
         problem: why, if the codec says it; else empty.
     """

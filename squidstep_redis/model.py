@@ -123,7 +123,7 @@ class StateLine(NamedTuple):
 
 Decode = Callable[[bytes, str, str, str], dict[str, Any]]
 _Payload = bytes | dict[str, Any] | None
-_Payloads = tuple[_Payload, _Payload, _Payload]
+_Payloads = tuple[_Payload, _Payload, _Payload, _Payload]
 
 
 class StepRun:
@@ -168,11 +168,17 @@ class StepRun:
         self._decode = decode
 
     def after_transition(
-        self, line: bytes, decode: Decode, output: bytes | None = None, last_error: bytes | None = None
+        self,
+        line: bytes,
+        decode: Decode,
+        output: bytes | None = None,
+        last_error: bytes | None = None,
+        progress: bytes | None = None,
     ) -> StepRun:
         """Returns the step run after a transition of this claim; called only by the store, which decodes it."""
-        payloads = (self._payloads[0], output, last_error)
-        token = self.token if line[1:2] == b"r" else b""
+        runs = line[1:2] == b"r"
+        payloads = (self._payloads[0], output, last_error, self._payloads[3] if runs and progress is None else progress)
+        token = self.token if runs else b""
         return StepRun(self.prefix, self.run_id, self.step, line, payloads, decode, token)
 
     @property
@@ -194,6 +200,14 @@ class StepRun:
     def last_error(self) -> dict[str, Any] | None:
         """Why the latest attempt failed; None if it did not."""
         return self._payload(2, "last_error")
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What the latest checkpoint stored, in this attempt or an earlier one; None without one, or once completed.
+
+        `extend_claim` does not read it: it returns what it stores, or else what its argument knew.
+        """
+        return self._payload(3, "progress")
 
     @property
     def owner(self) -> str | None:
@@ -260,7 +274,7 @@ class StepRun:
         return (self.prefix, self.run_id, self.step, self.status, self.attempt, self._line[4:])
 
     def __eq__(self, other: object) -> bool:
-        """Equal if both show the same state; which of them carries the claim does not matter."""
+        """Equal if both show the same state; progress, and which of them carries the claim, do not matter."""
         if not isinstance(other, StepRun):
             return NotImplemented
         return self._key() == other._key() and (

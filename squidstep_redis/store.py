@@ -65,6 +65,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     complete_steps = _workflow(Calls.complete_steps)
     advance_step = _call(Calls.advance_step)
     fail_step = _call(Calls.fail_step)
+    checkpoint_step = _call(Calls.checkpoint_step)
     extend_claim = _call(Calls.extend_claim)
     expire_claim = _call(Calls.expire_claim)
     release_step = _call(Calls.release_step)
@@ -209,7 +210,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 claim.exit_again(error)
                 if not isinstance(error, StaleStepRunError):
                     raise
-                claim.raise_unless_running(error)
+                claim.raise_unless_taken_over(error)
 
     def claim_step(
         self,

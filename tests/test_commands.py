@@ -226,6 +226,17 @@ class TestShow:
         for arguments in (["show", "run"], ["failed"], ["failed", "--by-type"], ["show", "run", "--json"]):
             assert "decode" in invoke(*arguments, *options_of(server, store)).stdout
 
+    def test_progress_of_an_unfinished_step_is_shown(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        claim = store.begin_step("run", "crawl", {}).step_run
+        store.checkpoint_step(claim, {"page": 7, "text": EVIL})
+
+        lines = invoke("show", "run", *options_of(server, store)).stdout.splitlines()
+        shown = json.loads(invoke("show", "run", "crawl", "--json", *options_of(server, store)).stdout)
+
+        assert any(line.strip().startswith('prog  {"page": 7') for line in lines)
+        assert all(line.isprintable() for line in lines)
+        assert shown["progress"] == {"page": 7, "text": EVIL}
+
     def test_each_attempt_shows_its_error(self, server: EmbeddedServer, store: StepRunStore) -> None:
         for problem in ("first", "second"):
             store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError(problem + EVIL))

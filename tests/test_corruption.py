@@ -33,6 +33,8 @@ def write_calls(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
         calls.advance_step(step_run, {}, "lapsed", {}),
         calls.fail_step(step_run, {}),
         calls.extend_claim(step_run, 60),
+        calls.extend_claim(step_run, 60, progress={}),
+        calls.checkpoint_step(step_run, {}),
         calls.release_step(step_run),
     ]
 
@@ -107,7 +109,7 @@ class TestKeyOfAnotherType:
         bench.backend.raw.delete(key)
         bench.backend.raw.set(key, "a string")
 
-        calls = [call for call in write_calls(store, held) if not call.script.name.startswith("schedule")]
+        calls = [call for call in write_calls(store, held) if not call.operation.startswith(("schedule", "checkpoint"))]
         assert_rejected(bench, store, [*calls, store.calls.delete_run("run")], CorruptRunError, key)
         with pytest.raises(CorruptRunError):
             store.lapsed_claims()

@@ -43,7 +43,8 @@ FIELDS = st.one_of(
     st.tuples(st.just(b"sa"), STATE_LINES),
     st.tuples(st.just(b"r"), RUN_LINES),
     st.tuples(st.just(b"a1:a"), STATE_LINES | STATE_LINES.map(lambda line: line + b"\n\x80")),
-    st.tuples(st.sampled_from([b"ia", b"oa", b"ea", b"fa"]), st.binary(max_size=20)),
+    st.tuples(st.sampled_from([b"ia", b"oa", b"ea", b"fa", b"wa"]), st.binary(max_size=20)),
+    st.tuples(st.just(b"pa"), st.binary(max_size=20) | changed(b"1 sender 7").map(lambda line: line + b"\n\x80")),
     st.tuples(st.binary(min_size=1, max_size=5), STATE_LINES),
 )
 
@@ -62,6 +63,7 @@ def operations(store: StepRunStore, claim: StepRun) -> dict[str, Callable[[], An
         "fork_run": lambda: store.fork_run("run", "new"),
         "schedule_steps": lambda: store.schedule_steps("run", {"a": {}, "new": {}}),
         "extend_claim": lambda: store.extend_claim(claim, 60),
+        "checkpoint_step": lambda: shown(store.checkpoint_step(claim, {"page": 1})),
         "begin_steps": lambda: store.begin_steps("run", {"a": {}, "b": {}}, lease=60),
         "begin_step": lambda: shown(store.begin_step("run", "a", {}, lease=60, max_attempts=3).step_run),
         "begin_step, fingerprint": lambda: store.begin_step("run", "a", {}, fingerprint=True),
@@ -82,7 +84,8 @@ def shown(step_run: StepRun | None) -> object:
     """Reads everything about a step run."""
     if step_run is None:
         return None
-    values = (step_run.input, step_run.output, step_run.last_error, step_run.owner, step_run.attempts_used)
+    payloads = (step_run.input, step_run.output, step_run.last_error, step_run.progress)
+    values = (*payloads, step_run.owner, step_run.attempts_used)
     return (*values, step_run.lease_ends_at, step_run.retry_at, step_run.started_at, step_run.ended_at, repr(step_run))
 
 
@@ -98,9 +101,9 @@ def create(bench: Bench, store: StepRunStore, fields: list[tuple[bytes, bytes]])
 
 NAMES = (
     *("get_run", "get_step_run", "scan_steps", "step_statuses", "attempts", "completed_outputs", "completed_steps"),
-    *("export_run", "fork_run", "schedule_steps", "extend_claim", "begin_steps", "begin_step", "fail_step"),
-    *("fail_step by id", "release_step", "retry_step", "complete_step", "complete_step by id", "expire_run"),
-    *("delete_pending_steps", "begin_step, fingerprint", "begin_steps, fingerprint", "schedule_step"),
+    *("export_run", "fork_run", "schedule_steps", "extend_claim", "checkpoint_step", "begin_steps", "begin_step"),
+    *("fail_step", "fail_step by id", "release_step", "retry_step", "complete_step", "complete_step by id"),
+    *("expire_run", "delete_pending_steps", "begin_step, fingerprint", "begin_steps, fingerprint", "schedule_step"),
 )
 
 

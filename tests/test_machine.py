@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.backends import Bench
-from support.machine import Holder, Operation, RecordedCall, as_model, expire_lease, index_members
+from support.machine import Holder, Operation, RecordedCall, as_model, expire_lease, index_members, without_unread
 from support.model import MAX_PAST_ATTEMPTS, Claim, Model
 from support.records import begun
 
@@ -95,7 +95,8 @@ FAIL_STEP = st.one_of(
     operations("fail_step", holders(), payloads, final=st.just(True)),
     operations("fail_step", holders(), payloads, retry_after=st.sampled_from([1_000, 2_000])),
 )
-EXTEND_CLAIM = operations("extend_claim", holders(), leases)
+EXTEND_CLAIM = operations("extend_claim", holders(), leases, progress=st.none() | st.none() | payloads)
+CHECKPOINT_STEP = operations("checkpoint_step", holders(), payloads)
 RELEASE_STEP = operations("release_step", holders())
 RETRY_STEP = operations("retry_step", runs, steps, owner=st.sampled_from([None, "operator"]))
 SCHEDULE = st.one_of(
@@ -111,6 +112,7 @@ ANY = st.one_of(
     ADVANCE_STEP,
     FAIL_STEP,
     EXTEND_CLAIM,
+    CHECKPOINT_STEP,
     RELEASE_STEP,
     RETRY_STEP,
     SCHEDULE,
@@ -155,6 +157,7 @@ class Machine(RuleBasedStateMachine):
     advance_step = rule_for("advance_step", ADVANCE_STEP)
     fail_step = rule_for("fail_step", FAIL_STEP)
     extend_claim = rule_for("extend_claim", EXTEND_CLAIM)
+    checkpoint_step = rule_for("checkpoint_step", CHECKPOINT_STEP)
     release_step = rule_for("release_step", RELEASE_STEP)
     retry_step = rule_for("retry_step", RETRY_STEP)
     schedule = rule_for("schedule", SCHEDULE)
@@ -286,6 +289,7 @@ class Machine(RuleBasedStateMachine):
         fields = {"r", "m"} if self.model.runs[run].is_fork else {"r"}
         for step, record in self.model.runs[run].records.items():
             kinds = {"completed": "sio", "failed": "sie"}.get(record.status, "si")
+            kinds += "" if record.progress is None else "pw"
             fields |= {kind + step for kind in kinds}
             if record.fingerprint:
                 fields.add(f"f{step}")
@@ -318,7 +322,8 @@ class Machine(RuleBasedStateMachine):
             except (InputMismatchError, StaleStepRunError, StepRunNotFoundError) as error:
                 results.append(error)
             self.compare(recorded, results[-1])
-        assert all(as_model(result) == as_model(results[0]) for result in results)
+        seen = [without_unread(recorded, as_model(result)) for result in results]
+        assert all(each == seen[0] for each in seen)
         self.compare_with_stored(results[-1])
 
     def send_batch(self, recorded: list[RecordedCall]) -> None:
@@ -326,7 +331,9 @@ class Machine(RuleBasedStateMachine):
             self.compare(each, result)
 
     def compare(self, recorded: RecordedCall, result: object) -> None:
-        assert as_model(result) == recorded.operation.apply(self.model, recorded.id)
+        assert without_unread(recorded, as_model(result)) == without_unread(
+            recorded, recorded.operation.apply(self.model, recorded.id)
+        )
         if recorded.operation.name == "retry_step" and self.model.has_claim_of(recorded.operation.run, recorded.id):
             self.granted.add(recorded.id)
         if isinstance(result, BeginResult):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import Bench, running
-from support.records import begun, in_batch
+from support.records import begun, in_batch, stored
 
 from squidstep_redis import (
     InvalidArgumentError,
@@ -73,7 +73,7 @@ def prepare(bench: Bench, store: StepRunStore, run: str = "run") -> StepRun:
     store.fail_step(begun(store.begin_step(run, "retried", {})), {"no": 1})
     store.retry_step(run, "retried", owner="me")
     bench.lapse(begun(store.begin_step(run, "lapsed", {}, lease=0.001)))
-    begun(store.begin_step(run, "unleased", {}))
+    store.checkpoint_step(begun(store.begin_step(run, "unleased", {})), UNUSUAL)
     return begun(store.begin_step(run, "running", UNUSUAL, lease=60, owner="w"))
 
 
@@ -128,6 +128,11 @@ class TestRoundTrip:
         assert store.completed_steps("run") == ["first", "second", "running"]
         assert store.complete_step(claim, {"done": 1}) == completed
         assert begun(store.begin_step("run", "released", {})).input == {"x": 1}
+        unleased = stored(store, step="unleased")
+        assert unleased.progress == UNUSUAL
+        assert store.checkpoint_step(unleased.id, {"page": 1}).progress == {"page": 1}
+        store.complete_step(unleased.id, {})
+        assert bench.field("run", "punleased") is None
         assert begun(store.begin_step("run", "new", {})).position == 12
         for step in ("failed", "lapsed"):
             begun(store.begin_step("run", step, {}))
@@ -173,7 +178,7 @@ class TestRoundTrip:
 
     def test_waiters_for_a_step_are_not_exported(self, bench: Bench, store: StepRunStore) -> None:
         begun(store.begin_step("run", "a", {}))
-        bench.backend.raw.hset(bench.keys("run")[0], "wa", "1")  # as wait_for_step writes it
+        bench.backend.raw.hset(bench.keys("run")[0], "wa", "w")  # as wait_for_step writes it
         other = bench.store(prefix=f"{bench.prefix}-other")
 
         other.import_run(through_json(store.export_run("run")))
@@ -295,6 +300,8 @@ class TestRejected:
             (("steps", 0, "input"), {"x": {"$bytes": "#"}}),
             (("steps", 0, "input"), None),
             (("steps", 0, "output"), None),
+            (("steps", 0, "progress"), {"page": 1}),
+            (("steps", 1, "progress"), []),
             (("steps", 3, "history", 0, "attempt"), 1),
             (("steps", 3, "history", 0, "attempt"), 99),
             (("steps", 3, "history"), None),

@@ -69,7 +69,8 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.fork_run("run", "new", through=Step.PAY), list[str])
     assert_type(store.advance_step(step_run, {}, Step.PAY, {}, lease=30), BeginResult)
     assert_type(store.release_step(step_run), StepRun)
-    assert_type(store.extend_claim(step_run, timedelta(seconds=30)), StepRun)
+    assert_type(store.extend_claim(step_run, timedelta(seconds=30), progress={"page": 1}), StepRun)
+    assert_type(store.checkpoint_step(step_run, {"page": 1}), StepRun)
     assert_type(store.delete_pending_steps("run", [Step.PAY]), list[str])
     assert_type(store.get_run("run"), list[StepRun])
     assert_type(store.completed_steps("run"), list[str])
@@ -78,6 +79,7 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.expire_run("run", timedelta(days=1)), bool)
     assert_type(step_run.input, dict[str, Any])
     assert_type(step_run.output, dict[str, Any] | None)
+    assert_type(step_run.progress, dict[str, Any] | None)
 
 
 def charge(input: dict[str, Any]) -> dict[str, int]:
@@ -96,6 +98,8 @@ def run_step_and_claim_step(store: StepRunStore) -> None:
         assert_type(claim.input, dict[str, Any])
         assert_type(claim.output, dict[str, Any] | None)
         assert_type(claim.step_run, StepRun)
+        assert_type(claim.progress, dict[str, Any] | None)
+        claim.checkpoint({"page": 1}, lazy=True)
         assert_type(claim.lost, threading.Event)
         assert_type(claim.lease_left, float)
         assert_type(claim.ended, bool)
@@ -147,6 +151,7 @@ async def asyncio_run_step_and_claim_step(store: AsyncStepRunStore) -> None:
     async with store.claim_step("run", "pay", {}, cancel_when_lost=True) as claim:
         assert_type(claim, AsyncClaim)
         assert_type(claim.lost, asyncio.Event)
+        await claim.checkpoint({"page": 1}, lazy=True)
         assert_type(await claim.complete({}, schedule={"mail": {"to": "a"}}), StepRun)
         assert_type(await claim.fail({"reason": "declined"}), StepRun)
         assert_type(await claim.release(), StepRun)

@@ -5,7 +5,7 @@
 -- include reply
 -- include indexes
 -- include history
--- include notify
+-- include marks
 -- include fingerprint
 
 -- The refusal if the step has another input than this call; nil for a call that is re-sent.
@@ -19,14 +19,14 @@ local function begin(state, token, step, input, fingerprint)
     return with_record("completed", steps, step)
   end
   if holds(state, token) then
-    return { "execute", nonce, state.line, redis.call("HGET", steps, "i" .. step) }
+    return { "execute", nonce, state.line, unpack(redis.call("HMGET", steps, "i" .. step, "p" .. step)) }
   end
   local lease_expired = false
   if state.status == @RUNNING then
     local remaining = state.lease ~= "" and state.created + state.started + state.lease - now
     if not remaining or remaining > 0 then
       local reply = with_record("busy", steps, step)
-      reply[7] = remaining and tostring(remaining) or ""
+      reply[8] = remaining and tostring(remaining) or ""
       return reply
     end
     lease_expired = true
@@ -55,9 +55,7 @@ local function begin(state, token, step, input, fingerprint)
       redis.call("ZREM", claims, member)
       index_failed(failed, member, now)
       renew_expiry(run, steps, done, now)
-      if redis.call("HGET", steps, "w" .. step) then
-        notify(steps, step)
-      end
+      settle_mark(steps, step, redis.call("HGET", steps, "w" .. step), false)
     end
     return with_record("exhausted", steps, step)
   end
@@ -65,15 +63,16 @@ local function begin(state, token, step, input, fingerprint)
     local remaining = state.created + state.started + state.lease - now
     if remaining > 0 then
       local reply = with_record("delayed", steps, step)
-      reply[7] = tostring(remaining)
+      reply[8] = tostring(remaining)
       return reply
     end
   end
 
-  local written = {}
+  local written, progress = {}, nil
   if state.attempt ~= "0" then
-    local last_error = redis.call("HGET", steps, "e" .. step) or ""
-    written[1], written[2] = attempt_field(state.attempt, step), format_state(state) .. "\n" .. last_error
+    local last = redis.call("HMGET", steps, "e" .. step, "p" .. step)
+    written[1], written[2] = attempt_field(state.attempt, step), format_state(state) .. "\n" .. (last[1] or "")
+    progress = last[2] or nil
   end
   state.status = @RUNNING
   state.attempt = state.attempt + 1
@@ -108,6 +107,6 @@ local function begin(state, token, step, input, fingerprint)
     redis.call("ZADD", claims, now + lease, member)
   end
   renew_expiry(run, steps, done, now)
-  local stored_input = scheduled and redis.call("HGET", steps, "i" .. step) or nil
-  return { lease_expired and "takeover" or "execute", nonce, line, stored_input }
+  local stored_input = scheduled and redis.call("HGET", steps, "i" .. step) or progress and false
+  return { lease_expired and "takeover" or "execute", nonce, line, stored_input, progress }
 end

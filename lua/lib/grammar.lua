@@ -41,6 +41,16 @@
 -- define FIRST_CLAIM(token, lease, now, position, owner) @STATE(@RUNNING, @CLAIM("1", "", token), lease, "0", "", now,
 --   @REST(position, "", owner))
 
+-- The mark of a step: a word of these letters. README.md says what each stands for.
+-- define AWAITED "w"
+-- define HAS_PROGRESS "p"
+-- define MARKED(mark, letter) string.find(mark, letter, 1, true)
+-- define MARK_ALSO(mark, letter) (mark and (@MARKED(mark, letter) and mark or mark .. letter) or letter)
+
+-- The progress of a step: a line about the checkpoint, then the payload.
+-- define PROGRESS(attempt, sender, number) attempt .. " " .. sender .. " " .. number .. "\n"
+-- define READ_PROGRESS "^" .. @PROGRESS("(%d+)", "(%S+)", "(%d+)")
+
 -- The clock: milliseconds from the reply to TIME, as text. Formatting a number costs as much as a command; arithmetic
 -- on text costs little.
 -- define NOW(time) time[1] .. string.sub(#time[2] == 6 and time[2] or string.sub("00000" .. time[2], -6), 1, 3)

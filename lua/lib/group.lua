@@ -2,8 +2,7 @@
 
 -- Each step has arguments of its own, its name among them. The name of the first step is at `first` in ARGV, those of
 -- further steps are from `more` on, every `count`. A call about one step has nothing at `more`.
--- Returns the positions of the names, and the fields to read: the state line of each step, and its mark of a waiting
--- client if `with_marks`.
+-- Returns the positions of the names, and the fields to read: the state line of each step, and its mark if `with_marks`.
 local function steps_of_call(first, more, count, with_marks)
   local positions, fields, read = { first }, {}, 0
   for position = more, #ARGV, count do

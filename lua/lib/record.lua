@@ -131,7 +131,7 @@ local function load_step(steps, done, step)
   if not state then
     return nil, nil, unreadable(steps, "s" .. step, lines[2])
   end
-  state.awaited = lines[3]
+  state.mark = lines[3]
   return run, state
 end
 

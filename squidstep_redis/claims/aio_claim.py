@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self, TypeVar, cast
 
 from squidstep_redis.claims.aio_background import LastingSender, LeavingSender, PerLoop, SideConnections
 from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
@@ -22,6 +22,9 @@ from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
 
 MAX_BACKGROUND_SECONDS: Final = 86_400.0  # to end a claim without a lease, which nothing else would end
+
+
+T = TypeVar("T")
 
 
 class LoopState:
@@ -94,22 +97,26 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
                 return True
         return False
 
+    @with_docs_of(Claim.checkpoint)
+    async def checkpoint(self, progress: Mapping[str, Any], *, lazy: bool = False) -> None:
+        await self._run(self._checkpoint(progress, lazy))
+
     @with_docs_of(Claim.complete)
     async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
-        return await self._end(self._complete(output, schedule))
+        return await self._run(self._complete(output, schedule))
 
     @with_docs_of(Claim.fail)
     async def fail(
         self, error: Mapping[str, Any] | BaseException, *, final: bool = False, retry_after: Seconds | None = None
     ) -> StepRun:
-        return await self._end(self._fail(error, final, retry_after))
+        return await self._run(self._fail(error, final, retry_after))
 
     @with_docs_of(Claim.release)
     async def release(self) -> StepRun:
-        return await self._end(self._release())
+        return await self._run(self._release())
 
-    async def _end(self, workflow: Workflow[StepRun]) -> StepRun:
-        """Runs a workflow that ends the claim; an exhausted pool does not delay it."""
+    async def _run(self, workflow: Workflow[T]) -> T:
+        """Runs a workflow about the claim; an exhausted pool does not delay it."""
         if not self._transport.is_pool_exhausted:
             return await run_workflow(self._transport, workflow)
         side = self._per_loop.get().side

@@ -74,14 +74,14 @@ class Claim(BaseClaim[threading.Event]):
                     missing = run_workflow(self._transport, self._on_exit(error), deferred.sleep)
                 if is_own and self._state != "ended" and self._lease is None:  # nothing else would ever end the claim
                     unfinished.step_run, unfinished.error = self._claim, missing if error is None else error
-                    unfinished.verdict_of = self._verdict
+                    unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
                     hand_over(unfinished)
                     self._heartbeat.recovery.wait_for(unfinished, 0)
                 self._stop()
             except BaseException as interruption:
                 if is_own and self._state != "ended":
                     unfinished.step_run, unfinished.error = self._claim, interruption if error is None else error
-                    unfinished.verdict_of = self._verdict
+                    unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
                     hand_over(unfinished)
                 self._leave_soon()
                 deferred.__exit__()
@@ -90,7 +90,8 @@ class Claim(BaseClaim[threading.Event]):
                 raise missing
         else:
             if is_own and self._state != "ended":
-                unfinished.step_run, unfinished.error, unfinished.verdict_of = self._claim, error, self._verdict
+                unfinished.step_run, unfinished.error = self._claim, error
+                unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
                 hand_over(unfinished)
             self._leave_soon()
 
@@ -110,6 +111,26 @@ class Claim(BaseClaim[threading.Event]):
             self._heartbeat.recovery.wait_for(unfinished, INTERRUPTED_SECONDS)
             if not unfinished.is_recovered and unfinished.error is not None:
                 unfinished.error.add_note("squidstep_redis is still trying to record this failure")
+
+    def checkpoint(self, progress: Mapping[str, Any], *, lazy: bool = False) -> None:
+        """Stores how far the work has come. The next attempt finds it in `claim.progress`, unless this one completes.
+
+        One round trip, or none. Make a checkpoint after each part of the work that must not be repeated; it replaces
+        the one before it.
+
+        Args:
+            progress: a dict, stored under the same rules and the same limit as an input.
+            lazy: whether to let the heartbeat carry it: the next extension stores the latest one, at most a third of
+                the lease later. It is also stored before the claim is failed or released. If the process dies before,
+                it is lost. A claim without a lease has no heartbeat, and stores it at once.
+
+        Raises:
+            StaleStepRunError: the claim was lost; nothing was written.
+            StepRunNotFoundError: the run was deleted.
+            PayloadError: the progress cannot be stored; the claim is still held, and so is the earlier checkpoint.
+            ServerError: it could not be stored within the store's timeout; the claim is still held.
+        """
+        run_workflow(self._transport, self._checkpoint(progress, lazy))
 
     def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
         """Ends the claim with an output. One round trip, retried as long as in `run_step`.

@@ -16,14 +16,16 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, Generic, Literal, TypeVar
-from weakref import ref
 
+from squidstep_redis.claims.checkpoints import LazyCheckpoint
+from squidstep_redis.claims.current import current_claims, enter, leave
 from squidstep_redis.claims.failures import NEVER, Verdict
 from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered, retry_until
+from squidstep_redis.claims.skips import skip_error
 from squidstep_redis.claims.unfinished import give_back
 from squidstep_redis.errors import (
     CorruptRunError,
@@ -36,8 +38,6 @@ from squidstep_redis.errors import (
     StaleStepRunError,
     StepBusyError,
     StepDelayedError,
-    StepExhaustedError,
-    StepFailedError,
     StepRunNotFoundError,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
@@ -54,20 +54,10 @@ T = TypeVar("T")
 EXTENSIONS_PER_LEASE: Final = 3
 MAX_RETRY_SECONDS: Final = 60.0  # for the result of finished work
 
-_current: ContextVar[tuple[ref[BaseClaim[Any]], ...]] = ContextVar("squidstep_claims", default=())
-
 
 def current_claim() -> BaseClaim[threading.Event] | BaseClaim[asyncio.Event] | None:
     """Returns the claim under which this code runs, inside `run_step` or a `claim_step` block; None outside."""
-    return next(_current_claims(), None)
-
-
-def _current_claims() -> Iterator[BaseClaim[Any]]:
-    """Returns all claims under which this code runs, innermost first."""
-    for reference in _current.get():
-        claim = reference()
-        if claim is not None:
-            yield claim
+    return next(current_claims(), None)
 
 
 class BaseClaim(Generic[E]):
@@ -96,6 +86,7 @@ class BaseClaim(Generic[E]):
         self._step_run: StepRun | None = None
         self._claim: StepRun | None = None  # the step run that carries the claim
         self._sent_at = 0.0
+        self._lazy = LazyCheckpoint()
         self._state: Literal["new", "held", "ending", "ended"] = "new"
         self._entered_by: int | None = None  # the process that is in its block
         self.lost = lost
@@ -119,6 +110,11 @@ class BaseClaim(Generic[E]):
     def output(self) -> dict[str, Any] | None:
         """The step's output; None until it is completed, here or by another worker."""
         return self.step_run.output
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What the latest checkpoint of an earlier attempt stored, as of the begin of this one; None without any."""
+        return (self._claim or self.step_run).progress
 
     @property
     def ended(self) -> bool:
@@ -187,8 +183,8 @@ class BaseClaim(Generic[E]):
         return self._sent_at + self.interval
 
     def extension(self) -> Call[StepRun]:
-        """Returns the call that extends the lease."""
-        return self._calls.extend_claim(self._claim or self.step_run, self._lease)
+        """Returns the call that extends the lease, and carries a lazy checkpoint if there is one."""
+        return self._lazy.take() or self._calls.extend_claim(self._claim or self.step_run, self._lease)
 
     def on_extension_result(self, result: object, sent_at: float) -> bool:
         """Applies the result of a lease extension; returns False if the claim is known to be lost."""
@@ -199,6 +195,7 @@ class BaseClaim(Generic[E]):
             return False
         if not isinstance(result, Exception):
             self._sent_at = sent_at
+            self._lazy.on_extended()
         return True
 
     def _signal_lost(self) -> None:
@@ -221,6 +218,7 @@ class BaseClaim(Generic[E]):
         self._raise_if_entered()
         self.lost.clear()
         self._loss = self._sent = self._unrecorded = self._unstorable = self._interruption = None
+        self._lazy = LazyCheckpoint()
         pause = FIRST_PAUSE
         while True:
             call = self._request.begin(self._calls)
@@ -243,14 +241,11 @@ class BaseClaim(Generic[E]):
                 self.decision = "skip"
                 self._state = "ended"
                 return
-            if result.exhausted:
-                raise StepExhaustedError(self._step_run)
-            if result.failed:
-                raise StepFailedError(self._step_run)
-            if result.busy or result.delayed:
-                if self._request.on_busy == "raise":
-                    raise _not_now(result)
-                if result.busy and any(claim.is_of_this_code(self._step_run) for claim in _current_claims()):
+            error = skip_error(result)
+            if error is not None:
+                if self._request.on_busy == "raise" or not isinstance(error, StepBusyError | StepDelayedError):
+                    raise error
+                if result.busy and any(claim.is_of_this_code(self._step_run) for claim in current_claims()):
                     raise InvalidArgumentError(
                         "on_busy",
                         f"'wait' would never end: this code itself is executing step {self._step_run.step!r} of run "
@@ -269,6 +264,30 @@ class BaseClaim(Generic[E]):
         if self._sent is not None:
             yield from give_back(self._calls, self._sent)
 
+    def _checkpoint(self, progress: Mapping[str, Any], lazy: bool) -> Workflow[None]:
+        """Stores progress for the next attempt: now, or with the next extension."""
+        if self._loss is not None:
+            raise self._loss
+        if lazy and self._lease is not None:
+            self._lazy.latest = self._calls.extend_claim(self.step_run, self._lease, progress=progress)
+            return
+        call, earlier = self._calls.checkpoint_step(self.step_run, progress), self._lazy.latest
+        try:
+            yield Send(call)
+        except (StaleStepRunError, StepRunNotFoundError) as error:
+            self._lose(error)
+            raise
+        if self._lazy.latest is earlier:
+            self._lazy.latest = None
+
+    def _store_lazy_checkpoint(self, retryable: bool = True) -> Workflow[None]:
+        """Stores what no extension has carried yet, because the attempt ends without a result."""
+        call = self._lazy.pending
+        if call is not None and self._state == "held":
+            with suppress(SquidstepError):  # the end of the claim meets the same problem, and raises it
+                yield Send(call if retryable else call._replace(retryable=False))
+            self._lazy.latest = None
+
     def _complete(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Workflow[StepRun]:
         if self._loss is not None:
             return (yield from self._reconcile())
@@ -285,9 +304,11 @@ class BaseClaim(Generic[E]):
         self, error: Mapping[str, Any] | BaseException, final: bool, retry_after: Seconds | None, retryable: bool = True
     ) -> Workflow[StepRun]:
         call = self._calls.fail_step(self.step_run, error, final=final, retry_after=retry_after)
+        yield from self._store_lazy_checkpoint(retryable)
         return (yield from self._finish(call if retryable else call._replace(retryable=False)))
 
     def _release(self) -> Workflow[StepRun]:
+        yield from self._store_lazy_checkpoint()
         return (yield from self._finish(self._calls.release_step(self.step_run)))
 
     def _finish(self, call: Call[StepRun]) -> Workflow[StepRun]:
@@ -298,8 +319,7 @@ class BaseClaim(Generic[E]):
             self._step_run = yield from retry_until(call, time.monotonic() + seconds)
             self._state = "ended"
         except (StaleStepRunError, StepRunNotFoundError) as error:
-            self._state, self._loss = "ended", error
-            self.lost.set()
+            self._lose(error)
             if isinstance(error, StepRunNotFoundError):
                 raise
             return self._accept_winner(error)
@@ -310,6 +330,11 @@ class BaseClaim(Generic[E]):
             if self._state == "ending":
                 self._state = before
         return self._step_run
+
+    def _lose(self, error: StaleStepRunError | StepRunNotFoundError) -> None:
+        """Records a loss that a call of the code under the claim has found, and that it raises."""
+        self._state, self._loss = "ended", error
+        self.lost.set()
 
     @property
     def _longest_retry(self) -> float:
@@ -342,11 +367,15 @@ class BaseClaim(Generic[E]):
             raise StaleStepRunError(self.step_run, f"the work ended its own claim: the step is {self.step_run.status}")
         return output
 
-    def raise_unless_running(self, error: StaleStepRunError) -> None:
-        """Returns if `run_step` must wait for the worker that took over; otherwise raises what `run_step` raises."""
-        if error is not self._loss or error.current.status is not StepStatus.RUNNING:
+    def raise_unless_taken_over(self, error: StaleStepRunError) -> None:
+        """Returns if `run_step` must look at the step again: the winner has completed it, or is to be waited for.
+
+        Otherwise raises what `run_step` raises.
+        """
+        status = error.current.status
+        if error is not self._loss or status not in (StepStatus.RUNNING, StepStatus.COMPLETED):
             raise error
-        if self._request.on_busy == "raise":
+        if status is StepStatus.RUNNING and self._request.on_busy == "raise":
             raise StepBusyError(error.current, None) from error
 
     def _on_exit(self, error: BaseException | None) -> Workflow[BaseException | None]:
@@ -393,19 +422,11 @@ class BaseClaim(Generic[E]):
 
     def _enter(self) -> None:
         self._entered_by = os.getpid()
-        _current.set((ref(self), *map(ref, _current_claims())))
+        enter(self)
 
     def _exit(self) -> None:
-        # A block may exit in another context than it was entered in, and need not be the innermost: of two generators,
-        # the first may end first.
         self._state, self._entered_by = "ended", None
-        _current.set(tuple(ref(claim) for claim in _current_claims() if claim is not self))
-
-
-def _not_now(result: BeginResult) -> StepBusyError | StepDelayedError:
-    if result.delayed:
-        return StepDelayedError(result.step_run, result.retry_in or 0.0)
-    return StepBusyError(result.step_run, result.retry_in)
+        leave(self)
 
 
 def _is_refusal(error: SquidstepError, call: Call[Any]) -> bool:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from squidstep_redis.claims.failures import AT_ONCE, Verdict
-from squidstep_redis.errors import NotReplicatedError
+from squidstep_redis.errors import NotReplicatedError, SquidstepError
 from squidstep_redis.model import BeginResult, StepRun
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.call import Call
@@ -28,6 +29,7 @@ class UnfinishedClaim:
         step_run: the step run that carries the claim, if its work has begun: it is recorded as failed.
         error: what interrupted its code, or what the work raised.
         verdict_of: returns what the error means for the next attempt; None: it can begin at once.
+        checkpoint: what stores the progress that no extension has carried; None if there is none.
         deadline: until when a server that cannot be reached is tried again, on the monotonic clock.
         is_recovered: whether there is nothing more to do.
     """
@@ -36,6 +38,7 @@ class UnfinishedClaim:
     step_run: StepRun | None = None
     error: BaseException | None = None
     verdict_of: Callable[[BaseException], Verdict] | None = None
+    checkpoint: Call[StepRun] | None = None
     deadline: float = math.inf
     is_recovered: bool = False
 
@@ -56,6 +59,9 @@ def recover(calls: Calls, unfinished: UnfinishedClaim) -> Workflow[None]:
         if unfinished.begin is not None:
             yield from give_back(calls, unfinished.begin)
         elif unfinished.step_run is not None and unfinished.error is not None:
+            if unfinished.checkpoint is not None:
+                with suppress(SquidstepError):  # recording the failure meets the same problem
+                    yield Send(unfinished.checkpoint)
             verdict = unfinished.verdict_of(unfinished.error) if unfinished.verdict_of else AT_ONCE
             yield Send(calls.fail_step(unfinished.step_run, unfinished.error, **verdict._asdict()))
     except NotReplicatedError:  # done; the replicas do not matter any more

@@ -74,7 +74,7 @@ def format_payload(step_run: StepRun, name: str, *, full: bool = True) -> str | 
 
     Args:
         step_run: The step run that has the payload.
-        name: The payload's attribute: `input`, `output` or `last_error`.
+        name: The payload's attribute: `input`, `output`, `last_error` or `progress`.
         full: Do not cut a long payload.
 
     Returns:

@@ -9,9 +9,10 @@ from squidstep_redis import Attempt, RunSummary, StepRun, UndecodablePayloadErro
 from squidstep_redis.operations.documents import to_json
 
 _TIMES: Final = ("created_at", "started_at", "ended_at", "lease_ends_at", "retry_at")
-_PAYLOADS: Final = ("input", "output", "last_error", "error")
+_OF_STEP_RUN: Final = ("input", "output", "last_error", "progress")
+_PAYLOADS: Final = (*_OF_STEP_RUN, "error")
 _FIELDS: Final = {
-    StepRun: ("run_id", "step", "status", "final", "attempt", "owner", *_TIMES, "input", "output", "last_error"),
+    StepRun: ("run_id", "step", "status", "final", "attempt", "owner", *_TIMES, *_OF_STEP_RUN),
     RunSummary: ("run_id", "steps", "counts", "changed_at", "problem"),
     Attempt: ("number", "owner", "outcome", "error", "started_at", "ended_at"),
 }

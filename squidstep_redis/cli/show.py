@@ -112,6 +112,8 @@ def _render_payloads(step_run: StepRun, full: bool) -> Iterator[RenderableType]:
         yield _render_payload("in   ", input or "")
     if (output := format_payload(step_run, "output", full=full)) is not None:
         yield _render_payload("out  ", output)
+    if (progress := format_payload(step_run, "progress", full=full)) is not None:
+        yield _render_payload("prog ", progress)
     if step_run.status is not StepStatus.FAILED:
         return
     yield _render_payload("error", format_last_error(step_run), "red")

@@ -16,7 +16,7 @@ from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
 from squidstep_redis.protocol.call import Call, EqualOutputError, Reply, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
-from squidstep_redis.protocol.records import LEASE_EXPIRED
+from squidstep_redis.protocol.records import LEASE_EXPIRED, progress_payload
 from squidstep_redis.protocol.scripts import script
 
 MAX_ATTEMPTS: Final = 1_000_000
@@ -176,11 +176,16 @@ def parse_begin(
 ) -> BeginResult:
     """Parses the reply to begin_step."""
     if reply[0] in (b"execute", b"takeover"):
-        payloads = (reply[3] if len(reply) > 3 else input, None, None)
+        progress = None
+        if len(reply) > 3 and reply[3] is not None:
+            input = reply[3]
+        if len(reply) > 4:
+            progress = progress_payload(run.text, step.text, reply[4], run.keys.steps)
+        payloads = (input, None, None, progress)
         claimed = context.records.step_run(run.text, step.text, reply[2], payloads, run.keys.steps, token)
         return BeginResult(claimed, None, None, reply[0] == b"takeover")
     if reply[0] == b"mismatch":
         raise mismatch(run.text, step.text, fingerprint, reply)
-    step_run = context.records.record(run.text, step.text, reply[2:6], run.keys.steps)
-    retry_in = int(reply[6]) / 1_000 if len(reply) > 6 and reply[6] else None
+    step_run = context.records.record(run.text, step.text, reply[2:7], run.keys.steps)
+    retry_in = int(reply[7]) / 1_000 if len(reply) > 7 and reply[7] else None
     return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)

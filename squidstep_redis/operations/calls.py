@@ -9,6 +9,7 @@ from squidstep_redis.operations import (
     fork,
     groups,
     indexes,
+    leases,
     reads,
     repair,
     schedule,
@@ -32,8 +33,9 @@ class Calls(Context):
     complete_steps = groups.complete_steps
     advance_step = begin.advance_step
     fail_step = transitions.fail_step
-    extend_claim = transitions.extend_claim
-    expire_claim = transitions.expire_claim
+    checkpoint_step = leases.checkpoint_step
+    extend_claim = leases.extend_claim
+    expire_claim = leases.expire_claim
     release_step = transitions.release_step
 
     get_step_run = reads.get_step_run

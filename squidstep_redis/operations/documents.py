@@ -21,7 +21,13 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import corrupt
 from squidstep_redis.protocol.codec import PayloadField, Payloads
 from squidstep_redis.protocol.kinds import BY_TAG, kind_of
-from squidstep_redis.protocol.records import LEASE_EXPIRED, lease_expired_error, step_name
+from squidstep_redis.protocol.records import (
+    IMPORTED_CHECKPOINT,
+    LEASE_EXPIRED,
+    lease_expired_error,
+    progress_payload,
+    step_name,
+)
 
 VERSION: Final = 1
 
@@ -86,6 +92,8 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
             data = fields.get(kind + step.encode())
             return None if data is None else _payload_out(line, data, run_id, step, called, payloads)
 
+        stored = progress_payload(run_id, step, fields.get(b"p" + step.encode()), key)
+        progress = None if stored is None else _payload_out(line, stored, run_id, step, "progress", payloads)
         history: list[Document] = []
         for _, entry in sorted(histories.get(name[1:], [])):
             past, _, error = entry.partition(b"\n")
@@ -100,6 +108,7 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
                 "fingerprint": _fingerprint(run_id, key, step, fields.get(b"f" + name[1:])),
                 "output": payload(b"o", "output"),
                 "last_error": payload(b"e", "last_error"),
+                "progress": progress,
                 "history": history,
             }
         )
@@ -235,6 +244,11 @@ def from_document(document: object, payloads: Payloads) -> Imported:
             fields += [b"o" + step, to.payload(part, "output", "output")]
         if part.value("last_error") is not None:
             fields += [b"e" + step, to.error(part, "last_error", line)]
+        if part.value("progress") is not None:
+            if is_completed or not part.number("attempt"):
+                part.reject("progress", "must be null: the step is completed, or was never claimed")
+            progress = to.payload(part, "progress", "progress")
+            fields += [b"p" + step, IMPORTED_CHECKPOINT + progress, b"w" + step, b"p"]
         attempt = part.number("attempt")
         past_numbers: set[int] = set()
         for past in part.parts("history"):

@@ -24,7 +24,7 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Name, RunId, Step
 from squidstep_redis.protocol.call import Call, Reply, corrupt, new_nonce
 from squidstep_redis.protocol.keys import Run
-from squidstep_redis.protocol.records import LEASE_EXPIRED, step_name
+from squidstep_redis.protocol.records import LEASE_EXPIRED, NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Send, Workflow
 
@@ -160,7 +160,7 @@ def _refusal(context: Context, run: Run, name: Name, fields: dict[bytes, bytes])
 
 
 def _step_run(context: Context, run: Run, name: Name, fields: dict[bytes, bytes]) -> StepRun:
-    values = [fields.get(kind + name.data) for kind in (b"s", b"i", b"o", b"e")]
+    values = [fields.get(kind + name.data) for kind in (b"s", b"i", b"o", b"e", b"p")]
     return context.records.record(run.text, name.text, values, run.keys.steps)
 
 
@@ -188,7 +188,7 @@ def _fields(
         if field[:1] in (b"s", b"a"):
             line, line_break, error = stored.partition(b"\n")
             # It raises the typed error if this is no state line.
-            context.records.step_run(run.text, step_run.step, line, (None, None, None), run.keys.steps)
+            context.records.step_run(run.text, step_run.step, line, NO_PAYLOADS, run.keys.steps)
             if error and error != LEASE_EXPIRED:
                 error = moved(error, step_run.step, "error")
             value = StateLine.parse(line)._replace(position=created[step_run.step]).format() + line_break + error

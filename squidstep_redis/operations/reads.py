@@ -13,13 +13,13 @@ from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Step
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
-from squidstep_redis.protocol.records import step_name
+from squidstep_redis.protocol.records import NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
 
 MAX_LIMIT: Final = 1_000
 
 # The parts of a record, by the first byte of their field: the state line, then the payloads.
-_PAYLOADS: Final = (b"i", b"o", b"e")
+_PAYLOADS: Final = (b"i", b"o", b"e", b"p")
 _PARTS: Final = (b"s", *_PAYLOADS)
 
 _FIELDS_PER_STEP: Final = 3  # approximately: state, input, and output or error
@@ -234,7 +234,7 @@ def step_statuses(context: Context, run_id: RunId) -> Call[dict[str, StepStatus]
     def parse(reply: Reply) -> dict[str, StepStatus]:
         key = run.keys.steps
         found = [
-            context.records.step_run(run.text, step_name(run.text, field[1:], key), line, (None, None, None), key)
+            context.records.step_run(run.text, step_name(run.text, field[1:], key), line, NO_PAYLOADS, key)
             for field, line in zip(reply[2], reply[3], strict=True)
         ]
         return {step_run.step: step_run.status for step_run in sorted(found, key=_by_position)}

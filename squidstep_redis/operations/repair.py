@@ -19,7 +19,7 @@ _STEPS_PER_BATCH: Final = 1_000
 
 
 def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None = None) -> Call[StepRun]:
-    """Resets a failed step to pending, with its input and a reset attempt counter.
+    """Resets a failed step to pending, with its input, its progress, and a reset attempt counter.
 
     One round trip. The next `begin_step` executes it, for any `max_attempts`. This call executes nothing:
     redeliver the step. The history keeps the failed attempt, and records the retry as one more: `released`, by `owner`,
@@ -48,7 +48,7 @@ def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None
     def parse(reply: Reply) -> StepRun:
         if reply[0] == b"missing":
             raise StepRunNotFoundError(run.text, name.text, "there is no such step run; nothing was written")
-        values = reply[2:] if len(reply) > 4 else [*reply[2:], None, None]
+        values = [*reply[2:4], None, None, reply[4]] if reply[0] == b"retried" else reply[2:]
         step_run = context.records.record(run.text, name.text, values, run.keys.steps)
         if reply[0] == b"stale":
             why = "is completed" if step_run.status is StepStatus.COMPLETED else "is running"

@@ -26,7 +26,7 @@ def completed_before(
         output: the output, as it was sent.
         reply: the script's refusal, which has the record.
     """
-    current = context.records.record(run.text, step.text, reply[2:6], run.keys.steps)
+    current = context.records.record(run.text, step.text, reply[2:7], run.keys.steps)
     if current.status is not StepStatus.COMPLETED or token not in (b"", current.current_token):
         return None
     return current if are_equal(context, run, step, "output", reply[4], output) else None

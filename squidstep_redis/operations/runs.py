@@ -19,7 +19,7 @@ from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
-from squidstep_redis.protocol.records import step_name
+from squidstep_redis.protocol.records import NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
 
@@ -259,10 +259,10 @@ def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> b
     cursor, scan.created, scan.completed, last, lines = result
     key = context.keys.of_run(scan.run_id.encode()).steps
     if last:
-        scan.newest = context.records.step_run(scan.run_id, "", last, (None, None, None), key)
+        scan.newest = context.records.step_run(scan.run_id, "", last, NO_PAYLOADS, key)
     for step, line in pairs(lines):
         name = step_name(scan.run_id, step, key)
-        step_run = context.records.step_run(scan.run_id, name, line, (None, None, None), key)
+        step_run = context.records.step_run(scan.run_id, name, line, NO_PAYLOADS, key)
         scan.unfinished[step], scan.lines[step] = step_run, line
     return cursor
 

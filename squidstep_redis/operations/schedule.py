@@ -65,7 +65,7 @@ def schedule_step(
     def parse(reply: Reply) -> ScheduleResult:
         if reply[0] == b"mismatch":
             raise mismatch(run.text, name.text, printed, reply)
-        values = reply[2:] if len(reply) > 3 else [reply[2], data, None, None]
+        values = reply[2:] if len(reply) > 3 else [reply[2], data, None, None, None]
         decision = "schedule" if reply[0] == b"schedule" else "skip"
         return ScheduleResult(context.records.record(run.text, name.text, values, run.keys.steps), decision)
 

@@ -24,10 +24,11 @@ from squidstep_redis.protocol.arguments import Name, Seconds, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.codec import error_payload
 from squidstep_redis.protocol.keys import Run
+from squidstep_redis.protocol.records import progress_payload
 from squidstep_redis.protocol.scripts import script
 
 # How many of a run's keys each transition of a claim uses.
-_KEYS: Final[Mapping[str, int]] = {"complete_step": 3, "fail_step": 4, "extend_claim": 3, "release_step": 3}
+_KEYS: Final[Mapping[str, int]] = {"fail_step": 4}  # of the others: 3
 
 
 def complete_step(
@@ -103,60 +104,7 @@ def fail_step(
         raise InvalidArgumentError("retry_after", "cannot be given with final=True: the step is not retried")
     when = b"final" if final else delay
     more = (when,) if when else ()
-    return _transition_call(context, "fail_step", step_run, run, name, token, (data,), more, last_error=data)
-
-
-def extend_claim(context: Context, step_run: StepRun | str, lease: Seconds | None) -> Call[StepRun]:
-    """Restarts the lease of a claim: it then expires `lease` seconds from now, by the server's clock.
-
-    One round trip.
-
-    Args:
-        step_run: the step run that `begin_step` returned with "execute"; or a bare `StepRun.id`, which stands for the
-            current holder of the claim.
-        lease: seconds or a timedelta; None: the claim never expires by itself.
-
-    Returns:
-        The running step run, which carries the claim.
-
-    Raises:
-        InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
-        StaleStepRunError: the claim is not held: taken over, ended, or never granted.
-        StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: the stored data is corrupt.
-        ServerError: the server or the connection failed.
-    """
-    return _transition(context, "extend_claim", step_run, (arguments.lease_ms(lease),))
-
-
-def expire_claim(context: Context, step_run: StepRun | str) -> Call[StepRun]:
-    """Ends the lease of a claim whose holder is known to be dead, so that it can be taken over immediately.
-
-    One round trip.
-
-    Args:
-        step_run: a step run from any read, such as `live_claims` or `get_step_run`: exactly the claim that it shows
-            expires, not a later one. Or a bare `StepRun.id`, which stands for the current holder of the claim.
-
-    Returns:
-        The step run: running, with an expired lease. The next `begin_step` is a takeover.
-
-    Raises:
-        InvalidArgumentError: an argument was rejected before anything was sent, such as a step run of another prefix.
-        StaleStepRunError: the claim is no longer held, or the step was never claimed.
-        StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
-        CorruptRunError: the stored data is corrupt.
-        ServerError: the server or the connection failed.
-    """
-    if not isinstance(step_run, StepRun):
-        return _transition(context, "extend_claim", step_run, (b"0",))._replace(part_of="expire_claim")
-    _check_prefix(context, step_run)
-    token = step_run.token or step_run.current_token
-    if not token:
-        raise StaleStepRunError(step_run, "expire_claim was refused: the step was never claimed. Nothing was sent")
-    run, name = context.keys.run(step_run.run_id), arguments.step(step_run.step)
-    call = _transition_call(context, "extend_claim", step_run, run, name, token, (b"0",))
-    return call._replace(part_of="expire_claim")
+    return transition_call(context, "fail_step", step_run, run, name, token, (data,), more, last_error=data)
 
 
 def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
@@ -179,7 +127,7 @@ def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
     """
-    return _transition(context, "release_step", step_run, ())
+    return transition(context, "release_step", step_run, ())
 
 
 # What the transitions share
@@ -193,7 +141,7 @@ def complete_call(
     inputs = encode_inputs(context, run, "schedule", schedule) if schedule is not None else []
     successors = to_schedule(inputs) if inputs else ()
     data = context.payloads.encode(argument, output, run.text, name.text, "output")
-    return _transition_call(context, "complete_step", step_run, run, name, token, (data,), successors, output=data)
+    return transition_call(context, "complete_step", step_run, run, name, token, (data,), successors, output=data)
 
 
 def claim_of(context: Context, operation: str, step_run: StepRun | str) -> tuple[Run, Name, bytes]:
@@ -201,7 +149,7 @@ def claim_of(context: Context, operation: str, step_run: StepRun | str) -> tuple
     if not isinstance(step_run, StepRun):
         run_id, step = _parse_id(context, step_run)
         return context.keys.run(run_id), arguments.step(step), b""
-    _check_prefix(context, step_run)
+    check_prefix(context, step_run)
     if not step_run.token:
         raise StaleStepRunError(
             step_run,
@@ -211,7 +159,8 @@ def claim_of(context: Context, operation: str, step_run: StepRun | str) -> tuple
     return context.keys.run(step_run.run_id), arguments.step(step_run.step), step_run.token
 
 
-def _check_prefix(context: Context, step_run: StepRun) -> None:
+def check_prefix(context: Context, step_run: StepRun) -> None:
+    """Raises InvalidArgumentError unless a store with this prefix returned the step run."""
     if step_run.prefix != context.prefix:
         raise InvalidArgumentError(
             "step_run", f"belongs to a store with prefix {step_run.prefix!r}, this one has {context.prefix!r}"
@@ -223,7 +172,7 @@ def raise_if_refused(context: Context, operation: str, run: Run, step: Name, tok
     if reply[0] == b"missing":
         raise StepRunNotFoundError(run.text, step.text, "there is no such step run; nothing was written")
     if reply[0] == b"stale":
-        current = context.records.record(run.text, step.text, reply[2:6], run.keys.steps)
+        current = context.records.record(run.text, step.text, reply[2:7], run.keys.steps)
         if not token:
             why = f"is {current.status}, not running"
         elif current.status is StepStatus.RUNNING:
@@ -233,7 +182,7 @@ def raise_if_refused(context: Context, operation: str, run: Run, step: Name, tok
         raise StaleStepRunError(current, f"{operation} was refused: the step {why}. Nothing was written")
 
 
-def _transition(
+def transition(
     context: Context,
     operation: str,
     step_run: StepRun | str,
@@ -241,10 +190,10 @@ def _transition(
 ) -> Call[StepRun]:
     """Builds the call of a transition of a claim, given the step run that carries it, or an id."""
     run, name, token = claim_of(context, operation, step_run)
-    return _transition_call(context, operation, step_run, run, name, token, args)
+    return transition_call(context, operation, step_run, run, name, token, args)
 
 
-def _transition_call(
+def transition_call(
     context: Context,
     operation: str,
     step_run: StepRun | str,
@@ -255,10 +204,12 @@ def _transition_call(
     more: Sequence[bytes] = (),
     output: bytes | None = None,
     last_error: bytes | None = None,
+    progress: bytes | None = None,
 ) -> Call[StepRun]:
+    """Builds the call of a transition of a claim, given its run, step and token."""
     sent = (new_nonce(), step.data, token, *args, run.member, *more)
-    parse = partial(_parse_end, context, operation, step_run, run, step, token, output, last_error)
-    return Call(run.text, script(operation), run.keys[: _KEYS[operation]], sent, parse, None, step.text)
+    parse = partial(_parse_end, context, operation, step_run, run, step, token, output, last_error, progress)
+    return Call(run.text, script(operation), run.keys[: _KEYS.get(operation, 3)], sent, parse, None, step.text)
 
 
 def _parse_end(
@@ -270,6 +221,7 @@ def _parse_end(
     token: bytes,
     output: bytes | None,
     last_error: bytes | None,
+    progress: bytes | None,
     reply: Reply,
 ) -> StepRun:
     """Parses the reply to a transition of a claim."""
@@ -279,14 +231,17 @@ def _parse_end(
         # The script adds an attempt that the same claim ended in the same way, with an error of other bytes.
         if (
             last_error is not None
-            and len(reply) > 6
-            and are_equal(context, run, step, "last_error", reply[7], last_error)
+            and len(reply) > 7
+            and are_equal(context, run, step, "last_error", reply[8], last_error)
         ):
-            reply = [b"failed", reply[1], reply[6], reply[3]]
+            reply = [b"failed", reply[1], reply[7], reply[3], reply[6]]
     raise_if_refused(context, operation, run, step, token, reply)
-    if isinstance(step_run, StepRun):
-        return step_run.after_transition(reply[2], context.payloads.decode, output, last_error)
-    return context.records.record(run.text, step.text, [*reply[2:4], output, last_error], run.keys.steps)
+    if len(reply) > 4 and reply[4] is not None:
+        progress = progress_payload(run.text, step.text, reply[4], run.keys.steps)
+    if not isinstance(step_run, StepRun):
+        values = [*reply[2:4], output, last_error, None]
+        step_run = context.records.record(run.text, step.text, values, run.keys.steps)
+    return step_run.after_transition(reply[2], context.payloads.decode, output, last_error, progress)
 
 
 def _parse_id(context: Context, id: object) -> tuple[str, str]:

@@ -71,8 +71,8 @@ def _await_step(context: Context, run: Run, step: Name) -> Call[tuple[StepRun | 
     def parse(reply: Reply) -> tuple[StepRun | None, bytes | None]:
         if reply[0] == b"missing":
             return None, None
-        values = [value or None for value in reply[2:6]]
-        last = reply[6] if reply[0] == b"waiting" else None
+        values = [value or None for value in reply[2:7]]
+        last = reply[7] if reply[0] == b"waiting" else None
         return context.records.record(run.text, step.text, values, run.keys.steps), last
 
     args = (new_nonce(), step.data)

@@ -40,6 +40,14 @@ def new_nonce() -> bytes:
     return b"%d" % next(_nonces)
 
 
+_senders: Final[dict[int, bytes]] = {}  # by process: a forked child is another sender
+
+
+def sender() -> bytes:
+    """Returns a name of this process. For calls whose order matters: the nonces of one sender ascend."""
+    return _senders.get(os.getpid()) or _senders.setdefault(os.getpid(), new_token()[:8])
+
+
 def new_token() -> bytes:
     """Returns 72 random bits in 12 characters: unique among all claims, and short enough for a compact state line."""
     return b2a_base64(os.urandom(9), newline=False)

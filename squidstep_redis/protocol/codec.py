@@ -58,7 +58,7 @@ class Codec(Protocol):
         ...
 
 
-PayloadField = Literal["input", "output", "error"]
+PayloadField = Literal["input", "output", "error", "progress"]
 
 
 class Place(NamedTuple):
@@ -68,7 +68,7 @@ class Place(NamedTuple):
         prefix: the store's prefix.
         run_id: the run.
         step: the step.
-        field: "input", "output" or "error".
+        field: "input", "output", "error" or "progress".
     """
 
     prefix: str
@@ -250,14 +250,12 @@ class Payloads:
         """
         if self._placed is None:
             return data
-        field = name if name in ("input", "output") else "error"
-        return self.encode_own(self.decode(data, run_id, step, name), new_run_id, step, field)
+        return self.encode_own(self.decode(data, run_id, step, name), new_run_id, step, _field(name))
 
     def _decode(self, data: bytes, run_id: str, step: str, name: str) -> Payload:
         if self._placed is None:
             return self._plain.decode(data)
-        field = name if name in ("input", "output") else "error"
-        return self._placed.decode_at(data, Place(self.prefix, run_id, step, field))
+        return self._placed.decode_at(data, Place(self.prefix, run_id, step, _field(name)))
 
     def _can_decode(self, data: bytes, run_id: str, step: str, name: str) -> bool:
         try:
@@ -265,6 +263,11 @@ class Payloads:
         except Exception:  # noqa: BLE001 -- a codec may raise anything
             return False
         return True
+
+
+def _field(name: str) -> PayloadField:
+    """Returns the field of a payload, given the attribute or the argument that it is called."""
+    return name if name in ("input", "output", "progress") else "error"
 
 
 def _to_extension(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, cast
@@ -11,7 +12,12 @@ from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StepRun
 from squidstep_redis.protocol.call import corrupt, newer
 from squidstep_redis.protocol.codec import Payloads
 
-StoredPayloads = tuple[bytes | None, bytes | None, bytes | None]
+StoredPayloads = tuple[bytes | None, bytes | None, bytes | None, bytes | None]
+
+NO_PAYLOADS: Final[StoredPayloads] = (None, None, None, None)
+
+IMPORTED_CHECKPOINT: Final = b"0 import 0\n"  # before the payload; any checkpoint is later
+_CHECKPOINT: Final = re.compile(rb"\d{1,14} \S+ \d+")
 
 LEASE_EXPIRED: Final = b"lease_expired"
 """What is stored as the error of a step whose last allowed attempt lost its lease. No codec encodes it: the same bytes
@@ -38,6 +44,20 @@ def lease_expired_error() -> dict[str, Any]:
     return {"type": "LeaseExpired", "message": "the lease of the last attempt expired without a result"}
 
 
+def progress_payload(run: str, step: str, stored: bytes | None, key: bytes) -> bytes | None:
+    r"""Returns the payload of stored progress, which is a line about the checkpoint, "\n", the payload.
+
+    Raises:
+        CorruptRunError: the scripts would not write it. It names `key`.
+    """
+    if stored is None:
+        return None
+    checkpoint, _, payload = stored.partition(b"\n")
+    if not _CHECKPOINT.fullmatch(checkpoint):
+        raise corrupt(run, key.decode(), f"p{step}")
+    return payload
+
+
 @dataclass(frozen=True, slots=True)
 class Records:
     """Reads the records of one store."""
@@ -46,15 +66,16 @@ class Records:
     payloads: Payloads
 
     def record(self, run: str, step: str, values: list[bytes | None], key: bytes) -> StepRun:
-        """Returns the step run of a whole record: state line, input, output, error.
+        """Returns the step run of a whole record: state line, input, output, error, progress.
 
         Raises:
             CorruptRunError: a part is missing, or the scripts would not write the line. It names `key`.
         """
-        line, input, output, last_error = values
+        line, input, output, last_error, progress = values
         if line is None or input is None or (output is None) == (line[1:2] == b"c"):
             raise self._unreadable(run, step, line or b"", key)
-        return self.step_run(run, step, line, (input, output, last_error), key)
+        progress = progress_payload(run, step, progress, key)
+        return self.step_run(run, step, line, (input, output, last_error, progress), key)
 
     def step_run(
         self, run: str, step: str, line: bytes, payloads: StoredPayloads, key: bytes, token: bytes = b""
@@ -64,9 +85,9 @@ class Records:
         Raises:
             CorruptRunError: the scripts would not write the line. It names `key`.
         """
-        stored: tuple[bytes | None, bytes | None, bytes | dict[str, Any] | None] = payloads
+        stored: tuple[bytes | None, bytes | None, bytes | dict[str, Any] | None, bytes | None] = payloads
         if payloads[2] == LEASE_EXPIRED and line[1:2] == b"x":
-            stored = (payloads[0], payloads[1], lease_expired_error())
+            stored = (payloads[0], payloads[1], lease_expired_error(), payloads[3])
         try:
             return StepRun(self.prefix, run, step, line, stored, self.payloads.decode, token)
         except ValueError:
@@ -79,7 +100,7 @@ class Records:
             CorruptRunError: the scripts would not write the line. It names `key`.
         """
         line, _, error = entry.partition(b"\n")  # an owner has no line break: the first one ends the line
-        step_run = self.step_run(run, step, line, (None, None, error or None), key)
+        step_run = self.step_run(run, step, line, (None, None, error or None, None), key)
         started = cast("datetime", step_run.started_at)
         outcome = OUTCOME[line[1:2]]
         return Attempt(step_run.attempt, step_run.owner, outcome, step_run.last_error, started, step_run.ended_at)

@@ -85,7 +85,7 @@ def execute(
                             claim.complete({"result": result})
                 return _result(claim.result())
             except StaleStepRunError as error:
-                claim.raise_unless_running(error)
+                claim.raise_unless_taken_over(error)
             except PayloadError as error:
                 explain(error)
                 raise

@@ -17,14 +17,15 @@ from squidstep_redis.protocol.call import Call
 _log: Final = logging.getLogger("squidstep_redis")
 
 Kind = Literal[
-    "execute", "skip", "complete", "fail", "release", "extend", "schedule", "expire", "retry", "delete", "import",
-    "fork", "refuse", "error",
+    "execute", "skip", "complete", "fail", "release", "extend", "checkpoint", "schedule", "expire", "retry", "delete",
+    "import", "fork", "refuse", "error",
 ]  # fmt: skip
 
 _KINDS: Final[dict[str, Kind]] = {
     "complete_step": "complete",
     "fail_step": "fail",
     "release_step": "release",
+    "checkpoint_step": "checkpoint",
     "extend_claim": "extend",
     "schedule_step": "schedule",
     "schedule_steps": "schedule",
@@ -45,10 +46,10 @@ class Event(NamedTuple):
     """One decision of a store, or an error that prevented one.
 
     Attributes:
-        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "schedule", "retry",
-            "import" and "fork" of the operation of that name; "expire" of a claim, or of a run that will expire;
-            "delete" of pending steps, or of a run; "refuse" if the claim was no longer held; "error" for every other
-            error.
+        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "checkpoint", "schedule",
+            "retry", "import" and "fork" of the operation of that name; "expire" of a claim, or of a run that will
+            expire; "delete" of pending steps, or of a run; "refuse" if the claim was no longer held; "error" for any
+            other error.
         operation: the method, or the script, that was sent.
         run_id: the run; of a fork, the new one.
         step: the step; None if a call is about several steps.

@@ -257,9 +257,9 @@ class TestAdvanceStep:
             store.advance_step(claim, {}, "ship", OTHER, fingerprint=True)
 
     def test_an_exhausted_next_step_notifies_who_waits(self, bench: Bench, store: StepRunStore) -> None:
-        """`notify` was unknown here: the script failed after it had written."""
+        """`settle_mark` was unknown here: the script failed after it had written."""
         bench.lapse(begun(store.begin_step("run", "ship", {}, lease=0.01)))
-        bench.backend.raw.hset(bench.keys("run")[0], "wship", 1)
+        bench.backend.raw.hset(bench.keys("run")[0], "wship", "w")
         claim = begun(store.begin_step("run", "pay", {}))
 
         assert store.advance_step(claim, {}, "ship", {}, max_attempts=1).exhausted

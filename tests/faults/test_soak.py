@@ -69,10 +69,10 @@ MUTANTS = {
         'local now = now_ms() + string.match(owner, "%d+") % 3 * 30 -- the workers\' clocks disagree',
     ),
     "an extension is counted from the start of the claim": Mutant(
-        "extend_claim.lua", "now + lease - started", "0 + lease"
+        "lib/extend.lua", "now + lease - started", "0 + lease"
     ),
     "an extension can only shorten a lease": Mutant(
-        "extend_claim.lua", "math.max(0, now + lease - started)", "math.min(state.lease, now + lease - started)"
+        "lib/extend.lua", "math.max(0, now + lease - started)", "math.min(state.lease, now + lease - started)"
     ),
     "a re-sent begin renews the lease": Mutant(
         "lib/begin.lua",

@@ -109,6 +109,13 @@ def refusal(error: Exception) -> tuple[str, object]:
             raise error
 
 
+def without_unread(recorded: RecordedCall, result: Any) -> object:
+    """Drops what the operation does not read: an extension returns the progress that its argument knew."""
+    if recorded.operation.name == "extend_claim" and isinstance(result, Snapshot):
+        return result._replace(progress=None)
+    return result
+
+
 def snapshot(step_run: StepRun) -> Snapshot:
     assert_in_order(step_run.created_at, step_run.started_at, step_run.ended_at)
     assert (step_run.started_at is None) == (step_run.attempt == 0)
@@ -126,6 +133,7 @@ def snapshot(step_run: StepRun) -> Snapshot:
         step_run.position,
         step_run.final,
         seconds_left(step_run.retry_at and step_run.retry_at.timestamp() - time.time()),
+        step_run.progress,
     )
 
 

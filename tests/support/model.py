@@ -49,6 +49,7 @@ class Snapshot(NamedTuple):
     position: int
     final: bool = False
     delay: int | None = None
+    progress: Payload | None = None
 
 
 class Claim(NamedTuple):
@@ -103,6 +104,9 @@ class Record:
     input: Payload
     scheduled_by: CallId | None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
+    progress: Payload | None = None
+    checkpoint: tuple[int, CallId] = (0, 0)
+    """The attempt and the call that stored the progress."""
     attempts_at_retry: int = 0
     """The number of attempts at the latest retry; these do not count towards max_attempts."""
     fingerprint: str | None = None
@@ -286,11 +290,24 @@ class Model:
             record.attempts_at_retry = len(record.attempts)
         return self._snapshot(run_id, step, attempt)._replace(input=record.input)
 
-    def extend_claim(self, claim: Claim, lease: int | None, *, call: CallId) -> Snapshot:
+    def extend_claim(
+        self, claim: Claim, lease: int | None, *, call: CallId, progress: Payload | None = None
+    ) -> Snapshot:
         record = self._get(claim)
         if not record.is_held_by(claim):
             raise RefusedError("stale", self._snapshot(claim.run, claim.step))
         record.latest.lease = lease
+        if progress is not None:
+            self.checkpoint_step(claim, progress, call=call)
+        return self._snapshot(claim.run, claim.step)
+
+    def checkpoint_step(self, claim: Claim, progress: Payload, *, call: CallId) -> Snapshot:
+        record = self._get(claim)
+        if not record.is_held_by(claim):
+            raise RefusedError("stale", self._snapshot(claim.run, claim.step))
+        attempt, latest_call = record.checkpoint
+        if attempt != record.latest.number or latest_call <= call:  # not a delayed copy of an earlier checkpoint
+            record.progress, record.checkpoint = progress, (record.latest.number, call)
         return self._snapshot(claim.run, claim.step)
 
     def delete_pending_steps(self, run_id: str, steps: Sequence[str], *, call: CallId) -> list[str]:
@@ -425,6 +442,8 @@ class Model:
         record = self._get(claim)
         if record.is_held_by(claim):
             record.latest.outcome, record.latest.output, record.latest.error = outcome, output, error
+            if outcome == "completed":
+                record.progress = None
         attempt = record.attempt_of(claim)
         ended = attempt and (attempt.outcome, attempt.output, attempt.error, attempt.final)
         if attempt and ended == (outcome, output, error, final):
@@ -448,7 +467,8 @@ class Model:
         last_error = attempt.error if status == "failed" else None
         number, owner, input, output = attempt.number, attempt.owner, attempt.input, attempt.output
         ending = (attempt.final, attempt.delay) if attempt.outcome == "failed" else (False, None)
-        return Snapshot(run_id, step, status, number, owner, input, output, last_error, lease, record.position, *ending)
+        rest = (record.position, *ending, record.progress)
+        return Snapshot(run_id, step, status, number, owner, input, output, last_error, lease, *rest)
 
 
 def _check_input(record: Record, fingerprint: str | None) -> None:

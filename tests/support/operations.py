@@ -42,6 +42,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     ),
     "advance_step": lambda store, claim: (claim, PAYLOAD, "pending", {}),
     "fail_step": lambda store, claim: (claim, PAYLOAD),
+    "checkpoint_step": lambda store, claim: (claim, PAYLOAD),
     "extend_claim": lambda store, claim: (claim, 120),
     "expire_claim": lambda store, claim: (claim,),
     "release_step": lambda store, claim: (claim,),
@@ -133,7 +134,7 @@ def seen(result: Any) -> Any:
     """Converts a result to a form without times, which is equal for equal histories."""
     if isinstance(result, StepRun):
         head = (result.run_id, result.step, result.status, result.attempt)
-        return (*head, result.input, result.output, result.last_error, bool(result.token))
+        return (*head, result.input, result.output, result.last_error, result.progress, bool(result.token))
     if isinstance(result, Attempt):
         return result[:4]
     if isinstance(result, BeginResult | ScheduleResult):
