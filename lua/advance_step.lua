@@ -13,6 +13,7 @@
 --       {"busy", nonce, state, input, output, error, progress, remaining_ms | ""}
 --       {"delayed", nonce, state, input, output, error, progress, remaining_ms}
 --       {"mismatch", nonce, step, fingerprint}  the next step has this other one
+--       {"cancelled", nonce, state, input, output, error, progress, reason}  the run
 --       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}  about the step to complete
 -- Writes only when it first completes the step, or as begin_step. It does both or neither.
 
@@ -103,4 +104,7 @@ refusal = complete_first()
 @RETURN_REFUSAL
 -- include claim
 local line = claim(token, step, "s" .. step, input, fingerprint)
+if run.cancelled then
+  return line
+end
 return write_claims() or "execute " .. token .. " " .. line

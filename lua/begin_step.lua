@@ -20,6 +20,8 @@
 --       {"busy", nonce, state, input, output, error, progress, remaining_ms | ""}
 --       {"delayed", nonce, state, input, output, error, progress, remaining_ms}
 --       {"mismatch", nonce, step, fingerprint}  the step has this other one
+--       {"cancelled", nonce, state, input, output, error, progress, reason}  the run; without a record, state is pending at
+--       position 0, is not stored, and there is no payload
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "execute nonce state"
 -- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
 

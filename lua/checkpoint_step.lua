@@ -10,8 +10,9 @@
 --       7 lease_ms  or ""  the claim never expires; or omitted  the lease stays
 -- REPLY "checkpointed nonce state" | {"checkpointed", nonce, state, input}  without a token
 --       {"superseded", nonce, state, input, progress}  a later call of the sender has stored this progress
+--       {"cancelled", nonce, state, input, progress, reason}  in a cancelled run: as above, the progress if superseded
 --       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
--- Writes when it replies "checkpointed", and the lease also when it replies "superseded".
+-- Writes, but no progress if superseded, unless it replies "stale" or "missing".
 
 -- include record
 -- include run
@@ -60,6 +61,9 @@ end
 if written[1] then
   redis.call("HSET", steps, unpack(written))
   renew_expiry(run, steps, done, now)
+end
+if run.cancelled then
+  return cancelled_claim(steps, step, line, superseded)
 end
 if superseded then
   return { "superseded", nonce, line, redis.call("HGET", steps, "i" .. step), superseded }

@@ -7,8 +7,8 @@
 --       4 output
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
 --       6 width   of the arguments for each successor: 3 with fingerprints, else 2; or ""  there are none
---       7 step, input, fingerprint, …  of successors: those without a record become pending; or step, token, output, …
---         of further steps, each step once
+--       7 step, input, fingerprint, …  of successors: those without a record become pending, unless the run is cancelled;
+--         or step, token, output, …  of further steps, each step once
 -- REPLY "completed nonce state" | {"completed", nonce, state, input}  without a token
 --       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "completed nonce state"
@@ -94,7 +94,7 @@ if members[1] then
   end
 end
 if outputs[1] then
-  if successors then
+  if successors and not run.cancelled then
     -- include schedule
     local width = tonumber(ARGV[SUCCESSORS])
     local missing = without_record(steps, SUCCESSORS + 1, width, "")

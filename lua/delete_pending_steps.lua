@@ -46,7 +46,8 @@ end
 write_chunks("HDEL", steps, fields)
 if fields[1] then
   renew_expiry(run, steps, done, now_ms())
-  if redis.call("HLEN", steps) == 1 + redis.call("HEXISTS", steps, "m") then -- no step is left
+  local of_run = 1 + redis.call("HEXISTS", steps, "m") + redis.call("HEXISTS", steps, "c")
+  if redis.call("HLEN", steps) == of_run then -- no step is left
     redis.call("DEL", steps, done)
   end
 end

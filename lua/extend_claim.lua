@@ -8,9 +8,10 @@
 --       5 run     "<bytes in the run id>:<run id>", for the indexes
 --       6 step, token, …  of further steps, each step once
 -- REPLY "extended nonce state" | {"extended", nonce, state, input}  without a token
+--       {"cancelled", nonce, state, input, nil, reason}  extended, in a cancelled run
 --       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "extended nonce state"
--- Writes only when it replies "extended".
+-- Writes only when it replies "extended" or "cancelled".
 
 -- include record
 -- include run
@@ -42,7 +43,11 @@ for index = 1, #positions do
     local extended = format_state(state)
     written[#written + 1] = fields[index]
     written[#written + 1] = extended
-    replies[index + 2] = token ~= "" and extended or with_input("extended", extended, token, steps, step)
+    if run.cancelled then
+      replies[index + 2] = cancelled_claim(steps, step, extended)
+    else
+      replies[index + 2] = token ~= "" and extended or with_input("extended", extended, token, steps, step)
+    end
   end
 end
 if written[1] then

@@ -36,6 +36,7 @@ for position = fields, #ARGV, 2 do
     state.member = ARGV[2] .. string.sub(ARGV[position], 2)
     states[#states + 1] = state
   end
+  run.cancelled = run.cancelled or ARGV[position] == "c"
 end
 
 for _, state in ipairs(states) do

@@ -6,7 +6,8 @@
 --       3 step
 --       4 input
 --       5 fingerprint  of the input, or omitted
--- REPLY {"schedule", nonce, state} | {"schedule" | "skip", nonce, state, input, output, error, progress}
+-- REPLY {"schedule", nonce, state} | {"cancelled", nonce, state, reason}  of a step that is not stored: the run is cancelled
+--       {"schedule" | "skip", nonce, state, input, output, error, progress}
 --       {"mismatch", nonce, step, fingerprint}  the step has this other one
 -- Writes only when it first replies "schedule".
 
@@ -18,6 +19,10 @@
 local steps, done, step = KEYS[1], KEYS[2], ARGV[3]
 @OPEN_STEP
 
+if not state and run.cancelled then
+  local now = now_ms()
+  return { "cancelled", nonce, @PENDING_LINE("", now, "0"), redis.call("HGET", steps, "c") or "" }
+end
 if not state then
   local now = now_ms()
   set_ttl_if_new(run, ARGV[2])

@@ -7,7 +7,7 @@
 --       4 step, 5 input, …  of each step, and its fingerprint if width is 3
 -- REPLY {"mismatch", nonce, step, fingerprint}  one of the steps has this other one
 --       {"scheduled", nonce, position, …}  of the newly scheduled among the given steps, from 0
--- Writes only when at least one of the steps has no record.
+-- Writes only when at least one of the steps has no record, and the run is not cancelled.
 
 -- include record
 -- include run
@@ -23,6 +23,9 @@ local missing, created, others = without_record(steps, FIRST, width, nonce)
 for index = 1, width == 3 and #others or 0 do
   refusal = other_fingerprint(steps, ARGV[others[index]], ARGV[others[index] + 2])
   @RETURN_REFUSAL
+end
+if run.cancelled then
+  missing = {}
 end
 if #missing > 0 then
   local now = now_ms()

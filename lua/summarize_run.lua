@@ -4,8 +4,8 @@
 -- ARGV  1 nonce   of this call, echoed
 --       2 cursor  "0" for the first page, then as replied
 --       3 count   of fields to scan for this page, approximately
--- REPLY {"summary", nonce, cursor, created, completed, last, {step, state, …}}
---       last: state of the last completed step, or ""
+-- REPLY {"summary", nonce, cursor, created, completed, last, {step, state, …}, reason}
+--       last: state of the last completed step, or ""; reason: of the cancellation, nil unless the run is cancelled
 --       {"missing", nonce}
 -- Writes nothing.
 
@@ -18,8 +18,9 @@ local steps, done, cursor, count = KEYS[1], KEYS[2], ARGV[2], ARGV[3]
 
 local newest = redis.call("ZRANGE", done, -1, -1)[1]
 local last = newest and redis.call("HGET", steps, "s" .. newest) or ""
+local reason = run.cancelled and (redis.call("HGET", steps, "c") or "") or nil
 if tonumber(run.created) == tonumber(run.completed) then
-  return { "summary", nonce, "0", run.created, run.completed, last, {} }
+  return { "summary", nonce, "0", run.created, run.completed, last, {}, reason }
 end
 
 local fields, unfinished = nil, {}
@@ -30,4 +31,4 @@ for index, line in ipairs(read_fields(steps, fields)) do
     unfinished[#unfinished + 1] = line
   end
 end
-return { "summary", nonce, cursor, run.created, run.completed, last, unfinished }
+return { "summary", nonce, cursor, run.created, run.completed, last, unfinished, reason }

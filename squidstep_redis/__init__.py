@@ -28,6 +28,7 @@ _NAMES = {
         "PayloadTooLargeError",
         "RefusedError",
         "ReplyMismatchError",
+        "RunCancelledError",
         "RunDeletedError",
         "RunExistsError",
         "ServerError",
@@ -45,12 +46,8 @@ _NAMES = {
     "model": (
         "Attempt",
         "BeginResult",
-        "ClaimCounts",
         "Outcome",
-        "RunPage",
-        "RunSummary",
         "ScheduleResult",
-        "StepPage",
         "StepRun",
         "StepStatus",
     ),
@@ -60,6 +57,7 @@ _NAMES = {
     "protocol.pipeline": ("Queued",),
     "settings": ("StoreSettings",),
     "store": ("StepRunStore",),
+    "summaries": ("ClaimCounts", "RunPage", "RunSummary", "StepPage"),
     "transport.events": ("Event",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

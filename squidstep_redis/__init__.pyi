@@ -67,6 +67,9 @@ from squidstep_redis.errors import (
     ReplyMismatchError as ReplyMismatchError,
 )
 from squidstep_redis.errors import (
+    RunCancelledError as RunCancelledError,
+)
+from squidstep_redis.errors import (
     RunDeletedError as RunDeletedError,
 )
 from squidstep_redis.errors import (
@@ -112,22 +115,10 @@ from squidstep_redis.model import (
     BeginResult as BeginResult,
 )
 from squidstep_redis.model import (
-    ClaimCounts as ClaimCounts,
-)
-from squidstep_redis.model import (
     Outcome as Outcome,
 )
 from squidstep_redis.model import (
-    RunPage as RunPage,
-)
-from squidstep_redis.model import (
-    RunSummary as RunSummary,
-)
-from squidstep_redis.model import (
     ScheduleResult as ScheduleResult,
-)
-from squidstep_redis.model import (
-    StepPage as StepPage,
 )
 from squidstep_redis.model import (
     StepRun as StepRun,
@@ -161,6 +152,18 @@ from squidstep_redis.settings import (
 )
 from squidstep_redis.store import (
     StepRunStore as StepRunStore,
+)
+from squidstep_redis.summaries import (
+    ClaimCounts as ClaimCounts,
+)
+from squidstep_redis.summaries import (
+    RunPage as RunPage,
+)
+from squidstep_redis.summaries import (
+    RunSummary as RunSummary,
+)
+from squidstep_redis.summaries import (
+    StepPage as StepPage,
 )
 from squidstep_redis.transport.events import (
     Event as Event,

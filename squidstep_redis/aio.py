@@ -95,7 +95,10 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     count_claims = _workflow(Calls.count_claims)
 
     expire_run = _call(Calls.expire_run)
+    cancel_run = _call(Calls.cancel_run)
+    resume_run = _call(Calls.resume_run)
     delete_run = _call(Calls.delete_run)
+    summarize_run = _workflow(Calls.summarize_run)
     runs = _workflow(Calls.runs)
     purge = _workflow(Calls.purge)
 
@@ -122,6 +125,8 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         "                `current_claim()` is its claim. If it blocks the event loop longer than the lease, the claim\n"
         "                is lost.",
         cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is still returned.",
+        cancel_with_run="whether to cancel `fn` when the run is cancelled. Then the attempt is recorded as failed,\n"
+        "                and RunCancelledError is raised.",
     )
     async def run_step(
         self,
@@ -138,6 +143,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
         cancel_when_lost: bool = False,
+        cancel_with_run: bool = False,
     ) -> dict[str, Any]:
         if not callable(fn):
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
@@ -154,6 +160,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                 owner=owner,
                 fingerprint=fingerprint,
                 cancel_when_lost=cancel_when_lost,
+                cancel_with_run=cancel_with_run,
             )
             try:
                 async with claim:
@@ -170,6 +177,8 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         StepRunStore.claim_step,
         cancel_when_lost="whether to cancel the block when the claim is lost; the block then ends as with\n"
         "                `claim.complete`.",
+        cancel_with_run="whether to cancel the block when the run is cancelled. Then the attempt is recorded as\n"
+        "                failed, and RunCancelledError is raised.",
     )
     def claim_step(
         self,
@@ -185,6 +194,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
         cancel_when_lost: bool = False,
+        cancel_with_run: bool = False,
     ) -> AsyncClaim:
         request = claim_request(
             run_id,
@@ -198,7 +208,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             owner=owner,
             fingerprint=fingerprint,
         )
-        return AsyncClaim(self, self._transport, request, cancel_when_lost, self._per_loop)
+        return AsyncClaim(self, self._transport, request, cancel_when_lost, cancel_with_run, self._per_loop)
 
     @with_docs_of(StepRunStore.doctor)
     async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:

@@ -16,6 +16,7 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
     ├── StepFailedError           run_step: the step has failed permanently
     ├── StepDelayedError          run_step: the step has failed, and may be retried later
+    ├── RunCancelledError         run_step: the run is cancelled; nothing begins until resume_run
     ├── RunExistsError            import_run, fork_run: the run exists already; nothing was written
     ├── CorruptRunError           the stored data is corrupt; nothing was written
     │   └── NewerFormatError          a later version of this library wrote it
@@ -247,6 +248,28 @@ class StepDelayedError(SquidstepError):
             f"{_where(self.current.run_id, self.current.step)}: failed in attempt {self.current.attempt}"
             f"{_last_error(self.current)}, and may be retried in {self.retry_in:.3f} s. Nothing was executed here; "
             "retry then, or call retry_step"
+        )
+
+
+@_error
+class RunCancelledError(SquidstepError):
+    """The run was cancelled, so no step of it begins.
+
+    Attributes:
+        run_id: the run.
+        step: the step that was not executed, or whose work was stopped.
+        reason: why the run was cancelled; empty if no reason was given.
+    """
+
+    run_id: str
+    step: str
+    reason: str
+
+    def __str__(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"{_where(self.run_id, self.step)}: the run was cancelled{why}. The step was not executed to its end here; "
+            "call resume_run to let the steps of the run begin again"
         )
 
 

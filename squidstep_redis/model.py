@@ -142,9 +142,13 @@ class StepRun:
             fencing token, and together with `id` an idempotency key.
         prefix: key prefix of the store.
         token: token of the claim that this object carries; empty if it carries none.
+        cancel_reason: why the run was cancelled, empty without a reason; None if it is not cancelled, or if the
+            operation does not say. Those that skip because of it say so, and `extend_claim` and `checkpoint_step`.
     """
 
-    __slots__ = ("_decode", "_line", "_payloads", "attempt", "prefix", "run_id", "status", "step", "token")
+    __slots__ = (
+        *("_decode", "_line", "_payloads", "attempt", "cancel_reason", "prefix", "run_id", "status", "step", "token"),
+    )
 
     prefix: Final[str]
     run_id: Final[str]
@@ -152,9 +156,18 @@ class StepRun:
     status: Final[StepStatus]
     attempt: Final[int]
     token: Final[bytes]
+    cancel_reason: Final[str | None]
 
     def __init__(
-        self, prefix: str, run_id: str, step: str, line: bytes, payloads: _Payloads, decode: Decode, token: bytes = b""
+        self,
+        prefix: str,
+        run_id: str,
+        step: str,
+        line: bytes,
+        payloads: _Payloads,
+        decode: Decode,
+        token: bytes = b"",
+        cancel_reason: bytes | None = None,
     ) -> None:
         """Called only by the store; raises ValueError if `line` is not a state line."""
         self._line = parsed = StateLine.parse(line)
@@ -164,6 +177,7 @@ class StepRun:
         self.attempt = int(parsed.attempt)
         self.prefix = prefix
         self.token = token
+        self.cancel_reason = None if cancel_reason is None else cancel_reason.decode(errors="backslashreplace")
         self._payloads = list(payloads)
         self._decode = decode
 
@@ -174,12 +188,13 @@ class StepRun:
         output: bytes | None = None,
         last_error: bytes | None = None,
         progress: bytes | None = None,
+        cancel_reason: bytes | None = None,
     ) -> StepRun:
         """Returns the step run after a transition of this claim; called only by the store, which decodes it."""
         runs = line[1:2] == b"r"
         payloads = (self._payloads[0], output, last_error, self._payloads[3] if runs and progress is None else progress)
         token = self.token if runs else b""
-        return StepRun(self.prefix, self.run_id, self.step, line, payloads, decode, token)
+        return StepRun(self.prefix, self.run_id, self.step, line, payloads, decode, token, cancel_reason)
 
     @property
     def id(self) -> str:
@@ -301,7 +316,7 @@ class Attempt(NamedTuple):
     ended_at: datetime | None
 
 
-SkipReason = Literal["busy", "completed", "failed", "delayed", "exhausted", "superseded"]
+SkipReason = Literal["busy", "completed", "failed", "delayed", "exhausted", "superseded", "cancelled"]
 
 
 class _BeginPair(NamedTuple):
@@ -313,8 +328,8 @@ class BeginResult(_BeginPair):
     """What `begin_step` returns; unpacks to `(step_run, decision)`.
 
     Attributes:
-        reason: why to skip: "busy", "completed", "failed", "delayed", "exhausted" or "superseded"; None when the
-            decision is "execute".
+        reason: why to skip: "busy", "completed", "failed", "delayed", "exhausted", "superseded" or "cancelled"; None
+            when the decision is "execute".
         retry_in: seconds until the live lease that blocks this call expires, or the delay after a failure ends; None
             if there is neither.
         takeover: whether the claim was granted over one whose lease had expired: the previous holder's work may be
@@ -363,71 +378,18 @@ class BeginResult(_BeginPair):
         """This same call was granted a claim before, and that claim has ended since."""
         return self.reason == "superseded"
 
-
-class ClaimCounts(NamedTuple):
-    """How many claims with a lease there are, according to the indexes."""
-
-    live: int
-    """Claims whose lease has not expired."""
-    lapsed: int
-    """Claims whose lease has expired and that no worker has taken over."""
-
-
-class RunSummary(NamedTuple):
-    """One run in a listing. If a large run changes while it is read, the counts may be slightly off.
-
-    Attributes:
-        run_id: the run.
-        counts: number of steps by status.
-        changed_at: when a step of it was last created, claimed or ended; None if that cannot be read.
-        problem: why its records are corrupt; None if they are not. `delete_run` removes such a run.
-    """
-
-    run_id: str
-    counts: dict[StepStatus, int]
-    changed_at: datetime | None
-    problem: str | None = None
-
     @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return sum(self.counts.values())
-
-    @property
-    def is_over(self) -> bool:
-        """Whether every step is completed or failed."""
-        unfinished = self.counts[StepStatus.PENDING] + self.counts[StepStatus.RUNNING]
-        return self.problem is None and not unfinished
-
-
-class RunPage(NamedTuple):
-    """A page of runs.
-
-    Attributes:
-        runs: newest change first; runs that changed in the same millisecond are ordered by run id.
-        cursor: of the next page; None if this is the last.
-        progress: the part of the server's keys that has been scanned, from 0 to 1; approximate.
-    """
-
-    runs: list[RunSummary]
-    cursor: str | None
-    progress: float
-
-
-class StepPage(NamedTuple):
-    """A page of the step runs of one run.
-
-    Attributes:
-        step_runs: in no particular order.
-        cursor: of the next page; None if this is the last.
-    """
-
-    step_runs: list[StepRun]
-    cursor: str | None
+    def cancelled(self) -> bool:
+        """The run is cancelled; `step_run.cancel_reason` says why. A step run at position 0 is not stored."""
+        return self.reason == "cancelled"
 
 
 class ScheduleResult(NamedTuple):
-    """What `schedule_step` returns: the step run, and whether this call created it."""
+    """What `schedule_step` returns: the step run, and whether this call created it.
+
+    In a cancelled run, a step without a record is skipped: its step run has a `cancel_reason`, is at position 0, and is
+    not stored.
+    """
 
     step_run: StepRun
     decision: Literal["schedule", "skip"]

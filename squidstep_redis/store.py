@@ -85,7 +85,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     count_claims = _workflow(Calls.count_claims)
 
     expire_run = _call(Calls.expire_run)
+    cancel_run = _call(Calls.cancel_run)
+    resume_run = _call(Calls.resume_run)
     delete_run = _call(Calls.delete_run)
+    summarize_run = _workflow(Calls.summarize_run)
     runs = _workflow(Calls.runs)
     purge = _workflow(Calls.purge)
 
@@ -176,6 +179,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             InputMismatchError: the step has another fingerprint; nothing was written.
             StepBusyError: another worker holds the step, or took it over.
             StepDelayedError: the step has failed and may not be retried yet.
+            RunCancelledError: the run is cancelled.
             StepFailedError: the step has failed permanently.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.

@@ -73,6 +73,25 @@ class TestChanges:
         assert "the step is pending, not running" in run("release", "run", "pay", "--yes", *options).stderr
         assert "no such step" in run("release", "run", "none", "--yes", *options).stderr
 
+    def test_cancel_and_resume_are_shown(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        store.schedule_step("run", "pay", {})
+
+        assert run("cancel", "run", "--dry-run", *options).stdout == "would cancel run\n"
+        assert store.begin_step("run", "ship", {}).decision == "execute"
+        assert run("cancel", "run", "--reason", "wrong address", *options).stdout == "cancelled run\n"
+        assert store.begin_step("run", "pay", {}).cancelled
+        assert "cancelled: wrong address" in run("runs", *options).stdout
+        assert "cancelled: wrong address" in run("show", "run", *options).stdout
+        assert json.loads(run("runs", "--json", *options).stdout)["runs"][0]["cancel_reason"] == "wrong address"
+        assert run("resume", "run", "--dry-run", *options).stdout == "would resume run\n"
+        assert run("resume", "run", *options).stdout == "resumed run\n"
+        assert "cancelled" not in run("runs", *options).stdout
+        assert store.begin_step("run", "pay", {}).decision == "execute"
+        for command in ("cancel", "resume"):
+            assert run(command, "other", *options).returncode == 1
+            assert "no such run" in run(command, "other", "--dry-run", *options).stderr
+
     def test_delete_asks_and_deletes_the_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
         add_failed_step(store)

@@ -73,7 +73,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.sampled_from(["release", "fail", "expire", "checkpoint"]), st.integers(0, 3)),
     st.tuples(st.just("schedule"), STEPS, PAYLOADS),
     st.tuples(st.just("wait"), STEPS),
-    st.tuples(st.sampled_from(["again", "ttl", "delete"])),
+    st.tuples(st.sampled_from(["again", "ttl", "delete", "cancel", "resume"])),
     st.tuples(st.just("spoil"), st.sampled_from([0, 1, 2, 3]), st.sampled_from(["gone", "string"])),
 )
 
@@ -89,10 +89,14 @@ def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[A
     if kind == "complete by id":
         step, payload = rest
         return CALLS.complete_step(step_run_id("squidstep", "run", step), payload)
-    if kind == "ttl":
-        return CALLS.expire_run("run", 60)
-    if kind == "delete":
-        return CALLS.delete_run("run")
+    of_run: dict[str, Callable[[], Call[Any]]] = {
+        "ttl": lambda: CALLS.expire_run("run", 60),
+        "delete": lambda: CALLS.delete_run("run"),
+        "cancel": lambda: CALLS.cancel_run("run", "stop"),
+        "resume": lambda: CALLS.resume_run("run"),
+    }
+    if kind in of_run:
+        return of_run[kind]()
     if kind == "wait":
         return waiting._await_step(CALLS, CALLS.keys.run("run"), arguments.step(rest[0]))
     if kind == "again":

@@ -43,6 +43,7 @@ NOT_IN_MODEL = {
     "live_claims": "leased_claims without lapsed_claims",
     "purge": "has its own tests: test_listing.py",
     "retry_run": "retry_step of each failed step",
+    "summarize_run": "has its own tests: contract/test_cancel.py",
     "runs": "has its own tests: test_listing.py",
     "scan_steps": "get_run in pages",
     "wait_for_step": "get_step_run after a pause: test_waiting.py",

@@ -43,6 +43,11 @@ def housekeeping_calls(store: StepRunStore) -> list[Call[Any]]:
     return [store.calls.delete_pending_steps("run", ["pending"]), store.calls.expire_run("run", 60)]
 
 
+def calls_on_the_run(store: StepRunStore) -> list[Call[Any]]:
+    """Returns calls that read no step."""
+    return [store.calls.cancel_run("run", "stop"), store.calls.resume_run("run")]
+
+
 def read_calls(store: StepRunStore) -> list[Call[Any]]:
     calls = store.calls
     return [
@@ -88,7 +93,11 @@ class TestKeyOfAnotherType:
         bench.backend.raw.set(key, "a string")
 
         calls = (
-            write_calls(store, held) + housekeeping_calls(store) + read_calls(store) + [store.calls.delete_run("run")]
+            write_calls(store, held)
+            + housekeeping_calls(store)
+            + calls_on_the_run(store)
+            + read_calls(store)
+            + [store.calls.delete_run("run")]
         )
         assert_rejected(bench, store, calls, CorruptRunError, key)
 
@@ -100,7 +109,11 @@ class TestKeyOfAnotherType:
         bench.backend.raw.set(key, "a string")
 
         calls = (
-            write_calls(store, held) + housekeeping_calls(store) + read_calls(store) + [store.calls.delete_run("run")]
+            write_calls(store, held)
+            + housekeeping_calls(store)
+            + calls_on_the_run(store)
+            + read_calls(store)
+            + [store.calls.delete_run("run")]
         )
         assert_rejected(bench, store, calls, CorruptRunError, key)
 
@@ -132,7 +145,7 @@ class TestMissingKey:
     ) -> None:
         bench.backend.raw.delete(bench.keys("run")[1])
 
-        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        calls = write_calls(store, held) + housekeeping_calls(store) + calls_on_the_run(store) + read_calls(store)
         assert_rejected(bench, store, calls, CorruptRunError, bench.keys("run")[1])
 
     def test_every_call_rejects_a_run_without_its_steps_key(
@@ -140,7 +153,7 @@ class TestMissingKey:
     ) -> None:
         bench.backend.raw.delete(bench.keys("run")[0])
 
-        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        calls = write_calls(store, held) + housekeeping_calls(store) + calls_on_the_run(store) + read_calls(store)
         assert_rejected(bench, store, calls, CorruptRunError, bench.keys("run")[0])
 
     @pytest.mark.parametrize("missing", [0, 1], ids=["steps", "done"])
@@ -184,7 +197,7 @@ class TestInvalidLine:
         key = bench.keys("run")[0]
         bench.backend.raw.hset(key, "r", line)
 
-        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        calls = write_calls(store, held) + housekeeping_calls(store) + calls_on_the_run(store) + read_calls(store)
         assert_rejected(bench, store, calls, CorruptRunError, key)
         assert store.delete_run("run") is True
 
@@ -275,5 +288,5 @@ class TestNewerFormat:
         key = bench.keys("run")[0]
         bench.backend.raw.hset(key, "r", b"2 5 1 and more")
 
-        calls = write_calls(store, held) + housekeeping_calls(store) + read_calls(store)
+        calls = write_calls(store, held) + housekeeping_calls(store) + calls_on_the_run(store) + read_calls(store)
         assert_rejected(bench, store, calls, NewerFormatError, key)

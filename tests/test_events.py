@@ -113,7 +113,28 @@ def test_interventions_emit_events(store: StepRunStore, events: list[Event]) -> 
     assert [event.run_id for event in events] == ["run"] * 12 + ["copy"]
 
 
+def test_checkpoints_and_cancellations_emit_events(store: StepRunStore, events: list[Event]) -> None:
+    claim = begun(store.begin_step("run", "pay", {}, lease=60))
+    store.checkpoint_step(claim, {"page": 1})
+    store.extend_claim(claim, 60, progress={"page": 2})
+    store.cancel_run("run", "stop")
+    store.schedule_step("run", "ship", {})
+    store.begin_step("run", "ship", {})
+    store.resume_run("run")
+    assert kinds(events) == [
+        ("execute", "pay", None),
+        ("checkpoint", "pay", None),
+        ("extend", "pay", None),
+        ("cancel", None, None),
+        ("skip", "ship", "cancelled"),
+        ("skip", "ship", "cancelled"),
+        ("resume", None, None),
+    ]
+
+
 def test_what_changed_nothing_emits_no_event(store: StepRunStore, events: list[Event]) -> None:
+    assert not store.cancel_run("none")
+    assert not store.resume_run("none")
     assert not store.delete_run("none")
     assert not store.expire_run("none", 60)
     assert store.delete_pending_steps("none", []) == []

@@ -35,15 +35,16 @@ STATES = st.sampled_from([b"1" + letter for letter in (b"p", b"r", b"c", b"f", b
 STATE_LINES = st.binary(max_size=60) | STATES.flatmap(
     lambda state: changed(state + b" 2 1 Tk9wZ2xhc3Nl 30000 125  1790000000000 3  worker-7")
 )
-RUN_LINES = (
-    st.binary(max_size=40) | changed(b"1 3 2") | changed(b"1 3 2 60000 0 1 1790000030000") | changed(b"1x token")
+RUNS = st.sampled_from(
+    [b"1 3 2", b"1 3 2 60000 0 1 1790000030000", b"1x token", b"1 3 2 c", b"1 3 2 60000 0 1 1790000030000 c"]
 )
+RUN_LINES = st.binary(max_size=40) | RUNS.flatmap(changed)
 FIELDS = st.one_of(
     st.tuples(st.just(b"sa"), STATE_LINES),
     st.tuples(st.just(b"sa"), STATE_LINES),
     st.tuples(st.just(b"r"), RUN_LINES),
     st.tuples(st.just(b"a1:a"), STATE_LINES | STATE_LINES.map(lambda line: line + b"\n\x80")),
-    st.tuples(st.sampled_from([b"ia", b"oa", b"ea", b"fa", b"wa"]), st.binary(max_size=20)),
+    st.tuples(st.sampled_from([b"ia", b"oa", b"ea", b"fa", b"wa", b"c"]), st.binary(max_size=20)),
     st.tuples(st.just(b"pa"), st.binary(max_size=20) | changed(b"1 sender 7").map(lambda line: line + b"\n\x80")),
     st.tuples(st.binary(min_size=1, max_size=5), STATE_LINES),
 )
@@ -76,6 +77,9 @@ def operations(store: StepRunStore, claim: StepRun) -> dict[str, Callable[[], An
         "complete_step": lambda: store.complete_step(claim, {}),
         "complete_step by id": lambda: store.complete_step(claim.id, {}),
         "expire_run": lambda: store.expire_run("run", 60),
+        "cancel_run": lambda: store.cancel_run("run", "stop"),
+        "resume_run": lambda: store.resume_run("run"),
+        "summarize_run": lambda: store.summarize_run("run"),
         "delete_pending_steps": lambda: store.delete_pending_steps("run", ["a"]),
     }
 
@@ -104,6 +108,7 @@ NAMES = (
     *("export_run", "fork_run", "schedule_steps", "extend_claim", "checkpoint_step", "begin_steps", "begin_step"),
     *("fail_step", "fail_step by id", "release_step", "retry_step", "complete_step", "complete_step by id"),
     *("expire_run", "delete_pending_steps", "begin_step, fingerprint", "begin_steps, fingerprint", "schedule_step"),
+    *("cancel_run", "resume_run", "summarize_run"),
 )
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(inspect.getfile(model)).parent
 
 # The layers, lowest first. A module imports from its own layer and from those below it, and from no other.
 LAYERS = (
-    ("docstrings", "errors", "escaping", "model", "signals"),
+    ("docstrings", "errors", "escaping", "model", "signals", "summaries"),
     ("protocol",),
     ("operations",),
     ("transport",),

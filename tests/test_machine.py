@@ -106,6 +106,8 @@ SCHEDULE = st.one_of(
 DELETE_PENDING_STEPS = operations("delete_pending_steps", runs, st.lists(steps, unique=True))
 EXPIRE_RUN = operations("expire_run", runs, st.sampled_from([None, 10_000]))
 DELETE_RUN = operations("delete_run", runs)
+CANCEL_RUN = operations("cancel_run", runs, st.sampled_from([None, "wrong address", "other"]))
+RESUME_RUN = operations("resume_run", runs)
 ANY = st.one_of(
     BEGIN_STEP,
     COMPLETE_STEP,
@@ -118,6 +120,9 @@ ANY = st.one_of(
     SCHEDULE,
     DELETE_PENDING_STEPS,
     EXPIRE_RUN,
+    CANCEL_RUN,
+    RESUME_RUN,
+    RESUME_RUN,
     DELETE_RUN,
 )
 
@@ -162,6 +167,8 @@ class Machine(RuleBasedStateMachine):
     retry_step = rule_for("retry_step", RETRY_STEP)
     schedule = rule_for("schedule", SCHEDULE)
     delete_pending_steps = rule_for("delete_pending_steps", DELETE_PENDING_STEPS)
+    cancel_run = rule_for("cancel_run", CANCEL_RUN)
+    resume_run = rule_for("resume_run", RESUME_RUN | RESUME_RUN)
     expire_or_delete_run = rule_for("expire_or_delete_run", EXPIRE_RUN | EXPIRE_RUN | DELETE_RUN)
 
     @rule(operations=st.lists(ANY, min_size=2, max_size=6))
@@ -287,6 +294,7 @@ class Machine(RuleBasedStateMachine):
         if run not in self.model.runs:
             return set()
         fields = {"r", "m"} if self.model.runs[run].is_fork else {"r"}
+        fields |= set() if self.model.runs[run].cancel_reason is None else {"c"}
         for step, record in self.model.runs[run].records.items():
             kinds = {"completed": "sio", "failed": "sie"}.get(record.status, "si")
             kinds += "" if record.progress is None else "pw"
@@ -349,7 +357,7 @@ class Machine(RuleBasedStateMachine):
         if isinstance(step_run, StepRun):
             stored = self.store.get_step_run(step_run.run_id, step_run.step)
             assert as_model(stored) == self.model.get_step_run(step_run.run_id, step_run.step)
-            if stored is None or stored.attempt == step_run.attempt:
+            if step_run.position and (stored is None or stored.attempt == step_run.attempt):
                 assert step_run == stored
 
 

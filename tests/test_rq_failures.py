@@ -81,3 +81,14 @@ def test_a_delayed_step_reschedules_the_retry_of_its_job(harness: Harness) -> No
 def test_decorators_reject_invalid_settings(decorator: Callable[..., Any], options: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
         decorator(**options)
+
+
+def test_a_job_of_a_cancelled_run_is_not_executed(harness: Harness) -> None:
+    harness.store.schedule_step("the-job", "other", {})
+    harness.store.cancel_run("the-job", "wrong address")
+    job = harness.enqueue(rq_jobs.charge_or_fail, "none", job_id="the-job", retry=Retry(max=1))
+    harness.start()
+
+    assert_contains(harness.wait_failed(job), "RunCancelledError", "wrong address")
+    assert not harness.effects()
+    assert not harness.is_scheduled(job)

@@ -208,7 +208,7 @@ class TestHeaders:
 
     def test_every_operation_has_its_script(self) -> None:
         # Scripts that several calls share, or that are one part of an operation.
-        inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "summarize_run", "purge_run"}
+        inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "purge_run"}
         listings = {"failed_steps", "lapsed_claims", "live_claims"}  # list_index
         workflows = {"batch", "runs", "retry_run", "purge", "fork_run"}
         shared = {"expire_claim", "wait_for_step", "begin_steps", "complete_steps"}  # of extend_claim, await_step, …

@@ -17,6 +17,7 @@ from squidstep_redis import (
     Claim,
     ClaimCounts,
     Queued,
+    RunCancelledError,
     RunPage,
     RunSummary,
     ScheduleResult,
@@ -77,6 +78,11 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.wait_for_step("run", Step.PAY, timeout=10), StepRun)
     assert_type(store.count_claims(), ClaimCounts)
     assert_type(store.expire_run("run", timedelta(days=1)), bool)
+    assert_type(store.cancel_run("run", "wrong address"), bool)
+    assert_type(store.resume_run("run"), bool)
+    assert_type(store.summarize_run("run"), RunSummary | None)
+    assert_type(step_run.cancel_reason, str | None)
+    assert_type(result.cancelled, bool)
     assert_type(step_run.input, dict[str, Any])
     assert_type(step_run.output, dict[str, Any] | None)
     assert_type(step_run.progress, dict[str, Any] | None)
@@ -101,6 +107,8 @@ def run_step_and_claim_step(store: StepRunStore) -> None:
         assert_type(claim.progress, dict[str, Any] | None)
         claim.checkpoint({"page": 1}, lazy=True)
         assert_type(claim.lost, threading.Event)
+        assert_type(claim.cancelled, threading.Event)
+        assert_type(claim.cancellation, RunCancelledError | None)
         assert_type(claim.lease_left, float)
         assert_type(claim.ended, bool)
         assert_type(claim.queue_completion(object(), {}, schedule={Step.PAY: {}}), Queued[StepRun])
@@ -148,9 +156,11 @@ async def charge_later(input: dict[str, Any]) -> dict[str, int]:
 async def asyncio_run_step_and_claim_step(store: AsyncStepRunStore) -> None:
     assert_type(await store.run_step("run", Step.PAY, charge, {"amount": 1}, on_busy="wait"), dict[str, Any])
     assert_type(await store.run_step("run", "pay", charge_later, {}, cancel_when_lost=True), dict[str, Any])
+    assert_type(await store.run_step("run", "pay", charge_later, {}, cancel_with_run=True), dict[str, Any])
     async with store.claim_step("run", "pay", {}, cancel_when_lost=True) as claim:
         assert_type(claim, AsyncClaim)
         assert_type(claim.lost, asyncio.Event)
+        assert_type(claim.cancelled, asyncio.Event)
         await claim.checkpoint({"page": 1}, lazy=True)
         assert_type(await claim.complete({}, schedule={"mail": {"to": "a"}}), StepRun)
         assert_type(await claim.fail({"reason": "declined"}), StepRun)

@@ -21,6 +21,11 @@ local function begin(state, token, step, input, fingerprint)
   if holds(state, token) then
     return { "execute", nonce, state.line, unpack(redis.call("HMGET", steps, "i" .. step, "p" .. step)) }
   end
+  if run.cancelled then
+    local reply = with_record("cancelled", steps, step)
+    reply[8] = redis.call("HGET", steps, "c") or ""
+    return reply
+  end
   local lease_expired = false
   if state.status == @RUNNING then
     local remaining = state.lease ~= "" and state.created + state.started + state.lease - now

@@ -5,8 +5,12 @@
 local entries, written, ends = {}, {}, lease ~= "" and now + lease
 local member = ARGV[4]
 
--- Returns the state line. `write_claims` writes it.
+-- Returns the state line, which `write_claims` writes. In a cancelled run, returns the reply: of a step that is not stored.
 local function claim(token, step, field, input, fingerprint)
+  if run.cancelled then
+    local reason = redis.call("HGET", steps, "c") or ""
+    return { "cancelled", nonce, @PENDING_LINE("", now, "0"), false, false, false, false, reason }
+  end
   local created = run.created + 1
   run.created = created
   retain(run, lease, now)

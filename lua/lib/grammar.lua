@@ -16,10 +16,11 @@
 -- define ANY_STATUS "([" .. @PENDING .. @RUNNING .. @COMPLETED .. @FAILED .. @EXPIRED .. @FINAL .. "])"
 -- define IS_FAILURE(letter) (letter == @FAILED or letter == @EXPIRED or letter == @FINAL)
 
--- The run line.
+-- The run line. RUN_EXPIRY and RUN_CANCELLED follow where they apply, so that the common cases do not match it.
 -- define RUN(created, completed) @FORMAT .. " " .. created .. " " .. completed
 -- define RUN_EXPIRY(ttl, unleased, leased, retained_until) " " .. ttl .. " " .. unleased .. " " .. leased
 --   .. " " .. retained_until
+-- define RUN_CANCELLED " c"
 -- define TOMBSTONE(token) @FORMAT .. "x " .. token
 -- define READ_RUN "^" .. @RUN("(%d+)", "(%d+)")
 -- define READ_RUN_EXPIRY "^" .. @RUN_EXPIRY("(%d+)", "(%d+)", "(%d+)", "(%d+)") .. "$"

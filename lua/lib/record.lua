@@ -112,6 +112,10 @@ local function load_run(steps, done, ...)
     return nil, nil, unreadable(steps, "r", line)
   end
   local run = { exists = true, created = created, completed = completed }
+  local before = string.match(expiry, "^(.*)" .. @RUN_CANCELLED .. "$")
+  if before then
+    run.cancelled, expiry = true, before
+  end
   if expiry ~= "" then
     run.ttl, run.unleased, run.leased, run.retained_until = string.match(expiry, @READ_RUN_EXPIRY)
     if not run.ttl or math.max(#run.ttl, #run.unleased, #run.leased, #run.retained_until) > MAX_DIGITS then

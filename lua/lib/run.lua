@@ -5,6 +5,9 @@ local function format_run(run)
   if run.ttl then
     line = line .. @RUN_EXPIRY(run.ttl, run.unleased, run.leased, run.retained_until)
   end
+  if run.cancelled then
+    line = line .. @RUN_CANCELLED
+  end
   return line
 end
 

@@ -44,12 +44,13 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         transport: AsyncTransport,
         request: ClaimRequest,
         cancel_when_lost: bool,
+        cancel_with_run: bool,
         per_loop: PerLoop[LoopState],
     ) -> None:
-        super().__init__(store.calls, request, asyncio.Event())
+        super().__init__(store.calls, request, asyncio.Event(), asyncio.Event())
         self.store = store
         self._transport = transport
-        self._cancels = cancel_when_lost
+        self._cancels_when_lost, self._cancels_with_run = cancel_when_lost, cancel_with_run
         self._per_loop = per_loop
         self._heartbeat: AsyncHeartbeat | None = None
         self._task: asyncio.Task[Any] | None = None
@@ -78,7 +79,9 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        missing = None
+        missing = stopped = None
+        if self._has_cancelled and self._is_own_cancellation(error) and self._loss is None:
+            error = stopped = self.cancellation
         try:
             if not _ends_process(error):
                 sender = LeavingSender(self._lasting_sender, self._longest_retry, self._background_seconds())
@@ -88,18 +91,26 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             self._stop()
         if missing is not None:
             raise missing
-        if self._has_cancelled and self._task is not None and self._loss is not None:
+        if self._has_cancelled and self._task is not None:
             others = self._task.uncancel()
-            if isinstance(error, asyncio.CancelledError) and not others:
+            if stopped is not None:
+                raise stopped from None
+            if self._loss is not None and isinstance(error, asyncio.CancelledError) and not others:
                 if not isinstance(self._loss, StaleStepRunError):
                     raise self._loss
                 await run_workflow(self._transport, self._reconcile())
                 return True
         return False
 
+    def _is_own_cancellation(self, error: BaseException | None) -> bool:
+        """Whether the block ends because this claim, and nothing else, has cancelled its task."""
+        return isinstance(error, asyncio.CancelledError) and self._task is not None and self._task.cancelling() == 1
+
     @with_docs_of(Claim.checkpoint)
     async def checkpoint(self, progress: Mapping[str, Any], *, lazy: bool = False) -> None:
         await self._run(self._checkpoint(progress, lazy))
+        if self._cancels_with_run and self.cancellation is not None:
+            raise self.cancellation
 
     @with_docs_of(Claim.complete)
     async def complete(self, output: Mapping[str, Any], *, schedule: StepInputs | None = None) -> StepRun:
@@ -135,8 +146,18 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
 
     def _signal_lost(self) -> None:
         super()._signal_lost()
-        if self._cancels and self._task is not None:
-            self._has_cancelled = self._task.cancel("the claim on the step was lost")
+        if self._cancels_when_lost:
+            self._cancel_task("the claim on the step was lost")
+
+    def _signal_cancelled(self) -> None:
+        super()._signal_cancelled()
+        if self._cancels_with_run and self._task is not asyncio.current_task():  # otherwise, `checkpoint` raises
+            self._cancel_task("the run was cancelled")
+
+    def _cancel_task(self, why: str) -> None:
+        """Cancels the task of the block, once."""
+        if self._task is not None and not self._has_cancelled:
+            self._has_cancelled = self._task.cancel(why)
 
     def _stop(self) -> None:
         if self._heartbeat is not None:

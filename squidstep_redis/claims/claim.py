@@ -31,7 +31,7 @@ class Claim(BaseClaim[threading.Event]):
         transport: BlockingTransport,
         request: ClaimRequest,
     ) -> None:
-        super().__init__(store.calls, request, LockFreeEvent())
+        super().__init__(store.calls, request, LockFreeEvent(), LockFreeEvent())
         self.store = store
         self._transport = transport
 

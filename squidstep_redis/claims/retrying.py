@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
-from squidstep_redis.errors import OutcomeUnknownError, ServerError
+from squidstep_redis.errors import (
+    CorruptRunError,
+    InputMismatchError,
+    NotSentError,
+    OutcomeUnknownError,
+    RefusedError,
+    ServerError,
+    SquidstepError,
+    StepRunNotFoundError,
+)
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
 
@@ -34,3 +43,10 @@ def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
 def jittered(seconds: float) -> float:
     """Adds ±25 % jitter."""
     return seconds * random.uniform(0.75, 1.25)
+
+
+def is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
+    """Whether an error says that this call wrote nothing. A signal handler may have raised one about another call."""
+    if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError | InputMismatchError):
+        return False
+    return error.run_id == call.run_id and getattr(error, "step", None) in (call.step, None)

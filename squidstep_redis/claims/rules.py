@@ -22,17 +22,14 @@ from typing import Any, Final, Generic, Literal, TypeVar
 
 from squidstep_redis.claims.checkpoints import LazyCheckpoint
 from squidstep_redis.claims.current import current_claims, enter, leave
-from squidstep_redis.claims.failures import NEVER, Verdict
+from squidstep_redis.claims.failures import AT_ONCE, NEVER, Verdict
 from squidstep_redis.claims.request import ClaimRequest
-from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered, retry_until
-from squidstep_redis.claims.skips import skip_error
+from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, is_refusal, jittered, retry_until
+from squidstep_redis.claims.skips import cancelled_error, skip_error
 from squidstep_redis.claims.unfinished import give_back
 from squidstep_redis.errors import (
-    CorruptRunError,
-    InputMismatchError,
     InvalidArgumentError,
-    NotSentError,
-    RefusedError,
+    RunCancelledError,
     ServerError,
     SquidstepError,
     StaleStepRunError,
@@ -67,13 +64,16 @@ class BaseClaim(Generic[E]):
         decision: "execute" if this delivery holds the claim, "skip" if the step was completed before; None until the
             `with` block is entered.
         lost: an event that is set when the claim was taken over or the run deleted. Check it in long work, and stop.
+        cancelled: an event that is set when the run was cancelled. The claim is still held: complete the work, or stop
+            and raise `cancellation`.
     """
 
     store: Any
     lost: E
+    cancelled: E
     decision: Literal["execute", "skip"] | None
 
-    def __init__(self, calls: Calls, request: ClaimRequest, lost: E) -> None:
+    def __init__(self, calls: Calls, request: ClaimRequest, lost: E, cancelled: E) -> None:
         """Called only by `claim_step`."""
         self._calls = calls
         self._request = request
@@ -89,7 +89,8 @@ class BaseClaim(Generic[E]):
         self._lazy = LazyCheckpoint()
         self._state: Literal["new", "held", "ending", "ended"] = "new"
         self._entered_by: int | None = None  # the process that is in its block
-        self.lost = lost
+        self.lost, self.cancelled = lost, cancelled
+        self.cancellation: RunCancelledError | None = None
         self.decision = None
 
     # For the code under the claim
@@ -196,7 +197,20 @@ class BaseClaim(Generic[E]):
         if not isinstance(result, Exception):
             self._sent_at = sent_at
             self._lazy.on_extended()
+            self._on_cancelled(result)
         return True
+
+    def _on_cancelled(self, result: object) -> None:
+        """Signals a cancelled run to the code under the claim, once, if the result of a call says so."""
+        if not isinstance(result, StepRun) or result.cancel_reason is None:
+            return
+        if self._state == "held" and not self.cancelled.is_set():
+            self.cancellation = cancelled_error(result)
+            self._signal_cancelled()
+
+    def _signal_cancelled(self) -> None:
+        """Signals that the run was cancelled."""
+        self.cancelled.set()
 
     def _signal_lost(self) -> None:
         """Signals the loss to the code under the claim."""
@@ -211,12 +225,15 @@ class BaseClaim(Generic[E]):
             InputMismatchError: the step has another fingerprint.
             StepBusyError: another worker holds the step, and `on_busy` is "raise".
             StepDelayedError: the step has failed and may not be retried yet, and `on_busy` is "raise".
+            RunCancelledError: the run is cancelled.
             StepFailedError: the step has failed permanently.
             StepExhaustedError: `max_attempts` is reached.
             InvalidArgumentError: this code itself is executing the step, and would wait for itself.
         """
         self._raise_if_entered()
         self.lost.clear()
+        self.cancelled.clear()
+        self.cancellation = None
         self._loss = self._sent = self._unrecorded = self._unstorable = self._interruption = None
         self._lazy = LazyCheckpoint()
         pause = FIRST_PAUSE
@@ -226,7 +243,7 @@ class BaseClaim(Generic[E]):
             try:
                 result: BeginResult = yield Send(call)
             except SquidstepError as error:
-                if _is_refusal(error, call):
+                if is_refusal(error, call):
                     self._sent = None
                 raise
             self._step_run = result.step_run
@@ -273,7 +290,7 @@ class BaseClaim(Generic[E]):
             return
         call, earlier = self._calls.checkpoint_step(self.step_run, progress), self._lazy.latest
         try:
-            yield Send(call)
+            self._on_cancelled((yield Send(call)))
         except (StaleStepRunError, StepRunNotFoundError) as error:
             self._lose(error)
             raise
@@ -403,6 +420,8 @@ class BaseClaim(Generic[E]):
 
     def _verdict(self, error: BaseException) -> Verdict:
         """Returns when the step can be claimed again after an exception left the block."""
+        if error is self.cancellation:
+            return AT_ONCE
         if error is not self._unstorable:
             return self._request.failures.verdict(error, self.step_run.attempts_used)
         error.add_note("The result of the work cannot be stored: the step has failed permanently, until retry_step")
@@ -427,10 +446,3 @@ class BaseClaim(Generic[E]):
     def _exit(self) -> None:
         self._state, self._entered_by = "ended", None
         leave(self)
-
-
-def _is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
-    """Whether an error says that this call wrote nothing. A signal handler may have raised one about another call."""
-    if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError | InputMismatchError):
-        return False
-    return error.run_id == call.run_id and getattr(error, "step", None) in (call.step, None)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from squidstep_redis.errors import (
+    RunCancelledError,
     SquidstepError,
     StepBusyError,
     StepDelayedError,
     StepExhaustedError,
     StepFailedError,
 )
-from squidstep_redis.model import BeginResult
+from squidstep_redis.model import BeginResult, StepRun
 
 
 def skip_error(result: BeginResult) -> SquidstepError | None:
     """Returns what `run_step` raises if `begin_step` has skipped; None if the same request is to be sent again."""
+    if result.cancelled:
+        return cancelled_error(result.step_run)
     if result.exhausted:
         return StepExhaustedError(result.step_run)
     if result.failed:
@@ -23,3 +26,8 @@ def skip_error(result: BeginResult) -> SquidstepError | None:
     if result.busy:
         return StepBusyError(result.step_run, result.retry_in)
     return None
+
+
+def cancelled_error(step_run: StepRun) -> RunCancelledError:
+    """Returns the error for a step run that says that its run is cancelled."""
+    return RunCancelledError(step_run.run_id, step_run.step, step_run.cancel_reason or "")

@@ -35,6 +35,7 @@ _COMMANDS: Final = {
             "timeline": ("timeline",),
             "watch": ("watch",),
             "changes": ("retry", "release", "delete", "purge"),
+            "cancel": ("cancel", "resume"),
             "transfer": ("export", "import", "fork"),
             "doctor": ("doctor",),
         }.items()

@@ -13,7 +13,7 @@ _OF_STEP_RUN: Final = ("input", "output", "last_error", "progress")
 _PAYLOADS: Final = (*_OF_STEP_RUN, "error")
 _FIELDS: Final = {
     StepRun: ("run_id", "step", "status", "final", "attempt", "owner", *_TIMES, *_OF_STEP_RUN),
-    RunSummary: ("run_id", "steps", "counts", "changed_at", "problem"),
+    RunSummary: ("run_id", "steps", "counts", "changed_at", "cancel_reason", "problem"),
     Attempt: ("number", "owner", "outcome", "error", "started_at", "ended_at"),
 }
 

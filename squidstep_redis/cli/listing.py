@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from squidstep_redis import RunSummary, StepRun, StepRunStore, StepStatus
+from squidstep_redis.cli.cancel import format_cancellation
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.formatting import error_type, format_age, format_counts, format_last_error, format_lease
 from squidstep_redis.cli.json_output import as_dict
@@ -56,7 +57,7 @@ def runs_command(
         table.add_row(
             Text(escaped(summary.run_id)),
             str(summary.steps) if is_sound else "",
-            format_counts(summary.counts) if is_sound else Text(escaped(summary.problem or ""), "bold red"),
+            _format_state(summary) if is_sound else Text(escaped(summary.problem or ""), "bold red"),
             format_age(summary.changed_at),
         )
     if runs:
@@ -65,6 +66,12 @@ def runs_command(
         sys.stderr.write(f"more: --cursor {cursor}, or --all\n")
     elif not runs:
         sys.stderr.write("no runs\n")
+
+
+def _format_state(summary: RunSummary) -> Text:
+    """Formats the counts of a run, and whether it is cancelled."""
+    counts, cancellation = format_counts(summary.counts), format_cancellation(summary)
+    return Text.assemble(counts, "  ", (cancellation, "yellow")) if cancellation else counts
 
 
 def _read_pages(

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from squidstep_redis import Attempt, StepRun, StepStatus
+from squidstep_redis.cli.cancel import format_cancellation
 from squidstep_redis.cli.connect import read_attempts, read_steps, store_or_exit
 from squidstep_redis.cli.formatting import (
     STATUS_STYLES,
@@ -48,10 +49,11 @@ def show_command(options: StoreOptions, run: str, step: str | None, full: bool, 
         else:
             found = store.get_step_run(run, step)
             step_runs, attempts = ([found], read_attempts(store, run, [step])[0]) if found else ([], [])
+        cancellation = format_cancellation(None if as_json else store.summarize_run(run))
     if not step_runs:
         fail(f"run {run!r}: no such run" if step is None else f"run {run!r}, step {step!r}: no such step", 1)
     if not as_json:
-        print_text(*render_steps(run, step_runs, attempts, full=full))
+        print_text(*render_steps(run, step_runs, attempts, full=full, cancellation=cancellation))
     elif step is None:
         print_json([as_dict(each) for each in step_runs])
     else:
@@ -59,7 +61,7 @@ def show_command(options: StoreOptions, run: str, step: str | None, full: bool, 
 
 
 def render_steps(
-    run: str, step_runs: list[StepRun], attempts: list[Attempt], *, full: bool = False
+    run: str, step_runs: list[StepRun], attempts: list[Attempt], *, full: bool = False, cancellation: str = ""
 ) -> Iterator[RenderableType]:
     """Renders step runs: a line for each, and its attempts and payloads below it.
 
@@ -68,8 +70,11 @@ def render_steps(
         step_runs: The step runs to show, in order.
         attempts: The attempts of the step, if only one step is shown; empty for a whole run.
         full: Do not cut payloads and errors, and include tracebacks.
+        cancellation: Whether and why the run is cancelled.
     """
     yield render_heading(run, step_runs)
+    if cancellation:
+        yield Padding(Text(cancellation, "yellow", overflow="fold"), (0, 0, 0, 4))
     step_width, owner_width = column_widths(step_runs)
     for each in step_runs:
         yield render_line(each, step_width, owner_width)

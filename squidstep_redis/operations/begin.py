@@ -186,6 +186,11 @@ def parse_begin(
         return BeginResult(claimed, None, None, reply[0] == b"takeover")
     if reply[0] == b"mismatch":
         raise mismatch(run.text, step.text, fingerprint, reply)
-    step_run = context.records.record(run.text, step.text, reply[2:7], run.keys.steps)
-    retry_in = int(reply[7]) / 1_000 if len(reply) > 7 and reply[7] else None
+    values, rest = reply[2:7], reply[7] if len(reply) > 7 else None
+    is_cancelled = reply[0] == b"cancelled"
+    if is_cancelled and values[1] is None:  # there is no record
+        values[1] = input
+    reason = rest if is_cancelled else None
+    step_run = context.records.record(run.text, step.text, values, run.keys.steps, reason)
+    retry_in = int(rest) / 1_000 if rest and not is_cancelled else None
     return BeginResult(step_run, cast("SkipReason", reply[0].decode()), retry_in)

@@ -10,6 +10,7 @@ from squidstep_redis.operations import (
     groups,
     indexes,
     leases,
+    lifecycle,
     reads,
     repair,
     schedule,
@@ -52,8 +53,11 @@ class Calls(Context):
     failed_steps = indexes.failed_steps
     count_claims = indexes.count_claims
 
-    expire_run = whole_runs.expire_run
-    delete_run = whole_runs.delete_run
+    expire_run = lifecycle.expire_run
+    cancel_run = lifecycle.cancel_run
+    resume_run = lifecycle.resume_run
+    delete_run = lifecycle.delete_run
+    summarize_run = whole_runs.summarize_run
     runs = whole_runs.runs
     purge = whole_runs.purge
 

@@ -76,7 +76,7 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
     Raises:
         CorruptRunError: the scripts would not write a record. It names `key`.
     """
-    _, created, _, *expiry = fields[b"r"].split(b" ")
+    _, created, _, *expiry = fields[b"r"].removesuffix(b" c").split(b" ")
     histories: dict[bytes, list[tuple[int, bytes]]] = {}
     for name, entry in fields.items():
         if match := _HISTORY.fullmatch(name):
@@ -116,6 +116,7 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
         "squidstep_run": VERSION,
         "run_id": run_id,
         "ttl": int(expiry[0]) / 1_000 if expiry else None,
+        "cancel_reason": fields[b"c"].decode(errors="replace") if b"c" in fields else None,
         "steps_created": int(created),
         "completed": order,
         "steps": sorted(steps, key=lambda step: cast("int", step["position"])),
@@ -222,7 +223,7 @@ def from_document(document: object, payloads: Payloads) -> Imported:
     run_id = doc.read("run_id", arguments.run_id).text
     ttl_ms = doc.read("ttl", lambda ttl: arguments.milliseconds("ttl", cast("float | None", ttl)))
     created = doc.number("steps_created")
-    fields: list[bytes] = []
+    fields = _cancellation_in(doc)
     completed: set[bytes] = set()
     seen: set[bytes] = set()
     positions: set[int] = set()
@@ -265,6 +266,12 @@ def from_document(document: object, payloads: Payloads) -> Imported:
     if not seen:
         doc.reject("steps", "must have at least one item")
     return Imported(run_id, ttl_ms, created, order, fields)
+
+
+def _cancellation_in(doc: _Part) -> list[bytes]:
+    """Returns the field of a cancelled run, and its value."""
+    cancelled = doc.value("cancel_reason")
+    return [] if cancelled is None else [b"c", doc.read("cancel_reason", arguments.reason) if cancelled else b""]
 
 
 class _Part:

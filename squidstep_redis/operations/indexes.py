@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 from squidstep_redis.errors import CorruptRunError
-from squidstep_redis.model import ClaimCounts, StepRun
+from squidstep_redis.model import StepRun
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
@@ -17,6 +17,7 @@ from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import member_prefix, parse_member
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
+from squidstep_redis.summaries import ClaimCounts
 
 Mode = Literal["failed", "lapsed", "live"]
 _Position = tuple[bytes, bytes]  # an index, and a member of it

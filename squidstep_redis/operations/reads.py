@@ -8,13 +8,14 @@ from operator import attrgetter
 from typing import Any, Final
 
 from squidstep_redis.errors import InvalidArgumentError, described
-from squidstep_redis.model import Attempt, StepPage, StepRun, StepStatus
+from squidstep_redis.model import Attempt, StepRun, StepStatus
 from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Step
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.records import NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
+from squidstep_redis.summaries import StepPage
 
 MAX_LIMIT: Final = 1_000
 

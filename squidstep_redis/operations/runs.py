@@ -1,4 +1,4 @@
-"""The operations on whole runs: expiry, deletion, listing by SCAN, and purging old runs."""
+"""The operations that read many steps or runs: summaries, listing by SCAN, and purging old runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple, cast
 from redis.crc import key_slot
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, described
-from squidstep_redis.model import RunPage, RunSummary, StepRun, StepStatus, moment
+from squidstep_redis.model import StepRun, StepStatus, moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.indexes import drop_stale_entries
+from squidstep_redis.operations.lifecycle import tombstone_ms
 from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
@@ -22,6 +23,7 @@ from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.records import NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
+from squidstep_redis.summaries import RunPage, RunSummary
 
 _KEYS_PER_SCAN: Final = 1_000  # 0.5 ms of the server's time
 _FIELDS_PER_SCAN: Final = 500  # of one run: 1 to 2 ms
@@ -29,59 +31,6 @@ _SCANS_PER_PAGE: Final = 100
 _RUNS_PER_PAGE: Final = 5_000  # examined, not returned
 _MAX_FAILED: Final = 1_000  # failed steps of a run to purge: one script compares them with their records
 _CURSOR: Final = re.compile(r"(\d+)-(\d+)-(\w*)")
-
-
-def expire_run(context: Context, run_id: RunId, ttl: Seconds | None) -> Call[bool]:
-    """Sets how long after its last write a run expires. All its keys expire together.
-
-    One round trip. Each further write renews the expiry. A run with a live claim does not expire, and a claim without a
-    lease is live until it ends.
-
-    Args:
-        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-        ttl: seconds, up to ten years, or a timedelta; None: the run does not expire.
-
-    Returns:
-        Whether there is such a run.
-
-    Raises:
-        InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: the stored data is corrupt.
-        ServerError: the server or the connection failed.
-    """
-    run = context.keys.run(run_id)
-
-    def parse(reply: Reply) -> bool:
-        return reply[0] == b"set"
-
-    args = (new_nonce(), arguments.milliseconds("ttl", ttl))
-    return Call(run.text, script("expire_run"), run.keys[:2], args, parse, lambda: False)
-
-
-def delete_run(context: Context, run_id: RunId, *, tombstone: Seconds = 3_600) -> Call[bool]:
-    """Deletes a run. A tombstone rejects late writes for a while, so that they do not recreate the run.
-
-    One round trip. It also deletes a run that is corrupt or partly evicted.
-
-    Args:
-        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-        tombstone: seconds, or a timedelta, for which writes are rejected with RunDeletedError.
-
-    Returns:
-        Whether there was such a run.
-
-    Raises:
-        InvalidArgumentError: an argument was rejected before anything was sent.
-        CorruptRunError: one of the keys has a value of another type.
-        ServerError: the server or the connection failed.
-    """
-    run = context.keys.run(run_id)
-
-    def parse(reply: Reply) -> bool:
-        return reply[0] == b"deleted"
-
-    args = (new_token(), run.member, _tombstone_ms(tombstone))
-    return Call(run.text, script("delete_run"), run.keys, args, parse)
 
 
 def runs(
@@ -135,6 +84,29 @@ def runs(
     return RunPage(found, None if position is None else position.cursor, progress)
 
 
+def summarize_run(context: Context, run_id: RunId) -> Workflow[RunSummary | None]:
+    """Counts the steps of a run by status, and says whether the run is cancelled. It reads no payloads.
+
+    One round trip, one more for each 500 fields of a run that has more.
+
+    Args:
+        run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+
+    Returns:
+        The summary; None if there is no such run. `problem` says why its records are corrupt, if they are.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        ServerError: the server or the connection failed.
+    """
+    return _summary(context, context.keys.run(run_id).text)
+
+
+def _summary(context: Context, run_id: str) -> Workflow[RunSummary | None]:
+    scans = yield from scan_runs(context, "summarize_run", [run_id.encode()])
+    return scans[0].summary() if scans else None
+
+
 def purge(
     context: Context,
     older_than: Seconds,
@@ -164,7 +136,7 @@ def purge(
         ServerError: the server or the connection failed. Runs deleted before it stay deleted.
     """
     age = timedelta(seconds=arguments.seconds("older_than", older_than, arguments.MAX_TTL))
-    tombstone_ms = _tombstone_ms(tombstone)
+    lifetime = tombstone_ms(tombstone)
     prefix = _prefix(run_id_prefix)
     shards = yield from _shards(context)
     purged: list[RunSummary] = []
@@ -178,7 +150,7 @@ def purge(
             if summary.is_over and is_old and len(scan.lines) <= _MAX_FAILED:
                 old.append((scan, summary))
         if old and not dry_run:
-            results = yield SendBatch([_purge_run(context, scan, tombstone_ms) for scan, _ in old])
+            results = yield SendBatch([_purge_run(context, scan, lifetime) for scan, _ in old])
             raise_unless_corrupt(results)
             old = [each for each, result in zip(old, results, strict=True) if result is True]
         purged += [summary for _, summary in old]
@@ -204,6 +176,7 @@ class RunScan:
         unfinished: the step runs that are not completed, by step, without payloads.
         lines: their state lines.
         problem: why the records are corrupt.
+        cancel_reason: why the run was cancelled; None if it is not.
     """
 
     run_id: str
@@ -213,6 +186,7 @@ class RunScan:
     unfinished: dict[bytes, StepRun] = field(default_factory=dict[bytes, StepRun])
     lines: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
     problem: str | None = None
+    cancel_reason: str | None = None
 
     def summary(self) -> RunSummary:
         """Returns the counts and the newest change."""
@@ -222,7 +196,7 @@ class RunScan:
         for step_run in self.unfinished.values():
             counts[step_run.status] += 1
             changes.append(_changed_at(step_run))
-        return RunSummary(self.run_id, counts, max(changes, default=None), self.problem)
+        return RunSummary(self.run_id, counts, max(changes, default=None), self.problem, self.cancel_reason)
 
 
 def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
@@ -256,7 +230,8 @@ def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> b
     """Adds one part of a run's records to its scan; returns the cursor of the next part."""
     if isinstance(result, CorruptRunError):
         raise result
-    cursor, scan.created, scan.completed, last, lines = result
+    cursor, scan.created, scan.completed, last, lines, *cancelled = result
+    scan.cancel_reason = cancelled[0].decode(errors="backslashreplace") if cancelled else None
     key = context.keys.of_run(scan.run_id.encode()).steps
     if last:
         scan.newest = context.records.step_run(scan.run_id, "", last, NO_PAYLOADS, key)
@@ -409,10 +384,6 @@ def _status(status: object) -> StepStatus | None:
 
 def _prefix(run_id_prefix: object) -> bytes:
     return b"" if run_id_prefix == "" else arguments.identifier("run_id_prefix", run_id_prefix).data
-
-
-def _tombstone_ms(tombstone: Seconds) -> bytes:
-    return b"%d" % round(arguments.seconds("tombstone", tombstone, arguments.MAX_TTL) * 1_000)
 
 
 def _parse_cursor(cursor: object) -> _Position | None:

@@ -47,7 +47,8 @@ def schedule_step(
             fingerprint, the call is refused.
 
     Returns:
-        `(step_run, "schedule")`, or `(step_run, "skip")` with the existing record.
+        `(step_run, "schedule")`, or `(step_run, "skip")` with the existing record. In a cancelled run a step without a
+        record is skipped, too: its step run has a `cancel_reason`, and is not stored.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
@@ -65,6 +66,12 @@ def schedule_step(
     def parse(reply: Reply) -> ScheduleResult:
         if reply[0] == b"mismatch":
             raise mismatch(run.text, name.text, printed, reply)
+        if reply[0] == b"cancelled":
+            payloads = (data, None, None, None)
+            step_run = context.records.step_run(
+                run.text, name.text, reply[2], payloads, run.keys.steps, cancel_reason=reply[3]
+            )
+            return ScheduleResult(step_run, "skip")
         values = reply[2:] if len(reply) > 3 else [reply[2], data, None, None, None]
         decision = "schedule" if reply[0] == b"schedule" else "skip"
         return ScheduleResult(context.records.record(run.text, name.text, values, run.keys.steps), decision)
@@ -90,7 +97,7 @@ def schedule_steps(
             has another fingerprint, the call is refused.
 
     Returns:
-        The newly scheduled steps, in the given order.
+        The newly scheduled steps, in the given order; none if the run is cancelled.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for an input.

@@ -241,7 +241,8 @@ def _parse_end(
     if not isinstance(step_run, StepRun):
         values = [*reply[2:4], output, last_error, None]
         step_run = context.records.record(run.text, step.text, values, run.keys.steps)
-    return step_run.after_transition(reply[2], context.payloads.decode, output, last_error, progress)
+    reason = reply[5] if reply[0] == b"cancelled" else None
+    return step_run.after_transition(reply[2], context.payloads.decode, output, last_error, progress, reason)
 
 
 def _parse_id(context: Context, id: object) -> tuple[str, str]:

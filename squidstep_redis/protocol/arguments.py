@@ -123,6 +123,11 @@ def fingerprint(value: object) -> bytes:
     return _without_controls("fingerprint", value, MAX_FINGERPRINT_BYTES)
 
 
+def reason(value: object) -> bytes:
+    """Returns a reason: None, or a text without control characters, because terminals show it."""
+    return b"" if value is None else _without_controls("reason", value, MAX_IDENTIFIER_BYTES)
+
+
 def _without_controls(argument: str, value: object, max_bytes: int) -> bytes:
     name = identifier(argument, value, max_bytes)
     if has_controls(name.text):

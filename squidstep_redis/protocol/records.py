@@ -65,7 +65,9 @@ class Records:
     prefix: str
     payloads: Payloads
 
-    def record(self, run: str, step: str, values: list[bytes | None], key: bytes) -> StepRun:
+    def record(
+        self, run: str, step: str, values: list[bytes | None], key: bytes, cancel_reason: bytes | None = None
+    ) -> StepRun:
         """Returns the step run of a whole record: state line, input, output, error, progress.
 
         Raises:
@@ -75,10 +77,17 @@ class Records:
         if line is None or input is None or (output is None) == (line[1:2] == b"c"):
             raise self._unreadable(run, step, line or b"", key)
         progress = progress_payload(run, step, progress, key)
-        return self.step_run(run, step, line, (input, output, last_error, progress), key)
+        return self.step_run(run, step, line, (input, output, last_error, progress), key, b"", cancel_reason)
 
     def step_run(
-        self, run: str, step: str, line: bytes, payloads: StoredPayloads, key: bytes, token: bytes = b""
+        self,
+        run: str,
+        step: str,
+        line: bytes,
+        payloads: StoredPayloads,
+        key: bytes,
+        token: bytes = b"",
+        cancel_reason: bytes | None = None,
     ) -> StepRun:
         """Returns the step run of a state line, with the payloads that are known and the claim's token if any.
 
@@ -89,7 +98,7 @@ class Records:
         if payloads[2] == LEASE_EXPIRED and line[1:2] == b"x":
             stored = (payloads[0], payloads[1], lease_expired_error(), payloads[3])
         try:
-            return StepRun(self.prefix, run, step, line, stored, self.payloads.decode, token)
+            return StepRun(self.prefix, run, step, line, stored, self.payloads.decode, token, cancel_reason)
         except ValueError:
             raise self._unreadable(run, step, line, key) from None
 

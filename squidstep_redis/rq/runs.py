@@ -61,6 +61,7 @@ class Run:
                 The function was not called.
             StepBusyError: another worker has claimed the step, or has taken it over.
             StepDelayedError: the step has failed and may not be retried yet.
+            RunCancelledError: the run is cancelled.
             StepFailedError: the step has failed permanently.
             StepExhaustedError: `max_attempts` is reached.
             StaleStepRunError: the claim was lost, and no other worker has completed or claimed the step.

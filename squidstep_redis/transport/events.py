@@ -11,14 +11,14 @@ from typing import Any, Final, Literal, NamedTuple, cast
 
 from squidstep_redis.errors import StaleStepRunError, StepRunNotFoundError
 from squidstep_redis.escaping import escaped
-from squidstep_redis.model import BeginResult, StepRun
+from squidstep_redis.model import BeginResult, ScheduleResult, StepRun
 from squidstep_redis.protocol.call import Call
 
 _log: Final = logging.getLogger("squidstep_redis")
 
 Kind = Literal[
     "execute", "skip", "complete", "fail", "release", "extend", "checkpoint", "schedule", "expire", "retry", "delete",
-    "import", "fork", "refuse", "error",
+    "cancel", "resume", "import", "fork", "refuse", "error",
 ]  # fmt: skip
 
 _KINDS: Final[dict[str, Kind]] = {
@@ -34,12 +34,14 @@ _KINDS: Final[dict[str, Kind]] = {
     "retry_step": "retry",
     "delete_pending_steps": "delete",
     "delete_run": "delete",
+    "cancel_run": "cancel",
+    "resume_run": "resume",
     "purge_run": "delete",
     "import_run": "import",
     "fork_run": "fork",
 }
 # Logged at INFO: what an operator wants to see. What happens at every step is logged at DEBUG.
-INFO_KINDS: Final = ("fail", "refuse", "error")
+INFO_KINDS: Final = ("fail", "cancel", "resume", "refuse", "error")
 
 
 class Event(NamedTuple):
@@ -47,9 +49,9 @@ class Event(NamedTuple):
 
     Attributes:
         kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "checkpoint", "schedule",
-            "retry", "import" and "fork" of the operation of that name; "expire" of a claim, or of a run that will
-            expire; "delete" of pending steps, or of a run; "refuse" if the claim was no longer held; "error" for any
-            other error.
+            "retry", "cancel", "resume", "import" and "fork" of the operation of that name; "expire" of a claim, or of a
+            run that will expire; "delete" of pending steps, or of a run; "refuse" if the claim was no longer held;
+            "error" for any other error.
         operation: the method, or the script, that was sent.
         run_id: the run; of a fork, the new one.
         step: the step; None if a call is about several steps.
@@ -145,5 +147,7 @@ def events_of(call: Call[Any], result: object, seconds: float, batched: bool, pr
         begun = [result] if isinstance(result, BeginResult) else cast("dict[str, BeginResult]", result).values()
         for each in begun:
             yield event(each.decision, each.step_run, each.reason, each.takeover)
+    elif isinstance(result, ScheduleResult) and result.step_run.cancel_reason is not None:
+        yield event("skip", result.step_run, "cancelled")
     elif (kind := _KINDS.get(operation) or _KINDS.get(call.script.name)) and result not in (False, []):
         yield event(kind, result if isinstance(result, StepRun) else None)

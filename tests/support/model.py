@@ -105,8 +105,7 @@ class Record:
     scheduled_by: CallId | None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
     progress: Payload | None = None
-    checkpoint: tuple[int, CallId] = (0, 0)
-    """The attempt and the call that stored the progress."""
+    checkpoint: tuple[int, CallId] = (0, 0)  # the attempt and the call that stored the progress
     attempts_at_retry: int = 0
     """The number of attempts at the latest retry; these do not count towards max_attempts."""
     fingerprint: str | None = None
@@ -143,6 +142,7 @@ class Run:
     completed: list[str] = field(default_factory=list[str])
     ttl: float | None = None
     is_fork: bool = False
+    cancel_reason: str | None = None
 
     @property
     def expires(self) -> bool:
@@ -164,6 +164,8 @@ class Model:
         self, run_id: str, step: str, input: Payload, *, call: CallId, fingerprint: str | None = None
     ) -> tuple[Snapshot, str]:
         created = self.schedule_steps(run_id, {step: input}, call=call, fingerprint=fingerprint)
+        if step not in self._records(run_id):
+            return self._not_stored(run_id, step, input), "skip"
         return self._snapshot(run_id, step), "schedule" if created else "skip"
 
     def schedule_steps(
@@ -176,10 +178,13 @@ class Model:
                 _check_input(record, fingerprint)
         for step, input in steps.items():
             is_new = step not in self._records(run_id)
+            if is_new and self._is_cancelled(run_id):
+                continue
             record = self._get_or_create(run_id, step, input, call)
             if is_new:
                 record.fingerprint = fingerprint
-        return [step for step in steps if self._records(run_id)[step].scheduled_by == call]
+        records = self._records(run_id)
+        return [step for step in steps if step in records and records[step].scheduled_by == call]
 
     def begin_step(
         self,
@@ -195,17 +200,20 @@ class Model:
     ) -> tuple[Snapshot, str | None, float | None]:
         """Returns the step run, the reason to skip it (None: execute), and the seconds after which to retry."""
         self._check_not_deleted(run_id)
+        if self._is_cancelled(run_id) and step not in self._records(run_id):
+            return self._not_stored(run_id, step, input), "cancelled", None
         record = self._get_or_create(run_id, step, input, None)
         if not any(attempt.call == call for attempt in record.kept_attempts):
             _check_input(record, fingerprint)
         status = record.status
         if status == "completed":
             return self._snapshot(run_id, step), "completed", None
-        if status == "running":
-            if record.latest.call == call:  # a re-send of the same call
-                return self._snapshot(run_id, step), None, None
-            if record.latest.lease != EXPIRED:
-                return self._snapshot(run_id, step), "busy", record.latest.lease
+        if status == "running" and record.latest.call == call:  # a re-send of the same call
+            return self._snapshot(run_id, step), None, None
+        if self._is_cancelled(run_id):
+            return self._snapshot(run_id, step), "cancelled", None
+        if status == "running" and record.latest.lease != EXPIRED:
+            return self._snapshot(run_id, step), "busy", record.latest.lease
         if status == "failed" and record.latest.final:
             return self._snapshot(run_id, step), "failed", None
         if any(attempt.call == call for attempt in record.kept_attempts):
@@ -233,7 +241,7 @@ class Model:
         completed = self._end(claim, "completed", output=output)
         if first:
             self.runs[claim.run].completed.append(claim.step)
-            for step, input in (schedule or {}).items():
+            for step, input in (schedule or {}).items() if not self._is_cancelled(claim.run) else ():
                 self._get_or_create(claim.run, step, input, None)
         return completed
 
@@ -322,6 +330,16 @@ class Model:
     def expire_run(self, run_id: str, ttl: float | None, *, call: CallId) -> bool:
         if run_id in self.runs:
             self.runs[run_id].ttl = ttl
+        return run_id in self.runs
+
+    def cancel_run(self, run_id: str, reason: str | None = None, *, call: CallId) -> bool:
+        if run_id in self.runs and self.runs[run_id].cancel_reason is None:
+            self.runs[run_id].cancel_reason = reason or ""
+        return run_id in self.runs
+
+    def resume_run(self, run_id: str, *, call: CallId) -> bool:
+        if run_id in self.runs:
+            self.runs[run_id].cancel_reason = None
         return run_id in self.runs
 
     def delete_run(self, run_id: str, *, call: CallId) -> bool:
@@ -415,6 +433,12 @@ class Model:
     def _check_not_deleted(self, run_id: str) -> None:
         if run_id in self.tombstones:
             raise RefusedError("deleted")
+
+    def _is_cancelled(self, run_id: str) -> bool:
+        return run_id in self.runs and self.runs[run_id].cancel_reason is not None
+
+    def _not_stored(self, run_id: str, step: str, input: Payload) -> Snapshot:
+        return Snapshot(run_id, step, "pending", 0, None, input, None, None, None, 0)
 
     def _get_or_create(self, run_id: str, step: str, input: Payload, call: CallId | None) -> Record:
         """Returns the record of a step, and creates a pending one if there is none."""

@@ -13,6 +13,7 @@ from squidstep_redis import (
     Call,
     Calls,
     RunPage,
+    RunSummary,
     ScheduleResult,
     StepPage,
     StepRun,
@@ -54,6 +55,9 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "completed_steps": lambda store, claim: (claim.run_id,),
     "completed_outputs": lambda store, claim: (claim.run_id,),
     "step_statuses": lambda store, claim: (claim.run_id,),
+    "cancel_run": lambda store, claim: (claim.run_id, "wrong address"),
+    "resume_run": lambda store, claim: (claim.run_id,),
+    "summarize_run": lambda store, claim: (claim.run_id,),
     "expire_run": lambda store, claim: (claim.run_id, 60),
     "delete_run": lambda store, claim: (claim.run_id,),
     "retry_step": lambda store, claim: (claim.run_id, "failed"),
@@ -141,6 +145,8 @@ def seen(result: Any) -> Any:
         return tuple(map(seen, result))
     if isinstance(result, StepPage):
         return [seen(each) for each in result.step_runs]
+    if isinstance(result, RunSummary):
+        return result._replace(changed_at=None)
     if isinstance(result, RunPage):  # two stores change their runs at different times, so their orders differ
         return sorted(each._replace(changed_at=None) for each in result.runs)
     if isinstance(result, dict) and "squidstep_run" in result:

@@ -88,9 +88,20 @@ class TestRoundTrips:
         assert (proxy.round_trips, proxy.names()) == (2, ["EVALSHA", "EVALSHA"])
 
     def test_every_operation_has_a_test_of_its_round_trips(self) -> None:
-        others = {"batch", "complete_steps", "count_claims", "fork_run"}
+        others = {"batch", "complete_steps", "count_claims", "fork_run", "summarize_run"}
         counted = {*CALLS, *others, *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
+
+    def test_summarizing_a_small_run_costs_one_round_trip(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
+    ) -> None:
+        claim = prepare(bench, proxied)
+        proxy.clear()
+
+        with proxy.batches(1):
+            summary = perform(proxied, "summarize_run", claim)
+
+        assert (proxy.round_trips, summary.steps) == (1, 5)
 
     def test_filtering_by_owner_costs_one_round_trip_per_page(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None

@@ -1,0 +1,54 @@
+"""`squidstep cancel` and `resume`: stop a run from beginning steps, and let it go on."""
+
+from __future__ import annotations
+
+import click
+
+from squidstep_redis import RunSummary
+from squidstep_redis.cli.connect import store_or_exit
+from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
+from squidstep_redis.cli.output import fail, print_line
+from squidstep_redis.escaping import escaped
+
+
+@click.command("cancel", epilog="Example: squidstep cancel order-1 --reason 'wrong address'")
+@store_options
+@click.argument("run")
+@click.option("--reason", help="Why, for other operators and for the workers. The first reason stays.")
+@dry_run_option
+def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run: bool) -> None:
+    """Cancels a run: no step of it begins or is scheduled until it is resumed.
+
+    Steps that are running may end. Their workers are told with the next extension of their lease. The exit code is 1 if
+    the run does not exist.
+    """
+    with store_or_exit(options) as store:
+        found = store.summarize_run(run) is not None if dry_run else store.cancel_run(run, reason)
+    _report(run, found, "would cancel" if dry_run else "cancelled")
+
+
+@click.command("resume", epilog="Example: squidstep resume order-1")
+@store_options
+@click.argument("run")
+@dry_run_option
+def resume_command(options: StoreOptions, run: str, dry_run: bool) -> None:
+    """Resumes a cancelled run: its steps can begin again.
+
+    It executes nothing: redeliver the steps yourself. The exit code is 1 if the run does not exist.
+    """
+    with store_or_exit(options) as store:
+        found = store.summarize_run(run) is not None if dry_run else store.resume_run(run)
+    _report(run, found, "would resume" if dry_run else "resumed")
+
+
+def format_cancellation(summary: RunSummary | None) -> str:
+    """Returns whether and why a run is cancelled; empty if it is not."""
+    if summary is None or summary.cancel_reason is None:
+        return ""
+    return f"cancelled: {escaped(summary.cancel_reason)}" if summary.cancel_reason else "cancelled"
+
+
+def _report(run: str, found: bool, what: str) -> None:
+    if not found:
+        fail(f"run {run!r}: no such run", 1)
+    print_line(f"{what} {run}")

@@ -1,0 +1,72 @@
+"""What listings return: counts, summaries of runs, and pages."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+from squidstep_redis.model import StepRun, StepStatus
+
+
+class ClaimCounts(NamedTuple):
+    """How many claims with a lease there are, according to the indexes."""
+
+    live: int
+    """Claims whose lease has not expired."""
+    lapsed: int
+    """Claims whose lease has expired and that no worker has taken over."""
+
+
+class RunSummary(NamedTuple):
+    """One run in a listing. If a large run changes while it is read, the counts may be slightly off.
+
+    Attributes:
+        run_id: the run.
+        counts: number of steps by status.
+        changed_at: when a step of it was last created, claimed or ended; None if that cannot be read.
+        problem: why its records are corrupt; None if they are not. `delete_run` removes such a run.
+        cancel_reason: why the run was cancelled, empty without a reason; None if it is not cancelled.
+    """
+
+    run_id: str
+    counts: dict[StepStatus, int]
+    changed_at: datetime | None
+    problem: str | None = None
+    cancel_reason: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return sum(self.counts.values())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every step is completed or failed."""
+        unfinished = self.counts[StepStatus.PENDING] + self.counts[StepStatus.RUNNING]
+        return self.problem is None and not unfinished
+
+
+class RunPage(NamedTuple):
+    """A page of runs.
+
+    Attributes:
+        runs: newest change first; runs that changed in the same millisecond are ordered by run id.
+        cursor: of the next page; None if this is the last.
+        progress: the part of the server's keys that has been scanned, from 0 to 1; approximate.
+    """
+
+    runs: list[RunSummary]
+    cursor: str | None
+    progress: float
+
+
+class StepPage(NamedTuple):
+    """A page of the step runs of one run.
+
+    Attributes:
+        step_runs: in no particular order.
+        cursor: of the next page; None if this is the last.
+    """
+
+    step_runs: list[StepRun]
+    cursor: str | None
