@@ -31,9 +31,6 @@ from squidstep_redis.doctor.examine import (
     Finding as Finding,
 )
 from squidstep_redis.errors import (
-    BatchError as BatchError,
-)
-from squidstep_redis.errors import (
     CorruptRunError as CorruptRunError,
 )
 from squidstep_redis.errors import (
@@ -46,25 +43,10 @@ from squidstep_redis.errors import (
     NewerFormatError as NewerFormatError,
 )
 from squidstep_redis.errors import (
-    NotReplicatedError as NotReplicatedError,
-)
-from squidstep_redis.errors import (
-    NotSentError as NotSentError,
-)
-from squidstep_redis.errors import (
-    OutcomeUnknownError as OutcomeUnknownError,
-)
-from squidstep_redis.errors import (
     PayloadError as PayloadError,
 )
 from squidstep_redis.errors import (
     PayloadTooLargeError as PayloadTooLargeError,
-)
-from squidstep_redis.errors import (
-    RefusedError as RefusedError,
-)
-from squidstep_redis.errors import (
-    ReplyMismatchError as ReplyMismatchError,
 )
 from squidstep_redis.errors import (
     RunCancelledError as RunCancelledError,
@@ -74,9 +56,6 @@ from squidstep_redis.errors import (
 )
 from squidstep_redis.errors import (
     RunExistsError as RunExistsError,
-)
-from squidstep_redis.errors import (
-    ServerError as ServerError,
 )
 from squidstep_redis.errors import (
     SquidstepError as SquidstepError,
@@ -146,6 +125,27 @@ from squidstep_redis.protocol.codec import (
 )
 from squidstep_redis.protocol.pipeline import (
     Queued as Queued,
+)
+from squidstep_redis.server_errors import (
+    BatchError as BatchError,
+)
+from squidstep_redis.server_errors import (
+    NotReplicatedError as NotReplicatedError,
+)
+from squidstep_redis.server_errors import (
+    NotSentError as NotSentError,
+)
+from squidstep_redis.server_errors import (
+    OutcomeUnknownError as OutcomeUnknownError,
+)
+from squidstep_redis.server_errors import (
+    RefusedError as RefusedError,
+)
+from squidstep_redis.server_errors import (
+    ReplyMismatchError as ReplyMismatchError,
+)
+from squidstep_redis.server_errors import (
+    ServerError as ServerError,
 )
 from squidstep_redis.settings import (
     StoreSettings as StoreSettings,

@@ -19,11 +19,7 @@ from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.doctor.examine import Diagnosis, examine
-from squidstep_redis.errors import (
-    InvalidArgumentError,
-    StaleStepRunError,
-    described,
-)
+from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
 from squidstep_redis.facade import BaseStore, as_method
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step

@@ -22,7 +22,7 @@ Each error says what failed, for which run and step, what was written, and what 
     │   └── NewerFormatError          a later version of this library wrote it
     ├── UndecodablePayloadError   the store's codec cannot read a stored payload
     ├── BatchError                batch with raise_errors: a call failed; it holds all results and errors
-    └── ServerError               the server or the connection failed; __cause__ is redis-py's error
+    └── ServerError               the server or the connection failed: see server_errors.py
         ├── NotSentError              could not connect; nothing was sent
         ├── RefusedError              the server refused; nothing was written
         └── OutcomeUnknownError       sent, but no reply: re-send it, or read the record
@@ -41,9 +41,8 @@ from squidstep_redis.escaping import escaped
 
 if TYPE_CHECKING:
     from squidstep_redis.model import StepRun
-    from squidstep_redis.protocol.call import Call
 
-_error = dataclass(eq=False, repr=False)
+error_class = dataclass(eq=False, repr=False)
 """Makes an exception's fields the arguments of its constructor; equality and repr remain those of exceptions."""
 
 
@@ -60,7 +59,7 @@ class SquidstepError(Exception):
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
-@_error
+@error_class
 class InvalidArgumentError(SquidstepError, ValueError):
     """An argument was rejected before anything was sent.
 
@@ -91,7 +90,7 @@ class UnsupportedClientError(InvalidArgumentError):
     """A redis-py client or pipeline with which a store cannot give its guarantees."""
 
 
-@_error
+@error_class
 class StepRunNotFoundError(SquidstepError, LookupError):
     """There is no record of the step; nothing was written.
 
@@ -106,14 +105,14 @@ class StepRunNotFoundError(SquidstepError, LookupError):
     problem: str
 
     def __str__(self) -> str:
-        return f"{_where(self.run_id, self.step)}: {self.problem}"
+        return f"{place_of(self.run_id, self.step)}: {self.problem}"
 
 
 class RunDeletedError(StepRunNotFoundError):
     """The run was deleted and its tombstone still exists, so that a late write cannot recreate it."""
 
 
-@_error
+@error_class
 class StaleStepRunError(SquidstepError):
     """The claim is not held, or no longer held; nothing was written.
 
@@ -128,10 +127,10 @@ class StaleStepRunError(SquidstepError):
     problem: str
 
     def __str__(self) -> str:
-        return f"{_where(self.current.run_id, self.current.step)}: {self.problem}"
+        return f"{place_of(self.current.run_id, self.current.step)}: {self.problem}"
 
 
-@_error
+@error_class
 class InputMismatchError(SquidstepError):
     """The step was scheduled or begun with another input, by their fingerprints; nothing was written.
 
@@ -149,13 +148,13 @@ class InputMismatchError(SquidstepError):
 
     def __str__(self) -> str:
         return (
-            f"{_where(self.run_id, self.step)}: the input has the fingerprint {self.given!r}, but the step has "
+            f"{place_of(self.run_id, self.step)}: the input has the fingerprint {self.given!r}, but the step has "
             f"{self.stored!r}, from another input. Nothing was written; use another run id or step name for another "
             "input, or fingerprint=False to ignore the difference"
         )
 
 
-@_error
+@error_class
 class StepBusyError(SquidstepError):
     """Another worker holds the step, so this delivery did not execute it. Redeliver it later.
 
@@ -171,12 +170,12 @@ class StepBusyError(SquidstepError):
         until = "" if self.retry_in is None else f"; its lease expires in {self.retry_in:.3f} s"
         holder = escaped(self.current.owner or "another worker")
         return (
-            f"{_where(self.current.run_id, self.current.step)}: held by {holder} "
+            f"{place_of(self.current.run_id, self.current.step)}: held by {holder} "
             f"(attempt {self.current.attempt}{until}). Nothing was executed here; retry later"
         )
 
 
-@_error
+@error_class
 class WaitTimeoutError(SquidstepError, TimeoutError):
     """The step did not end within the timeout. Wait longer, or find out who holds it.
 
@@ -194,10 +193,10 @@ class WaitTimeoutError(SquidstepError, TimeoutError):
 
     def __str__(self) -> str:
         found = "there is no such step run yet" if self.current is None else f"it is {self.current.status}"
-        return f"{_where(self.run_id, self.step)}: did not end within {self.timeout:g} s; {found}"
+        return f"{place_of(self.run_id, self.step)}: did not end within {self.timeout:g} s; {found}"
 
 
-@_error
+@error_class
 class StepExhaustedError(SquidstepError):
     """The step has used all attempts that `max_attempts` allows: it stays failed.
 
@@ -209,12 +208,12 @@ class StepExhaustedError(SquidstepError):
 
     def __str__(self) -> str:
         return (
-            f"{_where(self.current.run_id, self.current.step)}: max_attempts reached after attempt "
+            f"{place_of(self.current.run_id, self.current.step)}: max_attempts reached after attempt "
             f"{self.current.attempt}{_last_error(self.current)}; call retry_step, or allow more attempts"
         )
 
 
-@_error
+@error_class
 class StepFailedError(SquidstepError):
     """The step has failed permanently, so this delivery did not execute it.
 
@@ -226,12 +225,12 @@ class StepFailedError(SquidstepError):
 
     def __str__(self) -> str:
         return (
-            f"{_where(self.current.run_id, self.current.step)}: failed permanently in attempt {self.current.attempt}"
+            f"{place_of(self.current.run_id, self.current.step)}: failed permanently in attempt {self.current.attempt}"
             f"{_last_error(self.current)}. Nothing was executed here; call retry_step to allow another attempt"
         )
 
 
-@_error
+@error_class
 class StepDelayedError(SquidstepError):
     """The step has failed and may not be retried yet, so this delivery did not execute it. Redeliver it later.
 
@@ -245,13 +244,13 @@ class StepDelayedError(SquidstepError):
 
     def __str__(self) -> str:
         return (
-            f"{_where(self.current.run_id, self.current.step)}: failed in attempt {self.current.attempt}"
+            f"{place_of(self.current.run_id, self.current.step)}: failed in attempt {self.current.attempt}"
             f"{_last_error(self.current)}, and may be retried in {self.retry_in:.3f} s. Nothing was executed here; "
             "retry then, or call retry_step"
         )
 
 
-@_error
+@error_class
 class RunCancelledError(SquidstepError):
     """The run was cancelled, so no step of it begins.
 
@@ -268,12 +267,12 @@ class RunCancelledError(SquidstepError):
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
         return (
-            f"{_where(self.run_id, self.step)}: the run was cancelled{why}. The step was not executed to its end here; "
-            "call resume_run to let the steps of the run begin again"
+            f"{place_of(self.run_id, self.step)}: the run was cancelled{why}. The step was not executed to its "
+            "end here; call resume_run to let the steps of the run begin again"
         )
 
 
-@_error
+@error_class
 class RunExistsError(SquidstepError):
     """An import or a fork would overwrite a run; nothing was written.
 
@@ -284,10 +283,10 @@ class RunExistsError(SquidstepError):
     run_id: str
 
     def __str__(self) -> str:
-        return f"{_where(self.run_id, None)}: already exists; nothing was written. Delete it first to replace it"
+        return f"{place_of(self.run_id, None)}: already exists; nothing was written. Delete it first to replace it"
 
 
-@_error
+@error_class
 class CorruptRunError(SquidstepError):
     """The data stored under a key is corrupt; nothing was written.
 
@@ -309,7 +308,7 @@ class NewerFormatError(CorruptRunError):
     """A later version of this library wrote the record: upgrade this process."""
 
 
-@_error
+@error_class
 class UndecodablePayloadError(SquidstepError):
     """The store's codec cannot read a stored payload, usually because another codec wrote it.
 
@@ -331,125 +330,11 @@ class UndecodablePayloadError(SquidstepError):
 
     def __str__(self) -> str:
         why = f": {escaped(self.problem)}" if self.problem else ""
-        return f"{_where(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}{why}"
+        return f"{place_of(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}{why}"
 
 
-@_error
-class BatchError(SquidstepError):
-    """At least one call of a batch failed. The calls are independent, so the others took effect.
-
-    The first error is the `__cause__`. Each error says what its own call wrote.
-
-    Attributes:
-        results: for each call, in order, its result or its error.
-    """
-
-    results: list[Any]
-
-    @property
-    def errors(self) -> list[Exception]:
-        """The errors alone, in the order of their calls."""
-        return [result for result in self.results if isinstance(result, Exception)]
-
-    def __str__(self) -> str:
-        first, failed, total = self.errors[0], len(self.errors), len(self.results)
-        unknown = sum(isinstance(error, OutcomeUnknownError) for error in self.errors)
-        return (
-            f"batch: {failed} of {total} calls failed. The first is results[{self.results.index(first)}], "
-            f"{type(first).__name__}: {str(first).rstrip('.')}. {total - failed} succeeded, {failed - unknown} wrote "
-            f"nothing, and {unknown} may have taken effect. Handle each of the errors; re-sending the same calls is "
-            "safe, because each takes effect once"
-        )
-
-
-@_error
-class ServerError(SquidstepError):
-    """The server did not execute the operation, or did not confirm it. redis-py's own error is the `__cause__`.
-
-    Attributes:
-        operation: the name of the operation, or "batch".
-        run_id: the run; None if the operation spans runs.
-        step: the step; None if the operation is about a run.
-        problem: what failed, and what to do.
-        transient: whether the same call may succeed later, without any change of settings.
-    """
-
-    operation: str
-    run_id: str | None
-    step: str | None
-    problem: str
-    transient: bool
-
-    def __str__(self) -> str:
-        where = "" if self.run_id is None else f", {_where(self.run_id, self.step)}"
-        return f"{self.operation}{where}: {self.problem}"
-
-
-class NotSentError(ServerError):
-    """Could not connect: the server is down, refuses connections, or the client's pool is exhausted.
-
-    Nothing was sent, so nothing was written.
-    """
-
-
-class RefusedError(ServerError):
-    """The server refused the operation before it wrote anything: read-only, loading, out of memory, no permission."""
-
-
-@_error
-class OutcomeUnknownError(ServerError):
-    """The operation was sent, and it is unknown whether it took effect.
-
-    `store.send(error.call)` re-sends the same call: it takes effect once in total, and returns what it would have
-    returned. A second call of the method is a new call: a second `begin_step` finds the first one's claim busy.
-    Or read the record with `get_step_run`.
-
-    Attributes:
-        call: what was sent; None for a batch, and after pickling.
-    """
-
-    call: Call[Any] | None = None
-
-    def __str__(self) -> str:
-        resend = "each of its calls" if self.operation == "batch" else "the same call, error.call,"
-        return f"{super().__str__()}. Whether it took effect is unknown; {resend} can safely be re-sent"
-
-    def _pickled_args(self) -> tuple[Any, ...]:
-        return (
-            self.operation,
-            self.run_id,
-            self.step,
-            self.problem,
-            self.transient,
-        )  # a call has functions, which cannot be pickled
-
-
-@_error
-class NotReplicatedError(OutcomeUnknownError):
-    """The primary executed it, but the replicas or the AOF did not confirm it within the store's `wait_timeout`.
-
-    It takes effect unless the primary is lost before it has replicated it. Re-send the call to wait longer.
-
-    Attributes:
-        result: what the operation returned; None after pickling.
-        replicas: how many replicas confirmed it; None if unknown.
-    """
-
-    result: Any = None
-    replicas: int | None = None
-
-    def _pickled_args(self) -> tuple[Any, ...]:
-        return (*super()._pickled_args(), None, None, self.replicas)
-
-
-class ReplyMismatchError(OutcomeUnknownError):
-    """The connection returned the reply to another call.
-
-    An earlier call on the same connection was interrupted, usually by a signal handler that raised.
-    """
-
-
-def _where(run_id: str, step: str | None) -> str:
+def place_of(run_id: str, step: str | None) -> str:
+    """Returns the run and the step, for messages."""
     return f"run {run_id!r}" if step is None else f"run {run_id!r}, step {step!r}"
 
 

@@ -27,7 +27,7 @@ from squidstep_redis import (
     StepRunStore,
     UndecodablePayloadError,
 )
-from squidstep_redis.operations.documents import from_json, to_json
+from squidstep_redis.operations.payload_json import from_json, to_json
 
 # A run is in one slot, so a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")

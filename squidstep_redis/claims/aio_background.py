@@ -14,8 +14,8 @@ from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
-from squidstep_redis.errors import NotReplicatedError, OutcomeUnknownError, ServerError
 from squidstep_redis.protocol.call import Call
+from squidstep_redis.server_errors import NotReplicatedError, OutcomeUnknownError, ServerError
 from squidstep_redis.transport.aio import AsyncTransport
 
 T = TypeVar("T")

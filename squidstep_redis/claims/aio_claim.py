@@ -15,10 +15,11 @@ from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
-from squidstep_redis.errors import NotSentError, OutcomeUnknownError, SquidstepError, StaleStepRunError
+from squidstep_redis.errors import SquidstepError, StaleStepRunError
 from squidstep_redis.model import StepRun
 from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
+from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
 
 MAX_BACKGROUND_SECONDS: Final = 86_400.0  # to end a claim without a lease, which nothing else would end

@@ -14,10 +14,11 @@ from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.claims.threads import LockFreeEvent
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, UnfinishedClaim
-from squidstep_redis.errors import OutcomeUnknownError, SquidstepError
+from squidstep_redis.errors import SquidstepError
 from squidstep_redis.model import StepRun
 from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
+from squidstep_redis.server_errors import OutcomeUnknownError
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
 

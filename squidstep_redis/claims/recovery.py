@@ -15,9 +15,10 @@ from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE
 from squidstep_redis.claims.separate import SeparateTransport
 from squidstep_redis.claims.threads import BackgroundThread
 from squidstep_redis.claims.unfinished import UnfinishedClaim, recover
-from squidstep_redis.errors import ServerError, SquidstepError
+from squidstep_redis.errors import SquidstepError
 from squidstep_redis.escaping import escaped
 from squidstep_redis.operations.calls import Calls
+from squidstep_redis.server_errors import ServerError
 from squidstep_redis.transport.blocking import run_workflow
 
 _log: Final = logging.getLogger("squidstep_redis")

@@ -6,18 +6,10 @@ import random
 import time
 from typing import Any, Final, TypeVar
 
-from squidstep_redis.errors import (
-    CorruptRunError,
-    InputMismatchError,
-    NotSentError,
-    OutcomeUnknownError,
-    RefusedError,
-    ServerError,
-    SquidstepError,
-    StepRunNotFoundError,
-)
+from squidstep_redis.errors import CorruptRunError, InputMismatchError, SquidstepError, StepRunNotFoundError
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
+from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError, RefusedError, ServerError
 
 T = TypeVar("T")
 

@@ -30,7 +30,6 @@ from squidstep_redis.claims.unfinished import give_back
 from squidstep_redis.errors import (
     InvalidArgumentError,
     RunCancelledError,
-    ServerError,
     SquidstepError,
     StaleStepRunError,
     StepBusyError,
@@ -43,6 +42,7 @@ from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
+from squidstep_redis.server_errors import ServerError
 from squidstep_redis.signals import is_raised_by_handler
 
 E = TypeVar("E", threading.Event, asyncio.Event)

@@ -11,11 +11,12 @@ from contextlib import suppress
 from typing import Final
 
 from squidstep_redis.claims.failures import AT_ONCE, Verdict
-from squidstep_redis.errors import NotReplicatedError, SquidstepError
+from squidstep_redis.errors import SquidstepError
 from squidstep_redis.model import BeginResult, StepRun
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Send, Workflow
+from squidstep_redis.server_errors import NotReplicatedError
 
 INTERRUPTED_SECONDS: Final = 1.0
 """How long the code of a block, once interrupted, waits for its claim to be given back or recorded as failed."""

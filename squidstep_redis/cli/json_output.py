@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from squidstep_redis import Attempt, RunSummary, StepRun, UndecodablePayloadError
-from squidstep_redis.operations.documents import to_json
+from squidstep_redis.operations.payload_json import to_json
 
 _TIMES: Final = ("created_at", "started_at", "ended_at", "lease_ends_at", "retry_at")
 _OF_STEP_RUN: Final = ("input", "output", "last_error", "progress")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
-from squidstep_redis.errors import BatchError
 from squidstep_redis.model import BeginResult, ScheduleResult, StepRun
 from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol.call import Call, check_calls
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
+from squidstep_redis.server_errors import BatchError
 from squidstep_redis.summaries import StepPage
 
 # What operations return. For a list of mixed calls, pyright infers the union of the results, but mypy infers `object`:

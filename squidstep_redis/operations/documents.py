@@ -7,20 +7,19 @@ that begins with a dollar sign.
 
 from __future__ import annotations
 
-import math
 import re
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, cast
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, UndecodablePayloadError, described
 from squidstep_redis.escaping import escaped
 from squidstep_redis.model import StateLine, moment
+from squidstep_redis.operations.payload_json import bytes_from_text, from_json, to_json
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import corrupt
 from squidstep_redis.protocol.codec import PayloadField, Payloads
-from squidstep_redis.protocol.kinds import BY_TAG, kind_of
 from squidstep_redis.protocol.records import (
     IMPORTED_CHECKPOINT,
     LEASE_EXPIRED,
@@ -46,7 +45,6 @@ _TOKEN: Final = re.compile(r"[!-~]{0,64}")
 _HISTORY: Final = re.compile(rb"a(\d+):(.+)", re.DOTALL)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _MAX_NUMBER: Final = 10**9
-_FLOATS: Final = ("inf", "-inf", "nan")  # JSON has all others
 
 
 class Imported(NamedTuple):
@@ -169,42 +167,6 @@ def _payload_out(line: bytes, data: bytes, run_id: str, step: str, name: str, pa
         return to_json(payloads.decode(data, run_id, step, name))
     except (UndecodablePayloadError, TypeError):
         return {"$encoded": b64encode(data).decode()}
-
-
-def to_json(value: Any) -> Any:
-    """Returns a part of a payload as JSON.
-
-    Raises:
-        TypeError: it has a type that the store's own codec does not support.
-    """
-    # Loops, because a comprehension is a frame of its own, and payloads of 500 levels are stored.
-    if type(value) is dict:
-        items = cast("dict[Any, Any]", value)
-        if all(type(key) is str for key in items) and not (len(items) == 1 and next(iter(items)).startswith("$")):
-            converted: dict[str, Any] = {}
-            for key, item in items.items():
-                converted[key] = to_json(item)
-            return converted
-        pairs: list[Any] = []
-        for key, item in items.items():
-            pairs.append([to_json(key), to_json(item)])
-        return {"$dict": pairs}
-    if type(value) is list:
-        elements: list[Any] = []
-        for item in cast("list[Any]", value):
-            elements.append(to_json(item))
-        return elements
-    if type(value) is bytes:
-        return {"$bytes": b64encode(value).decode()}
-    if type(value) is datetime:
-        return {"$datetime": value.astimezone(UTC).isoformat()}
-    if type(value) is float and not math.isfinite(value):
-        return {"$float": str(value)}
-    if (kind := kind_of(value)) is not None:
-        return {kind.tag: kind.to_text(value)}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(type(value).__name__)
 
 
 # Import
@@ -395,7 +357,7 @@ class _Target(NamedTuple):
         path = f"{part.path}[{name!r}]"
         try:
             if isinstance(value, dict) and cast("Document", value).keys() == {"$encoded"}:
-                data = _bytes(cast("Document", value)["$encoded"])
+                data = bytes_from_text(cast("Document", value)["$encoded"])
                 if not data:
                     raise ValueError("$encoded is empty")
                 self.payloads.check_size(path, data)
@@ -414,51 +376,3 @@ class _Target(NamedTuple):
         if line[1:2] == b"x" and part.value(name) == lease_expired_error():
             return LEASE_EXPIRED
         return self.payload(part, name, "error")
-
-
-def _bytes(text: object) -> bytes:
-    if not isinstance(text, str):
-        raise TypeError(f"base64 must be a str, not {described(text)}")
-    return b64decode(text, validate=True)
-
-
-def from_json(value: Any) -> Any:
-    """Returns the value that `to_json` was given.
-
-    Raises:
-        ValueError: `to_json` would not return this value; TypeError for a wrong type.
-    """
-    if isinstance(value, list):
-        elements: list[Any] = []
-        for item in cast("list[Any]", value):
-            elements.append(from_json(item))
-        return elements
-    if not isinstance(value, dict):
-        return value
-    items = cast("dict[str, Any]", value)
-    if len(items) != 1 or not (tag := next(iter(items))).startswith("$"):
-        converted: dict[str, Any] = {}
-        for key, item in items.items():
-            converted[key] = from_json(item)
-        return converted
-    inner = items[tag]
-    if tag != "$dict":
-        return _scalar_from_json(tag, inner)
-    pairs: dict[Any, Any] = {}
-    for key, item in inner:
-        pairs[from_json(key)] = from_json(item)
-    if len(pairs) != len(inner):
-        raise ValueError("two keys of a $dict are equal")
-    return pairs
-
-
-def _scalar_from_json(tag: str, inner: Any) -> Any:
-    if tag == "$bytes":
-        return _bytes(inner)
-    if tag == "$datetime":
-        return datetime.fromisoformat(inner)
-    if tag == "$float" and inner in _FLOATS:
-        return float(inner)
-    if tag in BY_TAG and isinstance(inner, str):
-        return BY_TAG[tag].from_text(inner)
-    raise ValueError(f"unknown tag {tag!r}, or a value that it does not have: {described(inner)}")

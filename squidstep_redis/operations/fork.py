@@ -7,14 +7,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Final
 
-from squidstep_redis.errors import (
-    InvalidArgumentError,
-    OutcomeUnknownError,
-    RunExistsError,
-    ServerError,
-    StaleStepRunError,
-    StepRunNotFoundError,
-)
+from squidstep_redis.errors import InvalidArgumentError, RunExistsError, StaleStepRunError, StepRunNotFoundError
 from squidstep_redis.model import StateLine, StepRun, StepStatus
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.documents import Imported
@@ -27,6 +20,7 @@ from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.records import LEASE_EXPIRED, NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Send, Workflow
+from squidstep_redis.server_errors import OutcomeUnknownError, ServerError
 
 _OPERATION: Final = "fork_run"
 # A field of a step that a fork copies: of an attempt in its history, or of its record. lua/README.md lists the fields.

@@ -9,12 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from squidstep_redis.errors import (
-    InvalidArgumentError,
-    StaleStepRunError,
-    StepRunNotFoundError,
-    described,
-)
+from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, StepRunNotFoundError, described
 from squidstep_redis.model import StepRun, StepStatus, parse_step_run_id
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.repeats import are_equal, completed_before

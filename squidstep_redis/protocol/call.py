@@ -14,13 +14,13 @@ from squidstep_redis.errors import (
     CorruptRunError,
     InvalidArgumentError,
     NewerFormatError,
-    ReplyMismatchError,
     RunDeletedError,
     SquidstepError,
     StaleStepRunError,
     described,
 )
 from squidstep_redis.protocol.scripts import Script
+from squidstep_redis.server_errors import ReplyMismatchError
 
 T = TypeVar("T", covariant=True)  # noqa: PLC0105 -- the only one here; a list of mixed calls is a list of calls of their union
 

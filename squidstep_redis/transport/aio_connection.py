@@ -27,8 +27,8 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from squidstep_redis.errors import ReplyMismatchError
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.server_errors import ReplyMismatchError
 from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.link import Link
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion

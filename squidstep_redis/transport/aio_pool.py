@@ -16,8 +16,8 @@ from weakref import ref
 from redis.asyncio.connection import BlockingConnectionPool, ConnectionPool
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-from squidstep_redis.errors import ReplyMismatchError
 from squidstep_redis.protocol.call import Command
+from squidstep_redis.server_errors import ReplyMismatchError
 from squidstep_redis.transport.aio_connection import (
     AsyncConnections,
     OwnConnections,

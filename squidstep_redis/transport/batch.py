@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from squidstep_redis.errors import NotReplicatedError
 from squidstep_redis.escaping import escaped
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.groups import divided
+from squidstep_redis.server_errors import NotReplicatedError
 
 T = TypeVar("T")
 

@@ -24,9 +24,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError
 
-from squidstep_redis.errors import ReplyMismatchError, SquidstepError
+from squidstep_redis.errors import SquidstepError
 from squidstep_redis.protocol.call import Call, Command, EqualOutputError
 from squidstep_redis.protocol.groups import group, merged
+from squidstep_redis.server_errors import ReplyMismatchError
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.retry import (

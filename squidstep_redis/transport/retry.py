@@ -34,15 +34,15 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from squidstep_redis.errors import (
+from squidstep_redis.escaping import escaped
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.server_errors import (
     NotSentError,
     OutcomeUnknownError,
     RefusedError,
     ReplyMismatchError,
     ServerError,
 )
-from squidstep_redis.escaping import escaped
-from squidstep_redis.protocol.call import Call
 
 
 class RoundTripError(Exception):

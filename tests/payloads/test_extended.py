@@ -22,7 +22,7 @@ from support.payloads import ARGUMENTS, EDGES, assert_same, keys, rejection, ret
 from support.records import begun, stored
 
 from squidstep_redis import InvalidArgumentError, MsgpackCodec, PayloadError, UndecodablePayloadError
-from squidstep_redis.operations.documents import from_json, to_json
+from squidstep_redis.operations.payload_json import from_json, to_json
 
 CODEC = MsgpackCodec(extended=True)
 

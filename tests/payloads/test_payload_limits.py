@@ -16,7 +16,7 @@ from squidstep_redis import (
     PayloadTooLargeError,
     StepRunStore,
 )
-from squidstep_redis.operations.documents import from_json, to_json
+from squidstep_redis.operations.payload_json import from_json, to_json
 
 
 def nested(levels: int, wrap: Callable[[Any], Any]) -> Any:
