@@ -376,7 +376,7 @@ def granted_claim(lease: float) -> BaseClaim[threading.Event]:
         owner=None,
         fingerprint=None,
     )
-    claim = BaseClaim(Calls("test", None, 1_000, None), request, threading.Event())
+    claim = BaseClaim(Calls("test", None, 1_000, None), request, threading.Event(), threading.Event())
     acquiring = claim._acquire()
     next(acquiring)
     with contextlib.suppress(StopIteration):
