@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from support.servers import find_binary, wait_until
@@ -17,16 +16,8 @@ from support.servers import find_binary, wait_until
 from squidstep_redis.protocol import scripts
 
 from .broken import DEFECTS, with_defect
+from .mutants import Mutant
 from .soak import Report, soak, soak_of_cancellations
-
-
-class Mutant(NamedTuple):
-    """A bug to put into a script: `replacement` takes the place of `original`."""
-
-    file: str
-    original: str
-    replacement: str
-
 
 MUTANTS = {
     # The claim
@@ -238,12 +229,9 @@ def test_broken_transport_is_caught(defect: str, tmp_path: Path, say: Callable[.
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_broken_store_is_caught(name: str, tmp_path: Path, say: Callable[..., None]) -> None:
-    mutant = MUTANTS[name]
     lua = tmp_path / "lua"
     shutil.copytree(scripts.directory(), lua)
-    source = (lua / mutant.file).read_text("utf-8")
-    assert source.count(mutant.original) == 1
-    (lua / mutant.file).write_text(source.replace(mutant.original, mutant.replacement), "utf-8")
+    MUTANTS[name].apply(lua)
     report = soak(120, tmp_path / "soak", binary=find_binary("valkey"), lua=lua)
     assert report.verdict.errors == []  # the mutant must be caught by its results, not by a script error
     assert report.problems
