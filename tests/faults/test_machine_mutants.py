@@ -17,10 +17,6 @@ MUTANTS = {
     "a stale checkpoint is stored": Mutant(
         "checkpoint_step.lua", "if not holds(state, token) then", 'if not holds(state, "") then'
     ),
-    "a completion keeps the progress": Mutant("lib/marks.lua", '"w" .. step, "p" .. step)', '"w" .. step)'),
-    "the next attempt does not find the progress": Mutant(
-        "lib/begin.lua", "progress = last[2] or nil", "progress = nil"
-    ),
     "a cancelled run begins new steps": Mutant("lib/claim.lua", "if run.cancelled then", "if false then"),
     "a cancelled run begins known steps": Mutant("lib/begin.lua", "if run.cancelled then", "if false then"),
     "a write forgets that the run is cancelled": Mutant("lib/run.lua", "if run.cancelled then", "if false then"),
