@@ -19,17 +19,31 @@ from support.payloads import ARGUMENTS, rejection
 from support.records import begun
 
 from squidstep_redis import (
+    MsgpackCodec,
     NotSentError,
     PayloadError,
     StepRunStore,
     StepStatus,
 )
+from squidstep_redis.protocol import codec
 
 
 def test_offline_store_raises_not_sent_error_on_every_send(offline: StepRunStore) -> None:
     for send in ARGUMENTS.values():
         with pytest.raises(NotSentError):
             send(offline, {})
+
+
+class FrozenTime(datetime):
+    """As a library that freezes time puts it in the place of datetime, in all modules."""
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_path_leads_to_a_datetime_of_frozen_time(monkeypatch: pytest.MonkeyPatch, extended: bool) -> None:
+    monkeypatch.setattr(codec, "datetime", FrozenTime)
+    with pytest.raises(PayloadError, match="FrozenTime") as caught:
+        MsgpackCodec(extended=extended).encode({"items": [{"at": FrozenTime.now(UTC)}]})
+    assert caught.value.argument == "payload['items'][0]['at']"
 
 
 class Text(str):
