@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import inspect
 import os
+from datetime import datetime
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
+from zoneinfo import ZoneInfo
 
 import pytest
 from rq import Queue
-from support import rq_jobs
-from support.rq_harness import HOST, RQ_MARKS, Harness, assert_contains, result_of, traceback_of
+from support import rq_input_jobs, rq_jobs
+from support.rq_harness import HOST, RQ_MARKS, THE_JOB, Harness, assert_contains, result_of, traceback_of
 
 import squidstep_redis.rq
 from squidstep_redis import StepRunStore
 
 pytest_plugins = ["support.rq_fixtures"]
 pytestmark = RQ_MARKS
+
+REPEATED = datetime(2021, 10, 31, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"))
+SKIPPED = datetime(2021, 3, 28, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"))
 
 
 def test_step_takes_effect_once_and_returns_the_stored_result(harness: Harness, queue: Queue) -> None:
@@ -53,19 +59,32 @@ class TestArguments:
 
     def test_scheduled_step_is_called_with_its_scheduled_arguments(self, harness: Harness, queue: Queue) -> None:
         store = StepRunStore(queue.connection)
-        store.schedule_step("charge-9", "charge", {"amount": 9})
-        assert result_of(queue.enqueue(rq_jobs.charge_at_once, 7, job_id="charge-9")) == {"charged": 9}
+        run_ids = [str(uuid4()) for _ in range(3)]
+        store.schedule_step(THE_JOB, "charge", {"amount": 9})
+        assert result_of(queue.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB)) == {"charged": 9}
         scheduled = {"first": 1, "second": 2, "rest": [3, 4], "named": 5, "others": {"more": 6}}
-        store.schedule_step("all", "mix", scheduled)
-        assert result_of(queue.enqueue(rq_jobs.mix, 0, 0, job_id="all")) == [1, 2, [3, 4], 5, {"more": 6}]
-        store.schedule_step("some", "mix", {"second": 2})
-        assert result_of(queue.enqueue(rq_jobs.mix, 0, 0, 7, job_id="some", more=8)) == [0, 2, [7], 4, {"more": 8}]
-        store.schedule_step("async", "charge", {"amount": 9})
-        assert result_of(queue.enqueue(rq_jobs.charge_asyncio, 7, job_id="async")) == {"charged": 9}
+        store.schedule_step(run_ids[0], "mix", scheduled)
+        assert result_of(queue.enqueue(rq_jobs.mix, 0, 0, job_id=run_ids[0])) == [1, 2, [3, 4], 5, {"more": 6}]
+        store.schedule_step(run_ids[1], "mix", {"second": 2})
+        assert result_of(queue.enqueue(rq_jobs.mix, 0, 0, 7, job_id=run_ids[1], more=8)) == [0, 2, [7], 4, {"more": 8}]
+        store.schedule_step(run_ids[2], "charge", {"amount": 9})
+        assert result_of(queue.enqueue(rq_jobs.charge_asyncio, 7, job_id=run_ids[2])) == {"charged": 9}
+
+    @pytest.mark.parametrize("at", [REPEATED, REPEATED.replace(fold=1), SKIPPED], ids=["first", "second", "skipped"])
+    def test_times_of_a_clock_change_arrive_as_given(self, harness: Harness, queue: Queue, at: datetime) -> None:
+        store = StepRunStore(queue.connection)
+        expected = [at.isoformat()] * 4
+        assert result_of(queue.enqueue(rq_input_jobs.times, at, [(at,)], at=at, others={at: at})) == expected
+        assert result_of(queue.enqueue(rq_input_jobs.times_asyncio, at, [(at,)], at=at, others={at: at})) == expected
+        for given in ({"first": at, "more": [[[at]]], "others": {"at": at, "others": {at: at}}}, {"first": at}):
+            run_id = str(uuid4())
+            store.schedule_step(run_id, "times", given)
+            job = queue.enqueue(rq_input_jobs.times, at, [(at,)], job_id=run_id, at=at, others={at: at})
+            assert result_of(job) == expected
 
     def test_scheduled_arguments_that_are_unknown_are_rejected(self, harness: Harness, queue: Queue) -> None:
-        StepRunStore(queue.connection).schedule_step("the-job", "charge", {"amout": 9})
-        traceback = traceback_of(queue.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job"))
+        StepRunStore(queue.connection).schedule_step(THE_JOB, "charge", {"amout": 9})
+        traceback = traceback_of(queue.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB))
         message = "was scheduled with ['amout'], which its function does not accept"
         assert_contains(traceback, "InvalidArgumentError", message)
         assert harness.effects() == {}
@@ -88,7 +107,7 @@ class TestResults:
     def test_output_of_another_kind_is_returned_whole(self, harness: Harness, queue: Queue) -> None:
         store = StepRunStore(queue.connection)
         for output in ({"total": 3}, {"result": 3, "currency": "EUR"}, {}):
-            run_id = f"job-{len(output)}-{'result' in output}"
+            run_id = str(uuid4())
             claim, _ = store.begin_step(run_id, "charge", {})
             store.complete_step(claim, output)
             assert result_of(queue.enqueue(rq_jobs.charge_at_once, 7, job_id=run_id)) == output

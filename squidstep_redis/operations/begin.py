@@ -19,8 +19,6 @@ from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.records import LEASE_EXPIRED, progress_payload
 from squidstep_redis.protocol.scripts import script
 
-MAX_ATTEMPTS: Final = 1_000_000
-
 _BEGIN_ARGS: Final = 9  # of begin_step without a fingerprint
 
 
@@ -157,7 +155,7 @@ def begin_args(
 ) -> tuple[bytes, ...]:
     """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
     if max_attempts is not None:
-        limit = b"%d" % arguments.integer("max_attempts", max_attempts, MAX_ATTEMPTS)
+        limit = b"%d" % arguments.max_attempts(max_attempts)
         limits = (context.run_ttl_ms, limit, LEASE_EXPIRED)
     else:
         limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()

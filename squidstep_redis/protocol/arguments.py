@@ -22,6 +22,7 @@ MAX_IDENTIFIER_BYTES: Final = 512
 MAX_PREFIX_BYTES: Final = 128
 MAX_OWNER_BYTES: Final = 256
 MAX_FINGERPRINT_BYTES: Final = 256
+MAX_ATTEMPTS: Final = 1_000_000
 MAX_LEASE: Final = timedelta(days=366)
 MAX_TTL: Final = timedelta(days=3_660)
 MAX_WAIT: Final = timedelta(days=1)
@@ -140,6 +141,11 @@ def integer(argument: str, value: object, maximum: int, minimum: int = 1) -> int
     if type(value) is not int or not minimum <= value <= maximum:
         raise InvalidArgumentError(argument, f"must be an int from {minimum} to {maximum:,}, not {described(value)}")
     return value
+
+
+def max_attempts(value: object) -> int:
+    """Returns a number of attempts."""
+    return integer("max_attempts", value, MAX_ATTEMPTS)
 
 
 def milliseconds(argument: str, value: object, maximum: timedelta = MAX_TTL) -> bytes:

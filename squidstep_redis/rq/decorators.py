@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import iscoroutinefunction, signature
+from inspect import iscoroutinefunction, isfunction
 from typing import Any, ParamSpec, TypeVar, cast
 
+from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
 from squidstep_redis.claims.request import DEFAULT_LEASE
-from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.arguments import Seconds, Step, lease_ms
+from squidstep_redis.protocol.arguments import max_attempts as checked_attempts
+from squidstep_redis.protocol.arguments import step as checked
 from squidstep_redis.protocol.fingerprints import Fingerprint, check_fingerprint
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
 from squidstep_redis.rq.execution import StepSettings, execute
-from squidstep_redis.rq.functions import RunIdOf, run_id_of
+from squidstep_redis.rq.functions import RunIdOf, check_accepts, parameters_of, run_id_of
 from squidstep_redis.rq.runs import Run, await_in_run, call_in_run, current_run
 
 P = ParamSpec("P")
@@ -33,12 +36,13 @@ def step(
     """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
 
     A redelivery of a completed step returns the stored result. Outside a job, the function runs as if it were not
-    decorated, unless it has a `run_id`.
+    decorated, unless it has a `run_id`. If the function returns RQ's Retry, the job does, too: the attempt does not
+    count against `max_attempts`, and the next delivery executes the step.
 
     Args:
         name: the name of the step.
-        run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", or a
-            function of the arguments. None: the run of the job, see `current_run`.
+        run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", whose
+            values must not be None, or a function of the arguments. None: the run of the job, see `current_run`.
         lease: seconds after which another worker can take over the step from a dead one; None: never. A heartbeat
             extends the lease while the function runs.
         max_attempts: the maximum number of attempts; None: no limit.
@@ -47,33 +51,27 @@ def step(
         backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
             given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: what to do while another worker has claimed the step, or while it may not be retried yet (after
-            `backoff` or RetryLater). "reschedule": RQ reruns the job when the lease expires, or the delay ends, without
-            using the job's own retries; this needs a worker with a scheduler, and raises the error if RQ cannot
-            reschedule. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside the job until the step
-            is completed or can be claimed.
+            `backoff` or RetryLater). "reschedule": RQ reruns the job after 1, 2, 4, … seconds, at the latest when the
+            lease expires, or when the delay ends, without using the job's own retries; this needs a worker with a
+            scheduler, and raises the error if RQ cannot reschedule. "raise": raises StepBusyError or StepDelayedError.
+            "wait": waits inside the job until the step is completed or can be claimed.
         fingerprint: what identifies the step's input, the dict of the given arguments. True: all of it; a function of
             the dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If the step has
             another fingerprint, for example of another job, InputMismatchError is raised.
 
     Raises:
-        InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
-            `on_busy` is not one of the three modes, or `fingerprint` is malformed.
+        InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
+            something that is not a parameter of the function, or a parameter whose default is None; a function as
+            `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function.
     """
-    check_on_busy(on_busy)
-    failure_rules(permanent, backoff)
-    check_fingerprint(fingerprint)
-    settings = StepSettings(
-        lease=lease,
-        max_attempts=max_attempts,
-        permanent=permanent,
-        backoff=backoff,
-        on_busy="wait" if on_busy == "wait" else "raise",
-        fingerprint=fingerprint,
-    )
+    if isfunction(name):
+        raise InvalidArgumentError("step", 'is a function: a step needs a name, as in @step("charge")')
+    checked(name)
+    settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
-        parameters = signature(fn)
+        parameters = parameters_of(fn)
         id_of = run_id_of(run_id, parameters)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
@@ -104,8 +102,8 @@ def steps(
     itself runs at each delivery; steps that were completed before return their stored results.
 
     Args:
-        run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", or a
-            function of the arguments. None: the run of the job, see `current_run`.
+        run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", whose
+            values must not be None, or a function of the arguments. None: the run of the job, see `current_run`.
         lease: seconds after which another worker can take over a step of `current_run().call(…)` from a dead one;
             None: never. A heartbeat extends the lease while the step runs.
         max_attempts: the maximum number of attempts of each step of `current_run().call(…)`; None: no limit.
@@ -114,10 +112,10 @@ def steps(
         backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
             given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
         on_busy: what to do while another worker has claimed one of the steps, or while one may not be retried yet
-            (after `backoff` or RetryLater). "reschedule": RQ reruns the job when the lease expires, or the delay ends,
-            without using the job's own retries; this needs a worker with a scheduler, and raises the error if RQ cannot
-            reschedule. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside the job until the step
-            is completed or can be claimed.
+            (after `backoff` or RetryLater). "reschedule": RQ reruns the job after 1, 2, 4, … seconds, at the
+            latest when the lease expires, or when the delay ends, without using the job's own retries; this needs a
+            worker with a scheduler, and raises the error if RQ cannot reschedule. "raise": raises StepBusyError or
+            StepDelayedError. "wait": waits inside the job until the step is completed or can be claimed.
         fingerprint: what identifies the input of each step of `current_run().call(…)`, the dict of the given
             arguments. True: all of it; a function of the dict: what it returns, which may be anything that a payload
             may contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the
@@ -125,29 +123,19 @@ def steps(
             raised.
 
     Raises:
-        InvalidArgumentError: `run_id` is malformed or names something that is not a parameter of the function, or
-            `on_busy` is not one of the three modes, or `fingerprint` is malformed.
+        InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
+            something that is not a parameter of the function, or a parameter whose default is None; a function as
+            `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function.
     """
-    check_on_busy(on_busy)
-    failure_rules(permanent, backoff)
-    check_fingerprint(fingerprint)
+    settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
-        parameters = signature(fn)
+        parameters = parameters_of(fn)
         id_of = run_id_of(run_id, parameters)
 
         def open_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
             id = id_of(parameters.bind(*args, **kwargs)) if id_of is not None else None
-            busy_mode = "wait" if on_busy == "wait" else "raise"
-            return current_run(
-                id,
-                lease=lease,
-                max_attempts=max_attempts,
-                permanent=permanent,
-                backoff=backoff,
-                on_busy=busy_mode,
-                fingerprint=fingerprint,
-            )
+            return current_run(id, **settings)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
             run = open_run(args, kwargs)
@@ -158,3 +146,32 @@ def steps(
         return rescheduling(fn, call, lease, on_busy)
 
     return decorate
+
+
+def _settings(
+    lease: Seconds | None,
+    max_attempts: int | None,
+    permanent: Permanent,
+    backoff: Backoff | None,
+    on_busy: OnBusy,
+    fingerprint: Fingerprint | None,
+) -> StepSettings:
+    """Returns the arguments of `run_step` for those of a decorator; raises InvalidArgumentError if one is rejected."""
+    check_on_busy(on_busy)
+    lease_ms(lease)
+    if max_attempts is not None:
+        checked_attempts(max_attempts)
+    failure_rules(permanent, backoff)
+    if backoff is not None:
+        check_accepts("backoff", backoff, 1)
+    check_fingerprint(fingerprint)
+    if callable(fingerprint):
+        check_accepts("fingerprint", fingerprint, {})
+    return StepSettings(
+        lease=lease,
+        max_attempts=max_attempts,
+        permanent=permanent,
+        backoff=backoff,
+        on_busy="wait" if on_busy == "wait" else "raise",
+        fingerprint=fingerprint,
+    )

@@ -31,6 +31,10 @@ RQ_VERSION: Final = tuple(int(part) for part in re.findall(r"\d+", importlib.met
 # SpawnWorker came with 2.2, but works with redis-py 8 only from 2.11.
 SINCE: Final = {"SpawnWorker": (2, 11), "Repeat": (2, 3)}
 
+# Job ids as RQ makes them up, so that the run id is the job id.
+THE_JOB: Final = "5f0c4f0e-7d5c-4c39-9d6a-3d1f0f6f2a01"
+ANOTHER_JOB: Final = "5f0c4f0e-7d5c-4c39-9d6a-3d1f0f6f2a02"
+
 RQ_MARKS: Final = [pytest.mark.usefixtures("fresh_stores")]
 LEAVES_LOOPS_OPEN: Final = RQ_VERSION < (3,)  # that of a coroutine function; its warnings must not reach a later test
 if LEAVES_LOOPS_OPEN:
@@ -233,6 +237,11 @@ class Harness:
         # RQ 2 does not write both in one transaction.
         in_registry = self.connection.zscore(self.queue.scheduled_job_registry.key, job.id) is not None
         return in_registry and job.get_status() == JobStatus.SCHEDULED
+
+    def looks(self, job: Job) -> int:
+        """Returns how often the job has found its step claimed by the same other worker."""
+        meta: dict[str, Any] = job.get_meta(refresh=True)
+        return int(meta.get("squidstep_redis", {}).get("looks", 0))
 
     def is_at_rest(self, job: Job) -> bool:
         """Returns whether no run of the job is running, queued or scheduled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 from rq import get_current_job
@@ -175,3 +176,14 @@ def ship_once(number: int, *, amount: int) -> int:
 @step("charge", run_id="order-{number}", fingerprint=lambda given: given["amount"])
 def charge_by_amount(number: int, *, amount: int, note: str) -> int:
     return amount
+
+
+@step("times")
+def times(first: datetime, *more: list[tuple[datetime]], **others: Any) -> list[str]:
+    found = [first, *(each for items in more for (each,) in items), others["at"], *others["others"].values()]
+    return [each.isoformat() for each in found]
+
+
+@step("times")
+async def times_asyncio(first: datetime, *more: list[tuple[datetime]], **others: Any) -> list[str]:
+    return times.__wrapped__(first, *more, **others)  # type: ignore[attr-defined, no-any-return]
