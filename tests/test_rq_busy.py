@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import rq
 from rq import Queue, Retry
-from rq.job import JobStatus
-from support import rq_jobs
-from support.rq_harness import KINDS_OF_WORKER, RQ_MARKS, Harness, assert_contains, traceback_of
+from rq.job import Job, JobStatus
+from support import rq_jobs, rq_retry_jobs
+from support.rq_harness import ANOTHER_JOB, KINDS_OF_WORKER, RQ_MARKS, THE_JOB, Harness, assert_contains, traceback_of
 
 from squidstep_redis import InvalidArgumentError, StepRunStore
 from squidstep_redis.rq import step, steps
@@ -25,11 +25,11 @@ pytestmark = RQ_MARKS
 
 @pytest.mark.parametrize("kind", KINDS_OF_WORKER)
 def test_busy_step_uses_none_of_the_jobs_retries(harness: Harness, kind: str) -> None:
-    held, _ = harness.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
-    another, _ = harness.store.begin_step("another-job", "reserve", {"amount": 7}, lease=600)
+    held, _ = harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
+    another, _ = harness.store.begin_step(ANOTHER_JOB, "reserve", {"amount": 7}, lease=600)
     harness.start(kind)
-    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", retry=Retry(max=1))
-    several = harness.enqueue(rq_jobs.ship_at_once, 7, job_id="another-job", retry=Retry(max=1))
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB, retry=Retry(max=1))
+    several = harness.enqueue(rq_jobs.ship_at_once, 7, job_id=ANOTHER_JOB, retry=Retry(max=1))
     harness.until(lambda: harness.is_scheduled(job) and harness.is_scheduled(several))
     harness.store.expire_claim(held)
     harness.store.complete_step(another, {"result": "another parcel"})
@@ -48,9 +48,9 @@ def test_busy_step_uses_none_of_the_jobs_retries(harness: Harness, kind: str) ->
 
 
 def test_rescheduled_job_has_neither_succeeded_nor_failed(harness: Harness) -> None:
-    held, _ = harness.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
+    held, _ = harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
     callbacks: Any = {"on_success": rq.Callback(rq_jobs.succeeded), "on_failure": rq.Callback(rq_jobs.failed)}
-    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", **callbacks)
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB, **callbacks)
     dependent = harness.enqueue(rq_jobs.charge_at_once, 8, depends_on=job)
     harness.start()
     harness.until(lambda: harness.is_scheduled(job))
@@ -65,17 +65,65 @@ def test_rescheduled_job_has_neither_succeeded_nor_failed(harness: Harness) -> N
     harness.until(lambda: harness.effects() == {"succeeded with 9": 1, "charge": 1})
 
 
-def test_job_is_rescheduled_to_the_end_of_the_lease(harness: Harness) -> None:
-    before = time.time()
-    harness.store.begin_step("the-job", "charge", {"amount": 7}, lease=600)
-    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job")
+def test_job_looks_again_at_growing_intervals(harness: Harness) -> None:
+    held, _ = harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB)
     harness.start()
-    harness.until(lambda: harness.is_scheduled(job))
+    for looks in range(1, 8):
+        harness.until(lambda looks=looks: harness.looks(job) >= looks and harness.is_scheduled(job))
+        before = time.time()
+        harness.run_scheduled_now(job)
+    assert _delay(harness, job, 8, before) >= 2**7 - 1
 
+    harness.store.expire_claim(held)  # another worker takes over: its work begins now
+    harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
+    before = time.time()
+    harness.run_scheduled_now(job)
+    assert _delay(harness, job, 1, before) < 60
+
+
+def _delay(harness: Harness, job: Job, looks: int, since: float) -> float:
+    harness.until(lambda: harness.looks(job) == looks and harness.is_scheduled(job))
     at = harness.connection.zscore(harness.queue.scheduled_job_registry.key, job.id)
     assert isinstance(at, float)
-    spent = time.time() - before
-    assert 600 - spent - 1 <= at - before <= 600 + 60 + spent + 1  # RQ stores whole seconds
+    return at - since
+
+
+def test_duplicate_of_a_running_job_ends_soon_after_it(harness: Harness) -> None:
+    harness.start()
+    harness.start()
+    first, second = harness.enqueue(rq_jobs.charge_slowly, 7), harness.enqueue(rq_jobs.charge_slowly, 7)
+    running = harness.reached("charging")
+    harness.until(lambda: harness.is_scheduled(first) or harness.is_scheduled(second))
+    running.resume()
+
+    before = time.monotonic()
+    harness.wait_finished(first)
+    harness.wait_finished(second)
+    assert time.monotonic() - before < 30  # the lease lasts for 600 seconds
+    assert harness.effects() == {"charge": 1}
+
+
+each_wrapped = pytest.mark.parametrize(
+    "function", [rq_retry_jobs.charge_dropped, rq_retry_jobs.charge_dropped_asyncio, rq_retry_jobs.charge_replaced]
+)
+
+
+@each_wrapped
+@pytest.mark.parametrize("kind", KINDS_OF_WORKER)
+def test_wrapper_that_drops_the_result_loses_no_job(harness: Harness, function: Callable[..., Any], kind: str) -> None:
+    held, _ = harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
+    callbacks: Any = {"on_success": rq.Callback(rq_jobs.succeeded), "on_failure": rq.Callback(rq_jobs.failed)}
+    harness.start(kind)
+    job = harness.enqueue(function, 7, job_id=THE_JOB, **callbacks)
+    harness.until(lambda: harness.is_scheduled(job))
+    assert harness.effects() == {}
+    harness.store.expire_claim(held)
+
+    harness.wait_finished(job)
+    result = {"took": 7, "result": "None"} if function is rq_retry_jobs.charge_replaced else None
+    assert job.return_value() == result
+    harness.until(lambda: harness.effects() == {"charge": 1, f"succeeded with {result}": 1})
 
 
 @pytest.mark.parametrize(
@@ -95,10 +143,28 @@ def test_reschedule_delays_have_jitter(rest: float | None, lease: Any, seconds: 
     assert {reschedule_delay(error, lease) for _ in range(1_000)} == set(seconds)
 
 
+@pytest.mark.parametrize(
+    ("looks", "rest", "seconds"),
+    [
+        (0, 30.0, [1]),
+        (1, 30.0, [2]),
+        (3, 30.0, [8]),
+        (4, 30.0, [16, 17]),
+        (5, 30.0, [30, 31, 32, 33]),
+        (1_000_000, 30.0, [30, 31, 32, 33]),
+        (2, 0.5, [1, 2]),
+        (3, None, [8]),
+    ],
+)
+def test_delays_double_until_the_end_of_the_lease(looks: int, rest: float | None, seconds: list[int]) -> None:
+    error: Any = SimpleNamespace(retry_in=rest)
+    assert {reschedule_delay(error, 30, looks) for _ in range(1_000)} == set(seconds)
+
+
 @pytest.mark.parametrize("burst", [False, True])
 def test_busy_step_raises_without_a_scheduler(harness: Harness, burst: bool) -> None:
-    harness.store.begin_step("the-job", "charge", {"amount": 7})
-    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job", retry=Retry(max=1))
+    harness.store.begin_step(THE_JOB, "charge", {"amount": 7})
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB, retry=Retry(max=1))
     harness.start(with_scheduler=False, burst=burst)
 
     traceback = harness.wait_failed(job)
@@ -110,8 +176,8 @@ def test_busy_step_raises_without_a_scheduler(harness: Harness, burst: bool) -> 
 
 
 def test_busy_step_raises_in_a_job_without_decorator(harness: Harness) -> None:
-    harness.store.begin_step("the-job", "charge", {"amount": 7})
-    job = harness.enqueue(rq_jobs.without_decorator, 7, job_id="the-job")
+    harness.store.begin_step(THE_JOB, "charge", {"amount": 7})
+    job = harness.enqueue(rq_jobs.without_decorator, 7, job_id=THE_JOB)
     harness.start()
 
     traceback = harness.wait_failed(job)
@@ -125,15 +191,15 @@ def test_busy_step_raises_in_a_job_without_decorator(harness: Harness) -> None:
 def test_busy_step_raises_inside_enqueue(harness: Harness, queue: Queue, function: Callable[..., Any]) -> None:
     store = StepRunStore(queue.connection)
     for name in ("charge", "reserve"):
-        store.begin_step("the-job", name, {"amount": 7}, owner="another worker")
-    traceback = traceback_of(queue.enqueue(function, 7, job_id="the-job", retry=Retry(max=1)))
+        store.begin_step(THE_JOB, name, {"amount": 7}, owner="another worker")
+    traceback = traceback_of(queue.enqueue(function, 7, job_id=THE_JOB, retry=Retry(max=1)))
     assert_contains(traceback, "StepBusyError", "by another worker", "it runs inside enqueue(), where RQ ignores Retry")
     assert harness.effects() == {}
 
 
 def test_busy_step_raises_with_on_busy_raise(harness: Harness, queue: Queue) -> None:
-    StepRunStore(queue.connection).begin_step("the-job", "charge", {"amount": 7})
-    traceback = traceback_of(queue.enqueue(rq_jobs.charge_or_raise, 7, job_id="the-job"))
+    StepRunStore(queue.connection).begin_step(THE_JOB, "charge", {"amount": 7})
+    traceback = traceback_of(queue.enqueue(rq_jobs.charge_or_raise, 7, job_id=THE_JOB))
     assert "StepBusyError" in traceback
     assert "not rescheduled" not in traceback
 

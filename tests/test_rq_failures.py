@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rq import Retry
 from support import rq_jobs
-from support.rq_harness import RQ_MARKS, Harness, assert_contains
+from support.rq_harness import RQ_MARKS, THE_JOB, Harness, assert_contains
 
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.rq import step, steps
@@ -25,7 +25,7 @@ each_function = pytest.mark.parametrize(
 @each_function
 @pytest.mark.parametrize("error", ["permanent", "lookup"])
 def test_a_permanent_failure_is_executed_once(harness: Harness, function: Callable[..., Any], error: str) -> None:
-    job = harness.enqueue(function, error, job_id="the-job", retry=Retry(max=2))
+    job = harness.enqueue(function, error, job_id=THE_JOB, retry=Retry(max=2))
     harness.start()
 
     traceback = harness.wait_failed(job)
@@ -35,7 +35,7 @@ def test_a_permanent_failure_is_executed_once(harness: Harness, function: Callab
 
 
 def test_a_result_that_cannot_be_stored_is_not_computed_again(harness: Harness) -> None:
-    job = harness.enqueue(rq_jobs.charge_set, 7, job_id="the-job", retry=Retry(max=2))
+    job = harness.enqueue(rq_jobs.charge_set, 7, job_id=THE_JOB, retry=Retry(max=2))
     harness.start()
 
     assert_contains(harness.wait_failed(job), "StepFailedError", "output['result']")
@@ -45,7 +45,7 @@ def test_a_result_that_cannot_be_stored_is_not_computed_again(harness: Harness) 
 @each_function
 def test_retry_later_reschedules_without_using_retries(harness: Harness, function: Callable[..., Any]) -> None:
     before = time.time()
-    job = harness.enqueue(function, "later", job_id="the-job", retry=Retry(max=1))
+    job = harness.enqueue(function, "later", job_id=THE_JOB, retry=Retry(max=1))
     harness.start()
     harness.until(lambda: harness.is_scheduled(job))
     at = harness.connection.zscore(harness.queue.scheduled_job_registry.key, job.id)
@@ -55,7 +55,7 @@ def test_retry_later_reschedules_without_using_retries(harness: Harness, functio
     harness.run_scheduled_now(job)  # too early: the step is not claimed, and the job is rescheduled
     harness.until(lambda: harness.is_scheduled(job))
     assert harness.outcomes(job, "charge") == ["failed"]
-    harness.store.retry_step("the-job", "charge")
+    harness.store.retry_step(THE_JOB, "charge")
     harness.run_scheduled_now(job)
     harness.wait_finished(job)
     job.refresh()
@@ -65,13 +65,13 @@ def test_retry_later_reschedules_without_using_retries(harness: Harness, functio
 
 def test_a_delayed_step_reschedules_the_retry_of_its_job(harness: Harness) -> None:
     """RQ retries a job at once; the backoff of its step then delays it."""
-    job = harness.enqueue(rq_jobs.charge_or_fail, "other", job_id="the-job", retry=Retry(max=1))
+    job = harness.enqueue(rq_jobs.charge_or_fail, "other", job_id=THE_JOB, retry=Retry(max=1))
     harness.start()
     harness.until(lambda: harness.is_scheduled(job))
     job.refresh()
     assert job.retries_left == 0
     assert harness.outcomes(job, "charge") == ["failed"]
-    step_run = harness.store.get_step_run("the-job", "charge")
+    step_run = harness.store.get_step_run(THE_JOB, "charge")
     assert step_run is not None
     assert step_run.retry_at is not None
 

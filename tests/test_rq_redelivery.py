@@ -6,7 +6,7 @@ import pytest
 import rq
 from rq import Retry
 from support import rq_jobs
-from support.rq_harness import RQ_MARKS, RQ_VERSION, SINCE, Harness
+from support.rq_harness import RQ_MARKS, RQ_VERSION, SINCE, THE_JOB, Harness
 
 pytest_plugins = ["support.rq_fixtures"]
 pytestmark = RQ_MARKS
@@ -51,10 +51,10 @@ def test_job_makes_no_attempts_beyond_max_attempts(harness: Harness) -> None:
 def test_job_enqueued_while_it_runs_is_rescheduled(harness: Harness, as_new: bool) -> None:
     harness.start()
     harness.start()
-    job = harness.enqueue(rq_jobs.charge, 7, job_id="the-job")
+    job = harness.enqueue(rq_jobs.charge, 7, job_id=THE_JOB)
     first = harness.reached("charging")
     if as_new:
-        harness.enqueue(rq_jobs.charge, 7, job_id="the-job")
+        harness.enqueue(rq_jobs.charge, 7, job_id=THE_JOB)
     else:
         harness.queue.enqueue_job(job)
     harness.until(lambda: harness.is_scheduled(job))
@@ -84,7 +84,7 @@ def test_job_enqueued_while_it_runs_can_wait(harness: Harness) -> None:
 
 
 def test_job_enqueued_twice_takes_effect_once(harness: Harness) -> None:
-    job, _ = (harness.enqueue(rq_jobs.charge_at_once, 7, job_id="the-job") for _ in range(2))
+    job, _ = (harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB) for _ in range(2))
     harness.start()
 
     harness.wait_finished(job, times=2)

@@ -16,7 +16,7 @@ import redis.sentinel
 from rq import Queue
 from rq.job import Job
 from support import rq_jobs
-from support.rq_harness import RQ_MARKS, Harness, result_of
+from support.rq_harness import RQ_MARKS, THE_JOB, Harness, result_of
 
 from squidstep_redis import InvalidArgumentError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
@@ -93,7 +93,7 @@ class TestStoreOnRQsServer:
     @pytest.fixture
     def store_on(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], StepRunStore]:
         def store_on(connection: Any) -> StepRunStore:
-            monkeypatch.setattr(stores, "get_current_job", lambda: Job("the-job", connection=connection))
+            monkeypatch.setattr(stores, "get_current_job", lambda: Job(THE_JOB, connection=connection))
             return store()
 
         return store_on

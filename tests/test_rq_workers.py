@@ -16,7 +16,7 @@ from rq import Retry
 from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 from support import rq_jobs
-from support.rq_harness import HOST, KINDS_OF_WORKER, RQ_MARKS, RQ_VERSION, Harness, assert_contains
+from support.rq_harness import HOST, KINDS_OF_WORKER, RQ_MARKS, RQ_VERSION, THE_JOB, Harness, assert_contains
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.rq import configure, release_killed_work_horse
@@ -179,7 +179,7 @@ class TestReleaseKilledWorkHorse:
     def test_logs_an_unreachable_server_and_raises_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         configure("redis://localhost:1", timeout=0.1)
         with caplog.at_level(logging.WARNING):
-            release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), 7, 9, None)
+            release_killed_work_horse(Job(THE_JOB, connection=redis.Redis(port=1)), 7, 9, None)
         (record,) = caplog.records
         assert record.name == "squidstep_redis.rq"
         assert_contains(
@@ -190,11 +190,11 @@ class TestReleaseKilledWorkHorse:
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(StepRunStore, "live_claims", lambda *_args, **_options: 1 / 0)
-        release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), 7, 9, None)
+        release_killed_work_horse(Job(THE_JOB, connection=redis.Redis(port=1)), 7, 9, None)
         assert "they expire with their leases: division by zero" in caplog.text
 
     def test_sends_nothing_without_a_horse(self, caplog: pytest.LogCaptureFixture) -> None:
-        release_killed_work_horse(Job("the-job", connection=redis.Redis(port=1)), None, None, None)
+        release_killed_work_horse(Job(THE_JOB, connection=redis.Redis(port=1)), None, None, None)
         assert caplog.records == []
 
 

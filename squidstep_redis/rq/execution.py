@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import BoundArguments, iscoroutinefunction
 from typing import Any, Final, Literal, TypedDict, TypeVar, cast
 
-from squidstep_redis import PayloadError, StaleStepRunError
+from squidstep_redis import PayloadError, StaleStepRunError, current_claim
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import default_owner
 from squidstep_redis.escaping import without_controls
@@ -14,7 +14,7 @@ from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.functions import explain, result_of, stored_arguments
 from squidstep_redis.rq.inputs import Inputs
-from squidstep_redis.rq.installed import Job
+from squidstep_redis.rq.installed import Job, Retry
 from squidstep_redis.rq.stores import store_for
 
 T = TypeVar("T")
@@ -57,6 +57,8 @@ def execute(
 ) -> T:
     """Executes a function as a step, once across all deliveries, and returns its stored result.
 
+    If the function returns RQ's Retry, the step is released, and the Retry is returned.
+
     Args:
         run_id: the run of the step.
         job: the current job; None: outside a job.
@@ -70,7 +72,10 @@ def execute(
     claimed_by = owner(job)
 
     def work(stored: dict[str, Any]) -> dict[str, Any]:
-        return {"result": result_of(fn, stored_arguments(bound, stored))}
+        result: Any = result_of(fn, stored_arguments(bound, stored))
+        if _asks_for_retry(current_claim(), result):
+            raise _RetryReturned(result)
+        return {"result": result}
 
     async def work_async() -> Any:
         # The blocking store delays no other task, because RQ runs each coroutine in its own event loop and process.
@@ -81,6 +86,8 @@ def execute(
                     if claim.decision == "execute":
                         arguments = stored_arguments(bound, claim.input)
                         result = await cast("Any", fn)(*arguments.args, **arguments.kwargs)
+                        if _asks_for_retry(claim, result):
+                            return result
                         if not claim.ended:
                             claim.complete({"result": result})
                 return _result(claim.result())
@@ -95,9 +102,27 @@ def execute(
     try:
         with inputs.one_of(run_id, step, bound):
             return _result(store.run_step(run_id, step, work, input, owner=claimed_by, **settings))
+    except _RetryReturned as returned:
+        return cast("T", returned.retry)
     except PayloadError as error:
         explain(error)
         raise
+
+
+class _RetryReturned(Exception):  # noqa: N818 -- it is a result, not an error
+    """The function has returned RQ's Retry, and its claim was released."""
+
+    def __init__(self, retry: Retry) -> None:
+        super().__init__(retry)
+        self.retry = retry
+
+
+def _asks_for_retry(claim: Any, result: object) -> bool:
+    """Returns whether RQ must run the job again because the function returned Retry. The claim is then released.
+
+    It is not if the claim was lost to a worker that has completed the step.
+    """
+    return isinstance(result, Retry) and not claim.ended and claim.release().status == "pending"
 
 
 def _result(output: dict[str, Any]) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from datetime import datetime
 from inspect import signature
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
+from uuid import UUID
 
+from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds, Step
@@ -14,9 +17,12 @@ from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.execution import StepSettings, execute
 from squidstep_redis.rq.inputs import Inputs
 from squidstep_redis.rq.installed import Job, get_current_job
+from squidstep_redis.rq.notes import notes_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_RQ_SCHEDULER: Final = frozenset({"interval", "cron_string"})  # in `job.meta`: rq-scheduler repeats the job
 
 # Always set inside the `try` whose `finally` restores the previous value. With the token of `ContextVar.set`, a job
 # timeout between that call and the assignment of the token would leak the run into the next job of the process.
@@ -54,7 +60,8 @@ class Run:
             kwargs: keyword arguments of `fn`. They are stored as the step's input, so they must be valid in a payload.
 
         Returns:
-            The stored result of `fn`. A tuple is returned as a list.
+            The stored result of `fn`. A tuple is returned as a list. RQ's Retry is returned and not stored: return it
+            from the job's function, too.
 
         Raises:
             InputMismatchError: this job has called the step with other arguments, or the step has another fingerprint.
@@ -127,15 +134,51 @@ def current_run(
 
 
 def default_run_id(job: Job) -> str:
-    """Returns the run id of a job without a `run_id`: the job id, with `Repeat` also the number of repeats left.
+    """Returns the run id of a job without a `run_id`. It is the job id if RQ has made that up for this job.
 
-    Each repeat is its own run, and the number of repeats left is all that distinguishes repeats in RQ.
+    Other job ids do not stand for one execution. If you have chosen the id, the run id also contains the time at which
+    the job was created, so that each `enqueue` is a run of its own. With `Repeat`, it also contains the number of
+    repeats left. rq-scheduler enqueues one job at each tick of `cron` or `schedule(interval=…)`, and nothing in RQ
+    distinguishes the ticks: the run id then contains the time at which the worker started the job.
 
     Args:
         job: the current job.
+
+    Raises:
+        InvalidArgumentError: rq-scheduler repeats the job, and the job has a `Retry`: a retry of one tick would be
+            taken for the next tick.
     """
+    if job.meta.keys() & _RQ_SCHEDULER:
+        return _tick_of(job)
+    run_id = job.id if _is_made_up(job.id) else f"{job.id}@{_time(job.created_at)}"
     left = getattr(job, "repeats_left", None)
-    return job.id if left is None else f"{job.id}#{left}"
+    return run_id if left is None else f"{run_id}#{left}"
+
+
+def _tick_of(job: Job) -> str:
+    notes = notes_of(job)
+    if "run_id" in notes:
+        return notes["run_id"]
+    if job.retries_left is not None:
+        raise InvalidArgumentError(
+            "run_id",
+            f"job {job.id!r} is repeated by rq-scheduler and has a Retry, so that a retry cannot be distinguished from "
+            "the next tick: give the decorator a run_id, such as a function that returns the day",
+        )
+    notes["run_id"] = f"{job.id}@{_time(job.started_at)}"
+    return notes["run_id"]
+
+
+def _is_made_up(job_id: str) -> bool:
+    """Returns whether RQ has made up a job id: it is a random UUID."""
+    try:
+        return UUID(job_id).version == 4
+    except ValueError:
+        return False
+
+
+def _time(at: datetime | None) -> str:
+    return "" if at is None else f"{at:%Y-%m-%dT%H:%M:%S.%fZ}"
 
 
 def call_in_run(run: Run, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:

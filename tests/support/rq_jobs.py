@@ -63,6 +63,13 @@ def charge(amount: int) -> dict[str, int]:
     return {"charged": amount}
 
 
+@step("charge", run_id="order-{number}", lease=600)
+def charge_slowly(number: int) -> int:
+    pause("charging")
+    effect("charge")
+    return number
+
+
 @step("charge", lease=60)
 def charge_and_pause(amount: int) -> dict[str, int]:
     effect("charge")

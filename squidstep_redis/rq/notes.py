@@ -1,0 +1,63 @@
+"""What a job remembers from one delivery to the delivery that it asks RQ for. RQ saves it in `job.meta`."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypedDict, cast
+
+from squidstep_redis.rq.installed import Job
+from squidstep_redis.signals import defer_sigalrm
+
+_KEY: Final = "squidstep_redis"
+
+
+class Notes(TypedDict, total=False):
+    """The notes of a job that was rescheduled.
+
+    Attributes:
+        run_id: the run to continue, if the job id does not determine it.
+        returned: how often the function itself has returned Retry. RQ counts these and our own together.
+        claim: the claim that made the job wait.
+        looks: how often the job has found that claim.
+    """
+
+    run_id: str
+    returned: int
+    claim: str
+    looks: int
+
+
+def notes_of(job: Job) -> Notes:
+    """Returns the notes of the delivery before, and removes them from the job.
+
+    They are read once per delivery; each further call returns the same dict.
+
+    One round trip to RQ's server if there are notes, otherwise none.
+
+    Args:
+        job: the current job.
+    """
+    attributes = vars(job)
+    read_at, notes = attributes.get("_squidstep_notes", (None, None))
+    if notes is None or read_at != job.started_at:  # a queue with `is_async=False` may run one job object again
+        notes = cast("Notes", job.meta.pop(_KEY, {}))
+        attributes["_squidstep_notes"] = job.started_at, notes
+        if notes:
+            if "returned" in notes:
+                job.number_of_retries = notes["returned"]
+            with defer_sigalrm():
+                job.save_meta()
+    return notes
+
+
+def leave_notes(job: Job, notes: Notes) -> None:
+    """Sets the notes for the next delivery. RQ saves them with the job when it reschedules it.
+
+    Args:
+        job: the current job, which is about to return Retry.
+        notes: the notes, apart from the run to continue.
+    """
+    if (run_id := notes_of(job).get("run_id")) is not None:
+        notes["run_id"] = run_id
+    if notes:
+        meta: dict[str, Any] = job.meta
+        meta[_KEY] = notes
