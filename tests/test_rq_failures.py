@@ -84,9 +84,9 @@ def test_decorators_reject_invalid_settings(decorator: Callable[..., Any], optio
 
 
 def test_a_job_of_a_cancelled_run_is_not_executed(harness: Harness) -> None:
-    harness.store.schedule_step("the-job", "other", {})
-    harness.store.cancel_run("the-job", "wrong address")
-    job = harness.enqueue(rq_jobs.charge_or_fail, "none", job_id="the-job", retry=Retry(max=1))
+    harness.store.schedule_step(THE_JOB, "other", {})
+    harness.store.cancel_run(THE_JOB, "wrong address")
+    job = harness.enqueue(rq_jobs.charge_or_fail, "none", job_id=THE_JOB, retry=Retry(max=1))
     harness.start()
 
     assert_contains(harness.wait_failed(job), "RunCancelledError", "wrong address")

@@ -183,7 +183,7 @@ class TestReleaseKilledWorkHorse:
         (record,) = caplog.records
         assert record.name == "squidstep_redis.rq"
         assert_contains(
-            record.getMessage(), "could not release the claims of work-horse 7 of job the-job; ", "localhost:1."
+            record.getMessage(), "could not release the claims of work-horse 7 of job " + THE_JOB + "; ", "localhost:1."
         )
 
     def test_logs_an_unexpected_error_and_raises_nothing(
