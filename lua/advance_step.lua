@@ -47,6 +47,7 @@ if lines[1] and lines[2] and not lines[3] and not lines[4] and not ARGV[13] then
   end
 end
 
+-- general path
 -- include record
 -- include run
 

@@ -53,6 +53,7 @@ if lines and not lines.err and not lines[2] then
   end
 end
 
+-- general path
 -- include record
 -- include run
 -- include group

@@ -43,6 +43,7 @@ if lines and lines[1] and lines[2] and not lines[3] then
   end
 end
 
+-- general path
 -- include record
 -- include run
 -- include reply

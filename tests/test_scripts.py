@@ -48,6 +48,11 @@ class TestLoader:
     def test_comments_and_blank_lines_are_dropped(self, lua: Path) -> None:
         assert self.build(lua, "-- A header.\n\n  -- Why.\nreturn 1 -- beside code\n") == "return 1 -- beside code\n"
 
+    def test_the_general_path_is_a_function_of_its_own(self, lua: Path) -> None:
+        text = "local a = 1\n-- general path\n-- include shared\nreturn a\n"
+        expected = "local a = 1\nlocal function general_path()\nlocal b = 2\nreturn a\nend\nreturn general_path()\n"
+        assert self.build(lua, text, "local b = 2\n") == expected
+
     def test_a_macro_is_known_above_its_definition(self, lua: Path) -> None:
         assert self.build(lua, "return @LIMIT\n-- include shared\n", "-- define LIMIT 10\n") == "return 10\n"
 

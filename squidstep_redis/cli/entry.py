@@ -13,6 +13,8 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import click
 
 
@@ -45,7 +47,7 @@ _COMMANDS: Final = {
 _FROM_EXTRAS: Final = ("click", "rich", "rq")
 _RECURSION_LIMIT: Final = 10_000  # payloads of 500 levels are stored; json and rich use several frames for each
 _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_EXIT_AGAIN_SECONDS: Final = 0.001
+_EXIT_AGAIN_SECONDS: Final = (0.001, 0.25)  # first, and then again and again
 
 
 class _SignalExit(SystemExit):
@@ -68,6 +70,7 @@ def main() -> None:
         source = _COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "", _COMMANDS["doctor"])
         sys.exit(f"squidstep: {_missing_extra(error, source)}")
     except _SignalExit as exit_:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         name = signal.Signals(int(str(exit_)) - 128).name
         print(f"squidstep: terminated by {name}", file=sys.stderr)  # noqa: T201 -- click may not be installed
         raise
@@ -143,14 +146,18 @@ def _exit_on_signal(number: int, _frame: object) -> NoReturn:
 
 
 def _exit_later(unraisable: sys.UnraisableHookArgs) -> None:
-    """Raises the exception of a signal once more if it came during a `__del__`, which discards exceptions."""
+    """Raises the exception of a signal again if it came during a `__del__`, which discards exceptions."""
     error = unraisable.exc_value
     if not isinstance(error, _SignalExit):
         sys.__unraisablehook__(unraisable)
         return
 
-    def exit_again(_number: int, _frame: object) -> NoReturn:
-        raise _SignalExit(*error.args)
+    def exit_again(_number: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_code is not _exit_later.__code__:
+            frame = frame.f_back
+        # In this hook, the exception would be discarded, too. While an earlier one is handled, the program is ending.
+        if frame is None and not isinstance(sys.exc_info()[1], _SignalExit):
+            raise _SignalExit(*error.args)
 
     signal.signal(signal.SIGALRM, exit_again)
-    signal.setitimer(signal.ITIMER_REAL, _EXIT_AGAIN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, *_EXIT_AGAIN_SECONDS)

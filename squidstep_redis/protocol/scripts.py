@@ -1,15 +1,18 @@
 """Builds the Lua scripts from their source files.
 
 `lua/NAME.lua` is a script, and `lua/lib/NAME.lua` has code that scripts share. In a checkout, `lua` is next to the
-package; in a wheel, it is inside. A script is built in four steps, once per process:
+package; in a wheel, it is inside. A script is built in five steps, once per process:
 
-1. Includes: the line `-- include NAME` becomes the text of `lib/NAME.lua`; a repeated include is dropped.
-2. Macros: the line `-- define NAME text` or `-- define NAME(parameter, …) text` defines a macro for the whole script,
+1. The general path: what follows the line `-- general path` becomes a function. In every call, the server clears room
+   for all local variables of a script. With those of the general path in a function, a call of the common case that
+   comes before it does not pay for them.
+2. Includes: the line `-- include NAME` becomes the text of `lib/NAME.lua`; a repeated include is dropped.
+3. Macros: the line `-- define NAME text` or `-- define NAME(parameter, …) text` defines a macro for the whole script,
    including the lines above it. Lines that begin with `--   ` continue the text. Lines of code use it as `@NAME` or
    `@NAME(argument, …)`. A macro may use other macros. An argument is Lua text without parentheses, except in a literal
    or in a macro.
-3. Comments: whole-line comments, blank lines and indentation are dropped, because batches send the source.
-4. Literals: `"a" .. "b"` becomes `"ab"`, so that a pattern composed of macros costs nothing on the server. This is a
+4. Comments: whole-line comments, blank lines and indentation are dropped, because batches send the source.
+5. Literals: `"a" .. "b"` becomes `"ab"`, so that a pattern composed of macros costs nothing on the server. This is a
    textual replacement: no literal in the scripts may contain ` .. `.
 """
 
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 _PACKAGE: Final = Path(__file__).parent.parent
+_GENERAL_PATH: Final = re.compile(r"^-- general path\n(.*)", re.MULTILINE | re.DOTALL)
 _INCLUDE: Final = re.compile(r"^\s*-- include (\w+)$", re.MULTILINE)
 _DEFINE: Final = re.compile(r"^-- define (\w+)(?:\(([\w, ]*)\))? (.*(?:\n--   .*)*)$", re.MULTILINE)
 _CONTINUATION: Final = re.compile(r"\n--  ")
@@ -71,7 +75,8 @@ def script(name: str) -> Script:
         ValueError: an include or a macro is unknown, or a macro is defined twice or misused.
     """
     text = (directory() / f"{name}.lua").read_text("utf-8")
-    whole = _included(text, name, directory() / "lib", set())
+    wrapped = _GENERAL_PATH.sub(r"local function general_path()\n\1end\nreturn general_path()\n", text)
+    whole = _included(wrapped, name, directory() / "lib", set())
     source = _expanded(_NOT_CODE.sub("", whole), macros(whole, name), name).replace('" .. "', "").encode()
     sha = sha1(source, usedforsecurity=False).hexdigest().encode()
     return Script(name, source, sha, is_transition=not _NO_TRANSITION.search(text))

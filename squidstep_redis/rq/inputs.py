@@ -44,24 +44,28 @@ class Inputs:
         given = _digest(bound)
         key = (self._started_at, run_id, name)
         is_first = key not in self._seen
-        if given is None or (kept := self._seen.setdefault(key, given)) == given:
-            try:
+        kept = given
+        try:
+            # An exception from outside may arrive at any instruction, so nothing is kept before the `try`.
+            if given:
+                kept = self._seen.setdefault(key, given)
+            if kept == given:
                 yield
-            except BaseException:
-                if is_first:  # the step has no result that another call could get
-                    self._seen.pop(key, None)
-                raise
-        else:
-            error = InputMismatchError(run_id, name, kept.decode(), given.decode())
-            error.add_note(_MISTAKE)
-            raise error
+                return
+        except BaseException:
+            if is_first:  # the step has no result that another call could get
+                self._seen.pop(key, None)
+            raise
+        error = InputMismatchError(run_id, name, kept.decode(), given.decode())
+        error.add_note(_MISTAKE)
+        raise error
 
 
-def _digest(bound: BoundArguments) -> bytes | None:
-    """Returns the fingerprint of a call's arguments; None if a codec of yours accepts what has none."""
+def _digest(bound: BoundArguments) -> bytes:
+    """Returns the fingerprint of a call's arguments; empty if a codec of yours accepts what has none."""
     for each in (with_defaults(bound), bound):  # a default need not be storable
         try:
             return digest("input", dict(each.arguments))
         except PayloadError:
             continue
-    return None
+    return b""
