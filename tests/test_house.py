@@ -29,6 +29,7 @@ LAYERS = (
 )
 # What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
+    "asgi": {"asgi"},
     "cli": {"cli", "embedded", "escaping", "operations.documents", "operations.payload_json"},
     "codecs": set[str](),
     "demo": {"demo", "embedded", "rq"},

@@ -172,6 +172,7 @@ class IdempotencyMiddleware:
             await self.app(scope, receive, send)
 
     async def _handle(self, key: str, scope: Scope, request: RequestReader, send: Send) -> None:
+        response: Response | Literal["sent"] | None
         size = await request.read(self._max_request_bytes)
         if size == "disconnected":
             return
@@ -182,11 +183,9 @@ class IdempotencyMiddleware:
             response = None if self._passes_large else self._problem(413, "The request is too large", detail)
         else:
             response = await self._respond(key, scope, request, send)
-            if response == "sent":
-                return
         if response is None:
             await self.app(scope, request.receive, send)  # without protection
-        else:
+        elif response != "sent":
             await response.send(send)
 
     async def _respond(
