@@ -12,12 +12,12 @@ from typing import Any, Final, Literal, cast
 from squidstep_redis import (
     AsyncClaim,
     AsyncStepRunStore,
+    InputMismatchError,
     InvalidArgumentError,
     RunDeletedError,
     ServerError,
     StepBusyError,
     StepDelayedError,
-    StepExhaustedError,
     StepFailedError,
 )
 from squidstep_redis.asgi.exchange import Exchange, ResponseRules, outstanding
@@ -67,7 +67,7 @@ class IdempotencyMiddleware:
 
     Its own responses are of the type `application/problem+json`. Each key is a run with one step, `request`:
     `idempotency:<tenant, percent-encoded>:<key>`, or `idempotency#<SHA-256 of that>` beyond 512 bytes. Two round trips
-    if it executes, one if not; one more after a failure. Meanwhile the store's heartbeat extends the lease.
+    if it executes, one if not. Meanwhile the store's heartbeat extends the lease.
 
     While the application executes, `squidstep_redis.current_claim()` is its claim, whose `step_run.id` is an
     idempotency key for other services.
@@ -142,9 +142,8 @@ class IdempotencyMiddleware:
             _check(name, choice in ("refuse", "pass"), "must be 'refuse' or 'pass'")
         statuses = retry_statuses if isinstance(cast("object", retry_statuses), Collection) else [None]
         _check("retry_statuses", all(type(each) is int for each in statuses), "must be a collection of ints")
-        _check(
-            "docs_url", isinstance(docs_url or "", str) and (docs_url or "").isascii(), "must be an ASCII str, or None"
-        )
+        url = cast("object", docs_url)
+        _check("docs_url", url is None or (isinstance(url, str) and url.isascii()), "must be an ASCII str, or None")
         self._rules = ResponseRules(
             frozenset(retry_statuses),
             frozenset(name.lower().encode() for name in _names("unstored_headers", unstored_headers)),
@@ -192,60 +191,48 @@ class IdempotencyMiddleware:
         self, key: str, scope: Scope, request: RequestReader, send: Send
     ) -> Response | Literal["sent"] | None:
         """Executes a request if it has the claim on its key; returns the response to send, or None to pass it on."""
-        run_id = run_id_of(self._tenant_of(scope), key)
-        asked = {"fingerprint": fingerprint_of(scope, request.body), "method": scope["method"], "path": scope["path"]}
+        claim = self.store.claim_step(
+            run_id_of(self._tenant_of(scope), key),
+            _STEP,
+            {"method": scope["method"], "path": scope["path"]},
+            lease=self._lease,
+            fingerprint=fingerprint_of(scope, request.body),
+        )
         exchange: Exchange | None = None
         try:
             async with AsyncExitStack() as stack:
-                claim = await self._claim(stack, run_id, asked)
-                if isinstance(claim, Response):
-                    return claim
+                if refusal := await self._enter(stack, claim):
+                    return refusal
+                if claim.output is not None:
+                    return Response.replay_of(claim.output)
                 exchange = Exchange(claim, request, send, self._rules)
                 await self._execute(exchange, scope)
         except ServerError as error:
             if exchange is not None and error is not exchange.unrecorded:
                 raise
             if exchange is None:
-                _logger.warning("run %r: cannot be claimed: %s", run_id, error)
+                _logger.warning("an idempotency key cannot be claimed: %s", error)
                 detail = "Nothing was executed. Retry later with the same key."
-                refusal = self._problem(503, "Idempotency keys are unavailable", detail, retry_in=1.0)
-                return None if self._passes_unreachable else refusal
+                unavailable = self._problem(503, "Idempotency keys are unavailable", detail, retry_in=1.0)
+                return None if self._passes_unreachable else unavailable
         return "sent"
 
-    async def _claim(self, stack: AsyncExitStack, run_id: str, asked: dict[str, Any]) -> AsyncClaim | Response:
-        """Claims the key for a request; returns the response if it must not execute.
-
-        A claim after a failure would replace the input. So the first `begin_step` allows one attempt only: after a
-        failure it changes nothing, and returns the input of the failed request. The second one allows any number.
-        """
-        for max_attempts in (1, None):
-            claim = self.store.claim_step(run_id, _STEP, asked, lease=self._lease, max_attempts=max_attempts)
-            refusal: StepBusyError | StepDelayedError | StepExhaustedError | StepFailedError | None = None
-            try:
-                await stack.enter_async_context(claim)
-                found = claim.step_run
-            except (StepBusyError, StepDelayedError, StepExhaustedError, StepFailedError) as error:
-                refusal, found = error, error.current
-            except RunDeletedError:
-                break
-            if found.input.get("fingerprint") != asked["fingerprint"]:
-                if claim.decision == "execute":
-                    await claim.release()
-                detail = (
-                    "A key belongs to one request: one method, path, query and body. Other requests need their own."
-                )
-                return self._problem(422, "The idempotency key was used for another request", detail)
-            if isinstance(refusal, StepBusyError):
-                return outstanding(refusal.retry_in, self._docs_url)
-            if isinstance(refusal, StepDelayedError):
-                detail = "The request failed, and may be retried later with the same key."
-                return self._problem(503, "The request failed", detail, retry_in=refusal.retry_in)
-            if refusal is None:
-                return claim if claim.output is None else Response.replay_of(claim.output)
-            if isinstance(refusal, StepFailedError):
-                break
-        detail = "The request may have been executed, but it has no stored response. It is not executed again."
-        return self._problem(500, "The request failed permanently", detail)
+    async def _enter(self, stack: AsyncExitStack, claim: AsyncClaim) -> Response | None:
+        """Enters the block of a claim; returns the response if another request has the key."""
+        try:
+            await stack.enter_async_context(claim)
+        except InputMismatchError:
+            detail = "A key belongs to one request: one method, path, query and body. Other requests need their own."
+            return self._problem(422, "The idempotency key was used for another request", detail)
+        except StepBusyError as error:
+            return outstanding(error.retry_in, self._docs_url)
+        except StepDelayedError as error:
+            detail = "The request failed, and may be retried later with the same key."
+            return self._problem(503, "The request failed", detail, retry_in=error.retry_in)
+        except (StepFailedError, RunDeletedError):
+            detail = "The request may have been executed, but it has no stored response. It is not executed again."
+            return self._problem(500, "The request failed permanently", detail)
+        return None
 
     async def _execute(self, exchange: Exchange, scope: Scope) -> None:
         extensions: dict[str, Any] = scope.get("extensions") or {}

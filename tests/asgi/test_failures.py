@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import Any
 
@@ -20,6 +19,7 @@ from squidstep_redis import (
     StepRun,
     StepRunStore,
 )
+from squidstep_redis.asgi.messages import fingerprint_of
 
 RUN = "idempotency::key-1"
 DISCONNECTED = {"type": "http.disconnect"}
@@ -216,17 +216,14 @@ class TestLostClaims:
 
 
 class TestProcess:
-    def begin(self, site: Site, bench: Bench) -> StepRun:
+    def begin(self, site: Site) -> StepRun:
         """Leaves what a server leaves that is killed between execution and completion."""
-        site.handler = site.count
-        site.request()
-        asked = site.step_run().input
-        site.driven.delete_run(RUN)
-        bench.backend.raw.delete(bench.keys(RUN)[0])  # the tombstone
-        return site.driven.begin_step(RUN, "request", asked, lease=0.05).step_run
+        scope = {"method": "POST", "path": "/charges"}
+        fingerprint = fingerprint_of(scope, b"{}")
+        return site.driven.begin_step(RUN, "request", scope, lease=0.05, fingerprint=fingerprint).step_run
 
     def test_after_the_lease_of_a_dead_server_a_retry_executes_again(self, site: Site, bench: Bench) -> None:
-        bench.lapse(self.begin(site, bench))
+        bench.lapse(self.begin(site))
         assert site.request(b"another body").status == 422
         assert [site.request().is_replay for _ in range(2)] == [False, True]
         assert site.step_run().attempt == 2
@@ -308,15 +305,3 @@ class TestStore:
         again = site.request()
         assert (again.status, again.title) == (500, "The request failed permanently")
         assert len(site.effects) == 1
-
-    def test_a_422_under_a_released_key_survives_an_unreachable_store(self, site: Site) -> None:
-        async def handler(body: bytes) -> tuple[int, bytes]:
-            return 401, b""
-
-        site.handler = handler
-        site.request()
-        refuse_calls(site.store, "release_step", 1)
-        assert site.request(b"another body").status == 503
-        assert json.loads(site.request(b"another body").body)["status"] == 422
-        site.handler = site.count
-        assert site.request().status == 201

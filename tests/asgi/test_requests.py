@@ -147,6 +147,7 @@ def test_other_scopes_are_passed_on_as_they_are(site: Site, kind: str) -> None:
         ({"retry_statuses": 500}, "retry_statuses"),
         ({"retry_statuses": ["5xx"]}, "retry_statuses"),
         ({"docs_url": 7}, "docs_url"),
+        ({"docs_url": "https://example.com/schlüssel"}, "docs_url"),
     ],
 )
 def test_bad_options_are_refused_when_the_middleware_is_made(
