@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from squidstep_redis import AsyncClaim, PayloadError, ServerError, SquidstepError, StaleStepRunError
 from squidstep_redis.asgi.messages import Message, RequestReader, Response, Send, problem, values_of
 
+_CANCELLED_SECONDS: Final = 1.0  # for the end of the claim, if the request is cancelled
 _logger: Final = logging.getLogger("squidstep_redis.asgi")
 
 
@@ -106,7 +107,7 @@ class Exchange:
     async def _end(self, ending: Callable[[], Awaitable[Any]]) -> Response | None:
         """Ends the claim; returns what the client receives in place of the response, if the claim was lost."""
         try:
-            await ending()
+            await _uncancelled(ending)
         except PayloadError:
             raise
         except StaleStepRunError:
@@ -147,6 +148,16 @@ class Exchange:
                 raise
             except SquidstepError as error:
                 _logger.error("%s: the response is not stored: %s", self._claim.step_run, error)
+
+
+async def _uncancelled(ending: Callable[[], Awaitable[Any]]) -> None:
+    """Ends a claim, also if this task is cancelled meanwhile: the work is done, and a retry must not repeat it."""
+    task = asyncio.ensure_future(ending())
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=_CANCELLED_SECONDS)
+        raise
 
 
 def outstanding(retry_in: float | None, docs_url: str | None) -> Response:

@@ -123,6 +123,29 @@ class TestHandler:
         site.handler = site.count
         assert [site.request().is_replay for _ in range(2)] == [False, True]
 
+    def test_a_response_is_stored_whenever_its_request_is_cancelled(self, site: Site) -> None:
+        async def main(key: str, turns: int) -> None:
+            responding = asyncio.Event()
+
+            async def handler(body: bytes) -> tuple[int, bytes]:
+                responding.set()
+                return 200, b"done"
+
+            site.handler = handler
+            first = asyncio.create_task(site.client.request(key=key))
+            await responding.wait()
+            for _ in range(turns):  # of the event loop
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.wait([first])
+            again = await site.client.request(key=key)
+            assert again is not None
+            assert again.is_replay
+
+        for turns in range(20):
+            site.run(main(f"key-{turns}", turns))
+        assert len(site.effects) == 20
+
 
 class TestClient:
     def test_a_client_that_leaves_before_its_body_ends_executes_nothing(self, site: Site) -> None:
