@@ -14,6 +14,7 @@ from squidstep_redis import (
     AsyncStepRunStore,
     InputMismatchError,
     InvalidArgumentError,
+    RunCancelledError,
     RunDeletedError,
     ServerError,
     StepBusyError,
@@ -229,7 +230,7 @@ class IdempotencyMiddleware:
         except StepDelayedError as error:
             detail = "The request failed, and may be retried later with the same key."
             return self._problem(503, "The request failed", detail, retry_in=error.retry_in)
-        except (StepFailedError, RunDeletedError):
+        except (StepFailedError, RunCancelledError, RunDeletedError):
             detail = "The request may have been executed, but it has no stored response. It is not executed again."
             return self._problem(500, "The request failed permanently", detail)
         return None

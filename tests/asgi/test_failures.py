@@ -328,3 +328,18 @@ class TestStore:
         again = site.request()
         assert (again.status, again.title) == (500, "The request failed permanently")
         assert len(site.effects) == 1
+
+    @pytest.mark.parametrize("completed", [True, False])
+    def test_a_cancelled_run_executes_nothing_until_it_is_resumed(self, site: Site, completed: bool) -> None:
+        if not completed:
+            raising(site, BrokenError())
+            with pytest.raises(BrokenError):
+                site.request()
+            site.handler = site.count
+        else:
+            site.request()
+        site.driven.cancel_run(RUN)
+        reply = site.request()
+        assert (reply.status, reply.is_replay) == ((201, True) if completed else (500, False))
+        site.driven.resume_run(RUN)
+        assert site.request().status == 201
