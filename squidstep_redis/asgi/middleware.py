@@ -21,7 +21,7 @@ from squidstep_redis import (
     StepDelayedError,
     StepFailedError,
 )
-from squidstep_redis.asgi.exchange import Exchange, ResponseRules, outstanding
+from squidstep_redis.asgi.claimed_request import ClaimedRequest, ResponseRules, outstanding
 from squidstep_redis.asgi.messages import (
     ASGIApp,
     Receive,
@@ -199,19 +199,19 @@ class IdempotencyMiddleware:
             lease=self._lease,
             fingerprint=fingerprint_of(scope, request.body),
         )
-        exchange: Exchange | None = None
+        claimed: ClaimedRequest | None = None
         try:
             async with AsyncExitStack() as stack:
                 if refusal := await self._enter(stack, claim):
                     return refusal
                 if claim.output is not None:
                     return Response.replay_of(claim.output)
-                exchange = Exchange(claim, request, send, self._rules)
-                await self._execute(exchange, scope)
+                claimed = ClaimedRequest(claim, request, send, self._rules)
+                await self._execute(claimed, scope)
         except ServerError as error:
-            if exchange is not None and error is not exchange.unrecorded:
+            if claimed is not None and error is not claimed.unrecorded:
                 raise
-            if exchange is None:
+            if claimed is None:
                 _logger.warning("an idempotency key cannot be claimed: %s", error)
                 detail = "Nothing was executed. Retry later with the same key."
                 unavailable = self._problem(503, "Idempotency keys are unavailable", detail, retry_in=1.0)
@@ -235,18 +235,18 @@ class IdempotencyMiddleware:
             return self._problem(500, "The request failed permanently", detail)
         return None
 
-    async def _execute(self, exchange: Exchange, scope: Scope) -> None:
+    async def _execute(self, claimed: ClaimedRequest, scope: Scope) -> None:
         extensions: dict[str, Any] = scope.get("extensions") or {}
         whole_bodies = {name: value for name, value in extensions.items() if not name.startswith("http.response.")}
         if len(whole_bodies) < len(extensions):  # otherwise they could send what cannot be stored
             scope = {**scope, "extensions": whole_bodies}
         try:
-            await self.app(scope, exchange.receive, exchange.send)
+            await self.app(scope, claimed.receive, claimed.send)
         except Exception:
-            if not exchange.is_refused:
+            if not claimed.is_refused:
                 raise
             _logger.debug("the application could not send its response, which was refused", exc_info=True)
-        await exchange.finish()
+        await claimed.finish()
 
     def _tenant_of(self, scope: Scope) -> str:
         tenant = self._tenant(scope) if self._tenant else ""

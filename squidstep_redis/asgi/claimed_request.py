@@ -26,7 +26,7 @@ class ResponseRules:
     docs_url: str | None
 
 
-class Exchange:
+class ClaimedRequest:
     """The `receive` and `send` of the application, for one request whose claim this delivery holds.
 
     A response is held back, stored, and sent. It is stored as soon as it is whole, because an application may do more
