@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,10 +54,10 @@ class TestRule:
         assert not has_controls(without_controls(text))
         assert len(without_controls(text)) == len(text)
 
-    @pytest.mark.parametrize("control", CONTROLS, ids=lambda char: f"U+{ord(char):04X}")
-    def test_every_control_character_is_found_and_escaped(self, control: str) -> None:
-        assert has_controls(f"a{control}b")
-        assert control not in escaped(f"a{control}b")
+    def test_every_control_character_is_found_and_escaped(self) -> None:
+        for control in CONTROLS:
+            assert has_controls(f"a{control}b"), hex(ord(control))
+            assert control not in escaped(f"a{control}b")
 
     @given(value=JSON)
     @example(value={EVIL: [EVIL, "\U000e0001", "☃", "\\u001b", '"']})
@@ -72,18 +73,19 @@ class TestRule:
 
 
 class TestOwners:
-    @pytest.mark.parametrize("control", CONTROLS, ids=lambda char: f"U+{ord(char):04X}")
-    def test_owner_with_a_control_character_is_rejected(self, control: str) -> None:
+    def test_owner_with_a_control_character_is_rejected(self) -> None:
         with offline_store() as store:
-            for call in (
-                lambda: store.begin_step("run", "pay", {}, owner=f"w{control}1"),
-                lambda: store.begin_steps("run", {"pay": {}}, owner=f"w{control}1"),
-                lambda: store.retry_step("run", "pay", owner=f"w{control}1"),
-                lambda: store.live_claims(owner=f"w{control}1"),
-            ):
-                with pytest.raises(InvalidArgumentError, match="^owner: must not contain control characters") as caught:
-                    call()
-                assert str(caught.value).isprintable()
+            calls: tuple[Callable[[str], object], ...] = (
+                lambda owner: store.begin_step("run", "pay", {}, owner=owner),
+                lambda owner: store.begin_steps("run", {"pay": {}}, owner=owner),
+                lambda owner: store.retry_step("run", "pay", owner=owner),
+                lambda owner: store.live_claims(owner=owner),
+            )
+            for control in CONTROLS:
+                for call in calls:
+                    with pytest.raises(InvalidArgumentError, match="^owner: must not contain control char") as caught:
+                        call(f"w{control}1")
+                    assert str(caught.value).isprintable(), hex(ord(control))
 
     def test_owner_with_letters_and_emoji_is_stored(self, bench: Bench) -> None:
         owner = "Jürgen 👩\u200d💻\u00a01"

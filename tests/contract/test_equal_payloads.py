@@ -9,17 +9,11 @@ import redis
 from support.backends import Bench
 from support.records import begun, stored
 
-from squidstep_redis import MsgpackCodec, StaleStepRunError, StepRunStore, StepStatus
+from squidstep_redis import StaleStepRunError, StepRunStore, StepStatus
 from squidstep_redis.codecs import CompressedCodec, EncryptedCodec
 
 KEYS = {"k": b"k" * 32}
-CODECS = {
-    "default": None,
-    "extended": MsgpackCodec(extended=True),
-    "compressed": CompressedCodec(threshold=0),
-    "encrypted": EncryptedCodec(KEYS, current="k"),
-    "both": EncryptedCodec(KEYS, current="k", codec=CompressedCodec(threshold=0)),
-}
+CODECS = {"default": None, "encrypted": EncryptedCodec(KEYS, current="k", codec=CompressedCodec(threshold=0))}
 OUTPUT, SAME, OTHER = {"a": 1, "b": [2]}, {"b": [2], "a": 1}, {"a": 1, "b": [3]}
 
 
