@@ -102,11 +102,9 @@ MUTANTS = {
         "lib/begin.lua", "state.token == token or past_attempt", "past_attempt"
     ),
     "the history forgets how a past attempt failed": Mutant(
-        "fail_step.lua", "if past and past.status == status", "if false"
+        "fail_step.lua", "and state or past_attempt(steps, step, state, token)", "and state or nil"
     ),
-    "a re-sent failure may have another error": Mutant(
-        "fail_step.lua", 'redis.call("HGET", steps, "e" .. step) == last_error', "true"
-    ),
+    "a re-sent failure may have another error": Mutant("fail_step.lua", "if stored == last_error then", "if true then"),
     "a re-sent completion may have another output": Mutant(
         "complete_step.lua", 'redis.call("HGET", steps, "o" .. step) == output', "true"
     ),
