@@ -47,7 +47,7 @@ def fork_run(
     is read at one moment, which blocks the server for about 0.05 s if it has 10,000 steps; writing them takes 0.15 s.
 
     A copied step keeps its input, output, owner, times, attempt number and history. Payloads are copied as bytes,
-    whatever their size and codec; only a codec whose bytes depend on the run encodes them again. The order of creation
+    of any size and codec; only a codec whose bytes depend on the run encodes them again. The order of creation
     and the completion order are numbered from 1 again. Steps that are not completed, claims and the expiry of the
     original are not copied: the new run expires by this store's `run_ttl`. The id of a step run names its run, so a
     claim on a step of the original changes nothing in the new run.

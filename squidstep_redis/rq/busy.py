@@ -113,7 +113,7 @@ def _is(function: object, decorated: object) -> bool:
 
 
 def _set_result(job: Job, retry: Retry) -> None:
-    """Makes the job return Retry, whatever the functions around the decorated one return.
+    """Makes the job return Retry, even if functions around the decorated one return something else.
 
     If the job simply finished, the step would be lost if its worker died. Job.perform assigns the result to the job,
     and returns what it then reads from the job.

@@ -237,5 +237,5 @@ def _is_stored_as(given: object, stored: object) -> bool:
         return True
     try:
         return digest("input", stored) == digest("input", given)
-    except PayloadError:  # a codec of yours accepts what has no fingerprint
+    except PayloadError:  # the user's codec may accept what has no fingerprint
         return False

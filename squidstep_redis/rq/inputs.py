@@ -62,7 +62,7 @@ class Inputs:
 
 
 def _digest(bound: BoundArguments) -> bytes:
-    """Returns the fingerprint of a call's arguments; empty if a codec of yours accepts what has none."""
+    """Returns the fingerprint of a call's arguments; empty if the user's codec accepts what has none."""
     for each in (with_defaults(bound), bound):  # a default need not be storable
         try:
             return digest("input", dict(each.arguments))

@@ -91,7 +91,7 @@ class TestRoundTrip:
         assert second.error["message"] == SECRET["card"]
 
     def test_exhausted_step_has_a_readable_error(self, bench: Bench) -> None:
-        """Whatever the codec: one call may expire several steps, and their errors are written by one script."""
+        """With every codec: one call may expire several steps, and their errors are written by one script."""
         store = bench.store(codec=CODEC)
         claims = store.begin_steps("run", {"a": {}, "b": {}}, lease=0.001)
         for claim in claims.values():
