@@ -28,7 +28,7 @@ from squidstep_redis.claims.heartbeat import Heartbeat
 settings.register_profile(
     "default",
     deadline=None,
-    max_examples=50,
+    max_examples=30,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -110,8 +110,11 @@ def _parameters(item: pytest.Item) -> dict[str, object]:
 def _is_applicable(item: pytest.Item) -> bool:
     parameters = _parameters(item)
     server = parameters.get("backend", parameters.get("binary"))
-    if server == "fakeredis" and parameters.get("bench") == "asyncio" and ACROSS_RUNS & _names_in(item):
-        return False
+    if parameters.get("bench") == "asyncio":
+        if server == "fakeredis" and ACROSS_RUNS & _names_in(item):
+            return False
+        if server == "cluster" and item.path.parent.name not in OF_THE_TRANSPORT:
+            return False
     not_on = item.get_closest_marker("not_on")
     return server != NO_SERVER and (not_on is None or server not in not_on.args)
 
@@ -125,6 +128,10 @@ STARTERS = {
 # These read an index of all runs: 1,024 scripts, for which fakeredis takes half a second. On fakeredis, the blocking
 # store is enough for them: both stores send the same scripts, and other tests send each operation through both.
 ACROSS_RUNS = {"count_claims", "failed_steps", "lapsed_claims", "live_claims", "purge"}
+
+
+# On a cluster, an asyncio store differs from the others in its transport only. These directories test that.
+OF_THE_TRANSPORT = {"wire", "transport", "faults", "asgi"}
 
 
 def _is_quick(item: pytest.Item) -> bool:
