@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import inspect
 import itertools
 import os
@@ -101,6 +102,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("quick")
         if isinstance(item, pytest.Function) and "storm_length" in item.fixturenames:
             item.add_marker("storm")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was collected out of garbage collections: it stays, and some tests collect explicitly."""
+    gc.collect()
+    gc.freeze()
 
 
 def _parameters(item: pytest.Item) -> dict[str, object]:
