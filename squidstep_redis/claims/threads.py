@@ -109,7 +109,7 @@ class BackgroundThread(ABC):
                     time.sleep(0.001 if self._failures < _MAX_FAILURES else 1.0)
                 self._loop()
                 return
-            except BaseException:  # noqa: BLE001
+            except BaseException:  # noqa: BLE001 -- the thread must go on
                 self._failures += 1
 
     def _loop(self) -> None:
