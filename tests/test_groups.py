@@ -134,7 +134,7 @@ def spoil(raw: Any, key: bytes, how: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(batches=st.lists(BATCHES, min_size=1, max_size=4), last=LAST)
 def test_a_batch_has_the_effects_of_single_calls(bench: Bench, batches: list[Any], last: Any) -> None:
     number = next(_examples)

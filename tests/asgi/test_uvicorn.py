@@ -52,7 +52,11 @@ class TestAThousandRequests:
             assert reply.body == b"done " + key_of(number).encode()
         assert sum(not reply.is_replay for reply in replies) == KEYS
 
-    @pytest.mark.parametrize("waits", [True, False], ids=["until all others conflict", "not"])
+    @pytest.mark.parametrize(
+        "waits",
+        [pytest.param(True, id="until all others conflict", marks=pytest.mark.not_on("cluster")), False],
+        ids=lambda waits: "not",
+    )
     def test_each_key_has_one_effect(self, sites: list[Site], waits: bool) -> None:
         async def main() -> None:
             conflicts = 0

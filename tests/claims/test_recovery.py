@@ -163,10 +163,9 @@ class TestExceptionAtAnyInstruction:
     """An exception raised at each place where the interpreter lets one in; in a loop, during some passes."""
 
     @fakeredis_only
-    @pytest.mark.parametrize("fails", [False, True])
-    @pytest.mark.parametrize("kind", [DeclinedError, KeyboardInterrupt])
+    @pytest.mark.parametrize(("kind", "fails"), [(DeclinedError, True), (KeyboardInterrupt, False)])
     def test_no_step_stays_running(
-        self, worker: Worker, others: StepRunStore, alarms: list[int], fails: bool, kind: type[BaseException]
+        self, worker: Worker, others: StepRunStore, alarms: list[int], kind: type[BaseException], fails: bool
     ) -> None:
         handler = signal.getsignal(signal.SIGALRM)
 

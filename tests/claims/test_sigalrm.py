@@ -250,7 +250,7 @@ class TestAlarmDuringAClaim:
         path = bench.backend.raw.connection_pool.connection_kwargs["path"]
         outputs: dict[int, dict[str, Any]] = {}
         with connected(bench, f"unix://{path}", client_name=bench.prefix) as worker:
-            for number in storm_length.rounds(2_000):
+            for number in storm_length.rounds(700):
                 with contextlib.suppress(AlarmError):
                     signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.000_01, 0.000_8))
                     input = {"number": number}

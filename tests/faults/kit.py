@@ -70,8 +70,9 @@ class Stores:
 
     def on_cluster(self, url: str, *, address_remap: Any = None, **settings: Any) -> StepRunStore:
         options: dict[str, Any] = {"socket_timeout": 1, "socket_connect_timeout": 1, "address_remap": address_remap}
-        module: Any = redis if self.flavor == "blocking" else redis.asyncio
-        return self.on_client(module.RedisCluster.from_url(url, **options), **settings)
+        if self.flavor == "asyncio":
+            return self.on_client(redis.asyncio.RedisCluster.from_url(url, **options), **settings)
+        return self.on_client(_blocking_cluster_client(url, options), **settings)
 
     def on_client(self, client: Any, **settings: Any) -> StepRunStore:
         self._closing.callback(self._close, client)
@@ -88,7 +89,8 @@ class Stores:
         return result if self.flavor == "blocking" else self.runner.run(wait())
 
     def _close(self, client: Any) -> None:
-        self.wait(client.close() if self.flavor == "blocking" else client.aclose())
+        with contextlib.suppress(redis.TimeoutError):  # the machine was too busy to close a connection in time
+            self.wait(client.close() if self.flavor == "blocking" else client.aclose())
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +102,17 @@ class Stores:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
+
+
+def _blocking_cluster_client(url: str, options: dict[str, Any]) -> Any:
+    """Returns a client. Unlike that of asyncio, it learns the slots at once; a busy machine may need a while."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return cast("Any", redis.RedisCluster).from_url(url, **options)
+        except (redis.TimeoutError, redis.RedisClusterException):
+            if time.monotonic() > deadline:
+                raise
 
 
 @contextlib.contextmanager
@@ -156,14 +169,14 @@ class Load:
         self._end.set()
         for thread in self._threads:
             thread.join()
-        assert not self.unexpected, self.unexpected
+        self._raise_unexpected()
 
     def wait_for_progress(self, count: int = 20) -> None:
         """Waits until each thread has completed `count` more steps."""
         before = len(self.completions)
 
         def is_done() -> bool:
-            assert not self.unexpected, self.unexpected
+            self._raise_unexpected()
             since = [completion.run for completion in self.completions[before:]]
             return all(since.count(run) >= count for run in self.runs)
 
@@ -178,6 +191,10 @@ class Load:
                     self._execute(store, run, f"step-{number:06}")
         except BaseException as error:  # noqa: BLE001 -- the test fails with it
             self.unexpected.append(error)
+
+    def _raise_unexpected(self) -> None:
+        if self.unexpected:
+            raise self.unexpected[0]
 
     def _execute(self, store: StepRunStore, run: str, step: str) -> None:
         try:

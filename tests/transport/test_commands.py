@@ -46,7 +46,7 @@ def check(commands: list[tuple[Any, ...]]) -> None:
         assert {type(word) for word in command} == {bytes}, command[:3]
 
 
-@pytest.mark.servers("fakeredis")
+@pytest.mark.servers("valkey")
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @pytest.mark.parametrize("operation", sorted(OPERATIONS))
 def test_every_word_of_every_operation_is_bytes(bench: Bench, operation: str) -> None:

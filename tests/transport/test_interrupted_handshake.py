@@ -109,7 +109,7 @@ def test_exception_at_any_line_leaves_no_half_made_connection(
     for _ in storm_length.rounds(1):
         line, misses = 0, 0
         while misses < 3:
-            line += random.randint(1, 12)
+            line += random.randint(1, 25)
             store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
             with at_line(line, INTERRUPTED_FILES, interrupt) as was_interrupted, contextlib.suppress(Interruption):
                 store.schedule_step("run", "pay", {})
@@ -252,7 +252,7 @@ def test_signals_at_random_moments_leave_no_half_made_connection(
     with ThreadPoolExecutor(2) as threads, sigalrm_raises() as raised:
         working = [threads.submit(work, thread) for thread in range(2)]
         try:
-            for number in storm_length.rounds(300):
+            for number in storm_length.rounds(100):
                 with contextlib.suppress(AlarmError):
                     signal.setitimer(signal.ITIMER_REAL, random.uniform(0.000_01, 0.004))
                     store.client.connection_pool.disconnect(inuse_connections=False)
