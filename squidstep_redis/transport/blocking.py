@@ -12,7 +12,14 @@ from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, Se
 from squidstep_redis.transport import driver
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.cluster import ClusterConnections, HookedCluster
-from squidstep_redis.transport.connection import Connections, HookedClient, OwnConnections, PooledConnections
+from squidstep_redis.transport.connection import (
+    Connections,
+    Halves,
+    HookedClient,
+    OwnConnections,
+    PooledConnections,
+    second_half,
+)
 from squidstep_redis.transport.driver import Driver, Execute, Pause, Redirect, Refresh, RoundTrip, RoundTrips, Route
 from squidstep_redis.transport.retry import FAILURES, RoundTripError
 
@@ -109,13 +116,25 @@ class BlockingTransport(BaseTransport[Connections]):
             return self._connections().redirect(action.error)
         if isinstance(action, Refresh):
             return self._connections().refresh(action.since)
-        return [self._outcome(round_trip, deadline) for round_trip in action.round_trips]  # RoundTrips
+        return _side_by_side(action.round_trips, deadline)
 
-    def _outcome(self, round_trip: RoundTrip, deadline: float) -> Any:
-        try:
-            return round_trip.node.send(round_trip.commands, round_trip.read, deadline)
-        except RoundTripError as error:
-            return error
+
+def _side_by_side(round_trips: Sequence[RoundTrip], deadline: float) -> list[Any]:
+    """Sends to all servers before it reads from the first one, so that they work at the same time."""
+    begun: list[Halves] = [each.node.in_halves(each.commands, each.read, deadline) for each in round_trips]
+    try:
+        failures = [_outcome(next, halves) for halves in begun]
+        return [failure or _outcome(second_half, halves) for halves, failure in zip(begun, failures, strict=True)]
+    finally:
+        for halves in begun:
+            halves.close()
+
+
+def _outcome(half: Callable[[Halves], T], halves: Halves) -> T | RoundTripError:
+    try:
+        return half(halves)
+    except RoundTripError as error:
+        return error
 
 
 def _replies(server: Connections, commands: Sequence[Command]) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, SlotNotCoveredError
 
 from squidstep_redis.protocol.call import Call, Command
-from squidstep_redis.transport.connection import Connections, HookedClient, PooledConnections
+from squidstep_redis.transport.connection import Connections, Halves, HookedClient, PooledConnections
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
 
@@ -160,9 +160,9 @@ class _NodeConnections(PooledConnections):
         self._name = name
         self.client = client
 
-    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
         try:
-            return super().send(commands, read, deadline)
+            return (yield from super().in_halves(commands, read, deadline))
         except RoundTripError:
             self._topology.failed = self._name
             raise

@@ -14,7 +14,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from math import inf
 from typing import Any, Final
 
@@ -26,6 +26,9 @@ from squidstep_redis.transport.handshake import open_connection
 from squidstep_redis.transport.pool import borrow, give_back
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
+
+Halves = Generator[None, None, list[Any]]
+"""A round trip: it sends until its first yield, and then reads."""
 
 _MAX_IDLE: Final = 16
 _FRESH_SECONDS: Final = 1.0
@@ -155,15 +158,27 @@ class PooledConnections(Connections):
         self._pool = pool
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        halves = self.in_halves(commands, read, deadline)
+        next(halves)
+        return second_half(halves)
+
+    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
+        """Sends commands, yields, and then reads their replies: what `send` does, for several servers side by side.
+
+        Closing the generator discards the connection, whose replies were not read.
+        """
         connection = borrow(self._pool, deadline)
         is_reusable = False
         is_demoted = False
         try:
             stream = stream_of(connection)
             if stream is None:
+                yield
                 results, is_demoted = _round_trip(connection, commands, read)
             else:
-                results, is_demoted = stream.round_trip(commands, read, deadline), stream.is_demoted
+                stream.write(commands, deadline)
+                yield
+                results, is_demoted = stream.read(len(commands), read), stream.is_demoted
             is_reusable = not is_demoted
         finally:
             if not is_reusable:
@@ -176,6 +191,15 @@ class PooledConnections(Connections):
     def _disconnect_idle(self) -> None:
         for connection in idle_of(self._pool):
             connection.disconnect()
+
+
+def second_half(halves: Halves) -> list[Any]:
+    """Reads the replies of a round trip whose commands were sent; returns what `read` returned for each."""
+    try:
+        next(halves)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it yields once")
 
 
 class HookedClient(Connections):

@@ -74,21 +74,33 @@ class Stream:
 
     def round_trip(self, commands: Sequence[Command], read: Read, deadline: float) -> list[Any]:
         """Sends commands and reads their replies, within one reply's timeout after the deadline."""
+        self.write(commands, deadline)
+        return self.read(len(commands), read)
+
+    def write(self, commands: Sequence[Command], deadline: float) -> None:
+        """Sends commands. Their replies must be read within one reply's timeout after the deadline."""
         self._limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
         sent = False
         try:
             if len(commands) == 1:
                 self._write(pack_command(commands[0]))
-            else:
-                for chunk in chunks(commands):
-                    self._write(chunk, is_first=not sent)
-                    sent = True
-            sent = True
-            return [read(index, self._next()) for index in range(len(commands))]
+                return
+            for chunk in chunks(commands):
+                self._write(chunk, is_first=not sent)
+                sent = True
         except OSError as error:
             if not _is_raised_here(error):
                 raise
-            raise RoundTripError(_named(error, "reading" if sent else "writing"), sent=sent) from error
+            raise RoundTripError(_named(error, "writing"), sent=sent) from error
+
+    def read(self, count: int, read: Read) -> list[Any]:
+        """Reads the replies to the commands that were sent; returns what `read` returns for each."""
+        try:
+            return [read(index, self._next()) for index in range(count)]
+        except OSError as error:
+            if not _is_raised_here(error):
+                raise
+            raise RoundTripError(_named(error, "reading"), sent=True) from error
         except InvalidResponse as error:
             raise RoundTripError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
 

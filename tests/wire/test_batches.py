@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -20,7 +21,7 @@ from support.operations import (
 )
 from support.proxy import Proxy
 from support.records import begun
-from support.servers import SLOTS
+from support.servers import SLOTS, wait_until
 
 from squidstep_redis import (
     BatchError,
@@ -176,6 +177,17 @@ class TestBatchOnACluster:
 
         assert [proxy.round_trips for proxy in proxies] == [1, 1, 1]
         assert seen(outcomes) == seen(twin.batch(mixed(twin, 100)))
+
+    def test_every_node_has_its_calls_before_one_replies(self, proxies: list[Proxy], proxied: StepRunStore) -> None:
+        releases = [proxy.hold_replies() for proxy in proxies]
+        with ThreadPoolExecutor(1) as threads:
+            outcomes = threads.submit(proxied.batch, [proxied.calls.get_run(f"run-{number}") for number in range(20)])
+            try:
+                wait_until(lambda: all(proxy.commands for proxy in proxies))
+            finally:
+                for release in releases:
+                    release.set()
+            assert outcomes.result() == [[]] * 20
 
     def test_an_operation_costs_one_round_trip(self, proxies: list[Proxy], proxied: StepRunStore) -> None:
         step_run = begun(proxied.begin_step("run-1", "pay", {}))
