@@ -25,6 +25,7 @@ LAYERS = (
     ("operations",),
     ("transport",),
     ("claims", "doctor"),
+    ("functions",),
     ("settings", "facade", "store", "aio"),
 )
 # What is built on the library imports its public names. Further imports are listed here.
@@ -40,8 +41,8 @@ BESIDE_PUBLIC_NAMES = {
         "rq",
         "claims.failures",
         "claims.request",
-        "claims.rules",
         "escaping",
+        "functions",
         "protocol.arguments",
         "protocol.fingerprints",
         "signals",

@@ -133,7 +133,7 @@ class TestMethods:
         shop = rq_jobs.Shop("eu")
         traceback = traceback_of(queue.enqueue(shop if name == "__call__" else getattr(shop, name), 7))
         argument = "input['cls']" if name == "open" else "input['self']"
-        alternative = "use a function, or current_run().call(name, self.method, …)"
+        alternative = "call a bound method: run.call(name, self.method, …)"
         assert_contains(traceback, f"PayloadError: {argument}", alternative)
         assert harness.effects() == {}
 

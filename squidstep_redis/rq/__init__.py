@@ -4,10 +4,10 @@
 tests/guide/rq.md in the repository, describes what happens in each failure.
 """
 
+from squidstep_redis.functions.run_ids import RunIdOf
 from squidstep_redis.rq.busy import MAX_RESCHEDULES, OnBusy
 from squidstep_redis.rq.decorators import step, steps
 from squidstep_redis.rq.execution import owner
-from squidstep_redis.rq.functions import RunIdOf
 from squidstep_redis.rq.installed import OLDEST
 from squidstep_redis.rq.outbox import queue_completion
 from squidstep_redis.rq.runs import Run, current_run, default_run_id

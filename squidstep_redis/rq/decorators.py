@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import iscoroutinefunction, isfunction
+from inspect import iscoroutinefunction
 from typing import Any, ParamSpec, TypeVar, cast
 
-from squidstep_redis import InvalidArgumentError
-from squidstep_redis.claims.failures import Backoff, Permanent, failure_rules
+from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
-from squidstep_redis.protocol.arguments import Seconds, Step, lease_ms
-from squidstep_redis.protocol.arguments import max_attempts as checked_attempts
-from squidstep_redis.protocol.arguments import step as checked
-from squidstep_redis.protocol.fingerprints import Fingerprint, check_fingerprint
+from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
+from squidstep_redis.functions.execution import FunctionCall
+from squidstep_redis.functions.run_ids import RunIdOf, run_id_of
+from squidstep_redis.functions.settings import StepSettings, step_settings
+from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
-from squidstep_redis.rq.execution import StepSettings, execute
-from squidstep_redis.rq.functions import RunIdOf, check_accepts, parameters_of, run_id_of
-from squidstep_redis.rq.runs import Run, await_in_run, call_in_run, current_run
+from squidstep_redis.rq.execution import execute_in_job
+from squidstep_redis.rq.runs import Run, await_in_run, call_in_run, current_run, open_run
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,6 +32,7 @@ def step(
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
     fingerprint: Fingerprint | None = None,
+    exclude: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
 
@@ -59,27 +60,30 @@ def step(
             the dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If the step has
             another fingerprint, for example of another job, InputMismatchError is raised.
+        exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint. When
+            the step is executed, the function receives them as given in this call. A `run_id` format string must not
+            name them; a `run_id` function receives them.
 
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
             `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function.
     """
-    if isfunction(name):
-        raise InvalidArgumentError("step", 'is a function: a step needs a name, as in @step("charge")')
-    checked(name)
+    check_step(name)
     settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = parameters_of(fn)
-        id_of = run_id_of(run_id, parameters)
+        excluded = excluded_names(exclude, parameters)
+        id_of = None if run_id is None else run_id_of(run_id, parameters, excluded)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
             bound = parameters.bind(*args, **kwargs)
             run = current_run(id_of(bound) if id_of is not None else None)
             if run.id is None:
                 return fn(*args, **kwargs)
-            return execute(run.id, run.job, run.inputs, name, fn, bound, settings)
+            step_call = FunctionCall(run.id, name, fn, bound, excluded, settings, run.inputs)
+            return cast("T", execute_in_job(run.job, step_call))
 
         return rescheduling(fn, call, lease, on_busy)
 
@@ -95,6 +99,7 @@ def steps(
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
     fingerprint: Fingerprint | None = None,
+    exclude: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a job function a run of several steps.
 
@@ -121,6 +126,9 @@ def steps(
             may contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the
             store's setting. If the step has another fingerprint, for example of another job, InputMismatchError is
             raised.
+        exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
+            of the functions of `current_run().call(…)` that have such a parameter. When a step is executed, its
+            function receives them as given in this call. A `run_id` format string must not name them.
 
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
@@ -128,17 +136,18 @@ def steps(
             `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function.
     """
     settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
+    excluded = excluded_names(exclude)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = parameters_of(fn)
-        id_of = run_id_of(run_id, parameters)
+        id_of = None if run_id is None else run_id_of(run_id, parameters, excluded)
 
-        def open_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        def run_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
             id = id_of(parameters.bind(*args, **kwargs)) if id_of is not None else None
-            return current_run(id, **settings)
+            return open_run(id, settings, excluded)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-            run = open_run(args, kwargs)
+            run = run_of(args, kwargs)
             if iscoroutinefunction(fn):
                 return cast("T", await_in_run(run, fn, args, kwargs))
             return call_in_run(run, fn, args, kwargs)
@@ -156,22 +165,14 @@ def _settings(
     on_busy: OnBusy,
     fingerprint: Fingerprint | None,
 ) -> StepSettings:
-    """Returns the arguments of `run_step` for those of a decorator; raises InvalidArgumentError if one is rejected."""
+    """Returns the settings of the steps; raises InvalidArgumentError if an argument of a decorator is rejected."""
     check_on_busy(on_busy)
-    lease_ms(lease)
-    if max_attempts is not None:
-        checked_attempts(max_attempts)
-    failure_rules(permanent, backoff)
-    if backoff is not None:
-        check_accepts("backoff", backoff, 1)
-    check_fingerprint(fingerprint)
-    if callable(fingerprint):
-        check_accepts("fingerprint", fingerprint, {})
-    return StepSettings(
+    return step_settings(
         lease=lease,
         max_attempts=max_attempts,
         permanent=permanent,
         backoff=backoff,
         on_busy="wait" if on_busy == "wait" else "raise",
+        owner=None,  # that of the job
         fingerprint=fingerprint,
     )

@@ -1,36 +1,19 @@
-"""Executes a function call as a step."""
+"""Executes a function call as a step of a job."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import BoundArguments, iscoroutinefunction
-from typing import Any, Final, Literal, TypedDict, TypeVar, cast
+from inspect import iscoroutinefunction
+from typing import Any, Final
 
-from squidstep_redis import PayloadError, StaleStepRunError, current_claim
-from squidstep_redis.claims.failures import Backoff, Permanent
+from squidstep_redis import PayloadError, StaleStepRunError, StepRunStore
 from squidstep_redis.claims.request import default_owner
 from squidstep_redis.escaping import without_controls
-from squidstep_redis.protocol.arguments import Seconds, Step
-from squidstep_redis.protocol.fingerprints import Fingerprint
-from squidstep_redis.rq.functions import explain, result_of, stored_arguments
-from squidstep_redis.rq.inputs import Inputs
+from squidstep_redis.functions.execution import FunctionCall, execute, explain, result_in
+from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.rq.installed import Job, Retry
 from squidstep_redis.rq.stores import store_for
 
-T = TypeVar("T")
-
 _MAX_OWNER_BYTES: Final = 256
-
-
-class StepSettings(TypedDict):
-    """Arguments of `run_step` that the decorators and `current_run` accept, too."""
-
-    lease: Seconds | None
-    max_attempts: int | None
-    permanent: Permanent
-    backoff: Backoff | None
-    on_busy: Literal["raise", "wait"]
-    fingerprint: Fingerprint | None
 
 
 def owner(job: Job | None, pid: int | None = None) -> str:
@@ -46,75 +29,55 @@ def owner(job: Job | None, pid: int | None = None) -> str:
     return text.encode(errors="replace")[:_MAX_OWNER_BYTES].decode(errors="ignore")
 
 
-def execute(
-    run_id: str,
-    job: Job | None,
-    inputs: Inputs,
-    step: Step,
-    fn: Callable[..., T],
-    bound: BoundArguments,
-    settings: StepSettings,
-) -> T:
+def inputs_of(job: Job | None) -> Inputs:
+    """Returns the inputs of the steps that were called in this execution of a job.
+
+    They are kept with the job, because each `current_run()` of a function without a decorator makes a run. The time of
+    its start distinguishes the executions of a job that RQ runs again in the same process.
+
+    Args:
+        job: the current job; None: outside a job, where each run has inputs of its own.
+    """
+    if job is None or job.started_at is None:
+        return Inputs()
+    return Inputs(vars(job).setdefault("_squidstep_inputs", {}), job.started_at)
+
+
+def execute_in_job(job: Job | None, call: FunctionCall) -> Any:
     """Executes a function as a step, once across all deliveries, and returns its stored result.
 
     If the function returns RQ's Retry, the step is released, and the Retry is returned.
 
     Args:
-        run_id: the run of the step.
         job: the current job; None: outside a job.
-        inputs: those of the steps that the job has called.
-        step: the name of the step.
-        fn: the function. For a coroutine function, a coroutine is returned.
-        bound: the arguments of the call. They are the input of the step.
-        settings: how it is claimed, and what a failure means.
+        call: the call of the function. For a coroutine function, a coroutine is returned.
     """
-    store, input = store_for(job), dict(bound.arguments)
-    claimed_by = owner(job)
-
-    def work(stored: dict[str, Any]) -> dict[str, Any]:
-        result: Any = result_of(fn, stored_arguments(bound, stored))
-        if _asks_for_retry(current_claim(), result):
-            raise _RetryReturned(result)
-        return {"result": result}
-
-    async def work_async() -> Any:
-        # The blocking store delays no other task, because RQ runs each coroutine in its own event loop and process.
-        while True:
-            claim = store.claim_step(run_id, step, input, owner=claimed_by, **settings)
-            try:
-                with inputs.one_of(run_id, step, bound), claim:
-                    if claim.decision == "execute":
-                        arguments = stored_arguments(bound, claim.input)
-                        result = await cast("Any", fn)(*arguments.args, **arguments.kwargs)
-                        if _asks_for_retry(claim, result):
-                            return result
-                        if not claim.ended:
-                            claim.complete({"result": result})
-                return _result(claim.result())
-            except StaleStepRunError as error:
-                claim.raise_unless_taken_over(error)
-            except PayloadError as error:
-                explain(error)
-                raise
-
-    if iscoroutinefunction(fn):
-        return cast("T", work_async())
-    try:
-        with inputs.one_of(run_id, step, bound):
-            return _result(store.run_step(run_id, step, work, input, owner=claimed_by, **settings))
-    except _RetryReturned as returned:
-        return cast("T", returned.retry)
-    except PayloadError as error:
-        explain(error)
-        raise
+    store = store_for(job)
+    call = call._replace(settings={**call.settings, "owner": owner(job)})
+    if iscoroutinefunction(call.fn):
+        return _execute_coroutine(store, call)
+    return execute(store, call, _asks_for_retry)
 
 
-class _RetryReturned(Exception):  # noqa: N818 -- it is a result, not an error
-    """The function has returned RQ's Retry, and its claim was released."""
-
-    def __init__(self, retry: Retry) -> None:
-        super().__init__(retry)
-        self.retry = retry
+async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:
+    # The blocking store delays no other task, because RQ runs each coroutine in its own event loop and process.
+    while True:
+        claim = store.claim_step(call.run_id, call.step, call.input, **call.settings)
+        try:
+            with call.with_one_input(), claim:
+                if claim.decision == "execute":
+                    arguments = call.arguments(claim.input)
+                    result = await call.fn(*arguments.args, **arguments.kwargs)
+                    if _asks_for_retry(claim, result):
+                        return result
+                    if not claim.ended:
+                        claim.complete({"result": result})
+            return result_in(claim.result())
+        except StaleStepRunError as error:
+            claim.raise_unless_taken_over(error)
+        except PayloadError as error:
+            explain(error)
+            raise
 
 
 def _asks_for_retry(claim: Any, result: object) -> bool:
@@ -123,8 +86,3 @@ def _asks_for_retry(claim: Any, result: object) -> bool:
     It is not if the claim was lost to a worker that has completed the step.
     """
     return isinstance(result, Retry) and not claim.ended and claim.release().status == "pending"
-
-
-def _result(output: dict[str, Any]) -> Any:
-    """Returns the function's result, or the whole output if the step was completed in another way."""
-    return output["result"] if output.keys() == {"result"} else output

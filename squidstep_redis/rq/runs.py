@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import datetime
-from inspect import signature
 from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
+from squidstep_redis.functions.checks import excluded_names, parameters_of
+from squidstep_redis.functions.execution import FunctionCall
+from squidstep_redis.functions.settings import StepSettings, step_settings
 from squidstep_redis.protocol.arguments import Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
-from squidstep_redis.rq.execution import StepSettings, execute
-from squidstep_redis.rq.inputs import Inputs
+from squidstep_redis.rq.execution import execute_in_job, inputs_of
 from squidstep_redis.rq.installed import Job, get_current_job
 from squidstep_redis.rq.notes import notes_of
 
@@ -40,11 +41,14 @@ class Run:
         inputs: those of the steps that the job has called.
     """
 
-    def __init__(self, id: str | None, job: Job | None, settings: StepSettings) -> None:
+    def __init__(
+        self, id: str | None, job: Job | None, settings: StepSettings, excluded: frozenset[str] = frozenset()
+    ) -> None:
         self.id = id
         self.job = job
-        self.inputs = Inputs(job)
+        self.inputs = inputs_of(job)
         self._settings = settings
+        self._excluded = excluded
 
     def call(self, step: Step, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls `fn(*args, **kwargs)` as a step: once across all deliveries.
@@ -79,8 +83,9 @@ class Run:
         """
         if self.id is None:
             return fn(*args, **kwargs)
-        bound = signature(fn).bind(*args, **kwargs)
-        return execute(self.id, self.job, self.inputs, step, fn, bound, self._settings)
+        bound = parameters_of(fn).bind(*args, **kwargs)
+        call = FunctionCall(self.id, step, fn, bound, self._excluded, self._settings, self.inputs)
+        return cast("T", execute_in_job(self.job, call))
 
     def __repr__(self) -> str:
         return f"<Run {self.id!r}>"
@@ -95,6 +100,7 @@ def current_run(
     backoff: Backoff | None = None,
     on_busy: Literal["raise", "wait"] = "raise",
     fingerprint: Fingerprint | None = None,
+    exclude: tuple[str, ...] = (),
 ) -> Run:
     """Returns the run of the current job, for calling several steps within one job. Nothing is sent.
 
@@ -115,6 +121,32 @@ def current_run(
             function of the dict: what it returns, which may be anything that a payload may contain; a str of up to
             256 bytes without control characters: that itself; False: nothing; None: the store's setting. If the step
             has another fingerprint, for example of another job, InputMismatchError is raised.
+        exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
+            of the called functions that have such a parameter. When a step is executed, its function receives them as
+            given in this call.
+
+    Raises:
+        InvalidArgumentError: an argument is rejected.
+    """
+    settings = step_settings(
+        lease=lease,
+        max_attempts=max_attempts,
+        permanent=permanent,
+        backoff=backoff,
+        on_busy=on_busy,
+        owner=None,  # that of the job
+        fingerprint=fingerprint,
+    )
+    return open_run(run_id, settings, excluded_names(exclude))
+
+
+def open_run(run_id: str | None, settings: StepSettings, excluded: frozenset[str]) -> Run:
+    """Returns a run, as `current_run` does.
+
+    Args:
+        run_id: the id of another run; None: the run of `steps`, or else the run of the job.
+        settings: how the steps of the run are claimed, and what a failure means; not used for the run of `steps`.
+        excluded: names of arguments that are not stored; not used for the run of `steps`.
     """
     run, job = _run.get(), get_current_job()
     # With `is_async=False`, a job can run inside an enqueue() call of another job: `_run` is then the other job's run.
@@ -122,15 +154,7 @@ def current_run(
         return run
     if run_id is None and job is not None:
         run_id = default_run_id(job)
-    settings = StepSettings(
-        lease=lease,
-        max_attempts=max_attempts,
-        permanent=permanent,
-        backoff=backoff,
-        on_busy=on_busy,
-        fingerprint=fingerprint,
-    )
-    return Run(run_id, job, settings)
+    return Run(run_id, job, settings, excluded)
 
 
 def default_run_id(job: Job) -> str:

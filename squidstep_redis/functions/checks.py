@@ -1,0 +1,94 @@
+"""What is checked when a function is decorated: a mistake is found at import, not when the step is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from inspect import Parameter, Signature, isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
+from typing import Any, cast
+
+from squidstep_redis.errors import InvalidArgumentError, described
+from squidstep_redis.protocol.arguments import step
+
+
+def check_step(name: object) -> None:
+    """Raises InvalidArgumentError if the argument of a decorator is not the name of a step.
+
+    Args:
+        name: the argument. It is the function if the decorator is used without parentheses.
+    """
+    if callable(name) and not isinstance(name, Enum):
+        raise InvalidArgumentError("step", 'is a function: a step needs a name, as in @step("charge")')
+    step(name)
+
+
+def parameters_of(fn: Callable[..., Any]) -> Signature:
+    """Returns the parameters of a function that is to be a step.
+
+    Args:
+        fn: the function.
+
+    Raises:
+        InvalidArgumentError: it is not a function whose call does the work, or its parameters are unknown.
+    """
+    if not callable(fn):
+        raise InvalidArgumentError("fn", f"must be a function, not {fn!r}")
+    if isgeneratorfunction(fn) or isasyncgenfunction(fn):
+        raise InvalidArgumentError("fn", f"{fn!r} is a generator function: a call returns before it does any work")
+    try:
+        return signature(fn)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError("fn", f"the parameters of {fn!r} are unknown: {error}") from error
+
+
+def check_accepts(argument: str, function: object, *args: Any, **kwargs: Any) -> None:
+    """Raises InvalidArgumentError if a function cannot be called with these arguments, or is a coroutine function.
+
+    Args:
+        argument: what the error calls the function.
+        function: the function.
+        args: positional arguments like those of its calls.
+        kwargs: keyword arguments like those of its calls.
+    """
+    if not callable(function):
+        raise InvalidArgumentError(argument, f"must be a function, not {function!r}")
+    if iscoroutinefunction(function):
+        raise InvalidArgumentError(argument, "must not be a coroutine function")
+    try:
+        accepted = signature(function)
+    except (TypeError, ValueError):  # some functions in C do not say what they accept
+        return
+    try:
+        accepted.bind(*args, **kwargs)
+    except TypeError as error:
+        count = len(args) + len(kwargs)
+        raise InvalidArgumentError(
+            argument, f"its function {accepted} cannot be called with {count} argument{'s'[: count != 1]}: {error}"
+        ) from error
+
+
+def excluded_names(exclude: tuple[str, ...], parameters: Signature | None = None) -> frozenset[str]:
+    """Returns the names of the arguments that are not stored.
+
+    Args:
+        exclude: the names.
+        parameters: the parameters of the function that is decorated; None: the functions are not known yet, and those
+            that have no such parameter ignore the name.
+
+    Raises:
+        InvalidArgumentError: it is not a tuple of str, or the function has no such parameter.
+    """
+    names = cast("object", exclude)
+    if not isinstance(names, tuple) or not all(isinstance(each, str) for each in cast("tuple[object, ...]", names)):
+        raise InvalidArgumentError(
+            "exclude", f'must be a tuple of names of parameters, such as ("password",), not {described(names)}'
+        )
+    if parameters is not None and not _accepts_any_name(parameters):
+        for name in exclude:
+            if name not in parameters.parameters:
+                raise InvalidArgumentError("exclude", f"names {name!r}, which is not a parameter of {parameters}")
+    return frozenset(exclude)
+
+
+def _accepts_any_name(parameters: Signature) -> bool:
+    return any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.parameters.values())
