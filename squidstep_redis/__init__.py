@@ -36,6 +36,7 @@ _NAMES = {
         "UnsupportedClientError",
         "WaitTimeoutError",
     ),
+    "functions.runs": ("AsyncRun", "Run"),
     "model": (
         "Attempt",
         "BeginResult",

@@ -87,6 +87,12 @@ from squidstep_redis.errors import (
 from squidstep_redis.errors import (
     WaitTimeoutError as WaitTimeoutError,
 )
+from squidstep_redis.functions.runs import (
+    AsyncRun as AsyncRun,
+)
+from squidstep_redis.functions.runs import (
+    Run as Run,
+)
 from squidstep_redis.model import (
     Attempt as Attempt,
 )

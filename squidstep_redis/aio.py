@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import cached_property
 from inspect import isawaitable
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
@@ -20,14 +20,17 @@ from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
-from squidstep_redis.facade import BaseStore, as_method
+from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import RunId, Seconds, Step
+from squidstep_redis.protocol.arguments import RunId, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.store import StepRunStore
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
+
+if TYPE_CHECKING:
+    from squidstep_redis.functions.runs import AsyncRun
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -205,6 +208,64 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             fingerprint=fingerprint,
         )
         return AsyncClaim(self, self._transport, request, cancel_when_lost, cancel_with_run, self._per_loop)
+
+    @named_first
+    @with_docs_of(StepRunStore.step)
+    def step(
+        self,
+        name: Step,
+        *,
+        run_id: RunIdOf,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
+        exclude: tuple[str, ...] = (),
+    ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+        from squidstep_redis.functions.decorators import asyncio_step  # noqa: PLC0415 -- only decorators need it
+        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only decorators need it
+
+        settings = step_settings(
+            lease=lease,
+            max_attempts=max_attempts,
+            permanent=permanent,
+            backoff=backoff,
+            on_busy=on_busy,
+            owner=owner,
+            fingerprint=fingerprint,
+        )
+        return asyncio_step(self, name, run_id, exclude, settings)
+
+    @with_docs_of(StepRunStore.run)
+    def run(
+        self,
+        run_id: RunId,
+        *,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
+        exclude: tuple[str, ...] = (),
+    ) -> AsyncRun:
+        from squidstep_redis.functions.runs import AsyncRun  # noqa: PLC0415 -- only calls of functions need it
+        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only calls of functions need it
+
+        settings = step_settings(
+            lease=lease,
+            max_attempts=max_attempts,
+            permanent=permanent,
+            backoff=backoff,
+            on_busy=on_busy,
+            owner=owner,
+            fingerprint=fingerprint,
+        )
+        return AsyncRun(self, run_id, exclude, settings)
 
     @with_docs_of(StepRunStore.doctor)
     async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:

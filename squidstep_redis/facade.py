@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
 import redis
 
@@ -163,6 +163,19 @@ class BaseStore(ABC, Generic[C, B]):
     @abstractmethod
     def _connect(cls, url: str, options: dict[str, Any]) -> C:
         """Makes the store's own client."""
+
+
+def named_first(method: F) -> F:
+    """Checks the name of a step before Python looks for the arguments that `@store.step` without parentheses lacks."""
+
+    @wraps(method)
+    def check_and_call(self: object, name: Any, **options: Any) -> Any:
+        from squidstep_redis.functions.checks import check_step  # noqa: PLC0415 -- only decorators need it
+
+        check_step(name)
+        return method(self, name, **options)
+
+    return cast("F", check_and_call)
 
 
 def as_method(method: F, operation: Callable[..., Any], store: str) -> F:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -15,13 +15,16 @@ from squidstep_redis.claims.heartbeat import end_heartbeat
 from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
-from squidstep_redis.facade import BaseStore, as_method
+from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import RunId, Seconds, Step
+from squidstep_redis.protocol.arguments import RunId, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
+
+if TYPE_CHECKING:
+    from squidstep_redis.functions.runs import Run
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -273,6 +276,141 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             fingerprint=fingerprint,
         )
         return Claim(self, self._transport, request)
+
+    @named_first
+    def step(
+        self,
+        name: Step,
+        *,
+        run_id: RunIdOf,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
+        exclude: tuple[str, ...] = (),
+    ) -> Callable[[Callable[P, T]], Callable[P, T]]:
+        """Returns a decorator that makes a function a step: it is executed once for each run id.
+
+        Each further call with the same run id returns the stored result. The decorated function has the same signature.
+        Two round trips if the function is executed, one if the step is already completed. Nothing is sent when the
+        function is decorated.
+
+        The given arguments are stored by name as the step's input, and the result as `{"result": …}`. Both must be
+        valid in a payload. The function receives the arguments as they are given, unless the step was scheduled with
+        others.
+
+        Args:
+            name: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+                str, else its name).
+            run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}",
+                whose values must not be None, or a function of the arguments.
+            lease: seconds, or a timedelta, after which another worker may take over the step from one that is dead or
+                hangs; None: never. A heartbeat extends it while the function runs.
+            max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
+            permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
+                step has failed permanently.
+            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
+                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
+                after RetryLater. None: the step can be claimed at once.
+            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
+                "wait" until it is completed or can be claimed (polling at most once a second).
+            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
+                `host:pid`.
+            fingerprint: what identifies the input, the dict of the given arguments. True: all of it; a function of the
+                dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
+                without control characters: that itself; False: nothing; None: the store's setting. If the step has
+                another fingerprint, the call is refused.
+            exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
+                fingerprint. When the step is executed, the function receives them as given in this call. A `run_id`
+                format string must not name them; a `run_id` function receives them.
+
+        Returns:
+            The decorator. The decorated function returns the stored result (a tuple as a list), and raises what
+            `run_step` raises; InvalidArgumentError also if the run id would contain None.
+
+        Raises:
+            InvalidArgumentError: an argument was rejected, when the function is decorated: also a `run_id` that names
+                something that is not a parameter of the function, or a parameter whose default is None; a name in
+                `exclude` that is not a parameter; a function as `run_id`, `backoff` or `fingerprint` that cannot be
+                called with what it is given; a coroutine function on a StepRunStore, a plain function on an
+                AsyncStepRunStore, and a generator function on both.
+        """
+        from squidstep_redis.functions.decorators import blocking_step  # noqa: PLC0415 -- only decorators need it
+        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only decorators need it
+
+        settings = step_settings(
+            lease=lease,
+            max_attempts=max_attempts,
+            permanent=permanent,
+            backoff=backoff,
+            on_busy=on_busy,
+            owner=owner,
+            fingerprint=fingerprint,
+        )
+        return blocking_step(self, name, run_id, exclude, settings)
+
+    def run(
+        self,
+        run_id: RunId,
+        *,
+        lease: Seconds | None = DEFAULT_LEASE,
+        max_attempts: int | None = None,
+        permanent: Permanent = (),
+        backoff: Backoff | None = None,
+        on_busy: OnBusy = "raise",
+        owner: str | None = None,
+        fingerprint: Fingerprint | None = None,
+        exclude: tuple[str, ...] = (),
+    ) -> Run:
+        """Returns an object that calls functions as the steps of one run: `store.run("order-7").call("pay", pay, 3)`.
+
+        Nothing is sent. Make one object for each execution of the run: if one step is called with two inputs on one
+        object, InputMismatchError is raised.
+
+        Args:
+            run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+            lease: seconds, or a timedelta, after which another worker may take over a step from one that is dead or
+                hangs; None: never. A heartbeat extends it while the function runs.
+            max_attempts: number of claims to grant in total for each step, not counting released ones; None: no limit.
+            permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
+                step has failed permanently.
+            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
+                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
+                after RetryLater. None: the step can be claimed at once.
+            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
+                "wait" until it is completed or can be claimed (polling at most once a second).
+            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
+                `host:pid`.
+            fingerprint: what identifies the input, the dict of the given arguments. True: all of it; a function of the
+                dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
+                without control characters: that itself; False: nothing; None: the store's setting. If the step has
+                another fingerprint, the call is refused.
+            exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
+                fingerprint: those of the called functions that have such a parameter. When a step is executed, its
+                function receives them as given in this call.
+
+        Returns:
+            The run. Its method `call` executes a function as a step.
+
+        Raises:
+            InvalidArgumentError: an argument was rejected.
+        """
+        from squidstep_redis.functions.runs import Run  # noqa: PLC0415 -- only calls of functions need it
+        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only calls of functions need it
+
+        settings = step_settings(
+            lease=lease,
+            max_attempts=max_attempts,
+            permanent=permanent,
+            backoff=backoff,
+            on_busy=on_busy,
+            owner=owner,
+            fingerprint=fingerprint,
+        )
+        return Run(self, run_id, exclude, settings)
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Checks whether the guarantees hold on the server and the client, and what limits them.

@@ -97,6 +97,14 @@ def test_modules_import_each_other_without_a_cycle() -> None:
     assert not edges, f"a cycle among {sorted(edges)}"
 
 
+def test_stores_import_functions_when_a_function_is_a_step() -> None:
+    for module in ("facade", "store", "aio"):
+        tree = ast.parse(MODULES[module].read_text("utf-8"))
+        at_once = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert at_once
+        assert not [name for name in at_once if name.startswith("squidstep_redis.functions")]
+
+
 class TestPublicNames:
     def test_type_checkers_see_the_names_that_are_loaded(self) -> None:
         stub = PACKAGE.joinpath("__init__.pyi").read_text("utf-8")
@@ -115,7 +123,7 @@ class TestPublicNames:
 
 class TestTheTwoStores:
     OPERATIONS = [name for name in dir(Calls) if not name.startswith("_") and inspect.isfunction(getattr(Calls, name))]
-    WRITTEN_OUT = ("send", "run_step", "claim_step", "doctor", "close")
+    WRITTEN_OUT = ("send", "run_step", "claim_step", "step", "run", "doctor", "close")
 
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_each_operation_is_a_documented_method_of_both(self, name: str) -> None:

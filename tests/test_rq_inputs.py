@@ -106,3 +106,25 @@ class TestSeveralJobs:
     def test_a_malformed_fingerprint_is_rejected_when_decorating(self) -> None:
         with pytest.raises(InvalidArgumentError, match="^fingerprint: must be"):
             step("pay", fingerprint=7)  # pyright: ignore[reportArgumentType]: what is refused is the point
+
+
+@pytest.mark.parametrize(
+    ("job", "given"),
+    [
+        (jobs.log_in, {"user": "ada"}),
+        (jobs.log_in_asyncio, {"user": "ada"}),
+        (jobs.log_in_with_steps, {"user": "ada"}),
+        (jobs.log_in_with_current_run, {"user": "ada"}),
+        (jobs.Account("ada").log_in, {}),
+    ],
+    ids=["step", "asyncio", "steps", "current_run", "method"],
+)
+def test_excluded_arguments_reach_the_function_and_not_the_store(
+    harness: Harness, queue: Queue, job: Callable[..., Any], given: dict[str, str]
+) -> None:
+    configure(lambda: queue.connection)
+    assert result_of(queue.enqueue(job, *given.values(), "hunter2")) == "ada h"
+    assert result_of(queue.enqueue(job, *given.values(), "swordfish")) == "ada h"
+    (step_run,) = StepRunStore(queue.connection).get_run("user-ada")
+    assert step_run.input == given
+    assert harness.effects() == {"log in": 1}

@@ -36,12 +36,12 @@ def run_of(order_id: int) -> str:
     return f"order-{order_id}"
 
 
-@step(Name.PAY, run_id=run_of, lease=None)
+@step(Name.PAY, run_id=run_of, lease=None, exclude=("order_id",))
 async def pay(order_id: int) -> str:
     return str(order_id)
 
 
-@steps(run_id="order-{order_id}")
+@steps(run_id="order-{order_id}", exclude=("password",))
 def ship(order_id: int) -> list[str]:
     run = current_run()
     assert_type(run, Run)
@@ -101,4 +101,5 @@ def what_is_wrong_is_seen(client: Redis) -> None:
     step()  # pyright: ignore[reportCallIssue]: a step has a name
     steps("pay")  # pyright: ignore[reportCallIssue]: several steps have none
     current_run(on_busy="reschedule")  # pyright: ignore[reportArgumentType]: that is for the decorators
+    step("pay", exclude="password")  # pyright: ignore[reportArgumentType]: not a tuple
     configure(client)  # pyright: ignore[reportArgumentType]: what makes a client, in each process

@@ -41,6 +41,26 @@ def parameters_of(fn: Callable[..., Any]) -> Signature:
         raise InvalidArgumentError("fn", f"the parameters of {fn!r} are unknown: {error}") from error
 
 
+def check_is_coroutine_function(fn: Callable[..., Any], is_asyncio: bool) -> None:
+    """Raises InvalidArgumentError if the store cannot wait for the function.
+
+    Args:
+        fn: the function that is to be a step.
+        is_asyncio: whether it is a step of an asyncio store.
+    """
+    is_coroutine_function = iscoroutinefunction(fn) or iscoroutinefunction(type(fn).__call__)
+    if is_coroutine_function and not is_asyncio:
+        raise InvalidArgumentError(
+            "fn", f"{fn!r} is a coroutine function: use an AsyncStepRunStore, or make it a plain function"
+        )
+    if is_asyncio and not is_coroutine_function:
+        raise InvalidArgumentError(
+            "fn",
+            f"{fn!r} is not a coroutine function: use a StepRunStore, or define it with `async def`; in it, "
+            "`await asyncio.to_thread(…)` calls a function that blocks",
+        )
+
+
 def check_accepts(argument: str, function: object, *args: Any, **kwargs: Any) -> None:
     """Raises InvalidArgumentError if a function cannot be called with these arguments, or is a coroutine function.
 

@@ -12,9 +12,7 @@ from typing import Any, Final, cast
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.functions.arguments import with_defaults
 from squidstep_redis.functions.checks import check_accepts
-
-RunIdOf = str | Callable[..., str]
-"""A format string over a function's arguments, or a function of them that returns the run id."""
+from squidstep_redis.protocol.arguments import RunIdOf
 
 
 def run_id_of(run_id: RunIdOf, parameters: Signature, excluded: AbstractSet[str]) -> Callable[[BoundArguments], str]:

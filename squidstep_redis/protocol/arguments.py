@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from enum import Enum
 from functools import lru_cache
@@ -14,6 +14,8 @@ from squidstep_redis.escaping import has_controls
 
 RunId = str | UUID
 Step = str | Enum
+# A format string over a function's arguments, or a function of them that returns the run id.
+RunIdOf = str | Callable[..., str]
 Seconds = float | timedelta
 # Input by step. Any, because Mapping is invariant in its keys: a dict[str, …] is not a Mapping[Step, …].
 StepInputs = Mapping[Any, Mapping[str, Any]]

@@ -4,7 +4,7 @@
 tests/guide/rq.md in the repository, describes what happens in each failure.
 """
 
-from squidstep_redis.functions.run_ids import RunIdOf
+from squidstep_redis.protocol.arguments import RunIdOf
 from squidstep_redis.rq.busy import MAX_RESCHEDULES, OnBusy
 from squidstep_redis.rq.decorators import step, steps
 from squidstep_redis.rq.execution import owner

@@ -10,9 +10,9 @@ from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall
-from squidstep_redis.functions.run_ids import RunIdOf, run_id_of
+from squidstep_redis.functions.run_ids import run_id_of
 from squidstep_redis.functions.settings import StepSettings, step_settings
-from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.arguments import RunIdOf, Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
 from squidstep_redis.rq.execution import execute_in_job

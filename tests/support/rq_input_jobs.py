@@ -187,3 +187,42 @@ def times(first: datetime, *more: list[tuple[datetime]], **others: Any) -> list[
 @step("times")
 async def times_asyncio(first: datetime, *more: list[tuple[datetime]], **others: Any) -> list[str]:
     return times.__wrapped__(first, *more, **others)  # type: ignore[attr-defined, no-any-return]
+
+
+def _log_in(user: str, password: str) -> str:
+    effect("log in")
+    return f"{user} {password[:1]}"
+
+
+@step("log-in", run_id="user-{user}", exclude=("password",), fingerprint=True)
+def log_in(user: str, password: str) -> str:
+    return _log_in(user, password)
+
+
+@step("log-in", run_id="user-{user}", exclude=("password",), fingerprint=True)
+async def log_in_asyncio(user: str, password: str) -> str:
+    return _log_in(user, password)
+
+
+@steps(run_id="user-{user}", exclude=("password",), fingerprint=True)
+def log_in_with_steps(user: str, password: str) -> str:
+    run = current_run()
+    run.call("log-in", _log_in, user, password)
+    return run.call("log-in", _log_in, user, "another")
+
+
+def log_in_with_current_run(user: str, password: str) -> str:
+    run = current_run(f"user-{user}", exclude=("password",), fingerprint=True)
+    run.call("log-in", _log_in, user, password=password)
+    return run.call("log-in", _log_in, user, password="another")
+
+
+class Account:
+    """A class with a method that is a step."""
+
+    def __init__(self, user: str) -> None:
+        self.user = user
+
+    @step("log-in", run_id=lambda self, password: f"user-{self.user}", exclude=("self", "password"), fingerprint=True)
+    def log_in(self, password: str) -> str:
+        return _log_in(self.user, password)
