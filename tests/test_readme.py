@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import prometheus_client.values
 import pytest
 import redis
 from support.commands import run as invoke_command
@@ -42,13 +43,15 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def module(page: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def module(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The page as a module, so that its functions can be imported by name."""
     module = ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(
         squidstep_redis.rq.stores, "_stores", squidstep_redis.rq.stores.JobStores()
     )  # pages configure it
+    monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)  # and replace it
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
     for number, handler in handlers.items():  # an RQ worker does not restore them

@@ -16,11 +16,12 @@ import redis.sentinel
 from rq import Queue
 from rq.job import Job
 from support import rq_jobs
-from support.rq_harness import RQ_MARKS, THE_JOB, Harness, result_of
+from support.rq_harness import RQ_MARKS, THE_JOB, Harness, result_of, traceback_of
 
-from squidstep_redis import InvalidArgumentError, StepRunStore
+from squidstep_redis import AsyncStepRunStore, Event, InvalidArgumentError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.rq import configure, current_run, store, stores
+from squidstep_redis.testing import StepKit
 
 pytest_plugins = ["support.rq_fixtures"]
 pytestmark = RQ_MARKS
@@ -53,6 +54,46 @@ class TestConfiguredStore:
         made[0].close()
         configure(harness.url)
         assert store().get_run("run") == []
+
+    def test_configured_store_is_used_as_it_is(self, harness: Harness, queue: Queue) -> None:
+        mine = StepRunStore(fakeredis.FakeStrictRedis(), prefix="mine")
+        events: list[Event] = []
+        mine.on_event(events.append)
+        configure(store=mine)
+        configure(store=mine)
+        job = queue.enqueue(rq_jobs.charge_at_once, 7)
+        another = queue.enqueue(rq_jobs.charge_asyncio, 9)
+        assert (result_of(job), result_of(another)) == ({"charged": 7}, {"charged": 9})
+        assert store() is mine
+        assert [event.run_id for event in events if event.kind == "complete"] == [job.id, another.id]
+        assert mine.completed_steps(job.id) == ["charge"]
+        assert list(queue.connection.scan_iter("*squidstep*")) == []
+
+    def test_faults_and_the_clock_of_a_kit_apply_to_jobs(self, harness: Harness, queue: Queue) -> None:
+        with StepKit() as kit:
+            configure(store=kit.store)
+            with kit.faults.killed_at("complete_step"):
+                queue.enqueue(rq_jobs.charge_order, 7)
+            assert "StepBusyError" in traceback_of(queue.enqueue(rq_jobs.charge_order, 7))
+            kit.clock.advance(30)
+            kit.faults.lose_reply("complete_step")
+            assert result_of(queue.enqueue(rq_jobs.charge_order, 7)) == "7 eu"
+            with kit.faults.server_away():
+                assert "NotSentError" in traceback_of(queue.enqueue(rq_jobs.charge_order, 8))
+        assert harness.effects() == {"charge 7 eu": 2}
+
+    def test_configured_store_excludes_everything_else(self, harness: Harness) -> None:
+        wrong: Any = configure
+        mine = StepRunStore(fakeredis.FakeStrictRedis())
+        for given in ({"connect": harness.url}, {"connect": lambda: harness.connection}, {"prefix": "mine"}):
+            with pytest.raises(InvalidArgumentError, match="^store: is used as it is: give it no URL, function or"):
+                wrong(**given, store=mine)
+        for store_of_a_kind in (harness.connection, harness.url, AsyncStepRunStore(fakeredis.FakeAsyncRedis())):
+            with pytest.raises(InvalidArgumentError, match="^store: must be a StepRunStore"):
+                wrong(store=store_of_a_kind)
+        for settings in ({}, {"prefix": "mine"}):
+            with pytest.raises(InvalidArgumentError, match="^connect: must be a URL, or a function"):
+                wrong(**settings)
 
     def test_environment_variable_can_name_the_server(self, harness: Harness) -> None:
         code = "from squidstep_redis.rq import store; store().schedule_step('run', 'pay', {})"

@@ -15,7 +15,7 @@ from support import rq_jobs, rq_storm
 from support.rq_harness import RQ_MARKS, Harness
 from support.storm_length import StormLength
 
-from squidstep_redis import MsgpackCodec
+from squidstep_redis import MsgpackCodec, StepRunStore
 from squidstep_redis.rq import busy, configure, runs, store
 
 pytest_plugins = ["support.rq_fixtures"]
@@ -71,15 +71,24 @@ def test_random_alarms_break_no_call_and_leak_no_connection(harness: Harness, st
     assert min(found["interrupted"].values()) > alarms / len(rq_storm.INTERRUPTED) / 10
 
 
-def test_alarm_while_a_payload_is_decoded_is_raised_unchanged(harness: Harness) -> None:
+@pytest.mark.parametrize("is_given", [False, True], ids=["url", "store"])
+def test_alarm_while_a_payload_is_decoded_is_raised_after_the_call(harness: Harness, is_given: bool) -> None:
     codec = InterruptedCodec()
-    configure(harness.url, codec=codec)
+    if is_given:
+        configure(store=StepRunStore.from_url(harness.url, codec=codec))
+    else:
+        configure(harness.url, codec=codec)
     assert rq_jobs.charge_order(7) == "7 eu"
     codec.is_armed = True
     with alarms_raise(), pytest.raises(JobTimeoutException):
         rq_jobs.charge_order(7)
     assert rq_jobs.charge_order(7) == "7 eu"
     assert harness.effects() == {"charge 7 eu": 1}
+    codec.is_armed, codec.went_on = True, 0
+    with alarms_raise(), pytest.raises(JobTimeoutException):
+        store().completed_outputs("order-7-eu")  # no claim defers the alarm here
+    assert codec.went_on == 1
+    store().close()
 
 
 def test_alarm_while_an_error_is_formatted_is_raised(harness: Harness) -> None:
@@ -126,12 +135,14 @@ class InterruptedCodec(MsgpackCodec):
     """A codec; once it is armed, the alarm occurs while it decodes the result of a function."""
 
     is_armed = False
+    went_on = 0
 
     def decode(self, data: bytes) -> dict[str, Any]:
         payload = super().decode(data)
         if self.is_armed and "result" in payload:
             self.is_armed = False
             signal.raise_signal(signal.SIGALRM)
+            self.went_on += 1
         return payload
 
 

@@ -90,6 +90,7 @@ def the_rest(client: Redis, job: Job, pipeline: Any) -> None:
     assert_type(queue_completion(pipeline, {"any": "thing"}, schedule={"ship": {}}), Queued[StepRun])
     configure("redis://localhost:6379/0", prefix="mine", run_ttl=60)
     configure(lambda: client)
+    configure(store=StepRunStore(client))
     Worker(["orders"], connection=client, work_horse_killed_handler=release_killed_work_horse)
     release_killed_work_horse(job, None, None, None)
 
@@ -102,4 +103,5 @@ def what_is_wrong_is_seen(client: Redis) -> None:
     steps("pay")  # pyright: ignore[reportCallIssue]: several steps have none
     current_run(on_busy="reschedule")  # pyright: ignore[reportArgumentType]: that is for the decorators
     step("pay", exclude="password")  # pyright: ignore[reportArgumentType]: not a tuple
+    configure()  # pyright: ignore[reportCallIssue]: one of them
     configure(client)  # pyright: ignore[reportArgumentType]: what makes a client, in each process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Self, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
 from redis import Redis
@@ -24,6 +24,13 @@ _FAKEREDIS: Final = ("server", "version", "server_type", "lua_modules")  # optio
 class _JobTransport(BlockingTransport):
     """A transport whose calls are not interrupted by the timeout of a job."""
 
+    @classmethod
+    def of(cls, transport: BlockingTransport) -> Self:
+        """Returns a transport that shares everything with another one."""
+        shared = cls.__new__(cls)
+        vars(shared).update(vars(transport))
+        return shared
+
     def send(self, call: Call[T]) -> T:
         with defer_sigalrm():
             return super().send(call)
@@ -38,12 +45,18 @@ class _JobStore(StepRunStore):
 
     _transport_type = _JobTransport
 
+    @staticmethod
+    def adopt(store: StepRunStore) -> None:
+        """Lets the timeout of a job not interrupt the calls of a store, which stays the same otherwise."""
+        if not isinstance(store._transport, _JobTransport):
+            store._transport = _JobTransport.of(store._transport)
+
 
 class JobStores:
-    """The stores of this process. A forked work-horse creates its own."""
+    """The stores of this process. A forked work-horse creates its own, unless the store itself was configured."""
 
     def __init__(self) -> None:
-        self._connect: str | Callable[[], Any] | None = os.environ.get("SQUIDSTEP_REDIS_URL")
+        self._connect: str | Callable[[], Any] | StepRunStore | None = os.environ.get("SQUIDSTEP_REDIS_URL")
         self._settings: dict[str, Any] = {}
         self._discard()
         if hasattr(os, "register_at_fork"):  # Windows has no fork
@@ -53,13 +66,15 @@ class JobStores:
         self._configured: StepRunStore | None = None
         self._by_pool: WeakKeyDictionary[Any, StepRunStore] = WeakKeyDictionary()
 
-    def configure(self, connect: str | Callable[[], Any], settings: dict[str, Any]) -> None:
-        """Sets the server and the settings, as the function `configure` does, and discards the existing stores."""
+    def configure(self, connect: str | Callable[[], Any] | StepRunStore, settings: dict[str, Any]) -> None:
+        """Sets the store, or its server and settings, as the function `configure` does; discards existing stores."""
         self._connect, self._settings = connect, settings
         self._discard()
 
     def get(self, job: Job | None) -> StepRunStore:
         """Returns the configured store; without one, a store on the server of the job's connection."""
+        if isinstance(self._connect, StepRunStore):
+            return self._connect
         with defer_sigalrm():
             if self._connect is not None:
                 self._configured = self._configured or self._make(self._connect)
@@ -92,19 +107,44 @@ class JobStores:
 _stores: Final = JobStores()
 
 
-def configure(connect: str | Callable[[], Redis], **settings: Any) -> None:
-    """Sets the server and the settings of the store. Call it in the module that defines the job functions.
+@overload
+def configure(connect: str | Callable[[], Redis], **settings: Any) -> None: ...
+@overload
+def configure(*, store: StepRunStore) -> None: ...
+def configure(
+    connect: str | Callable[[], Redis] | None = None, *, store: StepRunStore | None = None, **settings: Any
+) -> None:
+    """Sets the server and the settings of the store, or the store. Call it in the module that defines the jobs.
 
     It opens no connection. Without this call, the store uses the URL in SQUIDSTEP_REDIS_URL; if that is not set, it
     uses RQ's own server, with a client of its own.
 
     Args:
         connect: a URL, or a function that returns a client. The function is called once in each process, after RQ has
-            forked it.
+            forked it. None: `store` is given.
+        store: the store to use as it is, with its client and its listeners: in tests, or to observe its events. Forked
+            work-horses use it, too. From now on, a timeout by SIGALRM, such as that of a job, does not interrupt its
+            calls. None: `connect` is given.
         settings: keyword arguments of `StepRunStore`, such as `prefix`, `codec`, `run_ttl`, `timeout` or
-            `wait_replicas`.
+            `wait_replicas`. A store that is given has its own.
+
+    Raises:
+        InvalidArgumentError: both or neither of `connect` and `store` are given, or `store` and settings, or `store` is
+            not a StepRunStore.
     """
-    _stores.configure(connect, settings)
+    if store is not None:
+        if not isinstance(cast("object", store), StepRunStore):
+            raise InvalidArgumentError(
+                "store", f"must be a StepRunStore, not {store!r}: coroutine functions of jobs use a blocking store, too"
+            )
+        if connect is not None or settings:
+            raise InvalidArgumentError("store", "is used as it is: give it no URL, function or settings")
+        _JobStore.adopt(store)
+        _stores.configure(store, {})
+    elif connect is None:
+        raise InvalidArgumentError("connect", "must be a URL, or a function that returns a client; or give a store")
+    else:
+        _stores.configure(connect, settings)
 
 
 def store() -> StepRunStore:

@@ -1,4 +1,4 @@
-"""The naive handler of the guide fails the guide's tests, and the repaired one passes them."""
+"""The guide's examples: the naive handler fails the tests, the repaired one passes them, and so do the jobs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shown_failures() -> list[str]:
 
 @pytest.mark.parametrize("options", [(), ("--squidstep-server", "embedded")], ids=["fakeredis", "embedded"])
 def test_naive_handler_fails_and_repaired_handler_passes(tmp_path: Path, options: tuple[str, ...]) -> None:
-    (first, naive), (test, tests), (again, repaired) = FILES
+    (first, naive), (test, tests), (again, repaired) = FILES[:3]
     assert (first, test, again) == ("shop.py", "test_shop.py", "shop.py")
     (tmp_path / test).write_text(tests, "utf-8")
 
@@ -49,3 +49,11 @@ def test_naive_handler_fails_and_repaired_handler_passes(tmp_path: Path, options
 
     (tmp_path / "shop.py").write_text(repaired, "utf-8")
     assert "3 passed" in ran(tmp_path, *options)
+
+
+@pytest.mark.parametrize("options", [(), ("--squidstep-server", "embedded")], ids=["fakeredis", "embedded"])
+def test_jobs_of_a_synchronous_queue_use_the_store_of_the_test(tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert [name for name, _ in FILES[3:]] == ["jobs.py", "test_jobs.py"]
+    for name, code in FILES[3:]:
+        (tmp_path / name).write_text(code, "utf-8")
+    assert "2 passed" in ran(tmp_path, *options)
