@@ -135,7 +135,8 @@ def configure(
     if store is not None:
         if not isinstance(cast("object", store), StepRunStore):
             raise InvalidArgumentError(
-                "store", f"must be a StepRunStore, not {store!r}: coroutine functions of jobs use a blocking store, too"
+                "store",
+                f"must be a StepRunStore, not of type {type(store).__name__}: coroutines use a blocking one, too",
             )
         if connect is not None or settings:
             raise InvalidArgumentError("store", "is used as it is: give it no URL, function or settings")
