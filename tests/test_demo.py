@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click import ClickException
+from support import commands
 from support.demos import (
     SQUIDSTEP,
     assert_leaves_nothing,
@@ -190,7 +191,7 @@ class TestErrors:
     ) -> None:
         (tree / "empty").mkdir()
         monkeypatch.chdir(tree)
-        ended = run("demo", *arguments)
+        ended = commands.run("demo", *arguments)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert message in ended.stderr
         assert "Traceback" not in ended.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from rq.job import JobStatus
+from support import commands
 from support.demos import (
     TIMEOUT,
     assert_leaves_nothing,
@@ -20,7 +21,6 @@ from support.demos import (
     demo_context,
     processes_using,
     read_until,
-    run,
     start,
     temporary_directory,
 )
@@ -130,7 +130,7 @@ def test_ended_demo_leaves_no_process_and_no_file(
 
 class TestCommandLine:
     def test_both_demos_are_listed(self) -> None:
-        shown = run("--help").stdout
+        shown = commands.run("--help").stdout
         assert re.search(r"\n  demo +Does", shown)
         assert re.search(r"\n  demo rq +Does", shown)
 
@@ -144,7 +144,7 @@ class TestCommandLine:
         ],
     )
     def test_words_select_the_demo(self, words: list[str], usage: str) -> None:
-        ended = run(*words)
+        ended = commands.run(*words)
         assert usage in (ended.stdout + ended.stderr).splitlines()
 
     def test_an_rq_that_is_too_old_is_reported(self) -> None:

@@ -45,7 +45,6 @@ class TestClientOptions:
         "options",
         [
             # A cluster has its own client, but the same replies: one combination shows that.
-            pytest.param({"protocol": 3}, marks=pytest.mark.not_on("cluster")),
             {"protocol": 3, "decode_responses": True},
             pytest.param(
                 {"encoding": "ascii", "encoding_errors": "ignore", "decode_responses": True},
