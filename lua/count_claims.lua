@@ -1,6 +1,6 @@
--- count_claims: counts the leased claims of a bucket, live and lapsed ones separately.
+-- count_claims: counts the leased claims of a bucket, live and lapsed ones separately; or its failed steps, all as lapsed.
 --
--- KEYS  1 claims
+-- KEYS  1 claims, or failed
 -- ARGV  1 nonce   of this call, echoed
 -- REPLY {"counts", nonce, live, lapsed}
 -- Writes nothing.

@@ -36,6 +36,7 @@ _NAMES = {
         "UnsupportedClientError",
         "WaitTimeoutError",
     ),
+    "explanations": ("Action", "RunExplanation", "StepExplanation"),
     "functions.runs": ("AsyncRun", "Run"),
     "model": (
         "Attempt",

@@ -87,6 +87,15 @@ from squidstep_redis.errors import (
 from squidstep_redis.errors import (
     WaitTimeoutError as WaitTimeoutError,
 )
+from squidstep_redis.explanations import (
+    Action as Action,
+)
+from squidstep_redis.explanations import (
+    RunExplanation as RunExplanation,
+)
+from squidstep_redis.explanations import (
+    StepExplanation as StepExplanation,
+)
 from squidstep_redis.functions.runs import (
     AsyncRun as AsyncRun,
 )

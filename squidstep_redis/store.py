@@ -78,10 +78,14 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     step_statuses = _call(Calls.step_statuses)
     wait_for_step = _workflow(Calls.wait_for_step)
 
+    explain_step = _workflow(Calls.explain_step)
+    explain_run = _workflow(Calls.explain_run)
+
     lapsed_claims = _workflow(Calls.lapsed_claims)
     live_claims = _workflow(Calls.live_claims)
     failed_steps = _workflow(Calls.failed_steps)
     count_claims = _workflow(Calls.count_claims)
+    count_failed = _workflow(Calls.count_failed)
 
     expire_run = _call(Calls.expire_run)
     cancel_run = _call(Calls.cancel_run)

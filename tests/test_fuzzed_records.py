@@ -80,6 +80,8 @@ def operations(store: StepRunStore, claim: StepRun) -> dict[str, Callable[[], An
         "cancel_run": lambda: store.cancel_run("run", "stop"),
         "resume_run": lambda: store.resume_run("run"),
         "summarize_run": lambda: store.summarize_run("run"),
+        "explain_step": lambda: store.explain_step("run", "a"),
+        "explain_run": lambda: store.explain_run("run"),
         "delete_pending_steps": lambda: store.delete_pending_steps("run", ["a"]),
     }
 
@@ -108,7 +110,7 @@ NAMES = (
     *("export_run", "fork_run", "schedule_steps", "extend_claim", "checkpoint_step", "begin_steps", "begin_step"),
     *("fail_step", "fail_step by id", "release_step", "retry_step", "complete_step", "complete_step by id"),
     *("expire_run", "delete_pending_steps", "begin_step, fingerprint", "begin_steps, fingerprint", "schedule_step"),
-    *("cancel_run", "resume_run", "summarize_run"),
+    *("cancel_run", "resume_run", "summarize_run", "explain_step", "explain_run"),
 )
 
 

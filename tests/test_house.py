@@ -20,7 +20,7 @@ PACKAGE = Path(inspect.getfile(model)).parent
 
 # The layers, lowest first. A module imports from its own layer and from those below it, and from no other.
 LAYERS = (
-    ("docstrings", "errors", "escaping", "model", "server_errors", "signals", "summaries"),
+    ("docstrings", "durations", "errors", "escaping", "explanations", "model", "server_errors", "signals", "summaries"),
     ("protocol",),
     ("operations",),
     ("transport",),
@@ -31,7 +31,7 @@ LAYERS = (
 # What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
     "asgi": {"asgi"},
-    "cli": {"cli", "embedded", "escaping", "operations.documents", "operations.payload_json"},
+    "cli": {"cli", "durations", "embedded", "escaping", "operations.documents", "operations.payload_json"},
     "codecs": set[str](),
     "demo": {"demo", "embedded", "rq"},
     "embedded": set[str](),

@@ -103,12 +103,11 @@ class TestRuns:
         store.batch([store.calls.schedule_step(run, "step", {}) for run in sorted(names)])
         bench.store(prefix=f"{bench.prefix}-other").schedule_step("not ours", "step", {})
 
-        first = store.runs(limit=10)
-        found = [summary.run_id for summary in every_run(store, limit=10)]
+        first = store.runs(limit=100)
+        found = [summary.run_id for summary in every_run(store, limit=100)]
 
-        if bench.backend.name != "fakeredis":  # it returns all runs on one page
-            assert 10 <= len(first.runs) < 700
-            assert first.cursor is not None
+        assert len(first.runs) == 100
+        assert first.cursor is not None
         assert sorted(found) == sorted(names)
 
     @pytest.mark.parametrize(
@@ -131,6 +130,71 @@ class TestRuns:
             store.schedule_step(run, "step", {})
 
         assert {summary.run_id for summary in every_run(store, run_id_prefix=prefix)} == ours
+
+    @pytest.mark.parametrize("limit", [1, 2, 7])
+    def test_page_has_at_most_limit_runs_and_none_is_missed(self, store: StepRunStore, limit: int) -> None:
+        store.batch([store.calls.schedule_step(f"run-{number}", "step", {}) for number in range(30)])
+        store.fail_step(begun(store.begin_step("failed", "step", {})), {})
+
+        page, sizes, found = store.runs(limit=limit), list[int](), list[str]()
+        while True:
+            sizes.append(len(page.runs))
+            found += [summary.run_id for summary in page.runs]
+            if page.cursor is None:
+                break
+            page = store.runs(limit=limit, cursor=page.cursor)
+
+        assert max(sizes) == limit
+        assert sorted(found) == sorted(["failed", *(f"run-{number}" for number in range(30))])
+        assert [each.run_id for each in every_run(store, limit=limit, status="failed")] == ["failed"]
+
+    def test_page_of_a_small_store_begins_with_the_newest_run(self, bench: Bench, store: StepRunStore) -> None:
+        for number in range(4):
+            store.schedule_step(f"run-{number}", "step", {})
+            wait_one_millisecond(bench)
+
+        if bench.backend.name != "cluster":  # each node has pages of its own
+            assert [summary.run_id for summary in store.runs(limit=1).runs] == ["run-3"]
+
+    def test_runs_that_change_between_two_pages_are_not_missed(self, bench: Bench, store: StepRunStore) -> None:
+        names = [f"run-{number}" for number in range(20)]
+        for run in names:
+            store.schedule_step(run, "step", {})
+        page = store.runs(limit=3)
+        found = [summary.run_id for summary in page.runs]
+
+        for number in range(1_000):
+            if page.cursor is None:
+                break
+            wait_one_millisecond(bench)
+            store.schedule_step(names[number % 20], f"step-{number}", {})
+            page = store.runs(limit=3, cursor=page.cursor)
+            found += [summary.run_id for summary in page.runs]
+
+        assert page.cursor is None
+        assert set(found) == set(names)
+
+    def test_runs_that_come_between_two_pages_hide_none(self, store: StepRunStore) -> None:
+        names = [f"run-{number}" for number in range(30)]
+        store.batch([store.calls.schedule_step(run, "step", {}) for run in names])
+        page = store.runs(limit=1)
+        found = [summary.run_id for summary in page.runs]
+
+        for number in range(200):
+            store.schedule_step(f"a-{number}", "step", {})
+        while page.cursor is not None:
+            page = store.runs(limit=100, cursor=page.cursor)
+            found += [summary.run_id for summary in page.runs]
+
+        assert set(names) <= set(found)
+
+    def test_since_selects_runs_that_changed_at_or_after_it(self, bench: Bench, store: StepRunStore) -> None:
+        store.schedule_step("old", "step", {})
+        wait_one_millisecond(bench)
+        store.schedule_step("new", "step", {})
+        (changed,) = [each.changed_at for each in store.runs().runs if each.run_id == "new"]
+
+        assert [each.run_id for each in store.runs(since=changed).runs] == ["new"]
 
     def test_store_prefix_is_matched_literally(self, bench: Bench) -> None:
         for prefix in ("a*", "a?", "[a]"):
@@ -182,7 +246,15 @@ class TestRuns:
 
     @pytest.mark.parametrize(
         "options",
-        [{"limit": 0}, {"limit": 1_001}, {"status": "done"}, {"cursor": "x"}, {"cursor": 3}, {"run_id_prefix": 7}],
+        [
+            {"limit": 0},
+            {"limit": 1_001},
+            {"status": "done"},
+            {"cursor": "x"},
+            {"cursor": 3},
+            {"run_id_prefix": 7},
+            {"since": 7},
+        ],
     )
     def test_invalid_argument_is_rejected(self, store: StepRunStore, options: dict[str, Any]) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
@@ -234,6 +306,13 @@ class TestPurge:
 
     def test_run_id_prefix_selects_the_runs_to_delete(self, store: StepRunStore, old: set[str]) -> None:
         assert [summary.run_id for summary in store.purge(0.001, run_id_prefix="comp")] == ["completed"]
+
+    def test_status_selects_the_runs_to_delete(self, store: StepRunStore, old: set[str]) -> None:
+        assert [summary.run_id for summary in store.purge(0.001, status="completed")] == ["completed"]
+        assert [summary.run_id for summary in store.purge(0.001, status=StepStatus.FAILED)] == ["failed"]
+        for status in ("pending", "running", "done"):
+            with pytest.raises(InvalidArgumentError, match="^status: "):
+                store.purge(0.001, status=status)
 
     @pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")  # on fakeredis it takes ten seconds
     def test_run_of_700_failed_steps_is_deleted(self, store: StepRunStore, bench: Bench) -> None:

@@ -215,7 +215,13 @@ class TestHeaders:
         # Scripts that several calls share, or that are one part of an operation.
         inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "purge_run"}
         listings = {"failed_steps", "lapsed_claims", "live_claims"}  # list_index
-        workflows = {"batch", "runs", "retry_run", "purge", "fork_run"}
-        shared = {"expire_claim", "wait_for_step", "begin_steps", "complete_steps"}  # of extend_claim, await_step, …
+        workflows = {"batch", "runs", "retry_run", "purge", "fork_run", "explain_run", "explain_step"}
+        shared = {
+            "expire_claim",
+            "count_failed",
+            "wait_for_step",
+            "begin_steps",
+            "complete_steps",
+        }  # of extend_claim, await_step, …
         operations = {name for name, value in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
         assert set(SCRIPTS) - inner == operations - workflows - shared - listings

@@ -18,11 +18,13 @@ from squidstep_redis import (
     ClaimCounts,
     Queued,
     RunCancelledError,
+    RunExplanation,
     RunPage,
     RunSummary,
     ScheduleResult,
     StepBusyError,
     StepExhaustedError,
+    StepExplanation,
     StepPage,
     StepRun,
     StepRunStore,
@@ -57,7 +59,7 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.completed_outputs("run", after=10, limit=10), list[dict[str, Any]])
     assert_type(store.scan_steps("run", limit=10), StepPage)
     assert_type(store.attempts("run", "pay"), list[Attempt])
-    assert_type(store.lapsed_claims(limit=10), list[StepRun])
+    assert_type(store.lapsed_claims(limit=10, step=Step.PAY, after=10), list[StepRun])
     assert_type(store.live_claims(10, owner="worker"), list[StepRun])
     assert_type(store.expire_claim(step_run.id), StepRun)
     assert_type(store.delete_run("run"), bool)
@@ -86,6 +88,12 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(step_run.input, dict[str, Any])
     assert_type(step_run.output, dict[str, Any] | None)
     assert_type(step_run.progress, dict[str, Any] | None)
+
+
+def operating(store: StepRunStore) -> None:
+    assert_type(store.explain_step("run", Step.PAY), StepExplanation | None)
+    assert_type(store.explain_run("run", limit=5), RunExplanation | None)
+    assert_type(store.count_failed(), int)
 
 
 def charge(input: dict[str, Any]) -> dict[str, int]:

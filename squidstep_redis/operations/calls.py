@@ -5,6 +5,7 @@ from __future__ import annotations
 from squidstep_redis.operations import batch as batches
 from squidstep_redis.operations import (
     begin,
+    explain,
     export,
     fork,
     groups,
@@ -48,10 +49,14 @@ class Calls(Context):
     step_statuses = reads.step_statuses
     wait_for_step = waiting.wait_for_step
 
+    explain_step = explain.explain_step
+    explain_run = explain.explain_run
+
     lapsed_claims = indexes.lapsed_claims
     live_claims = indexes.live_claims
     failed_steps = indexes.failed_steps
     count_claims = indexes.count_claims
+    count_failed = indexes.count_failed
 
     expire_run = lifecycle.expire_run
     cancel_run = lifecycle.cancel_run

@@ -6,6 +6,7 @@ entry that this library did not write, or in the index of another bucket, stands
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Final, Literal, NamedTuple
 
 from squidstep_redis.errors import CorruptRunError
@@ -13,6 +14,7 @@ from squidstep_redis.model import StepRun
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.arguments import Step
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import member_prefix, parse_member
 from squidstep_redis.protocol.scripts import script
@@ -24,10 +26,19 @@ _Position = tuple[bytes, bytes]  # an index, and a member of it
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
+_MAX_SKIPPED: Final = 10**7
 _GROWTH: Final = 8  # each further page of a bucket is this many times as large
 
 
-def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
+def lapsed_claims(
+    context: Context,
+    limit: int = 100,
+    *,
+    after: int = 0,
+    run_id_prefix: str = "",
+    step: Step | None = None,
+    since: datetime | None = None,
+) -> Workflow[list[StepRun]]:
     """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
     Usually two round trips per server: one reads the index of each of 1,024 buckets, one verifies the entries against
@@ -35,6 +46,11 @@ def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
+        after: how many to skip at the beginning: for the next page, the number of those that you have. If claims or
+            failures come or go in the meantime, one may be missed or repeated.
+        run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
+        step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
+        since: only leases that ended at or after this time, a datetime with a time zone; None: all.
 
     Returns:
         The step runs; they carry no claim.
@@ -44,7 +60,8 @@ def lapsed_claims(context: Context, limit: int = 100) -> Workflow[list[StepRun]]
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    return _list(context, "lapsed", context.keys.claims(), limit)
+    wanted = _wanted(after, run_id_prefix, step, since)
+    return _list(context, "lapsed", context.keys.claims(), limit, wanted)
 
 
 def live_claims(context: Context, limit: int = 100, *, owner: str | None = None) -> Workflow[list[StepRun]]:
@@ -65,10 +82,18 @@ def live_claims(context: Context, limit: int = 100, *, owner: str | None = None)
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    return _list(context, "live", context.keys.claims(), limit, arguments.owner(owner))
+    return _list(context, "live", context.keys.claims(), limit, owner=arguments.owner(owner))
 
 
-def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
+def failed_steps(
+    context: Context,
+    limit: int = 100,
+    *,
+    after: int = 0,
+    run_id_prefix: str = "",
+    step: Step | None = None,
+    since: datetime | None = None,
+) -> Workflow[list[StepRun]]:
     """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
 
     Usually two round trips per server: one reads the index of each bucket, one verifies the entries against their
@@ -76,6 +101,11 @@ def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
+        after: how many to skip at the beginning: for the next page, the number of those that you have. If claims or
+            failures come or go in the meantime, one may be missed or repeated.
+        run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
+        step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
+        since: only failures at or after this time, a datetime with a time zone; None: all.
 
     Returns:
         The step runs.
@@ -85,7 +115,7 @@ def failed_steps(context: Context, limit: int = 100) -> Workflow[list[StepRun]]:
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    return _list(context, "failed", context.keys.failed(), limit)
+    return _list(context, "failed", context.keys.failed(), limit, _wanted(after, run_id_prefix, step, since))
 
 
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
@@ -101,11 +131,33 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
+    return (yield from _count(context.keys.claims(), "count_claims"))
+
+
+def count_failed(context: Context) -> Workflow[int]:
+    """Counts the failed steps of all runs.
+
+    One round trip per server, of 1,024 small calls. Entries of expired or deleted runs, and entries that this library
+    did not write, are counted until `failed_steps` finds and drops them.
+
+    Returns:
+        The count.
+
+    Raises:
+        CorruptRunError: an index key has a value of another type.
+        ServerError: the server or the connection failed.
+    """
+    return sum((yield from _count(context.keys.failed(), "count_failed")))
+
+
+def _count(indexes: list[bytes], operation: str) -> Workflow[ClaimCounts]:
+    """Counts the entries of these indexes after and before now."""
 
     def parse(reply: Reply) -> ClaimCounts:
         return ClaimCounts(int(reply[2]), int(reply[3]))
 
-    calls = [Call(None, script("count_claims"), (key,), (new_nonce(),), parse) for key in context.keys.claims()]
+    count = script("count_claims")
+    calls = [Call(None, count, (key,), (new_nonce(),), parse, part_of=operation) for key in indexes]
     counts: list[ClaimCounts] = raise_first_error((yield SendBatch(calls)))
     return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
 
@@ -129,12 +181,47 @@ def drop_stale_entries(context: Context) -> Workflow[None]:
         incomplete = [(mode, each) for mode, each in incomplete if each.has_more and each.dropped]
 
 
+class _Wanted(NamedTuple):
+    """Which entries of a listing are returned."""
+
+    after: int = 0
+    run_id_prefix: bytes = b""
+    step: bytes | None = None
+    since_ms: float | None = None
+
+    @property
+    def is_selective(self) -> bool:
+        return self[1:] != _ALL[1:]
+
+    def includes(self, entry: _Entry) -> bool:
+        """Whether the entry may be returned. One that names no step is included, so that it is verified and dropped."""
+        if self.since_ms is not None and entry.score < self.since_ms:
+            return False
+        names = parse_member(entry.member) if self.is_selective else None
+        if names is None:
+            return True
+        run, step = names
+        return run.startswith(self.run_id_prefix) and self.step in (None, step)
+
+
+_ALL: Final = _Wanted()
+
+
+def _wanted(after: int, run_id_prefix: str, step: Step | None, since: datetime | None) -> _Wanted:
+    """Checks the arguments."""
+    skipped = arguments.integer("after", after, _MAX_SKIPPED, minimum=0)
+    prefix = arguments.run_id_prefix(run_id_prefix)
+    name = None if step is None else arguments.step(step).data
+    return _Wanted(skipped, prefix, name, arguments.moment_ms("since", since))
+
+
 def _list(
-    context: Context, mode: Mode, indexes: list[bytes], limit: int, owner: bytes = b""
+    context: Context, mode: Mode, indexes: list[bytes], limit: int, wanted: _Wanted = _ALL, owner: bytes = b""
 ) -> Workflow[list[StepRun]]:
-    wanted = arguments.integer("limit", limit, MAX_LIMIT)
+    number = arguments.integer("limit", limit, MAX_LIMIT)
+    needed = wanted.after + number
     # The first entries are spread over the buckets, so a page usually needs only a few entries of each.
-    first_page = MAX_LIMIT if owner else 4 + wanted // 250
+    first_page = MAX_LIMIT if owner or wanted.is_selective else min(4 + needed // 250, MAX_LIMIT)
     incomplete = buckets = [_Bucket(key, first_page) for key in indexes]
     verified: dict[_Position, StepRun | None] = {}
     while True:
@@ -146,19 +233,21 @@ def _list(
         merged.sort(key=_rank, reverse=mode == "failed")
         # Entries after the last loaded one of an incomplete bucket may rank after entries that are not loaded yet.
         settled = next((index + 1 for index, each in enumerate(merged) if each.is_last_loaded), len(merged))
+        candidates = [each for each in merged[:settled] if wanted.includes(each)][wanted.after :]
         found: list[StepRun] = []
-        for start in range(0, settled, wanted):
-            entries = merged[:settled][start : start + wanted]
+        for start in range(0, len(candidates), number):
+            entries = candidates[start : start + number]
             unseen = [each for each in entries if each.position not in verified]
             yield from _verify_all(context, mode, unseen, owner, verified)
             found += [step_run for each in entries if (step_run := verified[each.position])]
-            if len(found) >= wanted:
-                return found[:wanted]
+            if len(found) >= number:
+                return found[:number]
         if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
             return found
         # Load more entries of the buckets that may have the missing ones.
-        candidates = merged[: settled + wanted]
-        incomplete = [each.bucket for each in candidates if each.is_last_loaded and each.bucket.needs_page()]
+        incomplete = [
+            each.bucket for each in merged[: settled + needed] if each.is_last_loaded and each.bucket.needs_page()
+        ]
 
 
 def _verify_all(

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from binascii import crc32
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple, cast
-
-from redis.crc import key_slot
+from typing import Any, Final, cast
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, described
-from squidstep_redis.model import StepRun, StepStatus, moment
+from squidstep_redis.model import StepRun, StepStatus
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.lifecycle import tombstone_ms
 from squidstep_redis.operations.reads import MAX_LIMIT, pairs
+from squidstep_redis.operations.scans import Position, Rest, find_shards, parse_cursor, scan_page
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.records import NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
-from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
+from squidstep_redis.protocol.workflow import SendBatch, Workflow
 from squidstep_redis.summaries import RunPage, RunSummary
 
 _KEYS_PER_SCAN: Final = 1_000  # 0.5 ms of the server's time
@@ -30,7 +28,6 @@ _FIELDS_PER_SCAN: Final = 500  # of one run: 1 to 2 ms
 _SCANS_PER_PAGE: Final = 100
 _RUNS_PER_PAGE: Final = 5_000  # examined, not returned
 _MAX_FAILED: Final = 1_000  # failed steps of a run to purge: one script compares them with their records
-_CURSOR: Final = re.compile(r"(\d+)-(\d+)-(\w*)")
 
 
 def runs(
@@ -38,6 +35,7 @@ def runs(
     *,
     status: StepStatus | str | None = None,
     run_id_prefix: str = "",
+    since: datetime | None = None,
     limit: int = 100,
     cursor: str | None = None,
 ) -> Workflow[RunPage]:
@@ -45,14 +43,15 @@ def runs(
 
     Runs that changed in the same millisecond are ordered by run id. There is no index of runs: this is a SCAN of all
     keys of the server, in small parts. A run that exists from the first page to the last is listed, unless a failover
-    or a slot migration happens in between. Two round trips per thousand keys, one more for each 500 fields of a run
-    that has more.
+    or a slot migration happens in between; it may be listed twice if runs change. Two round trips per
+    thousand keys, one more for each 500 fields of a run that has more.
 
     Args:
         status: only runs with at least one step of this status; None: all runs.
         run_id_prefix: only runs whose id has this prefix; empty: all runs.
-        limit: approximate number of runs in a page, from 1 to 1,000. A page may have a few more, because SCAN returns
-            keys in groups. With a filter it may have fewer, even none: a page ends after 5,000 runs or 100,000 keys.
+        since: only runs that changed at or after this time, a datetime with a time zone; None: all runs.
+        limit: how many runs a page has at most, from 1 to 1,000; more only if runs change between two pages. With a
+            filter it may have fewer, even none: a page ends after 5,000 runs or 100,000 keys.
         cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
@@ -63,20 +62,42 @@ def runs(
         ServerError: the server or the connection failed.
     """
     wanted = _status(status)
-    prefix = _prefix(run_id_prefix)
+    prefix = arguments.run_id_prefix(run_id_prefix)
+    since_ms = arguments.moment_ms("since", since)
     full = arguments.integer("limit", limit, MAX_LIMIT)
-    position = _parse_cursor(cursor)
-    shards = yield from _shards(context)
+    position = parse_cursor(cursor)
+    shards = yield from find_shards(context)
+
+    def is_wanted(summary: RunSummary) -> bool:
+        changed = summary.changed_at
+        is_new = since_ms is None or (changed is not None and changed.timestamp() * 1_000 >= since_ms)
+        return is_new and (wanted is None or summary.counts[wanted] > 0)
+
     found: list[RunSummary] = []
     examined = 0
     progress = 1.0
-    count = max(10, full)  # a run usually has two keys
+    is_filtered = wanted is not None or since_ms is not None
+    count = max(10, full)
     for _ in range(_SCANS_PER_PAGE):
-        count = min(2 * count, _KEYS_PER_SCAN)
-        page = yield from _scan_page(context, "runs", shards, position, prefix, count)
-        examined += len(page.scans)
-        summaries = (scan.summary() for scan in page.scans)
-        found += [summary for summary in summaries if wanted is None or summary.counts[wanted]]
+        # A run usually has two keys. The last SCAN should find few runs too many: the next page reads them again.
+        count = min(2 * count if is_filtered else max(10, 8 * (full - len(found)) // 5), _KEYS_PER_SCAN)
+        rest = None if position is None else position.rest
+        if rest is not None:
+            count = rest.size  # the same page again
+        page = yield from scan_page(context, "runs", shards, position, prefix, count)
+        scans = yield from scan_runs(context, "runs", page.run_ids)
+        examined += len(page.run_ids)
+        summaries = sorted(filter(is_wanted, (scan.summary() for scan in scans)), key=_newest_first)
+        digest = crc32(repr([(each.run_id, each.changed_at) for each in summaries]).encode())
+        if rest is not None and rest.digest != digest:
+            end, room = 0, len(summaries)  # it has changed: all of it, so that none is missed, and the listing ends
+        else:
+            end, room = rest.returned if rest is not None else 0, full - len(found)
+        found += summaries[end : end + room]
+        end += room
+        if end < len(summaries):
+            position = page.at._replace(rest=Rest(count, digest, end))
+            break
         position, progress = page.next, page.progress
         if position is None or len(found) >= full or examined >= _RUNS_PER_PAGE:
             break
@@ -112,6 +133,7 @@ def purge(
     older_than: Seconds,
     *,
     run_id_prefix: str = "",
+    status: StepStatus | str | None = None,
     dry_run: bool = False,
     tombstone: Seconds = 3_600,
 ) -> Workflow[list[RunSummary]]:
@@ -125,6 +147,8 @@ def purge(
     Args:
         older_than: seconds since the last change, by the server's clock, up to ten years; or a timedelta.
         run_id_prefix: only runs whose id has this prefix; empty: all runs.
+        status: "completed": only runs in which every step is completed; "failed": only runs with a failed step; None:
+            both.
         dry_run: whether to delete nothing and only return what would be deleted.
         tombstone: seconds, or a timedelta, for which writes to a deleted run are rejected with RunDeletedError.
 
@@ -137,17 +161,21 @@ def purge(
     """
     age = timedelta(seconds=arguments.seconds("older_than", older_than, arguments.MAX_TTL))
     lifetime = tombstone_ms(tombstone)
-    prefix = _prefix(run_id_prefix)
-    shards = yield from _shards(context)
+    wanted = _status(status)
+    if wanted in (StepStatus.PENDING, StepStatus.RUNNING):
+        raise InvalidArgumentError("status", f"must be completed or failed, not {wanted}")
+    prefix = arguments.run_id_prefix(run_id_prefix)
+    shards = yield from find_shards(context)
     purged: list[RunSummary] = []
-    position: _Position | None = None
+    position: Position | None = None
     while True:
-        page = yield from _scan_page(context, "purge", shards, position, prefix, _KEYS_PER_SCAN)
+        page = yield from scan_page(context, "purge", shards, position, prefix, _KEYS_PER_SCAN)
         old: list[tuple[RunScan, RunSummary]] = []
-        for scan in page.scans:
+        for scan in (yield from scan_runs(context, "purge", page.run_ids)):
             summary = scan.summary()
             is_old = summary.changed_at is not None and summary.changed_at < page.now - age
-            if summary.is_over and is_old and len(scan.lines) <= _MAX_FAILED:
+            outcome = StepStatus.FAILED if summary.counts[StepStatus.FAILED] else StepStatus.COMPLETED
+            if summary.is_over and is_old and wanted in (None, outcome) and len(scan.lines) <= _MAX_FAILED:
                 old.append((scan, summary))
         if old and not dry_run:
             results = yield SendBatch([_purge_run(context, scan, lifetime) for scan, _ in old])
@@ -262,109 +290,6 @@ def _purge_run(context: Context, scan: RunScan, tombstone_ms: bytes) -> Call[boo
     return Call(run.text, script("purge_run"), (steps, done, failed), args, parse, part_of="purge")
 
 
-# All keys of the servers
-
-
-class _Shard(NamedTuple):
-    """A server with keys of the store: its name, and the key of one of its buckets."""
-
-    name: str
-    key: bytes
-
-
-class _Position(NamedTuple):
-    """The position of a listing: the SCAN cursor, the number of keys scanned, the shard's name."""
-
-    scan_cursor: bytes
-    scanned: int
-    shard: str
-
-    @property
-    def cursor(self) -> str:
-        """The cursor that callers receive; opaque to them."""
-        return f"{self.scan_cursor.decode()}-{self.scanned}-{self.shard}"
-
-
-class ScanPage(NamedTuple):
-    """What one SCAN found.
-
-    Attributes:
-        scans: the runs.
-        next: the position of the next page; None: this is the last.
-        progress: the scanned part of the keys of all servers, from 0 to 1.
-        now: the server's clock.
-    """
-
-    scans: list[RunScan]
-    next: _Position | None
-    progress: float
-    now: datetime
-
-
-def _scan_page(
-    context: Context,
-    operation: str,
-    shards: list[_Shard],
-    position: _Position | None,
-    run_id_prefix: bytes,
-    count: int,
-) -> Workflow[ScanPage]:
-    """Scans `count` keys of one server, from a position on, and reads the runs among them."""
-    names = [shard.name for shard in shards]
-    # If a server has left the cluster, continue with the next one, in the order of their names.
-    index = 0 if position is None else next((i for i, name in enumerate(names) if name >= position.shard), None)
-    if index is None:
-        return ScanPage([], None, 1.0, moment(0))
-    shard = shards[index]
-    here = position if position is not None and position.shard == shard.name else _Position(b"0", 0, shard.name)
-
-    def parse(reply: Reply) -> Reply:
-        return reply[2:]
-
-    args = (new_nonce(), here.scan_cursor, context.keys.pattern(run_id_prefix), b"%d" % count)
-    reply: Reply = yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse, part_of=operation))
-    scan_cursor, keys, total, now = reply
-    scans = yield from scan_runs(context, operation, dict.fromkeys(_runs_of(context, keys, run_id_prefix)))
-    scanned = here.scanned + count
-    if scan_cursor != b"0":
-        after: _Position | None = _Position(scan_cursor, scanned, shard.name)
-        progress = (index + min(scanned / max(total, 1), 1.0)) / len(shards)
-    else:
-        after = _Position(b"0", 0, names[index + 1]) if index + 1 < len(names) else None
-        progress = (index + 1) / len(shards)
-    return ScanPage(scans, after, progress, moment(int(now)))
-
-
-def _runs_of(context: Context, keys: list[bytes], run_id_prefix: bytes) -> Iterator[bytes]:
-    """Returns the runs of these keys; skips keys of other programs that only look like those of a run."""
-    for key in keys:
-        run_id = context.keys.run_of(key)
-        if run_id is not None and run_id.startswith(run_id_prefix):
-            with suppress(UnicodeDecodeError):  # a key of another program
-                run_id.decode()
-                yield run_id
-
-
-def _shards(context: Context) -> Workflow[list[_Shard]]:
-    """Returns the servers that have keys of this store, in the order of their names."""
-    buckets = context.keys.claims()
-    replies: dict[str, list[Any]] = yield Broadcast([(b"CLUSTER", b"SLOTS")])
-    maps = [cast("list[Any]", reply) for (reply,) in replies.values() if isinstance(reply, list)]
-    if not maps or "" in replies:
-        return [_Shard("", buckets[0])]
-    owners: list[tuple[range, str]] = []
-    for first, last, primary, *_ in maps[0]:
-        name = primary[2].decode() if isinstance(primary[2], bytes) else str(primary[2])
-        owners.append((range(int(first), int(last) + 1), name))
-    found: dict[str, bytes] = {}
-    for bucket in buckets:
-        slot = key_slot(bucket)
-        # A slot that no server owns must not hide its runs: sending to it shows why.
-        name = next((name for slots, name in owners if slot in slots), "")
-        found.setdefault(name, bucket)
-    return [_Shard(name, key) for name, key in sorted(found.items())]
-
-
 def _changed_at(step_run: StepRun) -> datetime:
     return step_run.ended_at or step_run.started_at or step_run.created_at
 
@@ -380,16 +305,3 @@ def _status(status: object) -> StepStatus | None:
     except ValueError:
         problem = f"must be one of {', '.join(StepStatus)}, not {described(status)}"
         raise InvalidArgumentError("status", problem) from None
-
-
-def _prefix(run_id_prefix: object) -> bytes:
-    return b"" if run_id_prefix == "" else arguments.identifier("run_id_prefix", run_id_prefix).data
-
-
-def _parse_cursor(cursor: object) -> _Position | None:
-    if cursor is None:
-        return None
-    match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
-    if match is None:
-        raise InvalidArgumentError("cursor", f"must be the cursor of another page, not {described(cursor)}")
-    return _Position(match[1].encode(), int(match[2]), match[3])

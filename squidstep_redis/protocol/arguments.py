@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
@@ -57,6 +57,11 @@ def identifier(argument: str, value: object, max_bytes: int = MAX_IDENTIFIER_BYT
 def run_id(value: object) -> Name:
     """Returns a run id: an identifier or a UUID."""
     return identifier("run_id", str(value) if isinstance(value, UUID) else value)
+
+
+def run_id_prefix(value: object) -> bytes:
+    """Returns the prefix of run ids: a str of up to 512 bytes of UTF-8; empty: of all."""
+    return b"" if value == "" else identifier("run_id_prefix", value).data
 
 
 def step(value: object, argument: str = "step") -> Name:
@@ -178,3 +183,12 @@ def seconds(argument: str, value: object, maximum: timedelta) -> float:
             f"must be seconds from 0.001 to {maximum.total_seconds():,.0f} or a timedelta, not {described(value)}",
         )
     return span
+
+
+def moment_ms(argument: str, value: object) -> float | None:
+    """Returns a datetime with a time zone in milliseconds since 1970; None for None."""
+    if value is None:
+        return None
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise InvalidArgumentError(argument, f"must be a datetime with a time zone, not {described(value)}")
+    return value.timestamp() * 1_000

@@ -28,8 +28,10 @@ def test_lease_expires_when_the_clock_reaches_its_end(kit: StepKit, store: StepR
     assert store.begin_step("run", "pay", {}).busy
     assert store.lapsed_claims() == []
     assert store.live_claims() == [held]
+    assert store.explain_step("run", "pay").reason == "leased"
     kit.clock.advance(timedelta(seconds=600))
 
+    assert store.explain_step("run", "pay").reason == "lapsed"
     assert store.lapsed_claims() == [held]
     assert store.live_claims() == []
     assert begun(store.begin_step("run", "pay", {})).attempt == 2

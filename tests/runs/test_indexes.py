@@ -213,6 +213,50 @@ class TestLapsedClaimsAndFailedSteps:
         assert step_run.lease_ends_at is not None
         assert bench.backend.raw.zscore(claims, b"3:runpay") == round(step_run.lease_ends_at.timestamp() * 1000)
 
+    def test_filters_and_pages_select_entries(self, bench: Bench, store: StepRunStore) -> None:
+        for number in range(12):
+            run, step = f"order-{number}" if number % 2 else f"crawl-{number}", f"step-{number % 3}"
+            store.fail_step(begun(store.begin_step(run, step, {})), {})
+            bench.lapse(begun(store.begin_step(run, f"{step}-dead", {}, lease=0.001)))
+
+        for read, suffix in ((store.failed_steps, ""), (store.lapsed_claims, "-dead")):
+            everything = read()
+            assert len(everything) == 12
+            assert [step_run for after in range(0, 15, 5) for step_run in read(5, after=after)] == everything
+            orders = [each for each in everything if each.run_id.startswith("order-")]
+            assert read(run_id_prefix="order-") == orders
+            assert read(2, run_id_prefix="order-", after=1) == orders[1:3]
+            assert read(step=f"step-1{suffix}") == [each for each in everything if each.step == f"step-1{suffix}"]
+            times = [each.ended_at or each.lease_ends_at for each in everything]
+            assert read(since=times[6]) == [
+                each for each, time in zip(everything, times, strict=True) if time >= times[6]
+            ]
+        assert (store.count_failed(), store.count_claims().lapsed) == (12, 12)
+
+    def test_filters_find_entries_behind_many_others(self, bench: Bench, store: StepRunStore) -> None:
+        wanted = store.fail_step(begun(store.begin_step("run", "pay", {})), {})
+        failed = bench.keys("run")[3]
+        bench.backend.raw.zadd(failed, {f"3:runother{number}".encode(): 4e12 + number for number in range(900)})
+
+        assert store.failed_steps(1, step="pay", run_id_prefix="r") == [wanted]
+        assert store.failed_steps(1, step="pay", run_id_prefix="x") == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"after": -1},
+            {"run_id_prefix": 7},
+            {"step": ""},
+            {"since": 3},
+            {"since": datetime.fromordinal(1)},
+        ],
+    )
+    def test_invalid_filter_is_rejected(self, arguments: dict[str, Any]) -> None:
+        with offline_store() as store:
+            for read in (store.lapsed_claims, store.failed_steps):
+                with pytest.raises(InvalidArgumentError, match=f"^{next(iter(arguments))}: "):
+                    read(**arguments)
+
     def test_failed_index_is_bounded(self, bench: Bench, store: StepRunStore) -> None:
         failed = bench.keys("run")[3]
         bench.backend.raw.zadd(failed, {f"3:old{number}".encode(): number for number in range(1_500)})

@@ -55,6 +55,8 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "completed_steps": lambda store, claim: (claim.run_id,),
     "completed_outputs": lambda store, claim: (claim.run_id,),
     "step_statuses": lambda store, claim: (claim.run_id,),
+    "explain_step": lambda store, claim: (claim.run_id, "failed"),
+    "explain_run": lambda store, claim: (claim.run_id,),
     "cancel_run": lambda store, claim: (claim.run_id, "wrong address"),
     "resume_run": lambda store, claim: (claim.run_id,),
     "summarize_run": lambda store, claim: (claim.run_id,),
@@ -71,6 +73,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "lapsed_claims": lambda store, claim: (),
     "live_claims": lambda store, claim: (),
     "failed_steps": lambda store, claim: (),
+    "count_failed": lambda store, claim: (),
     "count_claims": lambda store, claim: (),
     "wait_for_step": lambda store, claim: (claim.run_id, "completed", 10),
 }

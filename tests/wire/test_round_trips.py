@@ -88,7 +88,16 @@ class TestRoundTrips:
         assert (proxy.round_trips, proxy.names()) == (2, ["EVALSHA", "EVALSHA"])
 
     def test_every_operation_has_a_test_of_its_round_trips(self) -> None:
-        others = {"batch", "complete_steps", "count_claims", "fork_run", "summarize_run"}
+        others = {
+            "batch",
+            "complete_steps",
+            "count_claims",
+            "count_failed",
+            "explain_run",
+            "explain_step",
+            "fork_run",
+            "summarize_run",
+        }
         counted = {*CALLS, *others, *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
@@ -102,6 +111,18 @@ class TestRoundTrips:
             summary = perform(proxied, "summarize_run", claim)
 
         assert (proxy.round_trips, summary.steps) == (1, 5)
+
+    @pytest.mark.parametrize(("operation", "batches"), [("explain_step", [4]), ("explain_run", [1, 5])])
+    def test_explaining_costs_one_round_trip_per_batch(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str, batches: list[int]
+    ) -> None:
+        claim = prepare(bench, proxied)
+        proxy.clear()
+
+        with proxy.batches(*batches):
+            perform(proxied, operation, claim)
+
+        assert proxy.round_trips == len(batches)
 
     def test_filtering_by_owner_costs_one_round_trip_per_page(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None
