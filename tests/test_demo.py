@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import redis
 from click import ClickException
 from support import commands
 from support.demos import (
@@ -22,11 +23,13 @@ from support.demos import (
     result_of,
     run,
 )
+from support.servers import find_binary
 
 from squidstep_redis.demo import scenario as demo_scenario
 from squidstep_redis.demo.check import find_problems
 from squidstep_redis.demo.plain import LEASE, PlainScenario
 from squidstep_redis.demo.work import find_files
+from squidstep_redis.embedded import EmbeddedServer
 
 # Python 3.12 and later: in a test's process, unlike in the command's, there are other threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -57,6 +60,21 @@ class TestResult:
         first, second = (attempt.split(", ") for attempt in attempts)
         assert (first[0], second[0]) == ("lease_expired", "completed")
         assert first[1] != second[1]
+
+    def test_given_server_is_used_and_left_clean(self, tree: Path) -> None:
+        with EmbeddedServer(binary=find_binary("valkey"), port=0) as server, redis.Redis.from_url(server.url) as client:
+            client.set("squidstep:mine", "stays")
+            result = result_of("demo", tree / "a.py", "-u", server.url)
+            assert (result["ok"], result["completed"]) == (True, 3)
+            assert client.info("commandstats")["cmdstat_evalsha"]["calls"] > 6
+            assert client.keys() == [b"squidstep:mine"]
+
+    def test_server_that_cannot_be_used_is_reported_in_one_line(self, tree: Path) -> None:
+        for url, code in (("redis://127.0.0.1:1", 1), ("redis://:secret@x:y", 2)):
+            ended = commands.invoke("demo", str(tree), "-u", url)
+            assert ended.exit_code == code
+            assert "Traceback" not in ended.output
+            assert "secret" not in ended.output
 
     def test_output_is_plain_text_without_a_terminal(self, tree: Path) -> None:
         ended = run("demo", tree / "a.py")

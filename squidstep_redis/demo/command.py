@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 import redis
@@ -22,6 +24,8 @@ from squidstep_redis.demo.check import find_problems
 from squidstep_redis.demo.scenario import DemoContext, Scenario, describe
 from squidstep_redis.demo.work import STEPS, Payload, find_files
 from squidstep_redis.embedded import EmbeddedServer, ServerStartError
+
+RUN_TTL: Final = 3_600.0  # seconds: of the runs of a demo, if it cannot delete them
 
 
 def demo_options(*, files: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -38,14 +42,42 @@ def demo_options(*, files: int) -> Callable[[Callable[..., None]], Callable[...,
     return lambda command: path(limit(as_json(command)))
 
 
-def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, files: int, as_json: bool) -> NoReturn:
-    """Runs a demo on a bundled server and prints its result. Exits with 0 only if the check finds no problem.
+@contextmanager
+def _keys_of_demo(url: str) -> Generator[tuple[str, str]]:
+    """Provides a URL and a key prefix of its own, and deletes the keys afterwards.
+
+    If the demo is killed, its runs expire.
+    """
+    prefix = f"squidstep-demo-{secrets.token_hex(4)}"
+    redis_py: Any = redis.Redis  # parts of its types are unknown
+    try:
+        client = redis_py.from_url(url)
+    except (ValueError, TypeError) as error:  # their text may quote a part of the password
+        raise click.BadParameter("must be redis://…, rediss://… or unix://…", param_hint="--url") from error
+    with client:
+        client.ping()
+        yield url, prefix
+        for key in client.scan_iter(match=f"{prefix}:*", count=1_000):
+            client.unlink(key)
+
+
+@contextmanager
+def _bundled_server() -> Generator[tuple[str, str]]:
+    with EmbeddedServer() as server:
+        yield server.url, "squidstep"
+
+
+def run_demo(
+    scenario: Callable[[DemoContext], Scenario], *, path: Path | None, files: int, as_json: bool, url: str | None = None
+) -> NoReturn:
+    """Runs a demo and prints its result. Exits with 0 only if the check finds no problem.
 
     Args:
         scenario: Creates the scenario.
         path: The directory with the files; None: Python's standard library.
         files: The maximum number of files.
         as_json: Whether to print the result as JSON.
+        url: The server; None: a bundled one.
     """
     root, suffix = (Path(sysconfig.get_path("stdlib")), ".py") if path is None else (path, "")
     found = find_files(root, files, suffix)
@@ -55,12 +87,12 @@ def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, 
     # No thread refreshes the progress line: only this thread may receive signals while it starts a worker.
     try:
         with (
-            EmbeddedServer() as server,
-            StepRunStore.from_url(server.url) as store,
+            _bundled_server() if url is None else _keys_of_demo(url) as (address, prefix),
+            StepRunStore.from_url(address, prefix=prefix, run_ttl=RUN_TTL) as store,
             Live(console=console, auto_refresh=False, transient=True) as live,
         ):
-            context = DemoContext(found, server.url, store, console.out, lambda line: live.update(line, refresh=True))
-            result = _run(scenario(context))
+            context = DemoContext(found, address, store, console.out, lambda line: live.update(line, refresh=True))
+            result = _run(scenario(context), "a bundled server" if url is None else f"your server, prefix {prefix}")
     except (ImportError, ServerStartError, redis.RedisError, SquidstepError) as error:
         raise click.ClickException(f"{type(error).__name__}: {error}") from error
     if as_json:
@@ -72,11 +104,11 @@ def run_demo(scenario: Callable[[DemoContext], Scenario], *, path: Path | None, 
     sys.exit(0 if result["ok"] else 1)
 
 
-def _run(scenario: Scenario) -> Payload:
+def _run(scenario: Scenario, server: str) -> Payload:
     context = scenario.context
     size = {"files": len(context.files), "steps": len(context.files) * len(STEPS)}
     workers = f"{scenario.size} {scenario.title}"
-    context.print_line(f"{size['files']} files, {size['steps']} steps, {workers}, a bundled server")
+    context.print_line(f"{size['files']} files, {size['steps']} steps, {workers}, {server}")
     scenario.run()
     context.show_progress("checking every output")
     problems = find_problems(scenario)

@@ -14,19 +14,23 @@ import click
 from redis import Redis
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.demo.command import demo_options, run_demo
+from squidstep_redis.demo.command import RUN_TTL, demo_options, run_demo
 from squidstep_redis.demo.scenario import DemoContext, Key, Scenario, WorkerProcess, pick_duplicates
 from squidstep_redis.demo.work import STEPS, Payload, execute
 from squidstep_redis.demo.worker import Event, parent
 
 LEASE: Final = 2.0
-QUEUE: Final = "demo-queue"
 
 _NEXT: Final = dict(pairwise(STEPS))
 
 
 @click.command("demo")
 @demo_options(files=300)
+@click.option(
+    "-u",
+    "--url",
+    help="Use this server, under a key prefix of its own that is deleted afterwards, instead of a bundled one.",
+)
 def command(**options: Any) -> None:
     """Does real work under real faults, and checks the result.
 
@@ -40,15 +44,19 @@ def command(**options: Any) -> None:
     run_demo(PlainScenario, **options)
 
 
-def execute_deliveries(url: str) -> None:
+def execute_deliveries(url: str, prefix: str) -> None:
     """Runs a worker, which executes one delivery at a time."""
     client: Any = Redis  # redis-py leaves parts of its types unknown
     queue = client.from_url(url)
-    with StepRunStore.from_url(url) as store:
+    with StepRunStore.from_url(url, prefix=prefix, run_ttl=RUN_TTL) as store:
         parent.send_event("ready")
         while True:
-            if delivery := queue.blpop(QUEUE, timeout=1):
+            if delivery := queue.blpop(_queue_of(prefix), timeout=1):
                 _execute(store, *json.loads(delivery[1]))
+
+
+def _queue_of(prefix: str) -> str:
+    return f"{prefix}:demo-queue"
 
 
 def _execute(store: StepRunStore, run_id: str, step: str, input: Payload, file: int, kill: bool) -> None:
@@ -93,7 +101,7 @@ class PlainScenario(Scenario):
         self._delayed: list[tuple[float, Key]] = []
 
     def _worker_main(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        return execute_deliveries, (self.context.url,)
+        return execute_deliveries, (self.context.url, self.context.store.calls.prefix)
 
     def _deliver_all(self) -> None:
         first = next(iter(STEPS))
@@ -141,5 +149,5 @@ class PlainScenario(Scenario):
         scheduled = self.context.store.get_step_run(run_id, step)
         delivery = (run_id, step, scheduled and scheduled.input, self.run_ids.index(run_id), key in self.kill_plan)
         # At the front, so that a run is finished before the next one starts.
-        self._queue.lpush(QUEUE, json.dumps(delivery))
+        self._queue.lpush(_queue_of(self.context.store.calls.prefix), json.dumps(delivery))
         self._queued += 1

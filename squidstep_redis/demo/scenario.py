@@ -46,7 +46,7 @@ class DemoContext:
 
     Attributes:
         files: The files to work on, by run id.
-        url: The bundled server's URL.
+        url: The server's URL.
         store: The parent's own store on that server.
         print_line: Prints a line.
         show_progress: Replaces the progress line.
