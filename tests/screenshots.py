@@ -121,8 +121,11 @@ def screenshots(store: StepRunStore) -> dict[str, str]:
     timeline = read_timeline(store, run)
     assert timeline is not None
     pages = store.get_run("crawl-2026-11")
+    summary = store.summarize_run(run)
+    assert summary is not None
+    counts = summary.counts
     return {
-        "show": screenshot("show", f"squidstep show {run}", *render_steps(run, store.get_run(run), [])),
+        "show": screenshot("show", f"squidstep show {run}", *render_steps(run, store.get_run(run), [], counts=counts)),
         "timeline": screenshot("timeline", f"squidstep timeline {run}", *timeline.render(WIDTH)),
         "watch": screenshot("watch", "squidstep watch crawl-2026-11", render_run("crawl-2026-11", pages, 22)),
     }

@@ -14,7 +14,6 @@ from support.commands import (
     empty_store,
     invoke,
     options_of,
-    pipe,
     run,
 )
 from support.records import begun
@@ -45,16 +44,16 @@ class TestChanges:
         for step in ("one", "two", "three"):
             add_failed_step(store, "run", step)
 
-        assert run("retry", "run", "one", "--dry-run", *options).stdout == "would retry one of run\n"
+        assert run("retry", "run", "--step", "one", "--dry-run", *options).stdout == "would retry one of run\n"
         assert set(store.step_statuses("run").values()) == {StepStatus.FAILED}
-        assert run("retry", "run", "one", *options).stdout == "pending: one of run\n"
+        assert run("retry", "run", "--step", "one", *options).stdout == "pending: one of run\n"
         assert run("retry", "run", *options).stdout == "pending: two of run\npending: three of run\n"
         assert set(store.step_statuses("run").values()) == {StepStatus.PENDING}
         assert (store.attempts("run", "one")[-1].owner or "").startswith("retry by ")
         again = run("retry", "run", *options)
         assert (again.returncode, again.stderr) == (1, "squidstep: run 'run': nothing to retry\n")
         store.begin_step("run", "one", {}, lease=60)
-        refused = run("retry", "run", "one", *options)
+        refused = run("retry", "run", "--step", "one", *options)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "step 'one'" in refused.stderr
 
@@ -147,17 +146,17 @@ class TestTransfer:
         assert len(lines.splitlines()) == 2
 
         assert (
-            pipe("import", "--dry-run", *options, input=lines).stdout
+            run("import", "--dry-run", *options, input=lines).stdout
             == "would import order-7301\nwould import crawl-2026-11\n"
         )
         assert store.runs().runs == []
-        assert pipe("import", *options, input=lines).stdout == "imported order-7301\nimported crawl-2026-11\n"
+        assert run("import", *options, input=lines).stdout == "imported order-7301\nimported crawl-2026-11\n"
         assert list(map(fields_of, store.get_run("order-7301"))) == list(map(fields_of, expected))
-        again = pipe("import", *options, input=lines)
+        again = run("import", *options, input=lines)
         assert (again.returncode, again.stdout) == (1, "")
         assert f"line 1: {RunExistsError('order-7301')}" in again.stderr
         for broken in ("{", "[]", '{"squidstep_run": 2}', lines.splitlines()[0][:-1] + ', "run_id": ""}'):
-            ended = pipe("import", *options, input=f"{broken}\n")
+            ended = run("import", *options, input=f"{broken}\n")
             assert (ended.returncode, ended.stdout) == (1, "")
             assert ended.stderr.startswith("squidstep: line 1: ")
             assert "Traceback" not in ended.stderr

@@ -17,10 +17,15 @@ from support.commands import (
     ANSI,
     CLOSED_PORT,
     complete,
+    empty_store,
     invoke,
+    on_terminal,
+    options_of,
+    run,
+    run_encoded,
     run_on_terminal,
 )
-from support.demos import SQUIDSTEP, run
+from support.demos import SQUIDSTEP
 from support.servers import EmbeddedCluster, find_binary
 
 from squidstep_redis import Level, StepRunStore
@@ -99,14 +104,20 @@ class TestDoctor:
 
     @pytest.mark.parametrize("columns", [80, 140])
     def test_on_a_terminal_findings_are_folded_and_colored(self, server: EmbeddedServer, columns: int) -> None:
-        shown = run_on_terminal(columns, "doctor", "-u", server.url, "--lease", "30", "--job-timeout", "180")
+        shown = on_terminal(columns, "doctor", "-u", server.url, "--lease", "30", "--job-timeout", "180")
         assert "\x1b[33mwarning" in shown
         lines = ANSI.sub("", shown).splitlines()
         assert max(map(len, lines)) <= columns
         assert len([line for line in lines if line.startswith(" ")]) >= 1  # the rest of the warning stays in its column
 
+    def test_real_terminal_shows_the_same(self, server: EmbeddedServer) -> None:
+        arguments = ["doctor", "-u", server.url, "--lease", "30"]
+        shown = (run_on_terminal(80, *arguments), on_terminal(80, *arguments))
+        first, second = (re.sub(r"\d+", "#", each) for each in shown)  # some findings have a time or a count
+        assert first == second
+
     def test_no_color_disables_colors(self, server: EmbeddedServer) -> None:
-        shown = run_on_terminal(80, "doctor", "-u", server.url, "--lease", "1", NO_COLOR="1")
+        shown = on_terminal(80, "doctor", "-u", server.url, "--lease", "1", NO_COLOR="1")
         assert "warning" in shown
         assert not re.search(r"\x1b\[(3[0-9]|9[0-7])", shown)
 
@@ -193,6 +204,7 @@ class TestCommandLine:
         listed = invoke("--help").stdout
         for name in ("demo", "demo rq", "doctor"):
             assert re.search(rf"^  {name}  +[A-Z]", listed, re.MULTILINE)
+        assert not re.search(r"\w\.\.\.$", invoke("--help", COLUMNS="80").stdout, re.MULTILINE)  # no summary is cut
         shown = invoke("doctor", "--help").stdout
         assert "Example: squidstep doctor -u redis://" in shown
         assert re.search(r"^ +3 +no problem was found, but the server does not", shown, re.MULTILINE)
@@ -227,6 +239,19 @@ class TestCommandLine:
         assert "--job-timeout" in complete(shell, "squidstep doctor --jo")
         assert "failed" in complete(shell, "squidstep runs --status f")
 
+    def test_shells_complete_run_ids(self, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        with empty_store(server) as store:
+            for run in ("order-1", "order-2", "crawl \x1b"):
+                store.schedule_step(run, "step", {})
+            given = f"-u {server.url} --prefix {store.calls.prefix}"
+            for command in ("show", "explain", "retry", "delete order-1", "export", "watch", "complete"):
+                shown = complete("bash", f"squidstep {command} {given} or")
+                assert shown.splitlines() == ["plain,order-1", "plain,order-2"]
+            assert complete("bash", f"squidstep show {given} ").splitlines() == ["plain,order-1", "plain,order-2"]
+            monkeypatch.setenv("SQUIDSTEP_REDIS_URL", server.url)
+            assert "order-1" in complete("bash", f"squidstep show --prefix {store.calls.prefix} or")
+        assert complete("bash", f"squidstep show -u {CLOSED_PORT} or").strip() == ""
+
 
 def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = f"import sys; sys.modules['{module}'] = None; sys.argv[0] = 'squidstep'"
@@ -237,25 +262,51 @@ def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str
 class TestEncodings:
     """Output for a pipe whose encoding is not UTF-8, as on Windows, or in a cron job with an old locale."""
 
-    @pytest.fixture
-    def filled(self, server: EmbeddedServer) -> Iterator[str]:
-        with StepRunStore.from_url(server.url, prefix="encodings") as store:
-            claim = store.begin_step("Zoë", "charge ✓", {"name": "☠"}, lease=60, owner="wörker").step_run
-            store.fail_step(claim, ValueError("→ ☠"))
-            yield server.url
-
-    @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-    @pytest.mark.parametrize(
-        "command", ["runs", "show Zoë", "show Zoë --json", "timeline Zoë", "failed", "export Zoë", "watch --once"]
+    COMMANDS = (
+        *(
+            "runs",
+            "show Zoë",
+            "show Zoë --json",
+            "show Zoë charge --full",
+            "timeline Zoë",
+            "failed",
+            "failed --by-type",
+        ),
+        *("export Zoë", "watch --once", "watch Zoë --once", "explain Zoë", "explain Zoë --json", "stuck", "stats"),
+        *("explain ☠", "retry Zoë --dry-run", "delete Zoë --dry-run", "purge --older-than 0.001 --dry-run", "doctor"),
+        *("cancel ☠", "complete Zoë ☠ --output {}", "fork ☠ Ω", "runs --cursor ☠", "runs --status ☠", "☠", "--help"),
     )
-    def test_every_character_is_shown_or_escaped(self, filled: str, encoding: str, command: str) -> None:
-        ended = subprocess.run(
-            [SQUIDSTEP, *command.split(), "-u", filled, "--prefix", "encodings"],
-            capture_output=True,
-            env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
-            check=False,
-        )
-        assert ended.returncode in (0, 1), ended.stderr
-        assert b"Traceback" not in ended.stderr
-        shown = ended.stdout.decode(encoding)
-        assert "Zo\xeb" in shown or r"Zo\xeb" in shown or r"Zo\u00eb" in shown
+
+    @pytest.fixture
+    def options(self, server: EmbeddedServer) -> Iterator[list[str]]:
+        with StepRunStore.from_url(server.url, prefix="encodings") as store:
+            claim = store.begin_step("Zoë", "charge ✓", {"name": "☠", "𝄞": "é"}, lease=60, owner="wörker").step_run
+            store.fail_step(claim, ValueError("→ ☠"))
+            yield options_of(server, store)
+
+    @pytest.mark.parametrize(
+        "encoding",
+        ["cp1252", "ascii", "latin-1", "cp437", "koi8-r", "cp932", "iso2022_jp", "utf-16", "utf-8-sig", "utf-8"],
+    )
+    def test_every_character_is_shown_or_escaped(self, options: list[str], encoding: str) -> None:
+        for command in self.COMMANDS:
+            arguments = command.split() if command == "--help" else [*command.split(), *options]
+            ended = run_encoded(encoding, *arguments)
+            assert ended.returncode in (0, 1, 2), ended.stderr
+            shown = ended.stdout.decode("ascii" if command.startswith("export") and encoding != "utf-8" else encoding)
+            assert "Traceback" not in shown + ended.stderr.decode(encoding, "replace")
+            if "Zoë" in command and ended.returncode == 0:
+                assert any(name in shown for name in ("Zo\xeb", r"Zo\xeb", r"Zo\u00eb"))
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-16", "utf-8"])
+    def test_exported_runs_can_be_imported(self, options: list[str], server: EmbeddedServer, encoding: str) -> None:
+        exported = run_encoded(encoding, "export", "Zoë", *options).stdout
+        imported = invoke("import", "-u", server.url, "--prefix", f"copy-{encoding}", input=exported)
+        assert (imported.exit_code, imported.stdout) == (0, "imported Zoë\n")
+
+    def test_encoding_of_the_environment_is_used(self, options: list[str]) -> None:
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+        ended = subprocess.run([SQUIDSTEP, "show", "Zoë", *options], capture_output=True, env=environment, check=False)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        assert "Zoë" in ended.stdout.decode("cp1252")
+        assert r"\u2713" in ended.stdout.decode("cp1252")

@@ -106,7 +106,7 @@ def test_export_and_import_use_the_codec(options: list[str], server: EmbeddedSer
 
 
 def test_repairs_need_no_codec(options: list[str]) -> None:
-    assert invoke("retry", "run", "mail", *options).stdout == "pending: mail of run\n"
+    assert invoke("retry", "run", "--step", "mail", *options).stdout == "pending: mail of run\n"
     assert invoke("delete", "run", "--yes", *options).stdout == "deleted run\n"
 
 

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import redis
 import screenshots
 from support.commands import (
     ANSI,
@@ -23,13 +23,12 @@ from support.commands import (
     add_failed_step,
     empty_store,
     invoke,
+    on_terminal,
     options_of,
-    pipe,
     run,
     run_on_terminal,
 )
 from support.demos import SQUIDSTEP
-from support.demos import run as run_process
 from support.servers import EmbeddedCluster, find_binary
 
 from squidstep_redis import StepRunStore, StepStatus
@@ -51,6 +50,9 @@ READING = [
     ["stuck"],
     ["failed"],
     ["failed", "--by-type"],
+    ["explain", "order-7301"],
+    ["explain", "order-7301", "ship"],
+    ["stats", "--all"],
 ]
 EXIT_CODES = {"stuck": 1, "failed": 1}  # when something is found; 0 for the other commands
 EVIL = "\x1b]0;gotcha\x07\x1b[2J\x9b\x85\u202e\u2066\u061c\n\r\0"
@@ -82,7 +84,7 @@ class TestReading:
     def test_output_fits_the_terminal(
         self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str], columns: int
     ) -> None:
-        shown = run_on_terminal(columns, *arguments, "-u", server.url)
+        shown = on_terminal(columns, *arguments, "-u", server.url)
         assert "\x1b[3" in shown  # colors
         lines = ANSI.sub("", shown).splitlines()
         assert len(lines) > 3
@@ -93,7 +95,7 @@ class TestReading:
     def test_output_in_a_pipe_has_no_colors(
         self, server: EmbeddedServer, filled: StepRunStore, arguments: list[str]
     ) -> None:
-        ended = run_process(*arguments, "-u", server.url)
+        ended = run(*arguments, "-u", server.url)
         assert ended.returncode == EXIT_CODES.get(arguments[0], 0)
         assert ended.stderr == ("" if arguments != ["runs"] else ended.stderr)
         assert not re.search(r"\x1b| $", ended.stdout, re.MULTILINE)
@@ -120,13 +122,26 @@ class TestReading:
         assert (one["step"], one["attempts"]) == (names[-1], [])
         assert run("watch", "run", "--once", *options_of(server, store)).stdout.count(" pending ") == len(names)
 
-    def test_an_unreachable_server_is_reported_in_one_line(self) -> None:
-        """All at once, because each command retries for five seconds."""
-        commands = [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"]]
-        with ThreadPoolExecutor(len(commands)) as threads:
-            for ended in threads.map(lambda arguments: run_process(*arguments, "-u", CLOSED_PORT), commands):
-                assert (ended.returncode, ended.stdout) == (2, "")
-                assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
+    @pytest.mark.parametrize(
+        "command",
+        [*READING, ["watch", "x"], ["export", "x"], ["retry", "x"], ["explain", "x"], ["stats"]],
+        ids=" ".join,
+    )
+    def test_an_unreachable_server_is_reported_after_one_attempt(
+        self, command: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        attempts: list[object] = []
+        connect = redis.connection.AbstractConnection.connect
+
+        def count(connection: redis.connection.AbstractConnection) -> None:
+            attempts.append(connection)
+            connect(connection)
+
+        monkeypatch.setattr(redis.connection.AbstractConnection, "connect", count)
+        ended = run(*command, "-u", CLOSED_PORT)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
+        assert len(attempts) == 1
 
     @pytest.mark.parametrize("command", ["show", "timeline", "watch", "export", "retry", "delete"])
     def test_a_missing_run_is_reported_in_one_line(self, server: EmbeddedServer, command: str) -> None:
@@ -191,7 +206,7 @@ class TestRuns:
             store.close()
             names = [f"run-{number}" for number in range(50)]
             lines = "".join(json.dumps(exported_run(name)) + "\n" for name in names)
-            imported = pipe("import", "-u", cluster.url, input=lines)
+            imported = run("import", "-u", cluster.url, input=lines)
             assert len(imported.stdout.splitlines()) == 50
             listed = json.loads(run("runs", "--all", "--json", "-u", cluster.nodes[1].url).stdout)
         assert sorted(each["run_id"] for each in listed["runs"]) == sorted(names)
@@ -265,7 +280,7 @@ class TestFailures:
 
         last_words = {line.split()[0]: line.split("  ")[-1] for line in lines if " failed " in line[:30]}
         assert last_words["final"] == "failed permanently"
-        assert re.fullmatch(r"retry in (59 min( \d+ s)?|1 h)", last_words["later"])
+        assert re.fullmatch(r"can be retried in (59 min( \d+ s)?|1 h)", last_words["later"])
         assert "retry" not in last_words["at-once"]
         each = {step["step"]: (step["final"], step["retry_at"] is not None) for step in shown}
         assert each == {"at-once": (False, False), "final": (True, False), "later": (False, True)}
@@ -313,7 +328,9 @@ class TestWatch:
         command = [SQUIDSTEP, "watch", "run", "--interval", "0.05", *options_of(server, store)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
             assert watching.stdout is not None
-            assert re.match(r"\d\d:\d\d:\d\d  pay  running  attempt 1  w\n", watching.stdout.readline())
+            assert re.match(
+                r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC  pay  running  attempt 1  w\n", watching.stdout.readline()
+            )
             _ = store.fail_step(claim, ValueError("no")) if fails else store.complete_step(claim, {})
             last = watching.stdout.read()
         assert watching.returncode == code
@@ -326,7 +343,7 @@ class TestWatch:
             if step_run.status is StepStatus.RUNNING:
                 store.complete_step(step_run.id, {})
         store.delete_pending_steps("crawl", [each.step for each in store.get_run("crawl")])
-        shown = ANSI.sub("", run_on_terminal(columns, "watch", "crawl", *options_of(server, store), LINES="24"))
+        shown = ANSI.sub("", on_terminal(columns, "watch", "crawl", *options_of(server, store), LINES="24"))
         lines = shown.splitlines()
         assert max(map(len, lines)) <= columns
         lines = lines[
@@ -342,6 +359,20 @@ class TestWatch:
         shown = run("watch", "--once", "-u", server.url).stdout
         for part in ("running", "stuck", "failed", "order-7301", "stuck-0", "Declined"):
             assert part in shown
+
+    @pytest.mark.parametrize("columns", [80, 140])
+    def test_the_store_view_says_that_it_is_cut(
+        self, server: EmbeddedServer, store: StepRunStore, columns: int
+    ) -> None:
+        for number in range(6):
+            add_failed_step(store, f"run-{number}")
+            store.begin_step("run", f"step-{number}", {}, lease=60)
+        shown = ANSI.sub("", on_terminal(columns, "watch", "--once", *options_of(server, store), LINES="20"))
+        lines = shown.splitlines()
+        assert "running: 4 of about 6" in lines
+        assert "failed: 4 of about 6" in lines
+        assert "stuck: none" in lines
+        assert max(map(len, lines)) <= columns
 
     def test_in_a_pipe_the_store_is_printed_repeatedly(self, server: EmbeddedServer, store: StepRunStore) -> None:
         store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError("x" * 200))

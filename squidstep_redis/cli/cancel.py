@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from squidstep_redis import RunSummary
+from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
 from squidstep_redis.cli.output import fail, print_line
@@ -13,14 +14,14 @@ from squidstep_redis.escaping import escaped
 
 @click.command("cancel", epilog="Example: squidstep cancel order-1 --reason 'wrong address'")
 @store_options
-@click.argument("run")
+@run_argument
 @click.option("--reason", help="Why, for other operators and for the workers. The first reason stays.")
 @dry_run_option
 def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run: bool) -> None:
-    """Cancels a run: no step of it begins or is scheduled until it is resumed.
+    """Cancels a run.
 
-    Steps that are running may end. Their workers are told with the next extension of their lease. The exit code is 1 if
-    the run does not exist.
+    No step of it begins or is scheduled until it is resumed. Steps that are running may end. Their workers are told
+    with the next extension of their lease. The exit code is 1 if the run does not exist.
     """
     with store_or_exit(options) as store:
         found = store.summarize_run(run) is not None if dry_run else store.cancel_run(run, reason)
@@ -29,12 +30,13 @@ def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run:
 
 @click.command("resume", epilog="Example: squidstep resume order-1")
 @store_options
-@click.argument("run")
+@run_argument
 @dry_run_option
 def resume_command(options: StoreOptions, run: str, dry_run: bool) -> None:
-    """Resumes a cancelled run: its steps can begin again.
+    """Resumes a cancelled run.
 
-    It executes nothing: redeliver the steps yourself. The exit code is 1 if the run does not exist.
+    Its steps can begin again. It executes nothing: redeliver the steps yourself. The exit code is 1 if the run does not
+    exist.
     """
     with store_or_exit(options) as store:
         found = store.summarize_run(run) is not None if dry_run else store.resume_run(run)

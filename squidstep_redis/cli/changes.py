@@ -1,23 +1,33 @@
-"""`squidstep retry`, `release`, `delete` and `purge`: repair and delete runs."""
+"""`squidstep retry`, `release`, `complete`, `delete` and `purge`: repair and delete runs."""
 
 from __future__ import annotations
 
 import getpass
-import re
+import json
 import socket
 import sys
 from collections import Counter
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final, cast
 
 import click
 from rich.console import Console
 
-from squidstep_redis import CorruptRunError, StepStatus
+from squidstep_redis import (
+    CorruptRunError,
+    InvalidArgumentError,
+    ServerError,
+    StaleStepRunError,
+    StepRunStore,
+    StepStatus,
+)
+from squidstep_redis.cli.completion import optional_runs_argument, run_argument, runs_argument
 from squidstep_redis.cli.connect import read_steps, store_or_exit
+from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
 from squidstep_redis.cli.formatting import format_lease
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import (
+    Age,
     StoreOptions,
     dry_run_option,
     json_option,
@@ -28,53 +38,115 @@ from squidstep_redis.cli.options import (
 from squidstep_redis.cli.output import confirm, fail, print_json, print_line
 from squidstep_redis.escaping import escaped
 
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_STEPS_PER_BATCH: Final = 1_000
+_LEASE: Final = 30  # seconds, of the claim of `complete`
 
 
-@click.command("retry", epilog="Example: squidstep retry order-1 charge")
+@click.command("retry", epilog="Example: squidstep retry order-1 --step charge")
 @store_options
-@click.argument("run")
-@click.argument("step", required=False)
+@optional_runs_argument
+@click.option("--all", "every", is_flag=True, help="Failed steps of all runs.")
+@filter_options("steps that failed")
+@click.option("--type", "type_", metavar="TYPE", help="Only steps whose error has this type.")
 @dry_run_option
-def retry_command(options: StoreOptions, run: str, step: str | None, dry_run: bool) -> None:
-    """Makes a failed step pending and resets its attempt limit. Without a STEP: all failed steps of the run.
+@yes_option
+def retry_command(
+    options: StoreOptions,
+    runs: tuple[str, ...],
+    every: bool,
+    filters: Filters,
+    type_: str | None,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Makes failed steps pending again.
 
-    It executes nothing: redeliver the steps yourself. If the lease of STEP has expired, STEP counts as failed. The exit
-    code is 1 if there was nothing to retry.
+    Those of each RUN, or with --all those of the whole store. Their attempt counters are reset. It executes nothing:
+    redeliver the steps yourself. With one RUN and --step, a step whose lease has expired counts as
+    failed, too. The exit code is 1 if there was nothing to retry.
     """
+    if bool(runs) == every:
+        raise click.UsageError("name one or more runs, or use --all")
     with store_or_exit(options) as store:
-        if dry_run:
-            failed = [each.step for each in read_steps(store, run) if each.status is StepStatus.FAILED]
-            retried = [name for name in failed if step in (None, name)]
-        elif step is None:
-            retried = [each.step for each in store.retry_run(run, owner=_owner())]
+        if every:
+            targets = _failed_of_store(store, filters, type_)
         else:
-            retried = [store.retry_step(run, step, owner=_owner()).step]
-    if not retried:
-        fail(f"run {run!r}: nothing to retry", 1)
-    for name in retried:
-        print_line(f"{'would retry' if dry_run else 'pending:'} {name} of {run}")
+            targets = [target for run in runs for target in _failed_of_run(store, run, filters, type_)]
+        if not targets:
+            fail(f"run {runs[0]!r}: nothing to retry" if len(runs) == 1 else "nothing to retry", 1)
+        if dry_run:
+            for run, step in targets:
+                print_line(f"would retry {step} of {run}")
+            return
+        if every:
+            of_runs = _count(len({run for run, _ in targets}))
+            confirm(f"retry {len(targets):,} failed steps of {of_runs}", yes=yes, dry_run=False)
+        retried = _retry(store, targets)
+    sys.exit(0 if retried else 1)
 
 
-def _owner() -> str:
-    """Returns the owner to record in the step's history: the user and the host that called `retry`."""
+def _failed_of_store(store: StepRunStore, filters: Filters, type_: str | None) -> list[tuple[str, str]]:
+    found, _ = read_filtered(store.failed_steps, filters, sys.maxsize, is_wanted=error_filter(type_))
+    return [(each.run_id, each.step) for each in found]
+
+
+def _failed_of_run(store: StepRunStore, run: str, filters: Filters, type_: str | None) -> list[tuple[str, str]]:
+    """Returns the steps of one run to retry. The store itself decides about one that is named."""
+    step_runs = read_steps(store, run)
+    if not step_runs:
+        fail(f"run {run!r}: no such run; nothing was changed. To name a step, use --step", 1)
+    if filters.step is not None and type_ is None and filters.since is None:
+        if not any(each.step == filters.step for each in step_runs):
+            fail(f"run {run!r}, step {filters.step!r}: no such step; nothing was changed", 1)
+        return [(run, filters.step)]
+    is_wanted = error_filter(type_)
+    return [
+        (run, each.step)
+        for each in step_runs
+        if each.status is StepStatus.FAILED
+        and filters.step in (None, each.step)
+        and (filters.since is None or (each.ended_at is not None and each.ended_at >= filters.since))
+        and (is_wanted is None or is_wanted(each))
+    ]
+
+
+def _retry(store: StepRunStore, targets: list[tuple[str, str]]) -> int:
+    """Retries steps and prints each; returns how many. One that cannot be retried is reported, and hides no other."""
+    retried = 0
+    for first in range(0, len(targets), _STEPS_PER_BATCH):
+        part = targets[first : first + _STEPS_PER_BATCH]
+        results = store.batch([store.calls.retry_step(run, step, owner=_owner()) for run, step in part])
+        for (run, step), result in zip(part, results, strict=True):
+            if isinstance(result, ServerError):
+                raise result
+            if isinstance(result, Exception):
+                sys.stderr.write(f"squidstep: {escaped(str(result))}\n")
+            else:
+                retried += 1
+                print_line(f"pending: {step} of {run}")
+    return retried
+
+
+def _owner(command: str = "retry") -> str:
+    """Returns the owner to record in the step's history: the user and the host that called the command."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):  # a user id without a name, as in some containers
         name = "unknown"
-    return escaped(f"retry by {name}@{socket.gethostname()}")[:80]
+    return escaped(f"{command} by {name}@{socket.gethostname()}")[:80]
 
 
 @click.command("release", epilog="Example: squidstep release order-1 charge --yes")
 @store_options
-@click.argument("run")
+@run_argument
 @click.argument("step")
 @dry_run_option
 @yes_option
 def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, yes: bool) -> None:
-    """Releases the claim of a dead worker: the step becomes pending at once, and the attempt does not count.
+    """Releases the claim of a dead worker.
 
-    Check first that the worker is dead. A live worker is not stopped, but the store rejects its result.
+    The step becomes pending at once, and the attempt does not count. Check first that the worker is dead. A live worker
+    is not stopped, but the store rejects its result.
     """
     with store_or_exit(options) as store:
         claimed = store.get_step_run(run, step)
@@ -89,55 +161,113 @@ def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, y
             print_line(f"released {step} of {run}")
 
 
-@click.command("delete", epilog="Example: squidstep delete order-1 --dry-run")
+@click.command("complete", epilog="Example: squidstep complete order-1 charge --output '{\"receipt\": 7}'")
 @store_options
-@click.argument("run")
+@run_argument
+@click.argument("step")
+@click.option("--output", required=True, metavar="JSON", help="The output: a JSON object, or - to read it from stdin.")
+@dry_run_option
+@yes_option
+def complete_command(options: StoreOptions, run: str, step: str, output: str, dry_run: bool, yes: bool) -> None:
+    """Completes a step that was done by hand.
+
+    It stores the output, which every later delivery receives. The step must be pending or failed, or the lease of its
+    worker must have expired. Nothing is executed, and no further step is scheduled. The history names you as the owner.
+    The exit code is 1 if the step cannot be completed.
+    """
+    payload = _parse_output(sys.stdin.read() if output == "-" else output)
+    with store_or_exit(options) as store:
+        current = store.get_step_run(run, step)
+        if current is None:
+            fail(f"run {run!r}, step {step!r}: no such step: it has neither been scheduled nor begun", 1)
+        owner = _owner("complete")
+        if not confirm(f"complete {step} of {run}, which is {current.status}", yes=yes, dry_run=dry_run):
+            return
+        try:
+            if current.status is not StepStatus.PENDING:
+                store.retry_step(run, step, owner=owner)  # keeps the input, also of a step that cannot be claimed
+        except StaleStepRunError as error:
+            held = f" by {error.current.owner}" if error.current.owner else ""
+            lease = f", {lease}" if (lease := format_lease(error.current)) else ""
+            problem = f"nothing was stored: the step is {error.current.status}{held}{lease}"
+            fail(f"run {run!r}, step {step!r}: {problem}", 1)
+        begun = store.begin_step(run, step, {}, lease=_LEASE, owner=owner, fingerprint=False)
+        if begun.decision == "skip":
+            fail(f"run {run!r}, step {step!r}: nothing was stored: the step is {begun.reason}", 1)
+        try:
+            store.complete_step(begun.step_run, payload)
+        except InvalidArgumentError:
+            store.release_step(begun.step_run)
+            raise
+        print_line(f"completed {step} of {run}")
+
+
+def _parse_output(text: str) -> dict[str, Any]:
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(escaped(f"is not JSON: {error}"), param_hint="--output") from error
+    if not isinstance(payload, dict):
+        raise click.BadParameter('must be a JSON object, such as {"receipt": 7}', param_hint="--output")
+    return cast("dict[str, Any]", payload)
+
+
+@click.command("delete", epilog="Example: squidstep delete order-1 order-2 --dry-run")
+@store_options
+@runs_argument
 @click.option(
     "--tombstone", default=3_600.0, show_default=True, help="Reject late writes to the run for this many seconds."
 )
 @dry_run_option
 @yes_option
-def delete_command(options: StoreOptions, run: str, tombstone: float, dry_run: bool, yes: bool) -> None:
-    """Deletes a run permanently, with all its steps, payloads and claims.
+def delete_command(options: StoreOptions, runs: tuple[str, ...], tombstone: float, dry_run: bool, yes: bool) -> None:
+    """Deletes runs.
 
-    It also deletes a corrupt run. The exit code is 1 if the run does not exist.
+    They are deleted permanently, with all their steps, payloads and claims. It also deletes a corrupt run. If one of
+    the runs does not exist, nothing is deleted, and the exit code is 1.
     """
     with store_or_exit(options) as store:
-        try:
-            counts = Counter(store.step_statuses(run).values())
-            contents = ", ".join(f"{count} {status}" for status, count in counts.items())
-        except CorruptRunError as error:
-            contents = f"corrupt: {error}"
-        if not contents:
-            fail(f"run {run!r}: no such run", 1)
-        if confirm(f"delete {run} ({contents})", yes=yes, dry_run=dry_run):
-            store.delete_run(run, tombstone=tombstone)
-            print_line(f"deleted {run}")
+        contents = [f"{run} ({_contents(store, run)})" for run in runs]
+        what = contents[0] if len(runs) == 1 else f"{_count(len(runs))}: {', '.join(contents)}"
+        if confirm(f"delete {what}", yes=yes, dry_run=dry_run):
+            for run in runs:
+                store.delete_run(run, tombstone=tombstone)
+                print_line(f"deleted {run}")
 
 
-class _Age(click.ParamType[timedelta] if TYPE_CHECKING else click.ParamType):
-    name = "age"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw]?)", str(value))
-        if match is None:
-            self.fail(f"{value!r} is not an age: use 90d, 12h, or 3600 (seconds)", param, ctx)
-        return timedelta(**{_UNITS[match[2] or "s"]: float(match[1])})
+def _contents(store: StepRunStore, run: str) -> str:
+    """Says what a run consists of. Exits the program if there is no such run."""
+    try:
+        counts = Counter(store.step_statuses(run).values())
+    except CorruptRunError as error:
+        return f"corrupt: {error}"
+    if not counts:
+        fail(f"run {run!r}: no such run; nothing was deleted", 1)
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 @click.command("purge", epilog="Example: squidstep purge --older-than 90d --dry-run")
 @store_options
-@click.option(
-    "--older-than", required=True, type=_Age(), help="Only runs unchanged for this long: 90d, 12h, 30m, 3600."
-)
+@click.option("--older-than", required=True, type=Age(), help="Only runs unchanged for this long: 90d, 12h, 30m, 3600.")
 @run_prefix_option
+@click.option(
+    "--status",
+    type=click.Choice(["completed", "failed"]),
+    help="Only runs in which every step is completed, or a step has failed.",
+)
 @dry_run_option
 @yes_option
 @json_option
 def purge_command(
-    options: StoreOptions, older_than: timedelta, run_prefix: str, dry_run: bool, yes: bool, as_json: bool
+    options: StoreOptions,
+    older_than: timedelta,
+    run_prefix: str,
+    status: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
-    """Deletes old runs whose steps are all completed or failed.
+    """Deletes old runs that are completed or failed.
 
     Redelivered steps of a deleted run are re-executed. The command does not block workers while it scans and deletes.
     A run that changes in the meantime is not deleted.
@@ -145,7 +275,7 @@ def purge_command(
     console = Console(stderr=True)
     with store_or_exit(options) as store:
         with console.status("scanning for runs"):
-            found = store.purge(older_than, run_id_prefix=run_prefix, dry_run=True)
+            found = store.purge(older_than, run_id_prefix=run_prefix, status=status, dry_run=True)
         if not as_json and not found:
             sys.stderr.write("nothing to purge\n")
         elif not (as_json and dry_run) and found:
@@ -153,7 +283,7 @@ def purge_command(
             if not confirm(f"delete {_count(len(found))}: {examples}", yes=yes, dry_run=dry_run):
                 return
             with console.status("deleting"):
-                found = store.purge(older_than, run_id_prefix=run_prefix)
+                found = store.purge(older_than, run_id_prefix=run_prefix, status=status)
             if not as_json:
                 print_line(f"deleted {_count(len(found))}")
     if as_json:

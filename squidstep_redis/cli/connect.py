@@ -21,6 +21,7 @@ from squidstep_redis import (
     SquidstepError,
     StepRun,
     StepRunStore,
+    StoreSettings,
     UndecodablePayloadError,
 )
 from squidstep_redis.cli.options import StoreOptions
@@ -45,16 +46,23 @@ _PAGE_SIZE: Final = 500  # steps; the server spends 2 to 3 ms on a page
 
 
 @contextmanager
-def open_store(options: StoreOptions) -> Generator[StepRunStore]:
+def open_store(options: StoreOptions, *, timeout: float | None = None) -> Generator[StepRunStore]:
     """Opens a store for the `with` block. If the server is a cluster node, the store uses the whole cluster.
+
+    Args:
+        options: The server, the key prefix and the codec.
+        timeout: Seconds for one call; None: the default of stores. A server that refuses the first connection is
+            reported at once.
 
     Raises:
         click.UsageError: The URL, the prefix or the codec is malformed.
-        RedisError, RedisClusterException: Every node of the cluster is unreachable. A single server is not contacted
-            before the first call.
+        RedisError, RedisClusterException: The server refuses connections, or every node of the cluster is unreachable.
     """
     try:
-        store = StepRunStore.from_url(options.url, prefix=options.prefix, codec=options.codec)
+        settings: StoreSettings = {"prefix": options.prefix, "codec": options.codec}
+        if timeout is not None:
+            settings["timeout"] = timeout
+        store = StepRunStore.from_url(options.url, **settings)
         is_cluster = _is_cluster(store.client)
     except InvalidArgumentError as error:
         raise click.BadParameter(escaped(str(error)), param_hint=f"--{error.argument}") from error
@@ -132,10 +140,17 @@ def _url_problem(url: str, error: Exception) -> str:
 
 
 def _is_cluster(client: Any) -> bool:
-    """Whether the server returns cluster slots. A single server returns an error, and so may its ACL."""
+    """Whether the server returns cluster slots. A single server returns an error, and so may its ACL.
+
+    Raises:
+        redis.ConnectionError: There is no connection. A subclass says that there is one: the store handles it.
+    """
     try:
         slots = client.execute_command("CLUSTER SLOTS")
-    except UNREACHABLE:
+    except UNREACHABLE as error:
+        if type(error) is redis.ConnectionError:
+            client.close()
+            raise
         return False
     if not slots:
         raise RedisClusterException("none of its slots is served: check CLUSTER NODES")

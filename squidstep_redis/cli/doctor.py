@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Final
 
 import click
+from redis.exceptions import RedisClusterException
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +43,8 @@ def doctor_command(options: StoreOptions, lease: float | None, job_timeout: floa
         with open_store(options) as store:
             diagnosis = store.doctor(lease=lease, job_timeout=job_timeout)
     except UNREACHABLE as error:
-        diagnosis = Diagnosis([Finding("connection", Level.FAILURE, f"the cluster cannot be used: {error}")])
+        what = "the cluster cannot be used" if isinstance(error, RedisClusterException) else "the server is unreachable"
+        diagnosis = Diagnosis([Finding("connection", Level.FAILURE, f"{what}: {error}")])
     except ValueError as error:
         raise click.UsageError(escaped(str(error))) from error
     if as_json:

@@ -32,11 +32,12 @@ _COMMANDS: Final = {
     **{
         name: _Source(f"squidstep_redis.cli.{module}", f"{name}_command", "cli")
         for module, names in {
-            "listing": ("runs", "stuck", "failed"),
+            "listing": ("runs", "stuck", "failed", "stats"),
             "show": ("show",),
+            "explain": ("explain",),
             "timeline": ("timeline",),
             "watch": ("watch",),
-            "changes": ("retry", "release", "delete", "purge"),
+            "changes": ("retry", "release", "complete", "delete", "purge"),
             "cancel": ("cancel", "resume"),
             "transfer": ("export", "import", "fork"),
             "doctor": ("doctor",),

@@ -14,6 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepStatus, UndecodablePayloadError
+from squidstep_redis.durations import format_duration
 from squidstep_redis.escaping import escaped
 
 STATUS_STYLES: Final = {
@@ -22,7 +23,6 @@ STATUS_STYLES: Final = {
     StepStatus.PENDING: "dim",
     StepStatus.COMPLETED: "green",
 }
-_UNITS: Final = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _MAX_PAYLOAD: Final = 400  # characters, unless a command is called with --full
 
 
@@ -37,18 +37,6 @@ def widest(texts: Iterable[str], limit: int) -> int:
     return min(max((cell_len(escaped(text)) for text in texts), default=0), limit)
 
 
-def format_duration(seconds: float) -> str:
-    """Returns a duration such as `1.25 s` or `3 h 20 min`."""
-    if seconds < 0.9995:
-        return f"{max(seconds, 0) * 1_000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    index = next(index for index, (size, _) in enumerate(_UNITS) if seconds >= size)
-    (size, name), (smaller_size, smaller_name) = _UNITS[index : index + 2]
-    rest = int(seconds % size // smaller_size)
-    return f"{int(seconds // size)} {name}" + (f" {rest} {smaller_name}" if rest else "")
-
-
 def format_age(moment: datetime | None) -> str:
     """Returns how long ago a moment was, by this machine's clock."""
     return "" if moment is None else f"{format_duration((datetime.now(UTC) - moment).total_seconds())} ago"
@@ -60,13 +48,23 @@ def format_lease(step_run: StepRun) -> str:
         return "failed permanently"
     if step_run.retry_at is not None:
         left = (step_run.retry_at - datetime.now(UTC)).total_seconds()
-        return f"retry in {format_duration(left)}" if left > 0 else ""
+        return f"can be retried in {format_duration(left)}" if left > 0 else ""
     if step_run.status is not StepStatus.RUNNING:
         return ""
     if step_run.lease_ends_at is None:
         return "no lease"
     left = (step_run.lease_ends_at - datetime.now(UTC)).total_seconds()
-    return f"lease {format_duration(left)}" if left > 0 else f"expired {format_duration(-left)} ago"
+    return f"lease ends in {format_duration(left)}" if left > 0 else f"lease expired {format_duration(-left)} ago"
+
+
+def format_time(moment: datetime) -> str:
+    """Returns a moment such as `2026-11-27 08:20:01`, in UTC."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def cut(text: str, length: int) -> str:
+    """Returns text, cut to `length` characters with an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def format_payload(step_run: StepRun, name: str, *, full: bool = True) -> str | None:
@@ -87,24 +85,39 @@ def format_payload(step_run: StepRun, name: str, *, full: bool = True) -> str | 
     if value is None:
         return None
     text = _to_line(value)
-    cut = f"{text[:_MAX_PAYLOAD]}… ({len(text):,} characters; use --full to see all)"
-    return text if full or len(text) <= _MAX_PAYLOAD else cut
+    return text if full else _shortened(text)
 
 
-def format_error(error: Mapping[str, Any]) -> str:
-    """Returns an error's type and message in one line, or all of it if it has no type or message."""
-    if "type" in error and "message" in error:
-        return escaped(f"{error['type']}: {error['message']}")
-    return _to_line(error)
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_PAYLOAD:
+        return text
+    return f"{text[:_MAX_PAYLOAD]}… ({len(text):,} characters; use --full to see all)"
 
 
-def format_last_error(step_run: StepRun) -> str:
-    """Returns the last error of a step run in one line."""
+def format_error(error: Mapping[str, Any], *, full: bool = True) -> str:
+    """Returns an error's type and message in one line, or all of it if it has no type or message.
+
+    Args:
+        error: The error.
+        full: Do not cut a long error.
+    """
+    named = "type" in error and "message" in error
+    text = escaped(f"{error['type']}: {error['message']}") if named else _to_line(error)
+    return text if full else _shortened(text)
+
+
+def format_last_error(step_run: StepRun, *, full: bool = True) -> str:
+    """Returns the last error of a step run in one line.
+
+    Args:
+        step_run: The step run.
+        full: Do not cut a long error.
+    """
     try:
         error = step_run.last_error
     except UndecodablePayloadError:
         return format_payload(step_run, "last_error") or ""
-    return "" if error is None else format_error(error)
+    return "" if error is None else format_error(error, full=full)
 
 
 def error_type(step_run: StepRun) -> str:

@@ -1,9 +1,10 @@
-"""`squidstep runs`, `stuck` and `failed`: list runs, and the steps of all runs that need attention."""
+"""`squidstep runs`, `stuck`, `failed` and `stats`: list and count runs, and the steps that need attention."""
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from datetime import datetime
 from typing import Any
 
 import click
@@ -14,20 +15,39 @@ from rich.text import Text
 from squidstep_redis import RunSummary, StepRun, StepRunStore, StepStatus
 from squidstep_redis.cli.cancel import format_cancellation
 from squidstep_redis.cli.connect import store_or_exit
-from squidstep_redis.cli.formatting import error_type, format_age, format_counts, format_last_error, format_lease
+from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
+from squidstep_redis.cli.formatting import (
+    cut,
+    error_type,
+    format_age,
+    format_counts,
+    format_last_error,
+    format_lease,
+)
 from squidstep_redis.cli.json_output import as_dict
-from squidstep_redis.cli.options import StoreOptions, json_option, limit_option, run_prefix_option, store_options
+from squidstep_redis.cli.options import StoreOptions, json_option, run_prefix_option, since_option, store_options
 from squidstep_redis.cli.output import new_table, print_json, print_text
 from squidstep_redis.escaping import escaped
 
+_MAX_ERROR = 120  # characters in a table, unless a command is called with --full
+_MAX_TYPE = 60
 
-@click.command("runs", epilog="Example: squidstep runs --status failed --run-prefix order-")
+limit_option = click.option(
+    "--limit", default=100, show_default=True, type=click.IntRange(1, 100_000), help="The maximum number of steps."
+)
+after_option = click.option(
+    "--after", default=0, type=click.IntRange(0), metavar="N", help="Skip N steps: for the next page."
+)
+
+
+@click.command("runs", epilog="Example: squidstep runs --status failed --run-prefix order- --since 2h")
 @store_options
 @click.option(
     "--status", type=click.Choice([str(status) for status in StepStatus]), help="Only runs with a step of this status."
 )
 @run_prefix_option
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1_000), help="About how many runs.")
+@since_option("runs that changed")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1_000), help="How many runs at most.")
 @click.option("--all", "every", is_flag=True, help="Read all pages, and sort all runs.")
 @click.option("--cursor", help="Start at this cursor, which the previous page printed.")
 @json_option
@@ -35,19 +55,20 @@ def runs_command(
     options: StoreOptions,
     status: str | None,
     run_prefix: str,
+    since: datetime | None,
     limit: int,
     every: bool,
     cursor: str | None,
     as_json: bool,
 ) -> None:
-    """Lists one page of runs, the most recently changed first.
+    """Lists runs, the most recently changed first.
 
     There is no index of runs: the command scans the server's keys, which have no order. Only the runs within a
     page are sorted; use --all to sort all runs. Pass the printed cursor to --cursor to read the next page.
     """
     with store_or_exit(options) as store:
-        filters = {"status": status, "run_id_prefix": run_prefix}
-        runs, cursor = _read_pages(store, filters, limit, every, cursor)
+        filters = {"status": status, "run_id_prefix": run_prefix, "since": since}
+        runs, cursor = _read_pages(store, filters, None if every else limit, cursor)
     if as_json:
         print_json({"runs": [as_dict(summary) for summary in runs], "cursor": cursor})
         return
@@ -63,7 +84,7 @@ def runs_command(
     if runs:
         print_text(table)
     if cursor is not None:
-        sys.stderr.write(f"more: --cursor {cursor}, or --all\n")
+        sys.stderr.write(f"more: --cursor {cursor}, or --all to sort all runs\n")
     elif not runs:
         sys.stderr.write("no runs\n")
 
@@ -75,21 +96,21 @@ def _format_state(summary: RunSummary) -> Text:
 
 
 def _read_pages(
-    store: StepRunStore, filters: dict[str, Any], limit: int, every: bool, cursor: str | None
+    store: StepRunStore, filters: dict[str, Any], limit: int | None, cursor: str | None = None
 ) -> tuple[list[RunSummary], str | None]:
     """Reads pages until `limit` runs are found. On a terminal it shows the progress of a long scan."""
     found: list[RunSummary] = []
     console = Console(stderr=True)
-    is_long = console.is_terminal and (every or any(filters.values()))
+    is_long = console.is_terminal and (limit is None or any(filters.values()))
     columns = (TextColumn("scanning for runs"), BarColumn(), TextColumn("{task.fields[found]:,} found"))
     with Progress(*columns, console=console, transient=True, disable=not is_long) as progress:
         task = progress.add_task("", total=1.0, found=0)
         while True:
-            page = store.runs(cursor=cursor, limit=1_000 if every else limit, **filters)
+            page = store.runs(cursor=cursor, limit=1_000 if limit is None else limit - len(found), **filters)
             found += page.runs
             cursor = page.cursor
             progress.update(task, completed=page.progress, found=len(found))
-            if cursor is None or (not every and len(found) >= limit):
+            if cursor is None or (limit is not None and len(found) >= limit):
                 break
     found.sort(key=lambda summary: summary.changed_at.timestamp() if summary.changed_at else 0, reverse=True)
     return found, cursor
@@ -97,13 +118,15 @@ def _read_pages(
 
 @click.command("stuck", epilog="Example: squidstep stuck --limit 20 || send-alert")
 @store_options
+@filter_options("leases that ended")
 @limit_option
+@after_option
 @json_option
-def stuck_command(options: StoreOptions, limit: int, as_json: bool) -> None:
-    """Lists running steps whose lease has expired, the longest expired first.
+def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: int, as_json: bool) -> None:
+    """Lists running steps whose lease has expired.
 
-    The next delivery of such a step takes it over. If steps stay in this list, they are not redelivered: check the
-    queue.
+    The longest expired comes first. The next delivery of such a step takes it over. If steps stay in this list, they
+    are not redelivered: check the queue. `squidstep explain RUN STEP` says more about one of them.
 
     \b
     The exit code is for monitoring:
@@ -112,26 +135,44 @@ def stuck_command(options: StoreOptions, limit: int, as_json: bool) -> None:
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
-        found = store.lapsed_claims(limit)
+        found, following = read_filtered(store.lapsed_claims, filters, limit, after)
+        total = None if filters.are_given or following is None else store.count_claims().lapsed
     if as_json:
         print_json([as_dict(step_run) for step_run in found])
     elif found:
         table = new_table({"run": "fold", "step": "fold", "owner": "fold", "attempt": "number", "lease": "fixed"})
         for step_run in found:
             names = (step_run.run_id, step_run.step, step_run.owner or "")
-            lease = Text(format_lease(step_run), "magenta")
+            lease = Text(format_lease(step_run).removeprefix("lease "), "magenta")
             table.add_row(*(Text(escaped(name)) for name in names), str(step_run.attempt), lease)
         print_text(table)
+    _print_rest(len(found), after, following, total, "stuck steps")
     sys.exit(1 if found else 0)
 
 
-@click.command("failed", epilog="Example: squidstep failed --by-type --limit 1000")
+@click.command("failed", epilog="Example: squidstep failed --by-type --since 1d")
 @store_options
+@filter_options("steps that failed")
+@click.option("--type", "type_", metavar="TYPE", help="Only steps whose error has this type.")
 @limit_option
+@after_option
 @click.option("--by-type", is_flag=True, help="Group the steps by the type of their error.")
+@click.option("--full", is_flag=True, help="Do not cut errors.")
 @json_option
-def failed_command(options: StoreOptions, limit: int, by_type: bool, as_json: bool) -> None:
+def failed_command(
+    options: StoreOptions,
+    filters: Filters,
+    type_: str | None,
+    limit: int,
+    after: int,
+    by_type: bool,
+    full: bool,
+    as_json: bool,
+) -> None:
     """Lists failed steps, newest first.
+
+    Long errors are cut: `squidstep show RUN STEP --full` shows all of one. `squidstep explain RUN STEP` says what
+    to do.
 
     \b
     The exit code is for monitoring:
@@ -140,35 +181,94 @@ def failed_command(options: StoreOptions, limit: int, by_type: bool, as_json: bo
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
-        found = store.failed_steps(limit)
+        found, following = read_filtered(store.failed_steps, filters, limit, after, error_filter(type_))
+        is_filtered = filters.are_given or type_ is not None
+        total = None if is_filtered or following is None else store.count_failed()
     groups: defaultdict[str, list[StepRun]] = defaultdict(list)
     for step_run in found:
         groups[error_type(step_run)].append(step_run)
     largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    longest = sys.maxsize if full else _MAX_ERROR
     if as_json and by_type:
         print_json({name: [as_dict(step_run) for step_run in group] for name, group in largest_first})
     elif as_json:
         print_json([as_dict(step_run) for step_run in found])
     elif found and by_type:
-        _print_groups(largest_first)
+        _print_groups(largest_first, longest)
     elif found:
-        _print_failed(found)
+        _print_failed(found, longest)
+    _print_rest(len(found), after, following, total, "failed steps")
     sys.exit(1 if found else 0)
 
 
-def _print_failed(found: list[StepRun]) -> None:
+def _print_failed(found: list[StepRun], longest: int) -> None:
     table = new_table({"failed": "fixed", "run": "fold", "step": "fold", "attempt": "number", "error": "fill"})
     for step_run in found:
         names = (Text(escaped(step_run.run_id)), Text(escaped(step_run.step)))
-        error = Text(format_last_error(step_run), "red")
+        error = Text(cut(format_last_error(step_run), longest), "red")
         table.add_row(format_age(step_run.ended_at), *names, str(step_run.attempt), error)
     print_text(table)
 
 
-def _print_groups(groups: list[tuple[str, list[StepRun]]]) -> None:
+def _print_groups(groups: list[tuple[str, list[StepRun]]], longest: int) -> None:
     table = new_table({"steps": "number", "type": "fold", "newest": "fixed", "for example": "fill"})
     for name, group in groups:
         newest = group[0]
         example = f"{escaped(newest.step)} of {escaped(newest.run_id)}: {format_last_error(newest)}"
-        table.add_row(str(len(group)), Text(name, "red"), format_age(newest.ended_at), Text(example))
+        age = format_age(newest.ended_at)
+        table.add_row(f"{len(group):,}", Text(cut(name, _MAX_TYPE), "red"), age, Text(cut(example, longest)))
     print_text(table)
+
+
+def _print_rest(shown: int, after: int, following: int | None, total: int | None, what: str) -> None:
+    """Says on stderr that a list is not complete, and how to see the rest."""
+    if following is None or (total is not None and after + shown >= total):
+        return
+    many = f"{shown:,} of about {total:,} {what}" if total is not None else f"{shown:,} {what}; there may be more"
+    sys.stderr.write(f"{many}: use --after {following} for the next page, or a larger --limit\n")
+
+
+@click.command("stats", epilog="Example: squidstep stats --all")
+@store_options
+@click.option("--all", "every", is_flag=True, help="Also count all runs and steps, which scans the server's keys.")
+@json_option
+def stats_command(options: StoreOptions, every: bool, as_json: bool) -> None:
+    """Counts the running, stuck and failed steps.
+
+    Running steps without a lease are counted with --all only. The counts are those of the indexes: they include entries
+    of expired runs until `stuck` or `failed` reads them, and at most 1,000 failed steps in each of 1,024 parts.
+    """
+    with store_or_exit(options) as store:
+        claims, failed = store.count_claims(), store.count_failed()
+        runs = _read_pages(store, {}, None)[0] if every else []
+    counted: dict[str, int] = {"running": claims.live, "stuck": claims.lapsed, "failed": failed}
+    scanned: dict[str, dict[str, int]] = {}
+    if every:
+        states = Counter(_state_of(summary) for summary in runs)
+        steps = {str(status): sum(summary.counts[status] for summary in runs) for status in StepStatus}
+        scanned["runs"] = {"total": len(runs), **states}
+        scanned["steps"] = {"total": sum(steps.values()), **steps}
+    if as_json:
+        print_json({**counted, **scanned})
+        return
+    table = new_table({"": "fixed", "count": "number", "what it is": "fill"})
+    for name, style, what in (
+        ("running", "cyan", "steps that a worker holds under a lease"),
+        ("stuck", "magenta", "steps whose worker lost its lease: see squidstep stuck"),
+        ("failed", "red", "steps whose last attempt failed: see squidstep failed --by-type"),
+    ):
+        table.add_row(name, Text(f"{counted[name]:,}", style if counted[name] else ""), what)
+    for name, parts in scanned.items():
+        listed = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count and part != "total")
+        table.add_row(name, f"{parts['total']:,}", listed)
+    print_text(table)
+
+
+def _state_of(summary: RunSummary) -> str:
+    if summary.problem is not None:
+        return "corrupt"
+    if summary.cancel_reason is not None:
+        return "cancelled"
+    if not summary.is_over:
+        return "unfinished"
+    return "failed" if summary.counts[StepStatus.FAILED] else "completed"

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 import redis
 
 from squidstep_redis import Codec, PlacedCodec
 from squidstep_redis.escaping import escaped
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class Age(click.ParamType[timedelta] if TYPE_CHECKING else click.ParamType):
+    """A time span such as 90d, 12h, or 3600 (seconds)."""
+
+    name = "age"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Converts the text of an option."""
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw]?)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not an age: use 90d, 12h, or 3600 (seconds)", param, ctx)
+        return timedelta(**{_UNITS[match[2] or "s"]: float(match[1])})
+
+
+class Since(click.ParamType[datetime] if TYPE_CHECKING else click.ParamType):
+    """A moment: an age such as 2h, by this machine's clock, or a time such as 2026-11-27T08:00, in UTC by default."""
+
+    name = "since"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        """Converts the text of an option."""
+        if isinstance(value, datetime):
+            return value
+        try:
+            moment = datetime.fromisoformat(str(value)) if "-" in str(value) else None
+            moment = moment or datetime.now(UTC) - Age().convert(value, param, ctx)
+        except (ValueError, OverflowError, click.BadParameter):
+            self.fail(f"{value!r} is neither an age such as 2h nor a time such as 2026-11-27T08:00", param, ctx)
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class StoreOptions(NamedTuple):
@@ -85,11 +119,14 @@ def store_options(command: Callable[..., None]) -> Callable[..., None]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
-limit_option = click.option(
-    "--limit",
-    default=100,
-    show_default=True,
-    type=click.IntRange(1, 1_000),
-    help="The maximum number of steps.",
-)
 run_prefix_option = click.option("--run-prefix", default="", help="Only runs whose id starts with this.")
+
+
+def since_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds `--since`.
+
+    Args:
+        what: What happened since then, such as `steps that failed`.
+    """
+    text = f"Only {what} since then: 2h or 90d ago, or 2026-11-27T08:00 (UTC)."
+    return click.option("--since", type=Since(), metavar="TIME", help=text)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from typing import Any, Final, Literal, NoReturn
 
 import click
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
 
-from squidstep_redis.escaping import escaped
+from squidstep_redis.escaping import escaped, json_line
 
 _NO_FOLDING: Final = 10_000  # columns
 
@@ -20,10 +24,41 @@ def print_text(*renderables: RenderableType) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _NO_FOLDING
-    with console.capture() as printed:
-        console.print(*renderables, sep="\n")
-    for line in printed.get().splitlines():
-        sys.stdout.write(f"{line.rstrip()}\n")
+    for renderable in renderables:
+        lines = None if console.is_terminal else _plain_lines(renderable)
+        if lines is None:
+            with console.capture() as printed:
+                console.print(renderable)
+            lines = printed.get().splitlines()
+        for line in lines:
+            sys.stdout.write(f"{line.rstrip()}\n")
+
+
+def _plain_lines(renderable: RenderableType) -> list[str] | None:
+    """Returns text and simple tables without any folding: rich folds what is longer than the console is wide.
+
+    Returns:
+        None for anything else.
+    """
+    if isinstance(renderable, Text):
+        return renderable.plain.split("\n")
+    if isinstance(renderable, Padding) and isinstance(renderable.renderable, Text):
+        return [" " * renderable.left + line for line in renderable.renderable.plain.split("\n")]
+    if not isinstance(renderable, Table):
+        return None
+    headings = [column.header for column in renderable.columns] if renderable.show_header else []
+    columns = [list(column.cells) for column in renderable.columns]
+    rows = [headings, *zip(*columns, strict=True)] if headings else list(zip(*columns, strict=True))
+    texts = [[cell.plain if isinstance(cell, Text) else str(cell) for cell in row] for row in rows]
+    if any("\n" in text for row in texts for text in row):
+        return None
+    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
+    return ["  ".join(map(_aligned, row, widths, renderable.columns)) for row in texts]
+
+
+def _aligned(text: str, width: int, column: Column) -> str:
+    padding = " " * (width - cell_len(text))
+    return padding + text if column.justify == "right" else text + padding
 
 
 def print_json(value: Any) -> None:
@@ -31,15 +66,24 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def print_json_line(value: Any) -> None:
+    """Prints a value as one line of JSON: in UTF-8, or where the output has another encoding, in ASCII."""
+    if codecs.lookup(sys.stdout.encoding).name == "utf-8":
+        sys.stdout.write(f"{json_line(value)}\n")
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+
+
 def print_line(text: str) -> None:
     """Prints one line of untrusted text."""
     sys.stdout.write(f"{escaped(text)}\n")
 
 
-def terminal_width() -> int:
-    """Returns the terminal's width in columns, or 100 in a pipe."""
+def terminal_width() -> int | None:
+    """Returns the terminal's width in columns; None in a pipe, where nothing is folded or cut."""
     console = Console()
-    return console.width if console.is_terminal else 100
+    return console.width if console.is_terminal else None
 
 
 def new_table(columns: dict[str, Literal["fold", "fill", "fixed", "number"]]) -> Table:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import click
 
-from squidstep_redis import StepRunStore
+from squidstep_redis import Outcome, StepRunStore
+from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import read_attempts, read_steps, store_or_exit
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
@@ -14,17 +16,18 @@ from squidstep_redis.cli.output import fail, print_json, print_line, print_text,
 from squidstep_redis.cli.timeline_chart import Bar, Timeline
 from squidstep_redis.cli.timeline_files import as_html, as_svg
 
+_PIPE_WIDTH: Final = 100  # columns
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("timeline", epilog="Example: squidstep timeline order-1 --html order-1.html")
 @store_options
-@click.argument("run")
+@run_argument
 @click.option("--svg", type=_FILE, help="Write the timeline to this file as an SVG image.")
 @click.option("--html", type=_FILE, help="Write the timeline to this file as an HTML page.")
 @json_option
 def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Path | None, as_json: bool) -> None:
-    """Shows when each attempt of each step of a run was executed, as bars.
+    """Shows the attempts of a run as bars.
 
     Only the last nine attempts of a step are recorded. The files are self-contained. The exit code is 1 if the
     run does not exist.
@@ -46,7 +49,7 @@ def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Pa
         for path, _ in files:
             print_line(str(path))
     else:
-        print_text(*timeline.render(terminal_width()))
+        print_text(*timeline.render(terminal_width() or _PIPE_WIDTH))
 
 
 def read_timeline(store: StepRunStore, run: str) -> Timeline | None:
@@ -57,5 +60,9 @@ def read_timeline(store: StepRunStore, run: str) -> Timeline | None:
     histories = read_attempts(store, run, [step_run.step for step_run in step_runs])
     bars: list[Bar] = []
     for step_run, attempts in zip(step_runs, histories, strict=True):
-        bars += [Bar(step_run.step, attempt) for attempt in attempts] or [Bar(step_run.step, None)]
+        lapsed_at = step_run.lease_ends_at
+        bars += [
+            Bar(step_run.step, attempt, lapsed_at if attempt.outcome is Outcome.RUNNING else None)
+            for attempt in attempts
+        ] or [Bar(step_run.step, None)]
     return Timeline(run, bars)

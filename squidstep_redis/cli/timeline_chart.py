@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 from rich.text import Text
 
 from squidstep_redis import Attempt, Outcome
-from squidstep_redis.cli.formatting import fit, format_duration, widest
+from squidstep_redis.cli.formatting import fit, format_time, widest
+from squidstep_redis.durations import format_duration
 from squidstep_redis.escaping import escaped
 
 # The glyphs distinguish the attempts on a terminal without colors.
@@ -22,23 +23,48 @@ _GLYPHS_AND_STYLES: Final = {
 }
 
 
+# Seconds between two ticks of the axis.
+_STEPS: Final = (
+    *(10**power * digit for power in (-3, -2, -1, 0) for digit in (1, 2, 5)),
+    *(10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200),
+    *(86_400 * days for days in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)),
+)
+
+
 class Bar(NamedTuple):
-    """One attempt of a step. `attempt` is None for a step without attempts."""
+    """One attempt of a step.
+
+    Attributes:
+        step: The step.
+        attempt: The attempt; None for a step without attempts.
+        lease_ends_at: When the lease of a running attempt ends; None without a lease, or if it is not running.
+    """
 
     step: str
     attempt: Attempt | None
+    lease_ends_at: datetime | None = None
+
+    def end(self, now: datetime) -> datetime:
+        """Returns when the attempt ended. One whose lease has expired is drawn until then, because it may be dead."""
+        if self.attempt is None:
+            return now
+        return self.attempt.ended_at or min(self.lease_ends_at or now, now)
+
+    def outcome(self, now: datetime) -> Outcome | None:
+        """Returns the outcome of the attempt: that of a running one whose lease has expired is that."""
+        if self.attempt is None:
+            return None
+        has_lapsed = self.lease_ends_at is not None and self.lease_ends_at <= now
+        return Outcome.LEASE_EXPIRED if has_lapsed else self.attempt.outcome
 
     def seconds(self, now: datetime) -> float:
         """Returns the duration of the attempt, until `now` if it is running."""
-        if self.attempt is None:
-            return 0.0
-        return ((self.attempt.ended_at or now) - self.attempt.started_at).total_seconds()
+        return 0.0 if self.attempt is None else (self.end(now) - self.attempt.started_at).total_seconds()
 
     def summary(self, now: datetime) -> str:
         """Returns the attempt's duration and outcome, such as `57 ms failed`."""
-        if self.attempt is None:
-            return "pending"
-        return f"{format_duration(self.seconds(now))} {self.attempt.outcome.replace('_', ' ')}"
+        outcome = self.outcome(now)
+        return "pending" if outcome is None else f"{format_duration(self.seconds(now))} {outcome.replace('_', ' ')}"
 
 
 class Timeline:
@@ -53,9 +79,9 @@ class Timeline:
         self.run = run
         self.bars = bars
         self.now = now or datetime.now(UTC)
-        attempts = [bar.attempt for bar in bars if bar.attempt is not None]
-        self.start = min((attempt.started_at for attempt in attempts), default=self.now)
-        end = max((attempt.ended_at or self.now for attempt in attempts), default=self.now)
+        begun = [(bar.attempt.started_at, bar.end(self.now)) for bar in bars if bar.attempt is not None]
+        self.start = min((start for start, _ in begun), default=self.now)
+        end = max((end for _, end in begun), default=self.now)
         self.seconds = max((end - self.start).total_seconds(), 0.001)
 
     def position(self, bar: Bar) -> tuple[float, float]:
@@ -65,10 +91,19 @@ class Timeline:
         since = (bar.attempt.started_at - self.start).total_seconds()
         return since / self.seconds, min(bar.seconds(self.now), self.seconds) / self.seconds
 
+    def ticks(self, most: int) -> list[tuple[float, str]]:
+        """Returns up to `most` + 1 ticks of the axis: the position of each as a fraction of it, and its label."""
+        step = next((each for each in _STEPS if self.seconds / each <= most), self.seconds)
+        count = int(self.seconds / step + 1e-9)
+        return [
+            (min(step * number / self.seconds, 1.0), format_duration(step * number) if number else "0")
+            for number in range(count + 1)
+        ]
+
     @property
     def heading(self) -> str:
         """The run's id, start and duration."""
-        return f"{escaped(self.run)}  {self.start:%Y-%m-%d %H:%M:%S} UTC, {format_duration(self.seconds)}"
+        return f"{escaped(self.run)}  began {format_time(self.start)} UTC, took {format_duration(self.seconds)}"
 
     def labels(self) -> Iterator[str]:
         """Yields a label for each bar: the step for its first attempt, and `attempt 2` and so on below it."""
@@ -85,13 +120,21 @@ class Timeline:
         left = widest(labels, max(width // 4, 8))
         axis = max(width - left - max(map(len, summaries)) - 4, 10)
         yield Text(self.heading, style="bold")
-        middle, end = format_duration(self.seconds / 2), format_duration(self.seconds)
-        scale = f"0{middle.center(axis - 2 * len(end))}".ljust(axis - len(end)) + end
-        yield Text(f"{'':{left}}  {scale}", style="dim")
+        yield Text(f"{'':{left}}  {self._scale(axis)}", style="dim")
         for bar, label, summary in zip(self.bars, labels, summaries, strict=True):
-            glyph, style = (" ", "dim") if bar.attempt is None else _GLYPHS_AND_STYLES[bar.attempt.outcome]
+            outcome = bar.outcome(self.now)
+            glyph, style = (" ", "dim") if outcome is None else _GLYPHS_AND_STYLES[outcome]
             start, length = self.position(bar)
             cells = max(round(length * axis), 1)
             first = min(round(start * axis), axis - cells)
             blocks = f"{' ' * first}{glyph * cells}{' ' * (axis - first - cells)}"
             yield Text.assemble(f"{fit(label, left)}  ", (f"{blocks}  {summary}", style))
+
+    def _scale(self, axis: int) -> str:
+        """Returns the labels of the ticks: each begins at its place, the last may end there."""
+        line = ""
+        for position, label in self.ticks(max(axis // 12, 1)):
+            at = min(round(position * axis), axis - len(label))
+            if at > len(line) or not line:
+                line = line.ljust(at) + label
+        return line

@@ -10,7 +10,7 @@ from html import escape
 from typing import Final
 
 from squidstep_redis import Outcome
-from squidstep_redis.cli.formatting import format_duration
+from squidstep_redis.cli.formatting import cut
 from squidstep_redis.cli.timeline_chart import Bar, Timeline
 from squidstep_redis.escaping import escaped
 
@@ -52,9 +52,8 @@ def as_svg(timeline: Timeline) -> str:
         f'<style>{_STYLE}</style><rect class="p" width="{_WIDTH}" height="{height}" fill="#fff"/>',
         _text(12, 24, timeline.heading, "h"),
     ]
-    for quarter in range(5):
-        x = _AXIS_X + _AXIS * quarter // 4
-        label = format_duration(timeline.seconds * quarter / 4) if quarter else "0"
+    for position, label in timeline.ticks(5):
+        x = round(_AXIS_X + _AXIS * position)
         parts.append(f'<line x1="{x}" x2="{x}" y1="{_TOP - 8}" y2="{height - 10}"/>')
         parts.append(_text(x, _TOP - 14, label, "d m"))
     for row, (bar, label) in enumerate(zip(timeline.bars, timeline.labels(), strict=True)):
@@ -64,19 +63,26 @@ def as_svg(timeline: Timeline) -> str:
 
 def _draw_row(timeline: Timeline, bar: Bar, label: str, y: int) -> str:
     is_indented = label.startswith(" ")
-    cut = label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 1]}…"
-    name = _text(28 if is_indented else 12, y + 14, cut.strip(), "d" if is_indented or bar.attempt is None else "")
-    summary = bar.summary(timeline.now)
-    if bar.attempt is None:
+    name = _label(28 if is_indented else 12, y, label.strip(), "d" if is_indented or bar.attempt is None else "")
+    summary, outcome = bar.summary(timeline.now), bar.outcome(timeline.now)
+    if bar.attempt is None or outcome is None:
         return name + _text(_AXIS_X, y + 14, summary, "d")
     start, length = timeline.position(bar)
     owner = f", {bar.attempt.owner}" if bar.attempt.owner else ""
     tooltip = escape(escaped(f"{bar.step}, attempt {bar.attempt.number}{owner}: {summary}"))
     rect = (
         f'<rect x="{_AXIS_X + _AXIS * start:.1f}" y="{y + 3}" width="{max(_AXIS * length, 2):.1f}" height="15" rx="2" '
-        f'fill="{_COLORS[bar.attempt.outcome]}"><title>{tooltip}</title></rect>'
+        f'fill="{_COLORS[outcome]}"><title>{tooltip}</title></rect>'
     )
     return name + rect + _text(_AXIS_X + _AXIS + 12, y + 14, summary, "")
+
+
+def _label(x: int, y: int, text: str, css_class: str) -> str:
+    """Draws the name of a row. An inner image clips it, so that no font makes it reach into the bars."""
+    shown = cut(text, _MAX_LABEL)
+    title = "" if shown == text else f"<title>{escape(text)}</title>"
+    size = f'x="{x}" y="{y}" width="{_AXIS_X - 12 - x}" height="{_ROW}"'
+    return f'<svg {size}><text class="{css_class}" y="14">{escape(shown)}{title}</text></svg>'
 
 
 def _text(x: int, y: int, text: str, css_class: str) -> str:

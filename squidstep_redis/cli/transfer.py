@@ -9,25 +9,26 @@ from typing import IO
 import click
 
 from squidstep_redis import InvalidArgumentError, RunDeletedError, RunExistsError
+from squidstep_redis.cli.completion import run_argument, runs_argument
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, json_option, store_options
-from squidstep_redis.cli.output import print_json, print_line
-from squidstep_redis.escaping import escaped, json_line
+from squidstep_redis.cli.output import print_json, print_json_line, print_line
+from squidstep_redis.escaping import escaped
 from squidstep_redis.operations.documents import from_document
 
 
 @click.command("export", epilog="Example: squidstep export order-1 order-2 > runs.jsonl")
 @store_options
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@runs_argument
 def export_command(options: StoreOptions, runs: tuple[str, ...]) -> None:
-    """Writes runs as lines of JSON, one line per run, for `import`.
+    """Writes runs as lines of JSON.
 
-    The lines contain all payloads as JSON, whatever codec the store uses, and the tokens of claims: protect the file
-    like the store. The exit code is 1 if a run does not exist.
+    It writes one line per run, for `import`. The lines contain all payloads as JSON, also if the store has another
+    codec, and the tokens of claims: protect the file like the store. The exit code is 1 if a run does not exist.
     """
     with store_or_exit(options) as store:
         for run in runs:
-            sys.stdout.write(json_line(store.export_run(run)) + "\n")
+            print_json_line(store.export_run(run))
 
 
 @click.command("import", epilog="Example: squidstep export order-1 | squidstep import -u redis://other:6379")
@@ -62,7 +63,7 @@ def import_command(options: StoreOptions, file: IO[bytes], dry_run: bool) -> Non
 
 @click.command("fork", epilog="Example: squidstep fork order-1 order-1-again --through reserve")
 @store_options
-@click.argument("run")
+@run_argument
 @click.argument("new_run")
 @click.option("--through", metavar="STEP", help="Copy the completed steps up to this one, in completion order.")
 @click.option("--step", "steps", metavar="STEP", multiple=True, help="Copy this step. Repeat it for further steps.")
@@ -77,11 +78,11 @@ def fork_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Creates NEW_RUN with the completed steps of RUN, which stays as it is.
+    """Copies the completed steps of a run to a new one.
 
-    It executes nothing: deliver the other steps for NEW_RUN yourself. Steps are copied with their outputs, attempts and
-    completion order, all of them or none. An existing run is never overwritten. The exit code is 1 if nothing was
-    copied: NEW_RUN exists, RUN does not, or a given step is not completed.
+    RUN stays as it is. It executes nothing: deliver the other steps for NEW_RUN yourself. Steps are copied with their
+    outputs, attempts and completion order, all of them or none. An existing run is never overwritten. The exit code is
+    1 if nothing was copied: NEW_RUN exists, RUN does not, or a given step is not completed.
     """
     with store_or_exit(options) as store:
         copied = store.fork_run(run, new_run, steps=steps or None, through=through, dry_run=dry_run)

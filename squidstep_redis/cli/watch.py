@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
+from squidstep_redis.cli.completion import complete_run
 from squidstep_redis.cli.connect import read_steps, store_or_exit
 from squidstep_redis.cli.formatting import (
     STATUS_STYLES,
@@ -22,11 +23,12 @@ from squidstep_redis.cli.formatting import (
     format_age,
     format_last_error,
     format_lease,
+    format_time,
     widest,
 )
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
-from squidstep_redis.cli.output import fail, print_text
+from squidstep_redis.cli.output import fail, print_text, terminal_width
 from squidstep_redis.cli.show import column_widths, render_heading, render_line
 from squidstep_redis.escaping import escaped
 
@@ -38,14 +40,16 @@ _BY_URGENCY: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING,
 
 @click.command("watch", epilog="Example: squidstep watch order-1")
 @store_options
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3_600), help="Seconds between two reads."
 )
 @click.option("--once", is_flag=True, help="Show the current state, and exit.")
 @json_option
 def watch_command(options: StoreOptions, run: str | None, interval: float, once: bool, as_json: bool) -> None:
-    """Shows a run until all its steps are completed or failed. Without a RUN, it shows the whole store.
+    """Follows a run, or the whole store.
+
+    With a RUN, it ends when all its steps are completed or failed.
 
     In a pipe, it prints one line for each change of a run, or repeats the state of the store. With --json, each line
     is an object: the step run that changed, or the running, stuck and failed steps of the store. Control-C stops it.
@@ -113,7 +117,7 @@ def _log_line(step_run: StepRun) -> str:
     error = f"  {format_last_error(step_run)}" if step_run.status is StepStatus.FAILED else ""
     owner = f"  {escaped(step_run.owner)}" if step_run.owner else ""
     line = f"{escaped(step_run.step)}  {step_run.status}  attempt {step_run.attempt}{owner}{error}"
-    return f"{datetime.now(UTC):%H:%M:%S}  {line}"
+    return f"{format_time(datetime.now(UTC))} UTC  {line}"
 
 
 def render_run(run: str, step_runs: list[StepRun], height: int) -> RenderableType:
@@ -128,8 +132,8 @@ def render_run(run: str, step_runs: list[StepRun], height: int) -> RenderableTyp
     shown = step_runs
     if len(step_runs) > max_lines:
         shown = sorted(sorted(step_runs, key=_urgency)[: max_lines - 1], key=lambda each: each.position)
-    lines: list[RenderableType] = [render_heading(run, step_runs), bar]
-    widths = column_widths(shown)
+    lines: list[RenderableType] = [render_heading(run, counts), bar]
+    widths = column_widths(shown, terminal_width())
     for each in shown:
         line = render_line(each, *widths)
         if each.status is StepStatus.FAILED:
@@ -156,6 +160,17 @@ def _read_store(store: StepRunStore, limit: int = _MAX_LISTED) -> dict[str, list
     }
 
 
+def _totals(store: StepRunStore, found: dict[str, list[StepRun]], limit: int) -> dict[str, int]:
+    """Counts the steps of the lists that are not complete."""
+    cut = {key for key, step_runs in found.items() if len(step_runs) >= limit}
+    totals: dict[str, int] = {}
+    if cut & {"at_work", "stuck"}:
+        totals["at_work"], totals["stuck"] = store.count_claims()
+    if "failed" in cut:
+        totals["failed"] = store.count_failed()
+    return totals
+
+
 def _watch_store(store: StepRunStore, console: Console, interval: float, once: bool, as_json: bool) -> None:
     if console.is_terminal and not as_json and not once:
         with Live(console=console, auto_refresh=False) as live:
@@ -176,17 +191,26 @@ def _watch_store(store: StepRunStore, console: Console, interval: float, once: b
 
 def _render_store(store: StepRunStore, height: int) -> RenderableType:
     """Renders the running, stuck and failed steps of the store in at most `height` lines."""
-    found = _read_store(store, max((height - 8) // 3, 2))
+    limit = min(max((height - 8) // 3, 2), _MAX_LISTED)
+    found = _read_store(store, limit)
+    totals = _totals(store, found, limit)
     groups = (("running", "cyan", "at_work"), ("stuck", "magenta", "stuck"), ("failed", "red", "failed"))
-    return Group(*(line for name, style, key in groups for line in _render_group(name, style, found[key])))
+    return Group(
+        *(line for name, style, key in groups for line in _render_group(name, style, found[key], totals.get(key)))
+    )
 
 
-def _render_group(name: str, style: str, step_runs: list[StepRun]) -> Iterator[Text]:
-    yield Text(name if step_runs else f"{name}: none", f"bold {style}" if step_runs else "dim")
+def _render_group(name: str, style: str, step_runs: list[StepRun], total: int | None) -> Iterator[Text]:
+    is_cut = total is not None and total > len(step_runs)
+    heading = f"{name}: {len(step_runs):,} of about {total:,}" if is_cut else name
+    yield Text(heading if step_runs else f"{name}: none", f"bold {style}" if step_runs else "dim")
     run_width = widest((each.run_id for each in step_runs), 24)
     step_width = widest((each.step for each in step_runs), 20)
-    for each in step_runs:
-        detail = format_last_error(each) if each.status is StepStatus.FAILED else format_lease(each)
+    is_failed = name == "failed"
+    states = [f"failed {format_age(each.ended_at)}" if is_failed else format_lease(each) for each in step_runs]
+    state_width = widest(states, 40)
+    for each, state in zip(step_runs, states, strict=True):
         names = f"{fit(each.run_id, run_width)}  {fit(each.step, step_width)}"
-        age = format_age(each.ended_at or each.started_at)
-        yield Text(f"  {names}  {age:>14}  {escaped(each.owner or '')}  {detail}", no_wrap=True, overflow="ellipsis")
+        detail = format_last_error(each) if is_failed else f"began {format_age(each.started_at)}"
+        line = f"  {names}  {fit(state, state_width)}  {escaped(each.owner or '')}  {detail}"
+        yield Text(line, no_wrap=True, overflow="ellipsis")

@@ -7,12 +7,18 @@ import itertools
 import os
 import pty
 import re
+import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO, TextIOWrapper
+from typing import Any
+from unittest import mock
 
 from click.testing import CliRunner, Result
 
 from squidstep_redis import StepRunStore
-from squidstep_redis.cli.entry import build_group
+from squidstep_redis.cli.entry import build_group, main
 from squidstep_redis.embedded import EmbeddedServer
 from support.demos import SQUIDSTEP
 
@@ -37,19 +43,19 @@ def invoke(*arguments: str, input: str | bytes | None = None, **environment: str
     return result
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, input: str | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a command in this process, and returns its result as a completed process."""
-    result = invoke(*arguments)
+    result = invoke(*map(str, arguments), input=input)
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
-def pipe(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a separate process, with this text as its stdin."""
-    return subprocess.run([SQUIDSTEP, *arguments], input=input, text=True, capture_output=True, check=False)
+def on_terminal(columns: int, *arguments: str, **environment: str) -> str:
+    """Returns the output of a command on a terminal of this width, run in this process."""
+    return invoke(*arguments, TERM="xterm", FORCE_COLOR="1", COLUMNS=str(columns), **environment).stdout
 
 
 def run_on_terminal(columns: int, *arguments: str, **environment: str) -> str:
-    """Returns the output of a command on a terminal of this width."""
+    """Returns the output of a command on a real terminal of this width, run in a separate process."""
     reader, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), **environment}
     printed = b""
@@ -62,12 +68,41 @@ def run_on_terminal(columns: int, *arguments: str, **environment: str) -> str:
     return printed.decode().replace("\r\n", "\n")
 
 
+@contextlib.contextmanager
+def _kept_process_state() -> Iterator[None]:
+    """Restores what `main` changes for the whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hook, limit = sys.unraisablehook, sys.getrecursionlimit()
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        sys.setrecursionlimit(limit)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_encoded(encoding: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs the whole program in this process, with an output of this encoding, as PYTHONIOENCODING sets it."""
+    streams = [TextIOWrapper(BytesIO(), encoding=encoding, errors="strict", newline="\n") for _ in range(2)]
+    code: Any = 0
+    patches = (mock.patch.object(sys, "argv", ["squidstep", *arguments]), _kept_process_state())
+    with patches[0], patches[1], mock.patch.multiple(sys, stdout=streams[0], stderr=streams[1]):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        for stream in streams:
+            stream.flush()
+    printed = [stream.buffer.getvalue() for stream in streams if isinstance(stream.buffer, BytesIO)]
+    return subprocess.CompletedProcess(arguments, code, *printed)
+
+
 def complete(shell: str, words: str) -> str:
     """Returns the shell completions of the last word of a command line."""
-    environment = {**os.environ, "_SQUIDSTEP_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
     *before, last = words.split(" ")
-    environment["COMP_CWORD"] = last if shell == "fish" else str(len(before))
-    return subprocess.run([SQUIDSTEP], env=environment, capture_output=True, text=True, check=True).stdout
+    index = last if shell == "fish" else str(len(before))
+    return invoke(_SQUIDSTEP_COMPLETE=f"{shell}_complete", COMP_WORDS=words, COMP_CWORD=index).stdout
 
 
 def options_of(server: EmbeddedServer, store: StepRunStore) -> list[str]:
