@@ -101,7 +101,7 @@ def expire_claim(context: Context, step_run: StepRun | str) -> Call[StepRun]:
 
 
 def _checkpoint(
-    context: Context, step_run: StepRun | str, progress: object, lease: tuple[bytes, ...] = ()
+    context: Context, step_run: StepRun | str, progress: Mapping[str, Any], lease: tuple[bytes, ...] = ()
 ) -> Call[StepRun]:
     run, name, token = claim_of(context, "checkpoint_step", step_run)
     data = context.payloads.encode("progress", progress, run.text, name.text, "progress")

@@ -129,7 +129,11 @@ def release_step(context: Context, step_run: StepRun | str) -> Call[StepRun]:
 
 
 def complete_call(
-    context: Context, step_run: StepRun | str, argument: str, output: object, schedule: StepInputs | None = None
+    context: Context,
+    step_run: StepRun | str,
+    argument: str,
+    output: Mapping[str, Any],
+    schedule: StepInputs | None = None,
 ) -> Call[StepRun]:
     """Builds the call of complete_step; `argument` is what error messages call the output."""
     run, name, token = claim_of(context, "complete_step", step_run)
@@ -231,12 +235,15 @@ def _parse_end(
         ):
             reply = [b"failed", reply[1], reply[7], reply[3], reply[6]]
     raise_if_refused(context, operation, run, step, token, reply)
-    if len(reply) > 4 and reply[4] is not None:
-        progress = progress_payload(run.text, step.text, reply[4], run.keys.steps)
+    reason = None
+    if len(reply) > 4:
+        if reply[4] is not None:
+            progress = progress_payload(run.text, step.text, reply[4], run.keys.steps)
+        if reply[0] == b"cancelled":
+            reason = reply[5]
     if not isinstance(step_run, StepRun):
         values = [*reply[2:4], output, last_error, None]
         step_run = context.records.record(run.text, step.text, values, run.keys.steps)
-    reason = reply[5] if reply[0] == b"cancelled" else None
     return step_run.after_transition(reply[2], context.payloads.decode, output, last_error, progress, reason)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import traceback
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -196,7 +197,7 @@ class Payloads:
             return self._plain.encode(payload)
         return self._placed.encode_at(payload, Place(self.prefix, run_id, step, field))
 
-    def encode(self, argument: str, payload: object, run_id: str, step: str, field: PayloadField) -> bytes:
+    def encode(self, argument: str, payload: Mapping[str, Any], run_id: str, step: str, field: PayloadField) -> bytes:
         """Encodes the payload given as `argument`, which will be stored in a field of a step.
 
         Raises:
@@ -206,7 +207,10 @@ class Payloads:
         if not isinstance(payload, dict):
             raise PayloadError(argument, f"must be a dict, not {described(payload)}")
         try:
-            data = self.encode_own(cast("Payload", payload), run_id, step, field)
+            if self._placed is None:  # the common case, without a call of `encode_own`
+                data = self._plain.encode(payload)
+            else:
+                data = self.encode_own(payload, run_id, step, field)
         except InvalidArgumentError as error:
             raise PayloadError(error.argument.replace("payload", argument, 1), error.problem) from error.__cause__
         except (ValueError, TypeError) as error:
@@ -215,7 +219,8 @@ class Payloads:
             raise PayloadError(
                 argument, f"{type(self.codec).__name__} must encode to non-empty bytes, not {described(data)}"
             )
-        self.check_size(argument, data)
+        if len(data) > self.max_bytes:
+            self.check_size(argument, data)
         return data
 
     def check_size(self, argument: str, data: bytes) -> None:

@@ -109,7 +109,8 @@ class OwnConnections(Connections):
         connection = self._acquire()
         is_reusable = False
         try:
-            results = connection.round_trip(commands, read, deadline)
+            connection.write(commands, deadline)
+            results = connection.read(len(commands), read)
             is_reusable = True
         except RoundTripError:
             self._discard_idle()  # they lead to the same server

@@ -72,11 +72,6 @@ class Stream:
         self.is_demoted = False
         self.has_left: Callable[[], bool] = reader.has_data
 
-    def round_trip(self, commands: Sequence[Command], read: Read, deadline: float) -> list[Any]:
-        """Sends commands and reads their replies, within one reply's timeout after the deadline."""
-        self.write(commands, deadline)
-        return self.read(len(commands), read)
-
     def write(self, commands: Sequence[Command], deadline: float) -> None:
         """Sends commands. Their replies must be read within one reply's timeout after the deadline."""
         self._limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
