@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from squidstep_redis import (
     BeginResult,
     Call,
     Calls,
+    RunExplanation,
     RunPage,
     RunSummary,
     ScheduleResult,
+    StepExplanation,
     StepPage,
     StepRun,
     StepRunStore,
@@ -24,6 +27,8 @@ from support.backends import Bench
 from support.records import begun
 
 PAYLOAD = {"bytes": bytes(range(256)), "text": "naïve ☃ 𝄞 \r\n\0", "int": 2**64 - 1, "list": [None, True, 1.5, {}]}
+
+MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \([^)]*\)")  # in an explanation
 
 OPERATIONS = {name: make for name, make in inspect.getmembers(Calls, inspect.isfunction) if name[0] != "_"}
 SCANS = ("runs", "purge")
@@ -150,6 +155,10 @@ def seen(result: Any) -> Any:
         return [seen(each) for each in result.step_runs]
     if isinstance(result, RunSummary):
         return result._replace(changed_at=None)
+    if isinstance(result, StepExplanation):
+        return result._replace(until=None, why=MOMENT.sub("…", result.why), next=MOMENT.sub("…", result.next))
+    if isinstance(result, RunExplanation):
+        return seen(result.summary), [seen(each) for each in result.steps], result.omitted
     if isinstance(result, RunPage):  # two stores change their runs at different times, so their orders differ
         return sorted(each._replace(changed_at=None) for each in result.runs)
     if isinstance(result, dict) and "squidstep_run" in result:
