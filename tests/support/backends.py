@@ -231,7 +231,7 @@ class Bench:
                 client.close()
             else:
                 self.runner.run(client.aclose())
-        if self.backend.name == "cluster" and self._clients:
+        if self.backend.name == "cluster":
             # redis-py abandons the connections of nodes that it replaces, when a busy machine makes a call time out, or
             # a test interrupts its initialization. They are collected here, so that no later test is blamed for them.
             with warnings.catch_warnings():
