@@ -31,6 +31,16 @@ LAYERS = (
 # What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
     "asgi": {"asgi"},
+    "celery": {
+        "celery",
+        "claims.failures",
+        "claims.request",
+        "functions",
+        "protocol.arguments",
+        "protocol.fingerprints",
+        "signals",
+        "task_queues",
+    },
     "cli": {"cli", "durations", "embedded", "escaping", "operations.documents", "operations.payload_json"},
     "codecs": set[str](),
     "demo": {"demo", "embedded", "rq"},
@@ -46,8 +56,9 @@ BESIDE_PUBLIC_NAMES = {
         "protocol.arguments",
         "protocol.fingerprints",
         "signals",
-        "transport.blocking",
+        "task_queues",
     },
+    "task_queues": {"claims.request", "escaping", "protocol.arguments", "signals", "transport.blocking"},
     "testing": {"testing", "embedded", "protocol.arguments", "protocol.scripts"},
 }
 MODULES = {

@@ -17,7 +17,7 @@ from support.rq_harness import ANOTHER_JOB, KINDS_OF_WORKER, RQ_MARKS, THE_JOB, 
 
 from squidstep_redis import InvalidArgumentError, StepRunStore
 from squidstep_redis.rq import step, steps
-from squidstep_redis.rq.busy import reschedule_delay
+from squidstep_redis.task_queues import reschedule_delay
 
 pytest_plugins = ["support.rq_fixtures"]
 pytestmark = RQ_MARKS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -11,11 +9,11 @@ from inspect import iscoroutinefunction
 from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
 
 from squidstep_redis import InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError
-from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
 from squidstep_redis.rq.notes import Notes, leave_notes, notes_of
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.task_queues import is_wrapped_by, reschedule_delay
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,7 +23,6 @@ OnBusy = Literal["reschedule", "raise", "wait"]
 
 # RQ counts how often a job returns Retry, and fails the job after the maximum. A busy step is not a failure.
 MAX_RESCHEDULES: Final = 1_000_000
-_MAX_DOUBLINGS: Final = 32  # 2**32 seconds are longer than any lease
 _SYNCHRONOUS: Final = "sync"  # the worker name of jobs that run inside enqueue(), where RQ ignores Retry
 
 NotNow = StepBusyError | StepDelayedError | RetryLater
@@ -54,7 +51,7 @@ def rescheduling(
 
     def on_busy_step(error: NotNow, outermost: bool) -> T:
         job = get_current_job()
-        if on_busy != "reschedule" or not outermost or job is None or not _is_function_of(job, decorated):
+        if on_busy != "reschedule" or not outermost or job is None or not is_wrapped_by(job.func, decorated):
             raise error
         if job.worker_name == _SYNCHRONOUS:
             error.add_note("The job was not rescheduled: it runs inside enqueue(), where RQ ignores Retry.")
@@ -63,7 +60,7 @@ def rescheduling(
             error.add_note("The job was not rescheduled: no worker of its queue has a scheduler (--with-scheduler).")
             raise error
         retry = _retry_later(job, error, lease)
-        if not _is(job.func, decorated):  # a function around it may drop what it returns
+        if getattr(job.func, "__func__", job.func) is not decorated:  # a function around it may drop what it returns
             _set_result(job, retry)
         return cast("T", retry)
 
@@ -96,20 +93,6 @@ def rescheduling(
 
     decorated = cast("Callable[P, T]", call_async) if iscoroutinefunction(fn) else call_sync
     return decorated
-
-
-def _is_function_of(job: Job, decorated: object) -> bool:
-    """Returns whether the decorated function is the job's own function, or wrapped by it."""
-    function: object = job.func
-    while function is not None:
-        if _is(function, decorated):
-            return True
-        function = getattr(getattr(function, "__func__", function), "__wrapped__", None)
-    return False
-
-
-def _is(function: object, decorated: object) -> bool:
-    return getattr(function, "__func__", function) is decorated
 
 
 def _set_result(job: Job, retry: Retry) -> None:
@@ -151,22 +134,3 @@ def _retry_later(job: Job, error: NotNow, lease: Seconds | None) -> Retry:
         notes["looks"] += 1
     leave_notes(job, notes)
     return Retry(max=MAX_RESCHEDULES, interval=delay)
-
-
-def reschedule_delay(error: NotNow, lease: Seconds | None, looks: int | None = None) -> int:
-    """Returns the seconds until the rerun, at least 1, plus jitter of up to 10 %. RQ accepts whole seconds only.
-
-    Args:
-        error: why the step was not executed, or is to be retried, with the remaining lease or delay.
-        lease: seconds to use if the other worker's claim has no lease; None: the default lease.
-        looks: how often the job has found this claim before: it looks again after 1, 2, 4, … seconds, and at the end of
-            the lease; None: at the end of the lease or delay.
-    """
-    rest = error.retry_in
-    if rest is None:
-        rest = lease if isinstance(lease, float | int) else DEFAULT_LEASE if lease is None else lease.total_seconds()
-    seconds = max(1, math.ceil(rest))
-    if looks is not None and 2 ** min(looks, _MAX_DOUBLINGS) < seconds:
-        seconds = 2**looks
-        return seconds + random.randint(0, seconds // 10)
-    return seconds + random.randint(0, max(1, seconds // 10))

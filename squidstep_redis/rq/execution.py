@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from inspect import iscoroutinefunction
-from typing import Any, Final
+from typing import Any
 
 from squidstep_redis import PayloadError, StaleStepRunError, StepRunStore
-from squidstep_redis.claims.request import default_owner
-from squidstep_redis.escaping import without_controls
 from squidstep_redis.functions.execution import FunctionCall, execute, explain, result_in
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.rq.installed import Job, Retry
 from squidstep_redis.rq.stores import store_for
-
-_MAX_OWNER_BYTES: Final = 256
+from squidstep_redis.task_queues import owner_of
 
 
 def owner(job: Job | None, pid: int | None = None) -> str:
@@ -23,10 +20,7 @@ def owner(job: Job | None, pid: int | None = None) -> str:
         job: the job that claims the step; None: outside a job, where the owner is `host:pid`.
         pid: the process that claims the step; None: this process.
     """
-    text = default_owner() if pid is None else f"{default_owner().rpartition(':')[0]}:{pid}"
-    if job is not None:
-        text = without_controls(f"{text} {job.id}")
-    return text.encode(errors="replace")[:_MAX_OWNER_BYTES].decode(errors="ignore")
+    return owner_of(None if job is None else job.id, pid)
 
 
 def inputs_of(job: Job | None) -> Inputs:

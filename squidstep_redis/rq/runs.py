@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
-from uuid import UUID
 
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.failures import Backoff, Permanent
@@ -19,6 +18,7 @@ from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.execution import execute_in_job, inputs_of
 from squidstep_redis.rq.installed import Job, get_current_job
 from squidstep_redis.rq.notes import notes_of
+from squidstep_redis.task_queues import is_uuid4
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -174,7 +174,7 @@ def default_run_id(job: Job) -> str:
     """
     if job.meta.keys() & _RQ_SCHEDULER:
         return _tick_of(job)
-    run_id = job.id if _is_made_up(job.id) else f"{job.id}@{_time(job.created_at)}"
+    run_id = job.id if is_uuid4(job.id) else f"{job.id}@{_time(job.created_at)}"
     left = getattr(job, "repeats_left", None)
     return run_id if left is None else f"{run_id}#{left}"
 
@@ -191,14 +191,6 @@ def _tick_of(job: Job) -> str:
         )
     notes["run_id"] = f"{job.id}@{_time(job.started_at)}"
     return notes["run_id"]
-
-
-def _is_made_up(job_id: str) -> bool:
-    """Returns whether RQ has made up a job id: it is a random UUID."""
-    try:
-        return UUID(job_id).version == 4
-    except ValueError:
-        return False
 
 
 def _time(at: datetime | None) -> str:

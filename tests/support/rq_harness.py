@@ -24,7 +24,8 @@ from rq.scheduler import RQScheduler
 from squidstep_redis import StepRunStore
 from squidstep_redis.claims.request import default_owner
 from squidstep_redis.rq import release_killed_work_horse
-from support.rq_workers import DEADLINE, WorkerProcess, is_alive, start_process
+from support.processes import is_alive
+from support.rq_workers import DEADLINE, WorkerProcess, start_process
 
 HOST: Final = default_owner().rpartition(":")[0]
 RQ_VERSION: Final = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("rq"))[:3])

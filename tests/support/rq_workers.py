@@ -19,6 +19,8 @@ import rq
 import rq.scheduler
 import rq.worker
 
+from support.processes import session_of
+
 DEADLINE: Final = 60.0  # seconds for which a test waits for a process
 
 # The workers fork from a process that has one thread and has already imported the slow modules.
@@ -79,22 +81,7 @@ def _kill_sessions(sessions: Collection[int]) -> None:
 def _sessions() -> dict[int, int]:
     """Returns the session of each process that is alive."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return {pid: session for pid in pids if (session := _session(pid)) is not None}
-
-
-def _session(pid: int) -> int | None:
-    """Returns the session of a process, or None if the process is dead."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, _, _, session = stat.rpartition(")")[2].split()[:4]
-    return None if state == "Z" else int(session)
-
-
-def is_alive(pid: int) -> bool:
-    """Returns whether the process is alive; a zombie is not."""
-    return _session(pid) is not None
+    return {pid: session for pid in pids if (session := session_of(pid)) is not None}
 
 
 class WorkerProcess:
