@@ -4,6 +4,8 @@ Timeouts based on SIGALRM, such as RQ's, raise an exception between any two inst
 command and its reply, or between a claim and the line that records it. While deferred, the signal is recorded, and its
 handler is called afterwards, or after a quarter of a second: a server that does not reply must not hold up a timeout.
 Masking the signal would not help: another thread could receive it.
+
+A process whose timeouts use another signal, such as a child of Celery's prefork pool, has it deferred, too.
 """
 
 from __future__ import annotations
@@ -36,22 +38,36 @@ class DeferredSigalrm:
     never is. So the handler that is installed meanwhile looks whether the block's code is still running.
     """
 
-    __slots__ = ("_caught", "_caught_at", "_frame", "_handler", "_has_timer")
+    __slots__ = ("_caught", "_caught_at", "_frame", "_handler", "_has_timer", "_number")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int | None = _ALARM) -> None:
+        """Makes the block.
+
+        Args:
+            number: the signal to defer instead of SIGALRM. It is deferred until the end of the block.
+        """
+        self._number = number
         self._handler: _Handler | None = None
 
     def __enter__(self) -> Self:
-        self._frame: FrameType | None = None  # that runs the block
+        # A variable for the own frame would be a cycle, which keeps the caller's variables if a handler raises here.
+        self.enter(getattr(currentframe(), "f_back", None))
+        return self
+
+    def enter(self, frame: FrameType | None) -> None:
+        """Enters the block.
+
+        Args:
+            frame: that runs the block.
+        """
+        self._frame: FrameType | None = None
         self._caught: tuple[int, FrameType | None] | None = None
         self._caught_at = 0.0
         self._has_timer = False
-        if _ALARM is not None and threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(_ALARM)
-            here = currentframe()
-            if callable(handler) and here is not None and here.f_back is not None:
-                self._install(handler, here.f_back)
-        return self
+        if self._number is not None and threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(self._number)
+            if callable(handler) and frame is not None:
+                self._install(handler, frame)
 
     def __exit__(self, *exc_info: object) -> None:
         """Leaves the block. Again does nothing more."""
@@ -73,12 +89,13 @@ class DeferredSigalrm:
 
     def _install(self, handler: _Handler, frame: FrameType) -> None:
         self._handler, self._frame = self._without_left_over(handler), frame
-        signal.signal(signal.SIGALRM, self._catch)
+        signal.signal(cast("int", self._number), self._catch)
 
     def _restore(self, handler: _Handler) -> None:
+        number = cast("int", self._number)
         # Another handler that was set in the block stays.
-        if self._without_left_over(signal.getsignal(signal.SIGALRM), self) == self._catch:
-            signal.signal(signal.SIGALRM, handler)
+        if self._without_left_over(signal.getsignal(number), self) == self._catch:
+            signal.signal(number, handler)
 
     def _deliver(self, handler: _Handler) -> None:
         caught, self._caught = self._caught, None
@@ -114,16 +131,59 @@ class DeferredSigalrm:
             self._deliver(handler)
         elif self._caught is None:
             self._caught, self._caught_at = (number, frame), time.monotonic()
-            if not signal.getitimer(signal.ITIMER_REAL)[0]:
+            if number == _ALARM and not signal.getitimer(signal.ITIMER_REAL)[0]:
                 self._has_timer = True
                 signal.setitimer(signal.ITIMER_REAL, _LONGEST)
         elif time.monotonic() >= self._caught_at + 0.9 * _LONGEST:
             self._deliver(handler)
 
 
+class _DeferredSignals(DeferredSigalrm):
+    """A `with` block in which neither SIGALRM nor another signal calls its handler."""
+
+    __slots__ = ("_other",)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._other = DeferredSigalrm(number)
+
+    def enter(self, frame: FrameType | None) -> None:
+        super().enter(frame)
+        self._other.enter(frame)
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self._other.__exit__()
+        finally:
+            super().__exit__()
+
+    def sleep(self, seconds: float) -> None:
+        other = self._other
+        handler, frame = other._handler, other._frame
+        try:
+            super().sleep(seconds)
+        finally:
+            if handler is not None and frame is not None:
+                other._install(handler, frame)
+
+
+_also_deferred: int | None = None
+"""The signal of this process's timeouts, if it is not SIGALRM."""
+
+
+def also_defer(number: int | None) -> None:
+    """Defers a further signal of this process where SIGALRM is deferred. It is deferred until the end of the block.
+
+    Args:
+        number: the signal; None: SIGALRM alone is deferred again.
+    """
+    global _also_deferred  # noqa: PLW0603 -- the handlers of signals belong to the process, too
+    _also_deferred = number
+
+
 def defer_sigalrm() -> DeferredSigalrm:
     """Returns a `with` block in which SIGALRM calls no handler; see `DeferredSigalrm`."""
-    return DeferredSigalrm()
+    return DeferredSigalrm() if _also_deferred is None else _DeferredSignals(_also_deferred)
 
 
 def is_raised_by_handler(error: BaseException) -> bool:
