@@ -112,8 +112,23 @@ class RunDeletedError(StepRunNotFoundError):
     """The run was deleted and its tombstone still exists, so that a late write cannot recreate it."""
 
 
+class _StepRunMessage:
+    """The text of an error about a step run.
+
+    Celery's result backend stores an error as JSON, and makes it again with texts in place of objects.
+    """
+
+    current: StepRun
+
+    def _message(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self._message() if hasattr(self.current, "run_id") else str(self.current)
+
+
 @error_class
-class StaleStepRunError(SquidstepError):
+class StaleStepRunError(_StepRunMessage, SquidstepError):
     """The claim is not held, or no longer held; nothing was written.
 
     Another worker took over the step, or the step has ended. Discard your result: `current` is the valid state.
@@ -126,7 +141,7 @@ class StaleStepRunError(SquidstepError):
     current: StepRun
     problem: str
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return f"{place_of(self.current.run_id, self.current.step)}: {self.problem}"
 
 
@@ -155,7 +170,7 @@ class InputMismatchError(SquidstepError):
 
 
 @error_class
-class StepBusyError(SquidstepError):
+class StepBusyError(_StepRunMessage, SquidstepError):
     """Another worker holds the step, so this delivery did not execute it. Redeliver it later.
 
     Attributes:
@@ -166,7 +181,7 @@ class StepBusyError(SquidstepError):
     current: StepRun
     retry_in: float | None
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         until = "" if self.retry_in is None else f"; its lease expires in {self.retry_in:.3f} s"
         holder = escaped(self.current.owner or "another worker")
         return (
@@ -197,7 +212,7 @@ class WaitTimeoutError(SquidstepError, TimeoutError):
 
 
 @error_class
-class StepExhaustedError(SquidstepError):
+class StepExhaustedError(_StepRunMessage, SquidstepError):
     """The step has used all attempts that `max_attempts` allows: it stays failed.
 
     Attributes:
@@ -206,7 +221,7 @@ class StepExhaustedError(SquidstepError):
 
     current: StepRun
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return (
             f"{place_of(self.current.run_id, self.current.step)}: max_attempts reached after attempt "
             f"{self.current.attempt}{_last_error(self.current)}; call retry_step, or allow more attempts"
@@ -214,7 +229,7 @@ class StepExhaustedError(SquidstepError):
 
 
 @error_class
-class StepFailedError(SquidstepError):
+class StepFailedError(_StepRunMessage, SquidstepError):
     """The step has failed permanently, so this delivery did not execute it.
 
     Attributes:
@@ -223,7 +238,7 @@ class StepFailedError(SquidstepError):
 
     current: StepRun
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return (
             f"{place_of(self.current.run_id, self.current.step)}: failed permanently in attempt {self.current.attempt}"
             f"{_last_error(self.current)}. Nothing was executed here; call retry_step to allow another attempt"
@@ -231,7 +246,7 @@ class StepFailedError(SquidstepError):
 
 
 @error_class
-class StepDelayedError(SquidstepError):
+class StepDelayedError(_StepRunMessage, SquidstepError):
     """The step has failed and may not be retried yet, so this delivery did not execute it. Redeliver it later.
 
     Attributes:
@@ -242,7 +257,7 @@ class StepDelayedError(SquidstepError):
     current: StepRun
     retry_in: float
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return (
             f"{place_of(self.current.run_id, self.current.step)}: failed in attempt {self.current.attempt}"
             f"{_last_error(self.current)}, and may be retried in {self.retry_in:.3f} s. Nothing was executed here; "
