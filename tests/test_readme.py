@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ import redis
 from support.commands import run as invoke_command
 from support.servers import find_binary
 
+import squidstep_redis.celery.stores
 import squidstep_redis.rq.stores
 from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
@@ -47,10 +50,10 @@ def module(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     """The page as a module, so that its functions can be imported by name."""
     module = ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(
-        squidstep_redis.rq.stores, "_stores", squidstep_redis.rq.stores.JobStores()
-    )  # pages configure it
-    monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)  # and replace it
+    # Pages configure these, and replace the class of the metrics' values.
+    monkeypatch.setattr(squidstep_redis.rq.stores, "_stores", squidstep_redis.rq.stores.JobStores())
+    monkeypatch.setattr(squidstep_redis.celery.stores, "_stores", squidstep_redis.celery.stores.TaskStores())
+    monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
@@ -58,6 +61,7 @@ def module(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         signal.signal(number, handler)
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's result backend calls it
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != TESTING_GUIDE and blocks(page, "python")], ids=lambda page: page.name
 )
@@ -71,6 +75,12 @@ def test_code_blocks_of_a_page_run_in_order(page: Path, module: ModuleType, url:
     for line, language, code in found:
         run[language](code.replace("localhost:6379/0", address), page, line, module, url)
     module.store.close()
+    with warnings.catch_warnings():
+        # Celery's results unsubscribe when they are collected: the server must still be there. Its worker in a thread
+        # leaves connections open.
+        warnings.simplefilter("ignore", ResourceWarning)
+        vars(module).clear()
+        gc.collect()
 
 
 def run_python(code: str, page: Path, line: int, module: ModuleType, url: str) -> None:
