@@ -145,6 +145,10 @@ ACROSS_RUNS = {"count_claims", "failed_steps", "lapsed_claims", "live_claims", "
 OF_THE_TRANSPORT = {"wire", "transport", "faults", "asgi"}
 
 
+# These tests disturb no connection, so they can share a cluster's client. Making one takes longer than most of them.
+UNDISTURBED = {"contract", "payloads", "runs"}
+
+
 def _is_quick(item: pytest.Item) -> bool:
     """A quick test runs in this process, on fakeredis or on no server, and reads no index of all runs."""
     if not isinstance(item, pytest.Function) or any(map(item.get_closest_marker, ("slow", "soak"))):
@@ -222,7 +226,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, blocking and asyncio."""
     runner = request.getfixturevalue("runner") if request.param == "asyncio" else None
-    bench = Bench(backend, runner, next(_prefixes))
+    bench = Bench(backend, runner, next(_prefixes), shares_client=request.path.parent.name in UNDISTURBED)
     yield bench
     bench.close()
     backend.flush()  # tests that scan the server must not depend on those that ran before

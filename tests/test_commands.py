@@ -191,7 +191,8 @@ class TestRuns:
             if page["cursor"] is None:
                 break
             page = listed("--limit", "10", "--cursor", page["cursor"])
-        assert sorted(seen) == ["other", *(f"run-{number:02}" for number in range(60))]
+        # The keys of other tests are deleted meanwhile: then some runs are repeated, so that none is missed.
+        assert sorted(set(seen)) == ["other", *(f"run-{number:02}" for number in range(60))]
         everything = listed("--all")["runs"]
         assert everything[0]["run_id"] == "other"
         changes = [each["changed_at"] for each in everything]

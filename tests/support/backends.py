@@ -163,10 +163,21 @@ class Driven:
 class Bench:
     """Makes stores of one flavor on one server, all with the prefix of the test."""
 
-    def __init__(self, backend: Backend, runner: asyncio.Runner | None, prefix: str) -> None:
+    def __init__(
+        self, backend: Backend, runner: asyncio.Runner | None, prefix: str, *, shares_client: bool = False
+    ) -> None:
+        """Makes no store yet.
+
+        Args:
+            backend: the server.
+            runner: the event loop of the asyncio stores; None: the stores are blocking.
+            prefix: of the keys.
+            shares_client: whether the stores of a cluster use the client of other tests.
+        """
         self.backend = backend
         self.runner = runner
         self.prefix = prefix
+        self._shares_client = shares_client
         self._clients: list[Any] = []
 
     def store(
@@ -198,8 +209,8 @@ class Bench:
         return cast("StepRunStore", Driven(AsyncStepRunStore.from_url(url, **settings), self.runner))
 
     def _connect(self, options: dict[str, Any]) -> Any:
-        if self.backend.name == "cluster" and not options:
-            return self.backend.raw  # to make another one takes longer than most tests
+        if self._shares_client and self.backend.name == "cluster" and not options:
+            return self.backend.raw
         client = self.backend.connect(**options)
         self._clients.append(client)
         return client
