@@ -62,8 +62,7 @@ def open_store(options: StoreOptions, *, timeout: float | None = None) -> Genera
         settings: StoreSettings = {"prefix": options.prefix, "codec": options.codec}
         if timeout is not None:
             settings["timeout"] = timeout
-        store = StepRunStore.from_url(options.url, **settings)
-        is_cluster = _is_cluster(store.client)
+        store, is_cluster = _connect(options.url, settings)
     except InvalidArgumentError as error:
         raise click.BadParameter(escaped(str(error)), param_hint=f"--{error.argument}") from error
     except (ValueError, TypeError) as error:  # their text may quote a part of the password
@@ -75,6 +74,16 @@ def open_store(options: StoreOptions, *, timeout: float | None = None) -> Genera
     connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
     with connect(options.url, **_CLUSTER_OPTIONS) as cluster:
         yield StepRunStore(cluster, prefix=options.prefix, codec=options.codec)
+
+
+def _connect(url: str, settings: StoreSettings) -> tuple[StepRunStore, bool]:
+    """Returns a store that has connected to the server, and whether that is a node of a cluster."""
+    store = StepRunStore.from_url(url, **settings)
+    try:
+        return store, _is_cluster(store.client)
+    except BaseException:
+        store.close()
+        raise
 
 
 @contextmanager
@@ -149,7 +158,6 @@ def _is_cluster(client: Any) -> bool:
         slots = client.execute_command("CLUSTER SLOTS")
     except UNREACHABLE as error:
         if type(error) is redis.ConnectionError:
-            client.close()
             raise
         return False
     if not slots:

