@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Barrier
 from typing import Any, cast
 
 import pytest
 from support.backends import Backend, Bench
 from support.records import begun
+from support.servers import collect_abandoned_connections
 
 from squidstep_redis import AsyncStepRunStore, BeginResult, Outcome, StaleStepRunError, StepRun, StepRunStore
 
@@ -62,6 +63,13 @@ def _send_result(sender: Any, work: Callable[..., Any], *args: Any) -> None:
         sender.send(work(*args))
     except Exception:  # noqa: BLE001 -- the parent process reports it
         sender.send(_Failure(traceback.format_exc()))
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage() -> Iterator[None]:
+    """Collects what a cluster's client abandons when many threads use it for the first time."""
+    yield
+    collect_abandoned_connections()
 
 
 def begin_at_once(index: int, barrier: Barrier, connect: Connect, prefix: str) -> BeginResult:
