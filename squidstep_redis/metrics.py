@@ -3,8 +3,9 @@
     store = StepRunStore.from_url(url)
     observe(store)
 
-The counters cover the calls of this process. The numbers of live and lapsed claims cover the whole server, and are
-queried at each collection.
+The counters cover the calls of this process. The numbers of live claims, lapsed claims and failed steps cover the whole
+server, and are queried at each collection. `squidstep dashboard` prints a Grafana dashboard of all metrics; it is the
+file `grafana_dashboard.json` beside this module.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_skips_total` | prefix, reason | deliveries that did not execute |
     | `squidstep_completions_total`, `…_failures_total`, `…_releases_total` | prefix | claims that ended this way |
     | `squidstep_refused_zombies_total` | prefix, operation | calls with a claim that was lost |
-    | `squidstep_errors_total` | prefix, error | calls that raised any other error |
+    | `squidstep_errors_total` | prefix, operation, error | calls that raised any other error |
+    | `squidstep_extensions_total` | prefix | leases extended, by the heartbeat or by `extend_claim` |
+    | `squidstep_batched_total` | prefix, operation | decisions and errors of calls in batches, such as the heartbeat's |
     | `squidstep_transition_seconds` | prefix, operation | seconds per call, re-sends included; no batches |
     | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
+    | `squidstep_failed_steps` | prefix | failed steps on the whole server; blocking stores only |
 
-    A collection needs one round trip per server for the last two. If the server is unreachable, they are omitted.
+    A collection needs two round trips per server for the last three. If the server is unreachable, they are omitted.
 
     Args:
         store: the store; pass each store only once, or its decisions are counted twice.
@@ -71,13 +75,15 @@ class Metrics(Collector):
         self._executes = counter("executes", "Claims granted")
         self._takeovers = counter("takeovers", "Claims granted over a claim whose lease had expired")
         self._skips = counter("skips", "Deliveries that did not execute", "reason")
-        self._by_ending = {
+        self._by_kind = {
             "complete": counter("completions", "Steps completed"),
             "fail": counter("failures", "Attempts that failed"),
             "release": counter("releases", "Claims released"),
+            "extend": counter("extensions", "Leases extended"),
         }
         self._refused = counter("refused_zombies", "Calls with a claim that was lost", "operation")
-        self._errors = counter("errors", "Calls that raised any other error", "error")
+        self._errors = counter("errors", "Calls that raised any other error", "operation", "error")
+        self._batched = counter("batched", "Decisions and errors of calls in batches", "operation")
         self._seconds = Histogram(
             "squidstep_transition_seconds",
             "Seconds per transition, re-sends included",
@@ -89,7 +95,7 @@ class Metrics(Collector):
         registry.register(self)
 
     def add_store(self, store: StepRunStore) -> None:
-        """Queries the number of claims of a store's prefix at each collection.
+        """Queries the numbers of claims and failed steps of a store's prefix at each collection.
 
         Args:
             store: a blocking store.
@@ -112,29 +118,34 @@ class Metrics(Collector):
         elif event.kind == "refuse":
             self._refused.labels(prefix, event.operation).inc()
         elif event.kind == "error":
-            self._errors.labels(prefix, event.reason).inc()
-        elif event.kind in self._by_ending:
-            self._by_ending[event.kind].labels(prefix).inc()
-        if not event.batched and not (event.operation == "advance_step" and event.kind == "complete"):
+            self._errors.labels(prefix, event.operation, event.reason).inc()
+        elif event.kind in self._by_kind:
+            self._by_kind[event.kind].labels(prefix).inc()
+        if event.batched:
+            self._batched.labels(prefix, event.operation).inc()
+        elif not (event.operation == "advance_step" and event.kind == "complete"):
             self._seconds.labels(prefix, event.operation).observe(event.seconds)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Yields the metrics that `collect` queries, without values."""
         yield GaugeMetricFamily("squidstep_live_claims", "Claims under a lease", labels=["prefix"])
         yield GaugeMetricFamily("squidstep_lapsed_claims", "Claims whose lease has expired", labels=["prefix"])
+        yield GaugeMetricFamily("squidstep_failed_steps", "Steps that have failed", labels=["prefix"])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Queries the server."""
-        live, lapsed = self.describe()
+        live, lapsed, failed = self.describe()
         for prefix, store in list(self._stores.items()):
             try:
-                counts = store.count_claims()
+                counts, failures = store.count_claims(), store.count_failed()
             except SquidstepError:
                 continue  # omitted, so that the other metrics are still collected
             live.add_metric([prefix], counts.live)
             lapsed.add_metric([prefix], counts.lapsed)
+            failed.add_metric([prefix], failures)
         yield live
         yield lapsed
+        yield failed
 
 
 _metrics: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()

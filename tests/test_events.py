@@ -21,7 +21,15 @@ from support.internals import event_listeners, give_up_early
 from support.records import begun
 from support.servers import wait_until
 
-from squidstep_redis import Event, PayloadError, RunDeletedError, ServerError, StaleStepRunError, StepRunStore
+from squidstep_redis import (
+    Event,
+    InputMismatchError,
+    PayloadError,
+    RunDeletedError,
+    ServerError,
+    StaleStepRunError,
+    StepRunStore,
+)
 from squidstep_redis.metrics import observe
 
 
@@ -295,20 +303,26 @@ class TestPrometheus:
             store.complete_step(zombie, {})
         store.complete_step(claim, {})
         store.fail_step(begun(store.begin_step("run", "mail", {}, lease=60)), {})
-        store.begin_step("run", "live", {}, lease=60)
+        _ = store.batch([store.calls.begin_step("run", "live", {}, lease=60)])
+        store.extend_claim(begun(store.begin_step("run", "print", {}, lease=60, fingerprint="one")), 60)
+        with pytest.raises(InputMismatchError):
+            store.begin_step("run", "print", {}, fingerprint="other")
 
         def value(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(f"squidstep_{name}", {"prefix": bench.prefix, **labels})
 
-        assert value("executes_total") == 4
+        assert value("executes_total") == 5
         assert value("takeovers_total") == 1
         assert value("skips_total", reason="busy") == 1
         assert value("completions_total") == 1
         assert value("failures_total") == 1
         assert value("refused_zombies_total", operation="complete_step") == 1
-        assert value("transition_seconds_count", operation="begin_step") == 5
+        assert value("errors_total", operation="begin_step", error="InputMismatchError") == 1
+        assert value("extensions_total") == 1
+        assert value("batched_total", operation="begin_step") == 1
+        assert value("transition_seconds_count", operation="begin_step") == 6
         if bench.runner is None:
-            assert (value("live_claims"), value("lapsed_claims")) == (1, 0)
+            assert (value("live_claims"), value("lapsed_claims"), value("failed_steps")) == (2, 0, 1)
 
     def test_two_stores_can_share_a_registry(self, bench: Bench) -> None:
         registry = CollectorRegistry()

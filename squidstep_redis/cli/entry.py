@@ -41,6 +41,7 @@ _COMMANDS: Final = {
             "cancel": ("cancel", "resume"),
             "transfer": ("export", "import", "fork"),
             "doctor": ("doctor",),
+            "dashboard": ("dashboard",),
         }.items()
         for name in names
     },
