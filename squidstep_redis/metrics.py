@@ -40,7 +40,7 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_refused_zombies_total` | prefix, operation | calls with a claim that was lost |
     | `squidstep_errors_total` | prefix, operation, error | calls that raised any other error |
     | `squidstep_extensions_total` | prefix | leases extended, by the heartbeat or by `extend_claim` |
-    | `squidstep_batched_total` | prefix, operation | decisions and errors of calls in batches, such as the heartbeat's |
+    | `squidstep_batched_total` | prefix, operation | decisions and errors in batches, such as the heartbeat's |
     | `squidstep_transition_seconds` | prefix, operation | seconds per call, re-sends included; no batches |
     | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
     | `squidstep_failed_steps` | prefix | failed steps on the whole server; blocking stores only |
