@@ -18,7 +18,9 @@ from squidstep_redis.celery import current_run, step, steps
 
 URL: Final = os.environ.get("CELERY_TESTS_URL", "memory://")
 PARENT: Final = int(os.environ.get("CELERY_TESTS_PARENT", "0"))
-VISIBILITY_TIMEOUT: Final = 1  # seconds
+# Seconds. Workers must not redeliver on their own, as they would do after each ten idle polls (gevent), or every 100
+# seconds: the duplicate of a paused task is paused, too, and occupies its place until DEADLINE. See Harness.redeliver.
+VISIBILITY_TIMEOUT: Final = 3_600
 DEADLINE: Final = 200  # seconds for which a task waits to be resumed
 
 app: Any = Celery("celery_app", broker=URL, backend=URL if URL != "memory://" else "cache+memory://")

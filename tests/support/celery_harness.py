@@ -23,6 +23,7 @@ from support import celery_app
 from support.processes import is_alive
 
 DEADLINE: Final = 200.0  # seconds for which a test waits
+LONG_AGO: Final = 1.0  # seconds since 1970
 TESTS: Final = Path(__file__).parents[1]
 
 
@@ -149,18 +150,19 @@ class Harness:
             self.store.expire_claim(claim)
 
     def redeliver(self, task: AsyncResult[Any]) -> None:
-        """Waits until the visibility timeout of a task has passed, and lets Celery redeliver it.
+        """Lets Celery redeliver a task, as if its visibility timeout had passed.
 
-        A worker looks for such tasks when it starts, and then every 100 seconds.
+        The time of the delivery is set back. Then Celery looks for such tasks; while a worker does so, it does nothing.
+        A task that was rejected in the meantime is redelivered already.
         """
         unacked: Any = self.connection.hgetall("unacked")
         tags = [tag for tag, message in unacked.items() if json.loads(message)[0]["headers"]["id"] == task.id]
-        delivered_at = [self.connection.zscore("unacked_index", tag) for tag in tags]
+        for tag in tags:
+            self.connection.zadd("unacked_index", {tag: LONG_AGO}, xx=True)
 
         def is_redelivered() -> bool:
             self._channel.qos.restore_visible(num=1_000, interval=1)
-            now = [self.connection.zscore("unacked_index", tag) for tag in tags]
-            return not tags or now != delivered_at  # a worker that starts may have redelivered it already
+            return all(self.connection.zscore("unacked_index", tag) != LONG_AGO for tag in tags)
 
         self.until(is_redelivered)
 
