@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import fakeredis
@@ -46,10 +47,12 @@ def worker(
 
 
 @contextmanager
-def start_worker(harness: Harness, pool: str, directories: pytest.TempPathFactory) -> Iterator[CeleryWorker]:
+def start_worker(
+    harness: Harness, pool: str, directories: pytest.TempPathFactory, **environment: str
+) -> Iterator[CeleryWorker]:
     """Starts a worker, which ends with the block."""
     log = directories.mktemp("celery") / f"{pool}.log"
-    worker = CeleryWorker(harness.url, pool, log)
+    worker = CeleryWorker(harness.url, pool, log, **environment)
     try:
         harness.wait_ready()
         yield worker
@@ -62,6 +65,25 @@ def start_worker(harness: Harness, pool: str, directories: pytest.TempPathFactor
 def harness(session_harness: Harness, worker: CeleryWorker, fresh_stores: None) -> Harness:
     session_harness.number += 1_000
     return session_harness
+
+
+@pytest.fixture
+def step_server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A server for the steps alone, which keeps what it has acknowledged when it is killed."""
+    options = {"appendonly": "yes", "appendfsync": "always"}
+    directory = tmp_path / "steps"
+    with EmbeddedServer(binary=find_binary("valkey"), options=options, port=0, directory=directory) as server:
+        yield server
+
+
+@pytest.fixture
+def harness_of_steps(
+    session_harness: Harness, step_server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory, fresh_stores: None
+) -> Iterator[Harness]:
+    """A harness with a worker whose steps are on `step_server`."""
+    session_harness.number += 1_000
+    with start_worker(session_harness, "prefork", tmp_path_factory, SQUIDSTEP_REDIS_URL=step_server.url):
+        yield session_harness
 
 
 @pytest.fixture

@@ -34,10 +34,11 @@ class CeleryWorker:
         url: of the broker.
         pool: a name that `celery worker --pool` accepts.
         log: the file that receives the output.
+        environment: further variables of its environment.
     """
 
-    def __init__(self, url: str, pool: str, log: Path) -> None:
-        self._url, self._pool = url, pool
+    def __init__(self, url: str, pool: str, log: Path, **environment: str) -> None:
+        self._url, self._pool, self._environment = url, pool, environment
         self._log = log.open("wb")
         self.start()
 
@@ -53,6 +54,7 @@ class CeleryWorker:
                 "CELERY_TESTS_URL": self._url,
                 "CELERY_TESTS_PARENT": str(os.getpid()),
                 "PYTHONPATH": os.pathsep.join(sys.path),
+                **self._environment,
             },
             cwd=TESTS,
             stdout=self._log,
@@ -64,6 +66,17 @@ class CeleryWorker:
         """Kills the worker alone, by SIGKILL."""
         self._process.kill()
         self._process.wait(DEADLINE)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the worker alone."""
+        self._process.send_signal(number)
+
+    def wait(self) -> None:
+        """Waits until the worker has ended."""
+        self._process.wait(DEADLINE)
+
+    def has_logged(self, text: str) -> bool:
+        return text in Path(self._log.name).read_text("utf-8")
 
     def close(self) -> None:
         """Kills the worker and its children, by SIGKILL."""
@@ -165,6 +178,12 @@ class Harness:
             return all(self.connection.zscore("unacked_index", tag) != LONG_AGO for tag in tags)
 
         self.until(is_redelivered)
+
+    def is_in_broker(self, task_id: str) -> bool:
+        """Whether the broker has a message of a task: in the queue, or delivered and not acknowledged."""
+        queued: Any = self.connection.lrange("steps", 0, -1)
+        unacked: Any = self.connection.hvals("unacked")
+        return any(task_id in message for message in [*queued, *unacked])
 
     def effects(self) -> Counter[str]:
         """Returns how often each effect of this test has happened."""
