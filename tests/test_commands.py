@@ -412,7 +412,7 @@ class TestWatch:
             assert (first["stuck"], first["failed"], last["at_work"], last["stuck"]) == ([], [], [], [])
             (first,), (last,) = first["at_work"], last["failed"]
         assert (first["step"], first["status"], first["owner"]) == ("pay", "running", "w")
-        assert first["input"] == last["input"] == {"amount": 1}
+        assert not {"input", "output", "progress"} & {*first, *last}
         assert (last["status"], last["last_error"]["message"]) == ("failed", "no")
 
 
@@ -421,7 +421,7 @@ class TestHelp:
     def test_every_command_has_an_example(self, command: str) -> None:
         shown = invoke(command, "--help").stdout
         assert f"Example: squidstep {command}" in shown or f"| squidstep {command}" in shown
-        assert "--url" in shown
+        assert ("--url" in shown) is (command != "dashboard")  # which connects to no server
 
 
 def test_the_guide_pictures_are_small_and_self_contained() -> None:

@@ -10,6 +10,7 @@ from squidstep_redis.operations.payload_json import to_json
 
 _TIMES: Final = ("created_at", "started_at", "ended_at", "lease_ends_at", "retry_at")
 _OF_STEP_RUN: Final = ("input", "output", "last_error", "progress")
+_NOT_LISTED: Final = ("input", "output", "progress")
 _PAYLOADS: Final = (*_OF_STEP_RUN, "error")
 _FIELDS: Final = {
     StepRun: ("run_id", "step", "status", "final", "attempt", "owner", *_TIMES, *_OF_STEP_RUN),
@@ -21,6 +22,11 @@ _FIELDS: Final = {
 def as_dict(record: StepRun | RunSummary | Attempt) -> dict[str, Any]:
     """Converts a record. Values that JSON does not have are encoded as in `export_run`."""
     return {name: _convert(record, name) for name in _FIELDS[type(record)]}
+
+
+def as_listed(step_run: StepRun) -> dict[str, Any]:
+    """Converts a step run for a list, which shows its last error and no other payload."""
+    return {name: _convert(step_run, name) for name in _FIELDS[StepRun] if name not in _NOT_LISTED}
 
 
 def _convert(record: object, name: str) -> Any:

@@ -24,7 +24,7 @@ from squidstep_redis.cli.formatting import (
     format_last_error,
     format_lease,
 )
-from squidstep_redis.cli.json_output import as_dict
+from squidstep_redis.cli.json_output import as_dict, as_listed
 from squidstep_redis.cli.options import StoreOptions, json_option, run_prefix_option, since_option, store_options
 from squidstep_redis.cli.output import new_table, print_json, print_text
 from squidstep_redis.escaping import escaped
@@ -138,7 +138,7 @@ def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: in
         found, following = read_filtered(store.lapsed_claims, filters, limit, after)
         total = None if filters.are_given or following is None else store.count_claims().lapsed
     if as_json:
-        print_json([as_dict(step_run) for step_run in found])
+        print_json([as_listed(step_run) for step_run in found])
     elif found:
         table = new_table({"run": "fold", "step": "fold", "owner": "fold", "attempt": "number", "lease": "fixed"})
         for step_run in found:
@@ -190,9 +190,9 @@ def failed_command(
     largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
     longest = sys.maxsize if full else _MAX_ERROR
     if as_json and by_type:
-        print_json({name: [as_dict(step_run) for step_run in group] for name, group in largest_first})
+        print_json({name: [as_listed(step_run) for step_run in group] for name, group in largest_first})
     elif as_json:
-        print_json([as_dict(step_run) for step_run in found])
+        print_json([as_listed(step_run) for step_run in found])
     elif found and by_type:
         _print_groups(largest_first, longest)
     elif found:

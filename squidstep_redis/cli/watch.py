@@ -26,7 +26,7 @@ from squidstep_redis.cli.formatting import (
     format_time,
     widest,
 )
-from squidstep_redis.cli.json_output import as_dict
+from squidstep_redis.cli.json_output import as_listed
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_text, terminal_width
 from squidstep_redis.cli.show import column_widths, render_heading, render_line
@@ -106,7 +106,7 @@ def _print_changes(store: StepRunStore, run: str, interval: float, once: bool, a
         for step_run in step_runs:
             if seen.get(step_run.step) != (step_run.status, step_run.attempt):
                 seen[step_run.step] = (step_run.status, step_run.attempt)
-                sys.stdout.write(f"{json.dumps(as_dict(step_run)) if as_json else _log_line(step_run)}\n")
+                sys.stdout.write(f"{json.dumps(as_listed(step_run)) if as_json else _log_line(step_run)}\n")
         sys.stdout.flush()
         if code is not None or once:
             return code or 0
@@ -179,7 +179,7 @@ def _watch_store(store: StepRunStore, console: Console, interval: float, once: b
                 time.sleep(interval)
     while True:
         if as_json:
-            found = {key: [as_dict(each) for each in step_runs] for key, step_runs in _read_store(store).items()}
+            found = {key: [as_listed(each) for each in step_runs] for key, step_runs in _read_store(store).items()}
             sys.stdout.write(json.dumps(found) + "\n")
         else:
             print_text(_render_store(store, console.height if console.is_terminal else 10_000))

@@ -80,6 +80,11 @@ class Call(NamedTuple, Generic[T]):
     part_of: str | None = None
     may_have_run: bool = False
 
+    def __repr__(self) -> str:
+        """Without the arguments, which contain payloads: errors that carry a call appear in logs."""
+        place = "" if self.run_id is None else f" run {self.run_id!r}"
+        return f"<Call {self.operation}{place}{'' if self.step is None else f', step {self.step!r}'}>"
+
     @property
     def operation(self) -> str:
         """The name of the operation, for events and error messages."""
@@ -103,7 +108,8 @@ class Call(NamedTuple, Generic[T]):
         words: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if type(words) is not list or len(words) < 2 or words[1] != self.args[0]:
-            problem = f"an earlier call on this connection was interrupted; received its reply: {described(reply)}"
+            kind = type(reply).__name__  # not the reply itself, which may contain a payload
+            problem = f"an earlier call on this connection was interrupted; received a reply to it, of the type {kind}"
             sent = self._replace(may_have_run=True)
             raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, sent)
         return words
