@@ -7,7 +7,7 @@
 --       4 run     "<bytes in the run id>:<run id>", for the indexes
 --       5 lease_ms      or ""  the claim never expires; trailing arguments may be omitted from here on
 --       6 owner         or ""
---       7 ttl_ms        or ""  of the run, if this call creates it
+--       7 new_run       what a run that this call creates gets: "" or ttl_ms, then a space and labels if it gets any
 --       8 max_attempts  or ""  no limit
 --       9 lease_expired_error  last error of a step whose last attempt lost its lease; required with max_attempts
 --       10 fingerprint  of the input, or ""
@@ -30,25 +30,33 @@ local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]
 local token, step, lease, owner = ARGV[1], ARGV[2], ARGV[5], ARGV[6] or ""
 local MORE = 12
 
--- The common case: one new step without a fingerprint, in a run that does not expire. The general path below does the
--- same at a higher cost.
+-- The common case: one new step without a fingerprint, in a run that does not expire, or in a new run without labels. The
+-- general path below does the same at a higher cost.
 local field = "s" .. step
 local lines = not ARGV[10] and try("HMGET", steps, "r", field)
 if lines and not lines.err and not lines[2] then
   local created, completed
-  if lines[1] then
+  if not lines[1] then
+    if (ARGV[7] or "") == "" and call("EXISTS", steps, done) == 0 then
+      created, completed = 0, 0
+    end
+  else
     created, completed = string.match(lines[1], @READ_RUN .. "$")
-  elseif (ARGV[7] or "") == "" and call("EXISTS", steps) == 0 then
-    created, completed = 0, 0
+    if created and try("ZCARD", done) ~= completed + 0 then
+      created = nil
+    end
   end
-  if created and try("ZCARD", done) == completed + 0 then
+  if created then
     local time = call("TIME")
     local now = @NOW(time)
     if lease == "" or try("ZADD", claims, now + lease, ARGV[4] .. step) == 1 then
-      created = string.format("%d", created + 1)
-      local line = @FIRST_CLAIM(token, lease, now, created, owner)
-      call("HSET", steps, "r", @RUN(created, completed), field, line, "i" .. step, ARGV[3])
-      return "execute " .. token .. " " .. line
+      if lines[1] or tonumber(try("ZADD", string.sub(claims, 1, -7) .. "runs", now, ARGV[4])) then
+        created = string.format("%d", created + 1)
+        local line = @FIRST_CLAIM(token, lease, now, created, owner)
+        call("HSET", steps, "r", @RUN(created, completed), field, line, "i" .. step, ARGV[3])
+        return "execute " .. token .. " " .. line
+      end
+      call("ZREM", claims, ARGV[4] .. step) -- the index of runs has another type
     end
   end
 end
@@ -64,7 +72,6 @@ local positions, fields = steps_of_call(2, MORE + 1, fingerprint == "" and 3 or 
 local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 local now = now_ms()
-set_ttl_if_new(run, ARGV[7] or "")
 
 local function fingerprint_of(index)
   return (fingerprint == "" or index == 1) and fingerprint or ARGV[positions[index] + 2]

@@ -8,6 +8,7 @@
 
 -- include record
 -- include run
+-- include runs
 -- include history
 -- include bulk
 
@@ -46,8 +47,9 @@ end
 write_chunks("HDEL", steps, fields)
 if fields[1] then
   renew_expiry(run, steps, done, now_ms())
-  local of_run = 1 + redis.call("HEXISTS", steps, "m") + redis.call("HEXISTS", steps, "c")
+  local of_run = 1 + redis.call("HEXISTS", steps, "m") + redis.call("HEXISTS", steps, "c") + redis.call("HEXISTS", steps, "l")
   if redis.call("HLEN", steps) == of_run then -- no step is left
+    drop_run(steps)
     redis.call("DEL", steps, done)
   end
 end

@@ -10,6 +10,7 @@
 
 -- include record
 -- include indexes
+-- include runs
 
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local FIELDS_SEARCHED = 1000 -- of the hash: about 300 steps
@@ -40,6 +41,7 @@ if redis.call("HLEN", steps) <= FIELDS_SEARCHED then
     end
   end
 end
+drop_run(steps)
 redis.call("UNLINK", steps, done)
 redis.call("HSET", steps, "r", @TOMBSTONE(nonce))
 redis.call("PEXPIRE", steps, ARGV[3])

@@ -8,6 +8,7 @@
 
 -- include record
 -- include run
+-- include new_run
 
 local steps, done, ttl = KEYS[1], KEYS[2], ARGV[2]
 @OPEN_EXISTING_RUN
@@ -31,7 +32,9 @@ else
       end
     end
   end
-  renew_expiry(run, steps, done, now_ms())
+  local now = now_ms()
+  renew_expiry(run, steps, done, now)
+  drop_expired(run, steps, (@PLACE(steps)), now)
 end
 redis.call("HSET", steps, "r", format_run(run))
 return { "set", nonce }

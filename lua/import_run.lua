@@ -3,7 +3,7 @@
 -- KEYS  1 steps, 2 done, 3 claims, 4 failed
 -- ARGV  1 nonce      of this call only; the run stores it, so that a re-sent call is recognized
 --       2 run        "<bytes in the run id>:<run id>", for the indexes
---       3 ttl_ms     or ""  the run never expires
+--       3 new_run    what the run gets: "" or ttl_ms, then a space and labels if it gets any
 --       4 created    steps created
 --       5 completed  steps completed
 --       6 step, …    the completed steps, in their order; after them field, value, … of all records
@@ -12,6 +12,7 @@
 
 -- include record
 -- include run
+-- include new_run
 -- include indexes
 -- include bulk
 
@@ -24,7 +25,6 @@ if run.exists then
 end
 @CHECK_INDEXES(claims, failed)
 run.created, run.completed = ARGV[4], ARGV[5]
-set_ttl_if_new(run, ARGV[3])
 local fields = FIRST + run.completed
 local states = {}
 for position = fields, #ARGV, 2 do
@@ -39,6 +39,9 @@ for position = fields, #ARGV, 2 do
   run.cancelled = run.cancelled or ARGV[position] == "c"
 end
 
+local now = now_ms()
+refusal = create_run(run, steps, ARGV[3], now)
+@RETURN_REFUSAL
 for _, state in ipairs(states) do
   local started = state.created + (tonumber(state.started) or 0)
   if state.status == @RUNNING then
@@ -61,5 +64,5 @@ end
 write_chunks("ZADD", done, members)
 write_chunks("HSET", steps, ARGV, fields)
 redis.call("HSET", steps, "r", format_run(run), "m", nonce)
-renew_expiry(run, steps, done, now_ms())
+renew_expiry(run, steps, done, now)
 return { "imported", nonce }

@@ -12,6 +12,7 @@
 
 -- include record
 -- include indexes
+-- include runs
 -- include bulk
 
 local steps, done, failed = KEYS[1], KEYS[2], KEYS[3]
@@ -44,6 +45,7 @@ end
 for position = FIRST, math.min(#ARGV, FIRST + 2 * ENTRIES_DROPPED), 2 do
   redis.call("ZREM", failed, ARGV[2] .. ARGV[position])
 end
+drop_run(steps)
 redis.call("UNLINK", steps, done)
 redis.call("HSET", steps, "r", @TOMBSTONE(nonce))
 redis.call("PEXPIRE", steps, ARGV[3])

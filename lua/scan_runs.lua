@@ -5,7 +5,7 @@
 --       2 cursor   "0" for the first page, then as replied
 --       3 pattern  of the steps keys
 --       4 count    of keys to scan for this page, approximately
--- REPLY {"keys", nonce, cursor, {key, …}, keys on the server, now_ms}
+-- REPLY {"keys", nonce, cursor, {key, …}, now_ms}
 -- Writes nothing.
 
 -- include record
@@ -14,4 +14,4 @@ local reply = redis.pcall("SCAN", ARGV[2], "MATCH", ARGV[3], "COUNT", ARGV[4])
 if reply.err then
   return failed_call(KEYS[1], reply)
 end
-return { "keys", nonce, tostring(reply[1]), reply[2], redis.call("DBSIZE"), now_ms() }
+return { "keys", nonce, tostring(reply[1]), reply[2], now_ms() }

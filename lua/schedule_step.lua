@@ -2,7 +2,7 @@
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call only; the record stores it, so that a re-sent call is recognized
---       2 ttl_ms  or ""  of the run, if this call creates it
+--       2 new_run  what a run that this call creates gets: "" or ttl_ms, then a space and labels if it gets any
 --       3 step
 --       4 input
 --       5 fingerprint  of the input, or omitted
@@ -13,6 +13,7 @@
 
 -- include record
 -- include run
+-- include new_run
 -- include schedule
 -- include fingerprint
 
@@ -25,7 +26,8 @@ if not state and run.cancelled then
 end
 if not state then
   local now = now_ms()
-  set_ttl_if_new(run, ARGV[2])
+  refusal = create_run(run, steps, ARGV[2], now)
+  @RETURN_REFUSAL
   run.created = run.created + 1
   local line = @PENDING_LINE(nonce, now, run.created)
   redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "i" .. step, ARGV[4])

@@ -2,7 +2,7 @@
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call only; the records store it, so that a re-sent call is recognized
---       2 ttl_ms  or ""  of the run, if this call creates it
+--       2 new_run  what a run that this call creates gets: "" or ttl_ms, then a space and labels if it gets any
 --       3 width   of the arguments for each step: 3 with fingerprints, else 2
 --       4 step, 5 input, …  of each step, and its fingerprint if width is 3
 -- REPLY {"mismatch", nonce, step, fingerprint}  one of the steps has this other one
@@ -11,6 +11,7 @@
 
 -- include record
 -- include run
+-- include new_run
 -- include schedule
 -- include fingerprint
 
@@ -29,7 +30,8 @@ if run.cancelled then
 end
 if #missing > 0 then
   local now = now_ms()
-  set_ttl_if_new(run, ARGV[2])
+  refusal = create_run(run, steps, ARGV[2], now)
+  @RETURN_REFUSAL
   write_pending(run, steps, missing, width, nonce, now)
   redis.call("HSET", steps, "r", format_run(run))
   renew_expiry(run, steps, done, now)

@@ -103,6 +103,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     delete_run = _call(Calls.delete_run)
     summarize_run = _workflow(Calls.summarize_run)
     runs = _workflow(Calls.runs)
+    count_runs = _workflow(Calls.count_runs)
     purge = _workflow(Calls.purge)
 
     retry_step = _call(Calls.retry_step)

@@ -93,6 +93,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     delete_run = _call(Calls.delete_run)
     summarize_run = _workflow(Calls.summarize_run)
     runs = _workflow(Calls.runs)
+    count_runs = _workflow(Calls.count_runs)
     purge = _workflow(Calls.purge)
 
     retry_step = _call(Calls.retry_step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from types import MappingProxyType
 from typing import NamedTuple
 
 from squidstep_redis.model import StepRun, StepStatus
@@ -26,6 +28,8 @@ class RunSummary(NamedTuple):
         changed_at: when a step of it was last created, claimed or ended; None if that cannot be read.
         problem: why its records are corrupt; None if they are not. `delete_run` removes such a run.
         cancel_reason: why the run was cancelled, empty without a reason; None if it is not cancelled.
+        created_at: when the run was created here, by any call, also by `import_run`; None if the index does not tell.
+        labels: the labels of the run, by name.
     """
 
     run_id: str
@@ -33,6 +37,8 @@ class RunSummary(NamedTuple):
     changed_at: datetime | None
     problem: str | None = None
     cancel_reason: str | None = None
+    created_at: datetime | None = None
+    labels: Mapping[str, str] = MappingProxyType({})
 
     @property
     def steps(self) -> int:
@@ -50,14 +56,12 @@ class RunPage(NamedTuple):
     """A page of runs.
 
     Attributes:
-        runs: newest change first; runs that changed in the same millisecond are ordered by run id.
+        runs: newest first; runs that were created in the same millisecond are ordered by run id.
         cursor: of the next page; None if this is the last.
-        progress: the part of the server's keys that has been scanned, from 0 to 1; approximate.
     """
 
     runs: list[RunSummary]
     cursor: str | None
-    progress: float
 
 
 class StepPage(NamedTuple):

@@ -2,6 +2,8 @@
 --
 -- Reads run and now, both loaded, and the arguments of begin_step.
 
+-- include new_run
+
 local entries, written, ends = {}, {}, lease ~= "" and now + lease
 local member = ARGV[4]
 
@@ -31,7 +33,7 @@ local function claim(token, step, field, input, fingerprint)
   return line
 end
 
--- Returns the refusal if claims has another type: the first write checks its own key.
+-- Returns the refusal if an index has another type: each of the first writes checks its own key.
 local function write_claims()
   if entries[1] then
     local reply = redis.pcall("ZADD", claims, unpack(entries))
@@ -40,6 +42,13 @@ local function write_claims()
     end
   end
   if written[1] then
+    local refused = create_run(run, steps, ARGV[7] or "", now)
+    if refused then
+      for index = 2, #entries, 2 do
+        redis.call("ZREM", claims, entries[index])
+      end
+      return refused
+    end
     redis.call("HSET", steps, "r", format_run(run), unpack(written))
     renew_expiry(run, steps, done, now)
   end

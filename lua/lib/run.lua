@@ -16,13 +16,6 @@ local function set_ttl(run, ttl)
   run.ttl, run.unleased, run.leased, run.retained_until = ttl, 0, 0, 0
 end
 
--- The same for a new run; "" for never.
-local function set_ttl_if_new(run, ttl)
-  if not run.exists and ttl ~= "" then
-    set_ttl(run, ttl)
-  end
-end
-
 -- A claim begins or is extended, or a failure delays the next one: the run must outlive the lease or the delay.
 local function retain(run, lease, started)
   if not run.ttl then

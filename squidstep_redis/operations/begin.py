@@ -16,6 +16,7 @@ from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
 from squidstep_redis.protocol.call import Call, EqualOutputError, Reply, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
+from squidstep_redis.protocol.labels import Labels
 from squidstep_redis.protocol.records import LEASE_EXPIRED, progress_payload
 from squidstep_redis.protocol.scripts import script
 
@@ -32,6 +33,7 @@ def begin_step(
     max_attempts: int | None = None,
     owner: str | None = None,
     fingerprint: Fingerprint | None = None,
+    labels: Labels | None = None,
 ) -> Call[BeginResult]:
     """Claims the step for this delivery, or returns why it must be skipped.
 
@@ -51,6 +53,8 @@ def begin_step(
             what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
             control characters: that itself; False: nothing; None: the store's setting. If the step has another
             fingerprint, the call is refused.
+        labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
+            `runs` finds it; None: none. A run that exists keeps its own.
 
     Returns:
         `(step_run, "execute")` for exactly one delivery per attempt; its step run carries the claim. For all other
@@ -67,7 +71,8 @@ def begin_step(
     name = arguments.step(step)
     data = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
-    args = begin_args(context, run, name, data, lease, max_attempts, owner, printed)
+    new_run = context.new_run(labels)
+    args = begin_args(run, name, data, lease, max_attempts, owner, printed, new_run)
     parse = partial(parse_begin, context, run, name, args[0], data, printed)
     return Call(run.text, script("begin_step"), run.keys, args, parse, None, name.text)
 
@@ -124,7 +129,7 @@ def advance_step(
         raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
     next_input = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
-    args = begin_args(context, run, name, next_input, lease, max_attempts, owner)
+    args = begin_args(run, name, next_input, lease, max_attempts, owner)  # the run exists
 
     def parse(reply: Reply) -> BeginResult:
         if reply[0] == b"stale" and (ended := completed_before(context, run, from_step, from_token, data, reply)):
@@ -144,7 +149,6 @@ def advance_step(
 
 
 def begin_args(
-    context: Context,
     run: Run,
     step: Name,
     input: bytes,
@@ -152,13 +156,14 @@ def begin_args(
     max_attempts: int | None,
     owner: str | None,
     fingerprint: bytes = b"",
+    new_run: bytes = b"",
 ) -> tuple[bytes, ...]:
     """Returns the arguments of begin_step, without empty ones at the end: each takes time to send."""
     if max_attempts is not None:
         limit = b"%d" % arguments.max_attempts(max_attempts)
-        limits = (context.run_ttl_ms, limit, LEASE_EXPIRED)
+        limits = (new_run, limit, LEASE_EXPIRED)
     else:
-        limits = (context.run_ttl_ms,) if context.run_ttl_ms else ()
+        limits = (new_run,) if new_run else ()
     claimed_by = arguments.owner(owner)
     owned = (claimed_by, *limits) if claimed_by or limits else ()
     args = (new_token(), step.data, input, run.member, arguments.lease_ms(lease), *owned)

@@ -12,6 +12,7 @@ from squidstep_redis.operations import (
     indexes,
     leases,
     lifecycle,
+    listing,
     reads,
     repair,
     schedule,
@@ -63,7 +64,8 @@ class Calls(Context):
     resume_run = lifecycle.resume_run
     delete_run = lifecycle.delete_run
     summarize_run = whole_runs.summarize_run
-    runs = whole_runs.runs
+    runs = listing.runs
+    count_runs = listing.count_runs
     purge = whole_runs.purge
 
     retry_step = repair.retry_step

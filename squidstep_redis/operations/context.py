@@ -10,6 +10,7 @@ from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.protocol.codec import Codec, MsgpackCodec, Payloads, PlacedCodec
 from squidstep_redis.protocol.fingerprints import Fingerprint, Fingerprints, check_fingerprint
 from squidstep_redis.protocol.keys import Keys
+from squidstep_redis.protocol.labels import Labels, labels_data
 from squidstep_redis.protocol.records import Records
 
 MAX_PAYLOAD_BYTES: Final = 512 * 1024 * 1024  # the server's own limit on one value
@@ -47,3 +48,12 @@ class Context:
         self.run_ttl_ms = arguments.milliseconds("run_ttl", run_ttl)
         check_fingerprint(fingerprint)
         self.fingerprints = Fingerprints(fingerprint)
+
+    def new_run(self, labels: Labels | None) -> bytes:
+        """Returns what a run gets if a call creates it, as it is sent: its expiry, and its labels.
+
+        Raises:
+            InvalidArgumentError: a label is rejected.
+        """
+        data = labels_data(labels) if labels is not None else b""
+        return b"%b %b" % (self.run_ttl_ms, data) if data else self.run_ttl_ms

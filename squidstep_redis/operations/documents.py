@@ -20,6 +20,7 @@ from squidstep_redis.operations.payload_json import bytes_from_text, from_json, 
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import corrupt
 from squidstep_redis.protocol.codec import PayloadField, Payloads
+from squidstep_redis.protocol.labels import labels_data, parse_labels
 from squidstep_redis.protocol.records import (
     IMPORTED_CHECKPOINT,
     LEASE_EXPIRED,
@@ -53,6 +54,7 @@ class Imported(NamedTuple):
     Attributes:
         run_id: the run.
         ttl_ms: expiry of the run; empty: none.
+        labels: of the run, as they are stored.
         created: how many steps were created, including those deleted since.
         order: the completed steps, in order of completion.
         fields: the fields of the hash: field, value, field, value, ….
@@ -60,6 +62,7 @@ class Imported(NamedTuple):
 
     run_id: str
     ttl_ms: bytes
+    labels: bytes
     created: int
     order: list[bytes]
     fields: list[bytes]
@@ -114,6 +117,7 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
         "squidstep_run": VERSION,
         "run_id": run_id,
         "ttl": int(expiry[0]) / 1_000 if expiry else None,
+        "labels": parse_labels(fields.get(b"l", b"")),
         "cancel_reason": fields[b"c"].decode(errors="replace") if b"c" in fields else None,
         "steps_created": int(created),
         "completed": order,
@@ -184,6 +188,7 @@ def from_document(document: object, payloads: Payloads) -> Imported:
         doc.reject("squidstep_run", f"must be {VERSION}: it is not a run, or a later version exported it")
     run_id = doc.read("run_id", arguments.run_id).text
     ttl_ms = doc.read("ttl", lambda ttl: arguments.milliseconds("ttl", cast("float | None", ttl)))
+    labels = doc.read("labels", labels_data)
     created = doc.number("steps_created")
     fields = _cancellation_in(doc)
     completed: set[bytes] = set()
@@ -227,7 +232,7 @@ def from_document(document: object, payloads: Payloads) -> Imported:
         doc.reject("completed", "must name each completed step once")
     if not seen:
         doc.reject("steps", "must have at least one item")
-    return Imported(run_id, ttl_ms, created, order, fields)
+    return Imported(run_id, ttl_ms, labels, created, order, fields)
 
 
 def _cancellation_in(doc: _Part) -> list[bytes]:

@@ -82,5 +82,6 @@ def write_run(context: Context, given: Imported, result: T, part_of: str | None 
         return result
 
     counts = (b"%d" % given.created, b"%d" % len(given.order))
-    args = (new_token(), run.member, given.ttl_ms, *counts, *given.order, *given.fields)
+    new_run = b"%b %b" % (given.ttl_ms, given.labels) if given.labels else given.ttl_ms
+    args = (new_token(), run.member, new_run, *counts, *given.order, *given.fields)
     return Call(run.text, script("import_run"), run.keys, args, parse, part_of=part_of)

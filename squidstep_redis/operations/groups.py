@@ -15,6 +15,7 @@ from squidstep_redis.protocol.arguments import RunId, Seconds, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.groups import padded, replies_in
+from squidstep_redis.protocol.labels import Labels
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
 
@@ -33,6 +34,7 @@ def begin_steps(
     max_attempts: int | None = None,
     owner: str | None = None,
     fingerprint: Fingerprint | None = None,
+    labels: Labels | None = None,
 ) -> Call[dict[str, BeginResult]]:
     """Claims several steps of a run for this delivery, or returns why they must be skipped: `begin_step` for each.
 
@@ -52,6 +54,8 @@ def begin_steps(
             the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
             has another fingerprint, the call is refused.
+        labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
+            `runs` finds it; None: none. A run that exists keeps its own.
 
     Returns:
         By step, in the given order, what `begin_step` returns.
@@ -68,7 +72,7 @@ def begin_steps(
     if not 0 < len(inputs) <= MAX_STEPS:
         raise InvalidArgumentError("steps", f"must be 1 to {MAX_STEPS:,} steps, not {len(inputs):,}")
     name, data, printed = inputs[0]
-    first = begin_args(context, run, name, data, lease, max_attempts, owner, printed)
+    first = begin_args(run, name, data, lease, max_attempts, owner, printed, context.new_run(labels))
     tokens = [first[0], *(new_token() for _ in inputs[1:])]
     args = [*first]
     if len(inputs) > 1:

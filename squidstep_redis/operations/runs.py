@@ -1,108 +1,32 @@
-"""The operations that read many steps or runs: summaries, listing by SCAN, and purging old runs."""
+"""The operations that summarize runs, and purge old ones."""
 
 from __future__ import annotations
 
-from binascii import crc32
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, described
-from squidstep_redis.model import StepRun, StepStatus
+from squidstep_redis.model import StepRun, StepStatus, moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.lifecycle import tombstone_ms
-from squidstep_redis.operations.reads import MAX_LIMIT, pairs
-from squidstep_redis.operations.scans import Position, Rest, find_shards, parse_cursor, scan_page
+from squidstep_redis.operations.reads import pairs
+from squidstep_redis.operations.run_index import drop_stale_runs
+from squidstep_redis.operations.scans import find_shards, scan_page
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
+from squidstep_redis.protocol.labels import parse_labels
 from squidstep_redis.protocol.records import NO_PAYLOADS, step_name
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
-from squidstep_redis.summaries import RunPage, RunSummary
+from squidstep_redis.summaries import RunSummary
 
 _KEYS_PER_SCAN: Final = 1_000  # 0.5 ms of the server's time
 _FIELDS_PER_SCAN: Final = 500  # of one run: 1 to 2 ms
-_SCANS_PER_PAGE: Final = 100
-_RUNS_PER_PAGE: Final = 5_000  # examined, not returned
 _MAX_FAILED: Final = 1_000  # failed steps of a run to purge: one script compares them with their records
-
-
-def runs(
-    context: Context,
-    *,
-    status: StepStatus | str | None = None,
-    run_id_prefix: str = "",
-    since: datetime | None = None,
-    limit: int = 100,
-    cursor: str | None = None,
-) -> Workflow[RunPage]:
-    """Lists runs one page at a time. Each page is sorted, newest change first; the pages are in no order.
-
-    Runs that changed in the same millisecond are ordered by run id. There is no index of runs: this is a SCAN of all
-    keys of the server, in small parts. A run that exists from the first page to the last is listed, unless a failover
-    or a slot migration happens in between; it may be listed twice if runs change. Two round trips per
-    thousand keys, one more for each 500 fields of a run that has more.
-
-    Args:
-        status: only runs with at least one step of this status; None: all runs.
-        run_id_prefix: only runs whose id has this prefix; empty: all runs.
-        since: only runs that changed at or after this time, a datetime with a time zone; None: all runs.
-        limit: how many runs a page has at most, from 1 to 1,000; more only if runs change between two pages. With a
-            filter it may have fewer, even none: a page ends after 5,000 runs or 100,000 keys.
-        cursor: `cursor` of the previous page; None: the first page.
-
-    Returns:
-        The page, and the cursor of the next one: None after the last.
-
-    Raises:
-        InvalidArgumentError: an argument was rejected before anything was sent.
-        ServerError: the server or the connection failed.
-    """
-    wanted = _status(status)
-    prefix = arguments.run_id_prefix(run_id_prefix)
-    since_ms = arguments.moment_ms("since", since)
-    full = arguments.integer("limit", limit, MAX_LIMIT)
-    position = parse_cursor(cursor)
-    shards = yield from find_shards(context)
-
-    def is_wanted(summary: RunSummary) -> bool:
-        changed = summary.changed_at
-        is_new = since_ms is None or (changed is not None and changed.timestamp() * 1_000 >= since_ms)
-        return is_new and (wanted is None or summary.counts[wanted] > 0)
-
-    found: list[RunSummary] = []
-    examined = 0
-    progress = 1.0
-    is_filtered = wanted is not None or since_ms is not None
-    count = max(10, full)
-    for _ in range(_SCANS_PER_PAGE):
-        # A run usually has two keys. The last SCAN should find few runs too many: the next page reads them again.
-        count = min(2 * count if is_filtered else max(10, 8 * (full - len(found)) // 5), _KEYS_PER_SCAN)
-        rest = None if position is None else position.rest
-        if rest is not None:
-            count = rest.size  # the same page again
-        page = yield from scan_page(context, "runs", shards, position, prefix, count)
-        scans = yield from scan_runs(context, "runs", page.run_ids)
-        examined += len(page.run_ids)
-        summaries = sorted(filter(is_wanted, (scan.summary() for scan in scans)), key=_newest_first)
-        digest = crc32(repr([(each.run_id, each.changed_at) for each in summaries]).encode())
-        if rest is not None and rest.digest != digest:
-            end, room = 0, len(summaries)  # it has changed: all of it, so that none is missed, and the listing ends
-        else:
-            end, room = rest.returned if rest is not None else 0, full - len(found)
-        found += summaries[end : end + room]
-        end += room
-        if end < len(summaries):
-            position = page.at._replace(rest=Rest(count, digest, end))
-            break
-        position, progress = page.next, page.progress
-        if position is None or len(found) >= full or examined >= _RUNS_PER_PAGE:
-            break
-    found.sort(key=_newest_first)
-    return RunPage(found, None if position is None else position.cursor, progress)
 
 
 def summarize_run(context: Context, run_id: RunId) -> Workflow[RunSummary | None]:
@@ -161,32 +85,30 @@ def purge(
     """
     age = timedelta(seconds=arguments.seconds("older_than", older_than, arguments.MAX_TTL))
     lifetime = tombstone_ms(tombstone)
-    wanted = _status(status)
+    wanted = checked_status(status)
     if wanted in (StepStatus.PENDING, StepStatus.RUNNING):
         raise InvalidArgumentError("status", f"must be completed or failed, not {wanted}")
     prefix = arguments.run_id_prefix(run_id_prefix)
-    shards = yield from find_shards(context)
     purged: list[RunSummary] = []
-    position: Position | None = None
-    while True:
-        page = yield from scan_page(context, "purge", shards, position, prefix, _KEYS_PER_SCAN)
-        old: list[tuple[RunScan, RunSummary]] = []
-        for scan in (yield from scan_runs(context, "purge", page.run_ids)):
-            summary = scan.summary()
-            is_old = summary.changed_at is not None and summary.changed_at < page.now - age
-            outcome = StepStatus.FAILED if summary.counts[StepStatus.FAILED] else StepStatus.COMPLETED
-            if summary.is_over and is_old and wanted in (None, outcome) and len(scan.lines) <= _MAX_FAILED:
-                old.append((scan, summary))
-        if old and not dry_run:
-            results = yield SendBatch([_purge_run(context, scan, lifetime) for scan, _ in old])
-            raise_unless_corrupt(results)
-            old = [each for each, result in zip(old, results, strict=True) if result is True]
-        purged += [summary for _, summary in old]
-        position = page.next
-        if position is None:
-            break
+    for shard in (yield from find_shards(context)):
+        cursor: bytes | None = None
+        while cursor != b"0":
+            run_ids, cursor, now = yield from scan_page(context, "purge", shard, cursor or b"0", prefix, _KEYS_PER_SCAN)
+            old: list[tuple[RunScan, RunSummary]] = []
+            for scan in (yield from scan_runs(context, "purge", run_ids)):
+                summary = scan.summary()
+                is_old = summary.changed_at is not None and summary.changed_at < now - age
+                outcome = StepStatus.FAILED if summary.counts[StepStatus.FAILED] else StepStatus.COMPLETED
+                if summary.is_over and is_old and wanted in (None, outcome) and len(scan.lines) <= _MAX_FAILED:
+                    old.append((scan, summary))
+            if old and not dry_run:
+                results = yield SendBatch([_purge_run(context, scan, lifetime) for scan, _ in old])
+                raise_unless_corrupt(results)
+                old = [each for each, result in zip(old, results, strict=True) if result is True]
+            purged += [summary for _, summary in old]
     if not dry_run:
         yield from drop_stale_entries(context)
+        yield from drop_stale_runs(context)
     return sorted(purged, key=_newest_first, reverse=True)
 
 
@@ -205,6 +127,8 @@ class RunScan:
         lines: their state lines.
         problem: why the records are corrupt.
         cancel_reason: why the run was cancelled; None if it is not.
+        labels: of the run, as they are stored.
+        entered: when the run was created, in milliseconds; empty if the index does not tell.
     """
 
     run_id: str
@@ -215,6 +139,8 @@ class RunScan:
     lines: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
     problem: str | None = None
     cancel_reason: str | None = None
+    labels: bytes = b""
+    entered: bytes = b""
 
     def summary(self) -> RunSummary:
         """Returns the counts and the newest change."""
@@ -224,7 +150,15 @@ class RunScan:
         for step_run in self.unfinished.values():
             counts[step_run.status] += 1
             changes.append(_changed_at(step_run))
-        return RunSummary(self.run_id, counts, max(changes, default=None), self.problem, self.cancel_reason)
+        return RunSummary(
+            self.run_id,
+            counts,
+            max(changes, default=None),
+            self.problem,
+            self.cancel_reason,
+            moment(int(float(self.entered))) if self.entered else None,
+            parse_labels(self.labels),
+        )
 
 
 def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
@@ -258,7 +192,7 @@ def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> b
     """Adds one part of a run's records to its scan; returns the cursor of the next part."""
     if isinstance(result, CorruptRunError):
         raise result
-    cursor, scan.created, scan.completed, last, lines, *cancelled = result
+    cursor, scan.created, scan.completed, last, lines, scan.labels, scan.entered, *cancelled = result
     scan.cancel_reason = cancelled[0].decode(errors="backslashreplace") if cancelled else None
     key = context.keys.of_run(scan.run_id.encode()).steps
     if last:
@@ -299,7 +233,8 @@ def _newest_first(summary: RunSummary) -> tuple[float, str]:
     return (-changed.timestamp() if changed else 0, summary.run_id)
 
 
-def _status(status: object) -> StepStatus | None:
+def checked_status(status: object) -> StepStatus | None:
+    """Returns the status of an argument; None for None."""
     try:
         return None if status is None else StepStatus(cast("str", status))
     except ValueError:

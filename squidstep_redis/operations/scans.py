@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from redis.crc import key_slot
 
-from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Broadcast, Send, Workflow
-
-_CURSOR: Final = re.compile(r"(\d{1,20})-(\d{1,15})-(\w*)(?:-(\d{1,4})-(\d{1,10})-(\d{1,6}))?")
 
 
 class Shard(NamedTuple):
@@ -27,93 +23,31 @@ class Shard(NamedTuple):
     key: bytes
 
 
-class Rest(NamedTuple):
-    """What is left of the runs that one SCAN found, newest change first.
-
-    Attributes:
-        size: how many keys that SCAN was to pass.
-        digest: of the runs and their changes. If the same SCAN finds something else, all of it is returned, so that no
-            run is missed.
-        returned: how many of them have been returned.
-    """
-
-    size: int
-    digest: int
-    returned: int
-
-
-class Position(NamedTuple):
-    """The position of a listing.
-
-    Attributes:
-        scan_cursor: where to continue.
-        scanned: the number of keys scanned.
-        shard: the server's name.
-        rest: what is left of the runs after `scan_cursor`; None: nothing of them has been returned.
-    """
-
-    scan_cursor: bytes
-    scanned: int
-    shard: str
-    rest: Rest | None = None
-
-    @property
-    def cursor(self) -> str:
-        """The cursor that callers receive; opaque to them."""
-        rest = "" if self.rest is None else "-".join(map(str, ("", *self.rest)))
-        return f"{self.scan_cursor.decode()}-{self.scanned}-{self.shard}{rest}"
-
-
 class ScanPage(NamedTuple):
     """What one SCAN found.
 
     Attributes:
         run_ids: the runs, in the order of their ids.
-        at: the position of this page.
-        next: the position of the next page; None: this is the last.
-        progress: the scanned part of the keys of all servers, from 0 to 1.
+        cursor: of the next page; "0" after the last page of this server.
         now: the server's clock.
     """
 
     run_ids: list[bytes]
-    at: Position
-    next: Position | None
-    progress: float
+    cursor: bytes
     now: datetime
 
 
 def scan_page(
-    context: Context,
-    operation: str,
-    shards: list[Shard],
-    position: Position | None,
-    run_id_prefix: bytes,
-    count: int,
+    context: Context, operation: str, shard: Shard, cursor: bytes, run_id_prefix: bytes, count: int
 ) -> Workflow[ScanPage]:
-    """Scans `count` keys of one server, from a position on, and finds the runs among them."""
-    names = [shard.name for shard in shards]
-    # If a server has left the cluster, continue with the next one, in the order of their names.
-    index = 0 if position is None else next((i for i, name in enumerate(names) if name >= position.shard), None)
-    if index is None:
-        return ScanPage([], Position(b"0", 0, ""), None, 1.0, moment(0))
-    shard = shards[index]
-    here = position if position is not None and position.shard == shard.name else Position(b"0", 0, shard.name)
+    """Scans `count` keys of one server, from a cursor on ("0" for the first page), and finds the runs among them."""
 
-    def parse(reply: Reply) -> Reply:
-        return reply[2:]
+    def parse(reply: Reply) -> ScanPage:
+        run_ids = sorted(set(_runs_of(context, reply[3], run_id_prefix)))
+        return ScanPage(run_ids, reply[2], moment(int(reply[4])))
 
-    args = (new_nonce(), here.scan_cursor, context.keys.pattern(run_id_prefix), b"%d" % count)
-    reply: Reply = yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse, part_of=operation))
-    scan_cursor, keys, total, now = reply
-    run_ids = sorted(set(_runs_of(context, keys, run_id_prefix)))
-    scanned = here.scanned + count
-    if scan_cursor != b"0":
-        after: Position | None = Position(scan_cursor, scanned, shard.name)
-        progress = (index + min(scanned / max(total, 1), 1.0)) / len(shards)
-    else:
-        after = Position(b"0", 0, names[index + 1]) if index + 1 < len(names) else None
-        progress = (index + 1) / len(shards)
-    return ScanPage(run_ids, here._replace(rest=None), after, progress, moment(int(now)))
+    args = (new_nonce(), cursor, context.keys.pattern(run_id_prefix), b"%d" % count)
+    return (yield Send(Call(None, script("scan_runs"), (shard.key,), args, parse, part_of=operation)))
 
 
 def _runs_of(context: Context, keys: list[bytes], run_id_prefix: bytes) -> Iterator[bytes]:
@@ -144,14 +78,3 @@ def find_shards(context: Context) -> Workflow[list[Shard]]:
         name = next((name for slots, name in owners if slot in slots), "")
         found.setdefault(name, bucket)
     return [Shard(name, key) for name, key in sorted(found.items())]
-
-
-def parse_cursor(cursor: object) -> Position | None:
-    """Returns the position of a cursor that a caller passed; None for the first page."""
-    if cursor is None:
-        return None
-    match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
-    if match is None:
-        raise InvalidArgumentError("cursor", f"must be the cursor of another page, not {described(cursor)}")
-    rest = None if match[4] is None else Rest(*map(int, match.groups()[3:]))
-    return Position(match[1].encode(), int(match[2]), match[3], rest)

@@ -13,6 +13,7 @@ from squidstep_redis.protocol.arguments import Name, RunId, Step, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
+from squidstep_redis.protocol.labels import Labels
 from squidstep_redis.protocol.scripts import script
 
 
@@ -31,6 +32,7 @@ def schedule_step(
     input: Mapping[str, Any],
     *,
     fingerprint: Fingerprint | None = None,
+    labels: Labels | None = None,
 ) -> Call[ScheduleResult]:
     """Creates a pending record for a step that has none. A later begin_step does not replace this input.
 
@@ -45,6 +47,8 @@ def schedule_step(
             what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
             control characters: that itself; False: nothing; None: the store's setting. If the step has another
             fingerprint, the call is refused.
+        labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
+            `runs` finds it; None: none. A run that exists keeps its own.
 
     Returns:
         `(step_run, "schedule")`, or `(step_run, "skip")` with the existing record. In a cancelled run a step without a
@@ -76,12 +80,17 @@ def schedule_step(
         decision = "schedule" if reply[0] == b"schedule" else "skip"
         return ScheduleResult(context.records.record(run.text, name.text, values, run.keys.steps), decision)
 
-    args = (created_by, context.run_ttl_ms, name.data, data, *((printed,) if printed else ()))
+    args = (created_by, context.new_run(labels), name.data, data, *((printed,) if printed else ()))
     return Call(run.text, script("schedule_step"), run.keys[:2], args, parse, step=name.text)
 
 
 def schedule_steps(
-    context: Context, run_id: RunId, steps: StepInputs, *, fingerprint: Fingerprint | None = None
+    context: Context,
+    run_id: RunId,
+    steps: StepInputs,
+    *,
+    fingerprint: Fingerprint | None = None,
+    labels: Labels | None = None,
 ) -> Call[list[str]]:
     """Creates pending records for those of many steps that have none: all of them or, on an error, none.
 
@@ -95,6 +104,8 @@ def schedule_steps(
             the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
             has another fingerprint, the call is refused.
+        labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
+            `runs` finds it; None: none. A run that exists keeps its own.
 
     Returns:
         The newly scheduled steps, in the given order; none if the run is cancelled.
@@ -115,7 +126,7 @@ def schedule_steps(
             raise mismatch(run.text, given.step.text, given.fingerprint, reply)
         return [inputs[int(position)].step.text for position in sorted(reply[2:])]
 
-    args = (new_token()[:8], context.run_ttl_ms, *to_schedule(inputs))
+    args = (new_token()[:8], context.new_run(labels), *to_schedule(inputs))
     return Call(run.text, script("schedule_steps"), run.keys[:2], args, parse)
 
 

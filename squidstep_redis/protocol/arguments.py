@@ -123,20 +123,21 @@ def _known_owner(value: str) -> bytes:
 
 
 def _owner(value: object) -> bytes:
-    return _without_controls("owner", value, MAX_OWNER_BYTES)
+    return without_controls("owner", value, MAX_OWNER_BYTES)
 
 
 def fingerprint(value: object) -> bytes:
     """Returns a fingerprint: an identifier without control characters, because terminals show it."""
-    return _without_controls("fingerprint", value, MAX_FINGERPRINT_BYTES)
+    return without_controls("fingerprint", value, MAX_FINGERPRINT_BYTES)
 
 
 def reason(value: object) -> bytes:
     """Returns a reason: None, or a text without control characters, because terminals show it."""
-    return b"" if value is None else _without_controls("reason", value, MAX_IDENTIFIER_BYTES)
+    return b"" if value is None else without_controls("reason", value, MAX_IDENTIFIER_BYTES)
 
 
-def _without_controls(argument: str, value: object, max_bytes: int) -> bytes:
+def without_controls(argument: str, value: object, max_bytes: int) -> bytes:
+    """Returns an identifier without control characters, because terminals show it."""
     name = identifier(argument, value, max_bytes)
     if has_controls(name.text):
         raise InvalidArgumentError(argument, f"must not contain control characters: {described(value)}")

@@ -73,6 +73,10 @@ class Keys:
         """Returns the index of failed steps of every bucket."""
         return [bucket + b"failed" for bucket in self._buckets]
 
+    def runs(self) -> list[bytes]:
+        """Returns the index of runs of every bucket."""
+        return [bucket + b"runs" for bucket in self._buckets]
+
     def pattern(self, run_id_prefix: bytes) -> bytes:
         """Returns the SCAN pattern for the steps keys of the runs whose id has this prefix."""
         prefix, begins = (_GLOB.sub(rb"\\\g<0>", part) for part in (self._prefix, run_id_prefix))
@@ -99,6 +103,15 @@ def parse_member(member: bytes) -> tuple[bytes, bytes] | None:
     if not all(_is_identifier(name) for name in (run, step)):
         return None
     return run, step
+
+
+def run_of_member(member: bytes) -> tuple[bytes, bytes]:
+    """Returns the run, and its labels as they are stored, that a member of the index of runs names.
+
+    `list_runs` returns no other members than those that squidstep_redis would write.
+    """
+    length, _, rest = member.partition(b":")
+    return rest[: int(length)], rest[int(length) + 1 :]
 
 
 def _is_identifier(name: bytes) -> bool:

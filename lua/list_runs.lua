@@ -1,0 +1,81 @@
+-- list_runs: lists runs of one bucket, newest first, or counts them.
+--
+-- KEYS  1 runs    sorted set  the runs of the bucket, by the time of their creation
+-- ARGV  1 nonce   of this call, echoed
+--       2 newest  ms  of the first run to look at, or "+inf"
+--       3 skip    how many runs of exactly that time to skip
+--       4 oldest  ms  of the last run to look at, or "-inf"
+--       5 limit   or "0"  only count, also the entries of runs that are gone
+--       6 prefix  of the run ids, or ""
+--       7 label, …  "<name>=<value>": only runs with all of them
+-- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}}  newest and skip are of the next call; newest is "" after the last
+-- Writes only hints: it drops entries of runs that are gone or have other labels.
+
+-- include record
+-- include runs
+
+local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local FIRST_LABEL = 7
+local MAX_SCANNED = 1000 -- entries of one call, to bound the time
+local bucket = string.sub(index, 1, -5)
+
+if limit == 0 and prefix == "" and not ARGV[FIRST_LABEL] then
+  local count = redis.pcall("ZCOUNT", index, oldest, newest)
+  return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {} }
+end
+
+local function is_wanted(run_id, labels)
+  if string.sub(run_id, 1, #prefix) ~= prefix then
+    return false
+  end
+  for position = FIRST_LABEL, #ARGV do
+    if not string.find("\n" .. labels .. "\n", "\n" .. ARGV[position] .. "\n", 1, true) then
+      return false
+    end
+  end
+  return true
+end
+
+-- Whether an entry is of a run that is gone, or had other labels. EXISTS gets two keys: while a slot migrates, the server
+-- then refuses it if one of them may be on the other server.
+local function is_stale(run_id, labels)
+  local steps = bucket .. run_id .. ":steps"
+  if redis.pcall("EXISTS", index, steps) == 1 then
+    return true
+  end
+  local stored = redis.pcall("HGET", steps, "l")
+  return type(stored) ~= "table" and (stored or "") ~= labels
+end
+
+local found, count, scanned, page = {}, 0, 0, nil
+local is_selective = prefix ~= "" or ARGV[FIRST_LABEL]
+local size = (is_selective or limit == 0) and 200 or math.min(limit, MAX_SCANNED)
+repeat
+  page = redis.pcall("ZREVRANGEBYSCORE", index, newest, oldest, "WITHSCORES", "LIMIT", skip, size)
+  if page.err then
+    return failed_call(index, page)
+  end
+  for position = 1, #page, 2 do
+    local member, ms = page[position], page[position + 1]
+    newest, skip = ms, ms == newest and skip + 1 or 1
+    local run_id, labels = parse_run_member(member)
+    if not run_id or limit > 0 and is_wanted(run_id, labels) and is_stale(run_id, labels) then
+      if type(redis.pcall("ZREM", index, member)) == "number" then
+        skip = skip - 1
+      end
+    elseif is_wanted(run_id, labels) then
+      count = count + 1
+      if limit > 0 then
+        found[#found + 1], found[#found + 2] = member, ms
+      end
+      if count == limit then
+        return { "runs", nonce, newest, skip, count, found }
+      end
+    end
+  end
+  scanned = scanned + #page / 2
+until #page < 2 * size or scanned >= MAX_SCANNED
+if #page < 2 * size then
+  newest = ""
+end
+return { "runs", nonce, newest, skip, count, found }

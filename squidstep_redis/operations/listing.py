@@ -1,0 +1,182 @@
+"""The operations that list and count runs by the index of their creation."""
+
+from __future__ import annotations
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Sequence
+from datetime import datetime
+from math import ceil
+from typing import Final
+
+from squidstep_redis.errors import InvalidArgumentError, described
+from squidstep_redis.model import StepStatus
+from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.reads import MAX_LIMIT
+from squidstep_redis.operations.run_index import Bucket, Entry, Position, Selection, load
+from squidstep_redis.operations.runs import checked_status, scan_runs
+from squidstep_redis.protocol import arguments
+from squidstep_redis.protocol.labels import Labels, labels_data
+from squidstep_redis.protocol.workflow import Workflow
+from squidstep_redis.summaries import RunPage, RunSummary
+
+_CURSOR: Final = re.compile(r"(\d{1,15})-([\w-]{1,700}={0,2})")
+_MAX_EXAMINED: Final = 5_000  # runs that are read for one page
+_MAX_READ: Final = 500  # runs that are read at once, if most of them may not be wanted
+
+
+def runs(
+    context: Context,
+    *,
+    labels: Labels | None = None,
+    status: StepStatus | str | None = None,
+    run_id_prefix: str = "",
+    since: datetime | None = None,
+    until: datetime | None = None,
+    limit: int = 100,
+    cursor: str | None = None,
+) -> Workflow[RunPage]:
+    """Lists runs, newest first by the time of their creation, one page at a time.
+
+    Usually two round trips per server: one reads the index of each of 1,024 buckets, one reads the runs of the page. A
+    run that has more than 500 fields needs one more for each 500 of them. A filter needs one more for every
+    thousand runs in the largest bucket. The entries of runs that have expired are dropped from the index.
+
+    The next page continues where this one ends, even if runs were created, deleted or changed in between.
+
+    Args:
+        labels: only runs with all of these labels, a dict of str by name; None: all runs.
+        status: only runs with at least one step of this status; None: all runs.
+        run_id_prefix: only runs whose id has this prefix; empty: all runs.
+        since: only runs created at or after this time, a datetime with a time zone; None: all runs.
+        until: only runs created before this time, a datetime with a time zone; None: all runs.
+        limit: how many runs a page has at most, from 1 to 1,000. With `status` it may have fewer, even none: a page
+            ends after 5,000 runs.
+        cursor: `cursor` of the previous page; None: the first page.
+
+    Returns:
+        The page, and the cursor of the next one: None after the last.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: an index key has a value of another type.
+        ServerError: the server or the connection failed.
+    """
+    selection = _selection(labels, run_id_prefix, since, until)
+    full = arguments.integer("limit", limit, MAX_LIMIT)
+    return _list(context, selection, checked_status(status), full, _parse_cursor(cursor))
+
+
+def count_runs(
+    context: Context,
+    *,
+    labels: Labels | None = None,
+    run_id_prefix: str = "",
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Workflow[int]:
+    """Counts runs.
+
+    One round trip per server, of 1,024 small calls; with `labels` or `run_id_prefix`, one more for every thousand runs in
+    the largest of the 1,024 buckets. A run that has expired is counted until its entry is dropped from the index: by
+    `runs`, or by a later run that expires.
+
+    Args:
+        labels: only runs with all of these labels, a dict of str by name; None: all runs.
+        run_id_prefix: only runs whose id has this prefix; empty: all runs.
+        since: only runs created at or after this time, a datetime with a time zone; None: all runs.
+        until: only runs created before this time, a datetime with a time zone; None: all runs.
+
+    Returns:
+        The count.
+
+    Raises:
+        InvalidArgumentError: an argument was rejected before anything was sent.
+        CorruptRunError: an index key has a value of another type.
+        ServerError: the server or the connection failed.
+    """
+    return _count(context, _selection(labels, run_id_prefix, since, until))
+
+
+def _count(context: Context, selection: Selection) -> Workflow[int]:
+    buckets = [Bucket(key, selection, None, 0) for key in context.keys.runs()]
+    incomplete = buckets
+    while incomplete:
+        yield from load(incomplete, "count_runs")
+        incomplete = [each for each in incomplete if each.loaded_to is not None]
+    return sum(each.count for each in buckets)
+
+
+def _list(
+    context: Context, selection: Selection, status: StepStatus | None, full: int, after: Position | None
+) -> Workflow[RunPage]:
+    # The newest runs are spread over the buckets, so a page usually needs only a few entries of each.
+    size = min(_MAX_READ if status else 4 + full // 250, MAX_LIMIT)
+    buckets = [Bucket(key, selection, after, size) for key in context.keys.runs()]
+    incomplete = buckets
+    found: list[RunSummary] = []
+    examined = 0
+    while incomplete:
+        yield from load(incomplete, "runs")
+        # Runs that are older than the part of a bucket that is loaded may be older than runs that are not loaded.
+        settled_to = min((each.loaded_to for each in buckets if each.loaded_to is not None), default=None)
+        settled = sorted(entry for each in buckets for entry in each.take(settled_to))
+        while settled:
+            room = full - len(found)
+            chunk, settled = _split(settled, room if status is None else _MAX_READ)
+            for entry, summary in (yield from _read(context, chunk)):
+                if status is None or summary.counts[status] > 0:
+                    found.append(summary)
+                    if len(found) == full:
+                        is_last = entry is chunk[-1] and not settled and settled_to is None
+                        return RunPage(found, None if is_last else _cursor(entry.position))
+            examined += len(chunk)
+            if examined >= _MAX_EXAMINED and (settled or settled_to is not None):
+                return RunPage(found, _cursor(chunk[-1].position))
+        incomplete = [each for each in buckets if each.loaded_to is not None and each.loaded_to == settled_to]
+    return RunPage(found, None)
+
+
+def _split(entries: Sequence[Entry], size: int) -> tuple[Sequence[Entry], Sequence[Entry]]:
+    return entries[:size], entries[size:]
+
+
+def _read(context: Context, entries: Sequence[Entry]) -> Workflow[list[tuple[Entry, RunSummary]]]:
+    """Reads the runs of some entries; omits those that are gone."""
+    scans = yield from scan_runs(context, "runs", [entry.position[1] for entry in entries])
+    by_id = {scan.run_id: scan for scan in scans}
+    return [
+        (entry, scan.summary())
+        for entry in entries
+        # Of a run that was created again, an entry with its former labels may remain.
+        if (scan := by_id.get(entry.position[1].decode())) and (scan.problem or scan.labels == entry.labels)
+    ]
+
+
+def _selection(labels: object, run_id_prefix: str, since: object, until: object) -> Selection:
+    """Checks the arguments."""
+    lines = labels_data(labels)
+    first, end = arguments.moment_ms("since", since), arguments.moment_ms("until", until)
+    return Selection(
+        None if end is None else ceil(end) - 1,
+        None if first is None else ceil(first),
+        (arguments.run_id_prefix(run_id_prefix), *(lines.split(b"\n") if lines else ())),
+    )
+
+
+def _cursor(position: Position) -> str:
+    return f"{-position[0]}-{urlsafe_b64encode(position[1]).decode()}"
+
+
+def _parse_cursor(cursor: object) -> Position | None:
+    """Returns the position of a cursor that a caller passed; None for the first page."""
+    if cursor is None:
+        return None
+    match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
+    try:
+        if match is None:
+            raise ValueError
+        return -int(match[1]), urlsafe_b64decode(match[2])
+    except ValueError:
+        problem = f"must be the cursor of another page, not {described(cursor)}"
+        raise InvalidArgumentError("cursor", problem) from None

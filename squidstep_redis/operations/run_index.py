@@ -1,0 +1,120 @@
+"""The index of runs by the time of their creation: one sorted set for each bucket, which is read in parts."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.reads import MAX_LIMIT, pairs
+from squidstep_redis.protocol.call import Call, Reply, new_nonce
+from squidstep_redis.protocol.keys import run_of_member
+from squidstep_redis.protocol.scripts import script
+from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
+
+_GROWTH: Final = 8  # each further part of a bucket's index is this many times as large
+
+Position = tuple[int, bytes]  # minus the time of the run's creation in milliseconds, and the run: ascending
+
+
+class Entry(NamedTuple):
+    """A run in the index."""
+
+    position: Position
+    labels: bytes
+
+
+class Selection(NamedTuple):
+    """Which runs are listed or counted, as it is sent.
+
+    Attributes:
+        newest: when the newest of them was created, in milliseconds; None: any time.
+        oldest: when the oldest of them was created.
+        filters: the prefix of the run ids, and the labels.
+    """
+
+    newest: int | None
+    oldest: int | None
+    filters: tuple[bytes, ...]
+
+
+ALL: Final = Selection(None, None, (b"",))
+
+
+class Bucket:
+    """The index of one bucket, as far as it is loaded.
+
+    Attributes:
+        count: how many runs were counted or listed.
+    """
+
+    __slots__ = ("_after", "_entries", "_key", "_newest", "_selection", "_size", "_skip", "count")
+
+    def __init__(self, key: bytes, selection: Selection, after: Position | None, size: int) -> None:
+        """Set up a bucket of which nothing is loaded.
+
+        Args:
+            key: of the index.
+            selection: which runs.
+            after: only runs after this position; None: all.
+            size: how many to list at first; 0: count.
+        """
+        self._key = key
+        self._selection = selection
+        self._after = after
+        self._size = size
+        self._skip = b"0"
+        self._entries: list[Entry] = []
+        self.count = 0
+        # Where the next part begins; None: there is none.
+        limits = [ms for ms in (selection.newest, None if after is None else -after[0]) if ms is not None]
+        self._newest: bytes | None = b"%d" % min(limits) if limits else b"+inf"
+
+    def call(self, operation: str) -> Call[Reply]:
+        """Reads the next part."""
+        oldest = b"-inf" if self._selection.oldest is None else b"%d" % self._selection.oldest
+        args = (new_nonce(), self._newest or b"", self._skip, oldest, b"%d" % self._size, *self._selection.filters)
+        return Call(None, script("list_runs"), (self._key,), args, _without_words, part_of=operation)
+
+    def load(self, part: Reply) -> None:
+        """Adds a part that was read."""
+        newest, skip, count, entries = part
+        self._newest, self._skip = newest or None, b"%d" % int(skip)
+        self.count += int(count)
+        self._size = min(_GROWTH * self._size, MAX_LIMIT)
+        for member, ms in pairs(entries):
+            run_id, labels = run_of_member(member)
+            position = (-int(float(ms)), run_id)
+            if self._after is None or position > self._after:
+                self._entries.append(Entry(position, labels))
+
+    @property
+    def loaded_to(self) -> int | None:
+        """Minus the time of the last run that may be loaded in part; None if all are loaded."""
+        return None if self._newest is None else -int(float(self._newest))
+
+    def take(self, settled_to: int | None) -> list[Entry]:
+        """Removes and returns the loaded runs that are newer than that; None: all of them."""
+        taken = [each for each in self._entries if settled_to is None or each.position[0] < settled_to]
+        self._entries = self._entries[len(taken) :]
+        return taken
+
+
+def load(buckets: list[Bucket], operation: str) -> Workflow[None]:
+    """Reads the next part of each bucket, in one round trip per server."""
+    parts = raise_first_error((yield SendBatch([each.call(operation) for each in buckets])))
+    for each, part in zip(buckets, parts, strict=True):
+        each.load(part)
+
+
+def drop_stale_runs(context: Context) -> Workflow[None]:
+    """Drops the entries of runs that are gone. One round trip per server for every thousand runs in the largest bucket."""
+    incomplete = [Bucket(key, ALL, None, MAX_LIMIT) for key in context.keys.runs()]
+    while incomplete:
+        yield from load(incomplete, "purge")
+        incomplete = [each for each in incomplete if each.loaded_to is not None]
+        for each in incomplete:
+            each.take(None)
+
+
+def _without_words(reply: Reply) -> Reply:
+    return reply[2:]
