@@ -103,6 +103,7 @@ if state then
 end
 refusal = complete_first()
 @RETURN_REFUSAL
+-- include new_run
 -- include claim
 local line = claim(token, step, "s" .. step, input, fingerprint)
 if run.cancelled then

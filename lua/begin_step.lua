@@ -64,6 +64,7 @@ end
 -- general path
 -- include record
 -- include run
+-- include new_run
 -- include group
 
 local failed = KEYS[4]
@@ -72,6 +73,7 @@ local positions, fields = steps_of_call(2, MORE + 1, fingerprint == "" and 3 or 
 local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 local now = now_ms()
+set_up(run, ARGV[7] or "")
 
 local function fingerprint_of(index)
   return (fingerprint == "" or index == 1) and fingerprint or ARGV[positions[index] + 2]

@@ -25,6 +25,7 @@ if run.exists then
 end
 @CHECK_INDEXES(claims, failed)
 run.created, run.completed = ARGV[4], ARGV[5]
+set_up(run, ARGV[3])
 local fields = FIRST + run.completed
 local states = {}
 for position = fields, #ARGV, 2 do
@@ -40,7 +41,7 @@ for position = fields, #ARGV, 2 do
 end
 
 local now = now_ms()
-refusal = create_run(run, steps, ARGV[3], now)
+refusal = enter_if_new(run, steps, now)
 @RETURN_REFUSAL
 for _, state in ipairs(states) do
   local started = state.created + (tonumber(state.started) or 0)

@@ -15,11 +15,11 @@
 -- include runs
 
 local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local FIRST_LABEL = 7
+local FIRST = 7
 local MAX_SCANNED = 1000 -- entries of one call, to bound the time
 local bucket = string.sub(index, 1, -5)
 
-if limit == 0 and prefix == "" and not ARGV[FIRST_LABEL] then
+if limit == 0 and prefix == "" and not ARGV[FIRST] then
   local count = redis.pcall("ZCOUNT", index, oldest, newest)
   return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {} }
 end
@@ -28,7 +28,7 @@ local function is_wanted(run_id, labels)
   if string.sub(run_id, 1, #prefix) ~= prefix then
     return false
   end
-  for position = FIRST_LABEL, #ARGV do
+  for position = FIRST, #ARGV do
     if not string.find("\n" .. labels .. "\n", "\n" .. ARGV[position] .. "\n", 1, true) then
       return false
     end
@@ -48,7 +48,7 @@ local function is_stale(run_id, labels)
 end
 
 local found, count, scanned, page = {}, 0, 0, nil
-local is_selective = prefix ~= "" or ARGV[FIRST_LABEL]
+local is_selective = prefix ~= "" or ARGV[FIRST]
 local size = (is_selective or limit == 0) and 200 or math.min(limit, MAX_SCANNED)
 repeat
   page = redis.pcall("ZREVRANGEBYSCORE", index, newest, oldest, "WITHSCORES", "LIMIT", skip, size)

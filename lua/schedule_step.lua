@@ -26,7 +26,8 @@ if not state and run.cancelled then
 end
 if not state then
   local now = now_ms()
-  refusal = create_run(run, steps, ARGV[2], now)
+  set_up(run, ARGV[2])
+  refusal = enter_if_new(run, steps, now)
   @RETURN_REFUSAL
   run.created = run.created + 1
   local line = @PENDING_LINE(nonce, now, run.created)

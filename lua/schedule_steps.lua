@@ -30,7 +30,8 @@ if run.cancelled then
 end
 if #missing > 0 then
   local now = now_ms()
-  refusal = create_run(run, steps, ARGV[2], now)
+  set_up(run, ARGV[2])
+  refusal = enter_if_new(run, steps, now)
   @RETURN_REFUSAL
   write_pending(run, steps, missing, width, nonce, now)
   redis.call("HSET", steps, "r", format_run(run))

@@ -22,7 +22,7 @@ from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
 from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import RunId, RunIdOf, Seconds, Step
+from squidstep_redis.protocol.arguments import Labels, LabelsOf, RunId, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
@@ -146,6 +146,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: Labels | None = None,
         cancel_when_lost: bool = False,
         cancel_with_run: bool = False,
     ) -> dict[str, Any]:
@@ -163,6 +164,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                 on_busy=on_busy,
                 owner=owner,
                 fingerprint=fingerprint,
+                labels=labels,
                 cancel_when_lost=cancel_when_lost,
                 cancel_with_run=cancel_with_run,
             )
@@ -197,6 +199,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: Labels | None = None,
         cancel_when_lost: bool = False,
         cancel_with_run: bool = False,
     ) -> AsyncClaim:
@@ -211,6 +214,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             on_busy=on_busy,
             owner=owner,
             fingerprint=fingerprint,
+            labels=labels,
         )
         return AsyncClaim(self, self._transport, request, cancel_when_lost, cancel_with_run, self._per_loop)
 
@@ -228,6 +232,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: LabelsOf | None = None,
         exclude: tuple[str, ...] = (),
     ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
         from squidstep_redis.functions.decorators import asyncio_step  # noqa: PLC0415 -- only decorators need it
@@ -242,7 +247,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             owner=owner,
             fingerprint=fingerprint,
         )
-        return asyncio_step(self, name, run_id, exclude, settings)
+        return asyncio_step(self, name, run_id, exclude, settings, labels)
 
     @with_docs_of(StepRunStore.run)
     def run(
@@ -256,6 +261,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: Labels | None = None,
         exclude: tuple[str, ...] = (),
     ) -> AsyncRun:
         from squidstep_redis.functions.runs import AsyncRun  # noqa: PLC0415 -- only calls of functions need it
@@ -269,6 +275,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             on_busy=on_busy,
             owner=owner,
             fingerprint=fingerprint,
+            labels=labels,
         )
         return AsyncRun(self, run_id, exclude, settings)
 

@@ -1,9 +1,10 @@
-"""Docstrings that blocking and asyncio methods share."""
+"""Docstrings that methods share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,6 +26,24 @@ def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[
 
     def decorate(method: F) -> F:
         method.__doc__ = doc
+        return method
+
+    return decorate
+
+
+def with_arguments_of(original: Callable[..., Any]) -> Callable[[F], F]:
+    """Gives a docstring without a section `Args` that of another method, as far as the method has these arguments.
+
+    Args:
+        original: the other method.
+    """
+    section = (original.__doc__ or "").partition("        Args:\n")[2].partition("\n\n")[0] + "\n"
+    described = re.findall(r"^( {12}(\w+): .*\n(?: {13,}.*\n)*)", section, re.MULTILINE)
+
+    def decorate(method: F) -> F:
+        names = signature(method).parameters
+        lines = "".join(text for text, name in described if name in names)
+        method.__doc__ = (method.__doc__ or "").replace("        Returns:", f"        Args:\n{lines}\n        Returns:")
         return method
 
     return decorate

@@ -13,11 +13,12 @@ from squidstep_redis.claims.claim import Claim
 from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.heartbeat import end_heartbeat
 from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
+from squidstep_redis.docstrings import with_arguments_of
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
 from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import RunId, RunIdOf, Seconds, Step
+from squidstep_redis.protocol.arguments import Labels, LabelsOf, RunId, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
@@ -139,6 +140,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: Labels | None = None,
     ) -> dict[str, Any]:
         """Executes a step once across all deliveries, and returns its stored output from then on.
 
@@ -175,6 +177,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
                 control characters: that itself; False: nothing; None: the store's setting. If the step has another
                 fingerprint, the call is refused.
+            labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
+                `runs` finds it; None: none. A run that exists keeps its own.
 
         Returns:
             The stored output.
@@ -206,6 +210,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 on_busy=on_busy,
                 owner=owner,
                 fingerprint=fingerprint,
+                labels=labels,
             )
             try:
                 with claim:
@@ -220,6 +225,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                     raise
                 claim.raise_unless_taken_over(error)
 
+    @with_arguments_of(run_step)
     def claim_step(
         self,
         run_id: RunId,
@@ -233,34 +239,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: Labels | None = None,
     ) -> Claim:
         """Returns a `with` block that holds the claim on a step: `run_step` for code that is not one function.
 
         Nothing is sent before the block is entered. Inside it, look at `claim.decision`: on "execute" do the work and
         call `claim.complete(output)`; on "skip" the step is already completed, and `claim.output` has the output. An
         exception that leaves the block is recorded with `fail_step`. Entering the block raises what `run_step` raises.
-
-        Args:
-            run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-            step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
-                str, else its name).
-            input: the step's input, a dict. It is stored unless the step was scheduled with its own.
-            lease: seconds, or a timedelta, after which another worker may take over from one that is dead or hangs;
-                None: never. A heartbeat extends it meanwhile.
-            max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
-            permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step
-                has failed permanently.
-            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
-                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
-                after RetryLater. None: the step can be claimed at once.
-            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
-                "wait" until it is completed or can be claimed (polling at most once a second).
-            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
-                `host:pid`.
-            fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
-                what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
-                control characters: that itself; False: nothing; None: the store's setting. If the step has another
-                fingerprint, the call is refused.
 
         Returns:
             The claim.
@@ -279,6 +264,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             on_busy=on_busy,
             owner=owner,
             fingerprint=fingerprint,
+            labels=labels,
         )
         return Claim(self, self._transport, request)
 
@@ -295,6 +281,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: LabelsOf | None = None,
         exclude: tuple[str, ...] = (),
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """Returns a decorator that makes a function a step: it is executed once for each run id.
@@ -328,6 +315,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
                 without control characters: that itself; False: nothing; None: the store's setting. If the step has
                 another fingerprint, the call is refused.
+            labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over
+                the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
+                dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is
+                None, there is no such label. A run that exists keeps its own labels.
             exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
                 fingerprint. When the step is executed, the function receives them as given in this call. A `run_id`
                 format string must not name them; a `run_id` function receives them.
@@ -339,8 +330,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         Raises:
             InvalidArgumentError: an argument was rejected, when the function is decorated: also a `run_id` that names
                 something that is not a parameter of the function, or a parameter whose default is None; a name in
-                `exclude` that is not a parameter; a function as `run_id`, `backoff` or `fingerprint` that cannot be
-                called with what it is given; a coroutine function on a StepRunStore, a plain function on an
+                `exclude` that is not a parameter; a function as `run_id`, `backoff`, `fingerprint` or `labels` that
+                cannot be called with what it is given; a coroutine function on a StepRunStore, a plain function on an
                 AsyncStepRunStore, and a generator function on both.
         """
         from squidstep_redis.functions.decorators import blocking_step  # noqa: PLC0415 -- only decorators need it
@@ -355,7 +346,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             owner=owner,
             fingerprint=fingerprint,
         )
-        return blocking_step(self, name, run_id, exclude, settings)
+        return blocking_step(self, name, run_id, exclude, settings, labels)
 
     def run(
         self,
@@ -368,6 +359,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         on_busy: OnBusy = "raise",
         owner: str | None = None,
         fingerprint: Fingerprint | None = None,
+        labels: Labels | None = None,
         exclude: tuple[str, ...] = (),
     ) -> Run:
         """Returns an object that calls functions as the steps of one run: `store.run("order-7").call("pay", pay, 3)`.
@@ -393,6 +385,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
                 without control characters: that itself; False: nothing; None: the store's setting. If the step has
                 another fingerprint, the call is refused.
+            labels: labels of the run if one of these steps creates it, a dict of up to 8 str of up to 64 bytes by name,
+                by which `runs` finds it; None: none. A run that exists keeps its own.
             exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
                 fingerprint: those of the called functions that have such a parameter. When a step is executed, its
                 function receives them as given in this call.
@@ -414,6 +408,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             on_busy=on_busy,
             owner=owner,
             fingerprint=fingerprint,
+            labels=labels,
         )
         return Run(self, run_id, exclude, settings)
 

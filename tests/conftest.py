@@ -138,7 +138,7 @@ STARTERS = {
 
 # These read an index of all runs: 1,024 scripts, for which fakeredis takes half a second. On fakeredis, the blocking
 # store is enough for them: both stores send the same scripts, and other tests send each operation through both.
-ACROSS_RUNS = {"count_claims", "failed_steps", "lapsed_claims", "live_claims", "purge"}
+ACROSS_RUNS = {"count_claims", "count_runs", "failed_steps", "lapsed_claims", "live_claims", "purge", "runs"}
 
 
 # On a cluster, an asyncio store differs from the others in its transport only. These directories test that.

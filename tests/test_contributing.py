@@ -22,6 +22,7 @@ OTHER_SCRIPTS = {
     "begin_steps": "begin_step",
     "complete_steps": "complete_step",
     "count_failed": "count_claims",
+    "count_runs": "list_runs",
     "expire_claim": "extend_claim",
     "explain_run": "attempts",
     "explain_step": "attempts",
@@ -31,7 +32,7 @@ OTHER_SCRIPTS = {
     "live_claims": "list_index",
     "purge": "purge_run",
     "retry_run": "retry_step",
-    "runs": "scan_runs",
+    "runs": "list_runs",
     "wait_for_step": "await_step",
 }
 # Operations outside the sequential specification in tests/support/model.py, and the reason.
@@ -39,6 +40,7 @@ NOT_IN_MODEL = {
     "batch": "its calls are in the model",
     "begin_steps": "begin_step of each step: test_groups.py",
     "complete_steps": "complete_step of each step: test_groups.py",
+    "count_runs": "has its own tests: runs/test_run_index.py",
     "count_failed": "the size of failed_steps: runs/test_indexes.py",
     "count_claims": "the sizes of leased_claims and lapsed_claims",
     "expire_claim": "extend_claim with no lease left",
@@ -50,7 +52,7 @@ NOT_IN_MODEL = {
     "purge": "has its own tests: test_listing.py",
     "retry_run": "retry_step of each failed step",
     "summarize_run": "has its own tests: contract/test_cancel.py",
-    "runs": "has its own tests: test_listing.py",
+    "runs": "has its own tests: runs/test_run_index.py",
     "scan_steps": "get_run in pages",
     "wait_for_step": "get_step_run after a pause: test_waiting.py",
 }

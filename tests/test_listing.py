@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -28,9 +29,7 @@ def every_run(store: StepRunStore, **options: Any) -> list[RunSummary]:
     while True:
         found += page.runs
         if page.cursor is None:
-            assert page.progress == 1.0
             return found
-        assert 0 <= page.progress <= 1.0
         page = store.runs(cursor=page.cursor, **options)
         pages += 1
         assert pages < 1_000
@@ -38,12 +37,6 @@ def every_run(store: StepRunStore, **options: Any) -> list[RunSummary]:
 
 def counts(**counted: int) -> dict[StepStatus, int]:
     return {status: counted.get(status, 0) for status in StepStatus}
-
-
-def wait_one_millisecond(bench: Bench) -> None:
-    """Waits for the next millisecond of the server's clock."""
-    now = int(bench.backend.now() * 1_000)
-    wait_until(lambda: int(bench.backend.now() * 1_000) > now)
 
 
 def age(bench: Bench) -> None:
@@ -54,7 +47,7 @@ def age(bench: Bench) -> None:
 
 class TestRuns:
     def test_empty_store_has_no_runs(self, store: StepRunStore) -> None:
-        assert store.runs() == ([], None, 1.0)
+        assert store.runs() == ([], None)
 
     def test_summary_has_counts_and_the_time_of_the_newest_change(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_steps("scheduled", {"a": {}, "b": {}})
@@ -75,27 +68,6 @@ class TestRuns:
         for run, summary in found.items():
             changes = [each.ended_at or each.started_at or each.created_at for each in store.get_run(run)]
             assert summary.changed_at == max(changes)
-
-    def test_most_recently_changed_run_comes_first(self, bench: Bench, store: StepRunStore) -> None:
-        for run in "bca":
-            store.schedule_step(run, "step", {})
-            wait_one_millisecond(bench)
-        begun(store.begin_step("c", "step", {}))
-
-        assert [summary.run_id for summary in store.runs().runs] == ["c", "a", "b"]
-
-    def test_runs_changed_at_the_same_time_are_sorted_by_id(self, bench: Bench, store: StepRunStore) -> None:
-        store.schedule_step("run", "step", {})
-        document = store.export_run("run")
-        store.schedule_step("newer", "step", {})
-        names = ["m", "b", "z", "a", "k"]
-        for run in names:
-            store.import_run({**document, "run_id": run})
-
-        found = [summary for summary in store.runs().runs if summary.run_id != "newer"]
-
-        assert len({summary.changed_at for summary in found}) == 1
-        assert [summary.run_id for summary in found] == sorted([*names, "run"])
 
     @pytest.mark.slow
     def test_pages_have_each_run_once(self, bench: Bench, store: StepRunStore) -> None:
@@ -148,67 +120,12 @@ class TestRuns:
         assert sorted(found) == sorted(["failed", *(f"run-{number}" for number in range(30))])
         assert [each.run_id for each in every_run(store, limit=limit, status="failed")] == ["failed"]
 
-    def test_page_of_a_small_store_begins_with_the_newest_run(self, bench: Bench, store: StepRunStore) -> None:
-        for number in range(4):
-            store.schedule_step(f"run-{number}", "step", {})
-            wait_one_millisecond(bench)
-
-        if bench.backend.name != "cluster":  # each node has pages of its own
-            assert [summary.run_id for summary in store.runs(limit=1).runs] == ["run-3"]
-
-    def test_runs_that_change_between_two_pages_are_not_missed(self, bench: Bench, store: StepRunStore) -> None:
-        names = [f"run-{number}" for number in range(20)]
-        for run in names:
-            store.schedule_step(run, "step", {})
-        page = store.runs(limit=3)
-        found = [summary.run_id for summary in page.runs]
-
-        for number in range(1_000):
-            if page.cursor is None:
-                break
-            wait_one_millisecond(bench)
-            store.schedule_step(names[number % 20], f"step-{number}", {})
-            page = store.runs(limit=3, cursor=page.cursor)
-            found += [summary.run_id for summary in page.runs]
-
-        assert page.cursor is None
-        assert set(found) == set(names)
-
-    def test_runs_that_come_between_two_pages_hide_none(self, store: StepRunStore) -> None:
-        names = [f"run-{number}" for number in range(30)]
-        store.batch([store.calls.schedule_step(run, "step", {}) for run in names])
-        page = store.runs(limit=1)
-        found = [summary.run_id for summary in page.runs]
-
-        for number in range(200):
-            store.schedule_step(f"a-{number}", "step", {})
-        while page.cursor is not None:
-            page = store.runs(limit=100, cursor=page.cursor)
-            found += [summary.run_id for summary in page.runs]
-
-        assert set(names) <= set(found)
-
-    def test_since_selects_runs_that_changed_at_or_after_it(self, bench: Bench, store: StepRunStore) -> None:
-        store.schedule_step("old", "step", {})
-        wait_one_millisecond(bench)
-        store.schedule_step("new", "step", {})
-        (changed,) = [each.changed_at for each in store.runs().runs if each.run_id == "new"]
-
-        assert [each.run_id for each in store.runs(since=changed).runs] == ["new"]
-
     def test_store_prefix_is_matched_literally(self, bench: Bench) -> None:
         for prefix in ("a*", "a?", "[a]"):
             store = bench.store(prefix=bench.prefix + prefix)
             bench.store(prefix=f"{bench.prefix}a!").schedule_step("not ours", "step", {})
             store.schedule_step("ours", "step", {})
             assert [summary.run_id for summary in every_run(store)] == ["ours"]
-
-    def test_keys_of_other_formats_are_not_listed(self, bench: Bench, store: StepRunStore) -> None:
-        for key in (b"{0}:wrong bucket:steps", b"{}::steps", b"{0}:\xff:steps", b"{zz}:x:steps"):
-            bench.backend.raw.set(bench.prefix.encode() + b":" + key, "")
-        store.schedule_step("ours", "step", {})
-
-        assert [summary.run_id for summary in every_run(store)] == ["ours"]
 
     def test_corrupt_run_is_listed_and_a_deleted_one_is_not(self, bench: Bench, store: StepRunStore) -> None:
         for run in ("torn", "typed", "line", "deleted", "sound"):
@@ -254,16 +171,13 @@ class TestRuns:
             {"cursor": 3},
             {"run_id_prefix": 7},
             {"since": 7},
+            {"until": datetime(2026, 1, 1)},  # noqa: DTZ001 -- without a time zone
+            {"labels": ["tenant"]},
         ],
     )
     def test_invalid_argument_is_rejected(self, store: StepRunStore, options: dict[str, Any]) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
             store.runs(**options)
-
-    def test_cursor_of_a_removed_server_continues_with_the_next(self, store: StepRunStore) -> None:
-        store.schedule_step("run", "step", {})
-
-        assert store.runs(cursor="0-0-zzzz") == ([], None, 1.0)
 
 
 class TestPurge:
@@ -290,6 +204,12 @@ class TestPurge:
         with pytest.raises(RunDeletedError):
             store.begin_step("completed", "a", {})
         assert store.purge(0.001) == []
+
+    def test_purge_skips_keys_of_other_programs(self, bench: Bench, store: StepRunStore, old: set[str]) -> None:
+        for key in (b"{0}:wrong bucket:steps", b"{}::steps", b"{0}:\xff:steps", b"{zz}:x:steps"):
+            bench.backend.raw.set(bench.prefix.encode() + b":" + key, "")
+
+        assert {summary.run_id for summary in store.purge(0.001)} == old
 
     def test_dry_run_returns_the_same_and_deletes_nothing(
         self, bench: Bench, store: StepRunStore, old: set[str]

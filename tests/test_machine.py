@@ -270,14 +270,15 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_left_over(self) -> None:
-        """Each field has a record, each index entry a claim or failure, and the keys of a run expire together."""
+        """Each field has a record, each index entry a claim, failure or run, and the keys of a run expire together."""
         pipeline = self.bench.backend.raw.pipeline(transaction=False)
         for run in self.runs:
             steps, done, claims, failed = self.keys[run]
             pipeline.hkeys(steps).pttl(steps).pttl(done).zrange(claims, 0, -1).zrange(failed, 0, -1)
+            pipeline.zrange(claims.removesuffix(b"claims") + b"runs", 0, -1)
         replies = iter(pipeline.execute())
         for run in self.runs:
-            fields, steps_ttl, done_ttl, claims, failed = (next(replies) for _ in range(5))
+            fields, steps_ttl, done_ttl, claims, failed, entries = (next(replies) for _ in range(6))
             assert {field.decode() for field in fields} == self.expected_fields(run)
             if run in self.model.runs:
                 expires = self.model.runs[run].expires
@@ -287,6 +288,8 @@ class Machine(RuleBasedStateMachine):
             bucket = {other for other in self.runs if self.keys[other][2] == self.keys[run][2]}
             assert set(claims) == index_members(bucket, self.model.leased_claims())
             assert set(failed) == index_members(bucket, self.model.failed_steps())
+            existing = map(str.encode, bucket & self.model.runs.keys())
+            assert set(entries) == {b"%d:%b" % (len(each), each) for each in existing}
 
     def expected_fields(self, run: str) -> set[str]:
         if run in self.model.tombstones:

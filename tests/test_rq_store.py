@@ -49,7 +49,7 @@ class TestConfiguredStore:
         assert store().client is made[0]
         assert [len(made), harness.connection.exists("mine:{%x}:run:steps")] == [1, 0]
         assert StepRunStore(harness.connection, prefix="mine").get_step_run("run", "pay") is not None
-        (key,) = harness.connection.scan_iter("mine:*")
+        (key,) = harness.connection.scan_iter("mine:*:steps")
         assert 0 < harness.connection.ttl(key) <= 600
         made[0].close()
         configure(harness.url)

@@ -213,9 +213,10 @@ class TestHeaders:
 
     def test_every_operation_has_its_script(self) -> None:
         # Scripts that several calls share, or that are one part of an operation.
-        inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "purge_run"}
+        inner = {"list_index", "confirm_entry", "drop_entry", "await_step", "scan_runs", "purge_run", "list_runs"}
         listings = {"failed_steps", "lapsed_claims", "live_claims"}  # list_index
-        workflows = {"batch", "runs", "retry_run", "purge", "fork_run", "explain_run", "explain_step"}
+        listings |= {"runs", "count_runs"}  # list_runs
+        workflows = {"batch", "retry_run", "purge", "fork_run", "explain_run", "explain_step"}
         shared = {
             "expire_claim",
             "count_failed",

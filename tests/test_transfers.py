@@ -108,7 +108,8 @@ class TestRoundTrip:
         assert names_of(other.failed_steps()) == names_of(store.failed_steps())
         assert names_of(other.lapsed_claims()) == names_of(store.lapsed_claims())
         assert names_of(other.live_claims()) == names_of(store.live_claims())
-        assert other.runs().runs == store.runs().runs
+        copies = [summary._replace(created_at=None) for summary in other.runs().runs]
+        assert copies == [summary._replace(created_at=None) for summary in store.runs().runs]
 
     @pytest.mark.servers("valkey", "redis-7")
     def test_run_can_be_imported_into_another_server(self, bench: Bench, store: StepRunStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import threading
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal, assert_type
 
@@ -142,6 +143,11 @@ def calls_and_batches(store: StepRunStore) -> None:
     assert_type(store.batch([begin, begin]), list[BeginResult | Exception])
     assert_type(store.batch([begin, begin], raise_errors=True), list[BeginResult])
     assert_type(store.queue(object(), begin).result([]), BeginResult)
+
+
+def labels(store: StepRunStore) -> None:
+    assert_type(store.runs(labels={"tenant": "acme"}).runs[0].labels, Mapping[str, str])
+    assert_type(store.count_runs(labels={"tenant": "acme"}), int)
 
 
 async def asyncio_store(store: AsyncStepRunStore) -> None:

@@ -1,8 +1,6 @@
--- claim: claims steps that have no record. Needs record and run.
+-- claim: claims steps that have no record. Needs record and new_run.
 --
 -- Reads run and now, both loaded, and the arguments of begin_step.
-
--- include new_run
 
 local entries, written, ends = {}, {}, lease ~= "" and now + lease
 local member = ARGV[4]
@@ -42,7 +40,7 @@ local function write_claims()
     end
   end
   if written[1] then
-    local refused = create_run(run, steps, ARGV[7] or "", now)
+    local refused = enter_if_new(run, steps, now)
     if refused then
       for index = 2, #entries, 2 do
         redis.call("ZREM", claims, entries[index])

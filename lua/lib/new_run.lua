@@ -25,23 +25,27 @@ local function drop_expired(run, steps, bucket, now)
   end
 end
 
--- The first write of a call, which creates a run unless it exists. `settings` is "" or the ttl_ms, and after a space the
--- labels if there are any. Returns the refusal if the index has another type.
-local function create_run(run, steps, settings, now)
+-- What the run gets if this call creates it: `settings` is "" or the ttl_ms, and after a space the labels if there are any.
+local function set_up(run, settings)
+  if not run.exists and settings ~= "" then
+    local ttl
+    ttl, run.labels = string.match(settings, "^(%d*) ?(.*)$")
+    if ttl ~= "" then
+      set_ttl(run, ttl)
+    end
+  end
+end
+
+-- The first write of a call that may create a run. Returns the refusal if the index has another type.
+local function enter_if_new(run, steps, now)
   if run.exists then
     return nil
   end
   local bucket, run_id = @PLACE(steps)
-  local labels = ""
-  if settings ~= "" then
-    local ttl
-    ttl, labels = string.match(settings, "^(%d*) ?(.*)$")
-    if ttl ~= "" then
-      set_ttl(run, ttl)
-      drop_expired(run, steps, bucket, now)
-    end
+  local index, labels = bucket .. "runs", run.labels or ""
+  if run.ttl then
+    drop_expired(run, steps, bucket, now)
   end
-  local index = bucket .. "runs"
   local reply = redis.pcall("ZADD", index, now, @RUN_MEMBER(run_id, labels))
   if type(reply) == "table" then
     return failed_call(index, reply)

@@ -14,9 +14,10 @@ from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall
+from squidstep_redis.functions.labels import with_labels_of
 from squidstep_redis.functions.run_ids import run_id_of
 from squidstep_redis.functions.settings import StepSettings, step_settings
-from squidstep_redis.protocol.arguments import RunIdOf, Seconds, Step
+from squidstep_redis.protocol.arguments import LabelsOf, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
 
 P = ParamSpec("P")
@@ -33,6 +34,7 @@ def step(
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
     fingerprint: Fingerprint | None = None,
+    labels: LabelsOf | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function a step: it takes effect once, no matter how often Celery delivers the task.
@@ -62,6 +64,10 @@ def step(
             the dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If the step has
             another fingerprint, for example of another task, InputMismatchError is raised.
+        labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over the
+            function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a dict of
+            str; None: those of `steps`, if the step belongs to its run. A format string must not name excluded
+            parameters. If one of its arguments is None, there is no such label. A run that exists keeps its own labels.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint. When
             the step is executed, the function receives them as given in this call. A `run_id` format string must not
             name them; a `run_id` function receives them.
@@ -69,16 +75,17 @@ def step(
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
-            `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function
-            or coroutine function.
+            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
+            function or coroutine function.
     """
     check_step(name)
-    settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
+    general = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = _parameters_of(fn)
         excluded = excluded_names(exclude, parameters.signature)
         id_of = None if run_id is None else run_id_of(run_id, parameters.signature, excluded)
+        settings_of = with_labels_of(general, labels, parameters.signature, excluded)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
             bound = parameters.bind(args, kwargs)
@@ -86,7 +93,9 @@ def step(
             if run.id is None:
                 return fn(*args, **kwargs)
             function = partial(fn, args[0]) if parameters.has_self else fn
-            step_call = FunctionCall(run.id, name, function, bound, excluded, settings, run.inputs)
+            step_call = FunctionCall(
+                run.id, name, function, bound, excluded, run.with_labels(settings_of(bound)), run.inputs
+            )
             return cast("T", execute_in_task(run.task, step_call))
 
         return retrying(fn, call, lease, on_busy)
@@ -103,6 +112,7 @@ def steps(
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
     fingerprint: Fingerprint | None = None,
+    labels: LabelsOf | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes the function of a task a run of several steps.
@@ -130,6 +140,10 @@ def steps(
             may contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the
             store's setting. If the step has another fingerprint, for example of another task, InputMismatchError is
             raised.
+        labels: labels of the run if one of its steps creates it, by which `runs` finds it: a dict of format strings
+            over the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
+            dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is None,
+            there is no such label. A run that exists keeps its own labels.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
             of the functions of `current_run().call(…)` that have such a parameter. When a step is executed, its
             function receives them as given in this call. A `run_id` format string must not name them.
@@ -137,19 +151,21 @@ def steps(
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
-            `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function
-            or coroutine function.
+            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
+            function or coroutine function.
     """
-    settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
+    general = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
     excluded = excluded_names(exclude)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = _parameters_of(fn)
         id_of = None if run_id is None else run_id_of(run_id, parameters.signature, excluded)
+        settings_of = with_labels_of(general, labels, parameters.signature, excluded)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-            id = id_of(parameters.bind(args, kwargs)) if id_of is not None else None
-            return call_in_run(open_run(id, settings, excluded), fn, args, kwargs)
+            bound = parameters.bind(args, kwargs)
+            run = open_run(id_of(bound) if id_of is not None else None, settings_of(bound), excluded)
+            return call_in_run(run, fn, args, kwargs)
 
         return retrying(fn, call, lease, on_busy)
 

@@ -17,7 +17,7 @@ from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.functions.checks import excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall
 from squidstep_redis.functions.settings import StepSettings, step_settings
-from squidstep_redis.protocol.arguments import Seconds, Step
+from squidstep_redis.protocol.arguments import Labels, Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.task_queues import is_uuid4
 
@@ -87,6 +87,10 @@ class Run:
         call = FunctionCall(self.id, step, fn, bound, self._excluded, self._settings, self.inputs)
         return cast("T", execute_in_task(self.task, call))
 
+    def with_labels(self, settings: StepSettings) -> StepSettings:
+        """Returns the settings of a decorated step, with the labels of the run if it has none of its own."""
+        return {**settings, "labels": self._settings["labels"]} if settings["labels"] is None else settings
+
     def __repr__(self) -> str:
         return f"<Run {self.id!r}>"
 
@@ -100,6 +104,7 @@ def current_run(
     backoff: Backoff | None = None,
     on_busy: Literal["raise", "wait"] = "raise",
     fingerprint: Fingerprint | None = None,
+    labels: Labels | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Run:
     """Returns the run of the current task, for calling several steps within one task. Nothing is sent.
@@ -121,6 +126,8 @@ def current_run(
             function of the dict: what it returns, which may be anything that a payload may contain; a str of up to
             256 bytes without control characters: that itself; False: nothing; None: the store's setting. If the step
             has another fingerprint, for example of another task, InputMismatchError is raised.
+        labels: labels of the run if one of these steps creates it, a dict of up to 8 str of up to 64 bytes by name, by
+            which `runs` finds it; None: none. A run that exists keeps its own.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
             of the called functions that have such a parameter. When a step is executed, its function receives them as
             given in this call.
@@ -136,6 +143,7 @@ def current_run(
         on_busy=on_busy,
         owner=None,  # that of the task
         fingerprint=fingerprint,
+        labels=labels,
     )
     return open_run(run_id, settings, excluded_names(exclude))
 

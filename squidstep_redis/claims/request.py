@@ -12,7 +12,7 @@ from squidstep_redis.claims.failures import Backoff, FailureRules, Permanent, fa
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import BeginResult
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import RunId, Seconds, Step, lease_ms
+from squidstep_redis.protocol.arguments import Labels, RunId, Seconds, Step, lease_ms
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.fingerprints import Fingerprint
 
@@ -49,6 +49,7 @@ class ClaimRequest(NamedTuple):
     on_busy: OnBusy
     failures: FailureRules
     fingerprint: Fingerprint | None
+    labels: Labels | None
 
     def begin(self, calls: Calls) -> Call[BeginResult]:
         """Returns a call of `begin_step` with a token of its own."""
@@ -60,6 +61,7 @@ class ClaimRequest(NamedTuple):
             max_attempts=self.max_attempts,
             owner=default_owner() if self.owner is None else self.owner,
             fingerprint=self.fingerprint,
+            labels=self.labels,
         )
 
 
@@ -75,10 +77,13 @@ def claim_request(
     on_busy: OnBusy,
     owner: str | None,
     fingerprint: Fingerprint | None,
+    labels: Labels | None,
 ) -> ClaimRequest:
     """Returns the request; raises InvalidArgumentError if `lease`, `on_busy`, `permanent` or `backoff` is rejected."""
     if cast("object", on_busy) not in ("raise", "wait"):
         raise InvalidArgumentError("on_busy", f"must be 'raise' or 'wait', not {described(on_busy)}")
     lease_seconds = int(lease_ms(lease) or 0) / 1_000
     failures = failure_rules(permanent, backoff)
-    return ClaimRequest(run_id, step, input, lease, lease_seconds, max_attempts, owner, on_busy, failures, fingerprint)
+    return ClaimRequest(
+        run_id, step, input, lease, lease_seconds, max_attempts, owner, on_busy, failures, fingerprint, labels
+    )

@@ -8,8 +8,9 @@ from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import OnBusy, claim_request
 from squidstep_redis.functions.checks import check_accepts
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import Seconds
+from squidstep_redis.protocol.arguments import Labels, Seconds
 from squidstep_redis.protocol.fingerprints import Fingerprint, check_fingerprint
+from squidstep_redis.protocol.labels import labels_data
 
 
 class StepSettings(TypedDict):
@@ -22,6 +23,7 @@ class StepSettings(TypedDict):
     on_busy: OnBusy
     owner: str | None
     fingerprint: Fingerprint | None
+    labels: Labels | None
 
 
 def step_settings(
@@ -33,6 +35,7 @@ def step_settings(
     on_busy: OnBusy,
     owner: str | None,
     fingerprint: Fingerprint | None,
+    labels: Labels | None = None,
 ) -> StepSettings:
     """Returns the settings; raises InvalidArgumentError if one is rejected.
 
@@ -44,6 +47,7 @@ def step_settings(
         on_busy: "raise", or "wait" while the step cannot be claimed.
         owner: who claims; None: `host:pid`.
         fingerprint: what identifies the input; None: the store's setting.
+        labels: of the run if the step creates it; None: none.
     """
     settings = StepSettings(
         lease=lease,
@@ -53,6 +57,7 @@ def step_settings(
         on_busy=on_busy,
         owner=owner,
         fingerprint=fingerprint,
+        labels=labels,
     )
     claim_request("", "", {}, **settings)  # what `claim_step` checks before it sends anything
     if max_attempts is not None:
@@ -60,6 +65,7 @@ def step_settings(
     if backoff is not None:
         check_accepts("backoff", backoff, 1)
     arguments.owner(owner)
+    labels_data(labels)
     check_fingerprint(fingerprint)
     if callable(fingerprint):
         check_accepts("fingerprint", fingerprint, {})

@@ -8,15 +8,14 @@ from typing import Any, Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError
 from squidstep_redis.model import BeginResult, SkipReason, StepRun
-from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.context import Context, settings_of_new_run
 from squidstep_redis.operations.repeats import completed_before
 from squidstep_redis.operations.transitions import claim_of, raise_if_refused
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import Name, RunId, Seconds, Step
+from squidstep_redis.protocol.arguments import Labels, Name, RunId, Seconds, Step
 from squidstep_redis.protocol.call import Call, EqualOutputError, Reply, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
-from squidstep_redis.protocol.labels import Labels
 from squidstep_redis.protocol.records import LEASE_EXPIRED, progress_payload
 from squidstep_redis.protocol.scripts import script
 
@@ -71,8 +70,8 @@ def begin_step(
     name = arguments.step(step)
     data = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
-    new_run = context.new_run(labels)
-    args = begin_args(run, name, data, lease, max_attempts, owner, printed, new_run)
+    settings = settings_of_new_run(context, labels)
+    args = begin_args(run, name, data, lease, max_attempts, owner, printed, settings)
     parse = partial(parse_begin, context, run, name, args[0], data, printed)
     return Call(run.text, script("begin_step"), run.keys, args, parse, None, name.text)
 

@@ -6,11 +6,11 @@ from typing import Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import Seconds
+from squidstep_redis.protocol.arguments import Labels, Seconds
 from squidstep_redis.protocol.codec import Codec, MsgpackCodec, Payloads, PlacedCodec
 from squidstep_redis.protocol.fingerprints import Fingerprint, Fingerprints, check_fingerprint
 from squidstep_redis.protocol.keys import Keys
-from squidstep_redis.protocol.labels import Labels, labels_data
+from squidstep_redis.protocol.labels import labels_data
 from squidstep_redis.protocol.records import Records
 
 MAX_PAYLOAD_BYTES: Final = 512 * 1024 * 1024  # the server's own limit on one value
@@ -49,11 +49,16 @@ class Context:
         check_fingerprint(fingerprint)
         self.fingerprints = Fingerprints(fingerprint)
 
-    def new_run(self, labels: Labels | None) -> bytes:
-        """Returns what a run gets if a call creates it, as it is sent: its expiry, and its labels.
 
-        Raises:
-            InvalidArgumentError: a label is rejected.
-        """
-        data = labels_data(labels) if labels is not None else b""
-        return b"%b %b" % (self.run_ttl_ms, data) if data else self.run_ttl_ms
+def settings_of_new_run(context: Context, labels: Labels | None) -> bytes:
+    """Returns what a run gets if this call creates it, as it is sent: its expiry, and its labels.
+
+    Raises:
+        InvalidArgumentError: a label is rejected.
+    """
+    return context.run_ttl_ms if labels is None else new_run(context.run_ttl_ms, labels_data(labels))
+
+
+def new_run(ttl_ms: bytes, labels: bytes) -> bytes:
+    """Returns what a run gets if a call creates it, as it is sent: its expiry, and its labels."""
+    return b"%b %b" % (ttl_ms, labels) if labels else ttl_ms

@@ -126,7 +126,7 @@ def _cancellation(run: Run) -> Call[str | None]:
     """Reads why a run is cancelled; None if it is not."""
 
     def parse(reply: Reply) -> str | None:
-        return reply[7].decode(errors="backslashreplace") if len(reply) > 7 else None
+        return reply[9].decode(errors="backslashreplace") if len(reply) > 9 else None
 
     args = (new_nonce(), b"0", b"1")
     return Call(
@@ -138,7 +138,7 @@ def _clock(run: Run, operation: str) -> Call[datetime]:
     """Reads the clock of the run's server: whether a lease has expired depends on no other clock."""
 
     def parse(reply: Reply) -> datetime:
-        return moment(int(reply[5]))
+        return moment(int(reply[4]))
 
     args = (new_nonce(), b"0", b"-", b"1")
     return Call(run.text, script("scan_runs"), (run.keys.claims,), args, parse, part_of=operation)

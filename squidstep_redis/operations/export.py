@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from squidstep_redis.errors import RunExistsError, StepRunNotFoundError
-from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.context import Context, new_run
 from squidstep_redis.operations.documents import Document, Imported, from_document, to_document
 from squidstep_redis.operations.reads import pairs
 from squidstep_redis.protocol.arguments import RunId
@@ -82,6 +82,6 @@ def write_run(context: Context, given: Imported, result: T, part_of: str | None 
         return result
 
     counts = (b"%d" % given.created, b"%d" % len(given.order))
-    new_run = b"%b %b" % (given.ttl_ms, given.labels) if given.labels else given.ttl_ms
-    args = (new_token(), run.member, new_run, *counts, *given.order, *given.fields)
+    settings = new_run(given.ttl_ms, given.labels)
+    args = (new_token(), run.member, settings, *counts, *given.order, *given.fields)
     return Call(run.text, script("import_run"), run.keys, args, parse, part_of=part_of)

@@ -46,11 +46,11 @@ def fork_run(
     For example, to execute a failed step again, with all that follows it. Two round trips, all or nothing. The original
     is read at one moment, which blocks the server for about 0.05 s if it has 10,000 steps; writing them takes 0.15 s.
 
-    The new run has the labels of the original. A copied step keeps its input, output, owner, times, attempt number and history. Payloads are copied as bytes,
-    of any size and codec; only a codec whose bytes depend on the run encodes them again. The order of creation
-    and the completion order are numbered from 1 again. Steps that are not completed, claims and the expiry of the
-    original are not copied: the new run expires by this store's `run_ttl`. The id of a step run names its run, so a
-    claim on a step of the original changes nothing in the new run.
+    The new run has the labels of the original. A copied step keeps its input, output, owner, times, attempt number and
+    history. Payloads are copied as bytes, of any size and codec; only a codec whose bytes depend on the run encodes
+    them again. The order of creation and the completion order are numbered from 1 again. Steps that are not completed,
+    claims and the expiry of the original are not copied: the new run expires by this store's `run_ttl`. The id of a
+    step run names its run, so a claim on a step of the original changes nothing in the new run.
 
     Args:
         run_id: the original: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -120,14 +120,8 @@ def _fork_run(
         if (yield Send(step_statuses(context, new.text))):
             raise RunExistsError(new.text)
         return copied
-    given = Imported(
-        new.text,
-        context.run_ttl_ms,
-        fields.get(b"l", b""),
-        len(order),
-        order,
-        _fields(context, source, new, forked, fields),
-    )
+    copies = _fields(context, source, new, forked, fields)
+    given = Imported(new.text, context.run_ttl_ms, fields.get(b"l", b""), len(order), order, copies)
     return (yield Send(write_run(context, given, copied, _OPERATION)))
 
 

@@ -8,14 +8,13 @@ from typing import Any, Final, cast
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import BeginResult, StepRun
 from squidstep_redis.operations.begin import begin_args, parse_begin
-from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.context import Context, settings_of_new_run
 from squidstep_redis.operations.schedule import encode_inputs
 from squidstep_redis.operations.transitions import complete_call
-from squidstep_redis.protocol.arguments import RunId, Seconds, StepInputs
+from squidstep_redis.protocol.arguments import Labels, RunId, Seconds, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.groups import padded, replies_in
-from squidstep_redis.protocol.labels import Labels
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
 
@@ -72,7 +71,7 @@ def begin_steps(
     if not 0 < len(inputs) <= MAX_STEPS:
         raise InvalidArgumentError("steps", f"must be 1 to {MAX_STEPS:,} steps, not {len(inputs):,}")
     name, data, printed = inputs[0]
-    first = begin_args(run, name, data, lease, max_attempts, owner, printed, context.new_run(labels))
+    first = begin_args(run, name, data, lease, max_attempts, owner, printed, settings_of_new_run(context, labels))
     tokens = [first[0], *(new_token() for _ in inputs[1:])]
     args = [*first]
     if len(inputs) > 1:

@@ -16,7 +16,8 @@ from squidstep_redis.operations.reads import MAX_LIMIT
 from squidstep_redis.operations.run_index import Bucket, Entry, Position, Selection, load
 from squidstep_redis.operations.runs import checked_status, scan_runs
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.labels import Labels, labels_data
+from squidstep_redis.protocol.arguments import Labels
+from squidstep_redis.protocol.labels import labels_data
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.summaries import RunPage, RunSummary
 
@@ -77,9 +78,9 @@ def count_runs(
 ) -> Workflow[int]:
     """Counts runs.
 
-    One round trip per server, of 1,024 small calls; with `labels` or `run_id_prefix`, one more for every thousand runs in
-    the largest of the 1,024 buckets. A run that has expired is counted until its entry is dropped from the index: by
-    `runs`, or by a later run that expires.
+    One round trip per server, of 1,024 small calls; with `labels` or `run_id_prefix`, one more for every thousand runs
+    in the largest of the 1,024 buckets. A run that has expired is counted until its entry is dropped from the index: by
+    `runs`, or when other runs are created that expire.
 
     Args:
         labels: only runs with all of these labels, a dict of str by name; None: all runs.

@@ -107,7 +107,7 @@ def load(buckets: list[Bucket], operation: str) -> Workflow[None]:
 
 
 def drop_stale_runs(context: Context) -> Workflow[None]:
-    """Drops the entries of runs that are gone. One round trip per server for every thousand runs in the largest bucket."""
+    """Drops the entries of runs that are gone: one round trip per server for each 1,000 runs of the largest bucket."""
     incomplete = [Bucket(key, ALL, None, MAX_LIMIT) for key in context.keys.runs()]
     while incomplete:
         yield from load(incomplete, "purge")

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import ScheduleResult
-from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.context import Context, settings_of_new_run
 from squidstep_redis.protocol import arguments
-from squidstep_redis.protocol.arguments import Name, RunId, Step, StepInputs
+from squidstep_redis.protocol.arguments import Labels, Name, RunId, Step, StepInputs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce, new_token
 from squidstep_redis.protocol.fingerprints import Fingerprint, mismatch
 from squidstep_redis.protocol.keys import Run
-from squidstep_redis.protocol.labels import Labels
 from squidstep_redis.protocol.scripts import script
 
 
@@ -80,7 +79,7 @@ def schedule_step(
         decision = "schedule" if reply[0] == b"schedule" else "skip"
         return ScheduleResult(context.records.record(run.text, name.text, values, run.keys.steps), decision)
 
-    args = (created_by, context.new_run(labels), name.data, data, *((printed,) if printed else ()))
+    args = (created_by, settings_of_new_run(context, labels), name.data, data, *((printed,) if printed else ()))
     return Call(run.text, script("schedule_step"), run.keys[:2], args, parse, step=name.text)
 
 
@@ -126,7 +125,7 @@ def schedule_steps(
             raise mismatch(run.text, given.step.text, given.fingerprint, reply)
         return [inputs[int(position)].step.text for position in sorted(reply[2:])]
 
-    args = (new_token()[:8], context.new_run(labels), *to_schedule(inputs))
+    args = (new_token()[:8], settings_of_new_run(context, labels), *to_schedule(inputs))
     return Call(run.text, script("schedule_steps"), run.keys[:2], args, parse)
 
 

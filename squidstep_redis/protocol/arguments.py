@@ -17,6 +17,9 @@ Step = str | Enum
 # A format string over a function's arguments, or a function of them that returns the run id.
 RunIdOf = str | Callable[..., str]
 Seconds = float | timedelta
+Labels = Mapping[str, str]
+# Format strings over a function's arguments by label, or a function of the arguments that returns the labels.
+LabelsOf = Mapping[str, str] | Callable[..., Mapping[str, str] | None]
 # Input by step. Any, because Mapping is invariant in its keys: a dict[str, …] is not a Mapping[Step, …].
 StepInputs = Mapping[Any, Mapping[str, Any]]
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.protocol.arguments import without_controls
-
-Labels = Mapping[str, str]
 
 MAX_LABELS: Final = 8
 MAX_VALUE_BYTES: Final = 64
@@ -27,20 +25,26 @@ def labels_data(value: object) -> bytes:
     """
     if value is None:
         return b""
+    items = check_label_names(value)
+    return b"\n".join(sorted(b"%b=%b" % (name.encode(), _value(name, items[name])) for name in items))
+
+
+def check_label_names(value: object) -> dict[str, Any]:
+    """Returns labels whose names and number are checked, and whose values are not."""
     if not isinstance(value, Mapping):
         raise InvalidArgumentError("labels", f"must be a dict of str by name, not {described(value)}")
-    items = cast("Mapping[object, object]", value)
+    items = cast("Mapping[object, Any]", value)
     if len(items) > MAX_LABELS:
         raise InvalidArgumentError("labels", f"must be at most {MAX_LABELS}, not {len(items)}")
-    return b"\n".join(sorted(b"%b=%b" % (label_name(name).encode(), _value(name, items[name])) for name in items))
+    return {label_name(name): items[name] for name in items}
 
 
 def label_name(value: object) -> str:
     """Returns the name of a label."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         problem = (
-            "a name must be 1 to 32 ASCII letters, digits, underscores, dots and hyphens, with a letter or an underscore "
-            f"first, not {described(value)}"
+            "a name must be 1 to 32 ASCII letters, digits, underscores, dots and hyphens, and begin with a letter or "
+            f"an underscore, not {described(value)}"
         )
         raise InvalidArgumentError("labels", problem)
     return value

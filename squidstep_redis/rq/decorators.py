@@ -10,9 +10,10 @@ from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.request import DEFAULT_LEASE
 from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall
+from squidstep_redis.functions.labels import with_labels_of
 from squidstep_redis.functions.run_ids import run_id_of
 from squidstep_redis.functions.settings import StepSettings, step_settings
-from squidstep_redis.protocol.arguments import RunIdOf, Seconds, Step
+from squidstep_redis.protocol.arguments import LabelsOf, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
 from squidstep_redis.rq.execution import execute_in_job
@@ -32,6 +33,7 @@ def step(
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
     fingerprint: Fingerprint | None = None,
+    labels: LabelsOf | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
@@ -60,6 +62,10 @@ def step(
             the dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If the step has
             another fingerprint, for example of another job, InputMismatchError is raised.
+        labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over the
+            function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a dict of
+            str; None: those of `steps`, if the step belongs to its run. A format string must not name excluded
+            parameters. If one of its arguments is None, there is no such label. A run that exists keeps its own labels.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint. When
             the step is executed, the function receives them as given in this call. A `run_id` format string must not
             name them; a `run_id` function receives them.
@@ -67,21 +73,24 @@ def step(
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
-            `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function.
+            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
+            function.
     """
     check_step(name)
-    settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
+    general = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = parameters_of(fn)
         excluded = excluded_names(exclude, parameters)
         id_of = None if run_id is None else run_id_of(run_id, parameters, excluded)
+        settings_of = with_labels_of(general, labels, parameters, excluded)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
             bound = parameters.bind(*args, **kwargs)
             run = current_run(id_of(bound) if id_of is not None else None)
             if run.id is None:
                 return fn(*args, **kwargs)
+            settings = run.with_labels(settings_of(bound))
             step_call = FunctionCall(run.id, name, fn, bound, excluded, settings, run.inputs)
             return cast("T", execute_in_job(run.job, step_call))
 
@@ -99,6 +108,7 @@ def steps(
     backoff: Backoff | None = None,
     on_busy: OnBusy = "reschedule",
     fingerprint: Fingerprint | None = None,
+    labels: LabelsOf | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a job function a run of several steps.
@@ -126,6 +136,10 @@ def steps(
             may contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the
             store's setting. If the step has another fingerprint, for example of another job, InputMismatchError is
             raised.
+        labels: labels of the run if one of its steps creates it, by which `runs` finds it: a dict of format strings
+            over the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
+            dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is None,
+            there is no such label. A run that exists keeps its own labels.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
             of the functions of `current_run().call(…)` that have such a parameter. When a step is executed, its
             function receives them as given in this call. A `run_id` format string must not name them.
@@ -133,18 +147,20 @@ def steps(
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
-            `run_id`, `backoff` or `fingerprint` that cannot be called with what it is given; and a generator function.
+            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
+            function.
     """
-    settings = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
+    general = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
     excluded = excluded_names(exclude)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         parameters = parameters_of(fn)
         id_of = None if run_id is None else run_id_of(run_id, parameters, excluded)
+        settings_of = with_labels_of(general, labels, parameters, excluded)
 
         def run_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-            id = id_of(parameters.bind(*args, **kwargs)) if id_of is not None else None
-            return open_run(id, settings, excluded)
+            bound = parameters.bind(*args, **kwargs)
+            return open_run(id_of(bound) if id_of is not None else None, settings_of(bound), excluded)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
             run = run_of(args, kwargs)

@@ -121,7 +121,7 @@ class TestCompleteStep:
         ):
             with pytest.raises(StepRunNotFoundError, match="run 'run', step 'pay'"):
                 transition()
-        assert bench.dump() == {}
+        assert bench.dump().keys() <= {bench.keys("run")[2].removesuffix(b"claims") + b"runs"}
 
     def test_bare_id_completes_the_current_claim(self, store: StepRunStore) -> None:
         step_run = begun(store.begin_step("run", "pay", {"amount": 1}, lease=60))

@@ -167,5 +167,5 @@ class TestExpireRun:
         run_keys = {key for run in runs for key in bench.keys(run)[:2]}
         wait_until(lambda: not run_keys & bench.backend.keys(bench.prefix))
 
-        assert store.lapsed_claims() == store.failed_steps() == []
+        assert store.lapsed_claims() == store.failed_steps() == store.runs().runs == []
         assert bench.backend.keys(bench.prefix) == set()

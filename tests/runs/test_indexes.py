@@ -190,7 +190,7 @@ class TestLapsedClaimsAndFailedSteps:
         _, _, claims, failed = bench.keys("gone")
         assert bench.backend.raw.zcard(claims) == bench.backend.raw.zcard(failed) == 1
 
-        assert store.lapsed_claims() == store.failed_steps() == []
+        assert store.lapsed_claims() == store.failed_steps() == store.runs().runs == []
 
         assert bench.backend.keys(bench.prefix) == set()
 

@@ -230,6 +230,11 @@ class Bench:
         """Returns the run's keys: steps, done, claims, failed."""
         return list(Keys(self.prefix.encode()).run(run_id).keys)
 
+    def indexed(self) -> set[bytes]:
+        """Returns the members of the index of runs, of all buckets."""
+        keys = [key for key in self.backend.keys(self.prefix) if key.endswith(b"}:runs")]
+        return {member for key in keys for member in self.backend.raw.zrange(key, 0, -1)}
+
     def dump(self) -> dict[bytes, Any]:
         """Returns everything stored under the prefix; compared before and after, it shows that nothing was written."""
         return contents(self.backend.raw, self.prefix)

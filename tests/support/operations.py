@@ -73,6 +73,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "import_run": lambda store, claim: (EXPORTED,),
     "fork_run": lambda store, claim: (claim.run_id, "forked"),
     "runs": lambda store, claim: (),
+    "count_runs": lambda store, claim: (),
     "purge": lambda store, claim: (60,),
     "batch": lambda store, claim: (mixed(store, 7),),
     "lapsed_claims": lambda store, claim: (),
