@@ -226,3 +226,22 @@ class Account:
     @step("log-in", run_id=lambda self, password: f"user-{self.user}", exclude=("self", "password"), fingerprint=True)
     def log_in(self, password: str) -> str:
         return _log_in(self.user, password)
+
+
+@step("ship", labels={"tenant": "{tenant}"})
+def ship_labelled(tenant: str, amount: int) -> int:
+    return amount
+
+
+@step("ship again")
+def ship_without_labels(amount: int) -> int:
+    return amount
+
+
+@steps(labels={"tenant": "{tenant}"})
+def ship_in_labelled_run(tenant: str, amount: int) -> int:
+    return ship_without_labels(amount)
+
+
+def ship_in_current_run(tenant: str, amount: int) -> int:
+    return current_run(labels={"tenant": tenant}).call("ship", reserve_quietly, amount)
