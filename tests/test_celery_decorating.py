@@ -304,3 +304,28 @@ def test_coroutine_functions_are_rejected(decorator: Callable[..., Any]) -> None
 
     with pytest.raises(InvalidArgumentError, match="coroutine function"):
         decorator(charge)
+
+
+@pytest.mark.parametrize("kind", ["step", "steps", "current_run"])
+def test_task_labels_its_run(eager: Any, kind: str) -> None:
+    @step("ship", labels={"tenant": "{tenant}"} if kind == "step" else None)
+    def ship(tenant: str, amount: int) -> int:
+        return amount
+
+    def in_run(tenant: str, amount: int) -> tuple[str, int]:
+        run = current_run(labels={"tenant": tenant}) if kind == "current_run" else current_run()
+        assert run.id is not None
+        return run.id, run.call("first", lambda amount: amount, amount) + ship(tenant, amount)
+
+    @eager.task
+    def alone(tenant: str, amount: int) -> tuple[str, int]:
+        return str(current_run().id), ship(tenant, amount) * 2
+
+    decorated = steps(labels={"tenant": "{tenant}"})(in_run) if kind == "steps" else in_run
+    task = alone if kind == "step" else eager.task(decorated)
+    run_id, amount = task.delay("acme", 7).get()
+
+    assert amount == 14
+    summary = store().summarize_run(run_id)
+    assert summary is not None
+    assert summary.labels == {"tenant": "acme"}

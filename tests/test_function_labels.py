@@ -1,4 +1,4 @@
-"""Labels that decorators make from the arguments of a call: `store.step`, `store.run`, RQ and Celery."""
+"""Labels that decorators make from the arguments of a call."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from typing import Any
 
 import pytest
 import redis
-from rq import Queue
-from support import rq_input_jobs
 from support.backends import Bench
-from support.rq_harness import RQ_MARKS, Harness, result_of
 
+import squidstep_redis.celery
 import squidstep_redis.rq
 from squidstep_redis import InvalidArgumentError, StepRunStore
-from squidstep_redis.celery import current_run, step, steps, store
-
-pytest_plugins = ["support.rq_fixtures", "support.celery_fixtures"]
 
 NOWHERE = StepRunStore(redis.Redis())
 FORMATS = {"tenant": "{tenant}", "kind": "order", "first": "{items[0]}"}
@@ -84,8 +79,8 @@ DECORATORS: dict[str, Callable[..., Any]] = {
     "store": lambda **options: NOWHERE.step("ship", run_id="run", **options),
     "rq step": lambda **options: squidstep_redis.rq.step("ship", **options),
     "rq steps": squidstep_redis.rq.steps,
-    "celery step": lambda **options: step("ship", **options),
-    "celery steps": steps,
+    "celery step": lambda **options: squidstep_redis.celery.step("ship", **options),
+    "celery steps": squidstep_redis.celery.steps,
 }
 
 
@@ -106,38 +101,3 @@ DECORATORS: dict[str, Callable[..., Any]] = {
 def test_mistakes_are_rejected_when_the_function_is_decorated(decorator: str, labels: Any, problem: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{problem}"):
         DECORATORS[decorator](labels=labels, exclude=("password",))(ship)
-
-
-class TestRq:
-    pytestmark = RQ_MARKS
-
-    @pytest.mark.parametrize("job", ["ship_labelled", "ship_in_labelled_run", "ship_in_current_run"])
-    def test_job_labels_its_run(self, harness: Harness, queue: Queue, job: str) -> None:
-        enqueued = queue.enqueue(getattr(rq_input_jobs, job), "acme", 7)
-
-        assert result_of(enqueued) == 7
-        assert labels_of(StepRunStore(queue.connection), enqueued.id) == {"tenant": "acme"}
-
-
-class TestCelery:
-    @pytest.mark.parametrize("kind", ["step", "steps", "current_run"])
-    def test_task_labels_its_run(self, eager: Any, kind: str) -> None:
-        @step("ship", labels={"tenant": "{tenant}"} if kind == "step" else None)
-        def ship(tenant: str, amount: int) -> int:
-            return amount
-
-        def in_run(tenant: str, amount: int) -> tuple[str, int]:
-            run = current_run(labels={"tenant": tenant}) if kind == "current_run" else current_run()
-            assert run.id is not None
-            return run.id, run.call("first", lambda amount: amount, amount) + ship(tenant, amount)
-
-        @eager.task
-        def alone(tenant: str, amount: int) -> tuple[str, int]:
-            return str(current_run().id), ship(tenant, amount) * 2
-
-        decorated = steps(labels={"tenant": "{tenant}"})(in_run) if kind == "steps" else in_run
-        task = alone if kind == "step" else eager.task(decorated)
-        run_id, amount = task.delay("acme", 7).get()
-
-        assert amount == 14
-        assert labels_of(store(), run_id) == {"tenant": "acme"}

@@ -152,3 +152,13 @@ def test_owner_names_process_and_job() -> None:
     assert squidstep_redis.rq.owner(job, 7) == f"{HOST}:7 a??b?"
     job = SimpleNamespace(id="é" * 300)
     assert 254 < len(squidstep_redis.rq.owner(job).encode()) <= 256
+
+
+@pytest.mark.parametrize("job", ["ship_labelled", "ship_in_labelled_run", "ship_in_current_run"])
+def test_job_labels_its_run(queue: Queue, job: str) -> None:
+    enqueued = queue.enqueue(getattr(rq_input_jobs, job), "acme", 7)
+
+    assert result_of(enqueued) == 7
+    summary = StepRunStore(queue.connection).summarize_run(enqueued.id)
+    assert summary is not None
+    assert summary.labels == {"tenant": "acme"}
