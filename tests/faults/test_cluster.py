@@ -171,6 +171,46 @@ class TestMigratingSlot:
             assert load.lost(stores.on_cluster(cluster.url)) == []
 
 
+class TestIndexOfRuns:
+    """No script has the index of runs, or the runs that it lists, among its keys."""
+
+    @pytest.fixture
+    def runs(self, run: str) -> list[str]:
+        """Returns the ids of three unused runs in one bucket, and so in one slot."""
+        keys = Keys(b"squidstep")
+        index = keys.of_run(run.encode()).claims
+        others = (f"{run}-{number}" for number in itertools.count())
+        same = (other for other in others if keys.of_run(other.encode()).claims == index)
+        return [run, *itertools.islice(same, 2)]
+
+    @pytest.mark.parametrize("moved", [[], ["index"], ["first"], ["index", "first"]])
+    def test_migration_neither_loses_nor_doubles_an_entry(
+        self, cluster: Cluster, stores: Stores, runs: list[str], moved: list[str]
+    ) -> None:
+        keys = Keys(b"squidstep")
+        store = stores.on_cluster(cluster.url, timeout=0.2, run_ttl=600)
+        for run in runs[:2]:  # with both keys: while a slot migrates, the server refuses a call if one does not exist
+            store.complete_step(begun(store.begin_step(run, "step", {})), {})
+        first = keys.of_run(runs[0].encode())
+        parts = {"index": [first.claims.removesuffix(b"claims") + b"runs"], "first": first[:2]}
+
+        with Migration(cluster, slot_of(runs[0])) as migration:
+            for part in moved:
+                migration.move(*parts[part])
+            calls = [
+                lambda: store.schedule_step(runs[2], "step", {}),
+                lambda: store.begin_step(runs[2], "step", {}, lease=60),
+                *[store.runs] * 3,
+                *[lambda run=run: store.expire_run(run, 600) for run in runs[:2] * 20],
+            ]
+            for call in calls:
+                with contextlib.suppress(RefusedError):
+                    call()
+
+        created = {runs[2]} if store.get_run(runs[2]) else set[str]()
+        assert {run.run_id for run in store.runs(run_id_prefix=runs[0]).runs} == {*runs[:2], *created}
+
+
 class TestUnservedSlot:
     """The server replies CLUSTERDOWN."""
 
