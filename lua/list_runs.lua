@@ -7,7 +7,8 @@
 --       4 oldest  ms  of the last run to look at, or "-inf"
 --       5 limit   or "0"  only count, also the entries of runs that are gone
 --       6 prefix  of the run ids, or ""
---       7 label, …  "<name>=<value>": only runs with all of them
+--       7 steps   only runs with "unfinished" or "completed" steps, or ""; not looked at to count
+--       8 label, …  "<name>=<value>": only runs with all of them
 -- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}}  newest and skip are of the next call; newest is "" after the last
 -- Writes only hints: it drops entries of runs that are gone or have other labels.
 
@@ -15,7 +16,8 @@
 -- include runs
 
 local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local FIRST = 7
+local with_steps = ARGV[7]
+local FIRST = 8
 local MAX_SCANNED = 1000 -- entries of one call, to bound the time
 local bucket = string.sub(index, 1, -5)
 
@@ -36,19 +38,27 @@ local function is_wanted(run_id, labels)
   return true
 end
 
--- Whether an entry is of a run that is gone, or had other labels. EXISTS gets two keys: while a slot migrates, the server
--- then refuses it if one of them may be on the other server.
-local function is_stale(run_id, labels)
+-- Looks at the run of an entry. Returns whether the run is gone, or had other labels; and whether it is wanted. EXISTS gets
+-- two keys: while a slot migrates, the server then refuses it if one of them may be on the other server.
+local function look_at(run_id, labels)
   local steps = bucket .. run_id .. ":steps"
-  if redis.pcall("EXISTS", index, steps) == 1 then
+  local lines = redis.pcall("HMGET", steps, "r", "l")
+  local line = lines[1]
+  if lines.err or not line then
+    return redis.pcall("EXISTS", index, steps) == 1, true -- a run of another type is shown as corrupt
+  end
+  if (lines[2] or "") ~= labels or string.find(line, "^" .. @TOMBSTONE("")) then
     return true
   end
-  local stored = redis.pcall("HGET", steps, "l")
-  return type(stored) ~= "table" and (stored or "") ~= labels
+  local created, completed = string.match(line, @READ_RUN)
+  if with_steps == "" or not created then
+    return false, true
+  end
+  return false, with_steps == "completed" and completed ~= "0" or with_steps == "unfinished" and created ~= completed
 end
 
 local found, count, scanned, page = {}, 0, 0, nil
-local is_selective = prefix ~= "" or ARGV[FIRST]
+local is_selective = prefix ~= "" or with_steps ~= "" or ARGV[FIRST]
 local size = (is_selective or limit == 0) and 200 or math.min(limit, MAX_SCANNED)
 repeat
   page = redis.pcall("ZREVRANGEBYSCORE", index, newest, oldest, "WITHSCORES", "LIMIT", skip, size)
@@ -59,11 +69,15 @@ repeat
     local member, ms = page[position], page[position + 1]
     newest, skip = ms, ms == newest and skip + 1 or 1
     local run_id, labels = parse_run_member(member)
-    if not run_id or limit > 0 and is_wanted(run_id, labels) and is_stale(run_id, labels) then
+    local is_stale, wanted = not run_id, run_id and is_wanted(run_id, labels)
+    if wanted and limit > 0 then
+      is_stale, wanted = look_at(run_id, labels)
+    end
+    if is_stale then
       if type(redis.pcall("ZREM", index, member)) == "number" then
         skip = skip - 1
       end
-    elseif is_wanted(run_id, labels) then
+    elseif wanted then
       count = count + 1
       if limit > 0 then
         found[#found + 1], found[#found + 2] = member, ms

@@ -29,7 +29,7 @@ class Selection(NamedTuple):
     Attributes:
         newest: when the newest of them was created, in milliseconds; None: any time.
         oldest: when the oldest of them was created.
-        filters: the prefix of the run ids, and the labels.
+        filters: the prefix of the run ids, the kind of steps that a run must have, and the labels.
     """
 
     newest: int | None
@@ -37,7 +37,7 @@ class Selection(NamedTuple):
     filters: tuple[bytes, ...]
 
 
-ALL: Final = Selection(None, None, (b"",))
+ALL: Final = Selection(None, None, (b"", b""))
 
 
 class Bucket:
