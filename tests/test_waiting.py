@@ -174,7 +174,7 @@ def test_deleted_run_ends_the_wait(bench: Bench, store: StepRunStore, monkeypatc
 def test_notification_key_is_written_only_for_waiters(bench: Bench, store: StepRunStore) -> None:
     store.complete_step(begun(store.begin_step("run", "pay", {})), {})
     store.wait_for_step("run", "pay", 1)
-    assert {key.rpartition(b":")[2] for key in bench.backend.keys(bench.prefix)} == {b"steps", b"done"}
+    assert {key.rpartition(b":")[2] for key in bench.backend.keys(bench.prefix)} == {b"steps", b"done", b"runs"}
 
 
 def test_notification_key_expires_after_a_waiter_has_left(bench: Bench, store: StepRunStore) -> None:

@@ -375,6 +375,7 @@ def granted_claim(lease: float) -> BaseClaim[threading.Event]:
         on_busy="raise",
         owner=None,
         fingerprint=None,
+        labels=None,
     )
     claim = BaseClaim(Calls("test", None, 1_000, None), request, threading.Event(), threading.Event())
     acquiring = claim._acquire()

@@ -31,7 +31,6 @@ PAYLOAD = {"bytes": bytes(range(256)), "text": "naïve ☃ 𝄞 \r\n\0", "int": 
 MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \([^)]*\)")  # in an explanation
 
 OPERATIONS = {name: make for name, make in inspect.getmembers(Calls, inspect.isfunction) if name[0] != "_"}
-SCANS = ("runs", "purge")
 WORKFLOWS = [name for name, make in OPERATIONS.items() if str(make.__annotations__["return"]).startswith("Workflow[")]
 WORKFLOWS.remove("wait_for_step")  # one call, for a step that has ended
 CALLS = [name for name in OPERATIONS if name not in WORKFLOWS]
@@ -155,13 +154,13 @@ def seen(result: Any) -> Any:
     if isinstance(result, StepPage):
         return [seen(each) for each in result.step_runs]
     if isinstance(result, RunSummary):
-        return result._replace(changed_at=None)
+        return result._replace(changed_at=None, created_at=None)
     if isinstance(result, StepExplanation):
         return result._replace(until=None, why=MOMENT.sub("…", result.why), next=MOMENT.sub("…", result.next))
     if isinstance(result, RunExplanation):
         return seen(result.summary), [seen(each) for each in result.steps], result.omitted
-    if isinstance(result, RunPage):  # two stores change their runs at different times, so their orders differ
-        return sorted(each._replace(changed_at=None) for each in result.runs)
+    if isinstance(result, RunPage):  # two stores create their runs at different times, so their orders may differ
+        return sorted(seen(each) for each in result.runs)
     if isinstance(result, dict) and "squidstep_run" in result:
         return [(each["step"], each["state"], each["input"], each["output"]) for each in result["steps"]]
     if isinstance(result, dict):

@@ -90,8 +90,7 @@ def test_command_renamed_away_within_a_script_is_no_refusal(
     connect_to: Connect, renamed: Callable[[str], EmbeddedServer]
 ) -> None:
     """The script had written before it called the unknown command: its error must not say otherwise."""
-    server = renamed("ZADD")
-    store = connect_to("own", server.port or 0, timeout=0.3)
-    claim = begun(store.begin_step("run", "pay", {}))
+    server = renamed("PEXPIREAT")
+    store = connect_to("own", server.port or 0, timeout=0.3, run_ttl=60)
     with pytest.raises(OutcomeUnknownError):
-        store.complete_step(claim, {})
+        store.schedule_step("run", "pay", {})

@@ -120,7 +120,7 @@ class TestBatch:
         allowed, forbidden = (bench.keys(run)[0].rpartition(b":")[0].decode() for run in ("allowed", "forbidden"))
         assert allowed != forbidden
         raw = bench.backend.raw
-        keys = [f"~{allowed}:*", f"~{bench.prefix}:*claims", f"~{bench.prefix}:*failed"]
+        keys = [f"~{allowed}:*", *(f"~{bench.prefix}:*{index}" for index in ("claims", "failed", "runs"))]
         raw.execute_command("ACL SETUSER", bench.prefix, "on", ">secret", "+@all", *keys)
         try:
             limited = bench.store(client_options={"username": bench.prefix, "password": "secret"})

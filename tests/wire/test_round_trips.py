@@ -9,7 +9,6 @@ from support.operations import (
     CALLS,
     EXAMPLES,
     OPERATIONS,
-    SCANS,
     mixed,
     perform,
     prepare,
@@ -93,12 +92,16 @@ class TestRoundTrips:
             "complete_steps",
             "count_claims",
             "count_failed",
+            "count_runs",
             "explain_run",
             "explain_step",
             "fork_run",
+            "purge",
+            "retry_run",
+            "runs",
             "summarize_run",
         }
-        counted = {*CALLS, *others, *ACROSS_RUNS, *TestRoundTripsOfScans.SCANNING}
+        counted = {*CALLS, *others, *ACROSS_RUNS}
         assert set(OPERATIONS) == set(EXAMPLES) == counted
 
     def test_summarizing_a_small_run_costs_one_round_trip(
@@ -137,24 +140,26 @@ class TestRoundTrips:
 
         assert proxy.round_trips == 4
 
-
-class TestRoundTripsOfScans:
-    """Operations that scan. CLUSTER, with which `runs` and `purge` look for other servers, is not counted."""
-
-    SCANNING = (*SCANS, "retry_run")
-
-    @pytest.mark.parametrize("operation", SCANNING)
-    def test_a_scan_of_one_small_run_costs_two_round_trips(
-        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str
+    @pytest.mark.parametrize(
+        ("operation", "batches"),
+        [
+            ("runs", [1_024, 1]),
+            ("count_runs", [1_024]),
+            # It scans, reads the run, reads the claims and failures, verifies one of each, and reads the index of runs.
+            # CLUSTER, with which it looks for other servers, is not counted.
+            ("purge", [1, 1, 2_048, 1, 1, 1_024]),
+            ("retry_run", [1, 1]),
+        ],
+    )
+    def test_reading_one_small_run_costs_one_round_trip_per_batch(
+        self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None, operation: str, batches: list[int]
     ) -> None:
         bench.backend.raw.flushdb()  # a scan passes the keys of every prefix
         claim = prepare(bench, proxied)
-        proxied.runs()  # loads the script that scans
+        perform(proxied, operation, claim)  # loads the scripts
         proxy.clear()
 
-        # A purge reads both indexes of 1,024 buckets, and verifies a lapsed claim and a failed step.
-        of_indexes = [2_048, 1, 1] if operation == "purge" else []
-        with proxy.batches(1, 1, *of_indexes):
+        with proxy.batches(*batches):
             perform(proxied, operation, claim)
 
-        assert proxy.round_trips == 2 + len(of_indexes)
+        assert proxy.round_trips == len(batches)
