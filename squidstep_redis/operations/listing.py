@@ -22,7 +22,7 @@ from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.summaries import RunPage, RunSummary
 
 _CURSOR: Final = re.compile(r"(\d{1,15})-([\w-]{1,700}={0,2})")
-_MAX_EXAMINED: Final = 2_000  # runs that are read for one page
+_MAX_EXAMINED: Final = 1_000  # runs that are read for one page
 _MAX_READ: Final = 500  # runs that are read at once, if most of them may not be wanted
 
 
@@ -52,7 +52,7 @@ def runs(
         since: only runs created at or after this time, a datetime with a time zone; None: all runs.
         until: only runs created before this time, a datetime with a time zone; None: all runs.
         limit: how many runs a page has at most, from 1 to 1,000. With `status` it may have fewer, even none: a page
-            ends after reading 2,000 runs that are not all completed.
+            ends after reading 1,000 runs.
         cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
