@@ -83,7 +83,7 @@ class TestLimits:
             rows = [row.split()[0] for row in ended.stdout.splitlines()[1:]]
             assert len(rows) <= limit
             seen += rows
-            cursor = re.search(r"--cursor (\S+),", ended.stderr)
+            cursor = re.search(r"--cursor (\S+) for", ended.stderr)
             if cursor is None:
                 break
             more = ["--cursor", cursor[1]]
@@ -122,7 +122,49 @@ class TestFilters:
         assert sorted(listed) == sorted(found.split())  # they may have changed in the same millisecond
         assert ended.exit_code == (1 if found else 0)
 
-    def test_since_selects_runs_that_changed(self, options: list[str]) -> None:
+    def test_labels_select_runs_and_their_steps(
+        self, server: EmbeddedServer, store: StepRunStore, options: list[str]
+    ) -> None:
+        for name, tenant in (("acme-1", "acme"), ("acme-2", "acme"), ("globex-1", "globex")):
+            store.fail_step(begun(store.begin_step(name, "pay", {}, labels={"tenant": tenant, "kind": "order"})), {})
+        store.expire_claim(begun(store.begin_step("acme-3", "pay", {}, lease=60, labels={"tenant": "acme"})))
+
+        def listed(command: str) -> set[str]:
+            found = json.loads(invoke(*command.split(), "--json", *options).stdout)
+            return {each["run_id"] for each in (found["runs"] if isinstance(found, dict) else found)}
+
+        assert listed("runs --label tenant=acme") == {"acme-1", "acme-2", "acme-3"}
+        assert listed("runs --label tenant=acme --label kind=order --status failed") == {"acme-1", "acme-2"}
+        assert listed("failed --label tenant=acme") == {"acme-1", "acme-2"}
+        assert listed("failed --label tenant=acme --label kind=none") == set()
+        assert listed("stuck --label tenant=acme") == {"acme-3"}
+        assert "2 of 3 runs" in run("runs", "--label", "kind=order", "--limit", "2", *options).stderr
+        retried = run("retry", "--all", "--label", "tenant=globex", "--yes", *options)
+        assert retried.stdout == "pending: pay of globex-1\n"
+        assert run("retry", "acme-1", "--label", "tenant=globex", *options).returncode == 1
+        assert run("retry", "acme-1", "--step", "pay", "--label", "tenant=acme", *options).stdout
+
+    @pytest.mark.parametrize("label", ["tenant", "=acme", "a b=acme", "tenant=", "tenant=a\x1bb"])
+    def test_malformed_label_is_rejected(self, server: EmbeddedServer, label: str) -> None:
+        ended = run("runs", "--label", label, "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "--label" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert "\x1b" not in ended.stderr
+
+    @pytest.mark.parametrize("width", [80, 140])
+    def test_labels_are_shown_with_each_run(self, server: EmbeddedServer, store: StepRunStore, width: int) -> None:
+        labels = {f"name-{n}": "v" * 30 for n in range(8)}
+        store.schedule_step("run-with-a-rather-long-id", "pay", {}, labels=labels)
+        store.schedule_step("other", "pay", {})
+        options = options_of(server, store)
+        for command in ("runs", "show run-with-a-rather-long-id", "explain run-with-a-rather-long-id"):
+            shown = ANSI.sub("", on_terminal(width, *command.split(), *options))
+            assert max(map(len, shown.splitlines())) <= width
+            text = "".join(shown.split())
+            assert all(name in text for name in labels)
+
+    def test_since_and_until_select_runs_by_creation(self, options: list[str]) -> None:
         def listed(since: str) -> list[str]:
             return [
                 each["run_id"] for each in json.loads(run("runs", "--json", "--since", since, *options).stdout)["runs"]
@@ -130,6 +172,7 @@ class TestFilters:
 
         assert len(listed("1h")) == 5
         assert listed((datetime.now(UTC) + timedelta(days=2)).isoformat()) == []
+        assert json.loads(run("runs", "--json", "--until", "1h", *options).stdout)["runs"] == []
 
     @pytest.mark.parametrize("since", ["soon", "2026-13-01", "1y", "-1h", "", "999999999w"])
     def test_invalid_time_is_rejected(self, server: EmbeddedServer, since: str) -> None:
@@ -146,7 +189,7 @@ class TestFilters:
         assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == ["pay"]
 
     def test_stats_count_the_store(self, options: list[str]) -> None:
-        assert json.loads(run("stats", "--json", *options).stdout) == {"running": 0, "stuck": 2, "failed": 3}
+        assert json.loads(run("stats", "--json", *options).stdout) == {"runs": 5, "running": 0, "stuck": 2, "failed": 3}
         every = json.loads(run("stats", "--all", "--json", *options).stdout)
         assert every["runs"] == {"total": 5, "failed": 3, "unfinished": 2}
         assert every["steps"] == {"total": 5, "pending": 0, "running": 2, "completed": 0, "failed": 3}

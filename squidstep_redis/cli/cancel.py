@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import click
 
 from squidstep_redis import RunSummary
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
+from squidstep_redis.cli.formatting import format_labels
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
 from squidstep_redis.cli.output import fail, print_line
 from squidstep_redis.escaping import escaped
@@ -48,6 +51,14 @@ def format_cancellation(summary: RunSummary | None) -> str:
     if summary is None or summary.cancel_reason is None:
         return ""
     return f"cancelled: {escaped(summary.cancel_reason)}" if summary.cancel_reason else "cancelled"
+
+
+def format_run(summary: RunSummary | None) -> Iterator[tuple[str, str]]:
+    """Yields what is worth knowing of a run besides its steps, with the style of each line: labels, cancellation."""
+    if summary is not None and summary.labels:
+        yield format_labels(summary.labels), "cyan"
+    if cancellation := format_cancellation(summary):
+        yield cancellation, "yellow"
 
 
 def _report(run: str, found: bool, what: str) -> None:

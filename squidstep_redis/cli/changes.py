@@ -86,7 +86,7 @@ def retry_command(
 
 
 def _failed_of_store(store: StepRunStore, filters: Filters, type_: str | None) -> list[tuple[str, str]]:
-    found, _ = read_filtered(store.failed_steps, filters, sys.maxsize, is_wanted=error_filter(type_))
+    found, _ = read_filtered(store, store.failed_steps, filters, sys.maxsize, is_wanted=error_filter(type_))
     return [(each.run_id, each.step) for each in found]
 
 
@@ -95,11 +95,13 @@ def _failed_of_run(store: StepRunStore, run: str, filters: Filters, type_: str |
     step_runs = read_steps(store, run)
     if not step_runs:
         fail(f"run {run!r}: no such run; nothing was changed. To name a step, use --step", 1)
-    if filters.step is not None and type_ is None and filters.since is None:
+    if filters.step is not None and type_ is None and filters.since is None and not filters.labels:
         if not any(each.step == filters.step for each in step_runs):
             fail(f"run {run!r}, step {filters.step!r}: no such step; nothing was changed", 1)
         return [(run, filters.step)]
-    is_wanted = error_filter(type_)
+    is_wanted, has_labels = error_filter(type_), filters.label_filter(store)
+    if has_labels is not None and not has_labels(step_runs[0]):
+        return []
     return [
         (run, each.step)
         for each in step_runs

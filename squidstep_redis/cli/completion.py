@@ -10,7 +10,6 @@ from squidstep_redis.cli.connect import UNREACHABLE, open_store
 from squidstep_redis.cli.options import StoreOptions
 
 _MAX_IDS = 50
-_MAX_PAGES = 5  # there is no index of runs: a long scan would keep the shell waiting
 
 
 def complete_run(context: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -26,15 +25,8 @@ def complete_run(context: click.Context, param: click.Parameter, incomplete: str
 
 
 def _find(store: StepRunStore, prefix: str) -> list[str]:
-    found: list[str] = []
-    cursor: str | None = None
-    for _ in range(_MAX_PAGES):
-        page = store.runs(run_id_prefix=prefix, limit=_MAX_IDS, cursor=cursor)
-        found += [summary.run_id for summary in page.runs if summary.run_id.isprintable()]
-        cursor = page.cursor
-        if cursor is None or len(found) >= _MAX_IDS:
-            break
-    return sorted(set(found))[:_MAX_IDS]
+    newest = store.runs(run_id_prefix=prefix, limit=_MAX_IDS).runs
+    return sorted(summary.run_id for summary in newest if summary.run_id.isprintable())
 
 
 run_argument = click.argument("run", shell_complete=complete_run)

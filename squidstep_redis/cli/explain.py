@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from squidstep_redis import Action, RunExplanation, StepExplanation
-from squidstep_redis.cli.cancel import format_cancellation
+from squidstep_redis.cli.cancel import format_run
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.formatting import STATUS_STYLES, format_counts
@@ -78,8 +78,8 @@ def explain_command(options: StoreOptions, run: str, step: str | None, limit: in
 def _render_run(explained: RunExplanation) -> Iterator[RenderableType]:
     summary = explained.summary
     yield Text.assemble((escaped(summary.run_id), "bold"), "  ", format_counts(summary.counts))
-    if cancellation := format_cancellation(summary):
-        yield Text(cancellation, "yellow")
+    for text, style in format_run(summary):
+        yield Text(text, style)
     if not explained.steps:
         yield Text("Every step is completed: nothing is left to do, unless your code adds further steps.")
     for each in explained.steps:

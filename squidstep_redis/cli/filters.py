@@ -1,17 +1,18 @@
-"""The filters `--since`, `--step` and `--run-prefix` of steps across runs, and how the steps are read."""
+"""The filters `--since`, `--step`, `--run-prefix` and `--label` of steps across runs, and how the steps are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import wraps
+from functools import cache, wraps
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import click
 
-from squidstep_redis import StepRun
+from squidstep_redis import StepRun, StepRunStore
 from squidstep_redis.cli.formatting import error_type
-from squidstep_redis.cli.options import run_prefix_option, since_option
+from squidstep_redis.cli.options import label_option, run_prefix_option, since_option
 from squidstep_redis.escaping import escaped
 
 _MAX_PAGE = 1_000
@@ -23,11 +24,24 @@ class Filters(NamedTuple):
     run_id_prefix: str = ""
     step: str | None = None
     since: datetime | None = None
+    labels: Mapping[str, str] = MappingProxyType({})
 
     @property
     def are_given(self) -> bool:
         """Whether any of them excludes steps."""
         return self != Filters()
+
+    def label_filter(self, store: StepRunStore) -> Callable[[StepRun], bool] | None:
+        """Returns whether a step is of a run with these labels; None: all are. It reads each run once."""
+        if not self.labels:
+            return None
+
+        @cache
+        def has_labels(run_id: str) -> bool:
+            summary = store.summarize_run(run_id)
+            return summary is not None and self.labels.items() <= summary.labels.items()
+
+        return lambda step_run: has_labels(step_run.run_id)
 
 
 def filter_options(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -39,11 +53,19 @@ def filter_options(what: str) -> Callable[[Callable[..., None]], Callable[..., N
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @run_prefix_option
+        @label_option
         @click.option("--step", help="Only steps of this name.")
         @since_option(what)
         @wraps(command)
-        def with_filters(*args: Any, run_prefix: str, step: str | None, since: datetime | None, **rest: object) -> None:
-            command(*args, filters=Filters(run_prefix, step, since), **rest)
+        def with_filters(
+            *args: Any,
+            run_prefix: str,
+            labels: dict[str, str],
+            step: str | None,
+            since: datetime | None,
+            **rest: object,
+        ) -> None:
+            command(*args, filters=Filters(run_prefix, step, since, labels), **rest)
 
         return with_filters
 
@@ -56,6 +78,7 @@ def error_filter(type_: str | None) -> Callable[[StepRun], bool] | None:
 
 
 def read_filtered(
+    store: StepRunStore,
     read: Callable[..., list[StepRun]],
     filters: Filters,
     limit: int,
@@ -65,8 +88,9 @@ def read_filtered(
     """Reads up to `limit` steps, in pages.
 
     Args:
-        read: The store's method.
-        filters: Its arguments.
+        store: The store.
+        read: The method of the store that lists steps.
+        filters: Its arguments, and labels, which it does not know.
         limit: How many steps to return at most.
         after: How many to skip.
         is_wanted: Rejects further steps.
@@ -75,11 +99,13 @@ def read_filtered(
         The steps, and the `after` of the next page; None if there is none.
     """
     found: list[StepRun] = []
+    conditions = [each for each in (is_wanted, filters.label_filter(store)) if each is not None]
+    arguments = {name: value for name, value in filters._asdict().items() if name != "labels"}
     while True:
-        size = min(_MAX_PAGE, limit - len(found)) if is_wanted is None else _MAX_PAGE
-        page = read(size, after=after, **filters._asdict())
+        size = _MAX_PAGE if conditions else min(_MAX_PAGE, limit - len(found))
+        page = read(size, after=after, **arguments)
         for number, step_run in enumerate(page, 1):
-            if is_wanted is None or is_wanted(step_run):
+            if all(condition(step_run) for condition in conditions):
                 found.append(step_run)
             if len(found) == limit:
                 is_last = number == len(page) < size

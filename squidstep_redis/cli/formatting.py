@@ -143,6 +143,11 @@ def format_counts(counts: Mapping[StepStatus, int]) -> Text:
     return Text(", ").join(parts)
 
 
+def format_labels(labels: Mapping[str, str]) -> str:
+    """Formats the labels of a run as one line."""
+    return escaped(" ".join(f"{name}={value}" for name, value in labels.items()))
+
+
 def _to_line(value: Any) -> str:
     return escaped(json.dumps(_readable(value), ensure_ascii=False))
 

@@ -14,7 +14,7 @@ _NOT_LISTED: Final = ("input", "output", "progress")
 _PAYLOADS: Final = (*_OF_STEP_RUN, "error")
 _FIELDS: Final = {
     StepRun: ("run_id", "step", "status", "final", "attempt", "owner", *_TIMES, *_OF_STEP_RUN),
-    RunSummary: ("run_id", "steps", "counts", "changed_at", "cancel_reason", "problem"),
+    RunSummary: ("run_id", "labels", "steps", "counts", "created_at", "changed_at", "cancel_reason", "problem"),
     Attempt: ("number", "owner", "outcome", "error", "started_at", "ended_at"),
 }
 

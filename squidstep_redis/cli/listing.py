@@ -8,8 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from squidstep_redis import RunSummary, StepRun, StepRunStore, StepStatus
@@ -21,16 +20,26 @@ from squidstep_redis.cli.formatting import (
     error_type,
     format_age,
     format_counts,
+    format_labels,
     format_last_error,
     format_lease,
 )
 from squidstep_redis.cli.json_output import as_dict, as_listed
-from squidstep_redis.cli.options import StoreOptions, json_option, run_prefix_option, since_option, store_options
-from squidstep_redis.cli.output import new_table, print_json, print_text
+from squidstep_redis.cli.options import (
+    Since,
+    StoreOptions,
+    json_option,
+    label_option,
+    run_prefix_option,
+    since_option,
+    store_options,
+)
+from squidstep_redis.cli.output import Layout, new_table, print_json, print_text
 from squidstep_redis.escaping import escaped
 
 _MAX_ERROR = 120  # characters in a table, unless a command is called with --full
 _MAX_TYPE = 60
+_MAX_PAGE = 1_000
 
 limit_option = click.option(
     "--limit", default=100, show_default=True, type=click.IntRange(1, 100_000), help="The maximum number of steps."
@@ -40,53 +49,67 @@ after_option = click.option(
 )
 
 
-@click.command("runs", epilog="Example: squidstep runs --status failed --run-prefix order- --since 2h")
+@click.command("runs", epilog="Example: squidstep runs --label tenant=acme --status failed --since 2h")
 @store_options
 @click.option(
     "--status", type=click.Choice([str(status) for status in StepStatus]), help="Only runs with a step of this status."
 )
+@label_option
 @run_prefix_option
-@since_option("runs that changed")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1_000), help="How many runs at most.")
-@click.option("--all", "every", is_flag=True, help="Read all pages, and sort all runs.")
+@since_option("runs that were created")
+@click.option("--until", type=Since(), metavar="TIME", help="Only runs that were created before then.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="How many runs at most.")
+@click.option("--all", "every", is_flag=True, help="All runs, without a limit.")
 @click.option("--cursor", help="Start at this cursor, which the previous page printed.")
 @json_option
 def runs_command(
     options: StoreOptions,
     status: str | None,
+    labels: dict[str, str],
     run_prefix: str,
     since: datetime | None,
+    until: datetime | None,
     limit: int,
     every: bool,
     cursor: str | None,
     as_json: bool,
 ) -> None:
-    """Lists runs, the most recently changed first.
+    """Lists runs, the newest first.
 
-    There is no index of runs: the command scans the server's keys, which have no order. Only the runs within a
-    page are sorted; use --all to sort all runs. Pass the printed cursor to --cursor to read the next page.
+    The order is that of their creation. Pass the printed cursor to --cursor to read the next page: it continues
+    where this one ends, even if runs are created, change or are deleted in between.
     """
+    filters: dict[str, Any] = {"labels": labels, "run_id_prefix": run_prefix, "since": since, "until": until}
     with store_or_exit(options) as store:
-        filters = {"status": status, "run_id_prefix": run_prefix, "since": since}
-        runs, cursor = _read_pages(store, filters, None if every else limit, cursor)
+        runs, cursor = _read_pages(store, {"status": status, **filters}, None if every else limit, cursor)
+        total = store.count_runs(**filters) if cursor is not None and status is None else None
     if as_json:
         print_json({"runs": [as_dict(summary) for summary in runs], "cursor": cursor})
         return
-    table = new_table({"run": "fold", "steps": "number", "of which": "fold", "last change": "fixed"})
+    if runs:
+        print_text(_table_of_runs(runs))
+    if cursor is not None:
+        many = f"{len(runs):,} of {total:,} runs" if total is not None else f"{len(runs):,} runs; there may be more"
+        sys.stderr.write(f"{many}: use --cursor {cursor} for the next page, or --all\n")
+    elif not runs:
+        sys.stderr.write("no runs\n")
+
+
+def _table_of_runs(runs: list[RunSummary]) -> Table:
+    has_labels = any(summary.labels for summary in runs)
+    columns: dict[str, Layout] = {"run": "fold", "labels": "fold"} if has_labels else {"run": "fold"}
+    table = new_table({**columns, "steps": "number", "of which": "fold", "created": "fixed", "changed": "fixed"})
     for summary in runs:
         is_sound = summary.problem is None
         table.add_row(
             Text(escaped(summary.run_id)),
+            *([Text(format_labels(summary.labels), "cyan")] if has_labels else []),
             str(summary.steps) if is_sound else "",
             _format_state(summary) if is_sound else Text(escaped(summary.problem or ""), "bold red"),
+            format_age(summary.created_at),
             format_age(summary.changed_at),
         )
-    if runs:
-        print_text(table)
-    if cursor is not None:
-        sys.stderr.write(f"more: --cursor {cursor}, or --all to sort all runs\n")
-    elif not runs:
-        sys.stderr.write("no runs\n")
+    return table
 
 
 def _format_state(summary: RunSummary) -> Text:
@@ -98,22 +121,15 @@ def _format_state(summary: RunSummary) -> Text:
 def _read_pages(
     store: StepRunStore, filters: dict[str, Any], limit: int | None, cursor: str | None = None
 ) -> tuple[list[RunSummary], str | None]:
-    """Reads pages until `limit` runs are found. On a terminal it shows the progress of a long scan."""
+    """Reads pages until `limit` runs are found; None: all runs."""
     found: list[RunSummary] = []
-    console = Console(stderr=True)
-    is_long = console.is_terminal and (limit is None or any(filters.values()))
-    columns = (TextColumn("scanning for runs"), BarColumn(), TextColumn("{task.fields[found]:,} found"))
-    with Progress(*columns, console=console, transient=True, disable=not is_long) as progress:
-        task = progress.add_task("", total=1.0, found=0)
-        while True:
-            page = store.runs(cursor=cursor, limit=1_000 if limit is None else limit - len(found), **filters)
-            found += page.runs
-            cursor = page.cursor
-            progress.update(task, completed=page.progress, found=len(found))
-            if cursor is None or (limit is not None and len(found) >= limit):
-                break
-    found.sort(key=lambda summary: summary.changed_at.timestamp() if summary.changed_at else 0, reverse=True)
-    return found, cursor
+    while True:
+        size = _MAX_PAGE if limit is None else min(limit - len(found), _MAX_PAGE)
+        page = store.runs(cursor=cursor, limit=size, **filters)
+        found += page.runs
+        cursor = page.cursor
+        if cursor is None or (limit is not None and len(found) >= limit):
+            return found, cursor
 
 
 @click.command("stuck", epilog="Example: squidstep stuck --limit 20 || send-alert")
@@ -135,7 +151,7 @@ def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: in
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
-        found, following = read_filtered(store.lapsed_claims, filters, limit, after)
+        found, following = read_filtered(store, store.lapsed_claims, filters, limit, after)
         total = None if filters.are_given or following is None else store.count_claims().lapsed
     if as_json:
         print_json([as_listed(step_run) for step_run in found])
@@ -181,7 +197,7 @@ def failed_command(
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
-        found, following = read_filtered(store.failed_steps, filters, limit, after, error_filter(type_))
+        found, following = read_filtered(store, store.failed_steps, filters, limit, after, error_filter(type_))
         is_filtered = filters.are_given or type_ is not None
         total = None if is_filtered or following is None else store.count_failed()
     groups: defaultdict[str, list[StepRun]] = defaultdict(list)
@@ -230,34 +246,37 @@ def _print_rest(shown: int, after: int, following: int | None, total: int | None
 
 @click.command("stats", epilog="Example: squidstep stats --all")
 @store_options
-@click.option("--all", "every", is_flag=True, help="Also count all runs and steps, which scans the server's keys.")
+@click.option("--all", "every", is_flag=True, help="Also count the runs and steps by status, which reads every run.")
 @json_option
 def stats_command(options: StoreOptions, every: bool, as_json: bool) -> None:
-    """Counts the running, stuck and failed steps.
+    """Counts the runs, and the running, stuck and failed steps.
 
     Running steps without a lease are counted with --all only. The counts are those of the indexes: they include entries
-    of expired runs until `stuck` or `failed` reads them, and at most 1,000 failed steps in each of 1,024 parts.
+    of expired runs until `runs`, `stuck` or `failed` reads them, and at most 1,000 failed steps in each of 1,024 parts.
     """
     with store_or_exit(options) as store:
-        claims, failed = store.count_claims(), store.count_failed()
+        claims, failed, number = store.count_claims(), store.count_failed(), store.count_runs()
         runs = _read_pages(store, {}, None)[0] if every else []
-    counted: dict[str, int] = {"running": claims.live, "stuck": claims.lapsed, "failed": failed}
+    counted: dict[str, int] = {"runs": number, "running": claims.live, "stuck": claims.lapsed, "failed": failed}
     scanned: dict[str, dict[str, int]] = {}
     if every:
         states = Counter(_state_of(summary) for summary in runs)
         steps = {str(status): sum(summary.counts[status] for summary in runs) for status in StepStatus}
         scanned["runs"] = {"total": len(runs), **states}
+        del counted["runs"]
         scanned["steps"] = {"total": sum(steps.values()), **steps}
     if as_json:
         print_json({**counted, **scanned})
         return
     table = new_table({"": "fixed", "count": "number", "what it is": "fill"})
     for name, style, what in (
+        ("runs", "", "runs: see squidstep runs"),
         ("running", "cyan", "steps that a worker holds under a lease"),
         ("stuck", "magenta", "steps whose worker lost its lease: see squidstep stuck"),
         ("failed", "red", "steps whose last attempt failed: see squidstep failed --by-type"),
     ):
-        table.add_row(name, Text(f"{counted[name]:,}", style if counted[name] else ""), what)
+        if name in counted:
+            table.add_row(name, Text(f"{counted[name]:,}", style if counted[name] else ""), what)
     for name, parts in scanned.items():
         listed = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count and part != "total")
         table.add_row(name, f"{parts['total']:,}", listed)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 import redis
 
-from squidstep_redis import Codec, PlacedCodec
+from squidstep_redis import Codec, InvalidArgumentError, PlacedCodec
 from squidstep_redis.escaping import escaped
+from squidstep_redis.protocol.labels import labels_data
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -120,6 +121,32 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 run_prefix_option = click.option("--run-prefix", default="", help="Only runs whose id starts with this.")
+
+
+def _parse_labels(context: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """Returns the labels of `--label NAME=VALUE`."""
+    del context
+    labels: dict[str, str] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or name in labels:
+            raise click.BadParameter(f"{escaped(text)!r}: use NAME=VALUE, each name once", param=param)
+        labels[name] = value
+    try:
+        labels_data(labels)
+    except InvalidArgumentError as error:
+        raise click.BadParameter(escaped(str(error)), param=param) from None
+    return labels
+
+
+label_option = click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_parse_labels,
+    help="Only runs with this label. Several: only runs with all of them.",
+)
 
 
 def since_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

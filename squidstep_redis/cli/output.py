@@ -18,6 +18,8 @@ from squidstep_redis.escaping import escaped, json_line
 
 _NO_FOLDING: Final = 10_000  # columns
 
+Layout = Literal["fold", "fill", "fixed", "number"]
+
 
 def print_text(*renderables: RenderableType) -> None:
     """Prints for people: colored and folded on a terminal; plain, one row per line, in a pipe."""
@@ -86,7 +88,7 @@ def terminal_width() -> int | None:
     return console.width if console.is_terminal else None
 
 
-def new_table(columns: dict[str, Literal["fold", "fill", "fixed", "number"]]) -> Table:
+def new_table(columns: dict[str, Layout]) -> Table:
     """Makes an empty table.
 
     Args:

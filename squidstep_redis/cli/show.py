@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from squidstep_redis import Attempt, StepRun, StepStatus
-from squidstep_redis.cli.cancel import format_cancellation
+from squidstep_redis import Attempt, RunSummary, StepRun, StepStatus
+from squidstep_redis.cli.cancel import format_run
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import read_attempts, read_steps, store_or_exit
 from squidstep_redis.cli.formatting import (
@@ -62,8 +62,7 @@ def show_command(
     counts = summary.counts if summary else Counter(each.status for each in step_runs)
     step_runs = [each for each in step_runs if status in (None, each.status)]
     if not as_json:
-        cancellation = format_cancellation(summary)
-        print_text(*render_steps(run, step_runs, attempts, full=full, counts=counts, cancellation=cancellation))
+        print_text(*render_steps(run, step_runs, attempts, full=full, counts=counts, summary=summary))
     elif step is None:
         print_json([as_dict(each) for each in step_runs])
     else:
@@ -77,7 +76,7 @@ def render_steps(
     *,
     full: bool = False,
     counts: Mapping[StepStatus, int],
-    cancellation: str = "",
+    summary: RunSummary | None = None,
 ) -> Iterator[RenderableType]:
     """Renders step runs: a line for each, and its times, attempts and payloads below it.
 
@@ -87,11 +86,11 @@ def render_steps(
         attempts: The attempts of the step, if only one step is shown; empty for a whole run.
         full: Do not cut names, payloads and errors, and include tracebacks.
         counts: The number of the run's steps by status, which may be more than those to show.
-        cancellation: Whether and why the run is cancelled.
+        summary: Of the run, for its creation, its labels, and whether it is cancelled; None: they are not shown.
     """
     yield render_heading(run, counts)
-    if cancellation:
-        yield Padding(Text(cancellation, "yellow", overflow="fold"), (0, 0, 0, 4))
+    for text, style in format_run(summary):
+        yield Padding(Text(text, style, overflow="fold"), (0, 0, 0, 4))
     widths = column_widths(step_runs, None if full else terminal_width())
     for each in step_runs:
         yield render_line(each, *widths)
