@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import shlex
@@ -56,9 +57,15 @@ def module(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    root, library = logging.getLogger(), logging.getLogger("squidstep_redis")
+    logs = [(logger, logger.handlers[:], logger.level) for logger in (root, library)]
     yield module
-    for number, handler in handlers.items():  # an RQ worker does not restore them
+    # The workers of RQ and Celery do not restore these.
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+    for logger, log_handlers, level in logs:
+        logger.handlers[:] = log_handlers
+        logger.setLevel(level)
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's result backend calls it
