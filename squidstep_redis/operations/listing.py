@@ -113,7 +113,7 @@ def _list(
     context: Context, selection: Selection, status: StepStatus | None, full: int, after: Position | None
 ) -> Workflow[RunPage]:
     # The newest runs are spread over the buckets, so a page usually needs only a few entries of each.
-    size = min(4 + full // 250, MAX_LIMIT)
+    size = 4 + full // 250
     buckets = [Bucket(key, selection, after, size) for key in context.keys.runs()]
     incomplete = buckets
     found: list[RunSummary] = []

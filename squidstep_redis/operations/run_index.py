@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from squidstep_redis.operations.context import Context
-from squidstep_redis.operations.reads import MAX_LIMIT, pairs
+from squidstep_redis.operations.reads import pairs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import run_of_member
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
 
 _GROWTH: Final = 8  # each further part of a bucket's index is this many times as large
+_MAX_PART: Final = 500  # runs, at which one script looks: about 1 ms of the server's time
 
 Position = tuple[int, bytes]  # minus the time of the run's creation in milliseconds, and the run: ascending
 
@@ -80,7 +81,7 @@ class Bucket:
         newest, skip, count, entries = part
         self._newest, self._skip = newest or None, b"%d" % int(skip)
         self.count += int(count)
-        self._size = min(_GROWTH * self._size, MAX_LIMIT)
+        self._size = min(_GROWTH * self._size, _MAX_PART)
         for member, ms in pairs(entries):
             run_id, labels = run_of_member(member)
             position = (-int(float(ms)), run_id)
@@ -107,8 +108,8 @@ def load(buckets: list[Bucket], operation: str) -> Workflow[None]:
 
 
 def drop_stale_runs(context: Context) -> Workflow[None]:
-    """Drops the entries of runs that are gone: one round trip per server for each 1,000 runs of the largest bucket."""
-    incomplete = [Bucket(key, ALL, None, MAX_LIMIT) for key in context.keys.runs()]
+    """Drops the entries of runs that are gone: one round trip per server for each 500 runs of the largest bucket."""
+    incomplete = [Bucket(key, ALL, None, _MAX_PART) for key in context.keys.runs()]
     while incomplete:
         yield from load(incomplete, "purge")
         incomplete = [each for each in incomplete if each.loaded_to is not None]
