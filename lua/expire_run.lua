@@ -32,9 +32,8 @@ else
       end
     end
   end
-  local now = now_ms()
-  renew_expiry(run, steps, done, now)
-  drop_expired(run, steps, (@PLACE(steps)), now)
+  renew_expiry(run, steps, done, now_ms())
+  drop_expired(run, steps, (@PLACE(steps)))
 end
 redis.call("HSET", steps, "r", format_run(run))
 return { "set", nonce }

@@ -12,6 +12,7 @@ _NAMES = {
     "claims.aio_claim": ("AsyncClaim",),
     "claims.claim": ("Claim",),
     "claims.failures": ("ExponentialBackoff", "PermanentError", "RetryLater"),
+    "claims.request": ("ClaimSettings", "FunctionSettings", "StepSettings"),
     "claims.rules": ("current_claim",),
     "doctor.checks": ("Level",),
     "doctor.examine": ("Diagnosis", "Finding"),

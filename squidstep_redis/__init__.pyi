@@ -18,6 +18,15 @@ from squidstep_redis.claims.failures import (
 from squidstep_redis.claims.failures import (
     RetryLater as RetryLater,
 )
+from squidstep_redis.claims.request import (
+    ClaimSettings as ClaimSettings,
+)
+from squidstep_redis.claims.request import (
+    FunctionSettings as FunctionSettings,
+)
+from squidstep_redis.claims.request import (
+    StepSettings as StepSettings,
+)
 from squidstep_redis.claims.rules import (
     current_claim as current_claim,
 )

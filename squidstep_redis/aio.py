@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import cached_property
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, TypeVar, Unpack
 
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
@@ -14,17 +14,21 @@ from redis.backoff import NoBackoff
 
 from squidstep_redis.claims.aio_background import PerLoop, wait_for_background_of
 from squidstep_redis.claims.aio_claim import AsyncClaim, LoopState
-from squidstep_redis.claims.failures import Backoff, Permanent
-from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
+from squidstep_redis.claims.request import (
+    ClaimSettings,
+    FunctionSettings,
+    claim_request,
+    with_claim_settings,
+    with_function_settings,
+)
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
 from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import Labels, LabelsOf, RunId, RunIdOf, Seconds, Step
+from squidstep_redis.protocol.arguments import LabelsOf, RunId, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.call import Call
-from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.store import StepRunStore
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
@@ -34,6 +38,13 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_CANCELLED_FUNCTION: Final = {
+    "cancel_when_lost": "whether to cancel the function when the claim is lost; the winner's result is still returned.",
+    "cancel_with_run": "whether to cancel the function when the run is cancelled. Then the attempt is recorded as\n"
+    "        failed, and RunCancelledError is raised.",
+}
+"""What the methods that call a coroutine function accept beside the settings."""
 
 
 class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTransport]):
@@ -123,14 +134,13 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     async def send(self, call: Call[T]) -> T:
         return await self._transport.send(call)
 
+    @with_claim_settings
     @with_docs_of(
         StepRunStore.run_step,
         fn="does the work: a coroutine function, or a plain one. It receives the stored input and returns the output.\n"
-        "                `current_claim()` is its claim. If it blocks the event loop longer than the lease, the claim\n"
-        "                is lost.",
-        cancel_when_lost="whether to cancel `fn` when the claim is lost; the winner's result is still returned.",
-        cancel_with_run="whether to cancel `fn` when the run is cancelled. Then the attempt is recorded as failed,\n"
-        "                and RunCancelledError is raised.",
+        "        `current_claim()` is its claim. If it blocks the event loop longer than the lease, the claim\n"
+        "        is lost.",
+        **_CANCELLED_FUNCTION,
     )
     async def run_step(
         self,
@@ -139,16 +149,9 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         fn: Callable[[dict[str, Any]], Awaitable[Mapping[str, Any] | None] | Mapping[str, Any] | None],
         input: Mapping[str, Any],
         *,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
-        labels: Labels | None = None,
         cancel_when_lost: bool = False,
         cancel_with_run: bool = False,
+        **settings: Unpack[ClaimSettings],
     ) -> dict[str, Any]:
         if not callable(fn):
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
@@ -157,16 +160,9 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                 run_id,
                 step,
                 input,
-                lease=lease,
-                max_attempts=max_attempts,
-                permanent=permanent,
-                backoff=backoff,
-                on_busy=on_busy,
-                owner=owner,
-                fingerprint=fingerprint,
-                labels=labels,
                 cancel_when_lost=cancel_when_lost,
                 cancel_with_run=cancel_with_run,
+                **settings,
             )
             try:
                 async with claim:
@@ -179,12 +175,13 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
             except StaleStepRunError as error:
                 claim.raise_unless_taken_over(error)
 
+    @with_claim_settings
     @with_docs_of(
         StepRunStore.claim_step,
         cancel_when_lost="whether to cancel the block when the claim is lost; the block then ends as with\n"
-        "                `claim.complete`.",
+        "        `claim.complete`.",
         cancel_with_run="whether to cancel the block when the run is cancelled. Then the attempt is recorded as\n"
-        "                failed, and RunCancelledError is raised.",
+        "        failed, and RunCancelledError is raised.",
     )
     def claim_step(
         self,
@@ -192,92 +189,49 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         step: Step,
         input: Mapping[str, Any],
         *,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
-        labels: Labels | None = None,
         cancel_when_lost: bool = False,
         cancel_with_run: bool = False,
+        **settings: Unpack[ClaimSettings],
     ) -> AsyncClaim:
-        request = claim_request(
-            run_id,
-            step,
-            input,
-            lease=lease,
-            max_attempts=max_attempts,
-            permanent=permanent,
-            backoff=backoff,
-            on_busy=on_busy,
-            owner=owner,
-            fingerprint=fingerprint,
-            labels=labels,
-        )
+        request = claim_request(run_id, step, input, **settings)
         return AsyncClaim(self, self._transport, request, cancel_when_lost, cancel_with_run, self._per_loop)
 
     @named_first
-    @with_docs_of(StepRunStore.step)
+    @with_function_settings
+    @with_docs_of(StepRunStore.step, **_CANCELLED_FUNCTION)
     def step(
         self,
         name: Step,
         *,
         run_id: RunIdOf,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
         labels: LabelsOf | None = None,
         exclude: tuple[str, ...] = (),
+        cancel_when_lost: bool = False,
+        cancel_with_run: bool = False,
+        **settings: Unpack[FunctionSettings],
     ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
         from squidstep_redis.functions.decorators import asyncio_step  # noqa: PLC0415 -- only decorators need it
-        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only decorators need it
+        from squidstep_redis.functions.settings import asyncio_settings  # noqa: PLC0415 -- only decorators need it
 
-        settings = step_settings(
-            lease=lease,
-            max_attempts=max_attempts,
-            permanent=permanent,
-            backoff=backoff,
-            on_busy=on_busy,
-            owner=owner,
-            fingerprint=fingerprint,
-        )
-        return asyncio_step(self, name, run_id, exclude, settings, labels)
+        checked = asyncio_settings(settings, cancel_when_lost, cancel_with_run)
+        return asyncio_step(self, name, run_id, exclude, checked, labels)
 
-    @with_docs_of(StepRunStore.run)
+    @with_claim_settings
+    @with_docs_of(StepRunStore.run, **_CANCELLED_FUNCTION)
     def run(
         self,
         run_id: RunId,
         *,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
-        labels: Labels | None = None,
         exclude: tuple[str, ...] = (),
+        cancel_when_lost: bool = False,
+        cancel_with_run: bool = False,
+        **settings: Unpack[ClaimSettings],
     ) -> AsyncRun:
         from squidstep_redis.functions.runs import AsyncRun  # noqa: PLC0415 -- only calls of functions need it
-        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only calls of functions need it
+        from squidstep_redis.functions.settings import asyncio_settings  # noqa: PLC0415 -- only calls need it
 
-        settings = step_settings(
-            lease=lease,
-            max_attempts=max_attempts,
-            permanent=permanent,
-            backoff=backoff,
-            on_busy=on_busy,
-            owner=owner,
-            fingerprint=fingerprint,
-            labels=labels,
-        )
-        return AsyncRun(self, run_id, exclude, settings)
+        checked = asyncio_settings(settings, cancel_when_lost, cancel_with_run)
+        return AsyncRun(self, run_id, exclude, checked)
 
     @with_docs_of(StepRunStore.doctor)
     async def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:

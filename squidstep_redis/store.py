@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from squidstep_redis.claims.claim import Claim
-from squidstep_redis.claims.failures import Backoff, Permanent
 from squidstep_redis.claims.heartbeat import end_heartbeat
-from squidstep_redis.claims.request import DEFAULT_LEASE, OnBusy, claim_request
-from squidstep_redis.docstrings import with_arguments_of
+from squidstep_redis.claims.request import (
+    ClaimSettings,
+    FunctionSettings,
+    claim_request,
+    with_claim_settings,
+    with_function_settings,
+)
 from squidstep_redis.doctor.examine import Diagnosis, examine
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, described
 from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
-from squidstep_redis.protocol.arguments import Labels, LabelsOf, RunId, RunIdOf, Seconds, Step
+from squidstep_redis.protocol.arguments import LabelsOf, RunId, RunIdOf, Seconds, Step
 from squidstep_redis.protocol.call import Call
-from squidstep_redis.protocol.fingerprints import Fingerprint
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
 
@@ -126,21 +129,14 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         """
         return self._transport.send(call)
 
+    @with_claim_settings
     def run_step(
         self,
         run_id: RunId,
         step: Step,
         fn: Callable[[dict[str, Any]], Mapping[str, Any] | None],
         input: Mapping[str, Any],
-        *,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
-        labels: Labels | None = None,
+        **settings: Unpack[ClaimSettings],
     ) -> dict[str, Any]:
         """Executes a step once across all deliveries, and returns its stored output from then on.
 
@@ -161,24 +157,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             fn: does the work: receives the stored input and returns the output, a dict; None stands for {}.
                 `current_claim()` is its claim.
             input: the step's input, a dict. It is stored unless the step was scheduled with its own.
-            lease: seconds, or a timedelta, after which another worker may take over from one that is dead or hangs;
-                None: never.
-            max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
-            permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step
-                has failed permanently.
-            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
-                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
-                after RetryLater. None: the step can be claimed at once.
-            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
-                "wait" until it is completed or can be claimed (polling at most once a second).
-            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
-                `host:pid`.
-            fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
-                what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
-                control characters: that itself; False: nothing; None: the store's setting. If the step has another
-                fingerprint, the call is refused.
-            labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
-                `runs` finds it; None: none. A run that exists keeps its own.
+            **settings: how the step is claimed, and what a failure means: see `ClaimSettings`.
 
         Returns:
             The stored output.
@@ -199,19 +178,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         if not callable(fn):
             raise InvalidArgumentError("fn", f"must be callable, not {described(fn)}")
         while True:
-            claim = self.claim_step(
-                run_id,
-                step,
-                input,
-                lease=lease,
-                max_attempts=max_attempts,
-                permanent=permanent,
-                backoff=backoff,
-                on_busy=on_busy,
-                owner=owner,
-                fingerprint=fingerprint,
-                labels=labels,
-            )
+            claim = self.claim_step(run_id, step, input, **settings)
             try:
                 with claim:
                     if claim.decision == "execute":
@@ -225,21 +192,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                     raise
                 claim.raise_unless_taken_over(error)
 
-    @with_arguments_of(run_step)
+    @with_claim_settings
     def claim_step(
         self,
         run_id: RunId,
         step: Step,
         input: Mapping[str, Any],
-        *,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
-        labels: Labels | None = None,
+        **settings: Unpack[ClaimSettings],
     ) -> Claim:
         """Returns a `with` block that holds the claim on a step: `run_step` for code that is not one function.
 
@@ -247,42 +206,31 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         call `claim.complete(output)`; on "skip" the step is already completed, and `claim.output` has the output. An
         exception that leaves the block is recorded with `fail_step`. Entering the block raises what `run_step` raises.
 
+        Args:
+            run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
+            step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
+                str, else its name).
+            input: the step's input, a dict. It is stored unless the step was scheduled with its own.
+            **settings: how the step is claimed, and what a failure means: see `ClaimSettings`.
+
         Returns:
             The claim.
 
         Raises:
             InvalidArgumentError: `lease`, `on_busy`, `permanent` or `backoff` was rejected.
         """
-        request = claim_request(
-            run_id,
-            step,
-            input,
-            lease=lease,
-            max_attempts=max_attempts,
-            permanent=permanent,
-            backoff=backoff,
-            on_busy=on_busy,
-            owner=owner,
-            fingerprint=fingerprint,
-            labels=labels,
-        )
-        return Claim(self, self._transport, request)
+        return Claim(self, self._transport, claim_request(run_id, step, input, **settings))
 
     @named_first
+    @with_function_settings
     def step(
         self,
         name: Step,
         *,
         run_id: RunIdOf,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
         labels: LabelsOf | None = None,
         exclude: tuple[str, ...] = (),
+        **settings: Unpack[FunctionSettings],
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """Returns a decorator that makes a function a step: it is executed once for each run id.
 
@@ -299,22 +247,6 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 str, else its name).
             run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}",
                 whose values must not be None, or a function of the arguments.
-            lease: seconds, or a timedelta, after which another worker may take over the step from one that is dead or
-                hangs; None: never. A heartbeat extends it while the function runs.
-            max_attempts: number of claims to grant in total, not counting released ones; None: no limit.
-            permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
-                step has failed permanently.
-            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
-                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
-                after RetryLater. None: the step can be claimed at once.
-            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
-                "wait" until it is completed or can be claimed (polling at most once a second).
-            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
-                `host:pid`.
-            fingerprint: what identifies the input, the dict of the given arguments. True: all of it; a function of the
-                dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
-                without control characters: that itself; False: nothing; None: the store's setting. If the step has
-                another fingerprint, the call is refused.
             labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over
                 the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
                 dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is
@@ -322,6 +254,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
                 fingerprint. When the step is executed, the function receives them as given in this call. A `run_id`
                 format string must not name them; a `run_id` function receives them.
+            **settings: how the step is claimed, and what a failure means: see `FunctionSettings`.
 
         Returns:
             The decorator. The decorated function returns the stored result (a tuple as a list), and raises what
@@ -335,32 +268,17 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 AsyncStepRunStore, and a generator function on both.
         """
         from squidstep_redis.functions.decorators import blocking_step  # noqa: PLC0415 -- only decorators need it
-        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only decorators need it
+        from squidstep_redis.functions.settings import checked_settings  # noqa: PLC0415 -- only decorators need it
 
-        settings = step_settings(
-            lease=lease,
-            max_attempts=max_attempts,
-            permanent=permanent,
-            backoff=backoff,
-            on_busy=on_busy,
-            owner=owner,
-            fingerprint=fingerprint,
-        )
-        return blocking_step(self, name, run_id, exclude, settings, labels)
+        return blocking_step(self, name, run_id, exclude, checked_settings(settings), labels)
 
+    @with_claim_settings
     def run(
         self,
         run_id: RunId,
         *,
-        lease: Seconds | None = DEFAULT_LEASE,
-        max_attempts: int | None = None,
-        permanent: Permanent = (),
-        backoff: Backoff | None = None,
-        on_busy: OnBusy = "raise",
-        owner: str | None = None,
-        fingerprint: Fingerprint | None = None,
-        labels: Labels | None = None,
         exclude: tuple[str, ...] = (),
+        **settings: Unpack[ClaimSettings],
     ) -> Run:
         """Returns an object that calls functions as the steps of one run: `store.run("order-7").call("pay", pay, 3)`.
 
@@ -369,27 +287,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
 
         Args:
             run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-            lease: seconds, or a timedelta, after which another worker may take over a step from one that is dead or
-                hangs; None: never. A heartbeat extends it while the function runs.
-            max_attempts: number of claims to grant in total for each step, not counting released ones; None: no limit.
-            permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
-                step has failed permanently.
-            backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
-                or a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called
-                after RetryLater. None: the step can be claimed at once.
-            on_busy: what to do while another worker holds the step, or while it may not be retried yet: "raise", or
-                "wait" until it is completed or can be claimed (polling at most once a second).
-            owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None:
-                `host:pid`.
-            fingerprint: what identifies the input, the dict of the given arguments. True: all of it; a function of the
-                dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
-                without control characters: that itself; False: nothing; None: the store's setting. If the step has
-                another fingerprint, the call is refused.
-            labels: labels of the run if one of these steps creates it, a dict of up to 8 str of up to 64 bytes by name,
-                by which `runs` finds it; None: none. A run that exists keeps its own.
             exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
                 fingerprint: those of the called functions that have such a parameter. When a step is executed, its
                 function receives them as given in this call.
+            **settings: how the step is claimed, and what a failure means: see `ClaimSettings`.
 
         Returns:
             The run. Its method `call` executes a function as a step.
@@ -398,19 +299,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             InvalidArgumentError: an argument was rejected.
         """
         from squidstep_redis.functions.runs import Run  # noqa: PLC0415 -- only calls of functions need it
-        from squidstep_redis.functions.settings import step_settings  # noqa: PLC0415 -- only calls of functions need it
+        from squidstep_redis.functions.settings import checked_settings  # noqa: PLC0415 -- only calls of functions need it
 
-        settings = step_settings(
-            lease=lease,
-            max_attempts=max_attempts,
-            permanent=permanent,
-            backoff=backoff,
-            on_busy=on_busy,
-            owner=owner,
-            fingerprint=fingerprint,
-            labels=labels,
-        )
-        return Run(self, run_id, exclude, settings)
+        return Run(self, run_id, exclude, checked_settings(settings))
 
     def doctor(self, *, lease: Seconds | None = None, job_timeout: Seconds | None = None) -> Diagnosis:
         """Checks whether the guarantees hold on the server and the client, and what limits them.

@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, Self, TypedDict, TypeVar, cast
 from uuid import UUID
 
 from squidstep_redis import Call, InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError, StepRunStore
@@ -17,6 +17,10 @@ from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.blocking import BlockingTransport
 
 T = TypeVar("T")
+
+NotNow = StepBusyError | StepDelayedError | RetryLater
+NOT_NOW: Final = (StepBusyError, StepDelayedError, RetryLater)
+"""Why a step is not executed now, but later."""
 
 _MAX_OWNER_BYTES: Final = 256
 _MAX_DOUBLINGS: Final = 32  # 2**32 seconds are longer than any lease
@@ -155,9 +159,34 @@ def is_wrapped_by(function: object, decorated: object) -> bool:
     return False
 
 
-def reschedule_delay(
-    error: StepBusyError | StepDelayedError | RetryLater, lease: Seconds | None, looks: int | None = None
-) -> int:
+class BusyNotes(TypedDict, total=False):
+    """What a job or task remembers of the claim that made it wait, from one delivery to the next one.
+
+    Attributes:
+        claim: the claim that made it wait.
+        looks: how often it has found that claim.
+    """
+
+    claim: str
+    looks: int
+
+
+def rerun(error: NotNow, lease: Seconds | None, before: BusyNotes) -> tuple[int, BusyNotes]:
+    """Returns the seconds until the rerun of a job or task, and what it must remember.
+
+    Args:
+        error: why the step was not executed, or is to be retried.
+        lease: seconds to use if the other worker's claim has no lease.
+        before: the notes of the delivery before.
+    """
+    if not isinstance(error, StepBusyError):
+        return reschedule_delay(error, lease), {}
+    claim = f"{error.current.id} {error.current.attempt}"
+    looks = before.get("looks", 0) if before.get("claim") == claim else 0
+    return reschedule_delay(error, lease, looks), {"claim": claim, "looks": looks + 1}
+
+
+def reschedule_delay(error: NotNow, lease: Seconds | None, looks: int | None = None) -> int:
     """Returns the seconds until the rerun, at least 1, plus jitter of up to 10 %. RQ accepts whole seconds only.
 
     Args:

@@ -37,8 +37,8 @@ BESIDE_PUBLIC_NAMES = {
         "claims.request",
         "functions",
         "protocol.arguments",
-        "protocol.fingerprints",
         "signals",
+        "task_queue_runs",
         "task_queues",
     },
     "cli": {
@@ -57,15 +57,15 @@ BESIDE_PUBLIC_NAMES = {
     "pytest_plugin": {"embedded", "testing"},
     "rq": {
         "rq",
-        "claims.failures",
         "claims.request",
         "escaping",
         "functions",
         "protocol.arguments",
-        "protocol.fingerprints",
         "signals",
+        "task_queue_runs",
         "task_queues",
     },
+    "task_queue_runs": {"claims.request", "functions", "protocol.arguments"},
     "task_queues": {"claims.request", "escaping", "protocol.arguments", "signals", "transport.blocking"},
     "testing": {"testing", "embedded", "protocol.arguments", "protocol.scripts"},
 }

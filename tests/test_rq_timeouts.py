@@ -16,7 +16,7 @@ from support.rq_harness import RQ_MARKS, Harness
 from support.storm_length import StormLength
 
 from squidstep_redis import MsgpackCodec, StepRunStore
-from squidstep_redis.rq import busy, configure, runs, store
+from squidstep_redis.rq import Run, busy, configure, store
 
 pytest_plugins = ["support.rq_fixtures"]
 pytestmark = RQ_MARKS
@@ -103,13 +103,13 @@ def test_alarm_while_an_error_is_formatted_is_raised(harness: Harness) -> None:
         store().fail_step(claim, InterruptedError())
 
 
-@pytest.mark.parametrize(("module", "name"), [(runs, "_run"), (busy, "_inside")], ids=["run", "inside"])
+@pytest.mark.parametrize(("place", "name"), [(Run, "current"), (busy, "_inside")], ids=["run", "inside"])
 def test_timeout_leaves_nothing_to_the_next_job(
-    harness: Harness, module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, place: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(harness.url)
-    variable = InterruptedVariable(getattr(module, name))
-    monkeypatch.setattr(module, name, variable)
+    variable = InterruptedVariable(getattr(place, name))
+    monkeypatch.setattr(place, name, variable)
     with pytest.raises(JobTimeoutException):
         rq_jobs.ship_order(7)
     assert variable.get() is variable.default

@@ -188,6 +188,8 @@ def mistakes_are_reported(store: StepRunStore, step_run: StepRun) -> None:
     store.begin_step(7, "pay", {})  # pyright: ignore[reportArgumentType]: not a run id
     store.run_step("run", "pay", charge_later, {})  # pyright: ignore[reportArgumentType]: a coroutine function needs the asyncio store
     store.run_step("run", "pay", charge, {}, on_busy="skip")  # pyright: ignore[reportArgumentType]: neither "raise" nor "wait"
+    store.claim_step("run", "pay", {}, leas=30)  # pyright: ignore[reportCallIssue]: no such setting
+    store.run_step("run", "pay", charge, {}, lease="30")  # pyright: ignore[reportArgumentType]: not seconds
     store.claim_step("run", "pay", {}, cancel_when_lost=True)  # pyright: ignore[reportCallIssue]: asyncio only
     store.complete_step(None, {})  # pyright: ignore[reportArgumentType]: neither a step run nor an id
     step_run.status = StepStatus.FAILED  # pyright: ignore[reportAttributeAccessIssue]: a snapshot is read-only

@@ -38,7 +38,14 @@ def charge(order_id: int, *, amount: int = 1) -> dict[str, int]:
     return {"charged": amount * order_id}
 
 
-@async_store.step(Name.PAY, run_id=run_of, lease=None, fingerprint=lambda given: given["order_id"])
+@async_store.step(
+    Name.PAY,
+    run_id=run_of,
+    lease=None,
+    fingerprint=lambda given: given["order_id"],
+    cancel_when_lost=True,
+    cancel_with_run=True,
+)
 async def pay(order_id: int, *, amount: int = 1) -> str:
     return str(order_id)
 
@@ -96,7 +103,7 @@ def several_steps() -> None:
 
 
 async def several_steps_asyncio() -> None:
-    run = async_store.run("order-7", max_attempts=3)
+    run = async_store.run("order-7", max_attempts=3, cancel_when_lost=True, cancel_with_run=True)
     assert_type(run, AsyncRun)
     assert_type(await run.call("pay", pay, 7, amount=2), str)
     await run.call("pay", pay)  # pyright: ignore[reportCallIssue]: order_id is missing
@@ -111,6 +118,10 @@ def what_is_wrong_is_seen() -> None:
     store.step("pay", run_id="run", lease="30")  # pyright: ignore[reportArgumentType]: not seconds
     store.step("pay", run_id="run", on_busy="reschedule")  # pyright: ignore[reportArgumentType]: for RQ jobs only
     store.step("pay", run_id="run", exclude="amount")  # pyright: ignore[reportArgumentType]: not a tuple
+    store.step("pay", run_id="run", leas=30)  # pyright: ignore[reportCallIssue]: no such setting
+    store.step("pay", run_id="run", cancel_with_run=True)  # pyright: ignore[reportCallIssue]: on asyncio only
+    store.run("run", cancel_when_lost=True)  # pyright: ignore[reportCallIssue]: on asyncio only
+    async_store.run("run", cancel_when_lost=1)  # pyright: ignore[reportArgumentType]: no bool
     async_store.step("pay", run_id="run")(charge)  # pyright: ignore[reportArgumentType]: no coroutine function
     store.run()  # pyright: ignore[reportCallIssue]: a run id is needed
     store.run("run", on_busy="skip")  # pyright: ignore[reportArgumentType]: neither "raise" nor "wait"

@@ -103,5 +103,7 @@ def what_is_wrong_is_seen(client: Redis) -> None:
     steps("pay")  # pyright: ignore[reportCallIssue]: several steps have none
     current_run(on_busy="reschedule")  # pyright: ignore[reportArgumentType]: that is for the decorators
     step("pay", exclude="password")  # pyright: ignore[reportArgumentType]: not a tuple
+    step("pay", leas=30)  # pyright: ignore[reportCallIssue]: no such setting
+    step("pay", owner="me")  # pyright: ignore[reportCallIssue]: the job is the owner
     configure()  # pyright: ignore[reportCallIssue]: one of them
     configure(client)  # pyright: ignore[reportArgumentType]: what makes a client, in each process

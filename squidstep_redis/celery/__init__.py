@@ -7,10 +7,10 @@ steps. The guide, tests/guide/celery.md in the repository, describes what happen
 from squidstep_redis.celery.decorators import step, steps
 from squidstep_redis.celery.execution import owner
 from squidstep_redis.celery.installed import OLDEST
-from squidstep_redis.celery.retries import OnBusy
 from squidstep_redis.celery.runs import Run, current_run, default_run_id
 from squidstep_redis.celery.stores import configure, store
 from squidstep_redis.protocol.arguments import RunIdOf
+from squidstep_redis.task_queue_runs import OnBusy
 
 __all__ = [
     "OLDEST",

@@ -59,7 +59,7 @@ def execute_in_task(task: Task | None, call: FunctionCall) -> Any:
         call: the call of the function.
     """
     settings: Any = {**call.settings, "owner": owner(task)}
-    permanent = failure_rules(call.settings["permanent"], None).permanent
+    permanent = failure_rules(call.settings.get("permanent", ()), None).permanent
     try:
         return execute(store_for(task), call._replace(fn=_releasing(call.fn), settings=settings))
     except PREDICATES:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypedDict, cast
+from typing import Any, Final, cast
 
 from squidstep_redis.celery.installed import Request
+from squidstep_redis.task_queues import BusyNotes
 
 _KEY: Final = "squidstep_redis"
 
 
-class Notes(TypedDict, total=False):
+class Notes(BusyNotes, total=False):
     """The notes of a task that is delivered again.
 
     Attributes:
         run_id: the run to continue, if the task id does not determine it.
-        claim: the claim that made the task wait.
-        looks: how often the task has found that claim.
     """
 
     run_id: str
-    claim: str
-    looks: int
 
 
 def notes_of(request: Request) -> Notes:

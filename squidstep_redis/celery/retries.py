@@ -5,34 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
-from squidstep_redis import InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError
 from squidstep_redis.celery.execution import is_final
 from squidstep_redis.celery.installed import Request, Task, current_task, send_again
-from squidstep_redis.celery.notes import Notes, headers_with, notes_of
+from squidstep_redis.celery.notes import headers_with, notes_of
 from squidstep_redis.protocol.arguments import Seconds
-from squidstep_redis.task_queues import is_wrapped_by, reschedule_delay
+from squidstep_redis.task_queue_runs import OnBusy
+from squidstep_redis.task_queues import NOT_NOW, NotNow, is_wrapped_by, rerun
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-OnBusy = Literal["reschedule", "raise", "wait"]
-"""What a decorated function does while another worker has claimed its step."""
-
 _DEFAULT_VISIBILITY_TIMEOUT: Final = 3600.0  # of Celery's Redis transport, in seconds
-
-NotNow = StepBusyError | StepDelayedError | RetryLater
-NOT_NOW: Final = (StepBusyError, StepDelayedError, RetryLater)
 
 # The delivery inside whose decorated function the code runs.
 _inside: ContextVar[Request | None] = ContextVar("squidstep_celery_inside", default=None)
-
-
-def check_on_busy(on_busy: object) -> None:
-    """Raises InvalidArgumentError if `on_busy` is not one of the three modes."""
-    if on_busy not in ("reschedule", "raise", "wait"):
-        raise InvalidArgumentError("on_busy", f"must be 'reschedule', 'raise' or 'wait', not {on_busy!r}")
 
 
 def retrying(
@@ -74,15 +62,9 @@ def retrying(
 
 
 def _send_again_later(task: Task, error: NotNow, lease: Seconds | None) -> NoReturn:
-    request, notes = task.request, Notes()
-    before = notes_of(request)
-    if isinstance(error, StepBusyError):
-        notes["claim"] = f"{error.current.id} {error.current.attempt}"
-        notes["looks"] = before.get("looks", 0) if before.get("claim") == notes["claim"] else 0
-    delay = reschedule_delay(error, lease, notes.get("looks"))
-    if "looks" in notes:
-        notes["looks"] += 1
-    send_again(task, error, min(delay, _longest_countdown(task)), headers_with(request, notes))
+    request = task.request
+    delay, notes = rerun(error, lease, notes_of(request))
+    send_again(task, error, min(delay, _longest_countdown(task)), headers_with(request, {**notes}))
 
 
 def _longest_countdown(task: Task) -> float:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
+from squidstep_redis.claims.request import ClaimSettings
 from squidstep_redis.functions.checks import check_is_coroutine_function, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall, execute, execute_async
 from squidstep_redis.functions.labels import with_labels_of
 from squidstep_redis.functions.run_ids import run_id_of
-from squidstep_redis.functions.settings import StepSettings
 from squidstep_redis.protocol.arguments import LabelsOf, RunIdOf, Step
 
 P = ParamSpec("P")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def blocking_step(
-    store: Any, name: Step, run_id: RunIdOf, exclude: tuple[str, ...], settings: StepSettings, labels: LabelsOf | None
+    store: Any, name: Step, run_id: RunIdOf, exclude: tuple[str, ...], settings: ClaimSettings, labels: LabelsOf | None
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Returns the decorator that `StepRunStore.step` describes.
 
@@ -44,7 +44,7 @@ def blocking_step(
 
 
 def asyncio_step(
-    store: Any, name: Step, run_id: RunIdOf, exclude: tuple[str, ...], settings: StepSettings, labels: LabelsOf | None
+    store: Any, name: Step, run_id: RunIdOf, exclude: tuple[str, ...], settings: ClaimSettings, labels: LabelsOf | None
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
     """Returns the decorator that `AsyncStepRunStore.step` describes.
 
@@ -75,7 +75,7 @@ def _calls(
     name: Step,
     run_id: RunIdOf,
     exclude: tuple[str, ...],
-    settings: StepSettings,
+    settings: ClaimSettings,
     labels: LabelsOf | None,
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], FunctionCall]:
     """Returns a function that makes a call of the decorated function from its arguments."""

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from inspect import BoundArguments, iscoroutine
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from squidstep_redis.claims.request import ClaimSettings
 from squidstep_redis.claims.rules import current_claim
 from squidstep_redis.errors import InvalidArgumentError, PayloadError
 from squidstep_redis.functions.arguments import input_of, stored_arguments
 from squidstep_redis.functions.inputs import Inputs
-from squidstep_redis.functions.settings import StepSettings
 from squidstep_redis.protocol.arguments import RunId, Step
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class FunctionCall(NamedTuple):
     fn: Callable[..., Any]
     bound: BoundArguments
     excluded: frozenset[str]
-    settings: StepSettings
+    settings: ClaimSettings
     inputs: Inputs | None = None
 
     @property

@@ -8,8 +8,8 @@ from contextlib import suppress
 from inspect import BoundArguments, Signature
 from typing import cast
 
+from squidstep_redis.claims.request import ClaimSettings
 from squidstep_redis.errors import InvalidArgumentError, described
-from squidstep_redis.functions.settings import StepSettings
 from squidstep_redis.functions.templates import (
     NoneInFormatError,
     check_format,
@@ -19,11 +19,11 @@ from squidstep_redis.functions.templates import (
 from squidstep_redis.protocol.arguments import Labels, LabelsOf
 from squidstep_redis.protocol.labels import check_label_names
 
-SettingsOf = Callable[[BoundArguments], StepSettings]
+SettingsOf = Callable[[BoundArguments], ClaimSettings]
 
 
 def with_labels_of(
-    settings: StepSettings, labels: LabelsOf | None, parameters: Signature, excluded: AbstractSet[str]
+    settings: ClaimSettings, labels: LabelsOf | None, parameters: Signature, excluded: AbstractSet[str]
 ) -> SettingsOf:
     """Returns a function that returns the settings of a call, with labels that are made from its arguments.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
 
+from squidstep_redis.claims.request import ClaimSettings
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.functions.checks import check_is_coroutine_function, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall, execute, execute_async
 from squidstep_redis.functions.inputs import Inputs
-from squidstep_redis.functions.settings import StepSettings
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Step
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class _BaseRun:
     _is_asyncio: bool
 
-    def __init__(self, store: Any, run_id: RunId, exclude: tuple[str, ...], settings: StepSettings) -> None:
+    def __init__(self, store: Any, run_id: RunId, exclude: tuple[str, ...], settings: ClaimSettings) -> None:
         """Called only by `store.run`."""
         self.id = arguments.run_id(run_id).text
         self._store = store

@@ -177,6 +177,16 @@ def _known_lease(value: object) -> bytes:
     return milliseconds("lease", value, MAX_LEASE)
 
 
+def lease_seconds(value: object) -> float:
+    """Returns a lease in seconds, with whole milliseconds; 0 for None."""
+    return _known_lease_seconds(value) if type(value) in (int, float) else int(lease_ms(value) or 0) / 1_000
+
+
+@lru_cache(256, typed=True)
+def _known_lease_seconds(value: object) -> float:
+    return int(_known_lease(value)) / 1_000
+
+
 def seconds(argument: str, value: object, maximum: timedelta) -> float:
     """Returns a time span from a millisecond to `maximum`, in seconds."""
     span = value.total_seconds() if isinstance(value, timedelta) else value

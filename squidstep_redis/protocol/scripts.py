@@ -1,7 +1,8 @@
 """Builds the Lua scripts from their source files.
 
 `lua/NAME.lua` is a script, and `lua/lib/NAME.lua` has code that scripts share. In a checkout, `lua` is next to the
-package; in a wheel, it is inside. A script is built in five steps, once per process:
+package; in a wheel, it is inside. Python may import the package from a zip. A script is built in five steps, once per
+process:
 
 1. The general path: what follows the line `-- general path` becomes a function. In every call, the server clears room
    for all local variables of a script. With those of the general path in a function, a call of the common case that
@@ -22,7 +23,10 @@ import re
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _PACKAGE: Final = Path(__file__).parent.parent
 _GENERAL_PATH: Final = re.compile(r"^-- general path\n(.*)", re.MULTILINE | re.DOTALL)
@@ -58,10 +62,23 @@ class Macro(NamedTuple):
     text: str
 
 
-def directory() -> Path:
-    """Returns the directory of the scripts: inside an installed package, or next to it in a checkout."""
+def directory() -> Path | Traversable:
+    """Returns the directory of the scripts: inside an installed package or its zip, or next to it in a checkout."""
     installed = _PACKAGE / "lua"
-    return installed if installed.is_dir() else _PACKAGE.parent / "lua"
+    if installed.is_dir():
+        return installed
+    if _PACKAGE.is_dir():
+        return _PACKAGE.parent / "lua"
+    from importlib.resources import files  # noqa: PLC0415 -- slow to import, and needed for a zip only
+
+    # Opened for each script and closed with this object: a forked child must not share the position in an open zip.
+    return files("squidstep_redis") / "lua"
+
+
+def names() -> list[str]:
+    """Returns the names of all scripts."""
+    files = [each.name for each in directory().iterdir()]
+    return sorted(name.removesuffix(".lua") for name in files if name.endswith(".lua"))
 
 
 @cache
@@ -74,9 +91,10 @@ def script(name: str) -> Script:
     Raises:
         ValueError: an include or a macro is unknown, or a macro is defined twice or misused.
     """
-    text = (directory() / f"{name}.lua").read_text("utf-8")
+    lua = directory()
+    text = (lua / f"{name}.lua").read_text(encoding="utf-8")
     wrapped = _GENERAL_PATH.sub(r"local function general_path()\n\1end\nreturn general_path()\n", text)
-    whole = _included(wrapped, name, directory() / "lib", set())
+    whole = _included(wrapped, name, lua / "lib", set())
     source = _expanded(_NOT_CODE.sub("", whole), macros(whole, name), name).replace('" .. "', "").encode()
     sha = sha1(source, usedforsecurity=False).hexdigest().encode()
     return Script(name, source, sha, is_transition=not _NO_TRANSITION.search(text))
@@ -98,7 +116,7 @@ def macros(text: str, name: str) -> dict[str, Macro]:
     return found
 
 
-def _included(text: str, name: str, lib: Path, seen: set[str]) -> str:
+def _included(text: str, name: str, lib: Path | Traversable, seen: set[str]) -> str:
     def replaced(match: re.Match[str]) -> str:
         included = match[1]
         if included in seen:
@@ -107,7 +125,7 @@ def _included(text: str, name: str, lib: Path, seen: set[str]) -> str:
         path = lib / f"{included}.lua"
         if not path.is_file():
             raise ValueError(f"{name}.lua: include {included} is unknown; there is no lib/{included}.lua")
-        return _included(path.read_text("utf-8"), name, lib, seen)
+        return _included(path.read_text(encoding="utf-8"), name, lib, seen)
 
     return _INCLUDE.sub(replaced, text)
 

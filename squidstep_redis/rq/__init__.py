@@ -5,7 +5,7 @@ tests/guide/rq.md in the repository, describes what happens in each failure.
 """
 
 from squidstep_redis.protocol.arguments import RunIdOf
-from squidstep_redis.rq.busy import MAX_RESCHEDULES, OnBusy
+from squidstep_redis.rq.busy import MAX_RESCHEDULES
 from squidstep_redis.rq.decorators import step, steps
 from squidstep_redis.rq.execution import owner
 from squidstep_redis.rq.installed import OLDEST
@@ -13,6 +13,7 @@ from squidstep_redis.rq.outbox import queue_completion
 from squidstep_redis.rq.runs import Run, current_run, default_run_id
 from squidstep_redis.rq.stores import configure, store
 from squidstep_redis.rq.work_horse import release_killed_work_horse
+from squidstep_redis.task_queue_runs import OnBusy
 
 __all__ = [
     "MAX_RESCHEDULES",

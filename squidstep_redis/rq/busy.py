@@ -6,35 +6,23 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import iscoroutinefunction
-from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
-from squidstep_redis import InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
-from squidstep_redis.rq.notes import Notes, leave_notes, notes_of
+from squidstep_redis.rq.notes import leave_notes, notes_of
 from squidstep_redis.signals import defer_sigalrm
-from squidstep_redis.task_queues import is_wrapped_by, reschedule_delay
+from squidstep_redis.task_queue_runs import OnBusy
+from squidstep_redis.task_queues import NOT_NOW, NotNow, is_wrapped_by, rerun
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-OnBusy = Literal["reschedule", "raise", "wait"]
-"""What a decorated function does while another worker has claimed its step."""
 
 # RQ counts how often a job returns Retry, and fails the job after the maximum. A busy step is not a failure.
 MAX_RESCHEDULES: Final = 1_000_000
 _SYNCHRONOUS: Final = "sync"  # the worker name of jobs that run inside enqueue(), where RQ ignores Retry
 
-NotNow = StepBusyError | StepDelayedError | RetryLater
-NOT_NOW: Final = (StepBusyError, StepDelayedError, RetryLater)
-
 _inside: ContextVar[bool] = ContextVar("squidstep_rq_inside", default=False)
-
-
-def check_on_busy(on_busy: object) -> None:
-    """Raises InvalidArgumentError if `on_busy` is not one of the three modes."""
-    if on_busy not in ("reschedule", "raise", "wait"):
-        raise InvalidArgumentError("on_busy", f"must be 'reschedule', 'raise' or 'wait', not {on_busy!r}")
 
 
 def rescheduling(
@@ -124,13 +112,6 @@ def _has_scheduler(job: Job) -> bool:
 
 def _retry_later(job: Job, error: NotNow, lease: Seconds | None) -> Retry:
     """Returns the Retry that reschedules a job. It uses none of the retries of a Retry that the function returns."""
-    before = notes_of(job)
-    notes: Notes = {"returned": job.number_of_retries or 0}
-    if isinstance(error, StepBusyError):
-        notes["claim"] = f"{error.current.id} {error.current.attempt}"
-        notes["looks"] = before.get("looks", 0) if before.get("claim") == notes["claim"] else 0
-    delay = reschedule_delay(error, lease, notes.get("looks"))
-    if "looks" in notes:
-        notes["looks"] += 1
-    leave_notes(job, notes)
+    delay, notes = rerun(error, lease, notes_of(job))
+    leave_notes(job, {"returned": job.number_of_retries or 0, **notes})
     return Retry(max=MAX_RESCHEDULES, interval=delay)

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import iscoroutinefunction
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Final, ParamSpec, TypeVar, Unpack
 
-from squidstep_redis.claims.failures import Backoff, Permanent
-from squidstep_redis.claims.request import DEFAULT_LEASE
-from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
-from squidstep_redis.functions.execution import FunctionCall
-from squidstep_redis.functions.labels import with_labels_of
-from squidstep_redis.functions.run_ids import run_id_of
-from squidstep_redis.functions.settings import StepSettings, step_settings
-from squidstep_redis.protocol.arguments import LabelsOf, RunIdOf, Seconds, Step
-from squidstep_redis.protocol.fingerprints import Fingerprint
-from squidstep_redis.rq.busy import OnBusy, check_on_busy, rescheduling
-from squidstep_redis.rq.execution import execute_in_job
-from squidstep_redis.rq.runs import Run, await_in_run, call_in_run, current_run, open_run
+from squidstep_redis.claims.request import StepSettings, with_step_settings
+from squidstep_redis.functions.checks import parameters_of
+from squidstep_redis.protocol.arguments import LabelsOf, RunIdOf, Step
+from squidstep_redis.rq.busy import rescheduling
+from squidstep_redis.rq.runs import open_run
+from squidstep_redis.task_queue_runs import Decorators, OnBusy, Parameters
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _parameters_of(fn: Callable[..., Any]) -> Parameters:
+    return Parameters(parameters_of(fn))
+
+
+_decorators: Final = Decorators(open_run, _parameters_of, rescheduling)
+
+
+@with_step_settings
 def step(
     name: Step,
     *,
     run_id: RunIdOf | None = None,
-    lease: Seconds | None = DEFAULT_LEASE,
-    max_attempts: int | None = None,
-    permanent: Permanent = (),
-    backoff: Backoff | None = None,
-    on_busy: OnBusy = "reschedule",
-    fingerprint: Fingerprint | None = None,
     labels: LabelsOf | None = None,
+    on_busy: OnBusy = "reschedule",
     exclude: tuple[str, ...] = (),
+    **settings: Unpack[StepSettings],
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function a step: it takes effect once, no matter how often RQ runs the job.
 
@@ -46,29 +43,19 @@ def step(
         name: the name of the step.
         run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", whose
             values must not be None, or a function of the arguments. None: the run of the job, see `current_run`.
-        lease: seconds after which another worker can take over the step from a dead one; None: never. A heartbeat
-            extends the lease while the function runs.
-        max_attempts: the maximum number of attempts; None: no limit.
-        permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
-            step has failed permanently.
-        backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
-            given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
+        labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over the
+            function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a dict of
+            str; None: those of `steps`, if the step belongs to its run. A format string must not name excluded
+            parameters. If one of its arguments is None, there is no such label. A run that exists keeps its own labels.
         on_busy: what to do while another worker has claimed the step, or while it may not be retried yet (after
             `backoff` or RetryLater). "reschedule": RQ reruns the job after 1, 2, 4, … seconds, at the latest when the
             lease expires, or when the delay ends, without using the job's own retries; this needs a worker with a
             scheduler, and raises the error if RQ cannot reschedule. "raise": raises StepBusyError or StepDelayedError.
             "wait": waits inside the job until the step is completed or can be claimed.
-        fingerprint: what identifies the step's input, the dict of the given arguments. True: all of it; a function of
-            the dict: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
-            without control characters: that itself; False: nothing; None: the store's setting. If the step has
-            another fingerprint, for example of another job, InputMismatchError is raised.
-        labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over the
-            function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a dict of
-            str; None: those of `steps`, if the step belongs to its run. A format string must not name excluded
-            parameters. If one of its arguments is None, there is no such label. A run that exists keeps its own labels.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint. When
             the step is executed, the function receives them as given in this call. A `run_id` format string must not
             name them; a `run_id` function receives them.
+        **settings: how the step is claimed, and what a failure means: see `StepSettings`.
 
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
@@ -76,40 +63,17 @@ def step(
             `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
             function.
     """
-    check_step(name)
-    general = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
-
-    def decorate(fn: Callable[P, T]) -> Callable[P, T]:
-        parameters = parameters_of(fn)
-        excluded = excluded_names(exclude, parameters)
-        id_of = None if run_id is None else run_id_of(run_id, parameters, excluded)
-        settings_of = with_labels_of(general, labels, parameters, excluded)
-
-        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-            bound = parameters.bind(*args, **kwargs)
-            run = current_run(id_of(bound) if id_of is not None else None)
-            if run.id is None:
-                return fn(*args, **kwargs)
-            settings = run.with_labels(settings_of(bound))
-            step_call = FunctionCall(run.id, name, fn, bound, excluded, settings, run.inputs)
-            return cast("T", execute_in_job(run.job, step_call))
-
-        return rescheduling(fn, call, lease, on_busy)
-
-    return decorate
+    return _decorators.step(name, run_id, labels, on_busy, exclude, settings)
 
 
+@with_step_settings
 def steps(
     *,
     run_id: RunIdOf | None = None,
-    lease: Seconds | None = DEFAULT_LEASE,
-    max_attempts: int | None = None,
-    permanent: Permanent = (),
-    backoff: Backoff | None = None,
-    on_busy: OnBusy = "reschedule",
-    fingerprint: Fingerprint | None = None,
     labels: LabelsOf | None = None,
+    on_busy: OnBusy = "reschedule",
     exclude: tuple[str, ...] = (),
+    **settings: Unpack[StepSettings],
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a job function a run of several steps.
 
@@ -119,30 +83,20 @@ def steps(
     Args:
         run_id: how to make the run id from the function's arguments: a format string such as "order-{order_id}", whose
             values must not be None, or a function of the arguments. None: the run of the job, see `current_run`.
-        lease: seconds after which another worker can take over a step of `current_run().call(…)` from a dead one;
-            None: never. A heartbeat extends the lease while the step runs.
-        max_attempts: the maximum number of attempts of each step of `current_run().call(…)`; None: no limit.
-        permanent: a type of exception, or a tuple of them, besides PermanentError: if the function of such a step
-            raises one, the step has failed permanently.
-        backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds,
-            given how many attempts there were, such as an ExponentialBackoff; None: it can be claimed at once.
+        labels: labels of the run if one of its steps creates it, by which `runs` finds it: a dict of format strings
+            over the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
+            dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is None,
+            there is no such label. A run that exists keeps its own labels.
         on_busy: what to do while another worker has claimed one of the steps, or while one may not be retried yet
             (after `backoff` or RetryLater). "reschedule": RQ reruns the job after 1, 2, 4, … seconds, at the
             latest when the lease expires, or when the delay ends, without using the job's own retries; this needs a
             worker with a scheduler, and raises the error if RQ cannot reschedule. "raise": raises StepBusyError or
             StepDelayedError. "wait": waits inside the job until the step is completed or can be claimed.
-        fingerprint: what identifies the input of each step of `current_run().call(…)`, the dict of the given
-            arguments. True: all of it; a function of the dict: what it returns, which may be anything that a payload
-            may contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the
-            store's setting. If the step has another fingerprint, for example of another job, InputMismatchError is
-            raised.
-        labels: labels of the run if one of its steps creates it, by which `runs` finds it: a dict of format strings
-            over the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
-            dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is None,
-            there is no such label. A run that exists keeps its own labels.
         exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
             of the functions of `current_run().call(…)` that have such a parameter. When a step is executed, its
             function receives them as given in this call. A `run_id` format string must not name them.
+        **settings: how each step of `current_run().call(…)` is claimed, and what a failure means: see
+            `StepSettings`.
 
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
@@ -150,45 +104,4 @@ def steps(
             `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
             function.
     """
-    general = _settings(lease, max_attempts, permanent, backoff, on_busy, fingerprint)
-    excluded = excluded_names(exclude)
-
-    def decorate(fn: Callable[P, T]) -> Callable[P, T]:
-        parameters = parameters_of(fn)
-        id_of = None if run_id is None else run_id_of(run_id, parameters, excluded)
-        settings_of = with_labels_of(general, labels, parameters, excluded)
-
-        def run_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-            bound = parameters.bind(*args, **kwargs)
-            return open_run(id_of(bound) if id_of is not None else None, settings_of(bound), excluded)
-
-        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-            run = run_of(args, kwargs)
-            if iscoroutinefunction(fn):
-                return cast("T", await_in_run(run, fn, args, kwargs))
-            return call_in_run(run, fn, args, kwargs)
-
-        return rescheduling(fn, call, lease, on_busy)
-
-    return decorate
-
-
-def _settings(
-    lease: Seconds | None,
-    max_attempts: int | None,
-    permanent: Permanent,
-    backoff: Backoff | None,
-    on_busy: OnBusy,
-    fingerprint: Fingerprint | None,
-) -> StepSettings:
-    """Returns the settings of the steps; raises InvalidArgumentError if an argument of a decorator is rejected."""
-    check_on_busy(on_busy)
-    return step_settings(
-        lease=lease,
-        max_attempts=max_attempts,
-        permanent=permanent,
-        backoff=backoff,
-        on_busy="wait" if on_busy == "wait" else "raise",
-        owner=None,  # that of the job
-        fingerprint=fingerprint,
-    )
+    return _decorators.steps(run_id, labels, on_busy, exclude, settings)

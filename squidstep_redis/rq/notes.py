@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypedDict, cast
+from typing import Any, Final, cast
 
 from squidstep_redis.rq.installed import Job
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.task_queues import BusyNotes
 
 _KEY: Final = "squidstep_redis"
 
 
-class Notes(TypedDict, total=False):
+class Notes(BusyNotes, total=False):
     """The notes of a job that was rescheduled.
 
     Attributes:
         run_id: the run to continue, if the job id does not determine it.
         returned: how often the function itself has returned Retry. RQ counts these and our own together.
-        claim: the claim that made the job wait.
-        looks: how often the job has found that claim.
     """
 
     run_id: str
     returned: int
-    claim: str
-    looks: int
 
 
 def notes_of(job: Job) -> Notes:

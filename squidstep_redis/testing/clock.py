@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
 from typing import Final
 
-from squidstep_redis.protocol.scripts import directory, script
+from squidstep_redis.protocol.scripts import names, script
 
 # A key expires when the test clock says so, which may be before the server drops it. So the prelude adds the offset to
 # each expiry that a script sets, and before each script deletes the keys that have expired by the test clock.
@@ -45,7 +45,7 @@ local redis = setmetatable({
 @cache
 def _names() -> dict[bytes, str]:
     """The names of all scripts, by source and by digest."""
-    known = [script(path.stem) for path in directory().glob("*.lua")]
+    known = [script(name) for name in names()]
     return {key: each.name for each in known for key in (each.source, each.sha)}
 
 

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError
 
 from squidstep_redis import StepRun, StepRunStore, StepStatus
 from squidstep_redis.protocol.arguments import RunId, Seconds, Step, run_id, step
-from squidstep_redis.protocol.scripts import directory
+from squidstep_redis.protocol.scripts import names
 from squidstep_redis.testing.clock import StepClock, script_of
 from squidstep_redis.testing.interception import Command
 
@@ -258,10 +258,10 @@ class StepFaults:
     def _add(
         self, kind: _Kind, operation: str, times: int, run: RunId | None, of: Step | None, detail: Any = None
     ) -> _Fault:
-        known = {path.stem for path in directory().glob("*.lua")}
+        known = names()
         if operation not in known:
             hint = " (expire_claim is sent as extend_claim)" if operation == "expire_claim" else ""
-            raise ValueError(f"operation: {operation!r} does not exist{hint}; use one of {', '.join(sorted(known))}")
+            raise ValueError(f"operation: {operation!r} does not exist{hint}; use one of {', '.join(known)}")
         if times < 1:
             raise ValueError(f"times: must be 1 or more, not {times!r}")
         key_end = b"" if run is None else b"}:%b:steps" % run_id(run).data

@@ -205,7 +205,7 @@ class TestEntries:
 
     @pytest.mark.servers("valkey", "redis-7", "redis-6")
     def test_entries_of_expired_runs_leave_without_a_reader(self, bench: Bench) -> None:
-        """A quarter of the calls, by the millisecond, drop entries: of the last runs, some may remain."""
+        """A quarter of the calls, by their random token, drop entries: of the last runs, some may remain."""
         store = bench.store(run_ttl=0.001)
         for run in runs_of_one_bucket(bench, 500):
             store.schedule_step(run, "step", {})

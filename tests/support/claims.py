@@ -364,19 +364,7 @@ def limit_retries(store: Any) -> None:
 
 def granted_claim(lease: float) -> BaseClaim[threading.Event]:
     """Makes a claim that has just been acquired, without a server."""
-    request = claim_request(
-        "run",
-        "pay",
-        {},
-        lease=lease,
-        max_attempts=None,
-        permanent=(),
-        backoff=None,
-        on_busy="raise",
-        owner=None,
-        fingerprint=None,
-        labels=None,
-    )
+    request = claim_request("run", "pay", {}, lease=lease)
     claim = BaseClaim(Calls("test", None, 1_000, None), request, threading.Event(), threading.Event())
     acquiring = claim._acquire()
     next(acquiring)
