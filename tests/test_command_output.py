@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -100,6 +101,60 @@ class TestShow:
     def test_real_terminal_shows_the_same(self, store: StepRunStore, options: list[str]) -> None:
         add_failed_step(store, "run", "pay")
         assert run_on_terminal(80, "show", "run", *options) == on_terminal(80, "show", "run", *options)
+
+
+class TestLabels:
+    LABELS = {"tenant": "acme", "region": "north"}
+
+    @WIDTHS
+    @pytest.mark.parametrize("command", ["show run", "show run pay", "explain run"])
+    def test_head_has_labels_and_creation(
+        self, store: StepRunStore, options: list[str], columns: int, command: str
+    ) -> None:
+        store.schedule_step("run", "pay", {}, labels=self.LABELS)
+        store.cancel_run("run", "wrong address")
+        summary = store.summarize_run("run")
+        assert summary is not None
+        assert summary.created_at is not None
+
+        lines = shown(columns, *command.split(), *options)
+
+        created = f"created {summary.created_at:%Y-%m-%d %H:%M:%S} UTC"
+        assert [line.strip() for line in lines[:3]] == [
+            "run  1 pending",
+            f"region=north tenant=acme  {created}",
+            "cancelled: wrong address",
+        ]
+
+    @WIDTHS
+    @pytest.mark.parametrize("command", ["show run", "explain run"])
+    def test_head_of_a_run_without_labels_is_one_line(
+        self, store: StepRunStore, options: list[str], columns: int, command: str
+    ) -> None:
+        store.schedule_step("run", "pay", {})
+        lines = shown(columns, *command.split(), *options)
+        assert lines[0] == "run  1 pending"
+        assert not any("created" in line for line in lines)
+
+    @WIDTHS
+    @pytest.mark.parametrize("command", ["show run", "explain run", "runs"])
+    def test_long_labels_are_folded_and_not_cut(
+        self, store: StepRunStore, options: list[str], columns: int, command: str
+    ) -> None:
+        labels = {f"name-{number}": f"{number}" * 64 for number in range(8)}
+        store.schedule_step("run", "pay", {}, labels=labels)
+        text = re.sub(r"\s", "", "".join(shown(columns, *command.split(), *options)))
+        assert [value for value in labels.values() if text.count(value[0]) < 64] == []
+
+    def test_json_has_labels_and_creation(self, store: StepRunStore, options: list[str]) -> None:
+        store.schedule_step("run", "pay", {}, labels=self.LABELS)
+        (listed,) = json.loads(run("runs", "--json", *options).stdout)["runs"]
+        explained = json.loads(run("explain", "run", "--json", *options).stdout)["run"]
+        (summary,) = store.runs().runs
+        assert summary.created_at is not None
+        for each in (listed, explained):
+            assert each["labels"] == self.LABELS
+            assert datetime.fromisoformat(each["created_at"]) == summary.created_at
 
 
 class TestTimeline:

@@ -9,7 +9,7 @@ import click
 from squidstep_redis import RunSummary
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
-from squidstep_redis.cli.formatting import format_labels
+from squidstep_redis.cli.formatting import format_labels, format_time
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
 from squidstep_redis.cli.output import fail, print_line
 from squidstep_redis.escaping import escaped
@@ -54,9 +54,10 @@ def format_cancellation(summary: RunSummary | None) -> str:
 
 
 def format_run(summary: RunSummary | None) -> Iterator[tuple[str, str]]:
-    """Yields what is worth knowing of a run besides its steps, with the style of each line: labels, cancellation."""
+    """Yields lines about a run besides its steps, with their styles: labels with the creation, and cancellation."""
     if summary is not None and summary.labels:
-        yield format_labels(summary.labels), "cyan"
+        created = f"  created {format_time(summary.created_at)} UTC" if summary.created_at else ""
+        yield f"{format_labels(summary.labels)}{created}", "cyan"
     if cancellation := format_cancellation(summary):
         yield cancellation, "yellow"
 
