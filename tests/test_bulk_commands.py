@@ -39,6 +39,8 @@ class TestRetry:
     @pytest.fixture
     def failed(self, store: StepRunStore) -> None:
         for number in range(3):
+            labels = {"tenant": "globex" if number else "acme", "number": str(number)}
+            store.schedule_step(f"order-{number}", "pay", {}, labels=labels)
             add_failed_step(store, f"order-{number}", "pay")
             add_failed_step(store, f"order-{number}", "mail")
         store.fail_step(begun(store.begin_step("crawl", "pay", {})), {"type": "Declined", "message": "no"}, final=True)
@@ -65,6 +67,12 @@ class TestRetry:
             ("order-0 order-2 --step mail", {"order-0 mail", "order-2 mail"}),
             ("order-0 crawl --type ValueError", {"order-0 pay", "order-0 mail"}),
             ("order-0 --since 2999-01-01", set[str]()),
+            ("--all --label tenant=globex --step mail", {"order-1 mail", "order-2 mail"}),
+            ("--all --label tenant=globex --label number=2", {"order-2 pay", "order-2 mail"}),
+            ("--all --label tenant=other", set[str]()),
+            ("order-0 order-1 crawl --label tenant=acme", {"order-0 pay", "order-0 mail"}),
+            ("order-0 order-1 --label tenant=globex --step pay", {"order-1 pay"}),
+            ("order-0 --label tenant=globex", set[str]()),
         ],
     )
     def test_filters_select_the_steps_to_retry(

@@ -26,6 +26,7 @@ from support.commands import (
     run_on_terminal,
 )
 from support.demos import SQUIDSTEP
+from support.records import in_batch
 from support.servers import EmbeddedCluster, find_binary
 
 from squidstep_redis import Level, StepRunStore
@@ -251,6 +252,17 @@ class TestCommandLine:
             monkeypatch.setenv("SQUIDSTEP_REDIS_URL", server.url)
             assert "order-1" in complete("bash", f"squidstep show --prefix {store.calls.prefix} or")
         assert complete("bash", f"squidstep show -u {CLOSED_PORT} or").strip() == ""
+
+    def test_completion_reads_one_page_of_the_index(self, server: EmbeddedServer) -> None:
+        with empty_store(server) as store:
+            in_batch(store, [store.calls.schedule_step(f"crawl-{number}", "step", {}) for number in range(2_000)])
+            store.schedule_step("order-1", "step", {})
+            in_batch(store, [store.calls.schedule_step(f"mail-{number}", "step", {}) for number in range(60)])
+            given = f"-u {server.url} --prefix {store.calls.prefix}"
+            newest = [summary.run_id for summary in store.runs(run_id_prefix="mail-", limit=50).runs]
+            assert complete("bash", f"squidstep show {given} or").splitlines() == ["plain,order-1"]
+            listed = complete("bash", f"squidstep show {given} mail-").splitlines()
+        assert listed == [f"plain,{run_id}" for run_id in sorted(newest)]
 
 
 def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,14 +6,16 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from support.commands import ANSI, add_failed_step, empty_store, invoke, on_terminal, options_of, run
 from support.records import begun, in_batch
-from support.servers import find_binary
+from support.servers import find_binary, wait_until
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.cli import listing
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.usefixtures("default_environment")
@@ -76,6 +78,7 @@ class TestLimits:
     def test_runs_has_at_most_limit_rows(self, server: EmbeddedServer, store: StepRunStore, limit: int) -> None:
         for number in range(10):
             store.schedule_step(f"run-{number}", "pay", {})
+        newest_first = [summary.run_id for summary in store.runs().runs]
         seen: list[str] = []
         more: list[str] = []
         while True:
@@ -83,11 +86,13 @@ class TestLimits:
             rows = [row.split()[0] for row in ended.stdout.splitlines()[1:]]
             assert len(rows) <= limit
             seen += rows
-            cursor = re.search(r"--cursor (\S+) for", ended.stderr)
+            cursor = re.search(r"--cursor (\S+) for the next page, or a larger --limit, or --all\n", ended.stderr)
             if cursor is None:
                 break
+            assert ended.stderr.startswith(f"{limit} of 10 runs: ")
             more = ["--cursor", cursor[1]]
-        assert sorted(seen) == [f"run-{number}" for number in range(10)]
+        assert (seen, ended.stderr) == (newest_first, "")
+        assert len(seen) == 10
 
 
 class TestFilters:
@@ -144,14 +149,6 @@ class TestFilters:
         assert run("retry", "acme-1", "--label", "tenant=globex", *options).returncode == 1
         assert run("retry", "acme-1", "--step", "pay", "--label", "tenant=acme", *options).stdout
 
-    @pytest.mark.parametrize("label", ["tenant", "=acme", "a b=acme", "tenant=", "tenant=a\x1bb"])
-    def test_malformed_label_is_rejected(self, server: EmbeddedServer, label: str) -> None:
-        ended = run("runs", "--label", label, "-u", server.url)
-        assert (ended.returncode, ended.stdout) == (2, "")
-        assert "--label" in ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert "\x1b" not in ended.stderr
-
     @pytest.mark.parametrize("width", [80, 140])
     def test_labels_are_shown_with_each_run(self, server: EmbeddedServer, store: StepRunStore, width: int) -> None:
         labels = {f"name-{n}": "v" * 30 for n in range(8)}
@@ -164,22 +161,66 @@ class TestFilters:
             text = "".join(shown.split())
             assert all(name in text for name in labels)
 
-    def test_since_and_until_select_runs_by_creation(self, options: list[str]) -> None:
-        def listed(since: str) -> list[str]:
-            return [
-                each["run_id"] for each in json.loads(run("runs", "--json", "--since", since, *options).stdout)["runs"]
-            ]
+    def test_since_and_until_select_runs_by_creation(self, options: list[str], store: StepRunStore) -> None:
+        def listed(*times: str) -> list[str]:
+            return [each["run_id"] for each in json.loads(run("runs", "--json", *times, *options).stdout)["runs"]]
 
-        assert len(listed("1h")) == 5
-        assert listed((datetime.now(UTC) + timedelta(days=2)).isoformat()) == []
-        assert json.loads(run("runs", "--json", "--until", "1h", *options).stdout)["runs"] == []
+        created = store.runs().runs[-1].created_at
+        assert created is not None
+        first, after = created.isoformat(), (created + timedelta(milliseconds=1)).isoformat()
+        oldest = {each.run_id for each in store.runs().runs if each.created_at == created}
+        assert len(listed("--since", "1h")) == len(listed("--since", first)) == 5
+        assert set(listed("--until", after)) == set(listed("--since", first, "--until", after)) == oldest
+        assert listed("--until", first) == listed("--until", "1h") == []
+        assert listed("--since", (datetime.now(UTC) + timedelta(days=2)).isoformat()) == []
 
-    @pytest.mark.parametrize("since", ["soon", "2026-13-01", "1y", "-1h", "", "999999999w"])
-    def test_invalid_time_is_rejected(self, server: EmbeddedServer, since: str) -> None:
-        ended = run("failed", "--since", since, "-u", server.url)
+    @pytest.mark.parametrize("time", ["soon", "2026-13-01", "1y", "-1h", "", "999999999w"])
+    @pytest.mark.parametrize("command", ["failed --since", "runs --since", "runs --until"])
+    def test_invalid_time_is_rejected(self, server: EmbeddedServer, command: str, time: str) -> None:
+        ended = run(*command.split(), time, "-u", server.url)
         assert (ended.returncode, ended.stdout) == (2, "")
-        assert "--since" in ended.stderr
+        assert command.split()[1] in ended.stderr
         assert "Traceback" not in ended.stderr
+
+    @pytest.mark.parametrize(
+        ("given", "problem"),
+        [
+            (["acme"], "'acme' is not NAME=VALUE, such as tenant=acme"),
+            (["=acme"], "'=acme' is not NAME=VALUE, such as tenant=acme"),
+            (["tenant="], "'tenant=' is not NAME=VALUE, such as tenant=acme"),
+            ([""], "'' is not NAME=VALUE, such as tenant=acme"),
+            (["my tenant=acme"], "a name must be 1 to 32 ASCII letters, digits,"),
+            (["tenant=" + "x" * 65], "must be 1 to 64 bytes of UTF-8, not 65"),
+            (["tenant=\x1b[31m"], "must not contain control characters"),
+            (["tenant=a", "tenant=b"], "'tenant' is given twice; a run has one value of each label"),
+            ([f"name-{number}=x" for number in range(9)], "must be at most 8, not 9"),
+        ],
+    )
+    @pytest.mark.parametrize("columns", [80, 140])
+    def test_malformed_label_is_rejected(
+        self, server: EmbeddedServer, columns: int, given: list[str], problem: str
+    ) -> None:
+        words = [word for text in given for word in ("--label", text)]
+        ended = invoke("runs", *words, "-u", server.url, COLUMNS=str(columns))
+        assert (ended.exit_code, ended.stdout) == (2, "")
+        assert f"Invalid value for '--label': {problem}" in ended.stderr
+        assert "\x1b" not in ended.stderr
+
+    @pytest.mark.parametrize("command", ["failed", "stuck", "retry --all", "retry order-1"])
+    def test_each_command_says_how_a_label_is_given(self, server: EmbeddedServer, command: str) -> None:
+        ended = run(*command.split(), "--label", "acme", "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "'acme' is not NAME=VALUE, such as tenant=acme" in ended.stderr
+
+    def test_value_of_a_label_may_have_an_equals_sign(self, store: StepRunStore, options: list[str]) -> None:
+        store.schedule_step("query", "pay", {}, labels={"query": "a=b, c"})
+        assert run("runs", "--label", "query=a=b, c", *options).stdout.splitlines()[1].startswith("query ")
+
+    @pytest.mark.parametrize("cursor", ["nonsense", "1-", "1-?", ""])
+    def test_invalid_cursor_is_rejected(self, server: EmbeddedServer, cursor: str) -> None:
+        ended = run("runs", "--cursor", cursor, "-u", server.url)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "cursor: must be the cursor of another page" in ended.stderr
 
     def test_status_selects_steps_of_a_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         add_failed_step(store, "run", "pay")
@@ -189,11 +230,101 @@ class TestFilters:
         assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == ["pay"]
 
     def test_stats_count_the_store(self, options: list[str]) -> None:
-        assert json.loads(run("stats", "--json", *options).stdout) == {"runs": 5, "running": 0, "stuck": 2, "failed": 3}
+        counts = {"running": 0, "stuck": 2, "failed": 3}
+        assert json.loads(run("stats", "--json", *options).stdout) == {**counts, "runs": {"total": 5}}
+        assert re.search(r"^runs +5  in any state", run("stats", *options).stdout, re.MULTILINE)
         every = json.loads(run("stats", "--all", "--json", *options).stdout)
         assert every["runs"] == {"total": 5, "failed": 3, "unfinished": 2}
         assert every["steps"] == {"total": 5, "pending": 0, "running": 2, "completed": 0, "failed": 3}
         assert re.search(r"^runs +5  .*2 unfinished", run("stats", "--all", *options).stdout, re.MULTILINE)
+
+
+class TestTableOfRuns:
+    @pytest.fixture
+    def options(self, server: EmbeddedServer, store: StepRunStore) -> list[str]:
+        for number in range(30):
+            store.schedule_step(f"import-{number:02}", "load", {}, labels={"tenant": "globex"} if number % 2 else None)
+        store.schedule_step("plain", "pay", {})
+        labels = {"tenant": "acme", "region": "north", "note": "x" * 64}
+        store.schedule_step("order-of-a-customer-" + "7" * 200, "pay", {}, labels=labels)
+        return options_of(server, store)
+
+    @pytest.mark.parametrize("columns", [80, 140])
+    def test_long_ids_and_labels_are_folded(self, options: list[str], columns: int) -> None:
+        lines = ANSI.sub("", on_terminal(columns, "runs", *options)).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert re.fullmatch(r"run +labels +steps +of which +created +changed *", lines[0])
+        # Runs of the same millisecond are ordered by id, so the run with the long id is among the first two.
+        text = "".join(line[: lines[0].index("steps")] for line in lines)
+        assert re.search(r"acme", re.sub(r"\s", "", text))
+        assert sum(bool(re.search(r"  1  1 pending +\S.* ago  .* ago$", line)) for line in lines) == 20
+
+    @pytest.mark.parametrize("columns", [80, 140])
+    def test_page_without_labels_has_no_column_for_them(self, options: list[str], columns: int) -> None:
+        lines = ANSI.sub("", on_terminal(columns, "runs", "--run-prefix", "plain", *options)).splitlines()
+        assert re.fullmatch(r"run +steps +of which +created +changed *", lines[0])
+        assert len(lines) == 2
+
+    @pytest.mark.parametrize("columns", [80, 140])
+    @pytest.mark.parametrize(
+        ("filters", "said"),
+        [
+            ("", "20 of 32 runs: "),
+            ("--label tenant=globex --limit 5", "5 of 15 runs: "),
+            ("--run-prefix import- --limit 29", "29 of 30 runs: "),
+            ("--since 1h --limit 1", "1 of 32 runs: "),
+            ("--status pending", "20 runs; there may be more: "),
+            ("--status pending --limit 1", "1 run; there may be more: "),
+            ("--limit 32", None),
+            ("--status pending --limit 32", None),
+            ("--all", None),
+        ],
+    )
+    def test_cut_page_says_how_many_runs_there_are(
+        self, options: list[str], columns: int, filters: str, said: str | None
+    ) -> None:
+        ended = invoke("runs", *filters.split(), *options, TERM="xterm", FORCE_COLOR="1", COLUMNS=str(columns))
+        if said is None:
+            assert ended.stderr == ""
+        else:
+            assert re.fullmatch(
+                rf"{said}use --cursor \S+ for the next page, or a larger --limit, or --all\n", ended.stderr
+            )
+
+    def test_all_prints_its_headings_once(
+        self, options: list[str], store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listing, "_MAX_PAGE", 10)
+        lines = run("runs", "--run-prefix", "import-", "--all", *options).stdout.splitlines()
+        assert [line for line in lines if line.startswith("run ")] == lines[:1]
+        assert [line.split()[0] for line in lines[1:]] == [
+            each.run_id for each in store.runs(run_id_prefix="import-").runs
+        ]
+        assert run("runs", "--all", "--status", "failed", *options).stderr == "no runs\n"
+
+    def test_headings_are_repeated_when_columns_change(
+        self, options: list[str], store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listing, "_MAX_PAGE", 1)
+        lines = run("runs", "--all", *options).stdout.splitlines()
+        has_labels = [bool(summary.labels) for summary in store.runs().runs]
+        headings = [line for line in lines if line.startswith("run ")]
+        assert len(headings) == 1 + sum(one != other for one, other in pairwise(has_labels))
+        assert len(lines) - len(headings) == 32
+
+    def test_expired_run_is_counted_until_it_is_listed(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for name in ("a", "b", "gone"):
+            store.schedule_step(name, "pay", {})
+        store.client.pexpire(store.calls.keys.run("gone").keys.steps, 1)
+        wait_until(lambda: not store.get_run("gone"))
+
+        counted = [json.loads(run("stats", "--json", *options).stdout)["runs"]["total"]]
+        rows = run("runs", *options).stdout.splitlines()[1:]
+        counted.append(json.loads(run("stats", "--json", *options).stdout)["runs"]["total"])
+
+        assert sorted(row.split()[0] for row in rows) == ["a", "b"]
+        assert counted == [3, 2]
 
 
 class TestLongTexts:

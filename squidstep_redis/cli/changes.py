@@ -24,7 +24,7 @@ from squidstep_redis import (
 from squidstep_redis.cli.completion import optional_runs_argument, run_argument, runs_argument
 from squidstep_redis.cli.connect import read_steps, store_or_exit
 from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
-from squidstep_redis.cli.formatting import format_lease
+from squidstep_redis.cli.formatting import format_lease, format_run_count
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import (
     Age,
@@ -79,7 +79,7 @@ def retry_command(
                 print_line(f"would retry {step} of {run}")
             return
         if every:
-            of_runs = _count(len({run for run, _ in targets}))
+            of_runs = format_run_count(len({run for run, _ in targets}))
             confirm(f"retry {len(targets):,} failed steps of {of_runs}", yes=yes, dry_run=False)
         retried = _retry(store, targets)
     sys.exit(0 if retried else 1)
@@ -230,7 +230,7 @@ def delete_command(options: StoreOptions, runs: tuple[str, ...], tombstone: floa
     """
     with store_or_exit(options) as store:
         contents = [f"{run} ({_contents(store, run)})" for run in runs]
-        what = contents[0] if len(runs) == 1 else f"{_count(len(runs))}: {', '.join(contents)}"
+        what = contents[0] if len(runs) == 1 else f"{format_run_count(len(runs))}: {', '.join(contents)}"
         if confirm(f"delete {what}", yes=yes, dry_run=dry_run):
             for run in runs:
                 store.delete_run(run, tombstone=tombstone)
@@ -282,15 +282,11 @@ def purge_command(
             sys.stderr.write("nothing to purge\n")
         elif not (as_json and dry_run) and found:
             examples = ", ".join(summary.run_id for summary in found[:3]) + (", …" if len(found) > 3 else "")
-            if not confirm(f"delete {_count(len(found))}: {examples}", yes=yes, dry_run=dry_run):
+            if not confirm(f"delete {format_run_count(len(found))}: {examples}", yes=yes, dry_run=dry_run):
                 return
             with console.status("deleting"):
                 found = store.purge(older_than, run_id_prefix=run_prefix, status=status)
             if not as_json:
-                print_line(f"deleted {_count(len(found))}")
+                print_line(f"deleted {format_run_count(len(found))}")
     if as_json:
         print_json([as_dict(summary) for summary in found])
-
-
-def _count(runs: int) -> str:
-    return f"{runs:,} run{'s' * (runs != 1)}"

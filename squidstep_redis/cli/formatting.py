@@ -143,6 +143,11 @@ def format_counts(counts: Mapping[StepStatus, int]) -> Text:
     return Text(", ").join(parts)
 
 
+def format_run_count(count: int) -> str:
+    """Returns a count such as `1 run` or `1,234 runs`."""
+    return f"{count:,} run{'s' * (count != 1)}"
+
+
 def format_labels(labels: Mapping[str, str]) -> str:
     """Formats the labels of a run as one line."""
     return escaped(" ".join(f"{name}={value}" for name, value in labels.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from squidstep_redis import RunSummary, StepRun, StepRunStore, StepStatus
+from squidstep_redis import RunPage, RunSummary, StepRun, StepRunStore, StepStatus
 from squidstep_redis.cli.cancel import format_cancellation
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
@@ -23,6 +24,7 @@ from squidstep_redis.cli.formatting import (
     format_labels,
     format_last_error,
     format_lease,
+    format_run_count,
 )
 from squidstep_redis.cli.json_output import as_dict, as_listed
 from squidstep_redis.cli.options import (
@@ -81,21 +83,55 @@ def runs_command(
     """
     filters: dict[str, Any] = {"labels": labels, "run_id_prefix": run_prefix, "since": since, "until": until}
     with store_or_exit(options) as store:
-        runs, cursor = _read_pages(store, {"status": status, **filters}, None if every else limit, cursor)
-        total = store.count_runs(**filters) if cursor is not None and status is None else None
-    if as_json:
-        print_json({"runs": [as_dict(summary) for summary in runs], "cursor": cursor})
-        return
-    if runs:
-        print_text(_table_of_runs(runs))
-    if cursor is not None:
-        many = f"{len(runs):,} of {total:,} runs" if total is not None else f"{len(runs):,} runs; there may be more"
-        sys.stderr.write(f"{many}: use --cursor {cursor} for the next page, or --all\n")
-    elif not runs:
+        pages = _read_pages(store, {"status": status, **filters}, sys.maxsize if every else limit, cursor)
+        if as_json:
+            read = list(pages)
+            print_json({"runs": [as_dict(run) for page in read for run in page.runs], "cursor": read[-1].cursor})
+            return
+        shown, following = _print_pages(pages)
+        total = store.count_runs(**filters) if following is not None and status is None else None
+    if following is not None:
+        many = f"{shown:,} of {total:,} runs" if total is not None else f"{format_run_count(shown)}; there may be more"
+        sys.stderr.write(f"{many}: use --cursor {following} for the next page, or a larger --limit, or --all\n")
+    elif not shown:
         sys.stderr.write("no runs\n")
 
 
+def _read_pages(
+    store: StepRunStore, filters: dict[str, Any], limit: int, cursor: str | None = None
+) -> Iterator[RunPage]:
+    """Reads up to `limit` runs, in pages of 1,000 apart from the last one. With a status, the store's have fewer."""
+    left = limit
+    while True:
+        size, found = min(left, _MAX_PAGE), list[RunSummary]()
+        while True:
+            page = store.runs(cursor=cursor, limit=size - len(found), **filters)
+            found += page.runs
+            cursor = page.cursor
+            if cursor is None or len(found) == size:
+                break
+        yield RunPage(found, cursor)
+        left -= size
+        if cursor is None or not left:
+            return
+
+
+def _print_pages(pages: Iterator[RunPage]) -> tuple[int, str | None]:
+    """Prints each page as soon as it is read; returns the number of runs, and the cursor that follows them."""
+    shown, following, headings = 0, None, list[str]()
+    for page in pages:
+        if page.runs:
+            table = _table_of_runs(page.runs)
+            printed, headings = headings, [str(column.header) for column in table.columns]
+            table.show_header = headings != printed
+            print_text(table)
+        shown += len(page.runs)
+        following = page.cursor
+    return shown, following
+
+
 def _table_of_runs(runs: list[RunSummary]) -> Table:
+    """Returns a table of runs, with a column of labels if some of them have labels."""
     has_labels = any(summary.labels for summary in runs)
     columns: dict[str, Layout] = {"run": "fold", "labels": "fold"} if has_labels else {"run": "fold"}
     table = new_table({**columns, "steps": "number", "of which": "fold", "created": "fixed", "changed": "fixed"})
@@ -116,20 +152,6 @@ def _format_state(summary: RunSummary) -> Text:
     """Formats the counts of a run, and whether it is cancelled."""
     counts, cancellation = format_counts(summary.counts), format_cancellation(summary)
     return Text.assemble(counts, "  ", (cancellation, "yellow")) if cancellation else counts
-
-
-def _read_pages(
-    store: StepRunStore, filters: dict[str, Any], limit: int | None, cursor: str | None = None
-) -> tuple[list[RunSummary], str | None]:
-    """Reads pages until `limit` runs are found; None: all runs."""
-    found: list[RunSummary] = []
-    while True:
-        size = _MAX_PAGE if limit is None else min(limit - len(found), _MAX_PAGE)
-        page = store.runs(cursor=cursor, limit=size, **filters)
-        found += page.runs
-        cursor = page.cursor
-        if cursor is None or (limit is not None and len(found) >= limit):
-            return found, cursor
 
 
 @click.command("stuck", epilog="Example: squidstep stuck --limit 20 || send-alert")
@@ -254,32 +276,30 @@ def stats_command(options: StoreOptions, every: bool, as_json: bool) -> None:
     Running steps without a lease are counted with --all only. The counts are those of the indexes: they include entries
     of expired runs until `runs`, `stuck` or `failed` reads them, and at most 1,000 failed steps in each of 1,024 parts.
     """
+    states, steps = Counter[str](), Counter[StepStatus]()
     with store_or_exit(options) as store:
-        claims, failed, number = store.count_claims(), store.count_failed(), store.count_runs()
-        runs = _read_pages(store, {}, None)[0] if every else []
-    counted: dict[str, int] = {"runs": number, "running": claims.live, "stuck": claims.lapsed, "failed": failed}
-    scanned: dict[str, dict[str, int]] = {}
+        claims, failed, total = store.count_claims(), store.count_failed(), 0 if every else store.count_runs()
+        for page in _read_pages(store, {}, sys.maxsize) if every else ():
+            states.update(_state_of(summary) for summary in page.runs)
+            for summary in page.runs:
+                steps.update(summary.counts)
+    counted: dict[str, int] = {"running": claims.live, "stuck": claims.lapsed, "failed": failed}
+    with_parts: dict[str, dict[str, int]] = {"runs": {"total": states.total() if every else total, **states}}
     if every:
-        states = Counter(_state_of(summary) for summary in runs)
-        steps = {str(status): sum(summary.counts[status] for summary in runs) for status in StepStatus}
-        scanned["runs"] = {"total": len(runs), **states}
-        del counted["runs"]
-        scanned["steps"] = {"total": sum(steps.values()), **steps}
+        with_parts["steps"] = {"total": steps.total(), **{str(status): steps[status] for status in StepStatus}}
     if as_json:
-        print_json({**counted, **scanned})
+        print_json({**counted, **with_parts})
         return
     table = new_table({"": "fixed", "count": "number", "what it is": "fill"})
     for name, style, what in (
-        ("runs", "", "runs: see squidstep runs"),
         ("running", "cyan", "steps that a worker holds under a lease"),
         ("stuck", "magenta", "steps whose worker lost its lease: see squidstep stuck"),
         ("failed", "red", "steps whose last attempt failed: see squidstep failed --by-type"),
     ):
-        if name in counted:
-            table.add_row(name, Text(f"{counted[name]:,}", style if counted[name] else ""), what)
-    for name, parts in scanned.items():
+        table.add_row(name, Text(f"{counted[name]:,}", style if counted[name] else ""), what)
+    for name, parts in with_parts.items():
         listed = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count and part != "total")
-        table.add_row(name, f"{parts['total']:,}", listed)
+        table.add_row(name, f"{parts['total']:,}", listed if every else "in any state: see squidstep runs")
     print_text(table)
 
 

@@ -128,14 +128,18 @@ def _parse_labels(context: click.Context, param: click.Parameter, given: tuple[s
     del context
     labels: dict[str, str] = {}
     for text in given:
-        name, sign, value = text.partition("=")
-        if not sign or name in labels:
-            raise click.BadParameter(f"{escaped(text)!r}: use NAME=VALUE, each name once", param=param)
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise click.BadParameter(escaped(f"{text!r} is not NAME=VALUE, such as tenant=acme"), param=param)
+        if name in labels:
+            raise click.BadParameter(
+                escaped(f"{name!r} is given twice; a run has one value of each label"), param=param
+            )
         labels[name] = value
     try:
         labels_data(labels)
     except InvalidArgumentError as error:
-        raise click.BadParameter(escaped(str(error)), param=param) from None
+        raise click.BadParameter(escaped(error.problem), param=param) from None
     return labels
 
 
