@@ -9,10 +9,10 @@ import click
 from squidstep_redis import RunSummary
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
-from squidstep_redis.cli.formatting import format_labels, format_time
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
 from squidstep_redis.cli.output import fail, print_line
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import format_labels, format_time
 
 
 @click.command("cancel", epilog="Example: squidstep cancel order-1 --reason 'wrong address'")

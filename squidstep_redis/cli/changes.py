@@ -24,7 +24,7 @@ from squidstep_redis import (
 from squidstep_redis.cli.completion import optional_runs_argument, run_argument, runs_argument
 from squidstep_redis.cli.connect import read_steps, store_or_exit
 from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
-from squidstep_redis.cli.formatting import format_lease, format_run_count
+from squidstep_redis.cli.formatting import format_run_count
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import (
     Age,
@@ -37,6 +37,7 @@ from squidstep_redis.cli.options import (
 )
 from squidstep_redis.cli.output import confirm, fail, print_json, print_line
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import format_lease
 
 _STEPS_PER_BATCH: Final = 1_000
 _LEASE: Final = 30  # seconds, of the claim of `complete`

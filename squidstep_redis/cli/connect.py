@@ -15,7 +15,6 @@ from redis.retry import Retry
 
 from squidstep_redis import (
     Attempt,
-    Calls,
     InvalidArgumentError,
     ServerError,
     SquidstepError,
@@ -27,12 +26,13 @@ from squidstep_redis import (
 from squidstep_redis.cli.options import StoreOptions
 from squidstep_redis.cli.output import fail
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import opaque_calls
 
 UNREACHABLE: Final = (RedisError, RedisClusterException)
 """What `open_store` raises when every node of a cluster is unreachable."""
 
 # For cluster clients. They match `StepRunStore.from_url`: the client does not retry, because the store does.
-_CLUSTER_OPTIONS: Final[dict[str, Any]] = {
+CLUSTER_OPTIONS: Final[dict[str, Any]] = {
     "protocol": 2,
     "socket_timeout": 3.0,
     "socket_connect_timeout": 1.5,
@@ -72,7 +72,7 @@ def open_store(options: StoreOptions, *, timeout: float | None = None) -> Genera
             yield store
             return
     connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
-    with connect(options.url, **_CLUSTER_OPTIONS) as cluster:
+    with connect(options.url, **CLUSTER_OPTIONS) as cluster:
         yield StepRunStore(cluster, prefix=options.prefix, codec=options.codec)
 
 
@@ -115,20 +115,10 @@ def read_steps(store: StepRunStore, run: str) -> list[StepRun]:
             return sorted(found.values(), key=lambda each: each.position)
 
 
-class _Opaque:
-    """A codec that decodes every payload to an error that says that it cannot be decoded."""
-
-    def encode(self, payload: dict[str, Any]) -> bytes:
-        raise TypeError(f"it only reads: {payload}")
-
-    def decode(self, data: bytes) -> dict[str, Any]:
-        return {"type": "undecodable", "message": f"the store's codec cannot decode this error of {len(data):,} bytes"}
-
-
 def read_attempts(store: StepRunStore, run: str, steps: list[str]) -> list[list[Attempt]]:
     """Returns the attempts of each of these steps. An error that cannot be decoded does not hide them."""
     found: list[Any] = store.batch([store.calls.attempts(run, step) for step in steps])
-    opaque = Calls(store.calls.prefix, _Opaque(), 1, None)
+    opaque = opaque_calls(store.calls.prefix)
     for index, attempts in enumerate(found):
         if isinstance(attempts, UndecodablePayloadError):
             found[index] = store.send(opaque.attempts(run, steps[index]))

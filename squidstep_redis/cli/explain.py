@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Final
@@ -12,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from squidstep_redis import Action, RunExplanation, StepExplanation
+from squidstep_redis import RunExplanation, StepExplanation
 from squidstep_redis.cli.cancel import format_run
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
@@ -21,25 +20,8 @@ from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_text
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import format_command, format_headline
 
-_HEADLINES: Final = {
-    "completed": "completed",
-    "leased": "running: a worker holds it",
-    "unleased": "running: a worker holds it, without a lease",
-    "lapsed": "running, but the lease of its worker has expired",
-    "pending": "pending: waits for a delivery",
-    "failed": "failed: waits for the next delivery",
-    "delayed": "failed: can be retried later",
-    "exhausted": "failed: no attempt is left",
-    "final": "failed permanently",
-}
-# The command of each operation that an explanation names; RUN and STEP stand for the step's.
-_COMMANDS: Final = {
-    "retry_step": ("retry", "RUN", "--step", "STEP"),
-    "release_step": ("release", "RUN", "STEP"),
-    "resume_run": ("resume", "RUN"),
-    "complete_step": ("complete", "RUN", "STEP", "--output", '{"key": "value"}'),
-}
 _GONE: Final = "It was never begun, has expired, or was deleted; or it is in a store with another --url or --prefix."
 
 
@@ -90,29 +72,19 @@ def _render_run(explained: RunExplanation) -> Iterator[RenderableType]:
 
 
 def _render_step(explained: StepExplanation, name: str) -> Iterator[RenderableType]:
-    headline = _HEADLINES.get(explained.reason, f"{explained.status}: does not begin, because the run is cancelled")
-    yield Text.assemble((name, "bold"), "  ", (headline, STATUS_STYLES[explained.status]))
+    yield Text.assemble((name, "bold"), "  ", (format_headline(explained), STATUS_STYLES[explained.status]))
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     table.add_row("  why", Text(explained.why))  # rich would read brackets in a str as markup
     table.add_row("  next", Text(explained.next))
     for index, action in enumerate(explained.actions):
-        command = _command(explained, action)
+        command = format_command(explained, action)
         text = Text(f"- {action.effect}")
         if command:
             text.append(f"\n  $ {command}", "cyan")
         table.add_row("  you can" if not index else "", text)
     yield table
-
-
-def _command(explained: StepExplanation, action: Action) -> str | None:
-    """Returns the command line of an action; None if there is none."""
-    if action.operation is None:
-        return None
-    names = {"RUN": explained.run_id, "STEP": explained.step}
-    words = [names.get(word, word) for word in _COMMANDS[action.operation]]
-    return escaped(shlex.join(["squidstep", *words]))
 
 
 def _as_dict(explained: StepExplanation | None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import click
 
 from squidstep_redis import StepRun, StepRunStore
-from squidstep_redis.cli.formatting import error_type
 from squidstep_redis.cli.options import label_option, run_prefix_option, since_option
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import error_type
 
 _MAX_PAGE = 1_000
 

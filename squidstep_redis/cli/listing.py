@@ -17,13 +17,8 @@ from squidstep_redis.cli.cancel import format_cancellation
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
 from squidstep_redis.cli.formatting import (
-    cut,
-    error_type,
-    format_age,
     format_counts,
-    format_labels,
     format_last_error,
-    format_lease,
     format_run_count,
 )
 from squidstep_redis.cli.json_output import as_dict, as_listed
@@ -38,6 +33,7 @@ from squidstep_redis.cli.options import (
 )
 from squidstep_redis.cli.output import Layout, new_table, print_json, print_text
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import cut, error_type, format_age, format_labels, format_lease
 
 _MAX_ERROR = 120  # characters in a table, unless a command is called with --full
 _MAX_TYPE = 60

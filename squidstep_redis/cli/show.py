@@ -21,10 +21,7 @@ from squidstep_redis.cli.formatting import (
     format_counts,
     format_error,
     format_last_error,
-    format_lease,
     format_payload,
-    format_time,
-    traceback_lines,
     widest,
 )
 from squidstep_redis.cli.json_output import as_dict
@@ -32,6 +29,7 @@ from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_text, terminal_width
 from squidstep_redis.durations import format_duration
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import format_lease, format_time, traceback_lines
 
 
 @click.command("show", epilog="Example: squidstep show order-1 charge --full")

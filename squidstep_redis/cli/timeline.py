@@ -13,8 +13,9 @@ from squidstep_redis.cli.connect import read_attempts, read_steps, store_or_exit
 from squidstep_redis.cli.json_output import as_dict
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_line, print_text, terminal_width
-from squidstep_redis.cli.timeline_chart import Bar, Timeline
+from squidstep_redis.cli.timeline_chart import render_timeline
 from squidstep_redis.cli.timeline_files import as_html, as_svg
+from squidstep_redis.timelines import Bar, Timeline
 
 _PIPE_WIDTH: Final = 100  # columns
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -49,7 +50,7 @@ def timeline_command(options: StoreOptions, run: str, svg: Path | None, html: Pa
         for path, _ in files:
             print_line(str(path))
     else:
-        print_text(*timeline.render(terminal_width() or _PIPE_WIDTH))
+        print_text(*render_timeline(timeline, terminal_width() or _PIPE_WIDTH))
 
 
 def read_timeline(store: StepRunStore, run: str) -> Timeline | None:

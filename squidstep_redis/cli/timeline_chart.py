@@ -1,17 +1,15 @@
-"""The timeline of a run, and how a terminal shows it: one line per attempt."""
+"""A timeline as a terminal shows it: one line per attempt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Final
 
 from rich.text import Text
 
-from squidstep_redis import Attempt, Outcome
-from squidstep_redis.cli.formatting import fit, format_time, widest
-from squidstep_redis.durations import format_duration
-from squidstep_redis.escaping import escaped
+from squidstep_redis import Outcome
+from squidstep_redis.cli.formatting import fit, widest
+from squidstep_redis.timelines import Timeline
 
 # The glyphs distinguish the attempts on a terminal without colors.
 _GLYPHS_AND_STYLES: Final = {
@@ -23,118 +21,29 @@ _GLYPHS_AND_STYLES: Final = {
 }
 
 
-# Seconds between two ticks of the axis.
-_STEPS: Final = (
-    *(10**power * digit for power in (-3, -2, -1, 0) for digit in (1, 2, 5)),
-    *(10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200),
-    *(86_400 * days for days in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)),
-)
+def render_timeline(timeline: Timeline, width: int) -> Iterator[Text]:
+    """Yields the lines of a timeline for a terminal of `width` columns."""
+    labels = list(timeline.labels())
+    summaries = [bar.summary(timeline.now) for bar in timeline.bars]
+    left = widest(labels, max(width // 4, 8))
+    axis = max(width - left - max(map(len, summaries)) - 4, 10)
+    yield Text(timeline.heading, style="bold")
+    yield Text(f"{'':{left}}  {_scale(timeline, axis)}", style="dim")
+    for bar, label, summary in zip(timeline.bars, labels, summaries, strict=True):
+        outcome = bar.outcome(timeline.now)
+        glyph, style = (" ", "dim") if outcome is None else _GLYPHS_AND_STYLES[outcome]
+        start, length = timeline.position(bar)
+        cells = max(round(length * axis), 1)
+        first = min(round(start * axis), axis - cells)
+        blocks = f"{' ' * first}{glyph * cells}{' ' * (axis - first - cells)}"
+        yield Text.assemble(f"{fit(label, left)}  ", (f"{blocks}  {summary}", style))
 
 
-class Bar(NamedTuple):
-    """One attempt of a step.
-
-    Attributes:
-        step: The step.
-        attempt: The attempt; None for a step without attempts.
-        lease_ends_at: When the lease of a running attempt ends; None without a lease, or if it is not running.
-    """
-
-    step: str
-    attempt: Attempt | None
-    lease_ends_at: datetime | None = None
-
-    def end(self, now: datetime) -> datetime:
-        """Returns when the attempt ended. One whose lease has expired is drawn until then, because it may be dead."""
-        if self.attempt is None:
-            return now
-        return self.attempt.ended_at or min(self.lease_ends_at or now, now)
-
-    def outcome(self, now: datetime) -> Outcome | None:
-        """Returns the outcome of the attempt: that of a running one whose lease has expired is that."""
-        if self.attempt is None:
-            return None
-        has_lapsed = self.lease_ends_at is not None and self.lease_ends_at <= now
-        return Outcome.LEASE_EXPIRED if has_lapsed else self.attempt.outcome
-
-    def seconds(self, now: datetime) -> float:
-        """Returns the duration of the attempt, until `now` if it is running."""
-        return 0.0 if self.attempt is None else (self.end(now) - self.attempt.started_at).total_seconds()
-
-    def summary(self, now: datetime) -> str:
-        """Returns the attempt's duration and outcome, such as `57 ms failed`."""
-        outcome = self.outcome(now)
-        return "pending" if outcome is None else f"{format_duration(self.seconds(now))} {outcome.replace('_', ' ')}"
-
-
-class Timeline:
-    """The attempts of a run on one time axis.
-
-    Attributes:
-        start: The start of the first attempt.
-        seconds: The time from `start` to the end of the last attempt, or to `now` if one is running.
-    """
-
-    def __init__(self, run: str, bars: list[Bar], now: datetime | None = None) -> None:
-        self.run = run
-        self.bars = bars
-        self.now = now or datetime.now(UTC)
-        begun = [(bar.attempt.started_at, bar.end(self.now)) for bar in bars if bar.attempt is not None]
-        self.start = min((start for start, _ in begun), default=self.now)
-        end = max((end for _, end in begun), default=self.now)
-        self.seconds = max((end - self.start).total_seconds(), 0.001)
-
-    def position(self, bar: Bar) -> tuple[float, float]:
-        """Returns the start and the length of a bar as fractions of the axis."""
-        if bar.attempt is None:
-            return 0.0, 0.0
-        since = (bar.attempt.started_at - self.start).total_seconds()
-        return since / self.seconds, min(bar.seconds(self.now), self.seconds) / self.seconds
-
-    def ticks(self, most: int) -> list[tuple[float, str]]:
-        """Returns up to `most` + 1 ticks of the axis: the position of each as a fraction of it, and its label."""
-        step = next((each for each in _STEPS if self.seconds / each <= most), self.seconds)
-        count = int(self.seconds / step + 1e-9)
-        return [
-            (min(step * number / self.seconds, 1.0), format_duration(step * number) if number else "0")
-            for number in range(count + 1)
-        ]
-
-    @property
-    def heading(self) -> str:
-        """The run's id, start and duration."""
-        return f"{escaped(self.run)}  began {format_time(self.start)} UTC, took {format_duration(self.seconds)}"
-
-    def labels(self) -> Iterator[str]:
-        """Yields a label for each bar: the step for its first attempt, and `attempt 2` and so on below it."""
-        previous = None
-        for bar in self.bars:
-            is_first = bar.step != previous
-            previous = bar.step
-            yield bar.step if is_first or bar.attempt is None else f"  attempt {bar.attempt.number}"
-
-    def render(self, width: int) -> Iterator[Text]:
-        """Yields the lines for a terminal of `width` columns."""
-        labels = list(self.labels())
-        summaries = [bar.summary(self.now) for bar in self.bars]
-        left = widest(labels, max(width // 4, 8))
-        axis = max(width - left - max(map(len, summaries)) - 4, 10)
-        yield Text(self.heading, style="bold")
-        yield Text(f"{'':{left}}  {self._scale(axis)}", style="dim")
-        for bar, label, summary in zip(self.bars, labels, summaries, strict=True):
-            outcome = bar.outcome(self.now)
-            glyph, style = (" ", "dim") if outcome is None else _GLYPHS_AND_STYLES[outcome]
-            start, length = self.position(bar)
-            cells = max(round(length * axis), 1)
-            first = min(round(start * axis), axis - cells)
-            blocks = f"{' ' * first}{glyph * cells}{' ' * (axis - first - cells)}"
-            yield Text.assemble(f"{fit(label, left)}  ", (f"{blocks}  {summary}", style))
-
-    def _scale(self, axis: int) -> str:
-        """Returns the labels of the ticks: each begins at its place, the last may end there."""
-        line = ""
-        for position, label in self.ticks(max(axis // 12, 1)):
-            at = min(round(position * axis), axis - len(label))
-            if at > len(line) or not line:
-                line = line.ljust(at) + label
-        return line
+def _scale(timeline: Timeline, axis: int) -> str:
+    """Returns the labels of the ticks: each begins at its place, the last may end there."""
+    line = ""
+    for position, label in timeline.ticks(max(axis // 12, 1)):
+        at = min(round(position * axis), axis - len(label))
+        if at > len(line) or not line:
+            line = line.ljust(at) + label
+    return line

@@ -10,9 +10,9 @@ from html import escape
 from typing import Final
 
 from squidstep_redis import Outcome
-from squidstep_redis.cli.formatting import cut
-from squidstep_redis.cli.timeline_chart import Bar, Timeline
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import cut
+from squidstep_redis.timelines import Bar, Timeline
 
 _COLORS: Final = {
     Outcome.COMPLETED: "#2e9e5b",

@@ -20,10 +20,7 @@ from squidstep_redis.cli.connect import read_steps, store_or_exit
 from squidstep_redis.cli.formatting import (
     STATUS_STYLES,
     fit,
-    format_age,
     format_last_error,
-    format_lease,
-    format_time,
     widest,
 )
 from squidstep_redis.cli.json_output import as_listed
@@ -31,6 +28,7 @@ from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_text, terminal_width
 from squidstep_redis.cli.show import column_widths, render_heading, render_line
 from squidstep_redis.escaping import escaped
+from squidstep_redis.formatting import format_age, format_lease, format_time
 
 _MAX_LISTED: Final = 1_000  # step runs of each kind
 
