@@ -19,6 +19,7 @@ from support.servers import find_binary
 from squidstep_redis import StepRun, StepRunStore
 from squidstep_redis.cli.show import render_steps
 from squidstep_redis.cli.timeline import read_timeline
+from squidstep_redis.cli.timeline_chart import render_timeline
 from squidstep_redis.cli.watch import render_run
 from squidstep_redis.embedded import EmbeddedServer
 
@@ -126,7 +127,7 @@ def screenshots(store: StepRunStore) -> dict[str, str]:
     counts = summary.counts
     return {
         "show": screenshot("show", f"squidstep show {run}", *render_steps(run, store.get_run(run), [], counts=counts)),
-        "timeline": screenshot("timeline", f"squidstep timeline {run}", *timeline.render(WIDTH)),
+        "timeline": screenshot("timeline", f"squidstep timeline {run}", *render_timeline(timeline, WIDTH)),
         "watch": screenshot("watch", "squidstep watch crawl-2026-11", render_run("crawl-2026-11", pages, 22)),
     }
 

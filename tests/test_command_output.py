@@ -15,9 +15,10 @@ from support.records import begun
 from support.servers import find_binary, wait_until
 
 from squidstep_redis import Attempt, Outcome, StepRunStore
-from squidstep_redis.cli.timeline_chart import Bar, Timeline
+from squidstep_redis.cli.timeline_chart import render_timeline
 from squidstep_redis.cli.timeline_files import as_svg
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.timelines import Bar, Timeline
 
 pytestmark = pytest.mark.usefixtures("default_environment")
 
@@ -178,7 +179,7 @@ class TestTimeline:
             Bar("pay", attempt(Outcome.COMPLETED, 0, 10)),
             Bar("ship", attempt(Outcome.RUNNING, 10, None), BEGAN + timedelta(seconds=20)),
         ]
-        lines = [line.plain for line in Timeline("run", bars, BEGAN + timedelta(days=3)).render(columns)]
+        lines = [line.plain for line in render_timeline(Timeline("run", bars, BEGAN + timedelta(days=3)), columns)]
         assert lines[2].count("█") > columns // 4
         assert lines[3].endswith("10 s lease expired")
 
@@ -186,7 +187,7 @@ class TestTimeline:
     @pytest.mark.parametrize("seconds", [0.001, 0.002, 0.05, 1, 7, 59, 61, 3_599, 7_300, 90_000, 10**7])
     def test_ticks_of_the_axis_differ(self, columns: int, seconds: float) -> None:
         timeline = Timeline("run", [Bar("pay", attempt(Outcome.COMPLETED, 0, seconds))])
-        scale = [line.plain for line in timeline.render(columns)][1].split("  ")
+        scale = [line.plain for line in render_timeline(timeline, columns)][1].split("  ")
         labels = [label.strip() for label in scale if label.strip()]
         assert len(labels) == len(set(labels)) >= 2
         drawn = re.findall(r'class="d m"[^>]*>([^<]+)<', as_svg(timeline))

@@ -34,8 +34,9 @@ from support.servers import EmbeddedCluster, find_binary
 from squidstep_redis import StepRunStore, StepStatus
 from squidstep_redis.cli.entry import build_group
 from squidstep_redis.cli.timeline import read_timeline
-from squidstep_redis.cli.timeline_chart import Timeline
+from squidstep_redis.cli.timeline_chart import render_timeline
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.timelines import Timeline
 
 pytestmark = pytest.mark.usefixtures("default_environment")
 
@@ -305,7 +306,7 @@ class TestTimeline:
         timeline = read_timeline(filled, "order-7301")
         assert timeline is not None
         now = max(bar.attempt.started_at for bar in timeline.bars if bar.attempt) + timedelta(seconds=0.2)
-        lines = [line.plain for line in Timeline(timeline.run, timeline.bars, now).render(100)]
+        lines = [line.plain for line in render_timeline(Timeline(timeline.run, timeline.bars, now), 100)]
         begins = {line.split("  ")[0]: re.split("[█▒░▓┄]", line) for line in lines[2:]}
         starts = [len(begins[name][0]) for name in ("reserve", "charge", "pack", "ship")]
         assert starts == sorted(set(starts))

@@ -46,13 +46,17 @@ BESIDE_PUBLIC_NAMES = {
         "durations",
         "embedded",
         "escaping",
+        "formatting",
         "operations.documents",
         "operations.payload_json",
         "protocol.labels",
+        "timelines",
+        "web",
     },
     "codecs": set[str](),
     "demo": {"demo", "embedded", "rq"},
     "embedded": set[str](),
+    "formatting": {"durations", "escaping"},
     "metrics": set[str](),
     "pytest_plugin": {"embedded", "testing"},
     "rq": {
@@ -68,6 +72,8 @@ BESIDE_PUBLIC_NAMES = {
     "task_queue_runs": {"claims.request", "functions", "protocol.arguments"},
     "task_queues": {"claims.request", "escaping", "protocol.arguments", "signals", "transport.blocking"},
     "testing": {"testing", "embedded", "protocol.arguments", "protocol.scripts"},
+    "timelines": {"durations", "escaping", "formatting"},
+    "web": {"web", "durations", "escaping", "formatting", "operations.payload_json", "timelines"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -45,8 +45,9 @@ _COMMANDS: Final = {
         }.items()
         for name in names
     },
+    "web": _Source("squidstep_redis.cli.web", "web_command", "web"),
 }
-_FROM_EXTRAS: Final = ("click", "rich", "rq")
+_FROM_EXTRAS: Final = ("click", "jinja2", "markupsafe", "rich", "rq", "starlette", "uvicorn")
 _RECURSION_LIMIT: Final = 10_000  # payloads of 500 levels are stored; json and rich use several frames for each
 _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_AGAIN_SECONDS: Final = (0.001, 0.25)  # first, and then again and again
