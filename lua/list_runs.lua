@@ -9,7 +9,8 @@
 --       6 prefix  of the run ids, or ""
 --       7 steps   only runs with "unfinished" or "completed" steps, or ""; not looked at to count
 --       8 label, …  "<name>=<value>": only runs with all of them
--- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}}  newest and skip are of the next call; newest is "" after the last
+-- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}, work}  newest and skip are of the next call; newest is "" after the
+--       last; work: how many entries could have been scanned in the same time
 -- Writes only hints: it drops entries of runs that are gone or have other labels.
 
 -- include record
@@ -19,11 +20,12 @@ local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(AR
 local with_steps = ARGV[7]
 local FIRST = 8
 local MAX_SCANNED = 1000 -- entries of one call, to bound the time
+local LOOK = 5 -- to look at a run takes as long as scanning so many entries
 local bucket = string.sub(index, 1, -5)
 
 if limit == 0 and prefix == "" and not ARGV[FIRST] then
   local count = redis.pcall("ZCOUNT", index, oldest, newest)
-  return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {} }
+  return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {}, 1 }
 end
 
 local function is_wanted(run_id, labels)
@@ -57,7 +59,7 @@ local function look_at(run_id, labels)
   return false, with_steps == "completed" and completed ~= "0" or with_steps == "unfinished" and created ~= completed
 end
 
-local found, count, scanned, page = {}, 0, 0, nil
+local found, count, scanned, looked, page = {}, 0, 0, 0, nil
 local is_selective = prefix ~= "" or with_steps ~= "" or ARGV[FIRST]
 local size = (is_selective or limit == 0) and 200 or math.min(limit, MAX_SCANNED)
 repeat
@@ -72,6 +74,7 @@ repeat
     local is_stale, wanted = not run_id, run_id and is_wanted(run_id, labels)
     if wanted and limit > 0 then
       is_stale, wanted = look_at(run_id, labels)
+      looked = looked + 1
     end
     if is_stale then
       if type(redis.pcall("ZREM", index, member)) == "number" then
@@ -83,13 +86,13 @@ repeat
         found[#found + 1], found[#found + 2] = member, ms
       end
       if count == limit then
-        return { "runs", nonce, newest, skip, count, found }
+        break
       end
     end
   end
   scanned = scanned + #page / 2
-until #page < 2 * size or scanned >= MAX_SCANNED
-if #page < 2 * size then
+until #page < 2 * size or scanned >= MAX_SCANNED or count == limit and limit > 0
+if #page < 2 * size and (limit == 0 or count < limit) then
   newest = ""
 end
-return { "runs", nonce, newest, skip, count, found }
+return { "runs", nonce, newest, skip, count, found, 1 + scanned + looked * LOOK }

@@ -23,7 +23,7 @@ from squidstep_redis.summaries import RunPage, RunSummary
 
 _CURSOR: Final = re.compile(r"(\d{1,15})-([\w-]{1,700}={0,2})")
 _MAX_EXAMINED: Final = 1_000  # runs that are read for one page
-_MAX_READ: Final = 500  # runs that are read at once, if most of them may not be wanted
+_MAX_READ: Final = 200  # runs that are read at once: about 2 ms of the server's time
 
 
 def runs(
@@ -39,9 +39,10 @@ def runs(
 ) -> Workflow[RunPage]:
     """Lists runs, newest first by the time of their creation, one page at a time.
 
-    Usually two round trips per server: one reads the index of each of 1,024 buckets, one reads the runs of the page. A
-    run that has more than 500 fields needs one more for each 500 of them. A filter needs one more for every
-    thousand runs in the largest bucket. The entries of runs that have expired are dropped from the index.
+    Two round trips read the index of a small store, four that of a large one, and one reads each 200 runs of the page.
+    A run that has more than 500 fields needs one more for each 500 of them, and a filter one for each 8,000 runs that it
+    passes over. None holds the server up for more than a few milliseconds. The entries of runs that have expired are
+    dropped from the index.
 
     The next page continues where this one ends, even if runs were created, deleted or changed in between.
 
@@ -79,9 +80,8 @@ def count_runs(
 ) -> Workflow[int]:
     """Counts runs.
 
-    One round trip per server, of 1,024 small calls; with `labels` or `run_id_prefix`, one more for every thousand runs
-    in the largest of the 1,024 buckets. A run that has expired is counted until its entry is dropped from the index: by
-    `runs`, or when other runs are created that expire.
+    Two round trips; with `labels` or `run_id_prefix`, one more for each 8,000 runs. A run that has expired is counted
+    until its entry is dropped from the index: by `runs`, or when other runs are created that expire.
 
     Args:
         labels: only runs with all of these labels, a dict of str by name; None: all runs.
@@ -125,7 +125,7 @@ def _list(
         settled = sorted(entry for each in buckets for entry in each.take(settled_to))
         while settled:
             room = full - len(found)
-            chunk, settled = _split(settled, room if status is None else _MAX_READ)
+            chunk, settled = _split(settled, min(room, _MAX_READ) if status is None else _MAX_READ)
             for entry, summary in (yield from _read(context, chunk)):
                 if status is None or summary.counts[status] > 0:
                     found.append(summary)

@@ -143,11 +143,11 @@ class TestRoundTrips:
     @pytest.mark.parametrize(
         ("operation", "batches"),
         [
-            ("runs", [1_024, 1]),
-            ("count_runs", [1_024]),
+            ("runs", [16, 1_008, 1]),
+            ("count_runs", [16, 1_008]),
             # It scans, reads the run, reads the claims and failures, verifies one of each, and reads the index of runs.
             # CLUSTER, with which it looks for other servers, is not counted.
-            ("purge", [1, 1, 2_048, 1, 1, 1_024]),
+            ("purge", [1, 1, 2_048, 1, 1, 16, 1_008]),
             ("retry_run", [1, 1]),
         ],
     )
