@@ -20,24 +20,37 @@ local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(AR
 local with_steps = ARGV[7]
 local FIRST = 8
 local MAX_SCANNED = 1000 -- entries of one call, to bound the time
-local LOOK = 5 -- to look at a run takes as long as scanning so many entries
+local CALL, LOOK = 20, 5 -- a call by itself, and looking at a run, take as long as scanning so many entries
 local bucket = string.sub(index, 1, -5)
 
 if limit == 0 and prefix == "" and not ARGV[FIRST] then
   local count = redis.pcall("ZCOUNT", index, oldest, newest)
-  return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {}, 1 }
+  return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {}, CALL }
 end
 
-local function is_wanted(run_id, labels)
-  if string.sub(run_id, 1, #prefix) ~= prefix then
-    return false
-  end
-  for position = FIRST, #ARGV do
-    if not string.find("\n" .. labels .. "\n", "\n" .. ARGV[position] .. "\n", 1, true) then
+local needles = {} -- each label, with the line breaks around it
+for position = FIRST, #ARGV do
+  needles[#needles + 1] = "\n" .. ARGV[position] .. "\n"
+end
+
+local function has_labels(lines)
+  for index = 1, #needles do
+    if not string.find(lines, needles[index], 1, true) then
       return false
     end
   end
   return true
+end
+
+-- Whether a member may be that of a wanted run. Most members are passed over, so it does not parse them.
+local function may_be_wanted(member)
+  if prefix ~= "" then
+    local colon = string.find(member, ":", 1, true) or 0
+    if string.sub(member, colon + 1, colon + #prefix) ~= prefix then
+      return false
+    end
+  end
+  return not needles[1] or has_labels(member .. "\n")
 end
 
 -- Looks at the run of an entry. Returns whether the run is gone, or had other labels; and whether it is wanted. EXISTS gets
@@ -70,11 +83,15 @@ repeat
   for position = 1, #page, 2 do
     local member, ms = page[position], page[position + 1]
     newest, skip = ms, ms == newest and skip + 1 or 1
-    local run_id, labels = parse_run_member(member)
-    local is_stale, wanted = not run_id, run_id and is_wanted(run_id, labels)
-    if wanted and limit > 0 then
-      is_stale, wanted = look_at(run_id, labels)
-      looked = looked + 1
+    local is_stale, wanted = false, not is_selective or may_be_wanted(member)
+    if wanted then
+      local run_id, labels = parse_run_member(member)
+      wanted = run_id and has_labels("\n" .. labels .. "\n")
+      is_stale = not run_id
+      if wanted and limit > 0 then
+        is_stale, wanted = look_at(run_id, labels)
+        looked = looked + 1
+      end
     end
     if is_stale then
       if type(redis.pcall("ZREM", index, member)) == "number" then
@@ -95,4 +112,4 @@ until #page < 2 * size or scanned >= MAX_SCANNED or count == limit and limit > 0
 if #page < 2 * size and (limit == 0 or count < limit) then
   newest = ""
 end
-return { "runs", nonce, newest, skip, count, found, 1 + scanned + looked * LOOK }
+return { "runs", nonce, newest, skip, count, found, CALL + scanned + looked * LOOK }

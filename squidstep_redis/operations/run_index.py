@@ -14,7 +14,7 @@ from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_e
 _GROWTH: Final = 8  # each further part of a bucket's index is this many times as large
 _MAX_PART: Final = 500  # runs, at which one script looks: about 1 ms of the server's time
 # The server turns to other clients only after a whole batch: about 2 ms, in entries that are scanned meanwhile.
-_MAX_WORK: Final = 8_000
+_MAX_WORK: Final = 6_000
 _FIRST_BUCKETS: Final = 16
 
 Position = tuple[int, bytes]  # minus the time of the run's creation in milliseconds, and the run: ascending
@@ -116,7 +116,7 @@ def load(buckets: list[Bucket], operation: str) -> Workflow[None]:
 
 
 def drop_stale_runs(context: Context) -> Workflow[None]:
-    """Drops the entries of runs that are gone: one round trip per server for about each 1,500 runs."""
+    """Drops the entries of runs that are gone: one round trip for about each 1,000 runs."""
     incomplete = [Bucket(key, ALL, None, _MAX_PART) for key in context.keys.runs()]
     while incomplete:
         yield from load(incomplete, "purge")
