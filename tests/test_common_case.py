@@ -27,6 +27,7 @@ COMMON_CASE = re.compile(r"^-- The common case.*?(?=^-- include record)", re.MUL
 WITH_COMMON_CASE = ("begin_step", "complete_step", "advance_step")
 
 CALLS = Calls("squidstep", None, 10_000, None)
+OF_EXPIRING_RUNS = Calls("squidstep", None, 10_000, 600)
 KEYS = CALLS.keys.run("run").keys
 
 
@@ -65,8 +66,10 @@ LEASES = st.sampled_from([None, 60])
 LIMITS = st.sampled_from([None, 1, 2])
 PAYLOADS = st.sampled_from([{"n": 1}, {"n": 2}])
 PRINTS = st.sampled_from([None, None, None, True])
+STORES = st.sampled_from([CALLS, OF_EXPIRING_RUNS])
+LABELS = st.sampled_from([None, None, {"tenant": "acme"}])
 OPERATIONS = st.one_of(
-    st.tuples(st.just("begin"), STEPS, PAYLOADS, LEASES, LIMITS, PRINTS),
+    st.tuples(st.just("begin"), STEPS, PAYLOADS, LEASES, LIMITS, PRINTS, STORES, LABELS),
     st.tuples(st.just("advance"), st.integers(0, 3), PAYLOADS, STEPS | st.just("c"), PAYLOADS, LEASES, LIMITS, PRINTS),
     st.tuples(st.just("complete"), st.integers(0, 3), PAYLOADS, st.sampled_from([None, {"c": {}}])),
     st.tuples(st.just("complete by id"), STEPS, PAYLOADS),
@@ -81,9 +84,9 @@ OPERATIONS = st.one_of(
 def call_of(operation: tuple[Any, ...], claims: list[StepRun], sent: list[Call[Any]]) -> Call[Any] | None:
     kind, *rest = operation
     if kind == "begin":
-        step, payload, lease, limit, printed = rest
+        step, payload, lease, limit, printed, calls, labels = rest
         options: dict[str, Any] = {"lease": lease, "max_attempts": limit, "owner": "worker-1", "fingerprint": printed}
-        return CALLS.begin_step("run", step, payload, **options)
+        return calls.begin_step("run", step, payload, labels=labels, **options)
     if kind == "schedule":
         return CALLS.schedule_step("run", *rest)
     if kind == "complete by id":
@@ -151,6 +154,9 @@ def test_the_common_case_has_the_effects_of_the_general_path(
         assert timeless(common) == timeless(full)
         ours, theirs = (contents(database, "squidstep") for database in databases)
         assert timeless(ours) == timeless(theirs)
+        for key in ours:
+            lifetimes = [database.pttl(key) for database in databases]
+            assert max(lifetimes) - min(lifetimes) < 60_000, key  # -1 if it does not expire
         with contextlib.suppress(SquidstepError):
             result = call.decode(common)
             if isinstance(result, BeginResult) and result.decision == "execute":
