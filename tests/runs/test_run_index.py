@@ -14,6 +14,7 @@ from support.records import begun
 from support.servers import wait_until
 
 from squidstep_redis import CorruptRunError, StepRunStore
+from squidstep_redis.protocol.keys import Keys
 
 ACME = {"tenant": "acme"}
 
@@ -45,11 +46,12 @@ def set_created(bench: Bench, run_id: str, ms: int) -> None:
     bench.backend.raw.zadd(index_of(bench, run_id), {f"{len(run_id)}:{run_id}".encode(): ms})
 
 
-def runs_of_one_bucket(bench: Bench, number: int, like: str = "run") -> list[str]:
+def runs_of_one_bucket(number: int, like: str = "run") -> list[str]:
     """Returns run ids that have the same index as another one."""
-    index = index_of(bench, like)
+    keys = Keys(b"squidstep")  # the bucket does not depend on the prefix
+    index = keys.of_run(like.encode()).claims
     others = (f"{like}-{count}" for count in itertools.count())
-    return list(itertools.islice((run for run in others if index_of(bench, run) == index), number))
+    return list(itertools.islice((run for run in others if keys.of_run(run.encode()).claims == index), number))
 
 
 def index_of(bench: Bench, run_id: str) -> bytes:
@@ -86,7 +88,7 @@ class TestOrder:
     def test_many_runs_of_one_bucket_and_millisecond_are_paged(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {})
         (document,) = [store.export_run("run")]
-        runs = runs_of_one_bucket(bench, 20, like="run")
+        runs = runs_of_one_bucket(20)
         for run in runs:
             store.import_run({**document, "run_id": run})
             set_created(bench, run, 1_790_000_000_000)
@@ -207,7 +209,7 @@ class TestEntries:
     def test_entries_of_expired_runs_leave_without_a_reader(self, bench: Bench) -> None:
         """A quarter of the calls, by their random token, drop entries: of the last runs, some may remain."""
         store = bench.store(run_ttl=0.001)
-        for run in runs_of_one_bucket(bench, 500):
+        for run in runs_of_one_bucket(500):
             store.schedule_step(run, "step", {})
 
         assert len(bench.indexed()) < 400
