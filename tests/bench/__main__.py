@@ -48,6 +48,7 @@ ROWS: dict[str, Row] = {
     "many-steps": scale.many_steps,
     "processes": scale.many_processes,
     "indexes": scale.indexes,
+    "first": scale.first_transitions,
     "lists": scale.lists,
 }
 

@@ -36,6 +36,7 @@ BUDGETS: Final = {
     "1,000,000 steps": _at_most(1.15),
     "run of 10,000": _at_most(1.1),
     "import, ms": _at_most(5),
+    "first transition": _at_most(1.05),
     "listing, ms": _at_most(200),
     "index of runs, bytes": _at_most(100),
 }

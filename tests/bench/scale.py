@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha1
 from typing import Any
 
 import msgpack
@@ -21,6 +22,7 @@ from bench.ours import LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.protocol.scripts import Script, script
 
 _CORES = os.cpu_count() or 1
 _LONG_RUN = "long"
@@ -215,6 +217,35 @@ def indexes(pace: Pace) -> Iterator[Result]:
                 "ms",
                 note=f"{len(found)} found; slowest command: {figure(_longest_ms(client, call))} ms of server time",
             )
+
+
+def first_transitions(pace: Pace) -> Iterator[Result]:
+    """The call that creates a run against the same script without the index of runs."""
+    entered = b'tonumber(try("ZADD", string.sub(claims, 1, -7) .. "runs", now, ARGV[4]))'
+    known = script("begin_step")
+    assert known.source.count(entered) == 1
+    source = known.source.replace(entered, b"true")
+    without = Script(known.name, source, sha1(source, usedforsecurity=False).hexdigest().encode(), True)
+    numbers = itertools.count()
+    with server() as started, connect(started) as client:
+        store = Blocking(client).store
+
+        def begin(chosen: Script) -> Callable[[int], None]:
+            def work(count: int) -> None:
+                for number in itertools.islice(numbers, count):
+                    call = store.calls.begin_step(f"order-{number}", "charge", PAYLOAD, lease=LEASE)
+                    store.send(call._replace(script=chosen))
+
+            return work
+
+        turns = measure_in_turns(pace, {"with": begin(known), "without": begin(without)})
+    yield _slowdown(
+        "the first transition of a run, against one without the index of runs",
+        turns,
+        "with",
+        "without",
+        BUDGETS["first transition"],
+    )
 
 
 def lists(pace: Pace) -> Iterator[Result]:
