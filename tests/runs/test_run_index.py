@@ -296,7 +296,7 @@ LABELS = [{}, {"tenant": "acme"}, {"tenant": "acme", "order": "=7 é"}]
     )
 )
 def test_listing_agrees_with_a_model(bench: Bench, calls: list[tuple[str, str, dict[str, str]]]) -> None:
-    """Whatever happens to runs, `runs` returns those that exist, with the labels of the call that created them."""
+    """`runs` returns the runs that exist, with the labels of the call that created them."""
     bench.backend.flush()
     store = bench.store()
     model: dict[str, dict[str, str]] = {}
