@@ -68,7 +68,7 @@ if lines and not lines.err and not lines[2] then
         end
         return "execute " .. token .. " " .. line
       end
-      call("ZREM", claims, ARGV[4] .. step) -- the index of runs has another type
+      try("ZREM", claims, ARGV[4] .. step) -- the index of runs has another type
     end
   end
 end

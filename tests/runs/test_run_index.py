@@ -278,6 +278,19 @@ class TestEntries:
 
         assert bench.dump() == before
 
+    @pytest.mark.parametrize("lease", [None, 60])
+    def test_indexes_of_other_types_are_refused_together(
+        self, bench: Bench, store: StepRunStore, lease: int | None
+    ) -> None:
+        for key in (index_of(bench, "run"), bench.keys("run")[2]):
+            bench.backend.raw.set(key, "x")
+        before = bench.dump()
+
+        with pytest.raises(CorruptRunError):
+            store.begin_step("run", "step", {}, lease=lease)
+
+        assert bench.dump() == before
+
 
 RUNS = ["a", "b", "a\n", "1:a", "é:steps", "{x}"]
 LABELS = [{}, {"tenant": "acme"}, {"tenant": "acme", "order": "=7 é"}]
