@@ -13,7 +13,7 @@ from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_e
 
 _GROWTH: Final = 8  # each further part of a bucket's index is this many times as large
 _MAX_PART: Final = 500  # runs, at which one script looks: about 1 ms of the server's time
-# The server turns to other clients only after a whole batch: about 2 ms, in entries that are scanned meanwhile.
+# The server turns to other clients only after a whole batch. This bounds one, in entries scanned in the same time.
 _MAX_WORK: Final = 6_000
 _FIRST_BUCKETS: Final = 16
 
