@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
+from support.process_state import process_state
 from support.servers import find_binary
 from support.storm_length import StormLength
 
@@ -214,6 +215,14 @@ def short_lived_heartbeats() -> Iterator[None]:
     """Heartbeat threads end soon after their last claim: tests fork, and some wait for the end."""
     with mock.patch.object(Heartbeat, "IDLE", 0.02):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """Fails in the module that changes a setting of the whole process, not in the one that runs after it."""
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +18,7 @@ import prometheus_client.values
 import pytest
 import redis
 from support.commands import run as invoke_command
+from support.process_state import restored
 from support.servers import find_binary
 
 import squidstep_redis.celery.stores
@@ -56,16 +55,8 @@ def module(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(squidstep_redis.celery.stores, "_stores", squidstep_redis.celery.stores.TaskStores())
     monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    root, library = logging.getLogger(), logging.getLogger("squidstep_redis")
-    logs = [(logger, logger.handlers[:], logger.level) for logger in (root, library)]
-    yield module
-    # The workers of RQ and Celery do not restore these.
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for logger, log_handlers, level in logs:
-        logger.handlers[:] = log_handlers
-        logger.setLevel(level)
+    with restored():
+        yield module
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's result backend calls it

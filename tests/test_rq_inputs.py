@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rq import Queue, Retry, SimpleWorker
 from support import rq_input_jobs as jobs
+from support.process_state import restored
 from support.rq_harness import RQ_MARKS, Harness, assert_contains, result_of, traceback_of
 
 from squidstep_redis import InputMismatchError, InvalidArgumentError, StepRunStore
@@ -57,7 +58,8 @@ class TestOneJob:
     def test_each_execution_of_a_job_starts_afresh(self, harness: Harness) -> None:
         job = harness.enqueue(jobs.reserve_the_attempt, retry=Retry(max=1))
         worker = SimpleWorker([harness.queue], connection=harness.connection)
-        worker.work(burst=True)
+        with restored():
+            worker.work(burst=True)
         assert result_of(job) == "1 eu"  # the stored result: the step has no fingerprint between executions
 
     def test_a_job_that_is_enqueued_again_starts_afresh(self, queue: Queue) -> None:
