@@ -115,6 +115,11 @@ class StateLine(NamedTuple):
         """Milliseconds since 1970 at which the latest attempt started; None if there was none."""
         return int(self.created) + int(self.started) if self.started else None
 
+    @property
+    def changed_ms(self) -> int:
+        """Milliseconds since 1970 of the latest change: when the attempt ended, else started, or of the creation."""
+        return int(self.created) + int(self.started or 0) + int(self.ended or 0)
+
     def ms_after_start(self, span: bytes) -> int | None:
         """Milliseconds since 1970 of `lease` or `ended`; None if it does not apply."""
         started = self.started_ms

@@ -85,7 +85,7 @@ def _explain_run(context: Context, run: Run, limit: int) -> Workflow[RunExplanat
     scan = scans[0]
     if scan.problem is not None:
         raise CorruptRunError(run.text, run.keys.steps.decode(), scan.problem)
-    unfinished = sorted(scan.unfinished.values(), key=_by_urgency)
+    unfinished = sorted(scan.unfinished(context), key=_by_urgency)
     chosen = unfinished[:limit]
     names = [arguments.step(each.step) for each in chosen]
     histories = [_history(context, run, name, "explain_run") for name in names]

@@ -89,7 +89,7 @@ def _retry_run(context: Context, run_id: str, owner: str | None) -> Workflow[lis
         raise StepRunNotFoundError(run_id, None, "there is no such run; nothing was written")
     if scans[0].problem is not None:
         raise CorruptRunError(run_id, context.keys.run(run_id).keys.steps.decode(), scans[0].problem)
-    failed = [each for each in scans[0].unfinished.values() if each.status is StepStatus.FAILED]
+    failed = [each for each in scans[0].unfinished(context) if each.status is StepStatus.FAILED]
     failed.sort(key=attrgetter("position"))
     retried: list[StepRun] = []
     for first in range(0, len(failed), _STEPS_PER_BATCH):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final, cast
 
 from squidstep_redis.errors import CorruptRunError, InvalidArgumentError, described
-from squidstep_redis.model import StepRun, StepStatus, moment
+from squidstep_redis.model import STATUS, StateLine, StepRun, StepStatus, moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.lifecycle import tombstone_ms
@@ -122,9 +123,9 @@ class RunScan:
     Attributes:
         created: number of steps created, from the run line.
         completed: number of steps completed, from the run line.
-        newest: the step run that was completed last.
-        unfinished: the step runs that are not completed, by step, without payloads.
-        lines: their state lines.
+        newest: state of the step that was completed last.
+        lines: the state lines of the steps that are not completed, by step.
+        states: the same lines, parsed.
         problem: why the records are corrupt.
         cancel_reason: why the run was cancelled; None if it is not.
         labels: of the run, as they are stored.
@@ -134,26 +135,34 @@ class RunScan:
     run_id: str
     created: bytes = b""
     completed: bytes = b"0"
-    newest: StepRun | None = None
-    unfinished: dict[bytes, StepRun] = field(default_factory=dict[bytes, StepRun])
+    newest: StateLine | None = None
     lines: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
+    states: dict[bytes, StateLine] = field(default_factory=dict[bytes, StateLine])
     problem: str | None = None
     cancel_reason: str | None = None
     labels: bytes = b""
     entered: bytes = b""
 
+    def unfinished(self, context: Context) -> list[StepRun]:
+        """Returns the step runs that are not completed, without payloads."""
+        key = context.keys.of_run(self.run_id.encode()).steps
+        return [
+            context.records.step_run(self.run_id, step.decode(), line, NO_PAYLOADS, key)
+            for step, line in self.lines.items()
+        ]
+
     def summary(self) -> RunSummary:
         """Returns the counts and the newest change."""
         counts = dict.fromkeys(StepStatus, 0)
         counts[StepStatus.COMPLETED] = int(self.completed)
-        changes = [_changed_at(self.newest)] if self.newest else []
-        for step_run in self.unfinished.values():
-            counts[step_run.status] += 1
-            changes.append(_changed_at(step_run))
+        for letter, number in Counter(state.letter for state in self.states.values()).items():
+            counts[STATUS[letter]] += number
+        states = [*self.states.values(), self.newest] if self.newest else self.states.values()
+        changed = max((state.changed_ms for state in states), default=None)
         return RunSummary(
             self.run_id,
             counts,
-            max(changes, default=None),
+            None if changed is None else moment(changed),
             self.problem,
             self.cancel_reason,
             moment(int(float(self.entered))) if self.entered else None,
@@ -196,11 +205,10 @@ def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> b
     scan.cancel_reason = cancelled[0].decode(errors="backslashreplace") if cancelled else None
     key = context.keys.of_run(scan.run_id.encode()).steps
     if last:
-        scan.newest = context.records.step_run(scan.run_id, "", last, NO_PAYLOADS, key)
+        scan.newest = context.records.state(scan.run_id, "", last, key)
     for step, line in pairs(lines):
         name = step_name(scan.run_id, step, key)
-        step_run = context.records.step_run(scan.run_id, name, line, NO_PAYLOADS, key)
-        scan.unfinished[step], scan.lines[step] = step_run, line
+        scan.lines[step], scan.states[step] = line, context.records.state(scan.run_id, name, line, key)
     return cursor
 
 
@@ -222,10 +230,6 @@ def _purge_run(context: Context, scan: RunScan, tombstone_ms: bytes) -> Call[boo
     lines = [part for line in scan.lines.items() for part in line]
     args = (new_token(), run.member, tombstone_ms, scan.created, scan.completed, *lines)
     return Call(run.text, script("purge_run"), (steps, done, failed), args, parse, part_of="purge")
-
-
-def _changed_at(step_run: StepRun) -> datetime:
-    return step_run.ended_at or step_run.started_at or step_run.created_at
 
 
 def _newest_first(summary: RunSummary) -> tuple[float, str]:

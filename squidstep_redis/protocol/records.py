@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final, cast
 
 from squidstep_redis.errors import CorruptRunError, SquidstepError
-from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StepRun
+from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StateLine, StepRun
 from squidstep_redis.protocol.call import corrupt, newer
 from squidstep_redis.protocol.codec import Payloads
 
@@ -99,6 +99,17 @@ class Records:
             stored = (payloads[0], payloads[1], lease_expired_error(), payloads[3])
         try:
             return StepRun(self.prefix, run, step, line, stored, self.payloads.decode, token, cancel_reason)
+        except ValueError:
+            raise self._unreadable(run, step, line, key) from None
+
+    def state(self, run: str, step: str, line: bytes, key: bytes) -> StateLine:
+        """Returns a parsed state line.
+
+        Raises:
+            CorruptRunError: the scripts would not write the line. It names `key`.
+        """
+        try:
+            return StateLine.parse(line)
         except ValueError:
             raise self._unreadable(run, step, line, key) from None
 
