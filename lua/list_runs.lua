@@ -5,22 +5,25 @@
 --       2 newest  ms  of the first run to look at, or "+inf"
 --       3 skip    how many runs of exactly that time to skip
 --       4 oldest  ms  of the last run to look at, or "-inf"
---       5 limit   or "0"  only count, also the entries of runs that are gone
+--       5 limit   how many to list; with `status`, how many to look at; or "0"  only count, also the entries of runs that are gone
 --       6 prefix  of the run ids, or ""
---       7 steps   only runs with "unfinished" or "completed" steps, or ""; not looked at to count
+--       7 status  letters of state lines: only runs with such a step, and large runs that may have one; or ""; ignored to count
 --       8 label, …  "<name>=<value>": only runs with all of them
 -- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}, work}  newest and skip are of the next call; newest is "" after the
---       last; work: how many entries could have been scanned in the same time
+--       last; count: of the runs that were counted or looked at; work: how many entries could have been scanned in the same time
 -- Writes only hints: it drops entries of runs that are gone or have other labels.
 
 -- include record
 -- include runs
+-- include walk
+-- include bulk
 
 local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local with_steps = ARGV[7]
+local letters = ARGV[7]
 local FIRST = 8
-local MAX_SCANNED = 1000 -- entries of one call, to bound the time
-local CALL, LOOK = 20, 5 -- a call by itself, and looking at a run, take as long as scanning so many entries
+local MAX_WORK = 1000 -- of one call, in entries scanned in the same time
+local CALL, LOOK, STEPS, STEP = 20, 5, 10, 2 -- a call, looking at a run, at its steps, and at each of them, in scanned entries
+local MAX_FIELDS = 60 -- that are read of one run
 local bucket = string.sub(index, 1, -5)
 
 if limit == 0 and prefix == "" and not ARGV[FIRST] then
@@ -53,9 +56,30 @@ local function may_be_wanted(member)
   return not needles[1] or has_labels(member .. "\n")
 end
 
+local looked, work = 0, CALL
+
+-- Whether a run may have a step of the status.
+local function may_have_step(steps, created, completed)
+  if letters == @COMPLETED then
+    return completed ~= "0"
+  end
+  if created == completed then
+    return false
+  end
+  local cursor, fields = walk(steps, "0", MAX_FIELDS)
+  work = work + STEPS + STEP * #fields
+  for _, line in ipairs(read_fields(steps, fields)) do
+    if string.find(letters, string.sub(line, 2, 2), 1, true) then
+      return true
+    end
+  end
+  return cursor ~= "0"
+end
+
 -- Looks at the run of an entry. Returns whether the run is gone, or had other labels; and whether it is wanted. EXISTS gets
 -- two keys: while a slot migrates, the server then refuses it if one of them may be on the other server.
 local function look_at(run_id, labels)
+  looked, work = looked + 1, work + LOOK
   local steps = bucket .. run_id .. ":steps"
   local lines = redis.pcall("HMGET", steps, "r", "l")
   local line = lines[1]
@@ -66,15 +90,12 @@ local function look_at(run_id, labels)
     return true
   end
   local created, completed = string.match(line, @READ_RUN)
-  if with_steps == "" or not created then
-    return false, true
-  end
-  return false, with_steps == "completed" and completed ~= "0" or with_steps == "unfinished" and created ~= completed
+  return false, letters == "" or not created or may_have_step(steps, created, completed)
 end
 
-local found, count, scanned, looked, page = {}, 0, 0, 0, nil
-local is_selective = prefix ~= "" or with_steps ~= "" or ARGV[FIRST]
-local size = (is_selective or limit == 0) and 200 or math.min(limit, MAX_SCANNED)
+local found, count, page, is_full, has_more = {}, 0, nil, false, nil
+local is_selective = prefix ~= "" or ARGV[FIRST]
+local size = (is_selective or limit == 0) and 200 or math.min(limit, MAX_WORK) + 1 -- one more shows whether it is the last
 repeat
   page = redis.pcall("ZREVRANGEBYSCORE", index, newest, oldest, "WITHSCORES", "LIMIT", skip, size)
   if page.err then
@@ -90,7 +111,6 @@ repeat
       is_stale = not run_id
       if wanted and limit > 0 then
         is_stale, wanted = look_at(run_id, labels)
-        looked = looked + 1
       end
     end
     if is_stale then
@@ -102,14 +122,17 @@ repeat
       if limit > 0 then
         found[#found + 1], found[#found + 2] = member, ms
       end
-      if count == limit then
-        break
-      end
+    end
+    is_full = limit > 0 and (letters == "" and count or looked) == limit
+    has_more = position + 1 < #page
+    if is_full then
+      break
     end
   end
-  scanned = scanned + #page / 2
-until #page < 2 * size or scanned >= MAX_SCANNED or count == limit and limit > 0
-if #page < 2 * size and (limit == 0 or count < limit) then
+  has_more = #page == 2 * size or is_full and has_more
+  work = work + #page / 2
+until not has_more or work >= MAX_WORK or is_full
+if not has_more then
   newest = ""
 end
-return { "runs", nonce, newest, skip, count, found, CALL + scanned + looked * LOOK }
+return { "runs", nonce, newest, skip, letters == "" and count or looked, found, work }

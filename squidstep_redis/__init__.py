@@ -62,7 +62,7 @@ _NAMES = {
     ),
     "settings": ("StoreSettings",),
     "store": ("StepRunStore",),
-    "summaries": ("ClaimCounts", "RunPage", "RunSummary", "StepPage"),
+    "summaries": ("ClaimCounts", "RunPage", "RunSummary", "StepPage", "StoreOverview"),
     "transport.events": ("Event",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -189,6 +189,9 @@ from squidstep_redis.summaries import (
 from squidstep_redis.summaries import (
     StepPage as StepPage,
 )
+from squidstep_redis.summaries import (
+    StoreOverview as StoreOverview,
+)
 from squidstep_redis.transport.events import (
     Event as Event,
 )

@@ -107,6 +107,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     failed_steps = _workflow(Calls.failed_steps)
     count_claims = _workflow(Calls.count_claims)
     count_failed = _workflow(Calls.count_failed)
+    overview = _workflow(Calls.overview)
 
     expire_run = _call(Calls.expire_run)
     cancel_run = _call(Calls.cancel_run)

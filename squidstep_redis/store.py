@@ -90,6 +90,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     failed_steps = _workflow(Calls.failed_steps)
     count_claims = _workflow(Calls.count_claims)
     count_failed = _workflow(Calls.count_failed)
+    overview = _workflow(Calls.overview)
 
     expire_run = _call(Calls.expire_run)
     cancel_run = _call(Calls.cancel_run)

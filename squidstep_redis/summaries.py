@@ -52,6 +52,30 @@ class RunSummary(NamedTuple):
         return self.problem is None and not unfinished
 
 
+class StoreOverview(NamedTuple):
+    """The state of the whole store.
+
+    Attributes:
+        live: number of claims with a lease that has not expired.
+        lapsed: number of claims whose lease has expired and that no worker has taken over.
+        failed: number of failed steps.
+        total: number of runs.
+        lapsed_claims: the first of these claims, earliest expiry first.
+        live_claims: the first of these claims, soonest expiry first.
+        failed_steps: the first failed steps, newest failure first.
+        runs: the newest runs, newest first.
+    """
+
+    live: int
+    lapsed: int
+    failed: int
+    total: int
+    lapsed_claims: list[StepRun]
+    live_claims: list[StepRun]
+    failed_steps: list[StepRun]
+    runs: list[RunSummary]
+
+
 class RunPage(NamedTuple):
     """A page of runs.
 

@@ -216,7 +216,7 @@ class TestFilters:
         store.schedule_step("query", "pay", {}, labels={"query": "a=b, c"})
         assert run("runs", "--label", "query=a=b, c", *options).stdout.splitlines()[1].startswith("query ")
 
-    @pytest.mark.parametrize("cursor", ["nonsense", "1-", "1-?", ""])
+    @pytest.mark.parametrize("cursor", ["nonsense", "1", "1-?", ""])
     def test_invalid_cursor_is_rejected(self, server: EmbeddedServer, cursor: str) -> None:
         ended = run("runs", "--cursor", cursor, "-u", server.url)
         assert (ended.returncode, ended.stdout) == (2, "")

@@ -30,6 +30,7 @@ from squidstep_redis import (
     StepRun,
     StepRunStore,
     StepStatus,
+    StoreOverview,
     current_claim,
 )
 
@@ -95,6 +96,7 @@ def operating(store: StepRunStore) -> None:
     assert_type(store.explain_step("run", Step.PAY), StepExplanation | None)
     assert_type(store.explain_run("run", limit=5), RunExplanation | None)
     assert_type(store.count_failed(), int)
+    assert_type(store.overview(5), StoreOverview)
 
 
 def charge(input: dict[str, Any]) -> dict[str, int]:

@@ -274,13 +274,13 @@ def stats_command(options: StoreOptions, every: bool, as_json: bool) -> None:
     """
     states, steps = Counter[str](), Counter[StepStatus]()
     with store_or_exit(options) as store:
-        claims, failed, total = store.count_claims(), store.count_failed(), 0 if every else store.count_runs()
+        seen = store.overview(1, failures=1)
         for page in _read_pages(store, {}, sys.maxsize) if every else ():
             states.update(_state_of(summary) for summary in page.runs)
             for summary in page.runs:
                 steps.update(summary.counts)
-    counted: dict[str, int] = {"running": claims.live, "stuck": claims.lapsed, "failed": failed}
-    with_parts: dict[str, dict[str, int]] = {"runs": {"total": states.total() if every else total, **states}}
+    counted: dict[str, int] = {"running": seen.live, "stuck": seen.lapsed, "failed": seen.failed}
+    with_parts: dict[str, dict[str, int]] = {"runs": {"total": states.total() if every else seen.total, **states}}
     if every:
         with_parts["steps"] = {"total": steps.total(), **{str(status): steps[status] for status in StepStatus}}
     if as_json:

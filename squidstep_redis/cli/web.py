@@ -54,7 +54,7 @@ def web_command(
     with store_or_exit(options) as store:
         is_cluster = isinstance(store.client, RedisCluster)
     try:
-        listening = socket.create_server((host, port), family=_family(host))
+        listening = listen(host, port)
     except OSError as error:
         fail(f"cannot listen on {host}, port {port}: {error.strerror or error}", 1)
     with listening:
@@ -68,8 +68,13 @@ def web_command(
         asyncio.run(_serve(options, is_cluster, listening, app_settings))
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket; raises OSError if there can be none."""
+    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # For connections accepted by it. asyncio sets this only if the socket was made with TCP's number, and without it,
+    # a page waits 40 ms between its head and its body.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 async def _serve(

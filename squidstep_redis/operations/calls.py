@@ -19,6 +19,7 @@ from squidstep_redis.operations import (
     transitions,
     waiting,
 )
+from squidstep_redis.operations import overview as overviews
 from squidstep_redis.operations import runs as whole_runs
 from squidstep_redis.operations.context import Context
 
@@ -58,6 +59,7 @@ class Calls(Context):
     failed_steps = indexes.failed_steps
     count_claims = indexes.count_claims
     count_failed = indexes.count_failed
+    overview = overviews.overview
 
     expire_run = lifecycle.expire_run
     cancel_run = lifecycle.cancel_run

@@ -7,18 +7,19 @@ entry that this library did not write, or in the index of another bucket, stands
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from squidstep_redis.errors import CorruptRunError
 from squidstep_redis.model import StepRun
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.pacing import CALL_WORK, in_batches, load
 from squidstep_redis.operations.reads import MAX_LIMIT, pairs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Step
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import member_prefix, parse_member
 from squidstep_redis.protocol.scripts import script
-from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
+from squidstep_redis.protocol.workflow import Workflow, raise_first_error
 from squidstep_redis.summaries import ClaimCounts
 
 Mode = Literal["failed", "lapsed", "live"]
@@ -27,6 +28,7 @@ _Position = tuple[bytes, bytes]  # an index, and a member of it
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
 _MAX_SKIPPED: Final = 10**7
+_VERIFY_WORK: Final = 30
 _GROWTH: Final = 8  # each further page of a bucket is this many times as large
 
 
@@ -41,8 +43,8 @@ def lapsed_claims(
 ) -> Workflow[list[StepRun]]:
     """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
-    Usually two round trips per server: one reads the index of each of 1,024 buckets, one verifies the entries against
-    their records. An entry without its record, or that this library did not write, is dropped from the index.
+    Usually six round trips: five read the index of each of 1,024 buckets, and one verifies the entries against their
+    records; 170 at once. An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -67,7 +69,7 @@ def lapsed_claims(
 def live_claims(context: Context, limit: int = 100, *, owner: str | None = None) -> Workflow[list[StepRun]]:
     """Lists step runs that are running under a lease that has not expired, soonest expiry first.
 
-    Usually two round trips per server, as `lapsed_claims`. With `owner`, one more for every `limit` live claims of
+    Usually six round trips, as `lapsed_claims`. With `owner`, one more for every `limit` live claims of
     other owners, among the first 1,000 or so of each of 1,024 buckets.
 
     Args:
@@ -96,8 +98,8 @@ def failed_steps(
 ) -> Workflow[list[StepRun]]:
     """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
 
-    Usually two round trips per server: one reads the index of each bucket, one verifies the entries against their
-    records. An entry without its record, or that this library did not write, is dropped from the index.
+    Usually six round trips: five read the index of each bucket, and one verifies the entries against their records; 170
+    at once. An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -121,7 +123,7 @@ def failed_steps(
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
     """Counts the claims whose lease has not expired, and those whose lease has, across all runs.
 
-    One round trip per server, of 1,024 small calls. Entries of expired or deleted runs, and entries that this library
+    Four round trips, of 260 small calls each. Entries of expired or deleted runs, and entries that this library
     did not write, are counted until `lapsed_claims` or `live_claims` finds and drops them.
 
     Returns:
@@ -137,7 +139,7 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
 def count_failed(context: Context) -> Workflow[int]:
     """Counts the failed steps of all runs.
 
-    One round trip per server, of 1,024 small calls. Entries of expired or deleted runs, and entries that this library
+    Four round trips, of 260 small calls each. Entries of expired or deleted runs, and entries that this library
     did not write, are counted until `failed_steps` finds and drops them.
 
     Returns:
@@ -158,27 +160,27 @@ def _count(indexes: list[bytes], operation: str) -> Workflow[ClaimCounts]:
 
     count = script("count_claims")
     calls = [Call(None, count, (key,), (new_nonce(),), parse, part_of=operation) for key in indexes]
-    counts: list[ClaimCounts] = raise_first_error((yield SendBatch(calls)))
+    counts: list[ClaimCounts] = []
+    for batch in in_batches(calls):
+        counts += raise_first_error((yield batch))
     return ClaimCounts(sum(each.live for each in counts), sum(each.lapsed for each in counts))
 
 
 def drop_stale_entries(context: Context) -> Workflow[None]:
     """Drops the entries of both indexes that stand for no record, such as those of runs that have expired.
 
-    One round trip per server reads the indexes; if there are lapsed claims or failed steps, one or more verify them. Of
+    Ten or more round trips read the indexes; if there are lapsed claims or failed steps, two or more verify them. Of
     each of 1,024 buckets, it looks at the first 1,000 entries that it does not drop.
     """
-    modes: dict[Mode, list[bytes]] = {"lapsed": context.keys.claims(), "failed": context.keys.failed()}
-    incomplete: list[tuple[Mode, _Bucket]] = [(mode, _Bucket(key, MAX_LIMIT)) for mode in modes for key in modes[mode]]
-    while incomplete:
-        pages = raise_first_error((yield SendBatch([each.call(mode) for mode, each in incomplete])))
-        for (_, each), page in zip(incomplete, pages, strict=True):
-            each.load(page)
-        for mode in modes:
-            entries = [_Entry(*entry, each) for of, each in incomplete if of == mode for entry in each.entries]
+    indexes: dict[Mode, list[bytes]] = {"lapsed": context.keys.claims(), "failed": context.keys.failed()}
+    for mode, keys in indexes.items():
+        incomplete = [Bucket(key, mode, MAX_LIMIT) for key in keys]
+        while incomplete:
+            yield from load(incomplete, "purge")
+            entries = [_Entry(*entry, each) for each in incomplete for entry in each.entries]
             for start in range(0, len(entries), MAX_LIMIT):
                 yield from _verify_all(context, mode, entries[start : start + MAX_LIMIT], b"", {})
-        incomplete = [(mode, each) for mode, each in incomplete if each.has_more and each.dropped]
+            incomplete = [each for each in incomplete if each.has_more and each.dropped]
 
 
 class _Wanted(NamedTuple):
@@ -220,15 +222,20 @@ def _list(
 ) -> Workflow[list[StepRun]]:
     number = arguments.integer("limit", limit, MAX_LIMIT)
     needed = wanted.after + number
-    # The first entries are spread over the buckets, so a page usually needs only a few entries of each.
-    first_page = MAX_LIMIT if owner or wanted.is_selective else min(4 + needed // 250, MAX_LIMIT)
-    incomplete = buckets = [_Bucket(key, first_page) for key in indexes]
+    # The first entries are spread over the buckets, so of most of them a page needs one entry. A second one shows
+    # whether there are more.
+    first_page = MAX_LIMIT if owner or wanted.is_selective else min(2 + needed // 400, MAX_LIMIT)
+    buckets = [Bucket(key, mode, first_page) for key in indexes]
+    yield from load(buckets, _OPERATIONS[mode])
+    return (yield from select(context, mode, buckets, number, wanted, owner))
+
+
+def select(
+    context: Context, mode: Mode, buckets: list[Bucket], number: int, wanted: _Wanted = _ALL, owner: bytes = b""
+) -> Workflow[list[StepRun]]:
+    """Returns the step runs of the first entries of all buckets, of each of which the first page is loaded."""
     verified: dict[_Position, StepRun | None] = {}
     while True:
-        if incomplete:
-            pages = yield SendBatch([each.call(mode) for each in incomplete])
-            for each, page in zip(incomplete, raise_first_error(pages), strict=True):
-                each.load(page)
         merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
         merged.sort(key=_rank, reverse=mode == "failed")
         # Entries after the last loaded one of an incomplete bucket may rank after entries that are not loaded yet.
@@ -245,18 +252,19 @@ def _list(
         if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
             return found
         # Load more entries of the buckets that may have the missing ones.
-        incomplete = [
-            each.bucket for each in merged[: settled + needed] if each.is_last_loaded and each.bucket.needs_page()
-        ]
+        following = merged[: settled + wanted.after + number]
+        yield from load(
+            [each.bucket for each in following if each.is_last_loaded and each.bucket.needs_page()], _OPERATIONS[mode]
+        )
 
 
 def _verify_all(
     context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[_Position, StepRun | None]
 ) -> Workflow[None]:
-    """Verifies entries against their records, in one round trip."""
-    if not entries:
-        return
-    results = yield SendBatch([_verify(context, mode, each, owner) for each in entries])
+    """Verifies entries against their records."""
+    results: list[Any] = []
+    for batch in in_batches([_verify(context, mode, each, owner) for each in entries], _VERIFY_WORK):
+        results += yield batch
     for each, result in zip(entries, results, strict=True):
         verified[each.position] = result if isinstance(result, StepRun) else None
         if isinstance(result, bool):
@@ -297,7 +305,7 @@ def _drop(mode: Mode, entry: _Entry) -> Call[StepRun | bool]:
     return Call(None, script("drop_entry"), (entry.bucket.key,), args, parse, part_of=_OPERATIONS[mode])
 
 
-class _Bucket:
+class Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
@@ -307,24 +315,32 @@ class _Bucket:
         dropped: how many of them have been dropped from the index since, so that other entries follow.
     """
 
-    __slots__ = ("dropped", "entries", "has_more", "key", "size")
+    __slots__ = ("_mode", "dropped", "entries", "has_more", "key", "size")
 
-    def __init__(self, key: bytes, size: int) -> None:
+    def __init__(self, key: bytes, mode: Mode, size: int) -> None:
         self.key = key
+        self._mode: Mode = mode
         self.size = size
         self.entries: list[tuple[float, bytes]] = []
         self.has_more = True
         self.dropped = 0
 
-    def call(self, mode: Mode) -> Call[list[tuple[float, bytes]]]:
+    def call(self, operation: str) -> Call[list[tuple[float, bytes]]]:
         """Reads the first `size` entries."""
-        args = (new_nonce(), b"%d" % self.size, mode.encode())
-        return Call(None, script("list_index"), (self.key,), args, _entries, part_of=_OPERATIONS[mode])
+        args = (new_nonce(), b"%d" % self.size, self._mode.encode())
+        return Call(None, script("list_index"), (self.key,), args, _entries_of, part_of=operation)
 
-    def load(self, entries: list[tuple[float, bytes]]) -> None:
-        self.entries = entries
-        self.has_more = len(entries) >= self.size
+    def load(self, part: list[tuple[float, bytes]]) -> int:
+        """Sets the entries that were read; returns how much work it was for the server, in entries scanned."""
+        self.entries = part
+        self.has_more = len(part) >= self.size
         self.dropped = 0
+        return CALL_WORK + len(part)
+
+    def load_first(self, flat: list[Any], count: int) -> None:
+        """Sets the first entry, of so many."""
+        self.entries = _scored(flat)
+        self.has_more = len(self.entries) < count
 
     def needs_page(self) -> bool:
         """Sets how many entries to request next; returns whether to request any."""
@@ -339,7 +355,7 @@ class _Entry(NamedTuple):
 
     score: float
     member: bytes
-    bucket: _Bucket
+    bucket: Bucket
 
     @property
     def position(self) -> _Position:
@@ -356,5 +372,10 @@ def _rank(entry: _Entry) -> tuple[float, bytes]:
     return entry[:2]
 
 
-def _entries(reply: Reply) -> list[tuple[float, bytes]]:
-    return [(float(score), member) for member, score in pairs(reply[2])]
+def _scored(flat: list[Any]) -> list[tuple[float, bytes]]:
+    """Returns the entries of a flat reply: member, score, …."""
+    return [(float(score), member) for member, score in pairs(flat)]
+
+
+def _entries_of(reply: Reply) -> list[tuple[float, bytes]]:
+    return _scored(reply[2])

@@ -7,13 +7,14 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from datetime import datetime
 from math import ceil
-from typing import Final
+from typing import Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
-from squidstep_redis.model import StepStatus
+from squidstep_redis.model import STATUS, StepStatus
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.pacing import load
 from squidstep_redis.operations.reads import MAX_LIMIT
-from squidstep_redis.operations.run_index import Bucket, Entry, Position, Selection, load
+from squidstep_redis.operations.run_index import Bucket, Entry, Position, Selection
 from squidstep_redis.operations.runs import checked_status, scan_runs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Labels
@@ -21,9 +22,12 @@ from squidstep_redis.protocol.labels import labels_data
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.summaries import RunPage, RunSummary
 
-_CURSOR: Final = re.compile(r"(\d{1,15})-([\w-]{1,700}={0,2})")
-_MAX_EXAMINED: Final = 1_000  # runs that are read for one page
-_MAX_READ: Final = 200  # runs that are read at once: about 2 ms of the server's time
+_CURSOR: Final = re.compile(r"(\d{1,15})-([\w-]{0,700}={0,2})")
+_LOOKED_AT: Final = 3  # runs of each bucket whose steps are looked at first
+_MAX_LOOKED_AT: Final = 6_000  # for one page
+_MAX_READ_IN_ALL: Final = 1_000  # runs that are read for one page; with a status, usually only those that have it
+_MIN_READ: Final = 20  # with a status, runs that are read at once
+_MAX_READ: Final = 200
 
 
 def runs(
@@ -39,10 +43,10 @@ def runs(
 ) -> Workflow[RunPage]:
     """Lists runs, newest first by the time of their creation, one page at a time.
 
-    Five round trips read the index, about ten that of a large store, and one reads each 200 runs of the page. A run
-    that has more than 500 fields needs one more for each 500 of them, and a filter one for each 6,000 runs that it
-    passes over. None holds the server up for more than a few milliseconds. The entries of runs that have expired are
-    dropped from the index.
+    Five round trips read the index, about ten that of a large store, and one reads each 80 runs of the page. A run that
+    has more than 500 fields needs one more for each 500 of them, and a filter one for each 5,000 runs that it passes
+    over. None holds the server up for more than a few milliseconds. The entries of runs that have expired are dropped
+    from the index.
 
     The next page continues where this one ends, even if runs were created, deleted or changed in between.
 
@@ -53,7 +57,7 @@ def runs(
         since: only runs created at or after this time, a datetime with a time zone; None: all runs.
         until: only runs created before this time, a datetime with a time zone; None: all runs.
         limit: how many runs a page has at most, from 1 to 1,000. With `status` it may have fewer, even none: a page
-            ends after reading 1,000 runs.
+            ends after looking at 3,000 to 6,000 runs, or at 1,000 large ones.
         cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
@@ -80,7 +84,7 @@ def count_runs(
 ) -> Workflow[int]:
     """Counts runs.
 
-    Five round trips; with `labels` or `run_id_prefix`, one more for each 6,000 runs. A run that has expired is counted
+    Five round trips; with `labels` or `run_id_prefix`, one more for each 5,000 runs. A run that has expired is counted
     until its entry is dropped from the index: by `runs`, or when other runs are created that expire.
 
     Args:
@@ -112,40 +116,68 @@ def _count(context: Context, selection: Selection) -> Workflow[int]:
 def _list(
     context: Context, selection: Selection, status: StepStatus | None, full: int, after: Position | None
 ) -> Workflow[RunPage]:
-    # The newest runs are spread over the buckets, so a page usually needs only a few entries of each.
-    size = 4 + full // 250
+    # The newest runs are spread over the buckets, so of most of them a page needs only the first entry.
+    size = 1 + full // 400 if status is None else _LOOKED_AT
     buckets = [Bucket(key, selection, after, size) for key in context.keys.runs()]
-    incomplete = buckets
+    yield from load(buckets, "runs")
+    return (yield from read_page(context, "runs", buckets, full, status))
+
+
+def read_page(
+    context: Context, operation: str, buckets: Sequence[Bucket], full: int, status: StepStatus | None = None
+) -> Workflow[RunPage]:
+    """Reads a page of runs.
+
+    Args:
+        context: the store's settings.
+        operation: that sends the calls.
+        buckets: of each of them, the first part is loaded.
+        full: how many runs a page has at most.
+        status: only runs with at least one step of this status; None: all runs.
+    """
     found: list[RunSummary] = []
-    examined = 0
-    while incomplete:
-        yield from load(incomplete, "runs")
+    read = 0
+    while True:
         # Runs that are older than the part of a bucket that is loaded may be older than runs that are not loaded.
         settled_to = min((each.loaded_to for each in buckets if each.loaded_to is not None), default=None)
         settled = sorted(entry for each in buckets for entry in each.take(settled_to))
         while settled:
-            room = full - len(found)
-            chunk, settled = _split(settled, min(room, _MAX_READ) if status is None else _MAX_READ)
-            for entry, summary in (yield from _read(context, chunk)):
+            room = full - len(found)  # large runs may have no step of the status
+            chunk, settled = _split(settled, min(room if status is None else max(room, _MIN_READ), _MAX_READ))
+            for entry, summary in (yield from _read(context, operation, chunk)):
                 if status is None or summary.counts[status] > 0:
                     found.append(summary)
                     if len(found) == full:
                         is_last = entry is chunk[-1] and not settled and settled_to is None
                         return RunPage(found, None if is_last else _cursor(entry.position))
-            examined += len(chunk)
-            if examined >= _MAX_EXAMINED and (settled or settled_to is not None):
+            read += len(chunk)
+            if read >= _MAX_READ_IN_ALL and (settled or settled_to is not None):
                 return RunPage(found, _cursor(chunk[-1].position))
-        incomplete = [each for each in buckets if each.loaded_to is not None and each.loaded_to == settled_to]
-    return RunPage(found, None)
+        if settled_to is None:
+            return RunPage(found, None)
+        incomplete = _that_may_have_next(buckets, full - len(found))
+        looked_at = sum(each.count for each in buckets) + sum(each.size for each in incomplete)
+        if status is not None and looked_at > _MAX_LOOKED_AT:
+            return RunPage(found, _cursor((settled_to, b"")))
+        yield from load(incomplete, operation)
+
+
+def _that_may_have_next(buckets: Sequence[Bucket], needed: int) -> list[Bucket]:
+    """Returns the buckets whose unloaded entries may be among the next ones, and those that bound what is loaded."""
+    loaded = sorted(entry.position[0] for each in buckets for entry in each.entries)
+    incomplete = [each for each in buckets if each.loaded_to is not None]
+    if len(loaded) < needed:
+        return incomplete
+    return [each for each in incomplete if cast("int", each.loaded_to) <= loaded[needed - 1]]
 
 
 def _split(entries: Sequence[Entry], size: int) -> tuple[Sequence[Entry], Sequence[Entry]]:
     return entries[:size], entries[size:]
 
 
-def _read(context: Context, entries: Sequence[Entry]) -> Workflow[list[tuple[Entry, RunSummary]]]:
+def _read(context: Context, operation: str, entries: Sequence[Entry]) -> Workflow[list[tuple[Entry, RunSummary]]]:
     """Reads the runs of some entries; omits those that are gone."""
-    scans = yield from scan_runs(context, "runs", [entry.position[1] for entry in entries])
+    scans = yield from scan_runs(context, operation, [entry.position[1] for entry in entries])
     by_id = {scan.run_id: scan for scan in scans}
     return [
         (entry, scan.summary())
@@ -159,14 +191,15 @@ def _selection(
     labels: object, run_id_prefix: str, since: object, until: object, status: StepStatus | None = None
 ) -> Selection:
     """Checks the arguments."""
-    # The script distinguishes no other statuses, because it looks at the run line alone.
-    steps = b"" if status is None else b"completed" if status is StepStatus.COMPLETED else b"unfinished"
+    letters = b"".join(letter for letter, of in STATUS.items() if of is status)
     lines = labels_data(labels)
     first, end = arguments.moment_ms("since", since), arguments.moment_ms("until", until)
     return Selection(
         None if end is None else ceil(end) - 1,
         None if first is None else ceil(first),
-        (arguments.run_id_prefix(run_id_prefix), steps, *(lines.split(b"\n") if lines else ())),
+        arguments.run_id_prefix(run_id_prefix),
+        letters,
+        tuple(lines.split(b"\n")) if lines else (),
     )
 
 

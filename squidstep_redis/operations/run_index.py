@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.pacing import load
 from squidstep_redis.operations.reads import pairs
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import run_of_member
 from squidstep_redis.protocol.scripts import script
-from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
+from squidstep_redis.protocol.workflow import Workflow
 
 _GROWTH: Final = 8  # each further part of a bucket's index is this many times as large
+_GROWTH_IF_LOOKED_AT: Final = 2  # with a status, since that takes longer
 _MAX_PART: Final = 500  # runs, at which one script looks: about 1 ms of the server's time
-# The server turns to other clients only after a whole batch. This bounds one, in entries scanned in the same time.
-_MAX_WORK: Final = 6_000
-_FIRST_BUCKETS: Final = 16
 
 Position = tuple[int, bytes]  # minus the time of the run's creation in milliseconds, and the run: ascending
 
@@ -33,25 +32,31 @@ class Selection(NamedTuple):
     Attributes:
         newest: when the newest of them was created, in milliseconds; None: any time.
         oldest: when the oldest of them was created.
-        filters: the prefix of the run ids, the kind of steps that a run must have, and the labels.
+        prefix: of the run ids; empty: any.
+        letters: of state lines: a run must have a step with one of them; empty: any.
+        labels: as they are stored.
     """
 
-    newest: int | None
-    oldest: int | None
-    filters: tuple[bytes, ...]
+    newest: int | None = None
+    oldest: int | None = None
+    prefix: bytes = b""
+    letters: bytes = b""
+    labels: tuple[bytes, ...] = ()
 
 
-ALL: Final = Selection(None, None, (b"", b""))
+ALL: Final = Selection()
 
 
 class Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
-        count: how many runs were counted or listed.
+        count: how many runs were counted, listed, or with a status looked at.
+        entries: those that were loaded and not taken, newest first.
+        size: how many the next part has at most.
     """
 
-    __slots__ = ("_after", "_entries", "_key", "_newest", "_selection", "_size", "_skip", "count")
+    __slots__ = ("_after", "_growth", "_key", "_newest", "_selection", "_skip", "count", "entries", "size")
 
     def __init__(self, key: bytes, selection: Selection, after: Position | None, size: int) -> None:
         """Set up a bucket of which nothing is loaded.
@@ -60,14 +65,15 @@ class Bucket:
             key: of the index.
             selection: which runs.
             after: only runs after this position; None: all.
-            size: how many to list at first; 0: count.
+            size: how many to list at first, or with a status to look at; 0: count.
         """
         self._key = key
         self._selection = selection
         self._after = after
-        self._size = size
+        self.size = size
         self._skip = b"0"
-        self._entries: list[Entry] = []
+        self._growth = _GROWTH_IF_LOOKED_AT if selection.letters else _GROWTH
+        self.entries: list[Entry] = []
         self.count = 0
         # Where the next part begins; None: there is none.
         limits = [ms for ms in (selection.newest, None if after is None else -after[0]) if ms is not None]
@@ -75,8 +81,9 @@ class Bucket:
 
     def call(self, operation: str) -> Call[Reply]:
         """Reads the next part."""
-        oldest = b"-inf" if self._selection.oldest is None else b"%d" % self._selection.oldest
-        args = (new_nonce(), self._newest or b"", self._skip, oldest, b"%d" % self._size, *self._selection.filters)
+        _, oldest_ms, *filters, labels = self._selection
+        oldest = b"-inf" if oldest_ms is None else b"%d" % oldest_ms
+        args = (new_nonce(), self._newest or b"", self._skip, oldest, b"%d" % self.size, *filters, *labels)
         return Call(None, script("list_runs"), (self._key,), args, _without_words, part_of=operation)
 
     def load(self, part: Reply) -> int:
@@ -84,12 +91,12 @@ class Bucket:
         newest, skip, count, entries, work = part
         self._newest, self._skip = newest or None, b"%d" % int(skip)
         self.count += int(count)
-        self._size = min(_GROWTH * self._size, _MAX_PART)
+        self.size = min(self._growth * self.size, _MAX_PART)
         for member, ms in pairs(entries):
             run_id, labels = run_of_member(member)
             position = (-int(float(ms)), run_id)
             if self._after is None or position > self._after:
-                self._entries.append(Entry(position, labels))
+                self.entries.append(Entry(position, labels))
         return int(work)
 
     @property
@@ -99,20 +106,9 @@ class Bucket:
 
     def take(self, settled_to: int | None) -> list[Entry]:
         """Removes and returns the loaded runs that are newer than that; None: all of them."""
-        taken = [each for each in self._entries if settled_to is None or each.position[0] < settled_to]
-        self._entries = self._entries[len(taken) :]
+        taken = [each for each in self.entries if settled_to is None or each.position[0] < settled_to]
+        self.entries = self.entries[len(taken) :]
         return taken
-
-
-def load(buckets: list[Bucket], operation: str) -> Workflow[None]:
-    """Reads the next part of each bucket, in batches that do not hold the server up: 16 buckets, and then as fits."""
-    first, size = 0, _FIRST_BUCKETS
-    while first < len(buckets):
-        batch = buckets[first : first + size]
-        parts = raise_first_error((yield SendBatch([each.call(operation) for each in batch])))
-        work = sum(each.load(part) for each, part in zip(batch, parts, strict=True))
-        first += len(batch)
-        size = max(1, _MAX_WORK * len(batch) // work)
 
 
 def drop_stale_runs(context: Context) -> Workflow[None]:

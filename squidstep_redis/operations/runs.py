@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,6 +13,7 @@ from squidstep_redis.model import STATUS, StateLine, StepRun, StepStatus, moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.lifecycle import tombstone_ms
+from squidstep_redis.operations.pacing import Pace
 from squidstep_redis.operations.reads import pairs
 from squidstep_redis.operations.run_index import drop_stale_runs
 from squidstep_redis.operations.scans import find_shards, scan_page
@@ -27,6 +28,8 @@ from squidstep_redis.summaries import RunSummary
 
 _KEYS_PER_SCAN: Final = 1_000  # 0.5 ms of the server's time
 _FIELDS_PER_SCAN: Final = 500  # of one run: 1 to 2 ms
+_RUN_WORK: Final = 60  # of reading a run
+_STEP_WORK: Final = 5  # and of each unfinished step
 _MAX_FAILED: Final = 1_000  # failed steps of a run to purge: one script compares them with their records
 
 
@@ -64,10 +67,10 @@ def purge(
 ) -> Workflow[list[RunSummary]]:
     """Deletes the runs in which every step is completed or failed and nothing changed for some time.
 
-    It scans all keys of the server like `runs`, with the same round trips and one more per thousand keys that include
-    such runs. Each run is deleted in one call, whatever its size, if it has not changed since it was read; its memory
-    is freed in the background. A run with more than 1,000 failed steps is not deleted; use `delete_run`. Entries that
-    expired runs have left in the indexes are removed, which takes one to three round trips per server.
+    It scans all keys of the server: one round trip for each thousand keys, a second one that reads the runs among them,
+    and a third if some are to be deleted. Each run is deleted in one call, whatever its size, if it has not changed
+    since it was read; its memory is freed in the background. A run with more than 1,000 failed steps is not deleted;
+    use `delete_run`. Entries that expired runs have left in the indexes are removed, in 15 round trips or more.
 
     Args:
         older_than: seconds since the last change, by the server's clock, up to ten years; or a timedelta.
@@ -173,20 +176,26 @@ class RunScan:
 def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Workflow[list[RunScan]]:
     """Reads the unfinished steps of some runs, without payloads. Runs that no longer exist are omitted."""
     scans = {run_id: RunScan(run_id.decode()) for run_id in run_ids}
-    cursors = dict.fromkeys(scans, b"0")
-    while cursors:
-        results = yield SendBatch([_summarize_run(context, operation, run_id, at) for run_id, at in cursors.items()])
+    parts = deque((run_id, b"0") for run_id in scans)
+    pace = Pace()
+    while parts:
+        batch = [parts.popleft() for _ in range(min(pace.calls, len(parts)))]
+        results = yield SendBatch([_summarize_run(context, operation, run_id, cursor) for run_id, cursor in batch])
         raise_unless_corrupt(results)
-        scanned, cursors = list(cursors), {}
-        for run_id, result in zip(scanned, results, strict=True):
+        work = 0
+        for (run_id, _), result in zip(batch, results, strict=True):
+            work += _RUN_WORK
             try:
-                cursor = result if result is None else _load(context, scans[run_id], result)
+                if result is None:
+                    del scans[run_id]
+                else:
+                    cursor, steps = _load(context, scans[run_id], result)
+                    work += _STEP_WORK * steps
+                    if cursor != b"0":
+                        parts.append((run_id, cursor))
             except CorruptRunError as error:  # it must not hide the other runs
-                cursor, scans[run_id].problem = b"0", str(error)
-            if cursor is None:
-                del scans[run_id]
-            elif cursor != b"0":
-                cursors[run_id] = cursor
+                scans[run_id].problem = str(error)
+        pace.after(len(batch), work)
     return list(scans.values())
 
 
@@ -197,8 +206,8 @@ def raise_unless_corrupt(results: list[Any]) -> None:
             raise result
 
 
-def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> bytes:
-    """Adds one part of a run's records to its scan; returns the cursor of the next part."""
+def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> tuple[bytes, int]:
+    """Adds one part of a run's records to its scan; returns the cursor of the next part, and the number of steps."""
     if isinstance(result, CorruptRunError):
         raise result
     cursor, scan.created, scan.completed, last, lines, scan.labels, scan.entered, *cancelled = result
@@ -209,7 +218,7 @@ def _load(context: Context, scan: RunScan, result: Reply | CorruptRunError) -> b
     for step, line in pairs(lines):
         name = step_name(scan.run_id, step, key)
         scan.lines[step], scan.states[step] = line, context.records.state(scan.run_id, name, line, key)
-    return cursor
+    return cursor, len(lines) // 2
 
 
 def _summarize_run(context: Context, operation: str, run_id: bytes, cursor: bytes) -> Call[Reply | None]:

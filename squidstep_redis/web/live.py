@@ -36,10 +36,14 @@ class TooManyViewersError(Exception):
 
 def version_of_overview(seen: Overview) -> str:
     """Returns a text that changes when the overview does."""
-    claims = [(each.run_id, each.step, each.attempt, each.lease_ends_at) for each in (*seen.stuck, *seen.live)]
+    store = seen.store
+    claims = [
+        (each.run_id, each.step, each.attempt, each.lease_ends_at)
+        for each in (*store.lapsed_claims, *store.live_claims)
+    ]
     failures = [(group.type, len(group.step_runs), group.step_runs[0].ended_at) for group in seen.groups]
-    runs = [(each.run_id, each.changed_at, each.cancel_reason) for each in seen.runs]
-    return _digest((seen.counts, seen.total, claims, failures, runs, int(seen.read_at.timestamp()) // _REFRESH))
+    runs = [(each.run_id, each.changed_at, each.cancel_reason) for each in store.runs]
+    return _digest((seen.counts, store.total, claims, failures, runs, int(seen.read_at.timestamp()) // _REFRESH))
 
 
 def version_of_run(explained: RunExplanation | None) -> str:

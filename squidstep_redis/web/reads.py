@@ -14,6 +14,7 @@ from squidstep_redis import (
     RunSummary,
     StepExplanation,
     StepRun,
+    StoreOverview,
     UndecodablePayloadError,
 )
 from squidstep_redis.formatting import error_type, opaque_calls
@@ -68,7 +69,7 @@ class FailureGroup(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How many steps of the store are in these states, according to the indexes."""
+    """How many steps of the store are in these states."""
 
     live: int
     stuck: int
@@ -79,24 +80,19 @@ class Overview(NamedTuple):
     """The state of the whole store.
 
     Attributes:
-        counts: live claims, lapsed claims, failed steps.
-        stuck: the first lapsed claims, earliest expiry first.
-        live: the first live claims, soonest expiry first.
+        store: the counts, and the first claims and runs.
         groups: the newest failures by type, the most frequent type first.
-        grouped: how many failures that are.
-        runs: the newest runs.
-        total: how many runs there are.
         read_at: when it was read, by this machine's clock.
     """
 
-    counts: Counts
-    stuck: list[StepRun]
-    live: list[StepRun]
+    store: StoreOverview
     groups: list[FailureGroup]
-    grouped: int
-    runs: list[RunSummary]
-    total: int
     read_at: datetime
+
+    @property
+    def counts(self) -> Counts:
+        """What a look compares with the next one."""
+        return Counts(self.store.live, self.store.lapsed, self.store.failed)
 
 
 class StepRow(NamedTuple):
@@ -155,22 +151,8 @@ class Reader:
 
     async def overview(self) -> Overview:
         """Reads the state of the whole store."""
-        store = self._store
-        # One after the other: a server executes what it has received of a batch of 1,024 calls before it turns to other
-        # clients, and of several batches at once it would have received more.
-        stuck = await store.lapsed_claims(OVERVIEW_ROWS)
-        live = await store.live_claims(OVERVIEW_ROWS)
-        failures = await store.failed_steps(OVERVIEW_FAILURES)
-        counts = Counts(len(live), len(stuck), len(failures))
-        if max(len(live), len(stuck)) >= OVERVIEW_ROWS:
-            claims = await store.count_claims()
-            counts = counts._replace(live=claims.live, stuck=claims.lapsed)
-        if len(failures) >= OVERVIEW_FAILURES:
-            counts = counts._replace(failed=await store.count_failed())
-        page = await store.runs(limit=OVERVIEW_ROWS)
-        total = await store.count_runs() if page.cursor else len(page.runs)
-        groups = group_by_type(failures)
-        return Overview(counts, stuck, live, groups, len(failures), page.runs, total, datetime.now(UTC))
+        found = await self._store.overview(OVERVIEW_ROWS, failures=OVERVIEW_FAILURES)
+        return Overview(found, group_by_type(found.failed_steps), datetime.now(UTC))
 
     async def created_since(self, moment: datetime) -> int:
         """Counts the runs that were created at or after a moment and still exist."""

@@ -61,7 +61,7 @@ def writes_nothing(operation: str) -> bool:
     of_a_run = {"get_run", "scan_steps", "completed_steps", "completed_outputs", "step_statuses", "export_run"}
     of_a_run |= {"summarize_run", "resume_run", "explain_run"}
     across_runs = {"lapsed_claims", "live_claims", "failed_steps", "count_claims", "count_failed"}
-    across_runs |= {"runs", "count_runs", "purge"}
+    across_runs |= {"runs", "count_runs", "overview", "purge"}
     return operation in of_a_step | of_a_run | across_runs
 
 

@@ -168,12 +168,57 @@ class TestFilters:
         assert listed(store) == ["run"]
         assert bench.indexed() == {b"3:run\ntenant=acme"}
 
-    def test_status_is_that_of_a_step(self, store: StepRunStore) -> None:
+    def test_status_is_that_of_a_step(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("pending", "step", {})
+        begun(store.begin_step("running", "step", {}))
+        bench.lapse(begun(store.begin_step("lapsed", "step", {}, lease=0.01)))
         store.fail_step(begun(store.begin_step("failed", "step", {})), {})
+        store.fail_step(begun(store.begin_step("final", "step", {})), {}, final=True)
+        bench.lapse(begun(store.begin_step("exhausted", "step", {}, lease=0.01)))
+        store.begin_step("exhausted", "step", {}, max_attempts=1)
+        store.complete_step(begun(store.begin_step("completed", "step", {})), {})
 
-        assert listed(store, status="failed", limit=1) == ["failed"]
+        assert set(listed(store, status="pending")) == {"pending"}
+        assert set(listed(store, status="running")) == {"running", "lapsed"}
+        assert set(listed(store, status="failed", limit=1)) == {"failed", "final", "exhausted"}
+        assert set(listed(store, status="completed")) == {"completed"}
+
+    def test_status_is_found_among_many_steps(self, store: StepRunStore) -> None:
+        many = {f"step-{number}": {} for number in range(400)}
+        for run in ("pending", "failed"):
+            store.schedule_steps(run, many)
+        store.fail_step(begun(store.begin_step("failed", "step-399", {})), {})
+
+        assert listed(store, status="failed") == ["failed"]
         assert listed(store, status="completed") == []
+
+    @real_servers
+    @pytest.mark.parametrize("limit", [1, 8, 1_000])
+    def test_pages_of_a_status_have_each_run_once_and_in_order(
+        self, bench: Bench, store: StepRunStore, limit: int
+    ) -> None:
+        runs = [*runs_of_one_bucket(90), *(f"other-{number}" for number in range(60))]
+        store.batch([store.calls.schedule_step(run, "step", {}) for run in runs])
+        for run in runs[::3]:
+            store.fail_step(begun(store.begin_step(run, "step", {})), {})
+        for number, run in enumerate(runs):
+            set_created(bench, run, 1_790_000_000_000 + number // 4)
+        newest_first = sorted(runs, key=lambda run: (-(runs.index(run) // 4), run))
+
+        for status, expected in (("failed", set(runs[::3])), ("pending", {*runs} - {*runs[::3]})):
+            found = listed(store, status=status, limit=limit)
+            assert found == [run for run in newest_first if run in expected]
+
+    @pytest.mark.servers("valkey", "redis-7", "redis-6")
+    def test_page_ends_before_it_has_looked_at_thousands_of_runs(self, store: StepRunStore) -> None:
+        store.fail_step(begun(store.begin_step("failed", "step", {})), {})
+        for first in range(0, 8_000, 1_000):
+            store.batch([store.calls.schedule_step(f"{first + number}", "step", {}) for number in range(1_000)])
+
+        page = store.runs(status="failed")
+
+        assert (page.runs, page.cursor is None) == ([], False)
+        assert listed(store, status="failed") == ["failed"]
 
 
 class TestEntries:

@@ -21,6 +21,7 @@ from squidstep_redis import (
     StepPage,
     StepRun,
     StepRunStore,
+    StoreOverview,
 )
 from squidstep_redis.model import step_run_id
 from support.backends import Bench
@@ -80,6 +81,7 @@ EXAMPLES: dict[str, Callable[[StepRunStore, StepRun], tuple[Any, ...]]] = {
     "failed_steps": lambda store, claim: (),
     "count_failed": lambda store, claim: (),
     "count_claims": lambda store, claim: (),
+    "overview": lambda store, claim: (1_000,),
     "wait_for_step": lambda store, claim: (claim.run_id, "completed", 10),
 }
 EXPORTED = {
@@ -161,6 +163,8 @@ def seen(result: Any) -> Any:
         return seen(result.summary), [seen(each) for each in result.steps], result.omitted
     if isinstance(result, RunPage):  # two stores create their runs at different times, so their orders may differ
         return sorted(seen(each) for each in result.runs)
+    if isinstance(result, StoreOverview):
+        return result[:4], [sorted(map(seen, step_runs)) for step_runs in result[4:7]], seen(RunPage(result.runs, None))
     if isinstance(result, dict) and "squidstep_run" in result:
         return [(each["step"], each["state"], each["input"], each["output"]) for each in result["steps"]]
     if isinstance(result, dict):

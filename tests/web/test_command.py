@@ -7,6 +7,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 from support.backends import Backend
 from support.commands import run
+
+from squidstep_redis.cli.web import listen
 
 REPOSITORY = Path(__file__).parents[2]
 CLOSED_PORT = "redis://127.0.0.1:1"
@@ -81,6 +84,13 @@ def test_an_address_that_others_can_reach_is_a_warning(backend: Backend) -> None
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert errors.splitlines()[0] == (f"squidstep: warning: anyone who can reach 0.0.0.0, port {port}, can change runs")
+
+
+def test_pages_are_sent_without_delay() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_an_unreachable_server_is_exit_code_2() -> None:

@@ -66,16 +66,16 @@ class TestRoundTrips:
         assert len(outcomes) == 100
 
     @pytest.mark.parametrize("operation", ACROSS_RUNS)
-    def test_a_list_across_runs_costs_two_round_trips(
+    def test_a_list_across_runs_costs_one_round_trip_for_each_260_buckets(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, operation: str
     ) -> None:
         claim = prepare(bench, proxied)
         proxy.clear()
 
-        with proxy.batches(1024, 1):
+        with proxy.batches(24, 260, 259, 260, 221, 1):
             (found,) = perform(proxied, operation, claim)
 
-        assert proxy.round_trips == 2
+        assert proxy.round_trips == 6
         assert found.step == ACROSS_RUNS[operation]
 
     def test_a_fork_costs_two_round_trips(self, bench: Bench, proxy: Proxy, proxied: StepRunStore, known: None) -> None:
@@ -96,6 +96,7 @@ class TestRoundTrips:
             "explain_run",
             "explain_step",
             "fork_run",
+            "overview",
             "purge",
             "retry_run",
             "runs",
@@ -135,19 +136,23 @@ class TestRoundTrips:
         own = begun(proxied.begin_step("run", "own", {}, lease=120, owner="own"))
         proxy.clear()
 
-        with proxy.batches(1024, 2, 2, 2):
+        with proxy.batches(24, 260, 259, 260, 221, 2, 2, 2):
             assert proxied.live_claims(2, owner="own") == [own]
 
-        assert proxy.round_trips == 4
+        assert proxy.round_trips == 8
 
     @pytest.mark.parametrize(
         ("operation", "batches"),
         [
-            ("runs", [16, 300, 299, 300, 109, 1]),
-            ("count_runs", [16, 300, 300, 300, 108]),
-            # It scans, reads the run, reads the claims and failures, verifies one of each, and reads the index of runs.
+            ("runs", [24, 260, 259, 260, 221, 1]),
+            ("count_runs", [24, 260, 260, 260, 220]),
+            ("count_claims", [260, 260, 260, 244]),
+            ("count_failed", [260, 260, 260, 244]),
+            ("overview", [24, 173, 173, 173, 173, 173, 135, 1, 1, 1, 1]),
+            # It scans, reads the run, reads the claims and verifies one, does the same with the failures, and reads the
+            # index of runs.
             # CLUSTER, with which it looks for other servers, is not counted.
-            ("purge", [1, 1, 2_048, 1, 1, 16, 300, 299, 300, 109]),
+            ("purge", [1, 1, 24, 260, 259, 260, 221, 1, 24, 260, 259, 260, 221, 1, 24, 260, 259, 260, 221]),
             ("retry_run", [1, 1]),
         ],
     )
