@@ -36,8 +36,8 @@ class Listed(NamedTuple):
         return self.what not in (_EVERY_PAGE, "purge")
 
 
-def listing(port: int, runs: int = RUNS) -> tuple[list[Listed], float]:
-    """Fills an empty server with runs, then times the first page of each listing, and a purge.
+def filled(port: int, runs: int = RUNS) -> tuple[datetime, float]:
+    """Fills an empty server with runs; returns when half of them existed, and the bytes of their index for each run.
 
     Of ten runs, four are completed, two have failed, two have an expired lease, and two are running. One in ten runs
     has one label, and ten runs have another one. One additional run has 10,000 steps.
@@ -45,15 +45,18 @@ def listing(port: int, runs: int = RUNS) -> tuple[list[Listed], float]:
     Args:
         port: the server's port on loopback.
         runs: the number of runs.
-
-    Returns:
-        The measurements, and the bytes of the index of runs for each run.
     """
     with redis.Redis(port=port, protocol=2) as client, StepRunStore.from_url(f"redis://127.0.0.1:{port}") as store:
         fill(store, runs // 2)
         middle = datetime.now(UTC)
         fill(store, runs, runs // 2)
         index_bytes = sum(client.memory_usage(key) or 0 for key in client.scan_iter("*:runs", count=10_000)) / runs
+        return middle, index_bytes
+
+
+def listing(port: int, middle: datetime, runs: int = RUNS) -> list[Listed]:
+    """Times the first page of each listing of a server that was `filled`, and a purge."""
+    with redis.Redis(port=port, protocol=2) as client, StepRunStore.from_url(f"redis://127.0.0.1:{port}") as store:
         listings: dict[str, Callable[[], Any]] = {
             "runs": store.runs,
             "runs(limit=1_000)": lambda: store.runs(limit=1_000),
@@ -65,6 +68,7 @@ def listing(port: int, runs: int = RUNS) -> tuple[list[Listed], float]:
             "runs(run_id_prefix=…), ten of all": lambda: store.runs(run_id_prefix=f"run-{runs // 10 - 1}"),
             "count_runs": store.count_runs,
             "count_runs(labels=…)": lambda: store.count_runs(labels={"tenant": "acme"}),
+            "overview": store.overview,
             "lapsed_claims": store.lapsed_claims,
             "live_claims": store.live_claims,
             "failed_steps": store.failed_steps,
@@ -82,7 +86,7 @@ def listing(port: int, runs: int = RUNS) -> tuple[list[Listed], float]:
             seconds = time.monotonic() - start
             slow = [(str(each["command"][:60]), each["duration"] / 1_000) for each in client.slowlog_get(100)]
             found.append(Listed(what, seconds, slow))
-        return found, index_bytes
+        return found
 
 
 def fill(store: StepRunStore, runs: int, first_run: int = 0) -> None:

@@ -16,9 +16,10 @@ import redis
 from bench.budgets import BUDGETS
 from bench.crew import Crew, blocking_worker, measure_crews, processes
 from bench.databases import connect, server
-from bench.listing import RUNS, listing
+from bench.listing import RUNS, filled, listing
 from bench.measure import Budget, Pace, Result, Spread, Turns, figure, measure_in_turns
 from bench.ours import LEASE, PAYLOAD, STEPS_OF_A_RUN, Blocking, Name
+from bench.pages import pages
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
@@ -252,11 +253,15 @@ def lists(pace: Pace) -> Iterator[Result]:
     """The first page of each listing with 100,000 runs, a purge, and how long their commands block the server."""
     runs = pace.of(RUNS)
     with server() as started:
-        found, index_bytes = listing(started.port, runs)
+        middle, index_bytes = filled(started.port, runs)
         yield Result(
             f"{runs:,} runs: the index of runs, of each run", index_bytes, "bytes", BUDGETS["index of runs, bytes"]
         )
-        for listed in found:
+        for page in pages(started.port, pace.of(20)):
+            what = f"{runs:,} runs, web page: {page.what}"
+            pings = f"99 % of PINGs beside it took at most {1_000 * page.ping:.1f} ms"
+            yield Result(what, 1_000 * page.seconds, "ms", BUDGETS["listing, ms"], pings)
+        for listed in listing(started.port, middle, runs):
             slow = f"{len(listed.slow) or 'no'} command{'s' * (len(listed.slow) > 1)} over 5 ms of server time"
             budget = BUDGETS["listing, ms"] if listed.is_page else None
             yield Result(f"{runs:,} runs: {listed.what}", 1_000 * listed.seconds, "ms", budget, slow)
