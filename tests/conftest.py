@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import inspect
 import itertools
 import os
 import signal
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import FunctionType
 from unittest import mock
 
 import pytest
@@ -122,11 +120,8 @@ def _parameters(item: pytest.Item) -> dict[str, object]:
 def _is_applicable(item: pytest.Item) -> bool:
     parameters = _parameters(item)
     server = parameters.get("backend", parameters.get("binary"))
-    if parameters.get("bench") == "asyncio":
-        if server == "fakeredis" and ACROSS_RUNS & _names_in(item):
-            return False
-        if server == "cluster" and item.path.parent.name not in OF_THE_TRANSPORT:
-            return False
+    if parameters.get("bench") == "asyncio" and server == "cluster" and item.path.parent.name not in OF_THE_TRANSPORT:
+        return False
     not_on = item.get_closest_marker("not_on")
     return server != NO_SERVER and (not_on is None or server not in not_on.args)
 
@@ -135,11 +130,6 @@ def _is_applicable(item: pytest.Item) -> bool:
 STARTERS = {
     *("EmbeddedCluster", "EmbeddedServer", "Harness", "Proxy", "demos", "multiprocessing", "pytester", "subprocess")
 }
-
-
-# These read an index of all runs: 1,024 scripts, for which fakeredis takes half a second. On fakeredis, the blocking
-# store is enough for them: both stores send the same scripts, and other tests send each operation through both.
-ACROSS_RUNS = {"count_claims", "count_runs", "failed_steps", "lapsed_claims", "live_claims", "purge", "runs"}
 
 
 # On a cluster, an asyncio store differs from the others in its transport only. These directories test that.
@@ -151,28 +141,12 @@ UNDISTURBED = {"contract", "payloads", "runs"}
 
 
 def _is_quick(item: pytest.Item) -> bool:
-    """A quick test runs in this process, on fakeredis or on no server, and reads no index of all runs."""
+    """A quick test runs in this process, on fakeredis or on no server."""
     if not isinstance(item, pytest.Function) or any(map(item.get_closest_marker, ("slow", "soak"))):
-        return False
-    if ACROSS_RUNS & _names_in(item):
         return False
     if "backend" in (parameters := _parameters(item)):
         return parameters["backend"] == "fakeredis"
     return not STARTERS & {*vars(item.module), *item.fixturenames}
-
-
-def _names_in(item: pytest.Item) -> set[str]:
-    """The names that a test uses, itself or in the functions of its module that it calls."""
-    return _names_in_function(inspect.unwrap(item.function)) if isinstance(item, pytest.Function) else set()
-
-
-@cache
-def _names_in_function(test: FunctionType) -> set[str]:
-    names = set(test.__code__.co_names)
-    for helper in (test.__globals__.get(name) for name in list(names)):
-        if inspect.isfunction(helper):
-            names |= set(helper.__code__.co_names)
-    return names
 
 
 @pytest.fixture
@@ -236,7 +210,10 @@ def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, blocking and asyncio."""
     runner = request.getfixturevalue("runner") if request.param == "asyncio" else None
     bench = Bench(backend, runner, next(_prefixes), shares_client=request.path.parent.name in UNDISTURBED)
-    yield bench
+    # fakeredis needs half a second to read an index of 1,024 buckets.
+    fewer = mock.patch("squidstep_redis.protocol.keys.BUCKETS", 16)
+    with fewer if backend.name == "fakeredis" else contextlib.nullcontext():
+        yield bench
     bench.close()
     backend.flush()  # tests that scan the server must not depend on those that ran before
 

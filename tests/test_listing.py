@@ -103,9 +103,9 @@ class TestRuns:
 
         assert {summary.run_id for summary in every_run(store, run_id_prefix=prefix)} == ours
 
-    @pytest.mark.parametrize("limit", [1, 2, 7])
+    @pytest.mark.parametrize("limit", [1, 7])
     def test_page_has_at_most_limit_runs_and_none_is_missed(self, store: StepRunStore, limit: int) -> None:
-        store.batch([store.calls.schedule_step(f"run-{number}", "step", {}) for number in range(30)])
+        store.batch([store.calls.schedule_step(f"run-{number}", "step", {}) for number in range(10)])
         store.fail_step(begun(store.begin_step("failed", "step", {})), {})
 
         page, sizes, found = store.runs(limit=limit), list[int](), list[str]()
@@ -117,7 +117,7 @@ class TestRuns:
             page = store.runs(limit=limit, cursor=page.cursor)
 
         assert max(sizes) == limit
-        assert sorted(found) == sorted(["failed", *(f"run-{number}" for number in range(30))])
+        assert sorted(found) == sorted(["failed", *(f"run-{number}" for number in range(10))])
         assert [each.run_id for each in every_run(store, limit=limit, status="failed")] == ["failed"]
 
     def test_store_prefix_is_matched_literally(self, bench: Bench) -> None:

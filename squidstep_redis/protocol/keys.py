@@ -56,14 +56,17 @@ class Keys:
 
     def _run(self, run_id: RunId) -> Run:
         text, data = arguments.run_id(run_id)
-        stream = self._buckets[crc32(data) % BUCKETS] + data + b":wake"
+        stream = self._bucket(data) + data + b":wake"
         return Run(text, self.of_run(data), member_prefix(data), stream)
 
     def of_run(self, run_id: bytes) -> RunKeys:
         """Returns the keys of a run, given its id in UTF-8."""
-        bucket = self._buckets[crc32(run_id) % BUCKETS]
+        bucket = self._bucket(run_id)
         run = bucket + run_id
         return RunKeys(run + b":steps", run + b":done", bucket + b"claims", bucket + b"failed")
+
+    def _bucket(self, run_id: bytes) -> bytes:
+        return self._buckets[crc32(run_id) % len(self._buckets)]
 
     def claims(self) -> list[bytes]:
         """Returns the claims index of every bucket."""

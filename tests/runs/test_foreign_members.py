@@ -44,7 +44,6 @@ READERS: dict[str, tuple[int, Callable[[float], float]]] = {
 }
 every_reader = pytest.mark.parametrize("reader", READERS)
 # fakeredis takes a second for a listing: there, one test lists and counts.
-real_servers = pytest.mark.not_on("fakeredis")
 
 
 def prepare(bench: Bench, store: StepRunStore, reader: str) -> None:
@@ -85,7 +84,6 @@ def test_own_member_names_its_run_and_step(run: str, step: str) -> None:
 
 @pytest.mark.slow
 class TestForeignMembers:
-    @real_servers
     @every_reader
     def test_listing_finds_the_others_and_drops_them(self, bench: Bench, store: StepRunStore, reader: str) -> None:
         prepare(bench, store, reader)
@@ -105,7 +103,6 @@ class TestForeignMembers:
 
         assert members(bench, key) == [OWN]
 
-    @real_servers
     @every_reader
     def test_member_in_another_bucket_is_foreign_there(self, bench: Bench, store: StepRunStore, reader: str) -> None:
         prepare(bench, store, reader)
@@ -129,7 +126,6 @@ class TestForeignMembers:
 
         assert store.count_claims() == (1, 0)
 
-    @real_servers
     def test_they_disturb_neither_purge_nor_delete_run(self, bench: Bench, store: StepRunStore) -> None:
         for run_id in ("run", "purged"):
             store.fail_step(begun(store.begin_step(run_id, "pay", {})), {})
@@ -163,7 +159,6 @@ OTHER_TYPES: list[tuple[str, Callable[[Any, bytes], object]]] = [
 ]
 
 
-@real_servers
 @pytest.mark.parametrize(
     ("reader", "write"), OTHER_TYPES, ids=["lapsed-string", "live-hash", "failed-list", "count-set", "count-stream"]
 )

@@ -16,9 +16,6 @@ from squidstep_redis import (
     StepRunStore,
 )
 
-# For tests that read the indexes often: each read takes a quarter of a second in fakeredis.
-real_servers = pytest.mark.servers("valkey", "cluster", "redis-7", "redis-6")
-
 
 class TestLiveClaims:
     def test_live_claims_come_in_order_of_lease_end(self, bench: Bench, store: StepRunStore) -> None:
@@ -54,7 +51,6 @@ class TestLiveClaims:
 
         assert [each.run_id for each in store.live_claims()] == ["second", "first"]
 
-    @real_servers
     def test_owner_selects_the_claims_of_that_owner(self, store: StepRunStore) -> None:
         for number in range(12):
             begun(store.begin_step(f"run-{number}", "pay", {}, lease=60 + number, owner=f"w{number % 3}"))
@@ -76,7 +72,6 @@ class TestLiveClaims:
 
         assert store.live_claims(limit=1) == [live]
 
-    @real_servers
     def test_owner_is_that_of_the_latest_claim(self, bench: Bench, store: StepRunStore) -> None:
         bench.lapse(begun(store.begin_step("run", "pay", {}, lease=0.01, owner="w1")))
         taken_over = begun(store.begin_step("run", "pay", {}, lease=60, owner="w2"))
@@ -138,7 +133,6 @@ class TestLapsedClaimsAndFailedSteps:
         assert [each.last_error for each in store.failed_steps()] == [{"of": 2}, {"of": 1}, {"of": 0}]
         assert [each.run_id for each in store.failed_steps(limit=1)] == ["run-2"]
 
-    @real_servers
     @pytest.mark.parametrize(
         ("ending", "lapsed", "failed"),
         [

@@ -18,9 +18,6 @@ from squidstep_redis.protocol.keys import Keys
 
 ACME = {"tenant": "acme"}
 
-# For tests that read the index often: each read takes a quarter of a second in fakeredis.
-real_servers = pytest.mark.servers("valkey", "cluster", "redis-7", "redis-6")
-
 
 def listed(store: StepRunStore, **options: Any) -> list[str]:
     """Returns the ids of the runs of all pages."""
@@ -73,8 +70,7 @@ class TestOrder:
 
         assert listed(store) == listed(store, limit=2) == sorted(runs)
 
-    @real_servers
-    @pytest.mark.parametrize("limit", [1, 7, 99, 1_000])
+    @pytest.mark.parametrize("limit", [7, 99, 1_000])
     def test_pages_have_each_run_once_and_in_order(self, bench: Bench, store: StepRunStore, limit: int) -> None:
         runs = [f"run-{number}" for number in range(150)]
         store.batch([store.calls.schedule_step(run, "step", {}) for run in runs])
@@ -84,7 +80,6 @@ class TestOrder:
         expected = sorted(runs, key=lambda run: (-(int(run[4:]) // 3), run))
         assert listed(store, limit=limit) == expected
 
-    @real_servers
     def test_many_runs_of_one_bucket_and_millisecond_are_paged(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {})
         (document,) = [store.export_run("run")]
@@ -108,7 +103,6 @@ class TestOrder:
         assert summary is not None
         assert summary.created_at == created
 
-    @real_servers
     def test_pages_continue_while_runs_come_and_go(self, bench: Bench, store: StepRunStore) -> None:
         schedule_in_order(bench, store, *(f"run-{number:02}" for number in range(12)))
         page = store.runs(limit=4)
@@ -155,7 +149,6 @@ class TestFilters:
             assert set(listed(store, **options)) == found
             assert store.count_runs(**options) == len(found)
 
-    @real_servers
     def test_filter_finds_runs_after_a_thousand_others(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {}, labels=ACME)
         index = index_of(bench, "run")
@@ -192,8 +185,7 @@ class TestFilters:
         assert listed(store, status="failed") == ["failed"]
         assert listed(store, status="completed") == []
 
-    @real_servers
-    @pytest.mark.parametrize("limit", [1, 8, 1_000])
+    @pytest.mark.parametrize("limit", [8, 1_000])
     def test_pages_of_a_status_have_each_run_once_and_in_order(
         self, bench: Bench, store: StepRunStore, limit: int
     ) -> None:

@@ -181,13 +181,8 @@ class Bench:
     def store(
         self, *, lost_replies: int = 0, client_options: dict[str, Any] | None = None, **settings: Any
     ) -> StepRunStore:
-        """Makes a store. Of each call, `lost_replies` replies are lost before one arrives.
-
-        fakeredis needs half a second for a read of all buckets, and several times as long on a busy machine.
-        """
+        """Makes a store. Of each call, `lost_replies` replies are lost before one arrives."""
         settings = {"prefix": self.prefix, **settings}
-        if self.backend.name == "fakeredis":
-            settings = {"timeout": 30.0, **settings}
         if self.runner is None:
             store: Any = StepRunStore(self._connect(client_options or {}), **settings)
         else:

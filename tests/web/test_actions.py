@@ -11,8 +11,6 @@ from support.web import Site
 
 from squidstep_redis import Outcome, StepStatus
 
-real_servers = pytest.mark.servers("valkey", "cluster")
-
 
 def fail(store: Any, run: str, step: str = "pay", type_: str = "TimeoutError") -> None:
     store.fail_step(begun(store.begin_step(run, step, {})), {"type": type_, "message": "no reply"})
@@ -76,7 +74,6 @@ def test_a_run_is_cancelled_and_resumed(acting_site: Site) -> None:
     assert acting_site.store.summarize_run("run-1").cancel_reason is None
 
 
-@real_servers
 class TestBulkRetry:
     def test_the_steps_of_one_type_are_retried(self, acting_site: Site) -> None:
         for run in ("run-1", "run-2"):

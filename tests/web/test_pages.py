@@ -16,9 +16,6 @@ from squidstep_redis.web.looks import format_look
 from squidstep_redis.web.reads import Counts
 from squidstep_redis.web.settings import WebSettings
 
-# fakeredis needs half a second for each index of all runs.
-real_servers = pytest.mark.servers("valkey", "cluster")
-
 
 def fill(store: Any) -> None:
     """One run of each kind."""
@@ -37,7 +34,6 @@ def section(html: str, id: str) -> str:
 
 
 class TestOverview:
-    @real_servers
     def test_it_shows_what_runs_is_stuck_and_has_failed(self, bench: Bench, site: Site) -> None:
         fill(site.store)
         bench.lapse(begun(site.store.begin_step("run-stuck", "render", {}, lease=0.001, owner="gpu-1")))
@@ -51,13 +47,11 @@ class TestOverview:
             f"run-{kind}" in section(html, "runs") for kind in ("pending", "completed", "failed", "live", "stuck")
         )
 
-    @real_servers
     def test_an_empty_store_has_an_overview(self, site: Site) -> None:
         text = site.get("/").text
         for sentence in ("No lease has expired.", "No step has failed.", "There is no run yet."):
             assert sentence in text
 
-    @real_servers
     def test_changes_are_those_since_the_last_look(self, site: Site) -> None:
         fill(site.store)
         assert "This is your first look" in site.get("/").text
@@ -69,7 +63,6 @@ class TestOverview:
         assert "Changes are since your last look" in page.text
         assert "failed 3 no change" in site.get("/").text
 
-    @real_servers
     def test_a_live_update_keeps_the_last_look(self, site: Site) -> None:
         site.get("/")
         site.store.fail_step(begun(site.store.begin_step("run-1", "pay", {})), {})
@@ -80,7 +73,6 @@ class TestOverview:
         assert "failed 1 +1" in site.get(fragment).text
         assert "<html" not in site.get(fragment).html
 
-    @real_servers
     def test_runs_created_since_the_last_look_are_counted(self, site: Site) -> None:
         site.store.schedule_step("run-0", "pay", {})
         assert "runs 1 This is your first look" in site.get("/").text
@@ -89,7 +81,6 @@ class TestOverview:
         assert "runs 4 3 created" in site.get("/").text
         assert "runs 4 0 created" in site.get("/").text
 
-    @real_servers
     def test_a_forged_look_is_ignored(self, site: Site) -> None:
         site.cookies["squidstep_look"] = "1700000000-0-0-0.0000"
         assert "This is your first look" in site.get("/").text
@@ -98,7 +89,6 @@ class TestOverview:
         assert "This is your first look" in site.get("/").text
 
 
-@real_servers
 class TestRuns:
     def test_it_lists_runs_with_their_steps(self, site: Site) -> None:
         fill(site.store)
@@ -232,7 +222,6 @@ class TestRun:
 
 
 class TestFailedSteps:
-    @real_servers
     def test_they_are_grouped_by_the_types_of_their_errors(self, site: Site) -> None:
         fill(site.store)
         site.store.fail_step(begun(site.store.begin_step("run-2", "pay", {})), TimeoutError("no reply"))
@@ -244,7 +233,6 @@ class TestFailedSteps:
         assert "Declined: no funds" in only
         assert "TimeoutError" not in only
 
-    @real_servers
     def test_they_are_searched_by_run_and_step(self, site: Site) -> None:
         fill(site.store)
         site.store.fail_step(begun(site.store.begin_step("run-2", "ship", {})), {"type": "Late", "message": "…"})
@@ -253,7 +241,6 @@ class TestFailedSteps:
         assert "Declined" in site.get("/failed?q=run-d").text
         assert "No failed step matches." in site.get("/failed?q=nothing").text
 
-    @real_servers
     def test_older_failures_are_on_further_pages(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reads, "FAILURES_PER_PAGE", 3)
         monkeypatch.setattr("squidstep_redis.web.pages.FAILURES_PER_PAGE", 3)
@@ -275,7 +262,6 @@ def test_the_overview_works_on_fakeredis(site: Site) -> None:
     assert "Declined 1 step" in site.get("/failed").text
 
 
-@real_servers
 def test_counts_beyond_the_lists_are_those_of_the_indexes(site: Site) -> None:
     for number in range(13):
         begun(site.store.begin_step(f"live-{number}", "pay", {}, lease=600))
