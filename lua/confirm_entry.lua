@@ -8,21 +8,30 @@
 --       3 run     "<bytes in the run id>:<run id>"
 --       4 wanted  "failed", or for an entry of claims "lapsed" or "live"
 --       5 owner   only live claims of this owner, or ""  any owner
--- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error, progress} | {"other", nonce} | {"dropped", nonce}
+--       6 parts   "" for the state and the error alone
+-- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error, progress} | {…, nonce, state, error} | {"other", nonce} |
+--       {"dropped", nonce}
 -- Writes only hints: when it replies "dropped", or for a live claim whose entry had another end of the lease.
 
 -- include record
 -- include reply
 
 local steps, index, step, member = KEYS[1], KEYS[3], ARGV[2], ARGV[3] .. ARGV[2]
-local wanted, owner = ARGV[4], ARGV[5]
+local wanted, owner, parts = ARGV[4], ARGV[5], ARGV[6]
+
+local function found(word, line)
+  if parts == "" then
+    return { word, nonce, line, redis.call("HGET", steps, "e" .. step) }
+  end
+  return with_record(word, steps, step)
+end
 
 local _, state, refusal = load_step(steps, KEYS[2], step)
 if refusal and refusal[1] ~= "tombstone" then
   return refusal
 end
 if state and wanted == "failed" and @IS_FAILURE(state.status) then
-  return with_record("failed", steps, step)
+  return found("failed", state.line)
 end
 if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then
   local expired = has_expired(state, now_ms())
@@ -35,7 +44,7 @@ if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= 
   if expired ~= (wanted == "lapsed") or not owned then
     return { "other", nonce }
   end
-  return with_record(wanted, steps, step)
+  return found(wanted, state.line)
 end
 redis.call("ZREM", index, member)
 return { "dropped", nonce }

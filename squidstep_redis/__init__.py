@@ -34,6 +34,7 @@ _NAMES = {
         "StepFailedError",
         "StepRunNotFoundError",
         "UndecodablePayloadError",
+        "PayloadNotReadError",
         "UnsupportedClientError",
         "WaitTimeoutError",
     ),

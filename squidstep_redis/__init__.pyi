@@ -55,6 +55,9 @@ from squidstep_redis.errors import (
     PayloadError as PayloadError,
 )
 from squidstep_redis.errors import (
+    PayloadNotReadError as PayloadNotReadError,
+)
+from squidstep_redis.errors import (
     PayloadTooLargeError as PayloadTooLargeError,
 )
 from squidstep_redis.errors import (

@@ -348,6 +348,25 @@ class UndecodablePayloadError(SquidstepError):
         return f"{place_of(self.run_id, self.step)}: {self.codec} cannot decode the stored {self.name}{why}"
 
 
+@error_class
+class PayloadNotReadError(SquidstepError):
+    """The step run is from a listing that was not to read payloads. `get_step_run` reads them.
+
+    Attributes:
+        run_id: the run.
+        step: the step.
+        name: "input" or "progress".
+    """
+
+    run_id: str
+    step: str
+    name: str
+
+    def __str__(self) -> str:
+        place = place_of(self.run_id, self.step)
+        return f"{place}: the listing did not read the {self.name}; get_step_run(run_id, step) reads it"
+
+
 def place_of(run_id: str, step: str | None) -> str:
     """Returns the run and the step, for messages."""
     return f"run {run_id!r}" if step is None else f"run {run_id!r}, step {step!r}"

@@ -10,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, Literal, NamedTuple, cast
 
+from squidstep_redis.errors import PayloadNotReadError
+
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -137,7 +139,8 @@ class StepRun:
     The one that `begin_step` returns with "execute" also carries the claim: pass it to `complete_step`, `fail_step`,
     `extend_claim` or `release_step`. Payloads are decoded on first access. A step run can be pickled and sent to
     another process; the claim goes with it. A codec of your own does not, since it may hold a key: payloads travel
-    encoded, and reading one raises UndecodablePayloadError. `get_step_run` of a store reads them there.
+    encoded, and reading one raises UndecodablePayloadError. `get_step_run` of a store reads them there. If a listing
+    was not to read the payloads, reading one raises PayloadNotReadError.
 
     Attributes:
         run_id: the run.
@@ -209,7 +212,10 @@ class StepRun:
     @property
     def input(self) -> dict[str, Any]:
         """The step's input."""
-        return cast("dict[str, Any]", self._payload(0, "input"))
+        value = self._payload(0, "input")
+        if value is None:
+            raise PayloadNotReadError(self.run_id, self.step, "input")
+        return value
 
     @property
     def output(self) -> dict[str, Any] | None:
@@ -227,6 +233,8 @@ class StepRun:
 
         `extend_claim` does not read it: it returns what it stores, or else what its argument knew.
         """
+        if self._payloads[0] is None:
+            raise PayloadNotReadError(self.run_id, self.step, "progress")
         return self._payload(3, "progress")
 
     @property
@@ -297,8 +305,9 @@ class StepRun:
         """Equal if both show the same state; progress, and which of them carries the claim, do not matter."""
         if not isinstance(other, StepRun):
             return NotImplemented
-        return self._key() == other._key() and (
-            (self.input, self.output, self.last_error) == (other.input, other.output, other.last_error)
+        return self._key() == other._key() and all(
+            self._payload(index, name) == other._payload(index, name)
+            for index, name in enumerate(("input", "output", "last_error"))
         )
 
     def __hash__(self) -> int:

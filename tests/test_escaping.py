@@ -18,6 +18,7 @@ from squidstep_redis import (
     Event,
     InvalidArgumentError,
     PayloadError,
+    PayloadNotReadError,
     StepBusyError,
     StepDelayedError,
     StepExhaustedError,
@@ -123,6 +124,7 @@ class TestMessages:
             StepFailedError(failed),
             StepDelayedError(failed, 1.0),
             UndecodablePayloadError(EVIL, EVIL, "input", "Codec", EVIL),
+            PayloadNotReadError(EVIL, EVIL, "input"),
             CorruptRunError(EVIL, EVIL, "holds a value"),
         ):
             assert "gotcha" in str(error)

@@ -103,7 +103,7 @@ def read_filtered(
     arguments = {name: value for name, value in filters._asdict().items() if name != "labels"}
     while True:
         size = _MAX_PAGE if conditions else min(_MAX_PAGE, limit - len(found))
-        page = read(size, after=after, **arguments)
+        page = read(size, after=after, payloads=False, **arguments)
         for number, step_run in enumerate(page, 1):
             if all(condition(step_run) for condition in conditions):
                 found.append(step_run)

@@ -152,9 +152,9 @@ def _urgency(step_run: StepRun) -> tuple[int, int]:
 def _read_store(store: StepRunStore, limit: int = _MAX_LISTED) -> dict[str, list[StepRun]]:
     limit = min(limit, _MAX_LISTED)
     return {
-        "at_work": store.live_claims(limit),
-        "stuck": store.lapsed_claims(limit),
-        "failed": store.failed_steps(limit),
+        "at_work": store.live_claims(limit, payloads=False),
+        "stuck": store.lapsed_claims(limit, payloads=False),
+        "failed": store.failed_steps(limit, payloads=False),
     }
 
 

@@ -40,6 +40,7 @@ def lapsed_claims(
     run_id_prefix: str = "",
     step: Step | None = None,
     since: datetime | None = None,
+    payloads: bool = True,
 ) -> Workflow[list[StepRun]]:
     """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
@@ -53,6 +54,8 @@ def lapsed_claims(
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
         since: only leases that ended at or after this time, a datetime with a time zone; None: all.
+        payloads: whether to read inputs and progress. Without them, a list of steps with large inputs takes as long as
+            one with small ones, and reading one raises PayloadNotReadError. The error of a failed step is always read.
 
     Returns:
         The step runs; they carry no claim.
@@ -63,10 +66,12 @@ def lapsed_claims(
         ServerError: the server or the connection failed.
     """
     wanted = _wanted(after, run_id_prefix, step, since)
-    return _list(context, "lapsed", context.keys.claims(), limit, wanted)
+    return _list(context, Listing("lapsed", payloads), context.keys.claims(), limit, wanted)
 
 
-def live_claims(context: Context, limit: int = 100, *, owner: str | None = None) -> Workflow[list[StepRun]]:
+def live_claims(
+    context: Context, limit: int = 100, *, owner: str | None = None, payloads: bool = True
+) -> Workflow[list[StepRun]]:
     """Lists step runs that are running under a lease that has not expired, soonest expiry first.
 
     Usually six round trips, as `lapsed_claims`. With `owner`, one more for every `limit` live claims of
@@ -75,6 +80,8 @@ def live_claims(context: Context, limit: int = 100, *, owner: str | None = None)
     Args:
         limit: how many to return at most, from 1 to 1,000.
         owner: only this owner's claims, as given to `begin_step`; None: every owner's.
+        payloads: whether to read inputs and progress. Without them, a list of steps with large inputs takes as long as
+            one with small ones, and reading one raises PayloadNotReadError. The error of a failed step is always read.
 
     Returns:
         The step runs; they carry no claim.
@@ -84,7 +91,7 @@ def live_claims(context: Context, limit: int = 100, *, owner: str | None = None)
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    return _list(context, "live", context.keys.claims(), limit, owner=arguments.owner(owner))
+    return _list(context, Listing("live", payloads, arguments.owner(owner)), context.keys.claims(), limit)
 
 
 def failed_steps(
@@ -95,6 +102,7 @@ def failed_steps(
     run_id_prefix: str = "",
     step: Step | None = None,
     since: datetime | None = None,
+    payloads: bool = True,
 ) -> Workflow[list[StepRun]]:
     """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
 
@@ -108,6 +116,8 @@ def failed_steps(
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
         since: only failures at or after this time, a datetime with a time zone; None: all.
+        payloads: whether to read inputs and progress. Without them, a list of steps with large inputs takes as long as
+            one with small ones, and reading one raises PayloadNotReadError. The error of a failed step is always read.
 
     Returns:
         The step runs.
@@ -117,7 +127,8 @@ def failed_steps(
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    return _list(context, "failed", context.keys.failed(), limit, _wanted(after, run_id_prefix, step, since))
+    wanted = _wanted(after, run_id_prefix, step, since)
+    return _list(context, Listing("failed", payloads), context.keys.failed(), limit, wanted)
 
 
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
@@ -179,7 +190,7 @@ def drop_stale_entries(context: Context) -> Workflow[None]:
             yield from load(incomplete, "purge")
             entries = [_Entry(*entry, each) for each in incomplete for entry in each.entries]
             for start in range(0, len(entries), MAX_LIMIT):
-                yield from _verify_all(context, mode, entries[start : start + MAX_LIMIT], b"", {})
+                yield from _verify_all(context, Listing(mode, False), entries[start : start + MAX_LIMIT], {})
             incomplete = [each for each in incomplete if each.has_more and each.dropped]
 
 
@@ -217,27 +228,41 @@ def _wanted(after: int, run_id_prefix: str, step: Step | None, since: datetime |
     return _Wanted(skipped, prefix, name, arguments.moment_ms("since", since))
 
 
+class Listing(NamedTuple):
+    """What is listed.
+
+    Attributes:
+        mode: failed steps, lapsed claims, or live claims.
+        payloads: whether to read the payloads; else of each step only its state and its error.
+        owner: only claims of this owner; empty: every owner's.
+    """
+
+    mode: Mode
+    payloads: bool
+    owner: bytes = b""
+
+
 def _list(
-    context: Context, mode: Mode, indexes: list[bytes], limit: int, wanted: _Wanted = _ALL, owner: bytes = b""
+    context: Context, listing: Listing, indexes: list[bytes], limit: int, wanted: _Wanted = _ALL
 ) -> Workflow[list[StepRun]]:
     number = arguments.integer("limit", limit, MAX_LIMIT)
     needed = wanted.after + number
     # The first entries are spread over the buckets, so of most of them a page needs one entry. A second one shows
     # whether there are more.
-    first_page = MAX_LIMIT if owner or wanted.is_selective else min(2 + needed // 400, MAX_LIMIT)
-    buckets = [Bucket(key, mode, first_page) for key in indexes]
-    yield from load(buckets, _OPERATIONS[mode])
-    return (yield from select(context, mode, buckets, number, wanted, owner))
+    first_page = MAX_LIMIT if listing.owner or wanted.is_selective else min(2 + needed // 400, MAX_LIMIT)
+    buckets = [Bucket(key, listing.mode, first_page) for key in indexes]
+    yield from load(buckets, _OPERATIONS[listing.mode])
+    return (yield from select(context, listing, buckets, number, wanted))
 
 
 def select(
-    context: Context, mode: Mode, buckets: list[Bucket], number: int, wanted: _Wanted = _ALL, owner: bytes = b""
+    context: Context, listing: Listing, buckets: list[Bucket], number: int, wanted: _Wanted = _ALL
 ) -> Workflow[list[StepRun]]:
     """Returns the step runs of the first entries of all buckets, of each of which the first page is loaded."""
     verified: dict[_Position, StepRun | None] = {}
     while True:
         merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
-        merged.sort(key=_rank, reverse=mode == "failed")
+        merged.sort(key=_rank, reverse=listing.mode == "failed")
         # Entries after the last loaded one of an incomplete bucket may rank after entries that are not loaded yet.
         settled = next((index + 1 for index, each in enumerate(merged) if each.is_last_loaded), len(merged))
         candidates = [each for each in merged[:settled] if wanted.includes(each)][wanted.after :]
@@ -245,7 +270,7 @@ def select(
         for start in range(0, len(candidates), number):
             entries = candidates[start : start + number]
             unseen = [each for each in entries if each.position not in verified]
-            yield from _verify_all(context, mode, unseen, owner, verified)
+            yield from _verify_all(context, listing, unseen, verified)
             found += [step_run for each in entries if (step_run := verified[each.position])]
             if len(found) >= number:
                 return found[:number]
@@ -253,17 +278,16 @@ def select(
             return found
         # Load more entries of the buckets that may have the missing ones.
         following = merged[: settled + wanted.after + number]
-        yield from load(
-            [each.bucket for each in following if each.is_last_loaded and each.bucket.needs_page()], _OPERATIONS[mode]
-        )
+        incomplete = [each.bucket for each in following if each.is_last_loaded and each.bucket.needs_page()]
+        yield from load(incomplete, _OPERATIONS[listing.mode])
 
 
 def _verify_all(
-    context: Context, mode: Mode, entries: list[_Entry], owner: bytes, verified: dict[_Position, StepRun | None]
+    context: Context, listing: Listing, entries: list[_Entry], verified: dict[_Position, StepRun | None]
 ) -> Workflow[None]:
     """Verifies entries against their records."""
     results: list[Any] = []
-    for batch in in_batches([_verify(context, mode, each, owner) for each in entries], _VERIFY_WORK):
+    for batch in in_batches([_verify(context, listing, each) for each in entries], _VERIFY_WORK):
         results += yield batch
     for each, result in zip(entries, results, strict=True):
         verified[each.position] = result if isinstance(result, StepRun) else None
@@ -273,8 +297,9 @@ def _verify_all(
             raise result
 
 
-def _verify(context: Context, mode: Mode, entry: _Entry, owner: bytes) -> Call[StepRun | bool]:
+def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun | bool]:
     """Reads the step run of an entry, or returns whether the entry was dropped or its score has changed."""
+    mode, payloads, owner = listing
     names = parse_member(entry.member)
     if names is None:
         return _drop(mode, entry)
@@ -285,11 +310,14 @@ def _verify(context: Context, mode: Mode, entry: _Entry, owner: bytes) -> Call[S
         return _drop(mode, entry)
 
     def parse(reply: Reply) -> StepRun | bool:
-        if len(reply) > 2:
+        if len(reply) == 2:
+            return reply[0] == b"dropped" or mode == "lapsed"  # the script has corrected the score of a live claim
+        if payloads:
             return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
-        return reply[0] == b"dropped" or mode == "lapsed"  # the script has corrected the score of a live claim
+        line, error = reply[2:]
+        return context.records.step_run(run.decode(), step.decode(), line, (None, None, error, None), keys.steps)
 
-    args = (new_nonce(), step, member_prefix(run), mode.encode(), owner)
+    args = (new_nonce(), step, member_prefix(run), mode.encode(), owner, b"payloads" if payloads else b"")
     return Call(
         run.decode(), script("confirm_entry"), (keys.steps, keys.done, index), args, parse, part_of=_OPERATIONS[mode]
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from squidstep_redis.operations import indexes
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.indexes import Bucket, Listing, select
 from squidstep_redis.operations.listing import read_page
 from squidstep_redis.operations.pacing import CALL_WORK, load
 from squidstep_redis.operations.reads import MAX_LIMIT
 from squidstep_redis.operations.run_index import ALL
-from squidstep_redis.operations.run_index import Bucket as RunsBucket
+from squidstep_redis.operations.run_index import Bucket as BucketOfRuns
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.scripts import script
@@ -24,10 +24,10 @@ _ENTRIES_WORK: Final = 10
 def overview(context: Context, limit: int = 10, *, failures: int = 100) -> Workflow[StoreOverview]:
     """Counts the claims, the failed steps and the runs, and lists the first of each, with one look at the indexes.
 
-    About ten round trips per server, or twelve if there is much of everything; none holds the server up for more than a
-    few milliseconds. The lists are the first pages of `lapsed_claims`, `live_claims`, `failed_steps` and `runs`. If a
+    About eleven round trips, none of which holds the server up for more than a few milliseconds. The lists are the first pages of `lapsed_claims`, `live_claims`, `failed_steps` and `runs`. If a
     list is shorter than its limit, its count is exact, and otherwise that of `count_claims`, `count_failed` or
     `count_runs`. The parts are read one after the other: a step that changes in the meantime may be in two, or in none.
+    Inputs and progress are not read; errors are.
 
     Args:
         limit: how many claims of each kind and how many runs to list at most, from 1 to 1,000.
@@ -47,11 +47,11 @@ def overview(context: Context, limit: int = 10, *, failures: int = 100) -> Workf
 
 def _overview(context: Context, rows: int, failures: int) -> Workflow[StoreOverview]:
     keys = zip(context.keys.claims(), context.keys.failed(), context.keys.runs(), strict=True)
-    buckets = [_Bucket(*each) for each in keys]
+    buckets = [_Indexes(*each) for each in keys]
     yield from load(buckets, "overview")
-    lapsed = yield from indexes.select(context, "lapsed", [each.lapsed for each in buckets], rows)
-    live = yield from indexes.select(context, "live", [each.live for each in buckets], rows)
-    failed = yield from indexes.select(context, "failed", [each.failed for each in buckets], failures)
+    lapsed = yield from select(context, Listing("lapsed", payloads=False), [each.lapsed for each in buckets], rows)
+    live = yield from select(context, Listing("live", payloads=False), [each.live for each in buckets], rows)
+    failed = yield from select(context, Listing("failed", payloads=False), [each.failed for each in buckets], failures)
     page = yield from read_page(context, "overview", [each.runs for each in buckets], rows)
     counts = [sum(each.counts[index] for each in buckets) for index in range(4)]
     return StoreOverview(
@@ -71,7 +71,7 @@ def _exact(found: Sequence[object], limit: int, count: int) -> int:
     return len(found) if len(found) < limit else count
 
 
-class _Bucket:
+class _Indexes:
     """The indexes of one bucket.
 
     Attributes:
@@ -85,10 +85,10 @@ class _Bucket:
     def __init__(self, claims: bytes, failed: bytes, runs: bytes) -> None:
         self._keys = claims, failed, runs
         self.counts: list[int] = []
-        self.lapsed = indexes.Bucket(claims, "lapsed", 1)
-        self.live = indexes.Bucket(claims, "live", 1)
-        self.failed = indexes.Bucket(failed, "failed", 1)
-        self.runs = RunsBucket(runs, ALL, None, 1)
+        self.lapsed = Bucket(claims, "lapsed", 1)
+        self.live = Bucket(claims, "live", 1)
+        self.failed = Bucket(failed, "failed", 1)
+        self.runs = BucketOfRuns(runs, ALL, None, 1)
 
     def call(self, operation: str) -> Call[Reply]:
         """Reads the counts, and the first entry of each index."""

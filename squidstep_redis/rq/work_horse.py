@@ -33,7 +33,7 @@ def release_killed_work_horse(job: Job, pid: int | None, status: int | None, usa
     try:
         if pid:
             store = store_for(job)
-            claims = store.live_claims(_MAX_CLAIMS, owner=owner(job, pid))
+            claims = store.live_claims(_MAX_CLAIMS, owner=owner(job, pid), payloads=False)
             for result in store.batch([store.calls.expire_claim(claim) for claim in claims]):
                 if isinstance(result, Exception) and not isinstance(result, StaleStepRunError):
                     raise result

@@ -225,7 +225,9 @@ class Reader:
             step: only steps of this name; None: all.
             after: how many failures to skip.
         """
-        return await self._store.failed_steps(FAILURES_PER_PAGE, after=after, run_id_prefix=run_id_prefix, step=step)
+        return await self._store.failed_steps(
+            FAILURES_PER_PAGE, after=after, run_id_prefix=run_id_prefix, step=step, payloads=False
+        )
 
     async def _attempts(self, run_id: str, steps: list[str]) -> list[list[Attempt]]:
         """Reads the attempts of each of these steps. An error that cannot be decoded does not hide them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import datetime
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ from support.servers import wait_until
 
 from squidstep_redis import (
     InvalidArgumentError,
+    PayloadNotReadError,
     StaleStepRunError,
+    StepRun,
     StepRunStore,
 )
 
@@ -266,3 +269,62 @@ class TestLapsedClaimsAndFailedSteps:
             for read in (store.lapsed_claims, store.live_claims, store.failed_steps):
                 with pytest.raises(InvalidArgumentError, match="limit: must be an int from 1 to 1,000"):
                     read(cast("Any", limit))
+
+
+class TestWithoutPayloads:
+    """`payloads=False` reads the states and the errors alone."""
+
+    def lists(self, store: StepRunStore) -> list[StepRun]:
+        seen = store.overview()
+        found = [
+            *store.live_claims(payloads=False),
+            *store.lapsed_claims(payloads=False),
+            *store.failed_steps(payloads=False),
+        ]
+        assert [*seen.live_claims, *seen.lapsed_claims, *seen.failed_steps] == found
+        return found
+
+    def fill(self, bench: Bench, store: StepRunStore, payload: dict[str, Any]) -> None:
+        live = begun(store.begin_step("live", "pay", payload, lease=60, owner="worker"))
+        store.checkpoint_step(live, payload)
+        bench.lapse(begun(store.begin_step("lapsed", "pay", payload, lease=0.01)))
+        store.fail_step(begun(store.begin_step("failed", "pay", payload)), {"type": "Declined"}, final=True)
+
+    def test_state_and_error_are_read(self, bench: Bench, store: StepRunStore) -> None:
+        self.fill(bench, store, {"amount": 7})
+
+        for found in self.lists(store):
+            full = stored(store, found.run_id)
+            assert (found.status, found.attempt, found.final, found.owner) == (
+                *(full.status, full.attempt, full.final, full.owner),
+            )
+            assert (found.lease_ends_at, found.ended_at) == (full.lease_ends_at, full.ended_at)
+            assert found.last_error == full.last_error
+            assert found != full
+
+    def test_reading_another_payload_says_where_it_is(self, bench: Bench, store: StepRunStore) -> None:
+        self.fill(bench, store, {"amount": 7})
+
+        for found in self.lists(store):
+            for each in (found, pickle.loads(pickle.dumps(found))):
+                with pytest.raises(PayloadNotReadError, match=f"'{found.run_id}', step 'pay': .* input; get_step_run"):
+                    _ = each.input
+                with pytest.raises(PayloadNotReadError, match="progress"):
+                    _ = each.progress
+
+    def test_claim_that_is_shown_can_be_expired(self, store: StepRunStore) -> None:
+        begun(store.begin_step("run", "pay", {}, lease=60))
+
+        (live,) = store.live_claims(payloads=False)
+        store.expire_claim(live)
+
+        assert [each.run_id for each in store.lapsed_claims()] == ["run"]
+
+    @pytest.mark.servers("valkey", "redis-7", "redis-6")
+    def test_large_payloads_are_not_sent(self, bench: Bench, store: StepRunStore) -> None:
+        self.fill(bench, store, {"text": "x" * 1_000_000})
+        before = bench.backend.raw.info("stats")["total_net_output_bytes"]
+
+        self.lists(store)
+
+        assert bench.backend.raw.info("stats")["total_net_output_bytes"] - before < 1_000_000

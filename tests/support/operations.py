@@ -13,6 +13,7 @@ from squidstep_redis import (
     BeginResult,
     Call,
     Calls,
+    PayloadNotReadError,
     RunExplanation,
     RunPage,
     RunSummary,
@@ -144,11 +145,19 @@ def mixed(store: StepRunStore, count: int) -> list[Call[Any]]:
     return mixture[:count]
 
 
+def payloads_of(step_run: StepRun) -> tuple[Any, ...]:
+    """Returns the payloads of a step run, or the error if they were not read."""
+    try:
+        return step_run.input, step_run.output, step_run.last_error, step_run.progress
+    except PayloadNotReadError:
+        return None, None, step_run.last_error, None
+
+
 def seen(result: Any) -> Any:
     """Converts a result to a form without times, which is equal for equal histories."""
     if isinstance(result, StepRun):
         head = (result.run_id, result.step, result.status, result.attempt)
-        return (*head, result.input, result.output, result.last_error, result.progress, bool(result.token))
+        return (*head, *payloads_of(result), bool(result.token))
     if isinstance(result, Attempt):
         return result[:4]
     if isinstance(result, BeginResult | ScheduleResult):
@@ -164,7 +173,11 @@ def seen(result: Any) -> Any:
     if isinstance(result, RunPage):  # two stores create their runs at different times, so their orders may differ
         return sorted(seen(each) for each in result.runs)
     if isinstance(result, StoreOverview):
-        return result[:4], [sorted(map(seen, step_runs)) for step_runs in result[4:7]], seen(RunPage(result.runs, None))
+        return (
+            result[:4],
+            [sorted(map(seen, step_runs), key=repr) for step_runs in result[4:7]],
+            seen(RunPage(result.runs, None)),
+        )
     if isinstance(result, dict) and "squidstep_run" in result:
         return [(each["step"], each["state"], each["input"], each["output"]) for each in result["steps"]]
     if isinstance(result, dict):
