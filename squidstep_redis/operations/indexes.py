@@ -45,7 +45,7 @@ def lapsed_claims(
     """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
     Usually six round trips: five read the index of each of 1,024 buckets, and one verifies the entries against their
-    records; 170 at once. An entry without its record, or that this library did not write, is dropped from the index.
+    records; 130 at once. An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -106,7 +106,7 @@ def failed_steps(
 ) -> Workflow[list[StepRun]]:
     """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
 
-    Usually six round trips: five read the index of each bucket, and one verifies the entries against their records; 170
+    Usually six round trips: five read the index of each bucket, and one verifies the entries against their records; 130
     at once. An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
@@ -134,7 +134,7 @@ def failed_steps(
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
     """Counts the claims whose lease has not expired, and those whose lease has, across all runs.
 
-    Four round trips, of 260 small calls each. Entries of expired or deleted runs, and entries that this library
+    Five round trips, of up to 250 small calls each. Entries of expired or deleted runs, and entries that this library
     did not write, are counted until `lapsed_claims` or `live_claims` finds and drops them.
 
     Returns:
@@ -150,7 +150,7 @@ def count_claims(context: Context) -> Workflow[ClaimCounts]:
 def count_failed(context: Context) -> Workflow[int]:
     """Counts the failed steps of all runs.
 
-    Four round trips, of 260 small calls each. Entries of expired or deleted runs, and entries that this library
+    Five round trips, of up to 250 small calls each. Entries of expired or deleted runs, and entries that this library
     did not write, are counted until `failed_steps` finds and drops them.
 
     Returns:

@@ -43,8 +43,8 @@ def runs(
 ) -> Workflow[RunPage]:
     """Lists runs, newest first by the time of their creation, one page at a time.
 
-    Five round trips read the index, about ten that of a large store, and one reads each 80 runs of the page. A run that
-    has more than 500 fields needs one more for each 500 of them, and a filter one for each 5,000 runs that it passes
+    Five round trips read the index, about ten that of a large store, and one reads each 65 runs of the page. A run that
+    has more than 500 fields needs one more for each 500 of them, and a filter one for each 4,000 runs that it passes
     over. None holds the server up for more than a few milliseconds. The entries of runs that have expired are dropped
     from the index.
 
@@ -84,7 +84,7 @@ def count_runs(
 ) -> Workflow[int]:
     """Counts runs.
 
-    Five round trips; with `labels` or `run_id_prefix`, one more for each 5,000 runs. A run that has expired is counted
+    Five round trips; with `labels` or `run_id_prefix`, one more for each 4,000 runs. A run that has expired is counted
     until its entry is dropped from the index: by `runs`, or when other runs are created that expire.
 
     Args:

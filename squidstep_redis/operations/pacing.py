@@ -11,9 +11,9 @@ from typing import Any, Final, Protocol
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import SendBatch, Workflow, raise_first_error
 
-CALL_WORK: Final = 20  # of a call by itself
-_MAX_WORK: Final = 5_200  # of a batch: about 2 ms
-_FIRST_CALLS: Final = 24
+CALL_WORK: Final = 16  # of a call by itself
+_MAX_WORK: Final = 4_000  # of a batch: about 2 ms
+_FIRST_CALLS: Final = 32
 
 
 class Pace:
