@@ -45,7 +45,7 @@ def runs(
 
     Five round trips read the index, about ten that of a large store, and one reads each 65 runs of the page. A run that
     has more than 500 fields needs one more for each 500 of them, and a filter one for each 4,000 runs that it passes
-    over. None holds the server up for more than a few milliseconds. The entries of runs that have expired are dropped
+    over. None blocks the server for more than a few milliseconds. The entries of runs that have expired are dropped
     from the index.
 
     The next page continues where this one ends, even if runs were created, deleted or changed in between.
@@ -155,15 +155,15 @@ def read_page(
                 return RunPage(found, _cursor(chunk[-1].position))
         if settled_to is None:
             return RunPage(found, None)
-        incomplete = _that_may_have_next(buckets, full - len(found))
+        incomplete = _buckets_to_load(buckets, full - len(found))
         looked_at = sum(each.count for each in buckets) + sum(each.size for each in incomplete)
         if status is not None and looked_at > _MAX_LOOKED_AT:
             return RunPage(found, _cursor((settled_to, b"")))
         yield from load(incomplete, operation)
 
 
-def _that_may_have_next(buckets: Sequence[Bucket], needed: int) -> list[Bucket]:
-    """Returns the buckets whose unloaded entries may be among the next ones, and those that bound what is loaded."""
+def _buckets_to_load(buckets: Sequence[Bucket], needed: int) -> list[Bucket]:
+    """Returns the buckets whose unloaded entries may be among the `needed` next ones."""
     loaded = sorted(entry.position[0] for each in buckets for entry in each.entries)
     incomplete = [each for each in buckets if each.loaded_to is not None]
     if len(loaded) < needed:

@@ -22,9 +22,9 @@ _ENTRIES_WORK: Final = 24
 
 
 def overview(context: Context, limit: int = 10, *, failures: int = 100) -> Workflow[StoreOverview]:
-    """Counts the claims, the failed steps and the runs, and lists the first of each, with one look at the indexes.
+    """Counts the claims, the failed steps and the runs, and lists the first of each, in one pass.
 
-    About 15 round trips, none of which holds the server up for more than a few milliseconds. The lists are the first
+    About 15 round trips, none of which blocks the server for more than a few milliseconds. The lists are the first
     pages of `lapsed_claims`, `live_claims`, `failed_steps` and `runs`, and of the steps, inputs and progress are not
     read. If a list is shorter than its limit, its count is exact, and otherwise that of `count_claims`, `count_failed`
     or `count_runs`. The parts are read one after the other: a step that changes in the meantime may be in two, or in

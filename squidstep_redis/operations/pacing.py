@@ -1,6 +1,6 @@
-"""Batches that do not hold the server up: it turns to other clients only after a whole batch.
+"""Batches of bounded size: the server executes a whole batch before it serves other clients.
 
-Work is measured in entries of an index that the server scans in the same time, 0.3 to 0.6 µs each.
+The unit of work is the time in which the server scans one entry of an index, 0.3 to 0.6 µs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _MAX_WORK: Final = 4_000  # of a batch: about 2 ms
 _FIRST_CALLS: Final = 32
 
 
-class Pace:
-    """How many calls fit into the next batch, according to those before it.
+class Pacer:
+    """Adapts the size of batches to the work of their calls.
 
     Attributes:
-        calls: that number.
+        batch_size: how many calls the next batch should have.
     """
 
     def __init__(self) -> None:
-        self.calls = _FIRST_CALLS
+        self.batch_size = _FIRST_CALLS
 
-    def after(self, calls: int, work: int) -> None:
-        """Takes a batch into account: how many calls it had, and how much work they were in all."""
-        self.calls = max(1, _MAX_WORK * calls // work)
+    def adapt(self, calls: int, work: int) -> None:
+        """Adapts the size to a batch of so many calls, which were so much work together."""
+        self.batch_size = max(1, _MAX_WORK * calls // work)
 
 
 class Bucket(Protocol):
@@ -45,13 +45,13 @@ class Bucket(Protocol):
 
 def load(buckets: Sequence[Bucket], operation: str) -> Workflow[None]:
     """Reads the next part of each bucket."""
-    first, pace = 0, Pace()
+    first, pacer = 0, Pacer()
     while first < len(buckets):
-        batch = buckets[first : first + pace.calls]
+        batch = buckets[first : first + pacer.batch_size]
         parts = raise_first_error((yield SendBatch([each.call(operation) for each in batch])))
         work = sum(each.load(part) for each, part in zip(batch, parts, strict=True))
         first += len(batch)
-        pace.after(len(batch), work)
+        pacer.adapt(len(batch), work)
 
 
 def in_batches(calls: Sequence[Call[Any]], work: int = CALL_WORK) -> Iterator[SendBatch]:

@@ -13,7 +13,7 @@ from squidstep_redis.model import STATUS, StateLine, StepRun, StepStatus, moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.lifecycle import tombstone_ms
-from squidstep_redis.operations.pacing import Pace
+from squidstep_redis.operations.pacing import Pacer
 from squidstep_redis.operations.reads import pairs
 from squidstep_redis.operations.run_index import drop_stale_runs
 from squidstep_redis.operations.scans import find_shards, scan_page
@@ -177,9 +177,9 @@ def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Wor
     """Reads the unfinished steps of some runs, without payloads. Runs that no longer exist are omitted."""
     scans = {run_id: RunScan(run_id.decode()) for run_id in run_ids}
     parts = deque((run_id, b"0") for run_id in scans)
-    pace = Pace()
+    pacer = Pacer()
     while parts:
-        batch = [parts.popleft() for _ in range(min(pace.calls, len(parts)))]
+        batch = [parts.popleft() for _ in range(min(pacer.batch_size, len(parts)))]
         results = yield SendBatch([_summarize_run(context, operation, run_id, cursor) for run_id, cursor in batch])
         raise_unless_corrupt(results)
         work = 0
@@ -195,7 +195,7 @@ def scan_runs(context: Context, operation: str, run_ids: Iterable[bytes]) -> Wor
                         parts.append((run_id, cursor))
             except CorruptRunError as error:  # it must not hide the other runs
                 scans[run_id].problem = str(error)
-        pace.after(len(batch), work)
+        pacer.adapt(len(batch), work)
     return list(scans.values())
 
 

@@ -72,7 +72,7 @@ def test_entries_of_lost_runs_are_neither_listed_nor_counted(bench: Bench, store
 
 @pytest.mark.parametrize("member", [b"garbage", b"\xff"])
 @pytest.mark.parametrize("name", ["claims", "failed", "runs"])
-def test_members_that_nobody_wrote_hide_nothing(bench: Bench, store: StepRunStore, name: str, member: bytes) -> None:
+def test_foreign_members_hide_nothing(bench: Bench, store: StepRunStore, name: str, member: bytes) -> None:
     fill(bench, store, 1)
     first = 9e12 if name != "claims" else 1
     bench.backend.raw.zadd(index(bench, name), {member: first})

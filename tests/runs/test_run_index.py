@@ -267,7 +267,7 @@ class TestEntries:
         assert bench.indexed() == {f"{len(run)}:{run}\ntenant=acme".encode() for run in runs}
 
     @pytest.mark.parametrize("member", [b"run", b"3:ru", b"0:", b"3:runx", b"x:run", b"", b"03:run"])
-    def test_members_that_nobody_wrote_are_dropped(self, bench: Bench, store: StepRunStore, member: bytes) -> None:
+    def test_foreign_members_are_dropped(self, bench: Bench, store: StepRunStore, member: bytes) -> None:
         store.schedule_step("run", "step", {})
         bench.backend.raw.zadd(index_of(bench, "run"), {member: 9e12})
 
