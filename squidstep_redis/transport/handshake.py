@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import socket
 import time
 from typing import Any, cast
@@ -12,6 +13,10 @@ from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.retry import RoundTripError
+
+# `getaddrinfo` imports this codec with the first host name. An exception that another thread sets during that import
+# leaves the lock of the module held, and every later connection would wait for it.
+codecs.lookup("idna")
 
 
 def open_connection(connection: Any) -> Any:

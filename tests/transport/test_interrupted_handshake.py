@@ -8,6 +8,7 @@ import gc
 import itertools
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from math import inf
+from pathlib import Path
 from typing import Any, cast
 
 import hiredis
@@ -29,6 +31,7 @@ from support.records import begun
 from support.storm_length import StormLength
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.transport.pool import borrow
 from transport.conftest import Connect
 
@@ -396,3 +399,31 @@ def test_pool_is_full_again_after_interrupted_handshakes(bench: Bench, connect_t
     for number in range(5):
         assert begun(store.begin_step(f"run-{number}", "pay", {})).attempt == 1
     check(bench)
+
+
+FIRST_CALL = """
+import asyncio, sys
+from squidstep_redis import AsyncStepRunStore, StepRunStore
+
+async def main():
+    async with AsyncStepRunStore.from_url(sys.argv[1]) as store:
+        before = set(sys.modules)
+        await store.run_step("run", "asyncio", charge, {}, lease=5)
+        return set(sys.modules) - before
+
+async def charge(input):
+    return {}
+
+with StepRunStore.from_url(sys.argv[1]) as store:
+    before = set(sys.modules)
+    store.run_step("run", "blocking", lambda input: {}, {}, lease=5)
+    print(sorted(set(sys.modules) - before), sorted(asyncio.run(main())))
+"""
+
+
+def test_first_call_imports_nothing(binary: Path) -> None:
+    """An exception from outside during an import can leave the lock of a module held, for which other threads wait."""
+    with EmbeddedServer(binary=binary, port=0) as server:
+        command = [sys.executable, "-c", FIRST_CALL, server.url]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("[] []\n", "")
