@@ -22,7 +22,7 @@ local index, newest, skip, oldest, limit, prefix = KEYS[1], ARGV[2], tonumber(AR
 local letters = ARGV[7]
 local FIRST = 8
 local MAX_WORK = 1000 -- of one call, in entries scanned in the same time
-local CALL, LOOK, STEPS, STEP = 16, 5, 10, 2 -- a call, looking at a run, at its steps, and at each of them, in scanned entries
+local CALL, LOOK, STEPS, STEP = 16, 5, 10, 2 -- a call (as in pacing.py), looking at a run, at its steps, and at each of them
 local MAX_FIELDS = 60 -- that are read of one run
 local bucket = string.sub(index, 1, -5)
 

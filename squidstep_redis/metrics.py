@@ -45,7 +45,7 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
     | `squidstep_failed_steps` | prefix | failed steps on the whole server; blocking stores only |
 
-    A collection needs two round trips per server for the last three. If the server is unreachable, they are omitted.
+    A collection needs ten round trips for the last three. If the server is unreachable, they are omitted.
 
     Args:
         store: the store; pass each store only once, or its decisions are counted twice.
