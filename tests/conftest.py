@@ -62,8 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Returns the workers of `-n auto`: every worker collects all tests, so a quick run has fewer."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Most of the time, the other tests wait for servers, leases and timeouts.
-    return cores if config.getoption("markexpr") == "quick" else min(3 * cores, 8)
+    # Tests wait for leases and timeouts, and those that are not quick for servers, too.
+    return cores + 1 if config.getoption("markexpr") == "quick" else min(3 * cores, 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -210,9 +210,7 @@ def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, blocking and asyncio."""
     runner = request.getfixturevalue("runner") if request.param == "asyncio" else None
     bench = Bench(backend, runner, next(_prefixes), shares_client=request.path.parent.name in UNDISTURBED)
-    # fakeredis needs half a second to read an index of 1,024 buckets.
-    fewer = mock.patch("squidstep_redis.protocol.keys.BUCKETS", 16)
-    with fewer if backend.name == "fakeredis" else contextlib.nullcontext():
+    with backend.indexed(request.param):
         yield bench
     bench.close()
     backend.flush()  # tests that scan the server must not depend on those that ran before

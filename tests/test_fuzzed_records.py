@@ -114,6 +114,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(fields=st.lists(FIELDS, min_size=1, max_size=3), names=st.lists(st.sampled_from(NAMES), min_size=3, max_size=5))
 def test_every_operation_returns_or_raises_a_typed_error(
@@ -125,6 +126,7 @@ def test_every_operation_returns_or_raises_a_typed_error(
             operations(store, claim)[name]()
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(fields=st.lists(FIELDS, min_size=1, max_size=3))
 def test_fork_of_any_run_is_whole_or_a_typed_error(

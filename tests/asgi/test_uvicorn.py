@@ -127,6 +127,7 @@ def test_a_killed_server_is_taken_over_after_its_lease(bench: Bench) -> None:
     assert site.request().is_replay
 
 
+@pytest.mark.slow
 def test_a_retry_after_a_broken_connection_receives_the_response(site: Site) -> None:
     async def main() -> None:
         gate = site.handler = Gate()
@@ -189,6 +190,7 @@ class TestStarlette:
             yield b"part"
             await asyncio.sleep(0)
 
+    @pytest.mark.slow
     def test_responses_of_each_kind_are_stored(self, site: Site, runs: Counter[str], tmp_path: Path) -> None:
         async def main() -> None:
             async with serving(self.app(site.store, runs, tmp_path)) as server:
@@ -208,6 +210,7 @@ class TestStarlette:
 
         site.run(main())
 
+    @pytest.mark.slow
     def test_an_endless_stream_is_refused_and_ends(self, site: Site, runs: Counter[str], tmp_path: Path) -> None:
         async def main() -> None:
             async with serving(self.app(site.store, runs, tmp_path)) as server:
@@ -218,6 +221,7 @@ class TestStarlette:
         site.run(main())
         assert runs["stream"] == 1
 
+    @pytest.mark.slow
     def test_an_endless_stream_is_passed_until_the_client_leaves(
         self, site: Site, runs: Counter[str], tmp_path: Path
     ) -> None:

@@ -229,6 +229,7 @@ class TestDelay:
         assert any("ignored the delay" in note for note in notes) is (delay is not None)
         assert worker.execute(charge) == {"charged": 1}
 
+    @pytest.mark.slow
     def test_a_worker_may_wait_for_it(self, worker: Worker, others: StepRunStore) -> None:
         with pytest.raises(RetryLater):
             worker.execute(raising(RetryLater(0.2)))

@@ -85,6 +85,7 @@ class TestHeartbeat:
             wait_until(lambda: has_heartbeat(worker))
             claim.complete({})
 
+    @pytest.mark.slow
     @fakeredis_only
     def test_claims_begun_at_different_times_share_one_batch(self, worker: Worker) -> None:
         sizes = batch_sizes(worker)
@@ -124,6 +125,7 @@ class TestHeartbeat:
                 claim.complete({})
         assert set(others.step_statuses("run").values()) == {StepStatus.COMPLETED}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("ending", ["complete", "fail", "release"])
     def test_claim_that_ends_does_not_affect_other_claims(
         self, worker: Worker, others: StepRunStore, ending: str
@@ -144,6 +146,7 @@ class TestHeartbeat:
 
             assert isinstance(claim.extension(), Call)
 
+    @pytest.mark.slow
     def test_lost_claim_does_not_affect_other_claims(self, worker: Worker, others: StepRunStore) -> None:
         with worker.claim("ship", lease=SHORT_LEASE) as held, worker.claim(lease=SHORT_LEASE) as lost:
             take_over(others)
@@ -171,6 +174,7 @@ class TestHeartbeat:
             assert others.begin_step("run", "pay", {}).busy
             claim.complete({})
 
+    @pytest.mark.slow
     def test_unreferenced_claim_is_no_longer_extended(self, bench: Bench, worker: Worker, others: StepRunStore) -> None:
         block = worker.claim(lease=SHORT_LEASE)
         block.__enter__()
@@ -190,6 +194,7 @@ class TestHeartbeat:
 class TestThread:
     """The blocking heartbeat is a thread, which ends when it has had no claim for a while."""
 
+    @pytest.mark.slow
     def test_thread_ends_after_a_while_without_claims(self, worker: Worker, others: StepRunStore) -> None:
         for _ in range(2):
             with worker.claim(lease=SHORT_LEASE) as claim:
@@ -198,6 +203,7 @@ class TestThread:
                 claim.release()
             wait_until(lambda: not has_heartbeat(worker))
 
+    @pytest.mark.slow
     def test_thread_ends_even_after_a_long_lease(self, worker: Worker) -> None:
         with worker.claim("ship", lease=3_600) as long:
             with worker.claim(lease=SHORT_LEASE) as short:

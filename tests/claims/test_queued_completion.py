@@ -86,6 +86,7 @@ class TestQueuedCompletion:
             with pytest.raises(StaleStepRunError):
                 claim.complete({"by": "zombie"})
 
+    @pytest.mark.slow
     def test_extension_before_the_reply_is_read_reports_no_loss(self, worker: Worker, others: StepRunStore) -> None:
         with worker.claim("ship", lease=SHORT_LEASE) as other, worker.claim(lease=SHORT_LEASE) as claim:
             pipeline = worker.store.client.pipeline()

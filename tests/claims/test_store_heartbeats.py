@@ -168,6 +168,7 @@ class TestThread:
         heartbeat.IDLE = 60.0
         return store
 
+    @pytest.mark.slow
     def test_closing_a_store_ends_its_thread(self, bench: Bench) -> None:
         def use_and_close(store: StepRunStore) -> None:
             with store.claim_step("run", "pay", {}) as claim:
@@ -179,6 +180,7 @@ class TestThread:
         for _ in range(20):
             use_and_close(self.make_store(bench))
 
+    @pytest.mark.slow
     def test_claims_are_extended_until_they_end_after_closing(self, bench: Bench) -> None:
         store = self.make_store(bench)
         with store.claim_step("run", "pay", {}, lease=SHORT_LEASE) as claim:
@@ -192,6 +194,7 @@ class TestThread:
             claim.complete({})
         wait_until(lambda: not heartbeat_of(store).is_running)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in finalizers
     def test_thread_survives_exceptions_from_outside(self, bench: Bench) -> None:
         store = self.make_store(bench)

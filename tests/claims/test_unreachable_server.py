@@ -82,6 +82,7 @@ class TestUnreachableServer:
         assert outcomes(others) == [Outcome.RUNNING]
         wait_until(lambda: others.begin_step("run", "pay", {}).decision == "execute")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("lease", [30, None])
     def test_failure_is_recorded_once_the_server_replies(
         self, worker: Worker, others: StepRunStore, lease: float | None
@@ -106,6 +107,7 @@ class TestUnreachableServer:
         assert not hasattr(caught.value, "__notes__")
         assert outcomes(others) == [Outcome.FAILED]
 
+    @pytest.mark.slow
     def test_failure_is_given_up_when_the_lease_has_passed(self, worker: Worker, others: StepRunStore) -> None:
         unreachable = UnreachableClient(worker.store.client, redis.TimeoutError("slow"))
 
@@ -121,6 +123,7 @@ class TestUnreachableServer:
         assert "could not record this failure: OutcomeUnknownError: fail_step, run 'run', step 'pay'" in note
         assert outcomes(others) == [Outcome.RUNNING]
 
+    @pytest.mark.slow
     def test_repetition_never_claims_that_nothing_was_sent(self, worker: Worker) -> None:
         def work(input: dict[str, Any]) -> dict[str, Any]:
             UnreachableClient(worker.store.client, redis.TimeoutError("slow")).replace_client_of(worker.plain_store)
@@ -147,6 +150,7 @@ class TestUnreachableServer:
             replace_client(worker.plain_store, worker.store.client)
             claim.complete({})
 
+    @pytest.mark.slow
     def test_completion_that_failed_can_be_repeated(self, worker: Worker, others: StepRunStore) -> None:
         client = worker.store.client
         with worker.claim(lease=SHORT_LEASE) as claim:
@@ -159,6 +163,7 @@ class TestUnreachableServer:
 
         assert others.completed_outputs("run") == [{"receipt": 7}]
 
+    @pytest.mark.slow
     def test_loss_is_signaled_after_a_completion_that_failed(self, worker: Worker, others: StepRunStore) -> None:
         client = worker.store.client
         with worker.claim(lease=SHORT_LEASE) as claim:

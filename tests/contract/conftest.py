@@ -40,19 +40,28 @@ class KitBench(Bench):
         self.kit.clock.advance_to(step_run.lease_ends_at)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are marked as quick
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if not _needs_another_server(item)]
+    for item in items:
+        if _parameters(item).get("bench") == MOVED_CLOCK:
+            item.add_marker("slow")
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 def _needs_another_server(item: pytest.Item) -> bool:
-    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return params.get("bench") == MOVED_CLOCK and params["backend"] not in MOVED_CLOCK_SERVERS
+    parameters = _parameters(item)
+    return parameters.get("bench") == MOVED_CLOCK and parameters["backend"] not in MOVED_CLOCK_SERVERS
 
 
 @pytest.fixture(params=["blocking", "asyncio", MOVED_CLOCK])
 def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, of each of the three kinds."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(backend.indexed(request.param))
         if request.param == MOVED_CLOCK:
             kit = stack.enter_context(StepKit(backend.url or "fakeredis"))
             kit.clock.advance(DAY + 0.0015)

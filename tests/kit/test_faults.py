@@ -292,6 +292,7 @@ class TestRequests:
             with pytest.raises(RefusedError, match=message):
                 store.begin_step("run", "pay", {})
 
+    @pytest.mark.slow
     def test_faults_apply_to_heartbeats(self, kit: StepKit) -> None:
         extended = threading.Event()
         kit.faults.before("extend_claim", extended.set)

@@ -29,10 +29,12 @@ class TestRoundTrip:
     def test_codec_returns_an_equal_payload(self, payload: dict[str, Any]) -> None:
         assert_same(MsgpackCodec().decode(MsgpackCodec().encode(payload)), returned(payload))
 
+    @pytest.mark.slow
     @given(payload=payloads)
     def test_equal_payloads_encode_to_equal_bytes(self, payload: dict[str, Any]) -> None:
         assert MsgpackCodec().encode(payload) == MsgpackCodec().encode(dict(payload.items()))
 
+    @pytest.mark.slow
     def test_store_returns_an_equal_payload(self, bench: Bench, store: StepRunStore) -> None:
         runs = (f"run {number}" for number in itertools.count())
 

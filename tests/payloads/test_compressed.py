@@ -89,6 +89,7 @@ class TestBound:
         with offline_store(codec=CompressedCodec(max_decompressed_bytes=1_000)) as store:
             assert "over max_decompressed_bytes of 1,000" in str(rejection(store, "steps['pay']", LONG))
 
+    @pytest.mark.slow
     @pytest.mark.servers("fakeredis")
     @pytest.mark.parametrize("bench", ["blocking"], indirect=True)  # it takes seconds, and no server sees what it is
     @algorithms

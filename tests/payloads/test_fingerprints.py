@@ -50,6 +50,7 @@ class TestCanonicalForm:
         codec = MsgpackCodec()
         assert of(codec.decode(codec.encode(payload))) == of(reordered(payload)) == of(payload)
 
+    @pytest.mark.slow
     @given(first=payloads, second=payloads)
     def test_different_inputs_have_different_fingerprints(self, first: Any, second: Any) -> None:
         assert first == second or of(first) != of(second)

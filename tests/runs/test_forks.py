@@ -203,6 +203,7 @@ class TestForked:
         bench.store().complete_step(claim, {})
         assert all(190 < ttl <= 200 for ttl in ttls("new"))
 
+    @pytest.mark.slow
     def test_run_of_2100_steps_is_forked_completely(self, store: StepRunStore) -> None:
         steps = [f"step-{number}" for number in range(2_100)]
         claims = in_batch(store, [store.calls.begin_step("run", step, {}) for step in steps])

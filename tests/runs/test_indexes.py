@@ -210,6 +210,7 @@ class TestLapsedClaimsAndFailedSteps:
         assert step_run.lease_ends_at is not None
         assert bench.backend.raw.zscore(claims, b"3:runpay") == round(step_run.lease_ends_at.timestamp() * 1000)
 
+    @pytest.mark.slow
     def test_filters_and_pages_select_entries(self, bench: Bench, store: StepRunStore) -> None:
         for number in range(12):
             run, step = f"order-{number}" if number % 2 else f"crawl-{number}", f"step-{number % 3}"

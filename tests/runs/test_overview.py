@@ -44,6 +44,7 @@ def test_lists_and_counts_are_those_of_the_listings(bench: Bench, store: StepRun
     assert seen.failed_steps[0].last_error == {"type": "Declined"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "failures"), [(1, 1), (4, 7)])
 def test_limits_shorten_the_lists_and_not_the_counts(
     bench: Bench, store: StepRunStore, limit: int, failures: int

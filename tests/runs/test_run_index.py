@@ -70,6 +70,7 @@ class TestOrder:
 
         assert listed(store) == listed(store, limit=2) == sorted(runs)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [7, 99, 1_000])
     def test_pages_have_each_run_once_and_in_order(self, bench: Bench, store: StepRunStore, limit: int) -> None:
         runs = [f"run-{number}" for number in range(150)]
@@ -103,6 +104,7 @@ class TestOrder:
         assert summary is not None
         assert summary.created_at == created
 
+    @pytest.mark.slow
     def test_pages_continue_while_runs_come_and_go(self, bench: Bench, store: StepRunStore) -> None:
         schedule_in_order(bench, store, *(f"run-{number:02}" for number in range(12)))
         page = store.runs(limit=4)
@@ -149,6 +151,7 @@ class TestFilters:
             assert set(listed(store, **options)) == found
             assert store.count_runs(**options) == len(found)
 
+    @pytest.mark.slow
     def test_filter_finds_runs_after_a_thousand_others(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {}, labels=ACME)
         index = index_of(bench, "run")
@@ -185,6 +188,7 @@ class TestFilters:
         assert listed(store, status="failed") == ["failed"]
         assert listed(store, status="completed") == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [8, 1_000])
     def test_pages_of_a_status_have_each_run_once_and_in_order(
         self, bench: Bench, store: StepRunStore, limit: int

@@ -181,6 +181,7 @@ class TestRun:
         assert [outcome for outcome, _, _ in bars] == ["failed", "failed", "completed"]
         assert all(0 <= float(x) <= 992 and float(width) >= 8 for _, x, width in bars)
 
+    @pytest.mark.slow
     def test_ticks_are_at_their_places_on_the_axis(self, bench: Bench, site: Site) -> None:
         claim = begun(site.store.begin_step("run-1", "pay", {}, lease=0.5))
         bench.lapse(claim)
