@@ -66,7 +66,7 @@ class TestSpans:
 
     def test_a_tombstone_ends(self, store: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match="tombstone"):
-            store.delete_run("run", tombstone=None)  # pyright: ignore[reportArgumentType]: what is refused is the point
+            store.delete_run("run", tombstone=None)
 
     def test_a_timedelta_is_as_good_as_seconds(self) -> None:
         store = StepRunStore(fakeredis.FakeRedis())
@@ -204,7 +204,7 @@ class TestClients:
     def test_asyncio(self) -> None:
         for client in (None, redis.Redis(), redis.asyncio.Redis().pipeline()):
             with pytest.raises(UnsupportedClientError, match=r"client: must be a redis\.asyncio\.client\.Redis or"):
-                AsyncStepRunStore(client)  # pyright: ignore[reportArgumentType]: what is refused is the point
+                AsyncStepRunStore(client)
 
     def test_a_single_connection(self) -> None:
         with pytest.raises(UnsupportedClientError, match="has a single connection"):
@@ -219,13 +219,13 @@ class TestClients:
 
     def test_a_codec_has_two_methods(self) -> None:
         with pytest.raises(InvalidArgumentError, match=r"codec: must have encode\(\) and decode\(\)"):
-            StepRunStore(redis.Redis(), codec=object())  # pyright: ignore[reportArgumentType]: wrong on purpose
+            StepRunStore(redis.Redis(), codec=object())
         with pytest.raises(InvalidArgumentError, match="codec: must have"):
-            StepRunStore(redis.Redis(), codec=MsgpackCodec)  # pyright: ignore[reportArgumentType]: its class
+            StepRunStore(redis.Redis(), codec=MsgpackCodec)
 
     def test_a_batch_takes_calls(self, store: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store.calls, not str"):
-            store.batch([store.calls.get_run("run"), "get_run"])  # pyright: ignore[reportArgumentType]: wrong on purpose
+            store.batch([store.calls.get_run("run"), "get_run"])
         assert store.batch([]) == []
 
 

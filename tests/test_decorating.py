@@ -79,11 +79,11 @@ def test_wrong_step_name_is_rejected(name: Any) -> None:
 def test_decorator_without_parentheses_is_rejected() -> None:
     for of_name in (step, BLOCKING.step, ASYNCIO.step):
         with pytest.raises(InvalidArgumentError, match=r'a step needs a name, as in @step\("charge"\)'):
-            of_name(pay)  # type: ignore[arg-type, call-arg]
+            of_name(pay)
     with pytest.raises(TypeError):
-        steps(pay)  # type: ignore[call-arg]
+        steps(pay)
     with pytest.raises(TypeError, match="run_id"):
-        BLOCKING.step("pay")  # type: ignore[call-arg]
+        BLOCKING.step("pay")
 
 
 @each_decorator

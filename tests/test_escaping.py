@@ -135,8 +135,8 @@ class TestMessages:
             for call in (
                 lambda: store.begin_step(EVIL * 100, "pay", {}),
                 lambda: store.begin_step("run", "pay", {EVIL: Evil()}),
-                lambda: store.begin_step("run", "pay", {Evil(): 1}),  # pyright: ignore[reportArgumentType]: wrong on purpose
-                lambda: store.begin_step("run", "pay", Evil()),  # pyright: ignore[reportArgumentType]: wrong on purpose
+                lambda: store.begin_step("run", "pay", {Evil(): 1}),
+                lambda: store.begin_step("run", "pay", Evil()),
                 lambda: store.import_run({"squidstep_run": 1, "run_id": "r", "steps": Evil()}),
             ):
                 with pytest.raises(InvalidArgumentError) as caught:

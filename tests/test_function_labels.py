@@ -39,7 +39,7 @@ class TestStores:
         result: Any = decorated(*args)
         if inspect.isawaitable(result):
             assert bench.runner is not None
-            bench.runner.run(result)  # type: ignore[arg-type] -- it is a coroutine
+            bench.runner.run(result)
 
     def test_formats_are_filled_with_the_arguments(self, bench: Bench, store: StepRunStore) -> None:
         self.call(bench, store, "acme", [7, 8], labels=FORMATS)
@@ -70,7 +70,7 @@ class TestStores:
             result: Any = run.call(step, ship if bench.runner is None else ship_asyncio, "acme", [7])
             if inspect.isawaitable(result):
                 assert bench.runner is not None
-                bench.runner.run(result)  # type: ignore[arg-type] -- it is a coroutine
+                bench.runner.run(result)
 
         assert labels_of(store, "run") == {"tenant": "acme"}
 
@@ -95,7 +95,7 @@ DECORATORS: dict[str, Callable[..., Any]] = {
         ({"tenant": "{shop}"}, r"labels\['tenant'\]: .* is not a parameter"),
         ({"tenant": "{tenant"}, r"labels\['tenant'\]: .* is not a valid format string"),
         ({"of": "{password}"}, r"labels\['of'\]: .* is excluded"),
-        (lambda tenant: {}, "labels: "),  # type: ignore[misc] -- it lacks parameters
+        (lambda tenant: {}, "labels: "),
     ],
 )
 def test_mistakes_are_rejected_when_the_function_is_decorated(decorator: str, labels: Any, problem: str) -> None:

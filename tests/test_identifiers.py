@@ -366,7 +366,7 @@ class TestUuidsAndEnumMembers:
     def test_only_a_string_enum_member_can_be_a_run_id(self, offline: StepRunStore) -> None:
         assert offline.calls.get_run(Word.PAY).keys == offline.calls.get_run("pay").keys
         with pytest.raises(InvalidArgumentError, match="^run_id: must be a non-empty str, not Plain"):
-            offline.get_run(Plain.PAY)  # pyright: ignore[reportArgumentType]: the type is what is tested
+            offline.get_run(Plain.PAY)
 
     def test_step_that_is_named_twice_is_rejected(self, offline: StepRunStore) -> None:
         for one, other in itertools.permutations(["pay", Plain.PAY]):

@@ -171,7 +171,7 @@ class TestRuns:
             {"cursor": 3},
             {"run_id_prefix": 7},
             {"since": 7},
-            {"until": datetime(2026, 1, 1)},  # noqa: DTZ001 -- without a time zone
+            {"until": datetime(2026, 1, 1)},
             {"labels": ["tenant"]},
         ],
     )

@@ -73,7 +73,7 @@ def test_events_logs_metrics_and_reprs_have_no_payload(
     events: list[Event] = []
     store.on_event(events.append)
     registry = CollectorRegistry()
-    observe(store if bench.runner is None else store.store, registry)  # type: ignore[attr-defined]
+    observe(store if bench.runner is None else store.store, registry)
     seen = work(store)
     claim = begun(store.begin_step("order", "print", {}))
     store.fail_step(claim, PermanentError(ERROR))
@@ -113,7 +113,7 @@ def test_errors_about_failed_steps_quote_the_last_error(bench: Bench, store: Ste
         store.run_step("order", "charge", fn, {"card": INPUT}, lease=60, max_attempts=1)
     assert ERROR in str(raised.value)
     assert INPUT not in str(raised.value)
-    assert ERROR in store.explain_step("order", "charge").why  # type: ignore[union-attr]
+    assert ERROR in store.explain_step("order", "charge").why
 
 
 def test_rejected_value_is_quoted_and_cut(store: StepRunStore) -> None:

@@ -61,7 +61,7 @@ class _Failure(str):
 def _send_result(sender: Any, work: Callable[..., Any], *args: Any) -> None:
     try:
         sender.send(work(*args))
-    except Exception:  # noqa: BLE001 -- the parent process reports it
+    except Exception:
         sender.send(_Failure(traceback.format_exc()))
 
 

@@ -107,7 +107,7 @@ class TestSeveralJobs:
 
     def test_a_malformed_fingerprint_is_rejected_when_decorating(self) -> None:
         with pytest.raises(InvalidArgumentError, match="^fingerprint: must be"):
-            step("pay", fingerprint=7)  # pyright: ignore[reportArgumentType]: what is refused is the point
+            step("pay", fingerprint=7)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_work_horses_count_in_the_files_of_their_worker(harness: Harness, tmp_pa
     assert done.returncode == 0, done.stderr
 
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(files))  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry, str(files))
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"squidstep_{name}", {"prefix": "squidstep", **labels})

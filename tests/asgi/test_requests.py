@@ -124,7 +124,7 @@ def test_other_scopes_are_passed_on_as_they_are(site: Site, kind: str) -> None:
         seen.extend(args)
 
     given = ({"type": kind}, object(), object())
-    site.run(site.behind_middleware(app)(*given))  # type: ignore[arg-type] -- any object will do
+    site.run(site.behind_middleware(app)(*given))
     assert all(found is passed for found, passed in zip(seen, given, strict=True))
 
 
@@ -160,4 +160,4 @@ def test_bad_options_are_refused_when_the_middleware_is_made(
 
 def test_a_blocking_store_is_refused(site: Site, bench: Bench) -> None:
     with pytest.raises(InvalidArgumentError, match="AsyncStepRunStore"):
-        site.middleware.__class__(site.app, bench.store(), tenant=None)  # type: ignore[arg-type]
+        site.middleware.__class__(site.app, bench.store(), tenant=None)

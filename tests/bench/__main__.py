@@ -90,7 +90,7 @@ def measured(name: str, pace: Pace) -> Iterator[Result]:
         yield from ROWS[name](pace)
     except MissingError as missing:
         yield Result(f"row {name}", None, note=str(missing))
-    except Exception as error:  # noqa: BLE001 -- one broken row must not stop the others
+    except Exception as error:
         traceback.print_exc()
         yield Result(f"row {name}", None, note=f"{type(error).__name__}: {error}", failed=True)
 

@@ -135,7 +135,7 @@ class TestUnstorableResult:
         assert "cannot be stored" in (stored(others).last_error or {})["traceback"]
 
     def test_none_stands_for_an_empty_output(self, worker: Worker, others: StepRunStore) -> None:
-        assert worker.execute(lambda _: None) == {}  # type: ignore[arg-type, return-value]
+        assert worker.execute(lambda _: None) == {}
         assert (stored(others).status, stored(others).output) == (StepStatus.COMPLETED, {})
 
     def test_a_block_may_complete_with_another_output(self, worker: Worker, others: StepRunStore) -> None:

@@ -252,7 +252,7 @@ class TestRefusals:
 
         for progress in (["page"], {"page": object()}, None):
             with pytest.raises(PayloadError, match="progress"):
-                store.checkpoint_step(claim, progress)  # type: ignore[arg-type]  # pyright: ignore -- what is rejected
+                store.checkpoint_step(claim, progress)
         with pytest.raises(PayloadTooLargeError, match="progress"):
             store.extend_claim(claim, 60, progress={"page": "x" * 100})
         assert bench.dump() == before
@@ -297,7 +297,7 @@ class TestExtension:
 
 def test_waiter_is_notified_beside_progress(bench: Bench, store: StepRunStore, claim: StepRun) -> None:
     waiting = store.calls.wait_for_step("run", "crawl", 60)
-    store.send(next(waiting).call)  # type: ignore[union-attr]  # pyright: ignore -- the first effect sends
+    store.send(next(waiting).call)
     store.checkpoint_step(claim, PROGRESS)
     assert bench.field("run", "wcrawl") == b"wp"
 

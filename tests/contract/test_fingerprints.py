@@ -166,7 +166,7 @@ class TestBeginStep:
     def test_a_bad_fingerprint_is_rejected_before_anything_is_sent(self, bench: Bench, store: StepRunStore) -> None:
         for bad in (7, "", lambda given: given["missing"], lambda given: None):
             with pytest.raises(InvalidArgumentError, match="^fingerprint: "):
-                store.begin_step("run", "pay", FIRST, fingerprint=bad)  # pyright: ignore[reportArgumentType]: the point
+                store.begin_step("run", "pay", FIRST, fingerprint=bad)
         with pytest.raises(PayloadError, match=r"^fingerprint of steps\['pay'\]\['x'\]: "):
             store.begin_steps("run", {"pay": FIRST}, fingerprint=lambda given: {"x": {1}})
         assert bench.dump() == {}

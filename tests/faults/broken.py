@@ -36,7 +36,7 @@ def give_replies_to_the_next_call() -> None:
         return future
 
     submit = Link.submit
-    Link.submit = submit_and_swap  # type: ignore[method-assign]
+    Link.submit = submit_and_swap
     call_type: Any = Call
     call_type.words_of = lambda _, reply: reply.split(b" ", 2) if isinstance(reply, bytes) else reply
 
@@ -51,7 +51,7 @@ def take_lost_calls_for_unsent() -> None:
         original(link, error)
 
     original = Link._fail
-    Link._fail = fail  # type: ignore[method-assign]
+    Link._fail = fail
 
 
 DEFECTS: dict[str, Callable[[], None]] = {

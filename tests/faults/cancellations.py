@@ -241,5 +241,5 @@ async def _work(url: str, log: Log, dice: random.Random) -> None:
                     group.create_task(actor.run(generation))
             while len(asyncio.all_tasks()) > 1:  # those that give back claims; then no call of the generation follows
                 await asyncio.sleep(0.002)
-    except BaseException as error:  # noqa: BLE001 -- it is logged
+    except BaseException as error:
         end_worker(log, error)

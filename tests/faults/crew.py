@@ -327,7 +327,7 @@ def _work_blocking(url: str, log: Log, seed: int, own_connections: bool) -> None
             while True:
                 effect = routine.send(result)
                 result = send(effect) if isinstance(effect, list) else time.sleep(effect)
-        except Exception as error:  # noqa: BLE001 -- it is logged
+        except Exception as error:
             end_worker(log, error)
 
     threads = [threading.Thread(target=run, args=(actor,), daemon=True) for actor in _actors(store.calls, log, seed)]
@@ -352,7 +352,7 @@ async def _work_asyncio(url: str, log: Log, seed: int, own_connections: bool) ->
             while True:
                 effect = routine.send(result)
                 result = await (send(effect) if isinstance(effect, list) else asyncio.sleep(effect))
-        except Exception as error:  # noqa: BLE001 -- it is logged
+        except Exception as error:
             end_worker(log, error)
 
     await asyncio.gather(*(run(actor) for actor in _actors(store.calls, log, seed)))

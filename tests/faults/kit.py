@@ -183,7 +183,7 @@ class Load:
                     if self._end.is_set():
                         return
                     self._execute(store, run, f"step-{number:06}")
-        except BaseException as error:  # noqa: BLE001 -- the test fails with it
+        except BaseException as error:
             self.unexpected.append(error)
 
     def _raise_unexpected(self) -> None:

@@ -403,7 +403,7 @@ class TestEventLoops:
                 asyncio.run(work(run))
             except SquidstepError:
                 pass
-            except BaseException as error:  # noqa: BLE001 -- whatever it is, the test fails
+            except BaseException as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=in_thread, args=(run,)) for run in runs]

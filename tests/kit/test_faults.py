@@ -241,7 +241,7 @@ class TestKilledAt:
         with kit.faults.killed_at("begin_step"):
             try:
                 store.begin_step("run", "pay", {})
-            except Exception:  # noqa: BLE001 -- the subject of the test
+            except Exception:
                 survived = True
         assert not survived
 
@@ -252,7 +252,7 @@ class TestKilledAt:
         def other() -> None:
             try:
                 kit.store.get_run("run")
-            except Exception as error:  # noqa: BLE001 -- asserted below
+            except Exception as error:
                 errors.append(error)
 
         with kit.faults.killed_at("begin_step"):

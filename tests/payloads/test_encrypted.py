@@ -254,7 +254,7 @@ class TestKeys:
     def test_wrapped_codec_is_no_placed_codec(self) -> None:
         assert isinstance(CODEC, PlacedCodec)
         with pytest.raises(InvalidArgumentError, match=r"^codec: cannot be EncryptedCodec: encrypt last"):
-            EncryptedCodec({"k": OLD}, current="k", codec=CODEC)  # pyright: ignore[reportArgumentType]: wrong on purpose
+            EncryptedCodec({"k": OLD}, current="k", codec=CODEC)
 
     def test_rejected_payload_names_the_path(self, bench: Bench) -> None:
         store: StepRunStore = bench.store(codec=CODEC)

@@ -44,7 +44,7 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
     """The exception as it is caught, with a traceback."""
     try:
         raise error from cause
-    except BaseException as caught:  # noqa: BLE001 -- of any kind
+    except BaseException as caught:
         return caught
 
 
@@ -80,7 +80,7 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
     "__str__ outputs no str": lambda: raised(NumericError()),
     "__getattr__ raises": lambda: raised(ProxyError()),
     "__notes__ raises": lambda: raised(NotedError()),
-    "SyntaxError of bytes": lambda: raised(SyntaxError("bad", ("file", 1, 1, b"source"))),  # pyright: ignore[reportArgumentType]: no str
+    "SyntaxError of bytes": lambda: raised(SyntaxError("bad", ("file", 1, 1, b"source"))),
 }
 
 

@@ -85,7 +85,7 @@ UNSUPPORTED: dict[str, object] = {
     "range": range(3),
     "date": date(2024, 1, 1),
     "timedelta": timedelta(1),
-    "naive datetime": datetime(2024, 1, 1),  # noqa: DTZ001 -- naive on purpose
+    "naive datetime": datetime(2024, 1, 1),
     "datetime before the year 1 in UTC": datetime.min.replace(tzinfo=timezone(timedelta(hours=1))),
     "datetime after the year 9999 in UTC": datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))),
     "NaN": math.nan,
@@ -142,7 +142,7 @@ class TestUnsupportedValues:
             2**64,
             Decimal(1),
             frozenset({1}),
-            datetime(2024, 1, 1),  # noqa: DTZ001 -- naive on purpose
+            datetime(2024, 1, 1),
             Word.RED,
             Color.RED,
             Text("a"),

@@ -130,7 +130,7 @@ class TestFilters:
         assert listed(store, until=created["b"]) == ["a"]
         assert listed(store, since=created["b"], until=created["c"]) == ["b"]
         assert (store.count_runs(since=created["b"]), store.count_runs(until=created["b"])) == (2, 1)
-        between = (created["b"] or bench) + timedelta(microseconds=1)  # type: ignore[operator] -- it has a time
+        between = (created["b"] or bench) + timedelta(microseconds=1)
         assert (listed(store, since=between), listed(store, until=between)) == (["c"], ["b", "a"])
 
     def test_labels_and_prefix_select_runs(self, store: StepRunStore) -> None:

@@ -68,7 +68,7 @@ class Address:
 
     @staticmethod
     def _start(target: object, *args: object) -> None:
-        threading.Thread(target=target, args=args, daemon=True).start()  # type: ignore[arg-type]
+        threading.Thread(target=target, args=args, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # the listener was closed

@@ -117,7 +117,7 @@ def counting(kind: type[S], count: Callable[[], None]) -> type[S]:
     """Returns a kind of store that calls `count` whenever it sends a call or a batch, also if it sends it again."""
     base: Any = kind
 
-    class Transport(base._transport_type):  # type: ignore[misc]
+    class Transport(base._transport_type):
         def _run(self, steps: Any) -> Any:
             return super()._run(_counted(steps, count))
 
@@ -133,7 +133,7 @@ def _counted(steps: Any, count: Callable[[], None]) -> Any:
                 count()
             try:
                 outcome = yield action
-            except Exception as error:  # noqa: BLE001 -- the driver decides which errors it handles
+            except Exception as error:
                 action = steps.throw(error)
             else:
                 action = steps.send(outcome)
@@ -150,7 +150,7 @@ def log_calls(store: Any, logged: Callable[[Any], Any]) -> None:
     """
     kind = type(store._transport)
 
-    class Transport(kind):  # type: ignore[misc, valid-type]
+    class Transport(kind):
         async def send(self, call: Any) -> Any:
             with logged([call]) as results:
                 results.append(await super().send(call))

@@ -186,7 +186,7 @@ def times(first: datetime, *more: list[tuple[datetime]], **others: Any) -> list[
 
 @step("times")
 async def times_asyncio(first: datetime, *more: list[tuple[datetime]], **others: Any) -> list[str]:
-    return times.__wrapped__(first, *more, **others)  # type: ignore[attr-defined, no-any-return]
+    return times.__wrapped__(first, *more, **others)
 
 
 def _log_in(user: str, password: str) -> str:

@@ -108,12 +108,12 @@ def charge_or_fail(error: str) -> dict[str, int]:
 
 @step("charge", permanent=LookupError, backoff=lambda attempt: 600 * attempt)
 async def charge_or_fail_asyncio(error: str) -> dict[str, int]:
-    return charge_or_fail.__wrapped__(error)  # type: ignore[attr-defined, no-any-return]
+    return charge_or_fail.__wrapped__(error)
 
 
 @steps(permanent=LookupError, backoff=lambda attempt: 600 * attempt)
 def ship_or_fail(error: str) -> dict[str, int]:
-    return current_run().call("charge", charge_or_fail.__wrapped__, error)  # type: ignore[attr-defined, no-any-return]
+    return current_run().call("charge", charge_or_fail.__wrapped__, error)
 
 
 @step("charge")

@@ -24,14 +24,14 @@ def fetch(times: int, most: int, interval: int) -> str | Retry:
 
 @step("fetch", max_attempts=1)
 async def fetch_asyncio(times: int, most: int, interval: int) -> str | Retry:
-    return fetch.__wrapped__(times, most, interval)  # type: ignore[attr-defined, no-any-return]
+    return fetch.__wrapped__(times, most, interval)
 
 
 @steps(max_attempts=1)
 def fetch_in_run(times: int, most: int, interval: int) -> str | Retry:
     run = current_run()
     run.call("prepare", effect, "prepare")
-    return run.call("fetch", fetch.__wrapped__, times, most, interval)  # type: ignore[attr-defined, no-any-return]
+    return run.call("fetch", fetch.__wrapped__, times, most, interval)
 
 
 @step("fetch", lease=600)
@@ -104,7 +104,7 @@ async def charge_dropped_asyncio(amount: int) -> int:
 @drop_result
 @steps(lease=600)
 def charge_replaced(amount: int) -> int:
-    return current_run().call("charge", charge_dropped.__wrapped__.__wrapped__, amount)  # type: ignore[attr-defined, no-any-return]
+    return current_run().call("charge", charge_dropped.__wrapped__.__wrapped__, amount)
 
 
 # Jobs that rq-scheduler repeats

@@ -341,7 +341,7 @@ def test_slow_credential_provider_outlives_the_cancelled_call(
         tasks[0].cancel()  # the one that connects, perhaps
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(results[0], asyncio.CancelledError)
-        assert [begun(result).attempt for result in results[1:]] == [1] * 4  # type: ignore[arg-type]
+        assert [begun(result).attempt for result in results[1:]] == [1] * 4
 
     assert bench.runner is not None
     bench.runner.run(main())

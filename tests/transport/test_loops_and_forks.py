@@ -74,7 +74,7 @@ async def use(store: AsyncStepRunStore, who: str, count: int) -> list[Any]:
             found = [begun(result).input["n"] for result in (single, *at_once)]
             if found != [number, *range(5)]:
                 wrong.append((number, found))
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{number}: {error!r} {traceback.format_exc(limit=-2)}")
         await asyncio.sleep(random.uniform(0, 0.002))
     return wrong
@@ -174,7 +174,7 @@ class TestEventLoops:
 
         async def short() -> None:
             wrong.extend(await use(store, "short", 1))
-            store._transport.close()  # pyright: ignore[reportPrivateUsage]
+            store._transport.close()
 
         thread = threading.Thread(target=lambda: asyncio.run(long()))
         thread.start()

@@ -237,12 +237,12 @@ class TestBoundedBuffers:
     ) -> None:
         """A thousand calls of 60 kB: without a bound, 60 MB would wait in the connection's buffer."""
         largest = 0
-        flush = Link._flush  # pyright: ignore[reportPrivateUsage]
+        flush = Link._flush
 
         def measure(link: Link) -> None:
             nonlocal largest
             flush(link)
-            largest = max(largest, link._transport.get_write_buffer_size())  # pyright: ignore[reportPrivateUsage]
+            largest = max(largest, link._transport.get_write_buffer_size())
 
         monkeypatch.setattr(Link, "_flush", measure)
         with Proxy.to(bench.backend.raw) as proxy, Address(proxy.port) as address:
