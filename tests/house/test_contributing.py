@@ -11,7 +11,7 @@ import pytest
 
 from squidstep_redis import Calls
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "squidstep_redis"
 GUIDE = (ROOT / ".github" / "CONTRIBUTING.md").read_text("utf-8")
 OPERATIONS = [name for name, _ in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")]
@@ -111,7 +111,7 @@ CHECKLIST: dict[str, Callable[[str], bool]] = {
         name in NOT_IN_MODEL or has("tests/support/model.py", r"^    def NAME\(")(name)
     ),
     "tests/support/operations.py": has("tests/support/operations.py", r"\bNAME\b"),
-    "tests/typed_api.py": has("tests/typed_api.py", r"\bstore\.NAME\("),
+    "tests/typed/typed_api.py": has("tests/typed/typed_api.py", r"\bstore\.NAME\("),
     "tests/guide/calls.md": has("tests/guide/calls.md", r"`NAME\(|store\.NAME\("),
     "CHANGELOG.md": has("CHANGELOG.md", r"`NAME`"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def import_error(*path: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from squidstep_redis.protocol.scripts import names, script
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json, sys

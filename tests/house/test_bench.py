@@ -19,8 +19,8 @@ from bench.measure import QUICK, Bars, Budget, Pace, Result, Side, Spread, Work,
 from bench.plot import plot
 from bench.report import with_performance
 
-BENCH = Path(__file__).with_name("bench")
-README = Path(__file__).parents[1] / "README.md"
+BENCH = Path(__file__).parents[1] / "bench"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_command_prints_its_table_and_keeps_it(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import squidstep_redis.rq.stores
 from squidstep_redis import Level, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "tests" / "guide").glob("*.md"))]
 TESTING_GUIDE = REPOSITORY / "tests" / "guide" / "testing.md"  # tests/kit/test_guide.py runs it
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
