@@ -55,6 +55,7 @@ class StepExplanation(NamedTuple):
             left; "final": it has failed permanently; "cancelled": its run is cancelled, so it does not begin.
         attempt: number of the latest claim; 0 if there was none.
         owner: who made the latest claim, if known.
+        started_at: when the latest claim was made; None if there was none.
         until: when the lease ends or has ended, or when the step can be claimed again; None if neither applies.
         why: why it is in this state.
         next: what happens next, if no operator acts.
@@ -67,6 +68,7 @@ class StepExplanation(NamedTuple):
     reason: Reason
     attempt: int
     owner: str | None
+    started_at: datetime | None
     until: datetime | None
     why: str
     next: str
@@ -166,8 +168,9 @@ def explain(
     facts = _Facts(step_run, attempts, cancel_reason, now)
     why, after, actions = facts.explain(reason)
     until = step_run.lease_ends_at or step_run.retry_at
-    head = (step_run.run_id, step_run.step, step_run.status, reason, step_run.attempt, step_run.owner, until)
-    return StepExplanation(*head, why, after, actions)
+    head = (step_run.run_id, step_run.step, step_run.status, reason)
+    claim = (step_run.attempt, step_run.owner, step_run.started_at, until)
+    return StepExplanation(*head, *claim, why, after, actions)
 
 
 class _Facts(NamedTuple):

@@ -204,6 +204,15 @@ class StepRun:
         token = self.token if runs else b""
         return StepRun(self.prefix, self.run_id, self.step, line, payloads, decode, token, cancel_reason)
 
+    def with_claim(self) -> StepRun:
+        """Returns this step run with the claim that it shows, as the holder has it; with none unless it is running.
+
+        For operators: `release_step(step_run.with_claim())` releases exactly this claim. An `id` stands for any holder.
+        """
+        token = self._line.token if self.status is StepStatus.RUNNING else b""
+        payloads = cast("_Payloads", tuple(self._payloads))
+        return StepRun(self.prefix, self.run_id, self.step, self._line.format(), payloads, self._decode, token)
+
     @property
     def id(self) -> str:
         """Opaque id, the same from schedule to completion. Accepted wherever a step run is; see `complete_step`."""

@@ -149,7 +149,8 @@ def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, y
     """Releases the claim of a dead worker.
 
     The step becomes pending at once, and the attempt does not count. Check first that the worker is dead. A live worker
-    is not stopped, but the store rejects its result.
+    is not stopped, but the store rejects its result. Only the claim that is shown is released: if another worker takes
+    over before you confirm, nothing changes, and the exit code is 1.
     """
     with store_or_exit(options) as store:
         claimed = store.get_step_run(run, step)
@@ -160,7 +161,7 @@ def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, y
         owner = f" by {claimed.owner}" if claimed.owner else ""
         claim = f"attempt {claimed.attempt}{owner}, {format_lease(claimed)}"
         if confirm(f"release {step} of {run} from {claim}", yes=yes, dry_run=dry_run):
-            store.release_step(claimed.id)
+            store.release_step(claimed.with_claim())  # its id would stand for a worker that took over meanwhile, too
             print_line(f"released {step} of {run}")
 
 

@@ -80,10 +80,18 @@ class Actions:
         current = await self._reader.step_run(run_id, step)
         if current is None:
             raise StepRunNotFoundError(run_id, step, "there is no such step run; nothing was written")
-        if current.status is not StepStatus.RUNNING or str(current.attempt) != attempt:
+        # The attempts of a run that was deleted and created again have the same numbers.
+        began = "" if current.started_at is None else current.started_at.isoformat()
+        if current.status is not StepStatus.RUNNING or (str(current.attempt), began) != (
+            attempt,
+            form.get("began", ""),
+        ):
             problem = f"it is {current.status} in attempt {current.attempt}, not running in attempt {attempt}"
+            if current.status is StepStatus.RUNNING and str(current.attempt) == attempt:
+                problem = f"it is running in another attempt {attempt}, which began at {began}"
             raise StaleStepRunError(current, f"the step was not released, because {problem}. Nothing was written")
-        await self._store.release_step(current.id)
+        # Its id would stand for a worker that has taken over since it was read, too.
+        await self._store.release_step(current.with_claim())
         return _see(request, "step", run=run_id, step=step, done="released")
 
     async def cancel(self, request: Request) -> Response:

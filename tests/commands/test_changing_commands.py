@@ -72,6 +72,24 @@ class TestChanges:
         assert "the step is pending, not running" in run("release", "run", "pay", "--yes", *options).stderr
         assert "no such step" in run("release", "run", "none", "--yes", *options).stderr
 
+    def test_release_leaves_a_later_claim_alone(
+        self, server: EmbeddedServer, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dead = begun(store.begin_step("run", "pay", {}, owner="dead"))
+
+        def confirm_after_a_takeover(*_: object, **__: object) -> bool:
+            store.expire_claim(dead)
+            store.begin_step("run", "pay", {}, owner="alive")
+            return True
+
+        monkeypatch.setattr("squidstep_redis.cli.changes.confirm", confirm_after_a_takeover)
+        refused = run("release", "run", "pay", *options_of(server, store))
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "attempt 2 holds the claim. Nothing was written" in refused.stderr
+        current = store.get_step_run("run", "pay")
+        assert current is not None
+        assert (current.status, current.owner) == (StepStatus.RUNNING, "alive")
+
     def test_cancel_and_resume_are_shown(self, server: EmbeddedServer, store: StepRunStore) -> None:
         options = options_of(server, store)
         store.schedule_step("run", "pay", {})

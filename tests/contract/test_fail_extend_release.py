@@ -9,6 +9,7 @@ from support.records import begun, stored
 from squidstep_redis import (
     Outcome,
     StaleStepRunError,
+    StepRun,
     StepRunStore,
     StepStatus,
 )
@@ -165,3 +166,35 @@ class TestReleaseStep:
 
         with pytest.raises(StaleStepRunError):
             store.release_step(step_run)
+
+
+@pytest.mark.parametrize("operation", ["release_step", "fail_step", "complete_step", "extend_claim"])
+def test_operator_ends_the_claim_that_a_read_shows(store: StepRunStore, operation: str) -> None:
+    begun(store.begin_step("run", "pay", {"amount": 1}, lease=60))
+    shown = stored(store)
+    with pytest.raises(StaleStepRunError, match="carries no claim"):
+        call_on(store, operation, shown)
+
+    assert call_on(store, operation, shown.with_claim()).input == {"amount": 1}
+
+
+@pytest.mark.parametrize("operation", ["release_step", "fail_step", "complete_step", "extend_claim"])
+def test_operator_cannot_end_a_later_claim(store: StepRunStore, operation: str) -> None:
+    begun(store.begin_step("run", "pay", {"amount": 1}, lease=60))
+    shown = store.expire_claim(stored(store))
+    winner = begun(store.begin_step("run", "pay", {"amount": 1}, lease=60))
+
+    with pytest.raises(StaleStepRunError, match="attempt 2 holds the claim"):
+        call_on(store, operation, shown.with_claim())
+    assert stored(store) == winner
+
+
+def test_step_that_does_not_run_has_no_claim_to_show(store: StepRunStore) -> None:
+    store.release_step(begun(store.begin_step("run", "pay", {})))
+
+    assert stored(store).with_claim().token == b""
+
+
+def call_on(store: StepRunStore, operation: str, step_run: StepRun) -> StepRun:
+    arguments: dict[str, tuple[object, ...]] = {"release_step": (), "extend_claim": (60,)}
+    return getattr(store, operation)(step_run, *arguments.get(operation, ({},)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from support.backends import Bench
 from support.records import begun
 from support.web import Site
 
-from squidstep_redis import Outcome, StepStatus
+from squidstep_redis import Outcome, StepRun, StepStatus
+from squidstep_redis.web.reads import Reader
 
 
 def fail(store: Any, run: str, step: str = "pay", type_: str = "TimeoutError") -> None:
@@ -60,6 +62,36 @@ def test_a_later_claim_is_not_released(acting_site: Site) -> None:
     refused = acting_site.submit(page, "/release?")
     assert refused.status == 409
     assert "it is running in attempt 3, not running in attempt 2. Nothing was written" in refused.text
+    assert statuses(acting_site, "run-1") == [StepStatus.RUNNING]
+
+
+def test_a_claim_of_a_run_created_again_is_not_released(acting_site: Site) -> None:
+    begun(acting_site.store.begin_step("run-1", "pay", {}))
+    page = acting_site.get("/step?run=run-1&step=pay")
+    acting_site.store.delete_run("run-1", tombstone=0.001)
+    time.sleep(0.005)
+    begun(acting_site.store.begin_step("run-1", "pay", {}))
+    refused = acting_site.submit(page, "/release?")
+    assert refused.status == 409
+    assert "it is running in another attempt 1, which began at" in refused.text
+    assert statuses(acting_site, "run-1") == [StepStatus.RUNNING]
+
+
+def test_a_takeover_after_the_last_look_is_not_released(acting_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = begun(acting_site.store.begin_step("run-1", "pay", {}))
+    page = acting_site.get("/step?run=run-1&step=pay")
+    read = Reader.step_run
+
+    async def read_before_a_takeover(reader: Reader, run_id: str, step: str) -> StepRun | None:
+        found = await read(reader, run_id, step)
+        await acting_site.asyncio_store.expire_claim(dead)
+        await acting_site.asyncio_store.begin_step(run_id, step, {})
+        return found
+
+    monkeypatch.setattr(Reader, "step_run", read_before_a_takeover)
+    refused = acting_site.submit(page, "/release?")
+    assert refused.status == 409
+    assert "attempt 2 holds the claim. Nothing was written" in refused.text
     assert statuses(acting_site, "run-1") == [StepStatus.RUNNING]
 
 
