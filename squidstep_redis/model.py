@@ -57,7 +57,8 @@ OUTCOME: Final = {
     b"n": Outcome.FAILED,
 }
 
-_N, _N_OR_EMPTY, _TOKEN = rb"(\d{1,14})", rb"(\d{0,14})", rb"([!-~]*)"
+# At most 13 digits, so that the sum of three is still a date, and exact text in Lua.
+_N, _N_OR_EMPTY, _TOKEN = rb"(\d{1,13})", rb"(\d{0,13})", rb"([!-~]*)"
 _LINE: Final = re.compile(
     b" ".join((FORMAT + rb"([prcfxn])", _N, _N_OR_EMPTY, _TOKEN, *3 * (_N_OR_EMPTY,), _N, _N, _TOKEN, rb"(.*)")),
     re.DOTALL,

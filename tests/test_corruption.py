@@ -214,8 +214,54 @@ class TestInvalidLine:
         calls = store.calls
         broken = [calls.get_step_run("run", "held"), calls.get_step_run("run", "completed"), calls.get_run("run")]
         broken += [calls.scan_steps("run"), calls.completed_outputs("run"), calls.begin_step("run", "completed", {})]
+        broken += [calls.export_run("run")]
 
         assert_rejected(bench, store, broken, CorruptRunError, key)
+
+    @pytest.mark.parametrize("step", [b"gone", b"held"])
+    def test_order_that_names_another_step_is_rejected(
+        self, bench: Bench, store: StepRunStore, held: StepRun, step: bytes
+    ) -> None:
+        key, done, *_ = bench.keys("run")
+        bench.backend.raw.zrem(done, "completed")
+        bench.backend.raw.zadd(done, {step: 1})
+
+        assert_rejected(bench, store, [store.calls.export_run("run")], CorruptRunError, key)
+
+    @pytest.mark.parametrize("line", [b"1r 1  t %b %b  %b 1  ", b"1x 1  t %b %b %b %b 1  ", b"1f 1  t  %b %b %b 1  "])
+    def test_times_whose_sum_is_no_date_are_rejected(
+        self, bench: Bench, store: StepRunStore, held: StepRun, line: bytes
+    ) -> None:
+        key = bench.keys("run")[0]
+        bench.backend.raw.hset(key, "sheld", line.replace(b"%b", b"9" * 14))
+        calls = [store.calls.get_step_run("run", "held"), store.calls.get_run("run"), store.calls.export_run("run")]
+        calls += [store.calls.begin_step("run", "held", {}), store.calls.fail_step(held.id, {})]
+
+        assert_rejected(bench, store, calls, CorruptRunError, key)
+        (summary,) = store.runs().runs
+        assert "field 'sheld' is missing, or squidstep_redis did not write it" in (summary.problem or "")
+
+    def test_largest_times_of_a_line_are_dates(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+        line = b"1f 1  t %b %b %b %b 1  ".replace(b"%b", b"9" * 13)
+        bench.backend.raw.hset(bench.keys("run")[0], "sheld", line)
+
+        read = stored(store, "run", "held")
+        assert read.retry_at == read.ended_at
+        assert store.begin_step("run", "held", {}).delayed
+        assert store.export_run("run")["steps"]
+
+    def test_attempt_without_a_beginning_is_rejected(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
+        key = bench.keys("run")[0]
+        bench.backend.raw.hset(key, "sheld", b"1r 1  t    1790000000000 1  ")
+
+        assert_rejected(bench, store, [store.calls.attempts("run", "held")], CorruptRunError, key)
+
+    def test_field_of_an_attempt_beyond_any_number_is_ignored(
+        self, bench: Bench, store: StepRunStore, held: StepRun
+    ) -> None:
+        bench.backend.raw.hset(bench.keys("run")[0], "a" + "9" * 5_000 + ":held", b"nonsense")
+
+        assert [step["history"] for step in store.export_run("run")["steps"]] == [[]] * 5
 
 
 class TestInvalidStepName:

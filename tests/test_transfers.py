@@ -80,7 +80,11 @@ def prepare(bench: Bench, store: StepRunStore, run: str = "run") -> StepRun:
 def all_fields(store: StepRunStore, run: str = "run") -> Any:
     """Returns every field that the reads return."""
     step_runs = store.get_run(run)
-    names = [name for name in dir(StepRun) if name[0] != "_" and name not in ("prefix", "id", "after_transition")]
+    names = [
+        name
+        for name in dir(StepRun)
+        if name[0] != "_" and name not in ("prefix", "id", "after_transition", "with_claim")
+    ]
     fields = [{name: getattr(step_run, name) for name in names} for step_run in step_runs]
     attempts = [store.attempts(run, step_run.step) for step_run in step_runs]
     return fields, attempts, store.completed_steps(run), store.completed_outputs(run), store.step_statuses(run)

@@ -1,13 +1,13 @@
 -- record: reads the records of a run, and makes the checks that every script makes first.
 --
 -- README.md draws the hash `steps` and its lines. Parsed parts stay text until a script calculates with them, so a
--- script that rewrites a line converts only what it changes. Times are milliseconds with fewer than 15 digits, so that
--- .. writes them in full.
+-- script that rewrites a line converts only what it changes. Times are milliseconds; each part has few enough digits that
+-- .. writes the sum of three in full.
 
 -- include grammar
 
 local nonce = ARGV[1]
-local MAX_DIGITS = 14 -- Lua calculates with larger numbers, but inexactly, and a loop may never reach its end
+local MAX_DIGITS = 13 -- as in model.py
 
 local function now_ms()
   local time = redis.call("TIME")

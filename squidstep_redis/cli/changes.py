@@ -15,7 +15,6 @@ from rich.console import Console
 
 from squidstep_redis import (
     CorruptRunError,
-    InvalidArgumentError,
     ServerError,
     StaleStepRunError,
     StepRunStore,
@@ -179,11 +178,14 @@ def complete_command(options: StoreOptions, run: str, step: str, output: str, dr
     worker must have expired. Nothing is executed, and no further step is scheduled. The history names you as the owner.
     The exit code is 1 if the step cannot be completed.
     """
-    payload = _parse_output(sys.stdin.read() if output == "-" else output)
+    payload = _parse_output(output)
     with store_or_exit(options) as store:
         current = store.get_step_run(run, step)
         if current is None:
             fail(f"run {run!r}, step {step!r}: no such step: it has neither been scheduled nor begun", 1)
+        store.calls.complete_step(current.id, payload)  # rejects an output that cannot be stored; it sends nothing
+        if (summary := store.summarize_run(run)) is not None and summary.cancel_reason is not None:
+            fail(f"run {run!r}, step {step!r}: nothing was stored: the run is cancelled; resume it first", 1)
         owner = _owner("complete")
         if not confirm(f"complete {step} of {run}, which is {current.status}", yes=yes, dry_run=dry_run):
             return
@@ -197,18 +199,15 @@ def complete_command(options: StoreOptions, run: str, step: str, output: str, dr
             fail(f"run {run!r}, step {step!r}: {problem}", 1)
         begun = store.begin_step(run, step, {}, lease=_LEASE, owner=owner, fingerprint=False)
         if begun.decision == "skip":
-            fail(f"run {run!r}, step {step!r}: nothing was stored: the step is {begun.reason}", 1)
-        try:
-            store.complete_step(begun.step_run, payload)
-        except InvalidArgumentError:
-            store.release_step(begun.step_run)
-            raise
+            fail(f"run {run!r}, step {step!r}: the output was not stored: the step is {begun.reason}", 1)
+        store.complete_step(begun.step_run, payload)
         print_line(f"completed {step} of {run}")
 
 
 def _parse_output(text: str) -> dict[str, Any]:
+    """Reads the output of `complete`; for "-" from stdin."""
     try:
-        payload = json.loads(text)
+        payload = json.loads(sys.stdin.buffer.read().decode() if text == "-" else text)
     except (ValueError, RecursionError) as error:
         raise click.BadParameter(escaped(f"is not JSON: {error}"), param_hint="--output") from error
     if not isinstance(payload, dict):

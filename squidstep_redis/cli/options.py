@@ -27,9 +27,12 @@ class Age(click.ParamType[timedelta] if TYPE_CHECKING else click.ParamType):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
         """Converts the text of an option."""
         match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw]?)", str(value))
-        if match is None:
+        try:
+            if match is None:
+                raise ValueError
+            return timedelta(**{_UNITS[match[2] or "s"]: float(match[1])})
+        except (ValueError, OverflowError):  # the latter for more weeks than a timedelta can have
             self.fail(f"{value!r} is not an age: use 90d, 12h, or 3600 (seconds)", param, ctx)
-        return timedelta(**{_UNITS[match[2] or "s"]: float(match[1])})
 
 
 class Since(click.ParamType[datetime] if TYPE_CHECKING else click.ParamType):

@@ -43,7 +43,7 @@ _STATES: Final = {
 }
 _LETTERS: Final = {state: letter for letter, state in _STATES.items()}
 _TOKEN: Final = re.compile(r"[!-~]{0,64}")
-_HISTORY: Final = re.compile(rb"a(\d+):(.+)", re.DOTALL)
+_HISTORY: Final = re.compile(rb"a(\d{1,13}):(.+)", re.DOTALL)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _MAX_NUMBER: Final = 10**9
 
@@ -83,11 +83,15 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
         if match := _HISTORY.fullmatch(name):
             histories.setdefault(match[2], []).append((int(match[1]), entry))
     steps: list[Document] = []
+    completed = set(order)
     for name, line in fields.items():
         if name[:1] != b"s":
             continue
         step = step_name(run_id, name[1:], key)
         state, rest = _state(run_id, key, step, line)
+        is_completed = state["state"] == "completed"
+        if b"i" + name[1:] not in fields or {is_completed} != {step in completed, b"o" + name[1:] in fields}:
+            raise corrupt(run_id, key.decode(), f"s{step}")
 
         def payload(kind: bytes, called: str, step: str = step, line: bytes = line) -> Any:
             data = fields.get(kind + step.encode())
@@ -113,6 +117,8 @@ def to_document(run_id: str, key: bytes, fields: dict[bytes, bytes], order: list
                 "history": history,
             }
         )
+    if lost := completed.difference(each["step"] for each in steps):
+        raise corrupt(run_id, key.decode(), f"s{min(lost)}")
     return {
         "squidstep_run": VERSION,
         "run_id": run_id,
@@ -286,7 +292,7 @@ class _Part:
             return None
         try:
             read = datetime.fromisoformat(value)
-            if read.tzinfo is None or not moment(0) <= read < moment(10**14):
+            if read.tzinfo is None or not moment(0) <= read < moment(10**13):
                 raise ValueError(value)
         except (TypeError, ValueError):
             self.reject(name, f"must be an ISO 8601 time with a time zone, not {described(value)}")

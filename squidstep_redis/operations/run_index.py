@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Final, NamedTuple
 
+from squidstep_redis.model import moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.pacing import load
 from squidstep_redis.operations.reads import pairs
@@ -15,6 +17,8 @@ from squidstep_redis.protocol.workflow import Workflow
 _GROWTH: Final = 8  # each further part of a bucket's index is this many times as large
 _GROWTH_IF_LOOKED_AT: Final = 2  # with a status, since that takes longer
 _MAX_PART: Final = 500  # runs, at which one script looks: about 1 ms of the server's time
+
+_LATEST: Final = 10**13  # ms; of state lines, too
 
 Position = tuple[int, bytes]  # minus the time of the run's creation in milliseconds, and the run: ascending
 
@@ -76,7 +80,8 @@ class Bucket:
         self.entries: list[Entry] = []
         self.count = 0
         # Where the next part begins; None: there is none.
-        limits = [ms for ms in (selection.newest, None if after is None else -after[0]) if ms is not None]
+        first = None if after is None or -after[0] >= _LATEST else -after[0]
+        limits = [ms for ms in (selection.newest, first) if ms is not None]
         self._newest: bytes | None = b"%d" % min(limits) if limits else b"+inf"
 
     def call(self, operation: str) -> Call[Reply]:
@@ -94,7 +99,7 @@ class Bucket:
         self.size = min(self._growth * self.size, _MAX_PART)
         for member, ms in pairs(entries):
             run_id, labels = run_of_member(member)
-            position = (-int(float(ms)), run_id)
+            position = (-listed_at(ms), run_id)
             if self._after is None or position > self._after:
                 self.entries.append(Entry(position, labels))
         return int(work)
@@ -102,13 +107,23 @@ class Bucket:
     @property
     def loaded_to(self) -> int | None:
         """Minus the time of the last run that may be loaded in part; None if all are loaded."""
-        return None if self._newest is None else -int(float(self._newest))
+        return None if self._newest is None else -listed_at(self._newest)
 
     def take(self, settled_to: int | None) -> list[Entry]:
         """Removes and returns the loaded runs that are newer than that; None: all of them."""
         taken = [each for each in self.entries if settled_to is None or each.position[0] < settled_to]
         self.entries = self.entries[len(taken) :]
         return taken
+
+
+def listed_at(score: bytes) -> int:
+    """Returns the milliseconds by which an entry is listed. A score that no clock has counts as the nearest time."""
+    return int(min(max(float(score), 0), _LATEST))
+
+
+def created_at(score: bytes) -> datetime | None:
+    """Returns when the run of an entry was created; None if the entry does not tell."""
+    return moment(int(float(score))) if score and 0 <= float(score) < _LATEST else None
 
 
 def drop_stale_runs(context: Context) -> Workflow[None]:

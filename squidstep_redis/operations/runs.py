@@ -15,7 +15,7 @@ from squidstep_redis.operations.indexes import drop_stale_entries
 from squidstep_redis.operations.lifecycle import tombstone_ms
 from squidstep_redis.operations.pacing import Pacer
 from squidstep_redis.operations.reads import pairs
-from squidstep_redis.operations.run_index import drop_stale_runs
+from squidstep_redis.operations.run_index import created_at, drop_stale_runs
 from squidstep_redis.operations.scans import find_shards, scan_page
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Seconds
@@ -168,7 +168,7 @@ class RunScan:
             None if changed is None else moment(changed),
             self.problem,
             self.cancel_reason,
-            moment(int(float(self.entered))) if self.entered else None,
+            created_at(self.entered),
             parse_labels(self.labels),
         )
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from squidstep_redis.errors import CorruptRunError, SquidstepError
 from squidstep_redis.model import FORMAT, OUTCOME, Attempt, StateLine, StepRun
@@ -17,7 +16,7 @@ StoredPayloads = tuple[bytes | None, bytes | None, bytes | None, bytes | None]
 NO_PAYLOADS: Final[StoredPayloads] = (None, None, None, None)
 
 IMPORTED_CHECKPOINT: Final = b"0 import 0\n"  # before the payload; any checkpoint is later
-_CHECKPOINT: Final = re.compile(rb"\d{1,14} \S+ \d+")
+_CHECKPOINT: Final = re.compile(rb"\d{1,13} \S+ \d+")
 
 LEASE_EXPIRED: Final = b"lease_expired"
 """What is stored as the error of a step whose last allowed attempt lost its lease. No codec encodes it: the same bytes
@@ -121,7 +120,8 @@ class Records:
         """
         line, _, error = entry.partition(b"\n")  # an owner has no line break: the first one ends the line
         step_run = self.step_run(run, step, line, (None, None, error or None, None), key)
-        started = cast("datetime", step_run.started_at)
+        if (started := step_run.started_at) is None:
+            raise self._unreadable(run, step, line, key)
         outcome = OUTCOME[line[1:2]]
         return Attempt(step_run.attempt, step_run.owner, outcome, step_run.last_error, started, step_run.ended_at)
 

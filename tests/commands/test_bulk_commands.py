@@ -171,29 +171,36 @@ class TestComplete:
         begun(store.begin_step("run", "live", {}, lease=60, owner="w1"))
         store.complete_step(begun(store.begin_step("run", "done", {})), {"mine": 1})
         store.schedule_step("stopped", "pay", {})
+        add_failed_step(store, "stopped", "failed")
         store.cancel_run("stopped")
 
         for run_id, step, problem in (
             ("run", "live", "the step is running by w1, lease ends in "),
             ("run", "done", "the step is completed"),
-            ("stopped", "pay", "the step is cancelled"),
+            ("stopped", "pay", "the run is cancelled; resume it first"),
+            ("stopped", "failed", "nothing was stored: the run is cancelled"),
             ("run", "none", "no such step: it has neither been scheduled nor begun"),
         ):
             ended = run("complete", run_id, step, "--output", "{}", "--yes", *options)
             assert (ended.returncode, ended.stdout) == (1, "")
             assert problem in ended.stderr
         assert stored(store, "run", "done").output == {"mine": 1}
+        assert stored(store, "stopped", "failed").status == StepStatus.FAILED
 
-    @pytest.mark.parametrize("output", ["{", "[]", "7", '{"a": 99999999999999999999}', "[" * 100_000])
+    @pytest.mark.parametrize(
+        "output", ["{", "[]", "7", '{"a": 99999999999999999999}', '{"a": NaN}', '{"a": "\\ud800"}', "[" * 100_000, "-"]
+    )
     def test_invalid_output_is_refused_and_changes_nothing(
         self, store: StepRunStore, options: list[str], output: str
     ) -> None:
         store.schedule_step("run", "pay", {})
-        ended = run("complete", "run", "pay", "--output", output, "--yes", *options)
-        assert ended.returncode == 2, ended.stderr
-        assert "output" in ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert store.step_statuses("run") == {"pay": StepStatus.PENDING}
+        add_failed_step(store, "run", "failed")
+        for step in ("pay", "failed"):
+            ended = invoke("complete", "run", step, "--output", output, "--yes", *options, input=b"{\xff}")
+            assert ended.exit_code == 2, ended.stderr
+            assert "output" in ended.stderr
+        assert store.step_statuses("run") == {"pay": StepStatus.PENDING, "failed": StepStatus.FAILED}
+        assert len(store.attempts("run", "failed")) == 1
 
 
 def test_json_of_explanations_has_actions_and_times(store: StepRunStore, options: list[str]) -> None:

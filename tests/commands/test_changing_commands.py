@@ -146,7 +146,7 @@ class TestChanges:
         assert run("purge", "--older-than", "0.001", "--yes", *options).stdout == "deleted 4 runs\n"
         assert [each.run_id for each in store.runs().runs] == ["pending"]
 
-    @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0"])
+    @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0", "999999999w"])
     def test_purge_rejects_an_invalid_age(self, server: EmbeddedServer, age: str) -> None:
         ended = run("purge", "--older-than", age, "--yes", "-u", server.url)
         assert (ended.returncode, ended.stdout) == (2, "")

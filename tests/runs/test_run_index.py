@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import timedelta
+from math import inf
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def schedule_in_order(bench: Bench, store: StepRunStore, *runs: str) -> None:
         wait_until(lambda now=now: int(bench.backend.now() * 1_000) > now)
 
 
-def set_created(bench: Bench, run_id: str, ms: int) -> None:
+def set_created(bench: Bench, run_id: str, ms: float) -> None:
     """Changes the time at which the index says that a run was created."""
     bench.backend.raw.zadd(index_of(bench, run_id), {f"{len(run_id)}:{run_id}".encode(): ms})
 
@@ -277,6 +278,23 @@ class TestEntries:
 
         assert listed(store) == ["run"]
         assert bench.indexed() == {b"3:run"}
+
+    @pytest.mark.parametrize("score", [inf, -inf, 1e300, -1e300, 3e14, -1])
+    def test_time_that_no_clock_has_hides_no_run(self, bench: Bench, store: StepRunStore, score: float) -> None:
+        runs = ["run", *runs_of_one_bucket(3)]
+        schedule_in_order(bench, store, *runs)
+        for run in runs[1:3]:
+            set_created(bench, run, score)
+
+        assert (
+            set(listed(store, limit=1))
+            == set(listed(store))
+            == {each.run_id for each in store.overview().runs}
+            == set(runs)
+        )
+        created = {each.run_id: each.created_at for each in store.runs().runs}
+        assert [run for run in runs if created[run] is None] == runs[1:3]
+        assert store.purge(60) == []
 
     def test_run_that_is_created_again_has_its_new_labels(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "step", {}, labels=ACME)
