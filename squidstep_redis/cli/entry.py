@@ -6,6 +6,8 @@ when it is needed.
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from importlib import import_module
@@ -49,6 +51,7 @@ _COMMANDS: Final = {
 }
 _FROM_EXTRAS: Final = ("click", "jinja2", "markupsafe", "rich", "rq", "starlette", "uvicorn")
 _RECURSION_LIMIT: Final = 10_000  # payloads of 500 levels are stored; json and rich use several frames for each
+_OUTPUT_FAILURES: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _EXIT_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_AGAIN_SECONDS: Final = (0.001, 0.25)  # first, and then again and again
 
@@ -66,7 +69,13 @@ def main() -> None:
     _prepare_streams()
     sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION_LIMIT))
     try:
-        build_group()()
+        _run()
+    except OSError as error:
+        if error.errno not in _OUTPUT_FAILURES:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter would try again to write, and fail
+        # A reader such as `head` may have had enough.
+        sys.exit(1 if error.errno == errno.EPIPE else f"squidstep: cannot write the output: {error.strerror}")
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
@@ -79,8 +88,19 @@ def main() -> None:
         raise
 
 
+def _run() -> None:
+    """Runs the command, and writes the rest of its output while a failure can still be reported."""
+    try:
+        build_group()()
+    finally:
+        sys.stdout.flush()
+
+
 def _prepare_streams() -> None:
-    """Lets any text be printed, also where the output's encoding lacks a character."""
+    """Lets any text be printed, also where the output's encoding lacks a character, or the caller closed a stream."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- for the whole process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
