@@ -1,4 +1,4 @@
-"""`squidstep` with the streams that a shell or a cron job gives it: closed, on a full disk, or into a pipe that has ended."""
+"""`squidstep` with the streams that a shell or a cron job gives it: closed, on a full disk, or into an ended pipe."""
 
 from __future__ import annotations
 

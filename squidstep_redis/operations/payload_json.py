@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode, b64encode
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any, Final, cast
 
 from squidstep_redis.errors import described
-from squidstep_redis.protocol.kinds import BY_TAG, kind_of
+from squidstep_redis.protocol.kinds import BY_TAG, datetime_of, is_datetime, kind_of
 
 _FLOATS: Final = ("inf", "-inf", "nan")  # JSON has all others
 
@@ -41,7 +41,7 @@ def to_json(value: Any) -> Any:
         return elements
     if type(value) is bytes:
         return {"$bytes": b64encode(value).decode()}
-    if type(value) is datetime:
+    if is_datetime(value):
         return {"$datetime": value.astimezone(UTC).isoformat()}
     if type(value) is float and not math.isfinite(value):
         return {"$float": str(value)}
@@ -93,7 +93,7 @@ def _scalar_from_json(tag: str, inner: Any) -> Any:
     if tag == "$bytes":
         return bytes_from_text(inner)
     if tag == "$datetime":
-        return datetime.fromisoformat(inner)
+        return datetime_of(inner)
     if tag == "$float" and inner in _FLOATS:
         return float(inner)
     if tag in BY_TAG and isinstance(inner, str):

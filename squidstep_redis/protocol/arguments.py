@@ -203,6 +203,13 @@ def moment_ms(argument: str, value: object) -> float | None:
     """Returns a datetime with a time zone in milliseconds since 1970; None for None."""
     if value is None:
         return None
-    if not isinstance(value, datetime) or value.tzinfo is None:
+    if not isinstance(value, datetime) or not _has_offset(value):
         raise InvalidArgumentError(argument, f"must be a datetime with a time zone, not {described(value)}")
     return value.timestamp() * 1_000
+
+
+def _has_offset(value: datetime) -> bool:
+    try:
+        return value.utcoffset() is not None
+    except Exception:  # noqa: BLE001 -- a time zone may raise anything
+        return False

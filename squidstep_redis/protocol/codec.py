@@ -22,7 +22,7 @@ from squidstep_redis.errors import (
     described,
 )
 from squidstep_redis.escaping import escaped
-from squidstep_redis.protocol.kinds import from_extension, kind_of, plain, problem_of
+from squidstep_redis.protocol.kinds import from_extension, is_datetime, kind_of, plain, problem_of
 from squidstep_redis.signals import defer_sigalrm
 
 Payload = dict[str, Any]
@@ -185,6 +185,9 @@ class Payloads:
     def __reduce__(self) -> tuple[type[Payloads], tuple[Codec, int, str]]:
         travels = type(self.codec) is MsgpackCodec
         return Payloads, (self._plain if travels else _AbsentCodec(self._name), self.max_bytes, self.prefix)
+
+    def __deepcopy__(self, _memo: object) -> Payloads:
+        return self  # in one process, the codec need not stay behind
 
     @property
     def _name(self) -> str:
@@ -352,7 +355,7 @@ def _as_decoded(value: object, extended: bool) -> object:
 def _as_decoded_key(value: Any, extended: bool) -> object:
     if extended:
         value = plain(value)
-    return value.astimezone(UTC) if type(value) is datetime and value.tzinfo is not None else value
+    return value.astimezone(UTC) if is_datetime(value) and value.utcoffset() is not None else value
 
 
 def _find_offender(payload: object, extended: bool) -> PayloadError | None:
@@ -372,7 +375,7 @@ def _find_offender(payload: object, extended: bool) -> PayloadError | None:
                 if problem := _key_problem(key, extended):
                     return PayloadError(f"key {inner}", problem)
                 if (converted := _as_decoded_key(key, extended)) in keys:
-                    same = "instant" if isinstance(converted, datetime) else "value"
+                    same = "instant" if is_datetime(converted) else "value"
                     return PayloadError(f"key {inner}", f"the same {same} as another key: one of the two would be lost")
                 keys.add(converted)
                 found.append((item, inner, depth + 1))
@@ -406,17 +409,23 @@ def _scalar_problem(value: object, extended: bool) -> str | None:
         return "NaN is not equal to itself, so it would not come back equal" if math.isnan(value) else None
     if type(value) is str:
         return "str with a lone surrogate, which UTF-8 cannot encode" if _SURROGATE.search(value) else None
-    if type(value) is datetime:
-        if value.tzinfo is None:
-            return "datetime without a time zone; use an aware one, such as datetime.now(timezone.utc)"
-        try:
-            msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
-        except (OverflowError, ValueError, TypeError) as error:  # the last if a test has replaced the class itself
-            return f"datetime that msgpack cannot encode ({error})"
-        return None
+    if is_datetime(value):
+        return _datetime_problem(value)
     if value is None or type(value) in (bool, bytes, bytearray):
         return None
     if extended:
         return problem_of(value) if kind_of(value) else f"{described(value)}; allowed are {_EXTENDED}"
     hint = _WITH_OPTION if kind_of(value) or isinstance(value, Enum) else ""
     return f"{described(value)}; allowed are {_ALLOWED}{hint}"
+
+
+def _datetime_problem(value: datetime) -> str | None:
+    if value.tzinfo is None:
+        return "datetime without a time zone; use an aware one, such as datetime.now(timezone.utc)"
+    try:
+        if value.utcoffset() is None:
+            return "datetime in a time zone without an offset, so it is no moment"
+        msgpack.unpackb(msgpack.packb(value, datetime=True), timestamp=3)
+    except Exception as error:  # noqa: BLE001 -- a time zone may raise anything
+        return f"datetime that msgpack cannot encode ({escaped(str(error))})"
+    return None

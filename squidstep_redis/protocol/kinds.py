@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import date, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 _FOLD: Final = " fold=1"  # of a time that clocks show twice; ISO 8601 cannot express it
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMEDELTA: Final = re.compile(r"(-?\d{1,9}) (\d{1,5}) (\d{1,6})", re.ASCII)
 
 
@@ -67,6 +68,19 @@ _BY_CODE: Final = {kind.code: kind for kind in _KINDS.values()}
 def kind_of(value: object) -> Kind | None:
     """Returns how a value is stored; None if it has none of these types. Subclasses are not of these types."""
     return _KINDS.get(type(value))
+
+
+def is_datetime(value: object) -> bool:
+    """Returns whether a value is a datetime, and no subclass of it.
+
+    A library that freezes time puts another class in the place of the name `datetime`, in all modules.
+    """
+    return type(value) is type(_EPOCH)
+
+
+def datetime_of(text: str) -> datetime:
+    """Returns the datetime of a text in ISO 8601; raises ValueError or TypeError for anything else."""
+    return type(_EPOCH).fromisoformat(text)
 
 
 def from_extension(code: int, data: bytes) -> Any:

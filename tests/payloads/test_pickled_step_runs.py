@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from typing import Any
@@ -41,6 +42,11 @@ def travelled(value: Any) -> Any:
 @pytest.fixture
 def sealing(bench: Bench) -> StepRunStore:
     return bench.store(codec=SealingCodec())
+
+
+def test_deep_copies_can_be_read_in_the_same_process(sealing: StepRunStore) -> None:
+    result = sealing.begin_step("run", "pay", {"card": "4111 1111"})
+    assert copy.deepcopy(result).step_run.input == {"card": "4111 1111"}
 
 
 def test_payloads_of_the_default_codec_can_be_read_after_pickling(store: StepRunStore) -> None:

@@ -6,7 +6,7 @@ import array
 import enum
 import math
 from collections import OrderedDict, defaultdict, namedtuple
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -25,7 +25,8 @@ from squidstep_redis import (
     StepRunStore,
     StepStatus,
 )
-from squidstep_redis.protocol import codec
+from squidstep_redis.operations import payload_json
+from squidstep_redis.protocol import codec, kinds
 
 
 def test_offline_store_raises_not_sent_error_on_every_send(offline: StepRunStore) -> None:
@@ -44,6 +45,49 @@ def test_path_leads_to_a_datetime_of_frozen_time(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(PayloadError, match="FrozenTime") as caught:
         MsgpackCodec(extended=extended).encode({"items": [{"at": FrozenTime.now(UTC)}]})
     assert caught.value.argument == "payload['items'][0]['at']"
+
+
+def test_frozen_time_hides_no_real_datetime(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (codec, kinds, payload_json):
+        monkeypatch.setattr(module, "datetime", FrozenTime, raising=False)
+    payload = {"real": [datetime(2026, 1, 1, tzinfo=UTC)]}
+
+    assert MsgpackCodec().encode({"pair": (1, 2), **payload})
+    assert payload_json.from_json(payload_json.to_json(payload)) == payload
+    assert type(payload_json.from_json({"$datetime": "2026-01-01T00:00:00+00:00"})) is datetime
+    with pytest.raises(PayloadError) as caught:
+        MsgpackCodec().encode({**payload, "odd": object()})
+    assert caught.value.argument == "payload['odd']"
+
+
+class Zone(tzinfo):
+    """A time zone of the user's, which has no offset or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def utcoffset(self, _moment: datetime | None, /) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def tzname(self, _moment: datetime | None, /) -> str:
+        return "nowhere"
+
+    dst = utcoffset
+
+
+def test_key_without_an_offset_is_rejected() -> None:
+    with pytest.raises(PayloadError, match="without an offset"):
+        MsgpackCodec().encode({"at": {datetime(2026, 1, 1, tzinfo=Zone()): 1}})
+
+
+@pytest.mark.parametrize("zone", [Zone(), Zone(KeyError("no data")), tzinfo()])
+@pytest.mark.parametrize("extended", [False, True])
+def test_datetime_without_an_offset_is_rejected(zone: tzinfo, extended: bool) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=zone)
+    for payload in ({"at": moment}, {"at": (moment,)}, {"at": [1, {"x": moment}]}):
+        with pytest.raises(PayloadError, match=r"payload\['at'\].*datetime"):
+            MsgpackCodec(extended=extended).encode(payload)
 
 
 class Text(str):
