@@ -66,6 +66,7 @@ _NAMES = {
     "summaries": ("ClaimCounts", "RunPage", "RunSummary", "StepPage", "StoreOverview"),
     "transport.events": ("Event",),
 }
+_WITHOUT_REDIS = ("errors", "explanations", "model", "summaries")
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 globals()["__all__"] = sorted(_MODULES)
@@ -74,6 +75,9 @@ globals()["__all__"] = sorted(_MODULES)
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _MODULES[name] not in _WITHOUT_REDIS:
+        # It has import cycles: threads that import parts of it at the same time get some of them half initialized.
+        import_module("redis")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from datetime import datetime
+from datetime import datetime, tzinfo
 from typing import Any, cast
 
 import pytest
@@ -247,6 +247,7 @@ class TestLapsedClaimsAndFailedSteps:
             {"step": ""},
             {"since": 3},
             {"since": datetime.fromordinal(1)},
+            {"since": datetime(2026, 1, 1, tzinfo=tzinfo())},
         ],
     )
     def test_invalid_filter_is_rejected(self, arguments: dict[str, Any]) -> None:
