@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from inspect import currentframe
 from types import FrameType
 from typing import Any, Final, Self, cast
+
+from squidstep_redis.steady import steady_time as time
 
 _ALARM: Final = getattr(signal, "SIGALRM", None)  # Windows has none
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
 from squidstep_redis.claims.aio_background import SideConnections
 from squidstep_redis.claims.extensions import Claim, ExtensionSchedule
+from squidstep_redis.steady import steady_time as time
 
 _SHORTEST_TIMEOUT: Final = 1.0  # seconds for a batch; usually a third of the shortest lease in it
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +19,7 @@ from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.server_errors import OutcomeUnknownError
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
 from squidstep_redis.claims.retrying import LAST_PAUSE
 from squidstep_redis.claims.rules import BaseClaim
+from squidstep_redis.steady import steady_time as time
 
 Claim = BaseClaim[Any]
 

@@ -6,7 +6,6 @@ There is one heartbeat for each store and process. After a fork, the child has n
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -15,6 +14,7 @@ from squidstep_redis.claims.recovery import Recovery
 from squidstep_redis.claims.separate import SeparateTransport
 from squidstep_redis.claims.threads import BackgroundThread
 from squidstep_redis.operations.calls import Calls
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.blocking import BlockingTransport
 
 

@@ -7,7 +7,6 @@ replies; the interrupted code waits for it at most a second.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from typing import ClassVar, Final
 
@@ -19,6 +18,7 @@ from squidstep_redis.errors import SquidstepError
 from squidstep_redis.escaping import escaped
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.server_errors import ServerError
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.blocking import run_workflow
 
 _log: Final = logging.getLogger("squidstep_redis")

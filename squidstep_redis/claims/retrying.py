@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any, Final, TypeVar
 
 from squidstep_redis.errors import CorruptRunError, InputMismatchError, SquidstepError, StepRunNotFoundError
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
 from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError, RefusedError, ServerError
+from squidstep_redis.steady import steady_time as time
 
 T = TypeVar("T")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -44,6 +43,7 @@ from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.protocol.workflow import Send, Sleep, Workflow
 from squidstep_redis.server_errors import ServerError
 from squidstep_redis.signals import is_raised_by_handler
+from squidstep_redis.steady import steady_time as time
 
 E = TypeVar("E", threading.Event, asyncio.Event)
 T = TypeVar("T")

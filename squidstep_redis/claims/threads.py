@@ -15,9 +15,10 @@ import _thread
 import math
 import os
 import threading
-import time
 from abc import ABC, abstractmethod
 from typing import ClassVar, Final
+
+from squidstep_redis.steady import steady_time as time
 
 _MAX_FAILURES: Final = 100  # without a pause, because the next claim may be due
 _CLOSE_SECONDS: Final = 0.2  # that `close` waits for an idle thread to end

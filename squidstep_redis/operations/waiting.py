@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
 from squidstep_redis.errors import WaitTimeoutError
@@ -14,6 +13,7 @@ from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import BlockOnStream, Send, Sleep, Workflow
+from squidstep_redis.steady import steady_time as time
 
 _FIRST_POLL: Final = 0.02  # seconds between the first two polls for a record that does not exist yet
 _LAST_POLL: Final = 1.0

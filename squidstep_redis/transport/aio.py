@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from copy import copy
 from logging import INFO
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import driver
 from squidstep_redis.transport.aio_cluster import ClusterConnections, HookedCluster
 from squidstep_redis.transport.aio_connection import AsyncConnections, HookedClient, OwnConnections

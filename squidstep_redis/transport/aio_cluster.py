@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from math import inf
@@ -20,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AskError, MovedError
 
 from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio_connection import (
     AsyncConnections,
     HookedClient,

@@ -7,7 +7,6 @@ import builtins
 import contextlib
 import os
 import select
-import time
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Final, cast
@@ -18,6 +17,7 @@ from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 from squidstep_redis.protocol.call import Command
 from squidstep_redis.server_errors import ReplyMismatchError
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio_connection import (
     AsyncConnections,
     OwnConnections,

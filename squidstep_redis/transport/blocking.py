@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from logging import INFO
 from typing import Any, TypeVar
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import driver
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.cluster import ClusterConnections, HookedCluster

@@ -6,7 +6,6 @@ redirect and after a failure.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from math import inf
@@ -17,6 +16,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, SlotNotCoveredError
 
 from squidstep_redis.protocol.call import Call, Command
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.connection import Connections, Halves, HookedClient, PooledConnections
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read

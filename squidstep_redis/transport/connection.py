@@ -11,7 +11,6 @@ when the server turned out to be no primary any more. Then the idle connections 
 from __future__ import annotations
 
 import os
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Final
 from redis.exceptions import AskError, RedisError, ResponseError
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import idle_of, own_connection, probed
 from squidstep_redis.transport.handshake import open_connection
 from squidstep_redis.transport.pool import borrow, give_back

@@ -18,7 +18,6 @@ raises ReplyMismatchError alone, upon which the connection is discarded.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ from squidstep_redis.errors import SquidstepError
 from squidstep_redis.protocol.call import Call, Command, EqualOutputError
 from squidstep_redis.protocol.groups import group, merged
 from squidstep_redis.server_errors import ReplyMismatchError
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.retry import (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import socket
-import time
 from typing import Any, cast
 
 from redis.connection import PythonRespSerializer
 from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.retry import RoundTripError
 

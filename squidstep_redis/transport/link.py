@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import deque
 from typing import Any, Final
 
 from redis.exceptions import ConnectionError, InvalidResponse, RedisError, ResponseError, TimeoutError
 
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.retry import RoundTripError, is_demotion
 from squidstep_redis.transport.stream import MORE, PUSH, new_reader
 

@@ -7,7 +7,6 @@ is taken out of the pool first, and set up afterwards. A pool with a `get_connec
 
 from __future__ import annotations
 
-import time
 from math import inf
 from queue import Empty
 from typing import Any, Final
@@ -17,6 +16,7 @@ from redis.connection import BlockingConnectionPool, ConnectionPool
 from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.handshake import open_connection
 from squidstep_redis.transport.retry import RoundTripError
 from squidstep_redis.transport.stream import stream_of

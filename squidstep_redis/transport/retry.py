@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -43,6 +42,7 @@ from squidstep_redis.server_errors import (
     ReplyMismatchError,
     ServerError,
 )
+from squidstep_redis.steady import steady_time as time
 
 
 class RoundTripError(Exception):

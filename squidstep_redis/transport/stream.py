@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any, Final, cast
@@ -22,6 +21,7 @@ from redis.exceptions import (
 )
 
 from squidstep_redis.protocol.call import Command
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.retry import RoundTripError, is_demotion
 

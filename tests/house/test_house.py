@@ -20,7 +20,18 @@ PACKAGE = Path(inspect.getfile(model)).parent
 
 # The layers, lowest first. A module imports from its own layer and from those below it, and from no other.
 LAYERS = (
-    ("docstrings", "durations", "errors", "escaping", "explanations", "model", "server_errors", "signals", "summaries"),
+    (
+        "docstrings",
+        "durations",
+        "errors",
+        "escaping",
+        "explanations",
+        "model",
+        "server_errors",
+        "signals",
+        "steady",
+        "summaries",
+    ),
     ("protocol",),
     ("operations",),
     ("transport",),
