@@ -147,6 +147,10 @@ def test_what_changed_nothing_emits_no_event(store: StepRunStore, events: list[E
     assert not store.expire_run("none", 60)
     assert store.delete_pending_steps("none", []) == []
     assert kinds(events) == []
+    store.schedule_step("run", "pay", {})
+    assert store.schedule_step("run", "pay", {}).decision == "skip"
+    assert store.schedule_steps("run", {"pay": {}}) == []
+    assert kinds(events) == [("schedule", "pay", None)]
 
 
 def test_purged_runs_emit_events(store: StepRunStore, events: list[Event]) -> None:

@@ -147,7 +147,8 @@ def events_of(call: Call[Any], result: object, seconds: float, batched: bool, pr
         begun = [result] if isinstance(result, BeginResult) else cast("dict[str, BeginResult]", result).values()
         for each in begun:
             yield event(each.decision, each.step_run, each.reason, each.takeover)
-    elif isinstance(result, ScheduleResult) and result.step_run.cancel_reason is not None:
-        yield event("skip", result.step_run, "cancelled")
+    elif isinstance(result, ScheduleResult) and result.decision == "skip":
+        if result.step_run.cancel_reason is not None:  # otherwise there was nothing to schedule
+            yield event("skip", result.step_run, "cancelled")
     elif (kind := _KINDS.get(operation) or _KINDS.get(call.script.name)) and result not in (False, []):
         yield event(kind, result if isinstance(result, StepRun) else None)
