@@ -80,7 +80,7 @@ class BaseClaim(Generic[E]):
         self._lease, self._lease_seconds = request.lease, request.lease_seconds
         self._sent: Call[BeginResult] | None = None  # what may have acquired the claim
         self._unrecorded: ServerError | None = None  # what ending the claim raised
-        self._unstorable: InvalidArgumentError | None = None  # why the output was rejected
+        self._unstorable: Exception | None = None  # why the output was rejected
         self._interruption: BaseException | None = None  # an exception from outside while the claim was ended
         self._loss: StaleStepRunError | StepRunNotFoundError | None = None
         self._step_run: StepRun | None = None
@@ -313,8 +313,9 @@ class BaseClaim(Generic[E]):
     def _completion(self, output: Mapping[str, Any], schedule: StepInputs | None) -> Call[StepRun]:
         try:
             return self._calls.complete_step(self.step_run, output, schedule=schedule)
-        except InvalidArgumentError as error:
-            self._unstorable = error
+        except Exception as error:
+            if not self._is_interruption(error):  # a codec may raise anything
+                self._unstorable = error
             raise
 
     def _fail(

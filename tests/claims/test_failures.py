@@ -6,17 +6,20 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
+from pickle import PicklingError
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.backends import Bench
 from support.claims import DeclinedError, Worker, charge, decline, fakeredis_only, outcomes
 from support.records import stored
 
 from squidstep_redis import (
     ExponentialBackoff,
     InvalidArgumentError,
+    MsgpackCodec,
     Outcome,
     PayloadError,
     PermanentError,
@@ -133,6 +136,27 @@ class TestUnstorableResult:
         assert any("cannot be stored" in note for note in raised.value.__notes__)
         assert stored(others).final
         assert "cannot be stored" in (stored(others).last_error or {})["traceback"]
+
+    @pytest.mark.parametrize("error", [RecursionError("deep"), PicklingError("no"), KeyError("x"), MemoryError()])
+    def test_an_output_that_the_codec_fails_on_is_not_executed_again(self, bench: Bench, error: Exception) -> None:
+        class Picky(MsgpackCodec):
+            def encode(self, payload: dict[str, Any]) -> bytes:
+                if "odd" in payload:
+                    raise error
+                return super().encode(payload)
+
+        executed: list[int] = []
+
+        def work(input: dict[str, Any]) -> Any:
+            executed.append(1)
+            return {"odd": 1}
+
+        worker = Worker(bench, bench.store(codec=Picky()))
+        with pytest.raises(type(error)):
+            worker.execute(work)
+        with pytest.raises(StepFailedError, match=type(error).__name__):
+            worker.execute(work)
+        assert executed == [1]
 
     def test_none_stands_for_an_empty_output(self, worker: Worker, others: StepRunStore) -> None:
         assert worker.execute(lambda _: None) == {}
