@@ -65,7 +65,10 @@ class ClaimedRequest:
         if self._decided.is_set():
             await self._send(message)
         elif message["type"] == "http.response.start":
-            self._start = message
+            # A copy in plain types: headers may be an iterator, a status a member of HTTPStatus, and the application
+            # may go on using its message.
+            headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+            self._start = {**message, "status": int(message["status"]), "headers": headers}
         elif message["type"] == "http.response.body" and self._start is not None:
             await self._take_body(self._start, message)
 
@@ -73,7 +76,7 @@ class ClaimedRequest:
         has_more = message.get("more_body", False)
         is_first = not self._body
         self._body += message.get("body", b"")
-        status, headers = start["status"], list(start.get("headers", ()))
+        status, headers = start["status"], start["headers"]
         is_stream = has_more and is_first and next(values_of(headers, b"content-length"), None) is None
         if status in self._rules.retry_statuses:
             await self._pass_on(await self._end(self._allow_retry(status)), has_more)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from inspect import iscoroutinefunction
 from typing import Any, Final, Literal, cast
 
 from squidstep_redis import (
@@ -133,8 +134,10 @@ class IdempotencyMiddleware:
         self._passes_unreachable = unreachable == "pass"
         self._docs_url = docs_url
         _check("store", isinstance(cast("object", store), AsyncStepRunStore), "must be an AsyncStepRunStore")
-        _check("tenant", tenant is None or callable(tenant), "must be a function of the scope, or None")
-        _check("required", isinstance(required, bool) or callable(required), "must be a bool or a function")
+        _check("tenant", tenant is None or _is_function(tenant), "must be a plain function of the scope, or None")
+        _check("required", isinstance(required, bool) or _is_function(required), "must be a bool or a plain function")
+        lower = sorted(method for method in self._methods if method != method.upper())
+        _check("methods", not lower, f"must be in upper case, as servers name them, not {', '.join(lower)}")
         _check("lease", cast("object", lease) is not None, "must not be None: a dead server would hold the key forever")
         store.claim_step("run", _STEP, {}, lease=lease)  # checks the lease; sends nothing
         for name, limit in (("max_request_bytes", max_request_bytes), ("max_response_bytes", max_response_bytes)):
@@ -142,7 +145,8 @@ class IdempotencyMiddleware:
         for name, choice in (("unstorable", unstorable), ("unreachable", unreachable)):
             _check(name, choice in ("refuse", "pass"), "must be 'refuse' or 'pass'")
         statuses = retry_statuses if isinstance(cast("object", retry_statuses), Collection) else [None]
-        _check("retry_statuses", all(type(each) is int for each in statuses), "must be a collection of ints")
+        are_ints = all(isinstance(each, int) and not isinstance(each, bool) for each in statuses)  # also HTTPStatus
+        _check("retry_statuses", are_ints, "must be a collection of ints")
         url = cast("object", docs_url)
         _check("docs_url", url is None or (isinstance(url, str) and url.isascii()), "must be an ASCII str, or None")
         self._rules = ResponseRules(
@@ -260,6 +264,12 @@ class IdempotencyMiddleware:
 def _check(argument: str, holds: bool, problem: str) -> None:
     if not holds:
         raise InvalidArgumentError(argument, problem)
+
+
+def _is_function(function: object) -> bool:
+    """Returns whether a call of it returns its result. What a coroutine function returns would always be true."""
+    is_coroutine_function = iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)
+    return callable(function) and not is_coroutine_function
 
 
 def _names(argument: str, values: Iterable[str]) -> tuple[str, ...]:

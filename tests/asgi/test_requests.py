@@ -128,15 +128,22 @@ def test_other_scopes_are_passed_on_as_they_are(site: Site, kind: str) -> None:
     assert all(found is passed for found, passed in zip(seen, given, strict=True))
 
 
+async def _asyncio(scope: object) -> Any:
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
         ({"tenant": "ann"}, "tenant"),
+        ({"tenant": _asyncio}, "tenant"),
         ({"header": "no header"}, "header"),
         ({"header": b"bytes"}, "header"),
         ({"methods": "POST"}, "methods"),
         ({"methods": [1]}, "methods"),
+        ({"methods": ["POST", "patch"]}, "methods"),
         ({"required": "yes"}, "required"),
+        ({"required": _asyncio}, "required"),
         ({"lease": None}, "lease"),
         ({"lease": 0}, "lease"),
         ({"unstored_headers": "date"}, "unstored_headers"),
@@ -146,6 +153,7 @@ def test_other_scopes_are_passed_on_as_they_are(site: Site, kind: str) -> None:
         ({"unreachable": None}, "unreachable"),
         ({"retry_statuses": 500}, "retry_statuses"),
         ({"retry_statuses": ["5xx"]}, "retry_statuses"),
+        ({"retry_statuses": [True]}, "retry_statuses"),
         ({"docs_url": 7}, "docs_url"),
         ({"docs_url": "https://example.com/schlüssel"}, "docs_url"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from support.backends import Bench
 
 from squidstep_redis import MsgpackCodec, Outcome, current_claim
 from squidstep_redis.asgi import RETRY_STATUSES, UNSTORED_HEADERS
+from squidstep_redis.asgi.messages import Receive, Scope, Send
 
 REFUSED = (500, "The response cannot be stored")
 PERMANENT = (500, "The request failed permanently")
@@ -288,3 +290,40 @@ def test_extensions_that_send_more_than_bodies_are_hidden(site: Site) -> None:
     site.run(client.request(extensions=given))
     site.run(client.request(extensions=given, key="plain", method="PUT"))
     assert seen == [{"tls": {"version": 1}}, given]
+
+
+def test_what_the_application_sends_may_be_of_any_iterable_type(site: Site) -> None:
+    """ASGI allows iterators as headers, and frameworks pass a member of HTTPStatus on."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [[bytearray(b"content-length"), b"4"], [b"x-charge", b"7"]]
+        message: dict[str, Any] = {"status": HTTPStatus.CREATED, "headers": map(iter, headers)}
+        await send({"type": "http.response.start", **message})
+        await send({"type": "http.response.body", "body": memoryview(b"pa"), "more_body": True})
+        await send({"type": "http.response.body", "body": bytearray(b"id")})
+
+    client = Client(site.behind_middleware(app))
+    replies = [site.run(client.request()) for _ in range(2)]
+    assert [(reply.status, reply.headers["x-charge"], reply.body) for reply in replies] == [(201, "7", b"paid")] * 2
+    assert [reply.is_replay for reply in replies] == [False, True]
+
+
+def test_a_message_that_is_reused_is_stored_as_it_was_sent(site: Site) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        message: dict[str, Any] = {"type": "http.response.start", "status": 201, "headers": [JSON]}
+        await send(message)
+        message["headers"].clear()
+        message.clear()
+        message.update(type="http.response.body", body=b"{}")
+        await send(message)
+
+    client = Client(site.behind_middleware(app))
+    for _ in range(2):
+        reply = site.run(client.request())
+        assert (reply.status, reply.headers["content-type"], reply.body) == (201, "application/json", b"{}")
+
+
+def test_statuses_of_the_standard_library_can_be_chosen(bench: Bench) -> None:
+    site = Site(bench, retry_statuses={HTTPStatus.PAYMENT_REQUIRED})
+    answering(site, 402)
+    assert [site.request().is_replay for _ in range(2)] == [False, False]
