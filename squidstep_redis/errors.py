@@ -385,6 +385,19 @@ def _last_error(step_run: StepRun) -> str:
     return f" (last error: {text if len(text) <= 200 else text[:199] + '…'})" if text else ""
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a note to an exception of the caller's, unless it accepts none, as a frozen dataclass.
+
+    Args:
+        error: the exception.
+        note: the note.
+    """
+    try:
+        error.add_note(note)
+    except (AttributeError, TypeError):
+        return
+
+
 def described(value: Any) -> str:
     """Describes a rejected value for a message: its type, and its repr cut to 60 characters.
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, Protocol, Type
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.request import DEFAULT_LEASE, ClaimSettings, StepSettings, unknown_argument
 from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
-from squidstep_redis.functions.execution import FunctionCall
+from squidstep_redis.functions.execution import FunctionCall, check_result
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.functions.labels import with_labels_of
 from squidstep_redis.functions.run_ids import run_id_of
@@ -276,9 +276,10 @@ def _call_in_run(run: QueueRun, fn: Callable[..., T], args: tuple[Any, ...], kwa
     before = run.current.get()
     try:
         run.current.set(run)
-        return fn(*args, **kwargs)
+        result = fn(*args, **kwargs)
     finally:
         run.current.set(before)
+    return result if run.id is None else check_result(fn, result)  # a coroutine would execute outside of the run
 
 
 async def _await_in_run(run: QueueRun, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.claims.threads import LockFreeEvent
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, UnfinishedClaim
-from squidstep_redis.errors import SquidstepError
+from squidstep_redis.errors import SquidstepError, add_note
 from squidstep_redis.model import StepRun
 from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
@@ -111,7 +111,7 @@ class Claim(BaseClaim[threading.Event]):
                 unfinished.deadline = time.monotonic() + self._longest_retry
             self._heartbeat.recovery.wait_for(unfinished, INTERRUPTED_SECONDS)
             if not unfinished.is_recovered and unfinished.error is not None:
-                unfinished.error.add_note("squidstep_redis is still trying to record this failure")
+                add_note(unfinished.error, "squidstep_redis is still trying to record this failure")
 
     def checkpoint(self, progress: Mapping[str, Any], *, lazy: bool = False) -> None:
         """Stores how far the work has come. The next attempt finds it in `claim.progress`, unless this one completes.

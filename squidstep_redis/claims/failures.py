@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, cast
 
-from squidstep_redis.errors import InvalidArgumentError, described
+from squidstep_redis.errors import InvalidArgumentError, add_note, described
 from squidstep_redis.protocol.arguments import MAX_LEASE, Seconds, seconds
 
 Permanent = type[BaseException] | tuple[type[BaseException], ...]
@@ -122,7 +122,7 @@ class FailureRules(NamedTuple):
                 return AT_ONCE
             return Verdict(False, seconds("retry_after", delay, MAX_LEASE)) if delay else AT_ONCE
         except Exception as problem:  # noqa: BLE001 -- the failure itself must be recorded
-            error.add_note(f"squidstep_redis ignored the delay: {type(problem).__name__}: {problem}")
+            add_note(error, f"squidstep_redis ignored the delay: {type(problem).__name__}: {problem}")
             return AT_ONCE
 
 

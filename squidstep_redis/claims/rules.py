@@ -34,6 +34,7 @@ from squidstep_redis.errors import (
     StepBusyError,
     StepDelayedError,
     StepRunNotFoundError,
+    add_note,
 )
 from squidstep_redis.model import BeginResult, StepRun, StepStatus
 from squidstep_redis.operations.calls import Calls
@@ -416,7 +417,7 @@ class BaseClaim(Generic[E]):
             retryable = error is not self._unrecorded and not self._is_interruption(error)
             yield from self._fail(error, *self._verdict(error), retryable)
         except SquidstepError as problem:
-            error.add_note(f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
+            add_note(error, f"squidstep_redis could not record this failure: {type(problem).__name__}: {problem}")
         return missing
 
     def _verdict(self, error: BaseException) -> Verdict:

@@ -81,7 +81,8 @@ def execute(store: Any, call: FunctionCall, is_given_up: Callable[[Any, Any], bo
     """
 
     def work(stored: dict[str, Any]) -> dict[str, Any]:
-        result = _result_of(call.fn, call.arguments(stored))
+        arguments = call.arguments(stored)
+        result = check_result(call.fn, call.fn(*arguments.args, **arguments.kwargs))
         if is_given_up is not None and is_given_up(current_claim(), result):
             raise _GivenUp(result)
         return {"result": result}
@@ -127,10 +128,18 @@ class _GivenUp(Exception):  # noqa: N818 -- it is a result, not an error
         self.result = result
 
 
-def _result_of(fn: Callable[..., Any], arguments: BoundArguments) -> Any:
-    result = fn(*arguments.args, **arguments.kwargs)
+def check_result(fn: Callable[..., Any], result: T) -> T:
+    """Returns the result of a function that is no coroutine function, unless it is a coroutine.
+
+    Args:
+        fn: the function.
+        result: what it returned.
+
+    Raises:
+        InvalidArgumentError: it is a coroutine, which has not done the work. It is closed.
+    """
     if iscoroutine(result):
-        result.close()  # it would never be awaited
+        result.close()
         raise InvalidArgumentError(
             "fn", f"{fn!r} is not a coroutine function, but returned a coroutine: decorate the function that it wraps"
         )

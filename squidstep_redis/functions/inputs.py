@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from inspect import BoundArguments
 
 from squidstep_redis.errors import InputMismatchError
@@ -32,10 +30,7 @@ class Inputs:
         self._seen: dict[object, bytes] = {} if seen is None else seen
         self._execution = execution
 
-    @contextmanager
-    def one_of(
-        self, run_id: RunId, step: Step, bound: BoundArguments, excluded: AbstractSet[str]
-    ) -> Generator[None, None, None]:
+    def one_of(self, run_id: RunId, step: Step, bound: BoundArguments, excluded: AbstractSet[str]) -> OneInput:
         """Keeps the input of a call during the block, and if the block raises nothing, for the rest of the execution.
 
         Args:
@@ -45,24 +40,37 @@ class Inputs:
             excluded: names of arguments that are not part of the input.
 
         Raises:
-            InputMismatchError: the step has been called with another input.
+            InputMismatchError: when the block is entered: the step has been called with another input.
         """
         run, name = arguments.run_id(run_id).text, arguments.step(step).text
-        given = digest_of(bound, excluded)
-        key = (self._execution, run, name)
-        is_first = key not in self._seen
-        kept = given
+        return OneInput(self._seen, (self._execution, run, name), digest_of(bound, excluded))
+
+
+class OneInput:
+    """A `with` block that keeps the input of a step. A `contextmanager` would assign to exceptions: some are frozen."""
+
+    def __init__(self, seen: dict[object, bytes], key: tuple[object, str, str], given: bytes) -> None:
+        self._seen = seen
+        self._key = key
+        self._given = given
+        self._is_first = key not in seen
+
+    def __enter__(self) -> None:
+        if not self._given:
+            return
         try:
             # An exception from outside may arrive at any instruction, so nothing is kept before the `try`.
-            if given:
-                kept = self._seen.setdefault(key, given)  # atomic: threads may call their first steps at the same time
-            if kept == given:
-                yield
+            kept = self._seen.setdefault(self._key, self._given)  # atomic: threads may call their first steps at once
+            if kept == self._given:
                 return
-        except BaseException:
-            if is_first:  # the step has no result that another call could get
-                self._seen.pop(key, None)
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
-        error = InputMismatchError(run, name, kept.decode(), given.decode())
-        error.add_note(_MISTAKE)
-        raise error
+        _, run, name = self._key
+        mismatch = InputMismatchError(run, name, kept.decode(), self._given.decode())
+        mismatch.add_note(_MISTAKE)
+        raise mismatch
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._is_first:  # the step has no result that another call could get
+            self._seen.pop(self._key, None)

@@ -7,6 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -67,6 +68,11 @@ class Shop:
     def call(self, run: Any, step: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls the function as a step of the run."""
         return self.finish(run.call(step, self.of(fn), *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
 
 
 @pytest.fixture
@@ -322,6 +328,18 @@ class TestRun:
         with pytest.raises(DeclinedError):
             shop.call(run, "pay", decline, 7)
         assert shop.call(run, "pay", charge, 8) == {"charged": 1}
+
+    def test_exception_that_cannot_be_changed_is_raised_as_it_is(self, shop: Shop, store: StepRunStore) -> None:
+        """Of a frozen dataclass, Python's own `contextmanager` makes a FrozenInstanceError."""
+
+        def refuse(order_id: int) -> None:
+            raise FrozenError(order_id)
+
+        run = store.run("run", backoff=lambda attempt: -1)  # about which the error would get a note
+        for _ in range(2):
+            with pytest.raises(FrozenError):
+                shop.call(run, "pay", refuse, 7)
+        assert (stored(store).status, stored(store).attempt) == (StepStatus.FAILED, 2)
 
     def test_settings_apply_to_each_step(self, shop: Shop, store: StepRunStore) -> None:
         run = store.run("run", max_attempts=1, owner="till-3", fingerprint=True)

@@ -281,6 +281,12 @@ async def ship_asyncio(amount: int) -> list[str]:
     return [parcel, announce(parcel)]
 
 
+@steps(run_id="order-{amount}")
+@wrap
+async def ship_wrapped(amount: int) -> str:
+    return current_run().call("reserve", reserve, amount)
+
+
 @steps(lease=60)
 def ship_and_pause(amount: int) -> str:
     parcel = current_run().call("reserve", reserve, amount)

@@ -114,8 +114,10 @@ class TestResults:
         assert harness.effects() == {}
 
     def test_plain_function_that_returns_a_coroutine_is_rejected(self, harness: Harness, queue: Queue) -> None:
-        traceback = traceback_of(queue.enqueue(rq_jobs.charge_wrapped, 7))
-        assert_contains(traceback, "InvalidArgumentError: fn:", "charge_wrapped", "decorate the function that it wraps")
+        for function in (rq_jobs.charge_wrapped, rq_jobs.ship_wrapped):
+            traceback = traceback_of(queue.enqueue(function, 7))
+            expected = ("InvalidArgumentError: fn:", function.__name__, "decorate the function that it wraps")
+            assert_contains(traceback, *expected)
         assert harness.effects() == {}
         job = queue.enqueue(rq_jobs.wrapped_charge, 7)
         assert result_of(job) == result_of(queue.enqueue_job(job)) == {"charged": 7}
