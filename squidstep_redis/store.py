@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import redis
@@ -173,7 +174,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             StaleStepRunError: the claim was lost, and no worker has completed the step or is running it.
             PayloadError: the output of `fn` cannot be stored. The step has failed permanently, because the work may
                 have taken effect.
-            InvalidArgumentError: an argument was rejected before anything was sent.
+            InvalidArgumentError: an argument was rejected before anything was sent; or, on a blocking store, `fn`
+                returned a coroutine: the step has failed, and may be executed again.
             ServerError: the server or the connection failed, at the beginning or when the result was sent.
         """
         if not callable(fn):
@@ -184,6 +186,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
                 with claim:
                     if claim.decision == "execute":
                         output = fn(claim.input)
+                        if iscoroutine(output):  # it has not done the work, so the step may be executed again
+                            output.close()
+                            raise InvalidArgumentError("fn", f"{fn!r} returned a coroutine: use an AsyncStepRunStore")
                         if not claim.ended:
                             claim.complete({} if output is None else output)
                 return claim.result()

@@ -12,7 +12,7 @@ from uuid import UUID
 from squidstep_redis import Call, InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError, StepRunStore
 from squidstep_redis.claims.request import DEFAULT_LEASE, default_owner
 from squidstep_redis.escaping import without_controls
-from squidstep_redis.protocol.arguments import Seconds
+from squidstep_redis.protocol.arguments import MAX_LEASE, Seconds, seconds
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.blocking import BlockingTransport
 
@@ -195,11 +195,19 @@ def reschedule_delay(error: NotNow, lease: Seconds | None, looks: int | None = N
         looks: how often the execution has found this claim before: it looks again after 1, 2, 4, … seconds, and at the
             end of the lease; None: at the end of the lease or delay.
     """
-    rest = error.retry_in
+    rest = _delay_of(error) if isinstance(error, RetryLater) else error.retry_in
     if rest is None:
         rest = lease if isinstance(lease, float | int) else DEFAULT_LEASE if lease is None else lease.total_seconds()
-    seconds = max(1, math.ceil(rest))
-    if looks is not None and 2 ** min(looks, _MAX_DOUBLINGS) < seconds:
-        seconds = 2**looks
-        return seconds + random.randint(0, seconds // 10)
-    return seconds + random.randint(0, max(1, seconds // 10))
+    delay = max(1, math.ceil(rest))
+    if looks is not None and 2 ** min(looks, _MAX_DOUBLINGS) < delay:
+        delay = 2**looks
+        return delay + random.randint(0, delay // 10)
+    return delay + random.randint(0, max(1, delay // 10))
+
+
+def _delay_of(error: RetryLater) -> float:
+    """Returns the delay; 0 for one that is rejected, after which the step can be claimed at once."""
+    try:
+        return seconds("retry_in", error.retry_in, MAX_LEASE)
+    except InvalidArgumentError:
+        return 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final, NamedTuple, cast
 
 from squidstep_redis.errors import InvalidArgumentError, add_note, described
@@ -28,18 +29,23 @@ class RetryLater(Exception):  # noqa: N818 -- it is a request, not an error
         retry_in: seconds until then.
     """
 
-    def __init__(self, seconds: float, message: str = "") -> None:
+    retry_in: float = 0.0  # as class attributes, for subclasses that do not call __init__
+    _message: str = ""
+
+    def __init__(self, seconds: Seconds, message: str = "") -> None:
         """Makes the exception.
 
         Args:
-            seconds: how long no delivery can claim the step: from 0.001, by the server's clock.
+            seconds: for how long no delivery can claim the step, by the server's clock: seconds, or a timedelta, from
+                0.001.
             message: why, for operators.
         """
         super().__init__(seconds, message)
-        self.retry_in = seconds
+        self.retry_in = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
+        self._message = message
 
     def __str__(self) -> str:
-        return self.args[1] or f"retry in {self.retry_in:g} s"
+        return self._message or f"retry in {self.retry_in:g} s"
 
 
 @dataclass(frozen=True)

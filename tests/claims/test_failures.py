@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -207,6 +208,12 @@ class TestDelay:
         assert 0 < delayed.value.retry_in <= 60
         assert delayed.value.current == stored(others)
         assert delay_of(others) == 60
+
+    def test_retry_later_accepts_a_timedelta(self, worker: Worker, others: StepRunStore) -> None:
+        with pytest.raises(RetryLater, match="^retry in 60 s$") as raised:
+            worker.execute(raising(RetryLater(timedelta(minutes=1))))
+        assert raised.value.retry_in == delay_of(others) == 60
+        assert str(pickle.loads(pickle.dumps(raised.value))) == "retry in 60 s"
 
     def test_backoff_receives_the_attempts_that_count(self, worker: Worker, others: StepRunStore) -> None:
         received: list[int] = []

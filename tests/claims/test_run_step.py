@@ -178,6 +178,18 @@ class TestArguments:
 
         assert bench.dump() == {}
 
+    @blocking_only
+    def test_coroutine_function_of_a_blocking_store_can_be_replaced(self, store: StepRunStore) -> None:
+        """It has done nothing, so its step may be executed again."""
+
+        async def work(input: dict[str, Any]) -> dict[str, Any]:
+            raise NotImplementedError
+
+        function: Any = work
+        with pytest.raises(InvalidArgumentError, match="^fn: .* returned a coroutine: use an AsyncStepRunStore"):
+            store.run_step("run", "pay", function, {"amount": 7})
+        assert store.run_step("run", "pay", charge, {"amount": 7}) == {"charged": 7}
+
     @asyncio_only
     def test_work_may_be_a_coroutine_function_or_a_plain_function(self, worker: Worker) -> None:
         async def awaited(input: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rq.job import Job, JobStatus
 from support import rq_jobs, rq_retry_jobs
 from support.rq_harness import ANOTHER_JOB, KINDS_OF_WORKER, RQ_MARKS, THE_JOB, Harness, assert_contains, traceback_of
 
-from squidstep_redis import InvalidArgumentError, StepRunStore
+from squidstep_redis import InvalidArgumentError, RetryLater, StepRunStore
 from squidstep_redis.rq import step, steps
 from squidstep_redis.task_queues import reschedule_delay
 
@@ -141,6 +141,25 @@ def test_wrapper_that_drops_the_result_loses_no_job(harness: Harness, function: 
 def test_reschedule_delays_have_jitter(rest: float | None, lease: Any, seconds: range) -> None:
     error: Any = SimpleNamespace(retry_in=rest)
     assert {reschedule_delay(error, lease) for _ in range(1_000)} == set(seconds)
+
+
+@pytest.mark.parametrize("delay", [-1, 0, float("inf"), float("nan"), 1e12, 10**30, None, "60"], ids=repr)
+def test_invalid_delay_of_retry_later_is_the_shortest(delay: Any) -> None:
+    """Its step can be claimed at once."""
+    assert {reschedule_delay(RetryLater(delay), 30) for _ in range(100)} == {1, 2}
+
+
+def test_delay_of_retry_later_can_be_a_timedelta() -> None:
+    assert 60 <= reschedule_delay(RetryLater(timedelta(minutes=1)), 30) <= 66
+
+
+def test_retry_later_of_a_subclass_needs_no_delay() -> None:
+    class ClosedError(RetryLater):
+        def __init__(self, bank: str) -> None:
+            self.bank = bank
+
+    assert str(ClosedError("north")) == "retry in 0 s"
+    assert reschedule_delay(ClosedError("north"), 30) <= 2
 
 
 @pytest.mark.parametrize(
