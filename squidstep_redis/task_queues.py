@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Self, TypedDict, TypeVar, cast
 from uuid import UUID
 
+from redis import Redis
+
 from squidstep_redis import Call, InvalidArgumentError, RetryLater, StepBusyError, StepDelayedError, StepRunStore
 from squidstep_redis.claims.request import DEFAULT_LEASE, default_owner
 from squidstep_redis.escaping import without_controls
+from squidstep_redis.functions.checks import check_accepts
 from squidstep_redis.protocol.arguments import MAX_LEASE, Seconds, seconds
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.transport.blocking import BlockingTransport
@@ -89,7 +92,9 @@ class ProcessStores:
 
         Raises:
             InvalidArgumentError: both or neither of `connect` and `store` are given, or `store` and settings, or
-                `store` is not a StepRunStore.
+                `store` is not a StepRunStore, or `connect` or a setting is rejected.
+            TypeError: there is no such setting.
+            ValueError: it is no URL of a Redis server.
         """
         if store is not None:
             if not isinstance(cast("object", store), StepRunStore):
@@ -100,8 +105,11 @@ class ProcessStores:
             if connect is not None or settings:
                 raise InvalidArgumentError("store", "is used as it is: give it no URL, function or settings")
             QueueStore.adopt(store)
-        elif connect is None:
-            raise InvalidArgumentError("connect", "must be a URL, or a function that returns a client; or give a store")
+        elif isinstance(connect, str):
+            QueueStore.from_url(connect, **settings)  # raises what each job would raise; opens no connection
+        else:
+            _check_function(connect)
+            QueueStore(Redis(socket_timeout=None), **settings)  # likewise, for the settings
         self._connect, self._store, self.settings = connect, store, settings
         self.discard()
 
@@ -117,6 +125,15 @@ class ProcessStores:
         if isinstance(connect, str):
             return QueueStore.from_url(connect, **self.settings)
         return QueueStore(connect(), **self.settings)
+
+
+def _check_function(connect: Callable[[], Any] | None) -> None:
+    if connect is None:
+        raise InvalidArgumentError("connect", "must be a URL, or a function that returns a client; or give a store")
+    if not callable(connect):  # the repr of a client may contain a password
+        problem = f"must be a URL, or a function that returns a client, not of type {type(connect).__name__}"
+        raise InvalidArgumentError("connect", f"{problem}: each process needs a client of its own")
+    check_accepts("connect", connect)
 
 
 def owner_of(execution: str | None, pid: int | None = None) -> str:

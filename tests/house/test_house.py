@@ -81,7 +81,7 @@ BESIDE_PUBLIC_NAMES = {
         "task_queues",
     },
     "task_queue_runs": {"claims.request", "functions", "protocol.arguments"},
-    "task_queues": {"claims.request", "escaping", "protocol.arguments", "signals", "transport.blocking"},
+    "task_queues": {"claims.request", "escaping", "functions", "protocol.arguments", "signals", "transport.blocking"},
     "testing": {"testing", "embedded", "protocol.arguments", "protocol.scripts"},
     "timelines": {"durations", "escaping", "formatting"},
     "web": {"web", "durations", "escaping", "formatting", "operations.payload_json", "timelines"},

@@ -96,6 +96,26 @@ class TestConfiguredStore:
             with pytest.raises(InvalidArgumentError, match="^connect: must be a URL, or a function"):
                 wrong(**settings)
 
+    def test_mistakes_are_rejected_when_configuring(self) -> None:
+        """Not by each job, in the worker."""
+        given: Any = configure
+
+        async def connect_asyncio() -> Any:
+            raise NotImplementedError
+
+        client = redis.Redis(password="hunter2")
+        for connect in (client, 6379, connect_asyncio, lambda url: client):
+            with pytest.raises(InvalidArgumentError, match="^connect: ") as caught:
+                given(connect)
+            assert "hunter2" not in str(caught.value)
+        with pytest.raises(ValueError, match="URL must specify"):
+            given("localhost:6379")
+        for valid in ("redis://localhost:6379/0", lambda: client):
+            with pytest.raises(InvalidArgumentError, match="^run_ttl: "):
+                given(valid, run_ttl=-1)
+            with pytest.raises(TypeError, match="run_tll"):
+                given(valid, run_tll=60)
+
     def test_environment_variable_can_name_the_server(self, harness: Harness) -> None:
         code = "from squidstep_redis.rq import store; store().schedule_step('run', 'pay', {})"
         environment = {**os.environ, "SQUIDSTEP_REDIS_URL": f"{harness.url}?client_name=mine"}
