@@ -8,6 +8,8 @@ from functools import cache, wraps
 from inspect import iscoroutinefunction
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
+from redis.exceptions import RedisError
+
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
 from squidstep_redis.rq.notes import leave_notes, notes_of
@@ -44,8 +46,8 @@ def rescheduling(
         if job.worker_name == _SYNCHRONOUS:
             error.add_note("The job was not rescheduled: it runs inside enqueue(), where RQ ignores Retry.")
             raise error
-        if not _has_scheduler(job):
-            error.add_note("The job was not rescheduled: no worker of its queue has a scheduler (--with-scheduler).")
+        if problem := _problem_of_scheduler(job):
+            error.add_note(f"The job was not rescheduled: {problem}.")
             raise error
         retry = _retry_later(job, error, lease)
         if getattr(job.func, "__func__", job.func) is not decorated:  # a function around it may drop what it returns
@@ -104,10 +106,16 @@ def _returning_retry(kind: type[Job]) -> type[Job]:
     return type(kind.__name__, (kind,), {"_result": property(get, discard)})
 
 
-def _has_scheduler(job: Job) -> bool:
+def _problem_of_scheduler(job: Job) -> str | None:
+    """Returns why RQ cannot schedule a job; None if it can."""
     connection: Any = job.connection
-    with defer_sigalrm():
-        return bool(connection.exists(RQScheduler.get_locking_key(job.origin)))
+    try:
+        with defer_sigalrm():
+            if connection.exists(RQScheduler.get_locking_key(job.origin)):
+                return None
+    except RedisError as error:
+        return f"RQ's server did not say whether a worker has a scheduler: {type(error).__name__}: {error}"
+    return "no worker of its queue has a scheduler (--with-scheduler)"
 
 
 def _retry_later(job: Job, error: NotNow, lease: Seconds | None) -> Retry:

@@ -9,6 +9,7 @@ from squidstep_redis import PayloadError, StaleStepRunError, StepRunStore
 from squidstep_redis.functions.execution import FunctionCall, execute, explain, result_in
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.rq.installed import Job, Retry
+from squidstep_redis.rq.notes import start_of
 from squidstep_redis.rq.stores import store_for
 from squidstep_redis.task_queues import owner_of
 
@@ -26,15 +27,15 @@ def owner(job: Job | None, pid: int | None = None) -> str:
 def inputs_of(job: Job | None) -> Inputs:
     """Returns the inputs of the steps that were called in this execution of a job.
 
-    They are kept with the job, because each `current_run()` of a function without a decorator makes a run. The time of
-    its start distinguishes the executions of a job that RQ runs again in the same process.
+    They are kept with the job, because each `current_run()` of a function without a decorator makes a run. The start
+    distinguishes the executions of a job that RQ runs again in the same process.
 
     Args:
         job: the current job; None: outside a job, where each run has inputs of its own.
     """
-    if job is None or job.started_at is None:
+    if job is None or (start := start_of(job)) is None:
         return Inputs()
-    return Inputs(vars(job).setdefault("_squidstep_inputs", {}), job.started_at)
+    return Inputs(vars(job).setdefault("_squidstep_inputs", {}), start)
 
 
 def execute_in_job(job: Job | None, call: FunctionCall) -> Any:

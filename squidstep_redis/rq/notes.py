@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, Final, cast
+
+from redis.exceptions import RedisError
 
 from squidstep_redis.rq.installed import Job
 from squidstep_redis.signals import defer_sigalrm
@@ -23,6 +27,21 @@ class Notes(BusyNotes, total=False):
     returned: int
 
 
+def start_of(job: Job) -> datetime | None:
+    """Returns when this execution of a job started. It distinguishes the executions of one job object in one process.
+
+    `Job.refresh` in the job's function does not change it, although RQ then reads an earlier time than the worker set.
+
+    Args:
+        job: the current job.
+    """
+    attributes = vars(job)
+    start: datetime | None = attributes.get("_squidstep_start")
+    if start is None or (job.started_at is not None and job.started_at > start):
+        attributes["_squidstep_start"] = start = job.started_at
+    return start
+
+
 def notes_of(job: Job) -> Notes:
     """Returns the notes of the delivery before, and removes them from the job.
 
@@ -35,13 +54,14 @@ def notes_of(job: Job) -> Notes:
     """
     attributes = vars(job)
     read_at, notes = attributes.get("_squidstep_notes", (None, None))
-    if notes is None or read_at != job.started_at:  # a queue with `is_async=False` may run one job object again
+    start = start_of(job)
+    if notes is None or read_at != start:  # a queue with `is_async=False` may run one job object again
         notes = cast("Notes", job.meta.pop(_KEY, {}))
-        attributes["_squidstep_notes"] = job.started_at, notes
+        attributes["_squidstep_notes"] = start, notes
         if notes:
             if "returned" in notes:
                 job.number_of_retries = notes["returned"]
-            with defer_sigalrm():
+            with defer_sigalrm(), suppress(RedisError):  # without harm, they stay until a later delivery
                 job.save_meta()
     return notes
 

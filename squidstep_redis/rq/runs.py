@@ -13,7 +13,7 @@ from squidstep_redis.functions.execution import FunctionCall
 from squidstep_redis.protocol.arguments import Labels
 from squidstep_redis.rq.execution import execute_in_job, inputs_of
 from squidstep_redis.rq.installed import Job, get_current_job
-from squidstep_redis.rq.notes import notes_of
+from squidstep_redis.rq.notes import notes_of, start_of
 from squidstep_redis.task_queue_runs import QueueRun, queue_settings
 from squidstep_redis.task_queues import is_uuid4
 
@@ -87,6 +87,8 @@ def open_run(run_id: str | None, settings: ClaimSettings, excluded: frozenset[st
         excluded: names of arguments that are not stored; not used for the run of `steps`.
     """
     run, job = Run.current.get(), get_current_job()
+    if job is not None:
+        notes_of(job)  # which removes those of the delivery before
     # With `is_async=False`, a job can run inside an enqueue() call of another job, whose run `current` then is.
     if run_id is None and run is not None and (job is None or run.job == job):
         return run
@@ -127,7 +129,7 @@ def _tick_of(job: Job) -> str:
             f"job {job.id!r} is repeated by rq-scheduler and has a Retry, so that a retry cannot be distinguished from "
             "the next tick: give the decorator a run_id, such as a function that returns the day",
         )
-    notes["run_id"] = f"{job.id}@{_time(job.started_at)}"
+    notes["run_id"] = f"{job.id}@{_time(start_of(job))}"
     return notes["run_id"]
 
 

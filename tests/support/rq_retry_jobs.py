@@ -10,7 +10,7 @@ from rq import Retry
 
 from squidstep_redis import current_claim
 from squidstep_redis.rq import current_run, step, steps, store
-from support.rq_jobs import effect, this_attempt
+from support.rq_jobs import effect, this_attempt, this_job
 
 # RQ's Retry as a result
 
@@ -121,3 +121,16 @@ def report_twice() -> str | Retry:
 def _report() -> str | Retry:
     effect("report")
     return Retry(max=5) if this_attempt() == 1 else "the report"
+
+
+@steps()
+def report_refreshed() -> str | Retry:
+    """Reads its job again after its first step, and asks for another run after the second one, once."""
+    current_run().call("collect", effect, "collect")
+    this_job().refresh()
+    return report_after_refresh()
+
+
+@step("report")
+def report_after_refresh() -> str | Retry:
+    return _report()

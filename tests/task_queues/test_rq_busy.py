@@ -82,6 +82,17 @@ def test_job_looks_again_at_growing_intervals(harness: Harness) -> None:
     assert _delay(harness, job, 1, before) < 60
 
 
+def test_next_run_leaves_nothing_of_a_busy_step_in_the_job(harness: Harness) -> None:
+    held, _ = harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
+    job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB, meta={"user": "ann"})
+    harness.start()
+    harness.until(lambda: harness.looks(job) >= 1 and harness.is_scheduled(job))
+    harness.store.release_step(held)
+    harness.run_scheduled_now(job)
+    harness.wait_finished(job)
+    assert job.get_meta(refresh=True) == {"user": "ann"}
+
+
 def _delay(harness: Harness, job: Job, looks: int, since: float) -> float:
     harness.until(lambda: harness.looks(job) == looks and harness.is_scheduled(job))
     at = harness.connection.zscore(harness.queue.scheduled_job_registry.key, job.id)

@@ -81,6 +81,14 @@ class TestJobsThatRqSchedulerRepeats:
         assert [harness.store.completed_steps(run_id) for run_id in runs] == [["collect", "report"]] * 2
         assert Job.fetch(job.id, connection=harness.connection).meta == {"interval": 60}
 
+    def test_refreshed_job_continues_its_tick(self, harness: Harness) -> None:
+        """RQ then reads another time of its start than the worker set."""
+        harness.start()
+        job = harness.enqueue(rq_retry_jobs.report_refreshed, meta={"interval": 60})
+        harness.wait_finished(job)
+        assert harness.effects() == {"collect": 1, "report": 2}
+        assert len(harness.store.runs().runs) == 1
+
     def test_retry_is_rejected_without_a_run_id(self, harness: Harness, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.charge_at_once, 7, meta={"interval": 60}, retry=Retry(max=1))
         assert_contains(traceback_of(job), "InvalidArgumentError: run_id: ", "rq-scheduler", job.id)
