@@ -68,11 +68,13 @@ async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:
                     if not claim.ended:
                         claim.complete({"result": result})
             return result_in(claim.result())
-        except StaleStepRunError as error:
+        except BaseException as error:
+            claim.exit_again(error)
+            if isinstance(error, PayloadError):
+                explain(error)
+            if not isinstance(error, StaleStepRunError):
+                raise
             claim.raise_unless_taken_over(error)
-        except PayloadError as error:
-            explain(error)
-            raise
 
 
 def _asks_for_retry(claim: Any, result: object) -> bool:

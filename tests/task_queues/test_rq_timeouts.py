@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +14,14 @@ from rq import Retry
 from rq.job import JobStatus
 from rq.timeouts import JobTimeoutException
 from support import rq_jobs, rq_storm
+from support.claims import DeclinedError
+from support.interruptions import at_line
 from support.rq_harness import RQ_MARKS, Harness
+from support.servers import wait_until
 from support.storm_length import StormLength
 
 from squidstep_redis import MsgpackCodec, StepRunStore
-from squidstep_redis.rq import Run, busy, configure, store
+from squidstep_redis.rq import Run, busy, configure, step, store
 
 pytest_plugins = ["support.rq_fixtures"]
 pytestmark = RQ_MARKS
@@ -101,6 +106,27 @@ def test_alarm_while_an_error_is_formatted_is_raised(harness: Harness) -> None:
     claim, _ = store().begin_step("run", "pay", {})
     with alarms_raise(), pytest.raises(JobTimeoutException):
         store().fail_step(claim, InterruptedError())
+
+
+def test_timeout_while_a_coroutine_fails_leaves_no_step_running(harness: Harness) -> None:
+    @step("charge", run_id="order-{number}", lease=None)  # no lease would ever end the claim
+    async def decline(number: int) -> None:
+        raise DeclinedError
+
+    configure(harness.url)
+    for line in itertools.count(1):
+        expected = contextlib.suppress(JobTimeoutException, DeclinedError)
+        with alarms_raise(), expected, at_line(line, ("claims/claim.py",), _raise_alarm) as is_reached:
+            asyncio.run(decline(line))
+        if not is_reached():
+            break
+        wait_until(lambda line=line: store().step_statuses(f"order-{line}").get("charge") != "running")
+    assert line > 20
+    store().close()
+
+
+def _raise_alarm() -> None:
+    signal.raise_signal(signal.SIGALRM)
 
 
 @pytest.mark.parametrize(("place", "name"), [(Run, "current"), (busy, "_inside")], ids=["run", "inside"])
