@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from inspect import BoundArguments, iscoroutine
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from squidstep_redis.claims.current import current_claims
 from squidstep_redis.claims.request import ClaimSettings
 from squidstep_redis.claims.rules import current_claim
-from squidstep_redis.errors import InvalidArgumentError, PayloadError
+from squidstep_redis.errors import InvalidArgumentError, PayloadError, StepBusyError
 from squidstep_redis.functions.arguments import input_of, stored_arguments
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.protocol.arguments import RunId, Step
@@ -163,3 +164,16 @@ def explain(error: PayloadError) -> None:
     """
     if _STORED_DATA not in getattr(error, "__notes__", ()):  # the error of a nested step is handled twice
         error.add_note(_STORED_DATA)
+
+
+def raise_if_own(error: StepBusyError) -> None:
+    """Raises InvalidArgumentError if the code that found a step busy is executing it itself: no retry would help.
+
+    Args:
+        error: the error.
+    """
+    if any(claim.is_of_this_code(error.current) for claim in current_claims()):
+        place = f"step {error.current.step!r} of run {error.current.run_id!r}"
+        raise InvalidArgumentError(
+            "step", f"this code itself is executing {place}. A nested step needs its own name"
+        ) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 from inspect import iscoroutinefunction
 from typing import Any
 
-from squidstep_redis import PayloadError, StaleStepRunError, StepRunStore
-from squidstep_redis.functions.execution import FunctionCall, execute, explain, result_in
+from squidstep_redis import PayloadError, StaleStepRunError, StepBusyError, StepRunStore
+from squidstep_redis.functions.execution import FunctionCall, execute, explain, raise_if_own, result_in
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.rq.installed import Job, Retry
 from squidstep_redis.rq.notes import start_of
@@ -51,7 +51,11 @@ def execute_in_job(job: Job | None, call: FunctionCall) -> Any:
     call = call._replace(settings={**call.settings, "owner": owner(job)})
     if iscoroutinefunction(call.fn):
         return _execute_coroutine(store, call)
-    return execute(store, call, _asks_for_retry)
+    try:
+        return execute(store, call, _asks_for_retry)
+    except StepBusyError as error:
+        raise_if_own(error)
+        raise
 
 
 async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:
@@ -72,6 +76,8 @@ async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:
             claim.exit_again(error)
             if isinstance(error, PayloadError):
                 explain(error)
+            if isinstance(error, StepBusyError):
+                raise_if_own(error)
             if not isinstance(error, StaleStepRunError):
                 raise
             claim.raise_unless_taken_over(error)

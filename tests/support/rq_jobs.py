@@ -332,6 +332,18 @@ def reserve_forever(amount: int) -> str:
     return current_run(on_busy="wait").call("reserve", reserve_forever, amount)
 
 
+@step("charge", run_id="order-{number}")
+def charge_recursively(number: int) -> int:
+    effect("charge")
+    return charge_recursively(number)
+
+
+@step("charge", run_id="order-{number}")
+async def charge_recursively_asyncio(number: int) -> int:
+    effect("charge")
+    return await charge_recursively_asyncio(number)
+
+
 class Shop:
     """A class whose methods are job functions."""
 

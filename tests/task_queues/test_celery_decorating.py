@@ -227,6 +227,19 @@ class TestFailures:
             make.delay().get()
         assert calls == [1]
 
+    def test_step_within_itself_stops_autoretry(self, eager: Any) -> None:
+        calls: list[int] = []
+
+        @eager.task(autoretry_for=(Exception,), max_retries=9, default_retry_delay=0)
+        @step("charge", run_id="order")
+        def charge() -> Any:
+            calls.append(1)
+            return charge()
+
+        with pytest.raises(InvalidArgumentError, match="this code itself is executing step 'charge' of run 'order'"):
+            charge.delay().get()
+        assert calls == [1]
+
     def test_exhausted_step_stops_autoretry(self, eager: Any) -> None:
         calls: list[int] = []
 

@@ -240,6 +240,15 @@ def test_step_that_would_wait_for_itself_raises(harness: Harness, queue: Queue) 
     assert_contains(traceback, "InvalidArgumentError: on_busy: 'wait' ", "step 'reserve' of run ")
 
 
+@pytest.mark.parametrize("function", [rq_jobs.charge_recursively, rq_jobs.charge_recursively_asyncio])
+def test_step_within_itself_fails_instead_of_being_rescheduled(harness: Harness, function: Callable[..., Any]) -> None:
+    """No rerun would find it free."""
+    harness.start()
+    traceback = harness.wait_failed(harness.enqueue(function, 7))
+    assert_contains(traceback, "InvalidArgumentError: step: this code itself", "step 'charge' of run 'order-7'")
+    assert harness.effects() == {"charge": 1}
+
+
 @pytest.mark.parametrize("decorator", [lambda **options: step("pay", **options), steps], ids=["step", "steps"])
 def test_unknown_on_busy_is_rejected(decorator: Callable[..., Any]) -> None:
     with pytest.raises(InvalidArgumentError, match="'reschedule', 'raise' or 'wait', not 'skip'"):
