@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 from inspect import BoundArguments
+from weakref import ref
 
 from squidstep_redis.errors import InputMismatchError
 from squidstep_redis.functions.arguments import digest_of
@@ -15,11 +16,14 @@ _MISTAKE = (
     "each call a step name of its own, such as f'reserve-{n}'."
 )
 
+Kept = tuple[bytes, "ref[OneInput] | None"]
+"""The fingerprint of an input, and the block of the call while it has no result."""
+
 
 class Inputs:
     """The inputs of the steps that were called in one execution, for example of a job, or with one run object."""
 
-    def __init__(self, seen: dict[object, bytes] | None = None, execution: object = None) -> None:
+    def __init__(self, seen: dict[object, Kept] | None = None, execution: object = None) -> None:
         """Makes the inputs.
 
         Args:
@@ -27,7 +31,7 @@ class Inputs:
                 same time.
             execution: what distinguishes the executions that share `seen`.
         """
-        self._seen: dict[object, bytes] = {} if seen is None else seen
+        self._seen: dict[object, Kept] = {} if seen is None else seen
         self._execution = execution
 
     def one_of(self, run_id: RunId, step: Step, bound: BoundArguments, excluded: AbstractSet[str]) -> OneInput:
@@ -47,30 +51,35 @@ class Inputs:
 
 
 class OneInput:
-    """A `with` block that keeps the input of a step. A `contextmanager` would assign to exceptions: some are frozen."""
+    """A `with` block that keeps the input of a step. A `contextmanager` would assign to exceptions: some are frozen.
 
-    def __init__(self, seen: dict[object, bytes], key: tuple[object, str, str], given: bytes) -> None:
+    An exception from outside may arrive at any instruction, also where the block is left, so that it is not. The input
+    of such a block counts no more once the block is gone.
+    """
+
+    def __init__(self, seen: dict[object, Kept], key: tuple[object, str, str], given: bytes) -> None:
         self._seen = seen
         self._key = key
         self._given = given
-        self._is_first = key not in seen
+        self._is_first = False
 
     def __enter__(self) -> None:
         if not self._given:
             return
-        try:
-            # An exception from outside may arrive at any instruction, so nothing is kept before the `try`.
-            kept = self._seen.setdefault(self._key, self._given)  # atomic: threads may call their first steps at once
-            if kept == self._given:
-                return
-        except BaseException as error:
-            self.__exit__(type(error))
-            raise
+        own: Kept = self._given, ref(self)
+        kept = self._seen.setdefault(self._key, own)  # atomic: threads may call their first steps at the same time
+        if kept[1] is not None and kept[1]() is None:
+            kept = self._seen[self._key] = own
+        self._is_first = kept is own
+        if kept[0] == self._given:
+            return
         _, run, name = self._key
-        mismatch = InputMismatchError(run, name, kept.decode(), self._given.decode())
+        mismatch = InputMismatchError(run, name, kept[0].decode(), self._given.decode())
         mismatch.add_note(_MISTAKE)
         raise mismatch
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._is_first:  # the step has no result that another call could get
+        if kind is None and self._given:
+            self._seen[self._key] = self._given, None
+        elif self._is_first:  # the step has no result that another call could get
             self._seen.pop(self._key, None)

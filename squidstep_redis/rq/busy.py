@@ -24,7 +24,9 @@ T = TypeVar("T")
 MAX_RESCHEDULES: Final = 1_000_000
 _SYNCHRONOUS: Final = "sync"  # the worker name of jobs that run inside enqueue(), where RQ ignores Retry
 
-_inside: ContextVar[bool] = ContextVar("squidstep_rq_inside", default=False)
+# The job inside whose decorated function the code runs. A timeout may keep it from being reset: no other job is taken
+# for this one.
+_inside: ContextVar[Job | None] = ContextVar("squidstep_rq_inside", default=None)
 
 
 def rescheduling(
@@ -39,9 +41,8 @@ def rescheduling(
         on_busy: "reschedule"; with any other value, the error is raised.
     """
 
-    def on_busy_step(error: NotNow, outermost: bool) -> T:
-        job = get_current_job()
-        if on_busy != "reschedule" or not outermost or job is None or not is_wrapped_by(job.func, decorated):
+    def on_busy_step(error: NotNow, job: Job | None) -> T:
+        if on_busy != "reschedule" or job is None or not is_wrapped_by(job.func, decorated):
             raise error
         if job.worker_name == _SYNCHRONOUS:
             error.add_note("The job was not rescheduled: it runs inside enqueue(), where RQ ignores Retry.")
@@ -54,32 +55,34 @@ def rescheduling(
             _set_result(job, retry)
         return cast("T", retry)
 
-    def on_result(result: T, outermost: bool) -> T:
-        if outermost and isinstance(result, Retry) and (job := get_current_job()) is not None:
+    def on_result(result: T, job: Job | None) -> T:
+        if job is not None and isinstance(result, Retry):
             leave_notes(job, {})
         return result
 
     @wraps(fn)
     def call_sync(*args: P.args, **kwargs: P.kwargs) -> T:
-        outermost = not _inside.get()
+        before, job = _inside.get(), get_current_job()
+        outermost = None if job is before else job
         try:
-            _inside.set(True)
+            _inside.set(job)
             return on_result(call(args, kwargs), outermost)
         except NOT_NOW as error:
             return on_busy_step(error, outermost)
         finally:
-            _inside.set(not outermost)
+            _inside.set(before)
 
     @wraps(fn)
     async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-        outermost = not _inside.get()
+        before, job = _inside.get(), get_current_job()
+        outermost = None if job is before else job
         try:
-            _inside.set(True)
+            _inside.set(job)
             return on_result(await cast("Any", call(args, kwargs)), outermost)
         except NOT_NOW as error:
             return on_busy_step(error, outermost)
         finally:
-            _inside.set(not outermost)
+            _inside.set(before)
 
     decorated = cast("Callable[P, T]", call_async) if iscoroutinefunction(fn) else call_sync
     return decorated

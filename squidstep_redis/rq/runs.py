@@ -90,7 +90,8 @@ def open_run(run_id: str | None, settings: ClaimSettings, excluded: frozenset[st
     if job is not None:
         notes_of(job)  # which removes those of the delivery before
     # With `is_async=False`, a job can run inside an enqueue() call of another job, whose run `current` then is.
-    if run_id is None and run is not None and (job is None or run.job == job):
+    # A timeout may also have kept it from being reset.
+    if run_id is None and run is not None and (job is None or run.job is job):
         return run
     if run_id is None and job is not None:
         run_id = default_run_id(job)

@@ -135,7 +135,7 @@ def storm(least: int, length: StormLength) -> dict[str, Any]:
                 wrong.append(f"{function.__name__}({number}) was executed after it had returned")
         if result != 2 * number:
             wrong.append(f"{function.__name__}({number}) returned {result}")
-        if (left := (current_claim(), current_run().id, busy._inside.get())) != (None, this_run, False):
+        if (left := (current_claim(), current_run().id, busy._inside.get())) != (None, this_run, None):
             wrong.append(f"{function.__name__}({number}) left {left} behind")
             break
     return {

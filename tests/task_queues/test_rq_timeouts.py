@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from rq import Retry
-from rq.job import JobStatus
+from rq import Queue, Retry
+from rq.job import Job, JobStatus
 from rq.timeouts import JobTimeoutException
 from support import rq_jobs, rq_storm
 from support.claims import DeclinedError
 from support.interruptions import at_line
-from support.rq_harness import RQ_MARKS, Harness
+from support.rq_harness import RQ_MARKS, Harness, result_of, traceback_of
 from support.servers import wait_until
 from support.storm_length import StormLength
 
@@ -139,6 +139,24 @@ def test_timeout_leaves_nothing_to_the_next_job(
     with pytest.raises(JobTimeoutException):
         rq_jobs.ship_order(7)
     assert variable.get() is variable.default
+
+
+def test_what_an_interrupted_job_leaves_is_not_the_next_jobs(harness: Harness, queue: Queue) -> None:
+    """A timeout in the very instruction that resets a variable, in a worker that does not fork."""
+    job = queue.enqueue(rq_jobs.charge_at_once, 7)
+    before = Job.fetch(job.id, connection=queue.connection)  # the same job, at its delivery before
+    left = Run.current.set(Run("left", before, {})), busy._inside.set(before)
+    try:
+        StepRunStore(queue.connection).begin_step("order-7-eu", "charge", {})
+        again = queue.enqueue_job(Job.fetch(job.id, connection=queue.connection))
+        other = queue.enqueue(rq_jobs.charge_order, 7)
+    finally:
+        Run.current.reset(left[0])
+        busy._inside.reset(left[1])
+    assert result_of(again) == {"charged": 7}
+    assert harness.effects() == {"charge": 1}
+    assert StepRunStore(queue.connection).get_run("left") == []
+    assert "it runs inside enqueue(), where RQ ignores Retry" in traceback_of(other)  # so it would be rescheduled
 
 
 class InterruptedVariable:
