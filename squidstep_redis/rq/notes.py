@@ -28,17 +28,19 @@ class Notes(BusyNotes, total=False):
 
 
 def start_of(job: Job) -> datetime | None:
-    """Returns when this execution of a job started. It distinguishes the executions of one job object in one process.
+    """Returns when this execution of a job started, in UTC and without a time zone.
 
-    `Job.refresh` in the job's function does not change it, although RQ then reads an earlier time than the worker set.
+    It distinguishes the executions of one job object in one process. `Job.refresh` in the job's function does not
+    change it, although RQ then reads an earlier time than the worker set.
 
     Args:
         job: the current job.
     """
     attributes = vars(job)
     start: datetime | None = attributes.get("_squidstep_start")
-    if start is None or (job.started_at is not None and job.started_at > start):
-        attributes["_squidstep_start"] = start = job.started_at
+    now = None if job.started_at is None else job.started_at.replace(tzinfo=None)  # RQ 2.1 reads it without a zone
+    if start is None or (now is not None and now > start):
+        attributes["_squidstep_start"] = start = now
     return start
 
 
