@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 from uuid import UUID
 
 _FOLD: Final = " fold=1"  # of a time that clocks show twice; ISO 8601 cannot express it
@@ -70,7 +70,7 @@ def kind_of(value: object) -> Kind | None:
     return _KINDS.get(type(value))
 
 
-def is_datetime(value: object) -> bool:
+def is_datetime(value: object) -> TypeGuard[datetime]:
     """Returns whether a value is a datetime, and no subclass of it.
 
     A library that freezes time puts another class in the place of the name `datetime`, in all modules.
