@@ -61,7 +61,7 @@ def _needs_another_server(item: pytest.Item) -> bool:
 def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, of each of the three kinds."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(backend.indexed(request.param))
+        stack.enter_context(backend.indexed())
         if request.param == MOVED_CLOCK:
             kit = stack.enter_context(StepKit(backend.url or "fakeredis"))
             kit.clock.advance(DAY + 0.0015)

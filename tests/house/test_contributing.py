@@ -50,7 +50,7 @@ NOT_IN_MODEL = {
     "import_run": "has its own tests: test_transfers.py",
     "live_claims": "leased_claims without lapsed_claims",
     "overview": "what the listings return: runs/test_overview.py",
-    "purge": "has its own tests: test_listing.py",
+    "purge": "has its own tests: runs/test_listing.py",
     "retry_run": "retry_step of each failed step",
     "summarize_run": "has its own tests: contract/test_cancel.py",
     "runs": "has its own tests: runs/test_run_index.py",

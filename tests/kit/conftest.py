@@ -15,7 +15,7 @@ from squidstep_redis.testing import StepKit
 
 @pytest.fixture
 def kit(backend: Backend) -> Iterator[StepKit]:
-    with backend.indexed("kit"), StepKit(backend.url or "fakeredis") as kit:
+    with backend.indexed(), StepKit(backend.url or "fakeredis") as kit:
         yield kit
 
 

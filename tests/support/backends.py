@@ -53,14 +53,13 @@ class Backend:
         seconds, microseconds = self.raw.time(target_nodes="random") if self.name == "cluster" else self.raw.time()
         return seconds + microseconds / 1_000_000
 
-    def indexed(self, kind: str) -> contextlib.AbstractContextManager[object]:
-        """Returns a block in which the indexes of stores of a kind have few buckets, where many would take too long.
+    def indexed(self, *, has_few: bool = False) -> contextlib.AbstractContextManager[object]:
+        """Returns a block in which the indexes of stores have few buckets: if asked for, and always on fakeredis.
 
-        fakeredis needs half a second to read an index of 1,024 buckets. On a server, blocking stores have that many.
-        Asyncio stores read indexes with the same code.
+        fakeredis needs half a second to read an index of 1,024 buckets. Other processes have as many as always.
         """
-        is_slow = self.name == "fakeredis" or kind == "asyncio"
-        return mock.patch("squidstep_redis.protocol.keys.BUCKETS", 16) if is_slow else contextlib.nullcontext()
+        fewer = mock.patch("squidstep_redis.protocol.keys.BUCKETS", 16)
+        return fewer if has_few or self.name == "fakeredis" else contextlib.nullcontext()
 
     def keys(self, prefix: str) -> set[bytes]:
         return keys_of(self.raw, prefix)
