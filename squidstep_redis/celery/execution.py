@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Final
 
 from squidstep_redis import (
@@ -88,6 +89,7 @@ def is_final(request: Request, error: BaseException) -> bool:
 def _releasing(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that releases the claim if `fn` raises Retry, Ignore or Reject: it has not failed."""
 
+    @wraps(fn)  # error messages show its name
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return fn(*args, **kwargs)

@@ -227,6 +227,17 @@ class TestFailures:
             make.delay().get()
         assert calls == [1]
 
+    @pytest.mark.parametrize("decorate", [step("charge", run_id="order"), steps(run_id="order")], ids=["step", "steps"])
+    def test_plain_function_that_returns_a_coroutine_is_rejected(self, eager: Any, decorate: Any) -> None:
+        async def charge_asyncio() -> None:
+            raise NotImplementedError
+
+        def charge() -> Any:
+            return charge_asyncio()
+
+        with pytest.raises(InvalidArgumentError, match="charge at .* is not a coroutine function, but"):
+            eager.task(decorate(charge)).delay().get()
+
     def test_step_within_itself_stops_autoretry(self, eager: Any) -> None:
         calls: list[int] = []
 
