@@ -89,6 +89,7 @@ class Recovery(BackgroundThread):
         remaining = deque(self._pending)
         while remaining:
             if not self._try(remaining[0]):
+                remaining.rotate(-1)  # the next time, others come first: a cluster's node may be down alone
                 break  # the server cannot be reached: the others would wait for it, too
             first = remaining.popleft()
             first.is_recovered, first.verdict_of = True, None  # it refers to the claim, which refers to it

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from traceback import walk_stack
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +37,7 @@ from support.records import stored
 from support.servers import find_binary, wait_until
 
 from squidstep_redis import (
+    Call,
     NotSentError,
     Outcome,
     OutcomeUnknownError,
@@ -45,6 +46,8 @@ from squidstep_redis import (
     StepStatus,
     current_claim,
 )
+from squidstep_redis.claims.recovery import Recovery
+from squidstep_redis.claims.unfinished import UnfinishedClaim
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = blocking_only
@@ -94,6 +97,25 @@ class TestBeginWithoutReply:
             worker.execute(charge)
 
         assert not heartbeat_of(worker).recovery.has_work()
+
+    @fakeredis_only
+    def test_node_that_is_down_keeps_no_other_claim(self, worker: Worker, others: StepRunStore) -> None:
+        def send(call: Call[Any]) -> Any:
+            if call.run_id == "down":
+                raise NotSentError("begin_step", "down", "pay", "no route", True)
+            return others.send(call)
+
+        transport: Any = SimpleNamespace(send=send)
+        separate: Any = SimpleNamespace(get=lambda: transport)
+        recovery = Recovery(others.calls, separate)
+        for run_id in ("down", "run"):
+            unfinished = UnfinishedClaim()
+            unfinished.begin = others.calls.begin_step(run_id, "pay", {}, lease=60)
+            recovery.queue.append(unfinished)
+        others.send(unfinished.begin)
+        wait_until(lambda: recovery.work() and unfinished.is_recovered)
+        assert stored(others).status is StepStatus.PENDING
+        assert recovery.has_work()
 
 
 @real_server
