@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
-from binascii import crc32
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple
 
 from squidstep_redis.errors import PayloadNotReadError
+from squidstep_redis.ids import step_run_id
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -156,7 +155,8 @@ class StepRun:
     """
 
     __slots__ = (
-        *("_decode", "_line", "_payloads", "attempt", "cancel_reason", "prefix", "run_id", "status", "step", "token"),
+        *("_decode", "_decoded", "_line", "_payloads"),
+        *("attempt", "cancel_reason", "prefix", "run_id", "status", "step", "token"),
     )
 
     prefix: Final[str]
@@ -187,8 +187,14 @@ class StepRun:
         self.prefix = prefix
         self.token = token
         self.cancel_reason = None if cancel_reason is None else cancel_reason.decode(errors="backslashreplace")
-        self._payloads = list(payloads)
+        self._payloads = payloads
+        self._decoded: dict[int, dict[str, Any]] = {}  # stays behind when the step run is pickled
         self._decode = decode
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        reason = None if self.cancel_reason is None else self.cancel_reason.encode()
+        place = (self.prefix, self.run_id, self.step)
+        return StepRun, (*place, self._line.format(), self._payloads, self._decode, self.token, reason)
 
     def after_transition(
         self,
@@ -211,8 +217,7 @@ class StepRun:
         For operators: `release_step(step_run.with_claim())` releases exactly this claim. An `id` stands for any holder.
         """
         token = self._line.token if self.status is StepStatus.RUNNING else b""
-        payloads = cast("_Payloads", tuple(self._payloads))
-        return StepRun(self.prefix, self.run_id, self.step, self._line.format(), payloads, self._decode, token)
+        return StepRun(self.prefix, self.run_id, self.step, self._line.format(), self._payloads, self._decode, token)
 
     @property
     def id(self) -> str:
@@ -304,9 +309,11 @@ class StepRun:
 
     def _payload(self, index: int, name: str) -> dict[str, Any] | None:
         value = self._payloads[index]
-        if type(value) is bytes:
-            value = self._payloads[index] = self._decode(value, self.run_id, self.step, name)
-        return cast("dict[str, Any] | None", value)
+        if not isinstance(value, bytes):
+            return value
+        if index not in self._decoded:
+            self._decoded[index] = self._decode(value, self.run_id, self.step, name)
+        return self._decoded[index]
 
     def _key(self) -> tuple[object, ...]:
         return (self.prefix, self.run_id, self.step, self.status, self.attempt, self._line[4:])
@@ -417,27 +424,6 @@ class ScheduleResult(NamedTuple):
 
     step_run: StepRun
     decision: Literal["schedule", "skip"]
-
-
-def step_run_id(prefix: str, run_id: str, step: str) -> str:
-    """Returns the id of a step run: opaque, URL-safe, and bound to the store's prefix by a checksum."""
-    run = run_id.encode()
-    body = len(run).to_bytes(2) + run + step.encode()
-    return urlsafe_b64encode(crc32(prefix.encode() + b"\0" + body).to_bytes(4) + body).rstrip(b"=").decode()
-
-
-def parse_step_run_id(prefix: str, id: str) -> tuple[str, str]:
-    """Returns the run and the step of an id.
-
-    Raises:
-        ValueError: it is not an id that `step_run_id` returned for this prefix.
-    """
-    data = urlsafe_b64decode(id.encode("ascii") + b"=" * (-len(id) % 4))
-    end = 6 + int.from_bytes(data[4:6])
-    run_id, step = data[6:end].decode(), data[end:].decode()
-    if step_run_id(prefix, run_id, step) != id:
-        raise ValueError(id)
-    return run_id, step
 
 
 def moment(ms: int) -> datetime:

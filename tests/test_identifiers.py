@@ -16,7 +16,7 @@ from support.backends import Bench, offline_store
 from support.records import begun, in_batch, stored
 
 from squidstep_redis import InvalidArgumentError, NotSentError, StepRun, StepRunStore, StepStatus
-from squidstep_redis.model import parse_step_run_id, step_run_id
+from squidstep_redis.ids import parse_step_run_id, step_run_id
 from squidstep_redis.protocol.keys import Keys
 
 

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any, Final
 
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, StepRunNotFoundError, described
-from squidstep_redis.model import StepRun, StepStatus, parse_step_run_id
+from squidstep_redis.ids import parse_step_run_id
+from squidstep_redis.model import StepRun, StepStatus
 from squidstep_redis.operations.context import Context
 from squidstep_redis.operations.repeats import are_equal, completed_before
 from squidstep_redis.operations.schedule import encode_inputs, to_schedule

@@ -26,6 +26,7 @@ LAYERS = (
         "errors",
         "escaping",
         "explanations",
+        "ids",
         "model",
         "server_errors",
         "signals",

@@ -66,6 +66,32 @@ def test_codec_of_the_user_is_not_pickled(sealing: StepRunStore) -> None:
         _ = travelled(copy).input
 
 
+def test_payloads_that_were_read_are_not_pickled_decoded(sealing: StepRunStore) -> None:
+    claim = begun(sealing.begin_step("run", "pay", {"card": "4111 1111"}))
+    sealing.checkpoint_step(claim, {"card": "4111 1111"})
+    failed = sealing.fail_step(claim, {"card": "4111 1111"})
+    assert "4111 1111" in f"{claim.input} {failed.last_error} {failed.progress}"
+
+    assert travelled(failed) is not failed
+    assert travelled(sealing.begin_step("run", "pay", {})).step_run.attempt == 2
+
+
+def test_deep_payload_that_was_read_is_pickled(store: StepRunStore) -> None:
+    payload: dict[str, Any] = {}
+    for _ in range(495):
+        payload = {"a": payload}
+    claim = begun(store.begin_step("run", "pay", payload))
+
+    assert pickle.loads(pickle.dumps(claim)).input == claim.input == copy.deepcopy(claim).input
+
+
+def test_changed_payload_is_not_what_an_operation_returns(store: StepRunStore) -> None:
+    claim = begun(store.begin_step("run", "pay", {"amount": 1}))
+    claim.input["amount"] = 2
+
+    assert store.complete_step(claim, {}).input == {"amount": 1}
+
+
 def test_pickled_claim_can_be_ended_and_read_with_a_store(sealing: StepRunStore) -> None:
     copy = travelled(begun(sealing.begin_step("run", "pay", {"card": "4111 1111"})))
 
