@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from inspect import BoundArguments, iscoroutine
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from squidstep_redis.claims.current import current_claims
 from squidstep_redis.claims.request import ClaimSettings
+from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE, jittered
 from squidstep_redis.claims.rules import current_claim
 from squidstep_redis.errors import InvalidArgumentError, PayloadError, StepBusyError
 from squidstep_redis.functions.arguments import input_of, stored_arguments
@@ -177,3 +178,11 @@ def raise_if_own(error: StepBusyError) -> None:
         raise InvalidArgumentError(
             "step", f"this code itself is executing {place}. A nested step needs its own name"
         ) from error
+
+
+def pauses() -> Iterator[float]:
+    """Yields the seconds between the attempts to claim a step that another worker holds."""
+    pause = FIRST_PAUSE
+    while True:
+        yield jittered(pause)
+        pause = min(2 * pause, LAST_PAUSE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import Any, cast
 
-from squidstep_redis import PayloadError, StaleStepRunError, StepBusyError, StepRunStore
-from squidstep_redis.functions.execution import FunctionCall, execute, explain, raise_if_own, result_in
+from squidstep_redis import PayloadError, StaleStepRunError, StepBusyError, StepDelayedError, StepRunStore
+from squidstep_redis.claims.request import ClaimSettings
+from squidstep_redis.functions.execution import FunctionCall, execute, explain, pauses, raise_if_own, result_in
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.rq.installed import Job, Retry
 from squidstep_redis.rq.notes import start_of
@@ -59,9 +61,12 @@ def execute_in_job(job: Job | None, call: FunctionCall) -> Any:
 
 
 async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:
-    # The blocking store delays no other task, because RQ runs each coroutine in its own event loop and process.
+    # A call of the blocking store delays other tasks of the job by a round trip. To wait for a busy step, it would stop
+    # them, although one of them may hold the step.
+    waits, settings = call.settings.get("on_busy") == "wait", {**call.settings, "on_busy": "raise"}
+    next_pauses = pauses()
     while True:
-        claim = store.claim_step(call.run_id, call.step, call.input, **call.settings)
+        claim: Any = store.claim_step(call.run_id, call.step, call.input, **cast("ClaimSettings", settings))
         try:
             with call.with_one_input(), claim:
                 if claim.decision == "execute":
@@ -78,9 +83,35 @@ async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:
                 explain(error)
             if isinstance(error, StepBusyError):
                 raise_if_own(error)
-            if not isinstance(error, StaleStepRunError):
+            seconds = _seconds_to_wait(claim, error, next(next_pauses) if waits else None)
+            if seconds is None:
                 raise
+        await asyncio.sleep(seconds)
+
+
+def _seconds_to_wait(claim: Any, error: BaseException, pause: float | None) -> float | None:
+    """Returns the seconds until the step is to be claimed again; None if the error is to be raised.
+
+    Args:
+        claim: the claim that the error has ended, or kept from being acquired.
+        error: the error.
+        pause: seconds to wait for another worker; None: do not wait.
+
+    Raises:
+        StepBusyError: instead of a StaleStepRunError: another worker has taken over.
+    """
+    if isinstance(error, StaleStepRunError):
+        try:
             claim.raise_unless_taken_over(error)
+        except StepBusyError:
+            if pause is None:
+                raise
+            return pause
+        return 0
+    is_not_now = claim.decision is None and isinstance(error, StepBusyError | StepDelayedError)
+    if pause is None or not is_not_now:
+        return None
+    return min(pause, cast("StepBusyError", error).retry_in or pause)
 
 
 def _asks_for_retry(claim: Any, result: object) -> bool:

@@ -281,6 +281,12 @@ async def ship_asyncio(amount: int) -> list[str]:
     return [parcel, announce(parcel)]
 
 
+@steps(on_busy="wait")
+async def reserve_side_by_side(amount: int) -> list[str]:
+    run = current_run()
+    return list(await asyncio.gather(*(run.call("reserve", reserve_asyncio, amount) for _ in range(3))))
+
+
 @steps(run_id="order-{amount}")
 @wrap
 async def ship_wrapped(amount: int) -> str:

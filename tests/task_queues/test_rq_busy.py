@@ -13,7 +13,16 @@ import rq
 from rq import Queue, Retry
 from rq.job import Job, JobStatus
 from support import rq_jobs, rq_retry_jobs
-from support.rq_harness import ANOTHER_JOB, KINDS_OF_WORKER, RQ_MARKS, THE_JOB, Harness, assert_contains, traceback_of
+from support.rq_harness import (
+    ANOTHER_JOB,
+    KINDS_OF_WORKER,
+    RQ_MARKS,
+    THE_JOB,
+    Harness,
+    assert_contains,
+    result_of,
+    traceback_of,
+)
 
 from squidstep_redis import InvalidArgumentError, RetryLater, StepRunStore
 from squidstep_redis.rq import step, steps
@@ -232,6 +241,12 @@ def test_busy_step_raises_with_on_busy_raise(harness: Harness, queue: Queue) -> 
     traceback = traceback_of(queue.enqueue(rq_jobs.charge_or_raise, 7, job_id=THE_JOB))
     assert "StepBusyError" in traceback
     assert "not rescheduled" not in traceback
+
+
+@pytest.mark.timeout(60)
+def test_tasks_of_a_job_can_wait_for_each_other(harness: Harness, queue: Queue) -> None:
+    assert result_of(queue.enqueue(rq_jobs.reserve_side_by_side, 7)) == ["parcel of 7"] * 3
+    assert harness.effects() == {"reserve": 1}
 
 
 @pytest.mark.timeout(60)
