@@ -162,6 +162,9 @@ class IdempotencyMiddleware:
         if scope["type"] != "http" or scope["method"] not in self._methods:
             await self.app(scope, receive, send)
             return
+        headers: Any = scope["headers"]
+        if not isinstance(headers, list):  # ASGI allows what can be read once
+            scope = {**scope, "headers": list(headers)}
         try:
             key = parse_key(list(values_of(scope["headers"], self._header)))
         except ValueError as error:

@@ -6,10 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.asgi import Client, Gate, Site
+from support.asgi import JSON, Client, Gate, Site, body_of, respond
 from support.backends import Bench
 
 from squidstep_redis import InvalidArgumentError
+from squidstep_redis.asgi.messages import Receive, Scope, Send
 
 
 def test_the_first_request_executes_and_later_ones_are_replayed(site: Site) -> None:
@@ -126,6 +127,27 @@ def test_other_scopes_are_passed_on_as_they_are(site: Site, kind: str) -> None:
     given = ({"type": kind}, object(), object())
     site.run(site.behind_middleware(app)(*given))
     assert all(found is passed for found, passed in zip(seen, given, strict=True))
+
+
+def test_headers_of_a_request_may_be_an_iterator(site: Site) -> None:
+    """ASGI allows any iterable, and the application reads them, too."""
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(list(scope["headers"]))
+        await respond(send, 200, await body_of(receive), [JSON])
+
+    middleware = site.behind_middleware(app, max_request_bytes=10)
+
+    async def with_iterator(scope: Scope, receive: Receive, send: Send) -> None:
+        await middleware({**scope, "headers": iter(scope["headers"])}, receive, send)
+
+    client = Client(with_iterator)
+    for is_replay in (False, True):
+        reply = site.run(client.request(headers=[(b"x-user", b"ann")]))
+        assert (reply.status, reply.is_replay) == (200, is_replay)
+    assert seen == [[(b"Idempotency-Key", b'"key-1"'), (b"x-user", b"ann")]]
+    assert site.run(client.request(headers=[(b"content-length", b"11")])).status == 413
 
 
 async def _asyncio(scope: object) -> Any:
