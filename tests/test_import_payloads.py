@@ -66,6 +66,8 @@ INVALID: dict[str, Any] = {
     "$encoded of a number": {"$encoded": 7},
     "$encoded of a list": {"$encoded": ["gA=="]},
     "$encoded inside": {"a": encoded(b"\x80")},
+    "a key that is no str": {"a": {1: 2}},
+    "keys that are no str": {"a": 1, 2: 3},
     "$bytes of a number": {"a": {"$bytes": 7}},
     "$bytes that is no base64": {"a": {"$bytes": "gA"}},
     "$float of a huge int": {"a": {"$float": 10**400}},

@@ -73,6 +73,8 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     items = cast("dict[str, Any]", value)
+    if not all(isinstance(key, str) for key in cast("dict[object, Any]", items)):
+        raise TypeError("a key of an object must be a str")
     if len(items) != 1 or not (tag := next(iter(items))).startswith("$"):
         converted: dict[str, Any] = {}
         for key, item in items.items():
