@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Final
+from math import isnan
+from typing import Any, Final
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -36,12 +37,24 @@ _MAX_LISTED: Final = 1_000  # step runs of each kind
 _BY_URGENCY: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING, StepStatus.COMPLETED)
 
 
+class _Interval(click.FloatRange):
+    """Seconds to sleep. NaN is in every range."""
+
+    def __init__(self) -> None:
+        super().__init__(0.05, 3_600)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Converts the text of an option."""
+        seconds = super().convert(value, param, ctx)
+        if isnan(seconds):
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
+        return seconds
+
+
 @click.command("watch", epilog="Example: squidstep watch order-1")
 @store_options
 @click.argument("run", required=False, shell_complete=complete_run)
-@click.option(
-    "--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3_600), help="Seconds between two reads."
-)
+@click.option("--interval", default=1.0, show_default=True, type=_Interval(), help="Seconds between two reads.")
 @click.option("--once", is_flag=True, help="Show the current state, and exit.")
 @json_option
 def watch_command(options: StoreOptions, run: str | None, interval: float, once: bool, as_json: bool) -> None:

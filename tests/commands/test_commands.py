@@ -396,6 +396,11 @@ class TestWatch:
         assert (ended.returncode, "pay" in ended.stdout) == (0, True)
         assert "pay" in run_on_terminal(80, *command)
 
+    @pytest.mark.parametrize("interval", ["nan", "0", "inf", "-1", "x"])
+    def test_interval_that_is_no_pause_is_rejected(self, server: EmbeddedServer, interval: str) -> None:
+        ended = invoke("watch", "--once", "--interval", interval, "-u", server.url)
+        assert (ended.exit_code, "Invalid value for '--interval'" in ended.stderr) == (2, True)
+
     @pytest.mark.parametrize("watched", ["run", "the store"])
     def test_with_json_each_line_is_an_object(self, server: EmbeddedServer, store: StepRunStore, watched: str) -> None:
         claim = store.begin_step("run", "pay", {"amount": 1}, lease=60, owner="w").step_run
