@@ -76,6 +76,25 @@ def test_payloads_that_were_read_are_not_pickled_decoded(sealing: StepRunStore) 
     assert travelled(sealing.begin_step("run", "pay", {})).step_run.attempt == 2
 
 
+def test_pickled_step_run_equals_its_original(sealing: StepRunStore) -> None:
+    claim = begun(sealing.begin_step("run", "pay", {"card": "4111 1111"}))
+    assert travelled(claim) == claim == sealing.get_step_run("run", "pay")
+    assert sealing.complete_step(claim, {}) != travelled(claim)
+
+
+def test_step_runs_with_a_payload_unequal_to_itself_are_equal(bench: Bench) -> None:
+    class LenientCodec:
+        def encode(self, payload: dict[str, Any]) -> bytes:
+            return pickle.dumps(payload)
+
+        def decode(self, data: bytes) -> dict[str, Any]:
+            return pickle.loads(data)
+
+    claim = begun(bench.store(codec=LenientCodec()).begin_step("run", "pay", {"rate": float("nan")}))
+    assert claim.input != {"rate": float("nan")}
+    assert bench.store(codec=LenientCodec()).get_step_run("run", "pay") == claim
+
+
 def test_deep_payload_that_was_read_is_pickled(store: StepRunStore) -> None:
     payload: dict[str, Any] = {}
     for _ in range(495):
