@@ -190,8 +190,8 @@ def complete_command(options: StoreOptions, run: str, step: str, output: str, dr
         if not confirm(f"complete {step} of {run}, which is {current.status}", yes=yes, dry_run=dry_run):
             return
         try:
-            if current.status is not StepStatus.PENDING:
-                store.retry_step(run, step, owner=owner)  # keeps the input, also of a step that cannot be claimed
+            # To claim a failed step would replace its input. It may have failed since it was shown, and be final.
+            store.retry_step(run, step, owner=owner)
         except StaleStepRunError as error:
             held = f" by {error.current.owner}" if error.current.owner else ""
             lease = f", {lease}" if (lease := format_lease(error.current)) else ""

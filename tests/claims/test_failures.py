@@ -139,7 +139,7 @@ class TestUnstorableResult:
         assert "cannot be stored" in (stored(others).last_error or {})["traceback"]
 
     @pytest.mark.parametrize("error", [RecursionError("deep"), PicklingError("no"), KeyError("x"), MemoryError()])
-    def test_an_output_that_the_codec_fails_on_is_not_executed_again(self, bench: Bench, error: Exception) -> None:
+    def test_output_that_the_codec_fails_on_is_not_repeated(self, bench: Bench, error: Exception) -> None:
         class Picky(MsgpackCodec):
             def encode(self, payload: dict[str, Any]) -> bytes:
                 if "odd" in payload:

@@ -162,6 +162,18 @@ class TestComplete:
         assert (step_run.status, step_run.input, step_run.output) == ("completed", {"amount": 1}, {"receipt": 7})
         assert (step_run.owner or "").startswith("complete by ")
 
+    def test_step_that_fails_before_the_confirmation_keeps_its_input(
+        self, store: StepRunStore, options: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def confirm_after_a_failure(*_: object, **__: object) -> bool:
+            store.fail_step(begun(store.begin_step("run", "pay", {})), ValueError("no"))
+            return True
+
+        store.schedule_step("run", "pay", {"amount": 1})
+        monkeypatch.setattr("squidstep_redis.cli.changes.confirm", confirm_after_a_failure)
+        assert run("complete", "run", "pay", "--output", "{}", *options).returncode == 0
+        assert (stored(store).status, stored(store).input) == ("completed", {"amount": 1})
+
     def test_output_can_come_from_stdin(self, store: StepRunStore, options: list[str]) -> None:
         store.schedule_step("run", "pay", {})
         assert run("complete", "run", "pay", "--output", "-", "--yes", *options, input='{"a": [1]}').returncode == 0
