@@ -32,6 +32,7 @@ from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.store import StepRunStore
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
+from squidstep_redis.transport.aio_pool import drop_all
 
 if TYPE_CHECKING:
     from squidstep_redis.functions.runs import AsyncRun
@@ -253,6 +254,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         finally:
             self._transport.close()
             if self._owns_client:
+                drop_all(self.client)  # awaits nothing, which a cancellation could interrupt
                 await self.client.aclose()
 
     @cached_property

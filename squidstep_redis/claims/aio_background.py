@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -187,8 +188,11 @@ class LastingSender:
 class LeavingSender:
     """Sends the calls of a claim whose block ends, each in the background: if the caller is gone, they go on.
 
+    If the caller is cancelled, it waits no longer, but the calls that are left are still started.
+
     Attributes:
         waits: whether the caller may wait at all.
+        cancellation: what has cancelled the caller; to be raised when all calls have been started.
     """
 
     def __init__(self, sender: Callable[[], LastingSender], retry_seconds: float, seconds: float) -> None:
@@ -201,21 +205,34 @@ class LeavingSender:
         """
         self._sender = sender
         self.waits = True
+        self.cancellation: asyncio.CancelledError | None = None
         self._retry_seconds = retry_seconds
         self._seconds = seconds
+        self._began = time.monotonic()
+        self._latest: BackgroundTask[Any] | None = None
 
     async def send(self, call: Call[T]) -> T:
         """Sends a call; returns its result."""
         sender = self._sender()
-        task = sender.start(sender.send(call), self._seconds)
-        timeout = self._retry_seconds if call.retryable else INTERRUPTED_SECONDS
+        task = self._latest = sender.start(_send_after(self._latest, sender, call), self._seconds)
+        timeout = self._retry_seconds if call.retryable else INTERRUPTED_SECONDS  # for all calls together
         if self.waits:
-            await asyncio.wait([task], timeout=timeout)
+            try:
+                await asyncio.wait([task], timeout=max(0.0, self._began + timeout - time.monotonic()))
+            except asyncio.CancelledError as error:
+                self.waits, self.cancellation = False, error
         if task.done() and not task.is_over:
             return task.result()
         why = "" if sender.last_error is None else f" ({sender.last_error.problem})"
         problem = f"not confirmed within {timeout if self.waits else 0:.1f} s{why}; it goes on in the background"
         raise OutcomeUnknownError(call.operation, call.run_id, call.step, problem, True, call)
+
+
+async def _send_after(earlier: BackgroundTask[Any] | None, sender: LastingSender, call: Call[T]) -> T:
+    """Sends a call when an earlier one has ended."""
+    if earlier is not None:
+        await asyncio.wait([earlier])
+    return await sender.send(call)
 
 
 class PerLoop(Generic[T]):

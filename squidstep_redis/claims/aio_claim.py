@@ -21,6 +21,7 @@ from squidstep_redis.protocol.arguments import Seconds, StepInputs
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
+from squidstep_redis.transport.aio_connection import cancellations
 
 MAX_BACKGROUND_SECONDS: Final = 86_400.0  # to end a claim without a lease, which nothing else would end
 
@@ -56,12 +57,14 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self._heartbeat: AsyncHeartbeat | None = None
         self._task: asyncio.Task[Any] | None = None
         self._has_cancelled = False
+        self._cancelled_before = 0  # by others, whose cancellations the task has swallowed
 
     async def __aenter__(self) -> Self:
         try:
             await run_workflow(self._transport, self._acquire())
             self._enter()
             self._task, self._has_cancelled = asyncio.current_task(), False
+            self._cancelled_before = cancellations()
             if self._state == "held" and self._lease is not None:
                 self._heartbeat = self._per_loop.get().heartbeat
                 self._heartbeat.add(self)
@@ -80,7 +83,8 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        missing = stopped = None
+        missing = stopped = cancelled = None
+        cancelling = self._cancelled_before
         if self._has_cancelled and self._is_own_cancellation(error) and self._loss is None:
             error = stopped = self.cancellation
         try:
@@ -88,15 +92,20 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
                 sender = LeavingSender(self._lasting_sender, self._longest_retry, self._background_seconds())
                 sender.waits = not isinstance(error, GeneratorExit)  # a coroutine that is closed must not wait
                 missing = await run_workflow(cast("AsyncTransport", sender), self._on_exit(error))
+                cancelled = sender.cancellation
         finally:
             self._stop()
+            if self._has_cancelled and self._task is not None:
+                cancelling = self._task.uncancel()
+        if cancelled is not None:
+            raise cancelled
         if missing is not None:
             raise missing
-        if self._has_cancelled and self._task is not None:
-            others = self._task.uncancel()
+        if self._has_cancelled:
             if stopped is not None:
                 raise stopped from None
-            if self._loss is not None and isinstance(error, asyncio.CancelledError) and not others:
+            is_own = isinstance(error, asyncio.CancelledError) and cancelling == self._cancelled_before
+            if self._loss is not None and is_own:
                 if not isinstance(self._loss, StaleStepRunError):
                     raise self._loss
                 await run_workflow(self._transport, self._reconcile())
@@ -105,7 +114,9 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
 
     def _is_own_cancellation(self, error: BaseException | None) -> bool:
         """Whether the block ends because this claim, and nothing else, has cancelled its task."""
-        return isinstance(error, asyncio.CancelledError) and self._task is not None and self._task.cancelling() == 1
+        if not isinstance(error, asyncio.CancelledError) or self._task is None:
+            return False
+        return self._task.cancelling() == self._cancelled_before + 1
 
     @with_docs_of(Claim.checkpoint)
     async def checkpoint(self, progress: Mapping[str, Any], *, lazy: bool = False) -> None:

@@ -8,6 +8,8 @@ from copy import copy
 from logging import INFO
 from typing import Any, TypeVar
 
+from redis.exceptions import ConnectionError
+
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
 from squidstep_redis.steady import steady_time as time
@@ -89,13 +91,17 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
             servers = await self._connections().servers()
         except FAILURES as error:
             return {"": [cause_of(error)] * len(commands)}
-        return {name: [reply async for reply in _replies(server, commands)] for name, server in servers.items()}
+        deadline = time.monotonic() + self.timeout
+        return {
+            name: [reply async for reply in _replies(server, commands, deadline)] for name, server in servers.items()
+        }
 
     async def block_on_stream(self, effect: BlockOnStream) -> None:
         """Blocks until the stream grows, at most for half of the client's timeout."""
         try:
             node = await self._connections().node_of(effect.stream)
-            await node.send([effect.command(self.longest_read / 2)], as_it_is, blocks=True)
+            deadline = time.monotonic() + effect.seconds
+            await node.send([effect.command(self.longest_read / 2)], as_it_is, deadline, blocks=True)
         except FAILURES:  # the next poll shows the state
             await asyncio.sleep(min(effect.seconds, 0.1))
 
@@ -140,23 +146,27 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
             return await self._connections().redirect(action.error)
         if isinstance(action, Refresh):
             return await self._connections().refresh(action.since)
-        return await asyncio.gather(
-            *(self._outcome(round_trip, deadline) for round_trip in action.round_trips)
+        sent = (
+            each.node.send(each.commands, each.read, deadline, blocks=each.blocks) for each in action.round_trips
         )  # RoundTrips
-
-    async def _outcome(self, round_trip: RoundTrip, deadline: float) -> Any:
-        try:
-            return await round_trip.node.send(round_trip.commands, round_trip.read, deadline, blocks=round_trip.blocks)
-        except RoundTripError as error:
-            return error
+        return [_outcome(result) for result in await asyncio.gather(*sent, return_exceptions=True)]
 
 
-async def _replies(server: AsyncConnections, commands: Sequence[Command]) -> AsyncIterator[Any]:
+def _outcome(result: Any) -> Any:
+    """Returns the result of one of several round trips, or its error."""
+    if isinstance(result, asyncio.CancelledError):  # something has cancelled its task, and not that of the caller
+        return RoundTripError(ConnectionError("The round trip was interrupted."), sent=True)
+    if isinstance(result, BaseException) and not isinstance(result, RoundTripError):
+        raise result
+    return result
+
+
+async def _replies(server: AsyncConnections, commands: Sequence[Command], deadline: float) -> AsyncIterator[Any]:
     unreachable: Exception | None = None
     for command in commands:
         if unreachable is None:
             try:
-                yield (await server.send([command], as_it_is))[0]
+                yield (await server.send([command], as_it_is, deadline))[0]
                 continue
             except RoundTripError as error:
                 unreachable = error.cause

@@ -26,6 +26,7 @@ from squidstep_redis.transport.aio_connection import (
     OwnConnections,
     drop,
     is_foreign,
+    result_of,
 )
 from squidstep_redis.transport.aio_pool import round_trip_on
 from squidstep_redis.transport.client import has_plain_stream
@@ -100,7 +101,8 @@ class ClusterConnections(AsyncConnections):
     async def refresh(self, since: float) -> None:
         """Lets the client ask the nodes for the slots."""
         if self._topology.refreshed_at <= since:
-            await self._learn()  # the next attempt shows what is reachable
+            with suppress(RoundTripError):  # the next attempt shows what is reachable
+                await self._learn()
 
     def _to(self, node: Any) -> AsyncConnections:
         known = self._nodes.get(node.name)
@@ -120,7 +122,7 @@ class ClusterConnections(AsyncConnections):
         task = self._learning
         if task is None or task.done() or task.get_loop() is not loop:
             task = self._learning = loop.create_task(self._ask_nodes(), name="squidstep-topology")
-        return await asyncio.shield(task)
+        return await result_of(task)
 
     async def _ask_nodes(self) -> Exception | None:
         manager = self._client.nodes_manager

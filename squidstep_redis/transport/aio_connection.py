@@ -13,26 +13,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
-from redis.exceptions import (
-    AskError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import AskError, ConnectionError, ResponseError, TimeoutError
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.server_errors import ReplyMismatchError
 from squidstep_redis.transport.client import idle_of, own_connection, probed
-from squidstep_redis.transport.link import Link
+from squidstep_redis.transport.link import Link, close_socket
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import Read, chunks, pack_command
+
+T = TypeVar("T")
 
 _MAX_IDLE: Final = 16
 _MAX_SHARED_BYTES: Final = 65_536  # larger payloads use a connection of their own
@@ -118,7 +116,7 @@ class OwnConnections(AsyncConnections):
             return await self._send_alone(links, data, len(commands), read, deadline)
         link = links.shared
         if link is None or not link.is_open:
-            link = await self._connect_shared(links)
+            link = await self._connect_shared(links, deadline)
         while link.is_open and not link.has_room:
             await link.room()
         results = _read_all(link, await link.submit(data, len(commands), deadline), read)
@@ -145,7 +143,12 @@ class OwnConnections(AsyncConnections):
     def close(self) -> None:
         if self._pid != os.getpid():
             return
-        links = self._by_loop.pop(asyncio.get_running_loop(), None)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a coroutine is closed after its event loop
+            self._forget_closed_loops()
+            return
+        links = self._by_loop.pop(loop, None)
         if links is not None:
             links.close()
 
@@ -153,6 +156,7 @@ class OwnConnections(AsyncConnections):
         """Closes the connections of the running event loop as soon as no round trip is under way on them."""
         links = self._by_loop.pop(asyncio.get_running_loop(), None)
         if links is not None:
+            links.is_closed = True
             links.retire()
 
     def _template(self) -> Any:
@@ -184,7 +188,7 @@ class OwnConnections(AsyncConnections):
         link = links.pop_idle()
         before = cancellations()
         if link is None:
-            link = await self._open()
+            link = await self._open(deadline)
         try:
             await raise_swallowed_cancellation(before)
             results = _read_all(link, await link.submit(data, count, deadline), read)
@@ -193,28 +197,30 @@ class OwnConnections(AsyncConnections):
             raise
         if link.is_demoted:
             links.retire()
-        if len(links.idle) < _MAX_IDLE and link.is_open:
+        if len(links.idle) < _MAX_IDLE and link.is_open and not links.is_closed:
             links.idle.append(link)
         else:
             link.close()
         return results
 
-    async def _connect_shared(self, links: _Links) -> Link:
+    async def _connect_shared(self, links: _Links, deadline: float) -> Link:
         """Opens the shared connection, once for all tasks that need it: none of them interrupts its handshake."""
         if links.connecting is None:
-            links.connecting = asyncio.get_running_loop().create_task(self._open(), name="squidstep-connect")
+            links.connecting = asyncio.get_running_loop().create_task(self._open(deadline), name="squidstep-connect")
             links.connecting.add_done_callback(links.on_connected)
-        return await asyncio.shield(links.connecting)
+        return await result_of(links.connecting)
 
-    async def _open(self) -> Link:
+    async def _open(self, deadline: float) -> Link:
         connection = self._template()
+        scope = asyncio.timeout(seconds_to_connect(connection, deadline))
         try:
-            await connection.connect()
-            return Link(connection)
+            async with scope:
+                await connection.connect()
+                return Link(connection)
         except BaseException as error:
             drop(connection)
-            if isinstance(error, (RedisError, RedisClusterException)):
-                raise RoundTripError(error, sent=False) from error
+            if isinstance(error, Exception):
+                raise RoundTripError(connect_error(error, scope), sent=False) from error
             raise
 
 
@@ -225,12 +231,14 @@ class _Links:
         shared: the connection that tasks share.
         connecting: opens it.
         idle: connections for exclusive use.
+        is_closed: whether no further connection is kept here.
     """
 
     def __init__(self) -> None:
         self.shared: Link | None = None
         self.connecting: asyncio.Task[Link] | None = None
         self.idle: deque[Link] = deque()
+        self.is_closed = False
         # An event loop ends its asynchronous generators before it is closed. So the connections end with it.
         self._guard = self._close_at_shutdown()
         with contextlib.suppress(StopIteration):
@@ -245,7 +253,10 @@ class _Links:
     def on_connected(self, task: asyncio.Task[Link]) -> None:
         self.connecting = None
         if not task.cancelled() and task.exception() is None:
-            self.shared = task.result()
+            if self.is_closed:
+                task.result().close()
+            else:
+                self.shared = task.result()
 
     def pop_idle(self) -> Link | None:
         while self.idle:
@@ -270,6 +281,7 @@ class _Links:
         self._close_all()
 
     def _close_all(self) -> None:
+        self.is_closed = True
         if self.connecting is not None:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
                 self.connecting.cancel()
@@ -328,6 +340,34 @@ async def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return error
 
 
+async def result_of(task: asyncio.Task[T]) -> T:
+    """Waits for a task that works for several others, whichever of them is cancelled; returns its result.
+
+    Raises:
+        RoundTripError: something has cancelled the task itself, such as a program that cancels all tasks but its own.
+    """
+    await asyncio.wait((task,))
+    if task.cancelled():
+        raise RoundTripError(ConnectionError("Connecting was interrupted."), sent=False)
+    return task.result()
+
+
+def seconds_to_connect(connection: Any, deadline: float) -> float | None:
+    """Returns how long setting up a connection of redis-py's may take; None: without a limit.
+
+    A provider of credentials, for one, has no timeout of its own.
+    """
+    if deadline == inf:
+        return None
+    timeouts = (getattr(connection, name, None) for name in ("socket_connect_timeout", "socket_timeout"))
+    return max(0.0, deadline - time.monotonic()) + sum(seconds or 0.0 for seconds in timeouts)
+
+
+def connect_error(error: Exception, scope: asyncio.Timeout) -> Exception:
+    """Returns an error of redis-py's for one that setting up a connection within a scope has raised."""
+    return TimeoutError("Timeout connecting to server") if scope.expired() else as_redis_error(error)
+
+
 def cancellations() -> int:
     """Returns how often the running task was cancelled so far."""
     task = asyncio.current_task()
@@ -357,7 +397,9 @@ def drop(connection: Any) -> None:
     if isinstance(writer, asyncio.StreamWriter):
         loop: asyncio.AbstractEventLoop = vars(writer)["_loop"]
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            if loop is asyncio.get_running_loop():
+            if loop.is_closed():
+                close_socket(writer.transport)
+            elif loop is asyncio.get_running_loop():
                 writer.close()
             else:
                 loop.call_soon_threadsafe(writer.close)

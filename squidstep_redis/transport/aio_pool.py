@@ -23,9 +23,11 @@ from squidstep_redis.transport.aio_connection import (
     OwnConnections,
     abandoned,
     cancellations,
+    connect_error,
     drop,
     is_foreign,
     raise_swallowed_cancellation,
+    seconds_to_connect,
 )
 from squidstep_redis.transport.client import has_plain_stream, idle_of
 from squidstep_redis.transport.pool import ask, is_known, seconds_to_wait
@@ -100,18 +102,25 @@ class PooledConnections(AsyncConnections):
                     await self._pool.ensure_connection(connection)
                 elif not _is_quiet(connection):
                     drop(connection)
-                    await connection.connect()
+                    await _connect(connection, deadline)
             except BaseException:
                 drop(connection)
                 self._release_later(connection)
                 raise
+        except RoundTripError:
+            raise
         except Exception as error:
             raise RoundTripError(as_redis_error(error), sent=False) from error
         return connection
 
     def _release_later(self, connection: Any) -> None:
         """Gives a connection back to the pool in a task of its own, which a cancellation of this one leaves alone."""
-        task = _Uncancellable(self._pool.release(connection), loop=asyncio.get_running_loop())
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a coroutine is closed after its event loop
+            _take_back(self._pool, connection)
+            return
+        task = _Uncancellable(self._pool.release(connection), loop=loop)
         self._releasing.add(task)
         task.add_done_callback(self._on_released)
 
@@ -130,7 +139,16 @@ class PooledConnections(AsyncConnections):
             self._owner = owner = owner.successor.setdefault(0, new)  # atomic: another thread's loop may want it, too
             if owner is new:
                 _renew_locks(self._pool)
+                self._reclaim()
         return True
+
+    def _reclaim(self) -> None:
+        """Gives back the connections that tasks of a closed event loop, or of the parent process, have borrowed."""
+        is_fork = self._pid != os.getpid()
+        loop = asyncio.get_running_loop()
+        for connection in list(getattr(self._pool, "_in_use_connections", ())):
+            if is_foreign(connection, loop) and (is_fork or connection._reader._loop.is_closed()):
+                _take_back(self._pool, connection)
 
     def _remove_foreign(self) -> None:
         """Removes idle connections of another event loop or process, until the next one is not such a one."""
@@ -180,6 +198,22 @@ def _renew_locks(pool: Any) -> None:
             setattr(pool, name, type(lock)())
 
 
+def _take_back(pool: Any, connection: Any) -> None:
+    """Gives a connection back to a pool whose event loop has ended: nothing waits for it, and nothing is awaited."""
+    borrowed: Any = getattr(pool, "_in_use_connections", set[Any]())
+    if connection in borrowed:
+        borrowed.remove(connection)
+        pool._available_connections.append(connection)
+
+
+def drop_all(client: Any) -> None:
+    """Closes all connections of a client's pool, also those of other event loops."""
+    pool = client.connection_pool
+    for connection in (*idle_of(pool), *getattr(pool, "_in_use_connections", ())):
+        if has_plain_stream(cast("type[object]", type(connection))):
+            drop(connection)
+
+
 async def _take(pool: Any, deadline: float) -> Any:
     """Takes a connection out of a pool: an idle one, in any state, or a new one that is not connected.
 
@@ -191,17 +225,32 @@ async def _take(pool: Any, deadline: float) -> Any:
         return pool.get_available_connection()
     condition: asyncio.Condition = vars(pool)["_condition"]
     try:
-        async with condition, asyncio.timeout(seconds_to_wait(pool, deadline)):
-            await condition.wait_for(pool.can_get_connection)
-            return pool.get_available_connection()
+        async with condition:
+            try:
+                async with asyncio.timeout(seconds_to_wait(pool, deadline)):
+                    await condition.wait_for(pool.can_get_connection)
+                    return pool.get_available_connection()
+            except BaseException:
+                condition.notify()  # this task may have been notified, and another one waits, too
+                raise
     except builtins.TimeoutError:
         raise ConnectionError("No connection available.") from None
+
+
+async def _connect(connection: Any, deadline: float) -> None:
+    """Lets redis-py set up a connection, in bounded time."""
+    scope = asyncio.timeout(seconds_to_connect(connection, deadline))
+    try:
+        async with scope:
+            await connection.connect()
+    except Exception as error:
+        raise RoundTripError(connect_error(error, scope), sent=False) from error
 
 
 def _is_quiet(connection: Any) -> bool:
     """Whether a connection is open and nothing was left on it. An error that was left could not be recognized."""
     reader = connection._reader
-    if reader is None or reader.at_eof():
+    if reader is None or reader.at_eof() or connection._writer.is_closing():  # the latter after a reset
         return False
     has_data = getattr(getattr(connection._parser, "_reader", None), "has_data", None)
     if reader._buffer or (has_data is not None and has_data()):

@@ -115,7 +115,10 @@ class Link(asyncio.Protocol):
         self._unsent.clear()
         self._unsent_bytes = 0
         if not pending:
-            self._wake()
+            if self.is_open:
+                self._wake()
+            else:
+                self.retire()
             return
         if not self._sent:
             self._progress_at = self._loop.time()
@@ -157,7 +160,7 @@ class Link(asyncio.Protocol):
                         if is_demotion(reply):
                             self.is_open, self.is_demoted = False, True
                     elif isinstance(reply, ConnectionError):
-                        self._fail(reply)
+                        self._fail_after(reply)
                         return
                     if not sent:
                         self._fail(ConnectionError("Unexpected reply."))
@@ -176,6 +179,17 @@ class Link(asyncio.Protocol):
             self.retire()
         if self._waiters:
             self._wake()
+
+    def _fail_after(self, reply: ConnectionError) -> None:
+        """Fails all round trips after a reply that is about the connection, such as LOADING.
+
+        It refuses the first one only. The server may have executed the others.
+        """
+        if self._sent:
+            future = self._sent.popleft().future
+            if not future.done():
+                future.set_exception(RoundTripError(reply, sent=True))
+        self._fail(ConnectionError(f"Connection closed after an error: {type(reply).__name__}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fails the round trips under way."""
@@ -204,7 +218,7 @@ class Link(asyncio.Protocol):
         self._unsent.clear()
         self._unsent_bytes = 0
         if self._loop.is_closed():
-            _close_socket(self._transport)
+            close_socket(self._transport)
             return
         for was_sent, round_trips in ((True, sent), (False, unsent)):
             for round_trip in round_trips:
@@ -217,7 +231,7 @@ class Link(asyncio.Protocol):
         self._transport.abort()
 
 
-def _close_socket(transport: Any) -> None:
+def close_socket(transport: Any) -> None:
     """Closes the socket of a transport whose event loop is closed: the transport could not do it any more."""
     with contextlib.suppress(RuntimeError):
         transport.abort()  # marks it as closed, then fails to schedule the rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -139,6 +140,13 @@ class Proxy:
         for each in self._sockets:
             with contextlib.suppress(OSError):  # it is already closed
                 each.shutdown(socket.SHUT_RDWR)
+
+    def reset(self) -> None:
+        """Resets all connections, as a firewall or a server that has crashed does: they do not end regularly."""
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # it is already closed
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                each.shutdown(socket.SHUT_RD)
 
     def heal(self) -> None:
         """Removes the pending faults."""

@@ -1,0 +1,192 @@
+"""Asyncio tasks share the opening of a connection: it is bounded, may be interrupted, and leaves nothing open."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import redis
+import redis.asyncio
+from faults.topologies import SERVICE, Sentinels
+from redis.credentials import CredentialProvider
+from support.backends import Backend
+from support.servers import EmbeddedCluster, find_binary, wait_until
+
+from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, WaitTimeoutError
+
+pytestmark = [pytest.mark.servers("valkey"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+any_redis: Any = redis.asyncio  # parts of its types are unknown
+
+
+@pytest.fixture
+def url(backend: Backend) -> str:
+    return str(backend.url)
+
+
+@pytest.fixture
+def name(tmp_path: Path, backend: Backend) -> Any:
+    yield tmp_path.name
+    backend.flush()
+
+
+def connected(backend: Backend, name: str) -> int:
+    return sum(client["name"] == name for client in backend.raw.client_list())
+
+
+async def cancel_helpers(call: asyncio.Task[Any]) -> int:
+    """Cancels all tasks but this one and the one of a call, as some programs do; returns how many there were."""
+    cancelled: set[asyncio.Task[Any]] = set()
+    for _ in range(200):
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {call, asyncio.current_task()} - cancelled:
+            task.cancel()
+            cancelled.add(task)
+    return len(cancelled)
+
+
+def test_call_goes_on_if_its_connecting_is_cancelled(url: str, name: str) -> None:
+    async def main() -> None:
+        async with AsyncStepRunStore.from_url(url, prefix=name) as store:
+            call = asyncio.create_task(store.begin_step("run", "pay", {}))
+
+            assert await cancel_helpers(call)
+            assert (await call).decision == "execute"
+
+    asyncio.run(main())
+
+
+def test_cluster_calls_go_on_if_their_helpers_are_cancelled() -> None:
+    async def main(url: str) -> None:
+        async with any_redis.RedisCluster.from_url(url) as client:
+            store = AsyncStepRunStore(client)
+            for _ in range(2):  # the first one asks the nodes for the slots
+                call = asyncio.create_task(store.batch([store.calls.get_run(f"run-{n}") for n in range(20)]))
+
+                assert await cancel_helpers(call)
+                assert len(await call) == 20
+
+    with EmbeddedCluster(binary=find_binary("valkey")) as cluster:
+        asyncio.run(main(cluster.url))
+
+
+def test_store_closed_while_it_connects_leaves_no_connection(backend: Backend, url: str, name: str) -> None:
+    async def main() -> None:
+        for turns in range(25):
+            store = AsyncStepRunStore.from_url(url, prefix=name, client_name=name)
+            call = asyncio.create_task(store.get_run("run"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await store.close()
+            assert await call == []
+            await store.close()
+
+        await asyncio.to_thread(wait_until, lambda: not connected(backend, name), 5)
+
+    asyncio.run(main())
+
+
+def test_store_closed_while_a_call_blocks_leaves_no_connection(backend: Backend, url: str, name: str) -> None:
+    async def main() -> None:
+        store = AsyncStepRunStore.from_url(url, prefix=name, client_name=name)
+        await store.begin_step("run", "pay", {}, lease=60)
+        waiting = asyncio.create_task(store.wait_for_step("run", "pay", 0.7))
+        await asyncio.sleep(0.3)
+        await store.close()
+        with pytest.raises(WaitTimeoutError):
+            await waiting
+        await store.close()
+
+        await asyncio.to_thread(wait_until, lambda: not connected(backend, name), 5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("options", [{}, {"max_connections": 2}])
+def test_store_closes_its_connections_in_a_cancelled_scope(backend: Backend, url: str, name: str, options: Any) -> None:
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            async with AsyncStepRunStore.from_url(url, prefix=name, client_name=name, **options) as store:
+                await store.get_run("run")
+                scope.cancel()
+
+        await asyncio.to_thread(wait_until, lambda: not connected(backend, name), 5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("options", [{}, {"max_connections": 2}])
+def test_store_may_be_closed_in_a_later_loop(backend: Backend, url: str, name: str, options: Any) -> None:
+    store = AsyncStepRunStore.from_url(url, prefix=name, client_name=name, **options)
+    asyncio.run(store.get_run("run"))
+
+    asyncio.run(store.close())
+
+    wait_until(lambda: not connected(backend, name), 5)
+
+
+@pytest.mark.parametrize("own_connections", [False, True])
+def test_sentinel_client_works_in_one_loop_after_another(tmp_path: Path, own_connections: bool) -> None:
+    """Its own connections to the sentinels belong to the first loop."""
+    with Sentinels(find_binary("valkey"), tmp_path) as sentinels:
+        client = any_redis.Sentinel(sentinels.addresses).master_for(SERVICE)
+        store = AsyncStepRunStore(client, own_connections=own_connections)
+        for number in range(4):
+            assert asyncio.run(store.begin_step("run", f"step-{number}", {})).decision == "execute"
+
+
+class HangingCredentials(CredentialProvider):
+    def get_credentials(self) -> tuple[str, str]:
+        raise NotImplementedError
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        await asyncio.sleep(60)
+        return "default", ""
+
+
+@pytest.mark.skipif(
+    not hasattr(CredentialProvider, "get_credentials_async"), reason="redis-py 5.0 asks for credentials without waiting"
+)
+@pytest.mark.parametrize("own_connections", [False, True])
+def test_hanging_credential_provider_does_not_prolong_the_timeout(url: str, own_connections: bool) -> None:
+    async def main() -> float:
+        options: Any = {"socket_timeout": 0.3, "socket_connect_timeout": 0.3}
+        async with any_redis.Redis.from_url(url, credential_provider=HangingCredentials(), **options) as client:
+            store = AsyncStepRunStore(client, own_connections=own_connections, timeout=0.5)
+            began = time.monotonic()
+            with pytest.raises(NotSentError, match="Timeout connecting"):
+                await store.get_run("run")
+            return time.monotonic() - began
+
+    assert asyncio.run(main()) < 3
+
+
+def test_refusal_of_one_call_says_nothing_about_the_next() -> None:
+    """A server that is loading refuses the first call, executes the second, and is gone before it replies."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received = b""
+        while received.count(b"EVALSHA") < 2 and (data := await reader.read(65_536)):
+            writer.write(b"+OK\r\n" * data.count(b"SETINFO"))
+            received += data
+        server[0].close()
+        writer.write(b"-LOADING Redis is loading the dataset in memory\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        server.append(await asyncio.start_server(serve, "127.0.0.1", 0))
+        port = server[0].sockets[0].getsockname()[1]
+        async with AsyncStepRunStore.from_url(f"redis://127.0.0.1:{port}", timeout=0.5) as store:
+            calls = [store.begin_step("run", step, {}) for step in ("pay", "ship")]
+            _, second = await asyncio.gather(*calls, return_exceptions=True)
+
+        assert isinstance(second, OutcomeUnknownError)
+
+    server: list[asyncio.Server] = []
+    asyncio.run(main())
