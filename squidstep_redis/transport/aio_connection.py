@@ -143,14 +143,11 @@ class OwnConnections(AsyncConnections):
     def close(self) -> None:
         if self._pid != os.getpid():
             return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # a coroutine is closed after its event loop
-            self._forget_closed_loops()
-            return
-        links = self._by_loop.pop(loop, None)
-        if links is not None:
-            links.close()
+        self._forget_closed_loops()
+        with contextlib.suppress(RuntimeError):  # no loop is running if a coroutine is closed after its event loop
+            links = self._by_loop.pop(asyncio.get_running_loop(), None)
+            if links is not None:
+                links.close()
 
     def retire(self) -> None:
         """Closes the connections of the running event loop as soon as no round trip is under way on them."""
