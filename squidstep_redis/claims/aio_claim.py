@@ -18,8 +18,9 @@ from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.errors import SquidstepError, StaleStepRunError
 from squidstep_redis.model import StepRun
 from squidstep_redis.protocol.arguments import Seconds, StepInputs
-from squidstep_redis.protocol.workflow import Workflow
-from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError
+from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.workflow import Send, Workflow
+from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError, RefusedError
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
 from squidstep_redis.transport.aio_connection import cancellations
 
@@ -56,6 +57,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self._per_loop = per_loop
         self._heartbeat: AsyncHeartbeat | None = None
         self._task: asyncio.Task[Any] | None = None
+        self._ending: Call[StepRun] | None = None  # what is being sent to end the claim, or was when it was cancelled
         self._has_cancelled = False
         self._cancelled_before = 0  # by others, whose cancellations the task has swallowed
 
@@ -65,6 +67,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             self._enter()
             self._task, self._has_cancelled = asyncio.current_task(), False
             self._cancelled_before = cancellations()
+            self._ending = None
             if self._state == "held" and self._lease is not None:
                 self._heartbeat = self._per_loop.get().heartbeat
                 self._heartbeat.add(self)
@@ -111,6 +114,31 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
                 await run_workflow(self._transport, self._reconcile())
                 return True
         return False
+
+    def _finish(self, call: Call[StepRun]) -> Workflow[StepRun]:
+        self._ending = call
+        try:
+            step_run = yield from super()._finish(call)
+        except Exception:
+            self._ending = None
+            raise
+        self._ending = None
+        return step_run
+
+    def _on_exit(self, error: BaseException | None) -> Workflow[BaseException | None]:
+        if self._ending is not None and self._is_held_here and not isinstance(error, Exception | None):
+            # The work was done when its task was cancelled. A failure might overtake its result, and repeat the work.
+            call = self._ending._replace(retryable=False, may_have_run=True)
+            try:
+                yield Send(call)
+            except RefusedError:  # nothing was written
+                self._ending = None
+            except SquidstepError as problem:
+                error.add_note(f"squidstep_redis could not end this claim: {type(problem).__name__}: {problem}")
+                return None
+            else:
+                return None
+        return (yield from super()._on_exit(error))
 
     def _is_own_cancellation(self, error: BaseException | None) -> bool:
         """Whether the block ends because this claim, and nothing else, has cancelled its task."""
