@@ -225,7 +225,8 @@ class LeavingSender:
             return task.result()
         why = "" if sender.last_error is None else f" ({sender.last_error.problem})"
         problem = f"not confirmed within {timeout if self.waits else 0:.1f} s{why}; it goes on in the background"
-        raise OutcomeUnknownError(call.operation, call.run_id, call.step, problem, True, call)
+        # Not transient if the caller is gone: it must not send the call once more.
+        raise OutcomeUnknownError(call.operation, call.run_id, call.step, problem, self.waits, call)
 
 
 async def _send_after(earlier: BackgroundTask[Any] | None, sender: LastingSender, call: Call[T]) -> T:
