@@ -32,7 +32,7 @@ from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.store import StepRunStore
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
-from squidstep_redis.transport.aio_pool import drop_all
+from squidstep_redis.transport.aio_connection import drop_all
 
 if TYPE_CHECKING:
     from squidstep_redis.functions.runs import AsyncRun

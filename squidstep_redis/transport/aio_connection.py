@@ -17,15 +17,16 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from copy import copy
 from math import inf
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from redis.exceptions import AskError, ConnectionError, ResponseError, TimeoutError
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.server_errors import ReplyMismatchError
-from squidstep_redis.transport.client import idle_of, own_connection, probed
+from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, probed
 from squidstep_redis.transport.link import Link, close_socket
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
 from squidstep_redis.transport.stream import Read, chunks, pack_command
@@ -158,7 +159,11 @@ class OwnConnections(AsyncConnections):
 
     def _template(self) -> Any:
         """Returns an unconnected connection of redis-py's."""
-        return own_connection(self._client)
+        connection = own_connection(self._client)
+        pool = getattr(connection, "connection_pool", None)
+        if hasattr(pool, "sentinel_manager"):
+            connection.connection_pool = _Sentinels(pool)
+        return connection
 
     def _links(self) -> _Links:
         """Returns the connections of the running event loop."""
@@ -296,6 +301,35 @@ def _read_all(link: Link, replies: list[Any], read: Read) -> list[Any]:
         raise
 
 
+class _Sentinels:
+    """A pool of Sentinel's, as one of its connections sees it, that asks the sentinels in the running event loop.
+
+    The connections of the user's `Sentinel` to them may belong to another loop, even to that of another thread.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    async def get_master_address(self) -> tuple[str, int]:
+        """Returns the address of the master."""
+        manager: Any = copy(self._pool.sentinel_manager)
+        manager.sentinels = [_like(client) for client in manager.sentinels]
+        try:
+            return await manager.discover_master(self._pool.service_name)
+        finally:
+            for client in manager.sentinels:
+                drop_all(client)
+
+
+def _like(client: Any) -> Any:
+    """Returns a client with the settings of another one, and with connections of its own."""
+    pool = client.connection_pool
+    return type(client)(connection_pool=type(pool)(connection_class=pool.connection_class, **pool.connection_kwargs))
+
+
 class HookedClient(AsyncConnections):
     """A client whose `execute_command` has to see every command."""
 
@@ -400,6 +434,14 @@ def drop(connection: Any) -> None:
                 writer.close()
             else:
                 loop.call_soon_threadsafe(writer.close)
+
+
+def drop_all(client: Any) -> None:
+    """Closes all connections of a client's pool, also those of other event loops."""
+    pool = client.connection_pool
+    for connection in (*idle_of(pool), *getattr(pool, "_in_use_connections", ())):
+        if has_plain_stream(cast("type[object]", type(connection))):
+            drop(connection)
 
 
 def is_foreign(connection: Any, loop: asyncio.AbstractEventLoop) -> bool:

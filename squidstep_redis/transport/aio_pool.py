@@ -206,14 +206,6 @@ def _take_back(pool: Any, connection: Any) -> None:
         pool._available_connections.append(connection)
 
 
-def drop_all(client: Any) -> None:
-    """Closes all connections of a client's pool, also those of other event loops."""
-    pool = client.connection_pool
-    for connection in (*idle_of(pool), *getattr(pool, "_in_use_connections", ())):
-        if has_plain_stream(cast("type[object]", type(connection))):
-            drop(connection)
-
-
 async def _take(pool: Any, deadline: float) -> Any:
     """Takes a connection out of a pool: an idle one, in any state, or a new one that is not connected.
 

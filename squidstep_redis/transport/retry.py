@@ -86,7 +86,7 @@ def as_redis_error(error: Exception) -> Exception:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
-    if module.partition(".")[0] not in ("redis", "asyncio"):
+    if module.partition(".")[0] not in ("redis", "asyncio", "uvloop"):
         raise error
     if isinstance(error, RuntimeError):
         return ConnectionError(f"The connection belongs to another event loop: {error}")

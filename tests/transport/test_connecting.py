@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,24 @@ import redis.asyncio
 from faults.topologies import SERVICE, Sentinels
 from redis.credentials import CredentialProvider
 from support.backends import Backend
-from support.servers import EmbeddedCluster, find_binary, wait_until
+from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, WaitTimeoutError
 
-pytestmark = [pytest.mark.servers("valkey"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.servers("valkey"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 any_redis: Any = redis.asyncio  # parts of its types are unknown
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage() -> Iterator[None]:
+    """Collects what clients of a loop that has ended leave open, so that no later test is blamed for it."""
+    yield
+    collect_abandoned_connections()
 
 
 @pytest.fixture
@@ -138,6 +151,34 @@ def test_sentinel_client_works_in_one_loop_after_another(tmp_path: Path, own_con
         store = AsyncStepRunStore(client, own_connections=own_connections)
         for number in range(4):
             assert asyncio.run(store.begin_step("run", f"step-{number}", {})).decision == "execute"
+
+
+@pytest.mark.parametrize("own_connections", [False, True])
+def test_sentinel_client_works_in_several_loops_at_once(tmp_path: Path, own_connections: bool) -> None:
+    """redis-py's connections to the sentinels are used in one of them only."""
+    used: set[tuple[int, int]] = set()
+
+    class Recording(redis.asyncio.Connection):
+        async def connect(self) -> None:
+            used.add((id(self), threading.get_ident()))
+            alive.append(self)
+            await super().connect()
+
+    alive: list[Any] = []
+    with Sentinels(find_binary("valkey"), tmp_path) as sentinels, ThreadPoolExecutor(6) as threads:
+        finder = any_redis.Sentinel(sentinels.addresses)
+        for client in finder.sentinels:
+            client.connection_pool.connection_class = Recording
+        store = AsyncStepRunStore(finder.master_for(SERVICE), own_connections=own_connections)
+        gate = threading.Barrier(6)
+
+        def begin(number: int) -> str:
+            gate.wait()
+            return asyncio.run(store.begin_step("run", f"step-{number}", {})).decision
+
+        assert list(threads.map(begin, range(6))) == ["execute"] * 6
+
+    assert len({connection for connection, _ in used}) == len(used)
 
 
 class HangingCredentials(CredentialProvider):
