@@ -17,6 +17,7 @@ from support.proxy import Proxy
 from support.servers import collect_abandoned_connections
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore, WaitTimeoutError
+from squidstep_redis.transport.aio_connection import drop_all
 
 pytestmark = [
     pytest.mark.servers("valkey"),
@@ -33,10 +34,12 @@ def clean_up(backend: Backend) -> Iterator[None]:
 
 
 @pytest.fixture(params=[redis.asyncio.ConnectionPool, redis.asyncio.BlockingConnectionPool])
-def small(request: pytest.FixtureRequest, backend: Backend) -> AsyncStepRunStore:
+def small(request: pytest.FixtureRequest, backend: Backend) -> Iterator[AsyncStepRunStore]:
     """A store on a client with a single connection."""
     pool = request.param.from_url(str(backend.url), max_connections=1)
-    return AsyncStepRunStore(redis.asyncio.Redis(connection_pool=pool), timeout=2)
+    store = AsyncStepRunStore(redis.asyncio.Redis(connection_pool=pool), timeout=2)
+    yield store
+    drop_all(store.client)
 
 
 @pytest.fixture
