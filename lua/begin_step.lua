@@ -68,7 +68,9 @@ if lines and not lines.err and not lines[2] then
         end
         return "execute " .. token .. " " .. line
       end
-      try("ZREM", claims, ARGV[4] .. step) -- the index of runs has another type
+      if lease ~= "" then -- without an entry, this would be the first write, after which a full server accepts all others
+        try("ZREM", claims, ARGV[4] .. step) -- the index of runs has another type
+      end
     end
   end
 end

@@ -218,6 +218,7 @@ class TestOutOfMemory:
                 store.calls.begin_step("run", "new", {}),
                 store.calls.begin_step("run", "later", {}),
                 store.calls.begin_step("new", "pay", {}, lease=60),
+                store.calls.begin_step("new", "pay", {}),
                 store.calls.schedule_step("run", "new", {}),
                 store.calls.schedule_steps("run", {"new": {}, "newer": {}}),
                 store.calls.complete_step(claim, {"receipt": 8}),
