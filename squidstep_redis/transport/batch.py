@@ -55,11 +55,15 @@ class Durability(NamedTuple):
         for (name, *_), reply in zip(self._waits(), confirmations, strict=True):
             if isinstance(reply, Exception):
                 return f"{name.decode()} failed: {escaped(str(reply)).rstrip('.')}", replicas
+            try:
+                count = int(reply if name == b"WAIT" else reply[0])
+            except (LookupError, TypeError, ValueError):  # of a proxy, perhaps
+                return f"{name.decode()} returned an unexpected reply of the type {type(reply).__name__}", replicas
             if name == b"WAIT":
-                replicas = int(reply)
+                replicas = count
                 if replicas < self.replicas:
                     return f"{replicas} of {self.replicas} replicas confirmed it within {self.timeout_ms} ms", replicas
-            elif not int(reply[0]):
+            elif not count:
                 return f"the AOF was not on disk within {self.timeout_ms} ms", replicas
         return None
 
