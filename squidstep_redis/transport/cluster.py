@@ -96,10 +96,13 @@ class ClusterConnections(Connections):
         return self._to(self._topology.node_of(key))
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
-        """Groups calls by their nodes."""
+        """Groups calls by their nodes. One that no node serves fails when it is sent, and not the others with it."""
         groups: dict[int, tuple[Connections, list[int]]] = {}
         for index, call in enumerate(calls):
-            node = self.node_of(call.keys[0])
+            try:
+                node = self.node_of(call.keys[0])
+            except RoundTripError as error:
+                node = _Unserved(error)
             groups.setdefault(id(node), (node, []))[1].append(index)
         return list(groups.values())
 
@@ -166,6 +169,22 @@ class _NodeConnections(PooledConnections):
         except RoundTripError:
             self._topology.failed = self._name
             raise
+
+
+class _Unserved(Connections):
+    """What a call is sent to if no known node serves its slot."""
+
+    def __init__(self, error: RoundTripError) -> None:
+        self._error = error
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        """Raises the error."""
+        raise self._error
+
+    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
+        """Raises the error in its first half."""
+        yield from ()
+        raise self._error
 
 
 class HookedCluster(ClusterConnections):
