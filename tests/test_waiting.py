@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 from support.backends import Backend, Bench
+from support.proxy import Proxy
 from support.records import begun
 from support.servers import wait_until
 
@@ -233,3 +234,17 @@ def test_many_tasks_can_wait_with_one_client(
 
     assert [step_run.output for step_run in runner.run(main())] == [{"receipt": 7}] * 20
     bench.close()
+
+
+@pytest.mark.servers("valkey")
+@pytest.mark.parametrize("word", ["NOPERM", "ERR unknown command 'XREAD'", "TRYAGAIN", "LOADING"])
+def test_refused_read_does_not_make_the_waiter_spin(bench: Bench, word: str) -> None:
+    """A user without the right to XREAD, for example: the server refuses at once, where it should have blocked."""
+    with Proxy.to(bench.backend.raw) as proxy:
+        store = bench.from_url(f"redis://127.0.0.1:{proxy.port}/0")
+        store.begin_step("run", "pay", {})
+        proxy.translate = lambda reply: f"-{word} no\r\n".encode() if proxy.commands[-1][0] == b"XREAD" else reply
+        with pytest.raises(WaitTimeoutError):
+            store.wait_for_step("run", "pay", 0.3)
+        assert 1 <= proxy.names().count("XREAD") <= 5
+        store.close()

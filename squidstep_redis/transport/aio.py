@@ -91,18 +91,18 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
             servers = await self._connections().servers()
         except FAILURES as error:
             return {"": [cause_of(error)] * len(commands)}
-        deadline = time.monotonic() + self.timeout
-        return {
-            name: [reply async for reply in _replies(server, commands, deadline)] for name, server in servers.items()
-        }
+        limit = self.timeout
+        return {name: [reply async for reply in _replies(server, commands, limit)] for name, server in servers.items()}
 
     async def block_on_stream(self, effect: BlockOnStream) -> None:
         """Blocks until the stream grows, at most for half of the client's timeout."""
+        deadline = time.monotonic() + effect.seconds
         try:
             node = await self._connections().node_of(effect.stream)
-            deadline = time.monotonic() + effect.seconds
-            await node.send([effect.command(self.longest_read / 2)], as_it_is, deadline, blocks=True)
-        except FAILURES:  # the next poll shows the state
+            (reply,) = await node.send([effect.command(self.longest_read / 2)], as_it_is, deadline, blocks=True)
+        except FAILURES as error:
+            reply = error
+        if isinstance(reply, Exception):  # the server may have refused at once; the next poll shows the state
             await asyncio.sleep(min(effect.seconds, 0.1))
 
     def _hooked_client(self) -> AsyncConnections:
@@ -145,7 +145,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         if isinstance(action, Redirect):
             return await self._connections().redirect(action.error)
         if isinstance(action, Refresh):
-            return await self._connections().refresh(action.since)
+            return await self._connections().refresh(action.since, deadline)
         sent = (
             each.node.send(each.commands, each.read, deadline, blocks=each.blocks) for each in action.round_trips
         )  # RoundTrips
@@ -161,12 +161,12 @@ def _outcome(result: Any) -> Any:
     return result
 
 
-async def _replies(server: AsyncConnections, commands: Sequence[Command], deadline: float) -> AsyncIterator[Any]:
+async def _replies(server: AsyncConnections, commands: Sequence[Command], timeout: float) -> AsyncIterator[Any]:
     unreachable: Exception | None = None
     for command in commands:
         if unreachable is None:
             try:
-                yield (await server.send([command], as_it_is, deadline))[0]
+                yield (await server.send([command], as_it_is, time.monotonic() + timeout))[0]
                 continue
             except RoundTripError as error:
                 unreachable = error.cause

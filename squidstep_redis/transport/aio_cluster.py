@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
@@ -33,6 +33,8 @@ from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.cluster import KEY, PRIMARY, Topology
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
+
+_LAST_REFRESH: Final = 0.2  # seconds that nodes have to reply if a call's timeout ends
 
 
 class ClusterConnections(AsyncConnections):
@@ -64,11 +66,15 @@ class ClusterConnections(AsyncConnections):
         return self._to(self._topology.node_of(key))
 
     async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
-        """Groups calls by their nodes."""
+        """Groups calls by their nodes. One that no node serves fails when it is sent, and not the others with it."""
         await self._initialize()
         groups: dict[int, tuple[AsyncConnections, list[int]]] = {}
         for index, call in enumerate(calls):
-            node = self._to(self._topology.node_of(call.keys[0]))
+            node: AsyncConnections
+            try:
+                node = self._to(self._topology.node_of(call.keys[0]))
+            except RoundTripError as error:
+                node = _Unserved(error)
             groups.setdefault(id(node), (node, []))[1].append(index)
         return list(groups.values())
 
@@ -98,11 +104,13 @@ class ClusterConnections(AsyncConnections):
             raise RoundTripError(as_redis_error(failure), sent=False) from failure
         return self._to(node)
 
-    async def refresh(self, since: float) -> None:
-        """Lets the client ask the nodes for the slots."""
+    async def refresh(self, since: float, deadline: float) -> None:
+        """Lets the client ask the nodes for the slots, one after another: if they hang, that outlasts the call."""
         if self._topology.refreshed_at <= since:
-            with suppress(RoundTripError):  # the next attempt shows what is reachable
-                await self._learn()
+            left = max(deadline - time.monotonic(), _LAST_REFRESH)
+            with suppress(TimeoutError, RoundTripError):  # the next attempt shows what is reachable
+                async with asyncio.timeout(left):
+                    await self._learn()
 
     def _to(self, node: Any) -> AsyncConnections:
         known = self._nodes.get(node.name)
@@ -244,6 +252,19 @@ class _BorrowedNode(AsyncConnections):
 
     def close(self) -> None:
         """Leaves the connections to the client."""
+
+
+class _Unserved(AsyncConnections):
+    """What a call is sent to if no known node serves its slot."""
+
+    def __init__(self, error: RoundTripError) -> None:
+        self._error = error
+
+    async def send(
+        self, commands: Sequence[Command], read: Read, deadline: float = inf, *, blocks: bool = False
+    ) -> list[Any]:
+        """Raises the error."""
+        raise self._error
 
 
 class HookedCluster(ClusterConnections):

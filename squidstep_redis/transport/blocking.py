@@ -67,14 +67,17 @@ class BlockingTransport(BaseTransport[Connections]):
             servers = self._connections().servers()
         except FAILURES as error:
             return {"": [cause_of(error)] * len(commands)}
-        return {name: list(_replies(server, commands)) for name, server in servers.items()}
+        return {name: list(_replies(server, commands, self.timeout)) for name, server in servers.items()}
 
     def block_on_stream(self, effect: BlockOnStream) -> None:
         """Blocks until the stream grows, at most for half of the client's timeout."""
+        deadline = time.monotonic() + effect.seconds
         try:
             node = self._connections().node_of(effect.stream)
-            node.send([effect.command(self.longest_read / 2)], as_it_is)
-        except FAILURES:  # the next poll shows the state
+            (reply,) = node.send([effect.command(self.longest_read / 2)], as_it_is, deadline)
+        except FAILURES as error:
+            reply = error
+        if isinstance(reply, Exception):  # the server may have refused at once; the next poll shows the state
             time.sleep(min(effect.seconds, 0.1))
 
     def _hooked_client(self) -> Connections:
@@ -137,12 +140,12 @@ def _outcome(half: Callable[[Halves], T], halves: Halves) -> T | RoundTripError:
         return error
 
 
-def _replies(server: Connections, commands: Sequence[Command]) -> Iterator[Any]:
+def _replies(server: Connections, commands: Sequence[Command], timeout: float) -> Iterator[Any]:
     unreachable: Exception | None = None
     for command in commands:
         if unreachable is None:
             try:
-                yield server.send([command], as_it_is)[0]
+                yield server.send([command], as_it_is, time.monotonic() + timeout)[0]
                 continue
             except RoundTripError as error:
                 unreachable = error.cause
