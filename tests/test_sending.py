@@ -131,9 +131,30 @@ class TestServerErrors:
         assert type(raised(NOT_CONNECTED, NO_REPLY["connection closed"])) is OutcomeUnknownError
         assert type(raised(NOT_CONNECTED, RoundTripError(NO_REPLY["timeout"], sent=True))) is OutcomeUnknownError
 
-    def test_failed_connects_and_refusals_leave_the_outcome_known(self) -> None:
-        assert type(raised(NOT_CONNECTED, NOT_CONNECTED, REFUSALS["loading"][0])) is NotSentError
+    def test_refusal_after_a_failed_connect_leaves_the_outcome_known(self) -> None:
         assert type(raised(REFUSALS["busy"][0], NOT_CONNECTED)) is RefusedError
+
+    def test_failed_connect_after_a_refusal_is_a_refusal(self) -> None:
+        """Bytes of the call were sent before."""
+        error = raised(NOT_CONNECTED, NOT_CONNECTED, REFUSALS["loading"][0])
+        assert (type(error), error.transient) == (RefusedError, True)
+        assert "Nothing was written" in str(error)
+        redirected = RoundTripError(NOT_CONNECTED.cause, sent=False, follows_refusal=True)
+        assert type(raised(redirected)) is RefusedError
+
+    @pytest.mark.parametrize("of", ["", " + cluster connections"])
+    def test_full_server_is_retried_and_not_sent(self, of: str) -> None:
+        """Whatever class redis-py gives it: a node of a cluster has another text."""
+        text = f"max number of clients{of} reached"
+        error = RoundTripError(exceptions.ResponseError(text), sent=False)
+        assert RetryState(CALL, time.monotonic(), 60).next_pause(error) > 0
+        assert (type(raised(error)), raised(error).transient) == (NotSentError, True)
+        assert raised(exceptions.ResponseError(text)).transient
+
+    def test_rejected_settings_of_the_client_are_not_transient(self) -> None:
+        error = raised(RoundTripError(exceptions.ResponseError("DB index is out of range"), sent=False))
+        assert (type(error), error.transient) == (NotSentError, False)
+        assert "Check the client's settings" in str(error)
 
     @pytest.mark.parametrize(
         "error", [raised(NO_REPLY["connection closed"]), raised(REFUSALS["busy"][0])], ids=["unknown", "busy"]

@@ -1,4 +1,4 @@
-"""A store's `repr` names its server and prefix, and never shows a password."""
+"""A store's `repr` names its server and prefix. No `repr` and no message shows a password."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import redis
 import redis.asyncio
 from redis.sentinel import Sentinel
 
-from squidstep_redis import AsyncStepRunStore, StepRunStore
+from squidstep_redis import AsyncStepRunStore, StepRunStore, UnsupportedClientError
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,16 @@ from squidstep_redis import AsyncStepRunStore, StepRunStore
 def test_repr_shows_the_server_and_no_password(client: Any, server: str) -> None:
     kind: Any = AsyncStepRunStore if isinstance(client, redis.asyncio.Redis) else StepRunStore
     assert repr(kind(client, prefix="p")) == f"{kind.__name__}({server}, prefix='p')"
+
+
+@pytest.mark.parametrize("kind", [StepRunStore, AsyncStepRunStore])
+@pytest.mark.parametrize(
+    ("client", "found"),
+    [("redis://:hidden@h/0", "str; a URL is for from_url"), (Sentinel([("h", 1)], password="hidden"), "Sentinel")],
+    ids=["URL", "Sentinel"],
+)
+def test_rejected_client_is_named_without_its_password(kind: Any, client: Any, found: str) -> None:
+    with pytest.raises(UnsupportedClientError) as caught:
+        kind(client)
+    assert str(caught.value).endswith(found)
+    assert "hidden" not in repr(caught.value)

@@ -28,7 +28,7 @@ from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.server_errors import ReplyMismatchError
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, probed
 from squidstep_redis.transport.link import Link, close_socket
-from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error, check_resent, is_demotion, undecided
 from squidstep_redis.transport.stream import Read, chunks, pack_command
 
 T = TypeVar("T")
@@ -93,8 +93,13 @@ class AsyncConnections(ABC):
         """
         raise error
 
-    async def refresh(self, since: float) -> None:
-        """Learns which node serves each slot, unless that happened after `since`; no error is raised."""
+    async def refresh(self, since: float, deadline: float) -> None:
+        """Learns which node serves each slot, unless that happened after `since`; no error is raised.
+
+        Args:
+            since: when the last attempt began, by the monotonic clock.
+            deadline: when the call's timeout ends.
+        """
 
     def close(self) -> None:
         """Closes what was opened here in the running event loop."""
@@ -350,11 +355,14 @@ class HookedClient(AsyncConnections):
                     pipeline.execute_command(*command, **OPTIONS)
                 replies = await pipeline.execute(raise_on_error=False)
         except Exception as error:
-            raise RoundTripError(as_redis_error(error), sent=name.packed) from error
+            cause = undecided(as_redis_error(error), name.times_packed * len(plain))
+            raise RoundTripError(cause, sent=name.times_packed > 0) from error
         is_reusable = False
         try:
+            if name.times_packed > 1:
+                check_resent(replies, name.times_packed)
             results = [read(index, reply) for index, reply in enumerate(replies)]
-            is_reusable = not any(isinstance(reply, ResponseError) and is_demotion(reply) for reply in replies)
+            is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
         finally:
             # The client has released the connection, and would use it for its next command.
             if not is_reusable and hasattr(self._client, "connection_pool"):

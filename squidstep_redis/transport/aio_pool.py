@@ -31,7 +31,7 @@ from squidstep_redis.transport.aio_connection import (
 )
 from squidstep_redis.transport.client import has_plain_stream, idle_of
 from squidstep_redis.transport.pool import ask, is_known, seconds_to_wait
-from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
+from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion, undecided
 from squidstep_redis.transport.stream import Packed, Read
 
 _plain: Any = ConnectionPool
@@ -285,11 +285,15 @@ async def round_trip_on(
                     reply = await read_response(disable_decoding=True)
                 except ResponseError as error:
                     reply = error
-                is_demoted = is_demoted or (isinstance(reply, ResponseError) and is_demotion(reply))
+                except ConnectionError as error:
+                    if not (is_plain and is_demotion(error)):
+                        raise
+                    reply = error
+                is_demoted = is_demoted or (isinstance(reply, Exception) and is_demotion(reply))
                 results.append(read(index, reply))
     except ReplyMismatchError:
         raise
     except Exception as error:
         cause = TimeoutError("Timeout reading from socket") if scope.expired() else as_redis_error(error)
-        raise RoundTripError(cause, sent=packed.was_taken) from error
+        raise RoundTripError(undecided(cause, len(commands)), sent=packed.was_taken) from error
     return results, is_demoted

@@ -7,7 +7,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any, Final, NamedTuple
 
-from squidstep_redis.errors import UnsupportedClientError, described
+from squidstep_redis.errors import UnsupportedClientError
 from squidstep_redis.protocol.call import Command
 
 try:
@@ -45,7 +45,10 @@ def check_client(client: object, types: tuple[type, ...]) -> None:
     """Raises UnsupportedClientError unless the client is of one of these types and has a connection pool."""
     if not isinstance(client, types) or hasattr(client, "execute"):  # a pipeline is also a Redis
         names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in types)
-        raise UnsupportedClientError("client", f"must be a {names}, not {described(client)}")
+        # Not its repr: that of a URL, or of a client, may show a password.
+        advice = "; a URL is for from_url" if isinstance(client, str) else ""
+        kind = f"{type(client).__module__}.{type(client).__qualname__}".removeprefix("builtins.")
+        raise UnsupportedClientError("client", f"must be a {names}, not {kind}{advice}")
     if getattr(client, "single_connection_client", False) or getattr(client, "connection", None) is not None:
         raise UnsupportedClientError(
             "client", "has a single connection, which threads and forked processes would share: use a pooled client"
@@ -168,17 +171,18 @@ class ClientHooks:
 class ProbedName(str):
     """The name of a command, which notices that redis-py packs the command.
 
-    redis-py packs a command once it has a connection, right before it sends it. Until then nothing was sent.
+    redis-py packs a command once it has a connection, right before it sends it. Until then nothing was sent. A client
+    that re-sends a command by itself packs it again.
 
     Attributes:
-        packed: whether the command was packed.
+        times_packed: how often the command was packed.
     """
 
-    packed = False
+    times_packed = 0
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         """Returns the name as redis-py sends it."""
-        self.packed = True
+        self.times_packed += 1
         return super().encode(encoding, errors)
 
 

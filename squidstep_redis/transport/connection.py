@@ -22,9 +22,16 @@ from redis.exceptions import AskError, RedisError, ResponseError
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import idle_of, own_connection, probed
-from squidstep_redis.transport.handshake import open_connection
+from squidstep_redis.transport.handshake import limited_replies, open_connection
 from squidstep_redis.transport.pool import borrow, give_back
-from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion
+from squidstep_redis.transport.retry import (
+    UNREADABLE,
+    RoundTripError,
+    as_redis_error,
+    check_resent,
+    is_demotion,
+    undecided,
+)
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
 Halves = Generator[None, None, list[Any]]
@@ -175,7 +182,7 @@ class PooledConnections(Connections):
             stream = stream_of(connection)
             if stream is None:
                 yield
-                results, is_demoted = _round_trip(connection, commands, read)
+                results, is_demoted = _round_trip(connection, commands, read, deadline)
             else:
                 stream.write(commands, deadline)
                 yield
@@ -220,11 +227,14 @@ class HookedClient(Connections):
                     pipeline.execute_command(*command, **OPTIONS)
                 replies = pipeline.execute(raise_on_error=False)
         except Exception as error:
-            raise RoundTripError(as_redis_error(error), sent=name.packed) from error
+            cause = undecided(as_redis_error(error), name.times_packed * len(plain))
+            raise RoundTripError(cause, sent=name.times_packed > 0) from error
         is_reusable = False
         try:
+            if name.times_packed > 1:
+                check_resent(replies, name.times_packed)
             results = [read(index, reply) for index, reply in enumerate(replies)]
-            is_reusable = not any(isinstance(reply, ResponseError) and is_demotion(reply) for reply in replies)
+            is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
         finally:
             # The client has released the connection, and would use it for its next command.
             if not is_reusable and hasattr(self._client, "connection_pool"):
@@ -240,20 +250,23 @@ def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return error
 
 
-def _round_trip(connection: Any, commands: Sequence[Command], read: Read) -> tuple[list[Any], bool]:
+def _round_trip(connection: Any, commands: Sequence[Command], read: Read, deadline: float) -> tuple[list[Any], bool]:
     """Sends commands by redis-py's methods; returns the results, and whether the server is no primary any more."""
     packed = Packed(commands)
     results: list[Any] = []
     is_demoted = False
+    limit = max(deadline, time.monotonic()) + (connection.socket_timeout or inf)
     try:
-        connection.send_packed_command(packed)
-        for index in range(len(commands)):
-            try:
-                reply = connection.read_response(disable_decoding=True)
-            except ResponseError as error:
-                reply = error
-                is_demoted = is_demoted or is_demotion(error)
-            results.append(read(index, reply))
-    except RedisError as error:
-        raise RoundTripError(error, sent=packed.was_taken) from error
+        with limited_replies(connection, limit) as begin_reply:
+            connection.send_packed_command(packed)
+            for index in range(len(commands)):
+                begin_reply()
+                try:
+                    reply = connection.read_response(disable_decoding=True)
+                except ResponseError as error:
+                    reply = error
+                    is_demoted = is_demoted or is_demotion(error)
+                results.append(read(index, reply))
+    except (RedisError, *UNREADABLE) as error:
+        raise RoundTripError(undecided(as_redis_error(error), len(commands)), sent=packed.was_taken) from error
     return results, is_demoted

@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError
+from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError, TryAgainError
 
 from squidstep_redis.errors import SquidstepError
 from squidstep_redis.protocol.call import Call, Command, EqualOutputError
 from squidstep_redis.protocol.groups import group, merged
-from squidstep_redis.server_errors import ReplyMismatchError
+from squidstep_redis.server_errors import ReplyMismatchError, ServerError
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import batch
 from squidstep_redis.transport.batch import Durability
@@ -204,7 +204,10 @@ def _follow(call: Call[T], durability: Durability | None, result: Any) -> Driver
             call, command = result.resend, result.resend.evalsha
         else:
             break
-        result = yield from _send_once(call, command(), durability, node)
+        try:
+            result = yield from _send_once(call, command(), durability, node)
+        except RoundTripError as error:  # on asyncio, several tasks may have received the same one
+            raise RoundTripError(error.cause, sent=error.sent, follows_refusal=True) from error
     if isinstance(result, AskError):
         raise ClusterError(f"redirected {_MAX_REDIRECTS} times: {result}")
     if isinstance(result, Exception):
@@ -260,9 +263,12 @@ def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durabilit
             break
         except FAILURES as error:
             yield from _pause(state, error)
+    is_late = False
     for index, result in enumerate(results):
         if type(result) is _NeedsResend:
-            results[index] = yield from _resend(calls[index], result.error, state, timeout, durability)
+            error = _given_up(result.error) if is_late else result.error
+            results[index] = outcome = yield from _resend(calls[index], error, state, timeout, durability)
+            is_late = is_late or (isinstance(outcome, ServerError) and time.monotonic() >= state.began + timeout)
     return results
 
 
@@ -299,6 +305,7 @@ def _resend(
     """Sends one call of a batch again; returns its result or its error."""
     state = RetryState(call, of_batch.began, timeout, may_have_run=of_batch.may_have_run or call.may_have_run)
     state.attempted_at = of_batch.attempted_at
+    state.was_refused = of_batch.was_refused
     waits = durability if call.script.is_transition else None
     try:
         if isinstance(error, _NOT_RUN):
@@ -311,6 +318,16 @@ def _resend(
         return (yield from _retry(call, waits, state, error))
     except SquidstepError as failure:  # each call of a batch has its own outcome
         return failure
+
+
+def _given_up(error: Exception) -> Exception:
+    """Returns the error of a call that is not sent again: another one of its batch was not served until the deadline.
+
+    Each further attempt might take as long as the client waits for a reply.
+    """
+    if isinstance(error, AskError):
+        return TryAgainError(f"{type(error).__name__} {error}")
+    return RoundTripError(error, sent=True) if isinstance(error, NoScriptError) else error
 
 
 def _batch_reader(sent: _Sent, commands: Sequence[Command], state: RetryState) -> Read:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import codecs
 import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from math import inf
 from typing import Any, cast
 
 from redis.connection import PythonRespSerializer
-from redis.exceptions import ConnectionError, RedisClusterException, RedisError
+from redis.exceptions import ConnectionError
 
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.retry import RoundTripError
+from squidstep_redis.transport.retry import unsent
 
 # `getaddrinfo` imports this codec with the first host name. An exception that another thread sets during that import
 # leaves the lock of the module held, and every later connection would wait for it.
@@ -38,8 +41,9 @@ def open_connection(connection: Any) -> Any:
                 connection.connect()
     except BaseException as error:
         connection.disconnect()
-        if isinstance(error, (RedisError, RedisClusterException)):
-            raise RoundTripError(error, sent=False) from error
+        failure = unsent(error)
+        if failure is not None:
+            raise failure from error
         raise
     return connection
 
@@ -48,17 +52,14 @@ def _connect(connection: Any) -> None:
     given, packer = connection.redis_connect_func, connection._command_packer
 
     def set_up(_: object) -> None:
-        holder: Any
-        sock, parser = connection._sock, connection._parser
+        sock = connection._sock
         if connection.socket_timeout is not None:
-            connection._sock = _HandshakeSocket(sock, connection.socket_timeout)
+            connection._sock = LimitedSocket(sock, connection.socket_timeout)
         try:
             connection.on_connect() if given is None else given(connection)
         finally:
             if connection._sock is not None:  # nothing has disconnected it
-                for holder in (connection, parser, getattr(parser, "_buffer", None)):
-                    if hasattr(holder, "_sock"):
-                        holder._sock = sock
+                _set_socket(connection, sock)
                 try:
                     sock.settimeout(connection.socket_timeout)
                 except OSError as error:
@@ -75,13 +76,52 @@ def _connect(connection: Any) -> None:
         connection.redis_connect_func, connection._command_packer = given, packer
 
 
-class _HandshakeSocket:
-    """The socket of a connection while redis-py sets it up: redis-py's timeout is for each piece of a reply."""
+@contextmanager
+def limited_replies(connection: Any, limit: float) -> Generator[Callable[[], object]]:
+    """Limits how long redis-py reads each reply in the `with` block, whose variable is to be called before each.
 
-    def __init__(self, sock: socket.socket, timeout: float) -> None:
+    Args:
+        connection: a connection of redis-py's. If its class is not redis-py's own, or it has no timeout, nothing
+            changes.
+        limit: until when all replies have to be read, by the monotonic clock.
+    """
+    sock = connection._sock if has_plain_stream(cast("type[object]", type(connection))) else None
+    if sock is None or connection.socket_timeout is None:
+        yield int
+        return
+    limited = LimitedSocket(sock, connection.socket_timeout, limit)
+    _set_socket(connection, limited)
+    try:
+        yield limited.begin_reply
+    finally:
+        if connection._sock is limited:  # it was neither disconnected nor, by a health check, reconnected
+            _set_socket(connection, sock)
+            sock.settimeout(connection.socket_timeout)
+
+
+def _set_socket(connection: Any, sock: Any) -> None:
+    parser = connection._parser
+    holder: Any
+    for holder in (connection, parser, getattr(parser, "_buffer", None)):
+        if hasattr(holder, "_sock"):
+            holder._sock = sock
+
+
+class LimitedSocket:
+    """The socket of a connection while redis-py reads replies: redis-py's timeout is for each piece of a reply."""
+
+    def __init__(self, sock: socket.socket, timeout: float, limit: float = inf) -> None:
+        """Begins with the first reply.
+
+        Args:
+            sock: the socket.
+            timeout: seconds for each reply.
+            limit: until when all replies have to be read, by the monotonic clock.
+        """
         self._sock = sock
         self._timeout = timeout
-        self._until = time.monotonic() + timeout
+        self._limit = limit
+        self.begin_reply()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
@@ -90,7 +130,11 @@ class _HandshakeSocket:
         """Sends a command; its reply has the whole timeout."""
         self._sock.settimeout(self._timeout)
         self._sock.sendall(data)
-        self._until = time.monotonic() + self._timeout
+        self.begin_reply()
+
+    def begin_reply(self) -> None:
+        """Gives the next reply the whole timeout."""
+        self._until = min(time.monotonic() + self._timeout, self._limit)
 
     def recv_into(self, *args: Any) -> int:
         """Reads a piece of a reply."""

@@ -12,10 +12,10 @@ import contextlib
 from collections import deque
 from typing import Any, Final
 
-from redis.exceptions import ConnectionError, InvalidResponse, RedisError, ResponseError, TimeoutError
+from redis.exceptions import ConnectionError, InvalidResponse, RedisError, TimeoutError
 
 from squidstep_redis.steady import steady_time as time
-from squidstep_redis.transport.retry import RoundTripError, is_demotion
+from squidstep_redis.transport.retry import UNREADABLE, RoundTripError, is_demotion
 from squidstep_redis.transport.stream import MORE, PUSH, new_reader
 
 _MAX_PENDING: Final = 10_000  # calls on one connection
@@ -156,12 +156,12 @@ class Link(asyncio.Protocol):
                 self._progress_at = self._loop.time()
             while reply is not MORE:
                 if type(reply) is not PUSH:
-                    if isinstance(reply, ResponseError):
+                    if isinstance(reply, Exception):
                         if is_demotion(reply):
                             self.is_open, self.is_demoted = False, True
-                    elif isinstance(reply, ConnectionError):
-                        self._fail_after(reply)
-                        return
+                        elif isinstance(reply, ConnectionError):
+                            self._fail_after(reply)
+                            return
                     if not sent:
                         self._fail(ConnectionError("Unexpected reply."))
                         return
@@ -172,7 +172,7 @@ class Link(asyncio.Protocol):
                         if not round_trip.future.done():
                             round_trip.future.set_result(round_trip.replies)
                 reply = gets()
-        except InvalidResponse as error:
+        except (InvalidResponse, *UNREADABLE) as error:
             self._fail(ConnectionError(f"Protocol error: {error}"))
             return
         if not self.is_open:

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import redis
 from redis.connection import BlockingConnectionPool, ConnectionPool
-from redis.exceptions import ConnectionError, RedisClusterException, RedisError
+from redis.exceptions import ConnectionError, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.handshake import open_connection
-from squidstep_redis.transport.retry import RoundTripError
+from squidstep_redis.transport.retry import unsent
 from squidstep_redis.transport.stream import stream_of
 
 PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
@@ -75,8 +75,9 @@ def borrow(pool: Any, deadline: float) -> Any:
         elif has_place:
             with defer_sigalrm():
                 pool.pool.put_nowait(None)
-        if isinstance(error, (RedisError, RedisClusterException)):
-            raise RoundTripError(error, sent=False) from error
+        failure = unsent(error)
+        if failure is not None:
+            raise failure from error
         raise
 
 

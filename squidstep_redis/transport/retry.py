@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from redis.exceptions import (
@@ -25,6 +25,7 @@ from redis.exceptions import (
     MaxConnectionsError,
     MovedError,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
@@ -51,12 +52,14 @@ class RoundTripError(Exception):
     Attributes:
         cause: what redis-py raised, or would raise.
         sent: whether any byte of the calls may have left this process.
+        follows_refusal: whether the server refused, in the same attempt, what was sent to it before.
     """
 
-    def __init__(self, cause: Exception, *, sent: bool) -> None:
+    def __init__(self, cause: Exception, *, sent: bool, follows_refusal: bool = False) -> None:
         super().__init__(str(cause))
         self.cause = cause
         self.sent = sent
+        self.follows_refusal = follows_refusal
 
 
 # No OSError: connections turn their own into a RoundTripError, and one that a signal handler raises must not be caught.
@@ -65,6 +68,9 @@ FAILURES: Final = (RoundTripError, RedisError, RedisClusterException, ReplyMisma
 
 RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangerous +time"
 """The ACL rights that a user needs for everything that a store does on one server."""
+
+UNREADABLE: Final = (AttributeError, LookupError, TypeError, ValueError)
+"""What redis-py and hiredis raise for a reply or an address that they cannot read, apart from errors of their own."""
 
 NO_REPLY: Final = (ConnectionError, TimeoutError, InvalidResponse, RedisClusterException)
 
@@ -76,6 +82,7 @@ def as_redis_error(error: Exception) -> Exception:
     """Returns an error of redis-py's for one that it raised, or that it let pass.
 
     A client that is used in several event loops raises RuntimeError, and a cluster client also KeyError or IndexError.
+    The `socket` module raises UnicodeError for a host name that is none.
 
     Raises:
         Exception: the error itself, because something else raised it, such as a signal handler.
@@ -86,11 +93,18 @@ def as_redis_error(error: Exception) -> Exception:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
-    if module.partition(".")[0] not in ("redis", "asyncio", "uvloop"):
+    if module.partition(".")[0] not in ("redis", "asyncio", "uvloop", "socket", "encodings"):
         raise error
     if isinstance(error, RuntimeError):
         return ConnectionError(f"The connection belongs to another event loop: {error}")
     return ConnectionError(f"redis-py failed with {type(error).__name__}: {error}")
+
+
+def unsent(error: BaseException) -> RoundTripError | None:
+    """Returns what an error means while connecting, before a call is sent; None if redis-py did not raise it."""
+    if isinstance(error, UNREADABLE):
+        error = as_redis_error(error)
+    return RoundTripError(error, sent=False) if isinstance(error, (RedisError, RedisClusterException)) else None
 
 
 class Refusal(NamedTuple):
@@ -119,11 +133,16 @@ _REFUSALS: Final[Mapping[str, Refusal]] = {
     "OOM": Refusal(True, False, "the server's memory is full; raise maxmemory, or delete runs"),
     "MISCONF": Refusal(True, False, "the server cannot save to its disk; check the disk"),
     "NOAUTH": Refusal(False, False, "configure a user and a password that the server accepts"),
-    "NOPERM": Refusal(False, False, f"grant the user {RIGHTS}"),
-    "COMMAND": Refusal(False, False, "the store needs EVALSHA and EVAL; the server renamed or forbids them"),
+    "NOPERM": Refusal(False, False, f"grant the user {RIGHTS} (and +select for a database other than 0)"),
+    "COMMAND": Refusal(
+        False, False, "the store needs EVALSHA, EVAL and, with RESP3, HELLO; the server renamed or forbids it"
+    ),
+    "NOSCRIPT": Refusal(True, True, "retry later; there was no time left to send the script"),
     "MOVED": Refusal(False, False, "the server is a cluster node; use a redis.RedisCluster client"),
     "ASK": Refusal(False, False, "the server is a cluster node; use a redis.RedisCluster client"),
 }
+
+_DEMOTIONS: Final = tuple(_REFUSALS[word] for word in ("READONLY", "MASTERDOWN", "LOADING", "NOAUTH"))
 
 # redis-py removes the word from these errors. The first matching class applies.
 _WORDS: Final[Mapping[type[Exception], str]] = {
@@ -132,6 +151,7 @@ _WORDS: Final[Mapping[type[Exception], str]] = {
     MasterDownError: "MASTERDOWN",
     ClusterDownError: "CLUSTERDOWN",
     TryAgainError: "TRYAGAIN",
+    NoScriptError: "NOSCRIPT",
     ClusterError: "TRYAGAIN",  # redirected several times, and refused each time
     OutOfMemoryError: "OOM",
     NoPermissionError: "NOPERM",
@@ -143,7 +163,20 @@ _WORDS: Final[Mapping[type[Exception], str]] = {
 # Redis 6.2 puts its own words before the error of a command in a script: "ERR Error running script …: -OOM …".
 _WORD: Final = re.compile(r"(?:^|[ :]-)(BUSY|READONLY|MASTERDOWN|NOREPLICAS|OOM|MISCONF)\b")
 _UNKNOWN_COMMAND: Final = re.compile(r"(?:ERR )?unknown command ['`]", re.IGNORECASE)  # not: "… called from script"
+_FULL: Final = re.compile(r"max number of clients\b")  # redis-py knows the text of a server alone, not of a cluster
 _HALFWAY: Final = re.compile(r"ACL failure in script|can't run this command|can't access at least one of the keys")
+
+
+def check_resent(replies: Sequence[Any], times: int) -> None:
+    """Raises RoundTripError if the server refused what the client had sent before, and what it may have executed then.
+
+    Args:
+        replies: those to what was sent last.
+        times: how often the client sent it.
+    """
+    for reply in replies:
+        if isinstance(reply, Exception) and (cause := undecided(reply, times)) is not reply:
+            raise RoundTripError(cause, sent=True) from reply
 
 
 class RetryState:
@@ -153,6 +186,7 @@ class RetryState:
         began: when it was first sent, on the monotonic clock.
         attempted_at: when the last attempt began.
         may_have_run: whether one of the attempts may have taken effect.
+        was_refused: whether the server received one of the attempts and refused it.
     """
 
     def __init__(self, call: Call[Any] | None, began: float, timeout: float, *, may_have_run: bool = False) -> None:
@@ -170,6 +204,7 @@ class RetryState:
         self._timeout = timeout
         self._pause = _FIRST_PAUSE
         self.may_have_run = may_have_run or (call is not None and call.may_have_run)
+        self.was_refused = False
 
     def next_pause(self, error: Exception) -> float:
         """Records why an attempt failed.
@@ -182,18 +217,21 @@ class RetryState:
         """
         sent = True
         if isinstance(error, RoundTripError):
+            self.was_refused = self.was_refused or error.follows_refusal
             error, sent = error.cause, error.sent
         refusal = refusal_of(error)
-        if refusal is None and sent:
+        if sent and refusal is None:
             self.may_have_run = True
-        retryable = refusal.retryable if refusal is not None else isinstance(error, (*NO_REPLY, ReplyMismatchError))
+        elif sent:
+            self.was_refused = True
+        retryable = refusal.retryable if refusal is not None else _is_of_connection(error)
         if self._call is not None and not self._call.retryable:
             retryable = False
         elapsed = time.monotonic() - self.began
         if not retryable or elapsed >= self._timeout:
             if isinstance(error, ReplyMismatchError):
                 raise error
-            raise map_error(error, self._call, self.may_have_run, elapsed) from error
+            raise map_error(error, self._call, self.may_have_run, elapsed, was_refused=self.was_refused) from error
         pause = self._pause * random.uniform(0.5, 1.0)
         self._pause = min(2 * self._pause, _LAST_PAUSE)
         return min(pause, self._timeout - elapsed)  # the last attempt begins at the deadline
@@ -205,13 +243,23 @@ def may_be_elsewhere(error: Exception) -> bool:
     return isinstance(cause, (*NO_REPLY, ClusterError, ReadOnlyError)) and not isinstance(cause, MaxConnectionsError)
 
 
-def map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float) -> ServerError:
-    """Maps an error of redis-py to one of this library."""
+def map_error(
+    error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float, *, was_refused: bool = False
+) -> ServerError:
+    """Maps an error of redis-py to one of this library.
+
+    Args:
+        error: that of the last attempt.
+        call: what was sent; None for a batch.
+        may_have_run: whether an attempt may have taken effect.
+        elapsed: seconds since the first attempt.
+        was_refused: whether the server received an attempt and refused it.
+    """
     operation, run, step = (call.operation, call.run_id, call.step) if call else ("batch", None, None)
     text = escaped(str(error) or type(error).__name__).rstrip(".")
     refusal = refusal_of(error)
     if may_have_run:
-        transient = isinstance(error, NO_REPLY) if refusal is None else refusal.transient
+        transient = _is_of_connection(error) if refusal is None else refusal.transient
         if refusal is not None:
             problem = f"got no reply to an earlier attempt, and was refused now: {text}. What to do: {refusal.advice}"
         elif isinstance(error, NO_REPLY):
@@ -225,14 +273,41 @@ def map_error(error: Exception, call: Call[Any] | None, may_have_run: bool, elap
     if refusal is not None:
         problem = f"the server refused; nothing was written: {text}. What to do: {refusal.advice}"
         return RefusedError(operation, run, step, problem, refusal.transient)
-    problem = f"could not connect within {elapsed:.1f} s; nothing was sent: {text}. Retry later"
-    return NotSentError(operation, run, step, problem, True)
+    transient = _is_of_connection(error)  # other errors, while redis-py connects, are about the client's settings
+    advice = "Retry later" if transient else "Check the client's settings: user, password, database and protocol"
+    if was_refused:
+        problem = f"the server refused earlier, and could not be reached now: {text}. Nothing was written. {advice}"
+        return RefusedError(operation, run, step, problem, transient)
+    problem = f"could not connect within {elapsed:.1f} s; nothing was sent: {text}. {advice}"
+    return NotSentError(operation, run, step, problem, transient)
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Whether an error is about a connection, and another one may have a reply."""
+    return isinstance(error, (*NO_REPLY, ReplyMismatchError)) or _FULL.search(str(error)) is not None
 
 
 def is_demotion(error: Exception) -> bool:
-    """Returns whether the server refused a write because it is not a primary, or not any more."""
-    refusal = refusal_of(error)
-    return refusal is _REFUSALS["READONLY"] or refusal is _REFUSALS["MASTERDOWN"]
+    """Returns whether the server refused because it is no primary, or not any more.
+
+    One that is loading may have been demoted and be copying its new primary. One that asks for credentials, on a
+    connection that has sent them, is not the server that checked them.
+    """
+    return refusal_of(error) in _DEMOTIONS
+
+
+def undecided(error: Exception, count: int) -> Exception:
+    """Returns the error of a round trip, as one that says nothing about what the server has executed.
+
+    It is the error itself unless it is a refusal of one of several commands: the server may have executed the others.
+
+    Args:
+        error: what redis-py raised.
+        count: how many commands were sent, counting those that a client re-sent by itself.
+    """
+    if count <= 1 or refusal_of(error) is None:
+        return error
+    return ConnectionError(f"One of {count} commands was refused: {error}")
 
 
 def refusal_of(error: Exception) -> Refusal | None:

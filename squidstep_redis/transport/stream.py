@@ -16,14 +16,13 @@ from redis.exceptions import (
     ConnectionError,
     InvalidResponse,
     RedisError,
-    ResponseError,
     TimeoutError,
 )
 
 from squidstep_redis.protocol.call import Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.retry import RoundTripError, is_demotion
+from squidstep_redis.transport.retry import UNREADABLE, RoundTripError, is_demotion
 
 Read = Callable[[int, Any], Any]
 
@@ -41,7 +40,7 @@ PUSH: Final = getattr(_hiredis, "PushNotification", ())  # of RESP3; before hire
 class Stream:
     """The socket and the reader of a connection of redis-py's, written and read without it.
 
-    A server that trickles bytes prolongs neither a reply's timeout nor the call's.
+    A server that trickles bytes, or reads them slowly, prolongs neither a reply's timeout nor the call's.
 
     Attributes:
         is_demoted: whether the server replied that it is no primary any more.
@@ -73,7 +72,7 @@ class Stream:
         self.has_left: Callable[[], bool] = reader.has_data
 
     def write(self, commands: Sequence[Command], deadline: float) -> None:
-        """Sends commands. Their replies must be read within one reply's timeout after the deadline."""
+        """Sends commands. They must be written, and their replies read, within a reply's timeout after the deadline."""
         self._limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
         sent = False
         try:
@@ -96,8 +95,6 @@ class Stream:
             if not _is_raised_here(error):
                 raise
             raise RoundTripError(_named(error, "reading"), sent=True) from error
-        except InvalidResponse as error:
-            raise RoundTripError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
 
     def is_quiet(self) -> bool:
         """Whether it is open and nothing is left to read."""
@@ -111,17 +108,36 @@ class Stream:
         written = self._socket.send(data) if is_first else 0
         if written < len(data):
             try:
-                self._socket.sendall(memoryview(data)[written:])
+                self._write_rest(memoryview(data)[written:])
             except OSError as error:
                 if not _is_raised_here(error):
                     raise
                 raise RoundTripError(_named(error, "writing"), sent=True) from error
 
+    def _write_rest(self, data: memoryview) -> None:
+        while data:
+            left = self._limit - time.monotonic()
+            if left <= 0:  # a server that reads slowly always reads some in time
+                raise RoundTripError(TimeoutError("Timeout writing"), sent=True)
+            is_short = self._timeout is not None and left < self._timeout
+            if is_short:
+                self._set_timeout(max(0.001, left))
+            try:
+                data = data[self._socket.send(data) :]
+            finally:
+                if is_short:
+                    self._set_timeout(self._timeout)
+
     def _next(self) -> Any:
         """Returns one reply; an error of the server is a reply, unless it is one about the connection."""
         until: float | None = None
         while True:
-            reply = self._reader.gets(False)
+            try:
+                reply = self._reader.gets(False)
+            except (InvalidResponse, *UNREADABLE) as error:  # of a redirect without an address, for example
+                if not _is_raised_here(error):
+                    raise
+                raise RoundTripError(ConnectionError(f"Protocol error: {error}"), sent=True) from error
             if reply is self._more:
                 if self._timeout is None:
                     self._receive()
@@ -131,9 +147,10 @@ class Stream:
                 else:
                     self._receive_until(until)
             elif isinstance(reply, Exception):
-                if isinstance(reply, ConnectionError):
+                if is_demotion(reply):
+                    self.is_demoted = True
+                elif isinstance(reply, ConnectionError):
                     raise RoundTripError(reply, sent=True)
-                self.is_demoted = self.is_demoted or (isinstance(reply, ResponseError) and is_demotion(reply))
                 return reply
             elif type(reply) is PUSH:  # a managed service's notifications
                 self._connection._parser.handle_push_response(reply)
@@ -240,13 +257,13 @@ def new_reader(connection: Any) -> Any:
     return _hiredis.Reader(protocolError=InvalidResponse, replyError=connection._parser.parse_error, notEnoughData=MORE)
 
 
-def _is_raised_here(error: OSError) -> bool:
-    """Whether the socket raised it, and not a signal handler that was called meanwhile."""
+def _is_raised_here(error: Exception) -> bool:
+    """Whether the socket or the reader raised it, and not a signal handler that was called meanwhile."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-    return module in (__name__, "ssl") or module.startswith("gevent.")
+    return module in (__name__, "ssl") or module.startswith(("gevent.", "redis."))
 
 
 def _named(error: OSError, doing: str) -> RedisError:

@@ -16,6 +16,7 @@ class Address:
         port: the port of the address, on loopback.
         target: the port of the server to which new connections lead.
         pause: seconds between the single bytes of replies; 0: replies are passed on at once.
+        reading_pause: seconds between pieces of 64 KiB that are read from clients.
         accepted: how many connections were accepted.
     """
 
@@ -23,6 +24,7 @@ class Address:
         """Binds a port. Unless `is_open`, connections are refused until `open` is called."""
         self.target = target
         self.pause = 0.0
+        self.reading_pause = 0.0
         self.accepted = 0
         self._readable = threading.Event()
         self._readable.set()
@@ -89,6 +91,7 @@ class Address:
         with contextlib.suppress(OSError):
             while self._readable.wait() and (data := client.recv(65_536)):
                 self._readable.wait()
+                time.sleep(self.reading_pause)
                 server.sendall(data)
         self._close(server)
 

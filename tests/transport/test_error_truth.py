@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import redis
+from redis.crc import key_slot
 from support.backends import Bench
 from support.internals import retry_for
 from support.proxy import Fault, Proxy
@@ -185,6 +186,22 @@ def test_call_for_an_unserved_slot_is_not_sent(bench: Bench) -> None:
         with pytest.raises(NotSentError, match="no node of the cluster serves slot"):
             store.batch([call])
     assert begun(store.send(call)).attempt == 1
+
+
+@pytest.mark.servers("cluster")
+def test_unserved_slot_fails_only_its_own_calls_of_a_batch(bench: Bench) -> None:
+    store = bench.store(timeout=SHORT)
+    assert store.get_run("run") == []  # learns the nodes
+    nodes: Any = store.client.nodes_manager
+    calls = [store.calls.begin_step(f"run-{number}", "pay", {}) for number in range(30)]
+    half = {slot: nodes.slots_cache[slot] for slot in range(8_192)}
+    away = redis.ConnectionError("away")
+    with mock.patch.object(nodes, "slots_cache", half), mock.patch.object(type(nodes), "initialize", side_effect=away):
+        results = store.batch(calls)
+    served = [key_slot(call.keys[0]) in half for call in calls]
+    assert {True, False} == set(served)
+    assert [type(result) is not NotSentError for result in results] == served
+    assert all(begun(result).attempt == 1 for result in store.batch(calls))
 
 
 # What a word means does not depend on how it arrived, with two exceptions: an error of its own class in redis-py, and

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
+from unittest import mock
 
 import pytest
 import redis
@@ -19,8 +21,10 @@ from support.proxy import Proxy
 from support.records import begun
 from support.servers import find_binary, wait_until
 
-from squidstep_redis import NotSentError, OutcomeUnknownError, ServerError, StepRunStore
+from squidstep_redis import NotSentError, OutcomeUnknownError, RefusedError, ServerError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.transport.aio_cluster import ClusterConnections
+from squidstep_redis.transport.retry import RoundTripError
 from transport.conftest import Connect, pool_connection
 
 pytestmark = pytest.mark.servers("valkey")
@@ -32,6 +36,9 @@ TRIES = 5  # of which one has to end in time: the machine may also stall for lon
 own_and_plain = pytest.mark.parametrize("kind", ["own", "plain"], indirect=True)
 # A hooked client reads by itself, with a timeout for each piece of a reply.
 each_way = pytest.mark.parametrize("kind", ["own", "plain", "hooked"], indirect=True)
+
+
+LATE: Final = 30.0  # seconds: a bug takes longer, and a machine that stalls does not
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def fails_within(
 
 def call_in_peace(store: StepRunStore, address: Address) -> None:
     """Makes a call without a time limit, on a server without faults."""
-    address.pause = 0
+    address.pause = address.reading_pause = 0
     address.resume()
     retry_for(store, 30)
     assert store.get_run("run-of-no-step") == []
@@ -136,6 +143,95 @@ class TestTricklingServer:
             retry_for(store, 0.2)
 
         fails_within(0.2 + 0.3 + 0.3, lambda: store.batch(calls), OutcomeUnknownError, before=slow_down)
+
+
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_trickling_reply_is_limited_with_health_checks(connect_to: Connect, address: Address, kind: str) -> None:
+    """redis-py writes and reads such a connection, with a timeout for each piece of a reply."""
+    client = {"socket_timeout": 0.15, "socket_connect_timeout": 0.15, "health_check_interval": 60}
+    store = connect_to(kind, address.port, client=client)
+    call = store.calls.begin_step("run", "pay", {"x": "x" * 2_000})
+
+    def trickle() -> None:
+        call_in_peace(store, address)
+        address.pause = 0.02
+        retry_for(store, 0.2)
+
+    fails_within(0.2 + 3 * 0.15, lambda: store.send(call), OutcomeUnknownError, NotSentError, before=trickle)
+    call_in_peace(store, address)
+    assert begun(store.send(call)).attempt == 1
+
+
+@own_and_plain
+@pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
+def test_server_that_reads_slowly_does_not_prolong_the_call(
+    connect_to: Connect, address: Address, kind: str, batch: bool
+) -> None:
+    """It reads 64 KiB every 0.1 s: 30 MB take 46 s, although the client never waits long to write more."""
+    store = connect_to(kind, address.port, client={"socket_timeout": 0.3}, max_payload_bytes=40_000_000)
+    size = 1_000_000 if batch else 30_000_000
+    calls = [store.calls.begin_step(f"run-{number}", "pay", {"x": "x" * size}) for number in range(30 if batch else 1)]
+
+    def slow_down() -> None:
+        call_in_peace(store, address)
+        address.reading_pause = 0.1
+        retry_for(store, 0.2)
+
+    fails_within(0.2 + 0.3 + 0.3, lambda: store.batch(calls) if batch else store.send(calls[0]), before=slow_down)
+    address.disconnect()
+    call_in_peace(store, address)
+
+
+@own_and_plain
+def test_calls_of_a_batch_share_its_deadline(connect_to: Connect, proxy: Proxy, kind: str) -> None:
+    """The server forgets the scripts within the batch, and then hangs: each call has to be sent again by itself."""
+    store = connect_to(kind, proxy.port, client={"socket_timeout": 0.2, "socket_connect_timeout": 0.2}, timeout=0.3)
+    calls = [store.calls.begin_step(f"run-{number}", "pay", {}) for number in range(30)]
+    names = (b"SCRIPT", b"MULTI", b"EXEC")
+    proxy.translate = lambda real: real if proxy.commands[-1][0] in names else b"-NOSCRIPT no\r\n"
+    hook = threading.Event()
+    proxy.after(4 + len(calls) - 1, lambda: setattr(proxy, "translate", lambda _: hook.wait(LATE) and b""))
+    took = seconds(lambda: calls_that_failed(store.batch(calls)))
+    hook.set()
+    assert took < 0.3 + 0.2 + 0.2 + 5 * STALL  # one by one, they take 6 s
+
+
+def calls_that_failed(results: list[Any]) -> None:
+    assert {type(result) for result in results} <= {OutcomeUnknownError, NotSentError, RefusedError}
+
+
+@pytest.mark.servers("cluster")
+@pytest.mark.parametrize("bench", ["asyncio"], indirect=True)
+def test_nodes_that_hang_do_not_delay_the_last_attempt(bench: Bench) -> None:
+    """The client asks one node after another for the slots, and waits for each."""
+    store = bench.store(timeout=0.3)
+    assert store.get_run("run") == []  # learns the nodes
+    call = store.calls.get_run("run")
+
+    async def hang(*_: object, **__: object) -> None:
+        await asyncio.sleep(LATE)
+
+    nodes: Any = store.client.nodes_manager
+    away = RoundTripError(redis.ConnectionError("away"), sent=False)
+    with (
+        mock.patch.object(type(nodes), "initialize", hang),
+        mock.patch.object(ClusterConnections, "execute", side_effect=away),
+    ):
+        assert fails(lambda: store.send(call), NotSentError) < LATE / 2
+
+
+@pytest.mark.parametrize("kind", ["blocking pool"], indirect=True)
+def test_exhausted_pool_does_not_delay_the_doctor(
+    bench: Bench, connect_to: Connect, address: Address, kind: str
+) -> None:
+    """The pool would wait for a connection without a limit."""
+    store = connect_to(kind, address.port, client={"max_connections": 1}, timeout=0.2)
+    pool: Any = store.client.connection_pool
+    pool.timeout = LATE
+    borrowed = finish(bench, pool_connection(store.client))
+    took = seconds(store.doctor)
+    finish(bench, pool.release(borrowed))
+    assert took < LATE / 2
 
 
 @pytest.mark.parametrize(
