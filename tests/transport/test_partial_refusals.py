@@ -75,7 +75,7 @@ def test_refusal_within_a_pipeline_leaves_the_batch_unknown(
 def test_refused_wait_does_not_deny_the_transition(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, word: str, batch: bool, known: None
 ) -> None:
-    store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT, wait_replicas=1)
+    store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT, wait_replicas=1, wait_timeout=0.01)
     call = store.calls.begin_step("run", "pay", {})
 
     def translate(reply: bytes) -> bytes:
