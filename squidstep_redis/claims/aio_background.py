@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,6 +16,7 @@ from weakref import WeakKeyDictionary
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.server_errors import NotReplicatedError, OutcomeUnknownError, ServerError
+from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio import AsyncTransport
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from squidstep_redis.protocol.call import Call
 from squidstep_redis.protocol.workflow import Send, Workflow
 from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError, RefusedError
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
-from squidstep_redis.transport.aio_connection import cancellations
+from squidstep_redis.transport.aio_tasks import cancellations
 
 MAX_BACKGROUND_SECONDS: Final = 86_400.0  # to end a claim without a lease, which nothing else would end
 

@@ -13,25 +13,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from copy import copy
 from math import inf
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
-from redis.exceptions import AskError, ConnectionError, ResponseError, TimeoutError
+from redis.exceptions import AskError, ResponseError, TimeoutError
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.server_errors import ReplyMismatchError
+from squidstep_redis.steady import steady_time as time
+from squidstep_redis.transport.aio_tasks import cancellations, raise_swallowed_cancellation, result_of
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, probed
 from squidstep_redis.transport.link import Link, close_socket
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error, check_resent, is_demotion, undecided
 from squidstep_redis.transport.stream import Read, chunks, pack_command
-
-T = TypeVar("T")
 
 _MAX_IDLE: Final = 16
 _MAX_SHARED_BYTES: Final = 65_536  # larger payloads use a connection of their own
@@ -379,18 +378,6 @@ async def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return error
 
 
-async def result_of(task: asyncio.Task[T]) -> T:
-    """Waits for a task that works for several others, whichever of them is cancelled; returns its result.
-
-    Raises:
-        RoundTripError: something has cancelled the task itself, such as a program that cancels all tasks but its own.
-    """
-    await asyncio.wait((task,))
-    if task.cancelled():
-        raise RoundTripError(ConnectionError("Connecting was interrupted."), sent=False)
-    return task.result()
-
-
 def seconds_to_connect(connection: Any, deadline: float) -> float | None:
     """Returns how long setting up a connection of redis-py's may take; None: without a limit.
 
@@ -405,24 +392,6 @@ def seconds_to_connect(connection: Any, deadline: float) -> float | None:
 def connect_error(error: Exception, scope: asyncio.Timeout) -> Exception:
     """Returns an error of redis-py's for one that setting up a connection within a scope has raised."""
     return TimeoutError("Timeout connecting to server") if scope.expired() else as_redis_error(error)
-
-
-def cancellations() -> int:
-    """Returns how often the running task was cancelled so far."""
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
-async def raise_swallowed_cancellation(before: int) -> None:
-    """Raises a cancellation that redis-py has swallowed since `before` was counted.
-
-    It writes with `asyncio.wait_for`, which before Python 3.12 returns a result that is there already, and forgets that
-    it was cancelled.
-    """
-    if cancellations() > before:
-        for _ in range(2):  # a cancelled scope of anyio cancels again, with a message that it recognizes
-            await asyncio.sleep(0)
-        raise asyncio.CancelledError
 
 
 def drop(connection: Any) -> None:

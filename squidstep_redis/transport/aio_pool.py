@@ -22,13 +22,12 @@ from squidstep_redis.transport.aio_connection import (
     AsyncConnections,
     OwnConnections,
     abandoned,
-    cancellations,
     connect_error,
     drop,
     is_foreign,
-    raise_swallowed_cancellation,
     seconds_to_connect,
 )
+from squidstep_redis.transport.aio_tasks import cancellations, raise_swallowed_cancellation
 from squidstep_redis.transport.client import has_plain_stream, idle_of
 from squidstep_redis.transport.pool import ask, is_known, seconds_to_wait
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error, is_demotion, undecided

@@ -167,7 +167,8 @@ def seen(result: Any) -> Any:
     if isinstance(result, RunSummary):
         return result._replace(changed_at=None, created_at=None)
     if isinstance(result, StepExplanation):
-        return result._replace(until=None, why=MOMENT.sub("…", result.why), next=MOMENT.sub("…", result.next))
+        texts = {"why": MOMENT.sub("…", result.why), "next": MOMENT.sub("…", result.next)}
+        return result._replace(started_at=None, until=None, **texts)
     if isinstance(result, RunExplanation):
         return seen(result.summary), [seen(each) for each in result.steps], result.omitted
     if isinstance(result, RunPage):  # two stores create their runs at different times, so their orders may differ
