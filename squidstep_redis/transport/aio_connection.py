@@ -345,25 +345,26 @@ class HookedClient(AsyncConnections):
     ) -> list[Any]:
         name, plain = probed(commands)
         before = cancellations()
-        try:
-            if len(plain) == 1:
-                replies = [await _reply_or_error(self._client, plain[0])]
-            else:
-                pipeline: Any = self._client.pipeline(transaction=False)
-                for command in plain:
-                    pipeline.execute_command(*command, **OPTIONS)
-                replies = await pipeline.execute(raise_on_error=False)
-        except Exception as error:
-            cause = undecided(as_redis_error(error), name.times_packed * len(plain))
-            raise RoundTripError(cause, sent=name.times_packed > 0) from error
         is_reusable = False
         try:
+            try:
+                if len(plain) == 1:
+                    replies = [await _reply_or_error(self._client, plain[0])]
+                else:
+                    pipeline: Any = self._client.pipeline(transaction=False)
+                    for command in plain:
+                        pipeline.execute_command(*command, **OPTIONS)
+                    replies = await pipeline.execute(raise_on_error=False)
+            except Exception as error:
+                cause = undecided(as_redis_error(error), name.times_packed * len(plain))
+                raise RoundTripError(cause, sent=name.times_packed > 0) from error
             if name.times_packed > 1:
                 check_resent(replies, name.times_packed)
             results = [read(index, reply) for index, reply in enumerate(replies)]
             is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
         finally:
-            # The client has released the connection, and would use it for its next command.
+            # The client has released the connection, and would use it for its next command: also one whose handshake
+            # was interrupted, which has another database or no credentials.
             if not is_reusable and hasattr(self._client, "connection_pool"):
                 for connection in idle_of(self._client.connection_pool):
                     drop(connection)

@@ -193,6 +193,14 @@ def probed(commands: Sequence[Command]) -> tuple[ProbedName, list[tuple[Any, ...
     return first, [(first, *words), *((name.decode(), *others) for name, *others in rest)]
 
 
+def pools_of(client: Any) -> list[Any]:
+    """Returns the pools of a blocking client: of a cluster client, those of its nodes."""
+    if hasattr(client, "connection_pool"):
+        return [client.connection_pool]
+    nodes: list[Any] = getattr(client, "get_nodes", list)()
+    return [node.redis_connection.connection_pool for node in nodes if node.redis_connection is not None]
+
+
 def idle_of(pool: Any) -> list[Any]:
     """Returns the idle connections of a pool of redis-py's."""
     queue = getattr(pool, "pool", None)  # of a blocking pool, with None for each that was not opened yet

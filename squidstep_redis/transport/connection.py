@@ -14,6 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Sequence
+from functools import partial
 from math import inf
 from typing import Any, Final
 
@@ -21,9 +22,9 @@ from redis.exceptions import AskError, RedisError, ResponseError
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.steady import steady_time as time
-from squidstep_redis.transport.client import idle_of, own_connection, probed
+from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, pools_of, probed
 from squidstep_redis.transport.handshake import limited_replies, open_connection
-from squidstep_redis.transport.pool import borrow, give_back
+from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, wake
 from squidstep_redis.transport.retry import (
     UNREADABLE,
     RoundTripError,
@@ -175,7 +176,7 @@ class PooledConnections(Connections):
 
         Closing the generator discards the connection, whose replies were not read.
         """
-        connection = borrow(self._pool, deadline)
+        connection, give_back = borrow(self._pool, deadline)
         is_reusable = False
         is_demoted = False
         try:
@@ -187,11 +188,16 @@ class PooledConnections(Connections):
                 stream.write(commands, deadline)
                 yield
                 results, is_demoted = stream.read(len(commands), read), stream.is_demoted
-            is_reusable = not is_demoted
+            is_reusable = not (is_demoted or getattr(connection, "_should_reconnect", False))
+            if needs_release(self._pool, connection):
+                give_back = partial(self._pool.release, connection)
         finally:
-            if not is_reusable:
-                connection.disconnect()
-            give_back(self._pool, connection)
+            try:
+                if not is_reusable:
+                    connection.disconnect()
+            finally:
+                give_back()
+                wake(self._pool)
         if is_demoted:
             self._disconnect_idle()
         return results
@@ -217,30 +223,47 @@ class HookedClient(Connections):
         self._client = client
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        self._connect(deadline)
         name, plain = probed(commands)
-        try:
-            if len(plain) == 1:
-                replies = [_reply_or_error(self._client, plain[0])]
-            else:
-                pipeline: Any = self._client.pipeline(transaction=False)
-                for command in plain:
-                    pipeline.execute_command(*command, **OPTIONS)
-                replies = pipeline.execute(raise_on_error=False)
-        except Exception as error:
-            cause = undecided(as_redis_error(error), name.times_packed * len(plain))
-            raise RoundTripError(cause, sent=name.times_packed > 0) from error
         is_reusable = False
         try:
+            try:
+                if len(plain) == 1:
+                    replies = [_reply_or_error(self._client, plain[0])]
+                else:
+                    pipeline: Any = self._client.pipeline(transaction=False)
+                    for command in plain:
+                        pipeline.execute_command(*command, **OPTIONS)
+                    replies = pipeline.execute(raise_on_error=False)
+            except Exception as error:
+                cause = undecided(as_redis_error(error), name.times_packed * len(plain))
+                raise RoundTripError(cause, sent=name.times_packed > 0) from error
             if name.times_packed > 1:
                 check_resent(replies, name.times_packed)
             results = [read(index, reply) for index, reply in enumerate(replies)]
             is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
         finally:
-            # The client has released the connection, and would use it for its next command.
-            if not is_reusable and hasattr(self._client, "connection_pool"):
-                for connection in idle_of(self._client.connection_pool):
-                    connection.disconnect()
+            # The client has released the connection, and would use it for its next command: also one whose handshake
+            # was interrupted, which has another database or no credentials.
+            if not is_reusable:
+                for pool in pools_of(self._client):
+                    for connection in idle_of(pool):
+                        connection.disconnect()
         return results
+
+    def _connect(self, deadline: float) -> None:
+        """Sets up a connection for the client's next command, if the pool has none.
+
+        The client's own set-up, once interrupted, would leave a half-made connection to another thread; and hiredis
+        would crash the process if a signal handler raises while it formats the database's number.
+        """
+        pool = getattr(self._client, "connection_pool", None)  # a cluster client has none
+        if pool is None or getattr(pool, "cache", None) is not None or not is_known(pool, KNOWN):
+            return
+        if has_plain_stream(pool.connection_class) and not any(connection._sock for connection in idle_of(pool)):
+            give_back = borrow(pool, deadline)[1]
+            give_back()
+            wake(pool)
 
 
 def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:

@@ -7,8 +7,15 @@ is taken out of the pool first, and set up afterwards. A pool with a `get_connec
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from math import inf
-from queue import Empty
+from operator import call, methodcaller
+from queue import Empty, LifoQueue
 from typing import Any, Final
 
 import redis
@@ -24,35 +31,46 @@ from squidstep_redis.transport.stream import stream_of
 PURPOSE: Final = () if tuple(map(int, redis.__version__.split(".")[:2])) >= (5, 3) else ("EVALSHA",)
 _plain: Any = ConnectionPool
 _blocking: Any = BlockingConnectionPool
+_lifo: Any = LifoQueue
+_exhaust: Any = deque
 _pop = list[Any].pop
-_KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
+_release = methodcaller("release")
+KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
+_KNOWN_RELEASES: Final = (_plain.release, _blocking.release)
 
 
-def borrow(pool: Any, deadline: float) -> Any:
+def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
     """Takes a connection out of a pool and sets it up, or leaves the pool as it was.
+
+    An exception from outside may arrive at any instruction of Python code. Neither a lock may stay held then, nor may
+    the pool have a connection less. So a connection is taken in one operation of the interpreter, and given back in
+    one; the pool's own methods need several, and those of a blocking pool's queue hold a lock in Python code.
 
     Args:
         pool: the pool.
         deadline: how long to wait for a connection, by the monotonic clock.
 
+    Returns:
+        The connection, and the operation that gives it back. Call `wake` after it.
+
     Raises:
         RoundTripError: there is no connection, or it could not be set up.
     """
     waits = isinstance(pool, _blocking)
-    connection, has_place = None, False
+    connection = None
     taken: list[Any] = []
     try:
-        if not is_known(pool, _KNOWN):
-            return ask(pool)
+        if not is_known(pool, KNOWN):
+            connection = ask(pool)
+            return connection, partial(pool.release, connection)
         pool._checkpid()
         if waits:
-            with defer_sigalrm():
-                connection, has_place = _wait_for_place(pool, deadline), True
+            _wait_for_place(pool, deadline, taken)
+            connection = taken[0]
             if connection is None:
                 connection = pool.make_connection()
         else:
-            # Without the pool's lock, which an exception of a signal handler could leave held: the call that takes the
-            # connection is atomic. Only the number of connections needs the lock.
+            # Without the pool's lock. Only the number of connections needs it.
             try:
                 taken.extend(map(_pop, (pool._available_connections,)))
                 connection = taken[0]
@@ -63,34 +81,54 @@ def borrow(pool: Any, deadline: float) -> Any:
         if not _is_ready(connection):
             connection.disconnect()
             open_connection(connection)
-        return connection
+        return connection, _way_back(pool, connection)
     except BaseException as error:
-        if taken:
+        if connection is None and taken:
             connection = taken[0]
-        if connection is not None:
-            connection.disconnect()
-            if not waits:
-                pool._in_use_connections.add(connection)
-            give_back(pool, connection)
-        elif has_place:
-            with defer_sigalrm():
-                pool.pool.put_nowait(None)
+        if connection is not None or taken:
+            try:
+                if connection is not None:
+                    connection.disconnect()
+            finally:
+                _way_back(pool, connection)()
+                wake(pool)
         failure = unsent(error)
         if failure is not None:
             raise failure from error
         raise
 
 
-def give_back(pool: Any, connection: Any) -> None:
-    """Gives a connection back to its pool.
+def _way_back(pool: Any, connection: Any) -> Callable[[], object]:
+    """Returns the operation that gives a connection back; None stands for one of a blocking pool that is to be made."""
+    if not is_known(pool, KNOWN) or getattr(pool.release, "__func__", None) not in _KNOWN_RELEASES:
+        return partial(pool.release, connection)
+    if not hasattr(pool, "pool"):
+        in_use, available = pool._in_use_connections, pool._available_connections
+        return _operation(partial(in_use.discard, connection), partial(available.append, connection))
+    queue = _queue_of(pool)
+    return partial(pool.pool.put_nowait if queue is None else queue.queue.append, connection)
 
-    SIGALRM is deferred if the pool waits: its queue takes a lock in Python code, where an alarm would leave it held.
-    """
-    if isinstance(pool, _blocking):
-        with defer_sigalrm():
-            pool.release(connection)
-    else:
-        pool.release(connection)
+
+def needs_release(pool: Any, connection: Any) -> bool:
+    """Whether the pool's own method has to give a connection back: it has news for it."""
+    return getattr(connection, "_re_auth_token", None) is not None or getattr(pool, "_in_maintenance", False)
+
+
+def wake(pool: Any) -> None:
+    """Wakes a thread that waits for a connection of a pool, after one was given back."""
+    queue = _queue_of(pool)
+    if queue is not None:
+        _operation(queue.mutex.acquire, queue.mutex.release)()  # who found the queue empty is a waiter by now
+        waiters: deque[Any] = queue.not_empty._waiters
+        if waiters:
+            with suppress(IndexError):  # another thread wakes it
+                next(map(_release, map(call, (waiters.popleft,))))
+
+
+def _queue_of(pool: Any) -> Any:
+    """Returns the queue of a blocking pool; None of another pool, or if it is no queue of Python's own."""
+    queue: Any = getattr(pool, "pool", None)
+    return queue if type(queue) is _lifo else None
 
 
 def ask(pool: Any) -> Any:
@@ -110,12 +148,46 @@ def seconds_to_wait(pool: Any, deadline: float) -> float | None:
     return own if left == inf else left if own is None else min(own, left)
 
 
-def _wait_for_place(pool: Any, deadline: float) -> Any:
-    """Returns an idle connection, or None for one that is to be made."""
+def _wait_for_place(pool: Any, deadline: float, taken: list[Any]) -> None:
+    """Takes an idle connection, or None for one that is to be made, and appends it to a list."""
+    queue, limit = _queue_of(pool), seconds_to_wait(pool, deadline)
+    if queue is None:
+        with defer_sigalrm(), suppress(Empty):
+            taken.append(pool.pool.get(timeout=limit))
+    else:
+        until = inf if limit is None else time.monotonic() + limit
+        while not _take(queue, taken) and _wait(queue, until):
+            pass
+    if not taken:
+        raise ConnectionError("No connection available.")
+
+
+def _take(queue: Any, taken: list[Any]) -> bool:
+    """Appends the last item of a queue to a list; returns whether there is one."""
+    items, last = queue.queue, slice(-1, None)
+    take = partial(taken.extend, chain.from_iterable(map(items.__getitem__, (last,))))
+    _operation(queue.mutex.acquire, take, partial(items.__delitem__, last), queue.mutex.release)()
+    return bool(taken)
+
+
+def _wait(queue: Any, until: float) -> bool:
+    """Waits until there is an item in a queue, perhaps; returns whether there is time left."""
+    waiter = threading.Lock()
+    waiter.acquire()
     try:
-        return pool.pool.get(timeout=seconds_to_wait(pool, deadline))
-    except Empty:
-        raise ConnectionError("No connection available.") from None
+        queue.not_empty._waiters.append(waiter)
+        left = until - time.monotonic()
+        if left > 0 and not queue.queue:  # otherwise, `wake` may have missed this waiter
+            waiter.acquire(timeout=-1 if left == inf else left)
+        return left > 0
+    finally:
+        with suppress(ValueError):  # it was woken
+            queue.not_empty._waiters.remove(waiter)
+
+
+def _operation(*steps: Callable[[], object]) -> Callable[[], object]:
+    """Returns several steps as one operation, which nothing interrupts. They must be functions of the interpreter."""
+    return partial(_exhaust, map(call, steps), 0)
 
 
 def _make_connection(pool: Any) -> Any:

@@ -99,3 +99,27 @@ def at_line(line: int, files: tuple[str, ...], act: Callable[[], object]) -> Ite
         yield lambda: left <= 0
     finally:
         sys.settrace(None)
+
+
+@contextlib.contextmanager
+def at_call(number: int, modules: tuple[str, ...], act: Callable[[], object]) -> Iterator[list[str]]:
+    """In the block, `act` is called at the n-th place where the interpreter looks for signals, in these packages.
+
+    It looks at the start of a function of Python, and after a call of one that is not. Yields the place, once there.
+    """
+    left, place = number, list[str]()
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and str(frame.f_globals.get("__name__")).partition(".")[0] in modules:
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                place.append(f"{event} in {frame.f_code.co_qualname}, line {frame.f_lineno}")
+                act()
+
+    sys.setprofile(look)
+    try:
+        yield place
+    finally:
+        sys.setprofile(None)

@@ -25,7 +25,7 @@ import redis
 from redis.credentials import CredentialProvider
 from support.backends import Bench
 from support.internals import close_idle_connections, plain_store
-from support.interruptions import AlarmError, at_line, sigalrm_raises
+from support.interruptions import AlarmError, at_call, at_line, sigalrm_raises
 from support.proxy import Proxy
 from support.records import begun
 from support.storm_length import StormLength
@@ -42,7 +42,8 @@ INTERRUPTED_FILES = ("/redis/connection.py", "/squidstep_redis/transport/")
 WAITS_FOR_CREDENTIALS = pytest.mark.skipif(
     not hasattr(CredentialProvider, "get_credentials_async"), reason="redis-py 5.0 asks for credentials without waiting"
 )
-KINDS = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "blocking pool"], indirect=True)
+MODULES = ("squidstep_redis", "redis", "queue", "threading")
+KINDS = pytest.mark.parametrize("kind", ["own", "plain", "RESP3", "blocking pool", "hooked"], indirect=True)
 
 
 class Credentials(CredentialProvider):
@@ -149,45 +150,31 @@ def test_exception_at_any_line_of_borrowing_loses_no_place(
             borrow(pool, inf)
         if was_interrupted():
             misses = 0
-            pool.release(borrow(pool, time.monotonic()))
+            borrow(pool, time.monotonic())[1]()
         else:
             misses += 1
     assert line > 100
 
 
-class AlarmingLock:
-    """A lock; when it is entered for the first time, SIGALRM arrives before the code under it."""
-
-    def __init__(self, lock: Any) -> None:
-        self.acquire, self.release, self.locked = lock.acquire, lock.release, lock.locked
-        self.has_alarmed = False
-
-    def __enter__(self) -> None:
-        self.acquire()
-        if not self.has_alarmed:
-            self.has_alarmed = True
-            signal.raise_signal(signal.SIGALRM)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
-
-
-@pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
+@CLOSED_LATE
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
-@pytest.mark.parametrize("condition", ["not_empty", "not_full"])  # of taking a connection, and of giving it back
-def test_alarm_leaves_no_lock_of_a_blocking_pool_held(
-    bench: Bench, connect_to: Connect, proxy: Proxy, condition: str
+@pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
+def test_interrupted_call_costs_its_pool_neither_place_nor_lock(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
 ) -> None:
-    store = connect_to("blocking pool", proxy.port, DATABASE, {**options(bench), "max_connections": 1}, timeout=2)
-    queue: Any = store.client.connection_pool.pool
-    lock = AlarmingLock(queue.mutex)
-    setattr(queue, condition, threading.Condition(cast("Any", lock)))
-    with sigalrm_raises(), pytest.raises(AlarmError):
+    """The exception arrives wherever the interpreter lets one in."""
+    number, was_interrupted = 0, True
+    while was_interrupted:
+        store = connect_to(kind, proxy.port, DATABASE, {**options(bench), "max_connections": 1}, timeout=2)
+        pool: Any = store.client.connection_pool
         store.schedule_step("run", "pay", {})
-    assert lock.has_alarmed
-    assert not lock.locked()
-    assert queue.qsize() == 1
-    begun(store.begin_step("run", "pay", {}))
+        with contextlib.suppress(Interruption), at_call(number, MODULES, interrupt) as place:
+            store.schedule_step("run", "pay", {})
+        was_interrupted = bool(place)
+        assert kind == "plain" or not pool.pool.mutex.locked(), place
+        borrow(pool, time.monotonic())[1]()
+        number += 1
+    assert number > 50
 
 
 class ClosedConnection(redis.Connection):
@@ -218,10 +205,10 @@ def test_call_survives_a_disconnect_of_its_pool(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def borrow_and_disconnect(pool: Any, deadline: float) -> Any:
-        connection = borrow(pool, deadline)
+        connection, give_back = borrow(pool, deadline)
         monkeypatch.undo()
         connection.disconnect()
-        return connection
+        return connection, give_back
 
     store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
     monkeypatch.setattr("squidstep_redis.transport.connection.borrow", borrow_and_disconnect)
