@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Mapping
@@ -36,15 +37,17 @@ class Claim(BaseClaim[threading.Event]):
         self.store = store
         self._transport = transport
 
-    # An exception from outside may arrive at any instruction. What must happen after it is handed over to a background
-    # thread: by `append` of a deque, so that nothing comes between catching the exception and that operation.
+    # An exception from outside may arrive at any instruction, and a second one soon after it. What must happen then is
+    # handed over to a background thread in one operation, so that nothing comes between catching the exception and that
+    # operation. It starts a thread, which starts the next one: see `BackgroundThread.start`.
 
     def __enter__(self) -> Self:
         self._raise_if_entered()
         self._sent = None
         heartbeat = self._heartbeat = heartbeat_of(self.store)
         unfinished = self._unfinished = UnfinishedClaim()
-        hand_over, deferred = heartbeat.recovery.queue.append, defer_sigalrm()
+        recover, start_thread = heartbeat.recovery.recover, _thread.start_new_thread
+        deferred = defer_sigalrm()
         try:
             with deferred:
                 run_workflow(self._transport, self._acquire(), deferred.sleep)
@@ -56,7 +59,10 @@ class Claim(BaseClaim[threading.Event]):
             begin = unfinished.begin = self._sent
             if begin is not None:  # it may have acquired the claim
                 unfinished.error = error
-                hand_over(unfinished)
+                try:
+                    start_thread(start_thread, (recover, (unfinished,)))
+                except RuntimeError:
+                    heartbeat.recovery.queue.append(unfinished)
             self._stop()
             if begin is not None:
                 heartbeat.recovery.wait_for(unfinished, _seconds_to_wait(error))
@@ -67,7 +73,8 @@ class Claim(BaseClaim[threading.Event]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         unfinished = self._unfinished
-        hand_over, deferred = self._heartbeat.recovery.queue.append, defer_sigalrm()
+        recovery, start_thread = self._heartbeat.recovery, _thread.start_new_thread
+        recover, deferred = recovery.recover, defer_sigalrm()
         is_own = self._entered_by == os.getpid()  # in a forked child, the claim is the parent's
         if error is None or not self._is_interruption(error):
             try:
@@ -76,14 +83,17 @@ class Claim(BaseClaim[threading.Event]):
                 if is_own and self._state != "ended" and self._lease is None:  # nothing else would ever end the claim
                     unfinished.step_run, unfinished.error = self._claim, missing if error is None else error
                     unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
-                    hand_over(unfinished)
-                    self._heartbeat.recovery.wait_for(unfinished, 0)
+                    recovery.queue.append(unfinished)
+                    recovery.wait_for(unfinished, 0)
                 self._stop()
             except BaseException as interruption:
                 if is_own and self._state != "ended":
                     unfinished.step_run, unfinished.error = self._claim, interruption if error is None else error
                     unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
-                    hand_over(unfinished)
+                    try:
+                        start_thread(start_thread, (recover, (unfinished,)))
+                    except RuntimeError:
+                        recovery.queue.append(unfinished)
                 self._leave_soon()
                 deferred.__exit__()
                 raise
@@ -93,7 +103,10 @@ class Claim(BaseClaim[threading.Event]):
             if is_own and self._state != "ended":
                 unfinished.step_run, unfinished.error = self._claim, error
                 unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
-                hand_over(unfinished)
+                try:
+                    start_thread(start_thread, (recover, (unfinished,)))
+                except RuntimeError:
+                    recovery.queue.append(unfinished)
             self._leave_soon()
 
     def exit_again(self, interruption: BaseException) -> None:

@@ -31,8 +31,7 @@ class Recovery(BackgroundThread):
     """Recovers the claims of one store that are handed over to it.
 
     Attributes:
-        queue: claims to recover. To hand one over, append it here: one operation, which nothing interrupts. Then call
-            `start`; if that is interrupted, the next claim of the store does it.
+        queue: claims to recover.
     """
 
     NAME: ClassVar = "squidstep-recovery"
@@ -48,11 +47,21 @@ class Recovery(BackgroundThread):
         self._gives_up = False
         self.queue: deque[UnfinishedClaim] = deque(maxlen=_MAX_UNFINISHED)
 
+    def recover(self, unfinished: UnfinishedClaim) -> None:
+        """Recovers a claim. A plain thread calls it, which nothing interrupts; if none can be started, use `queue`.
+
+        Args:
+            unfinished: the claim.
+        """
+        self.queue.append(unfinished)
+        self._start()
+        self.wake()
+
     def wait_for(self, unfinished: UnfinishedClaim, seconds: float) -> None:
         """Recovers a claim that was handed over, and waits for it.
 
         Args:
-            unfinished: a claim, which was appended to `queue`.
+            unfinished: a claim, for which `recover` was called, or which was appended to `queue`.
             seconds: how long to wait at most.
         """
         try:

@@ -63,10 +63,13 @@ class BackgroundThread(ABC):
     def start(self) -> None:
         """Starts the thread unless it runs.
 
-        `Thread.start` holds locks and waits. So a plain thread calls it, which nothing interrupts.
+        `Thread.start` holds locks and waits. So a plain thread calls it, which nothing interrupts. In Python 3.11, an
+        exception that is set for the calling thread can reach the thread that it is starting. So that one executes no
+        Python code: it starts the thread that does.
         """
         if not self.is_running and self._pid == os.getpid():
-            _thread.start_new_thread(self._start, ())
+            start_thread = _thread.start_new_thread
+            start_thread(start_thread, (self._start, ()))
 
     def wake(self) -> None:
         """Lets the thread look for work now."""

@@ -32,7 +32,7 @@ from support.claims import (
     until_extended,
 )
 from support.internals import replace_client
-from support.interruptions import AlarmError, OutsideError, raise_in, sigusr1_raises
+from support.interruptions import AlarmError, OutsideError, SignalingClient, raise_in, sigusr1_raises
 from support.records import stored
 from support.servers import find_binary, wait_until
 
@@ -116,6 +116,41 @@ class TestBeginWithoutReply:
         wait_until(lambda: recovery.work() and unfinished.is_recovered)
         assert stored(others).status is StepStatus.PENDING
         assert recovery.has_work()
+
+
+@fakeredis_only
+class TestSecondException:
+    """It comes while the code, which a first one has interrupted, waits for its claim to be recovered."""
+
+    @pytest.fixture(autouse=True)
+    def interrupted_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wait_for(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Recovery, "wait_for", wait_for)
+
+    def test_claim_of_an_interrupted_entry_is_released(self, worker: Worker, others: StepRunStore) -> None:
+        replace_client(worker.store, SignalingClient(worker.store.client, "after"))
+
+        with sigusr1_raises(DeclinedError("timeout")), pytest.raises(KeyboardInterrupt):
+            worker.execute(charge, lease=None)
+
+        wait_until(lambda: outcomes(others) == [Outcome.RELEASED])
+
+    @pytest.mark.parametrize("signals_at", ["work", "complete"])
+    def test_claim_of_an_interrupted_block_is_recorded_as_failed(
+        self, worker: Worker, others: StepRunStore, signals_at: str
+    ) -> None:
+        def work(input: dict[str, Any]) -> dict[str, Any]:
+            if signals_at == "work":
+                signal.raise_signal(signal.SIGUSR1)
+            replace_client(worker.store, SignalingClient(worker.store.client, "before"))
+            return {}
+
+        with sigusr1_raises(DeclinedError("timeout")), pytest.raises(KeyboardInterrupt):
+            worker.execute(work, lease=None)
+
+        wait_until(lambda: outcomes(others) == [Outcome.FAILED])
 
 
 @real_server
