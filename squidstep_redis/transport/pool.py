@@ -126,9 +126,9 @@ def wake(pool: Any) -> None:
 
 
 def _queue_of(pool: Any) -> Any:
-    """Returns the queue of a blocking pool; None of another pool, or if it is no queue of Python's own."""
+    """Returns the queue of a blocking pool; None of another pool, or if it is no queue of Python's own (gevent's)."""
     queue: Any = getattr(pool, "pool", None)
-    return queue if type(queue) is _lifo else None
+    return queue if type(queue) is _lifo and hasattr(queue, "mutex") else None
 
 
 def ask(pool: Any) -> Any:

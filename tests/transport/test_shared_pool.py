@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import redis
@@ -37,3 +40,25 @@ def test_store_reconnects_a_connection_that_the_server_closed(bench: Bench, clie
         bench.backend.raw.client_kill_filter(_id=str(client.client_id()))
 
         assert store.step_statuses("run") == {"pay": "running"}
+
+
+IN_GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, redis, sys
+from squidstep_redis import StepRunStore
+
+pool = redis.BlockingConnectionPool.from_url(sys.argv[1], max_connections=1, timeout=10)
+store = StepRunStore(redis.Redis(connection_pool=pool), prefix=sys.argv[2])
+begun = [gevent.spawn(store.begin_step, "run", f"step-{number}", {}) for number in range(5)]
+print([each.get(timeout=30).decision for each in begun])
+"""
+
+
+@pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed")
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+def test_greenlets_share_a_blocking_pool(bench: Bench) -> None:
+    """gevent replaces the queue of the pool by one of its own."""
+    command = [sys.executable, "-c", IN_GREENLETS, bench.backend.url or "", bench.prefix]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, f"{['execute'] * 5}\n"), ended.stderr
