@@ -221,6 +221,9 @@ class HookedClient(Connections):
 
     def __init__(self, client: Any) -> None:
         self._client = client
+        pool = getattr(client, "connection_pool", None)  # a cluster client has none
+        is_plain = pool is not None and getattr(pool, "cache", None) is None and has_plain_stream(pool.connection_class)
+        self._pool = pool if is_plain else None
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         self._connect(deadline)
@@ -257,13 +260,12 @@ class HookedClient(Connections):
         The client's own set-up, once interrupted, would leave a half-made connection to another thread; and hiredis
         would crash the process if a signal handler raises while it formats the database's number.
         """
-        pool = getattr(self._client, "connection_pool", None)  # a cluster client has none
-        if pool is None or getattr(pool, "cache", None) is not None or not is_known(pool, KNOWN):
+        pool = self._pool
+        if pool is None or any(connection._sock for connection in idle_of(pool)) or not is_known(pool, KNOWN):
             return
-        if has_plain_stream(pool.connection_class) and not any(connection._sock for connection in idle_of(pool)):
-            give_back = borrow(pool, deadline)[1]
-            give_back()
-            wake(pool)
+        give_back = borrow(pool, deadline)[1]
+        give_back()
+        wake(pool)
 
 
 def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:

@@ -70,14 +70,13 @@ def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
             if connection is None:
                 connection = pool.make_connection()
         else:
-            # Without the pool's lock. Only the number of connections needs it.
             try:
                 taken.extend(map(_pop, (pool._available_connections,)))
                 connection = taken[0]
             except IndexError:
                 with pool._lock:
                     connection = _make_connection(pool)
-            pool._in_use_connections.add(connection)
+            _locked(pool, partial(pool._in_use_connections.add, connection))()
         if not _is_ready(connection):
             connection.disconnect()
             open_connection(connection)
@@ -104,7 +103,7 @@ def _way_back(pool: Any, connection: Any) -> Callable[[], object]:
         return partial(pool.release, connection)
     if not hasattr(pool, "pool"):
         in_use, available = pool._in_use_connections, pool._available_connections
-        return _operation(partial(in_use.discard, connection), partial(available.append, connection))
+        return _locked(pool, partial(in_use.discard, connection), partial(available.append, connection))
     queue = _queue_of(pool)
     return partial(pool.pool.put_nowait if queue is None else queue.queue.append, connection)
 
@@ -188,6 +187,11 @@ def _wait(queue: Any, until: float) -> bool:
 def _operation(*steps: Callable[[], object]) -> Callable[[], object]:
     """Returns several steps as one operation, which nothing interrupts. They must be functions of the interpreter."""
     return partial(_exhaust, map(call, steps), 0)
+
+
+def _locked(pool: Any, *steps: Callable[[], object]) -> Callable[[], object]:
+    """Returns several steps as one operation under the lock of a pool, whose `disconnect` goes through its sets."""
+    return _operation(pool._lock.acquire, *steps, pool._lock.release)
 
 
 def _make_connection(pool: Any) -> Any:

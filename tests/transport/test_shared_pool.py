@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import redis
@@ -40,6 +42,49 @@ def test_store_reconnects_a_connection_that_the_server_closed(bench: Bench, clie
         bench.backend.raw.client_kill_filter(_id=str(client.client_id()))
 
         assert store.step_statuses("run") == {"pay": "running"}
+
+
+class GuardedSet(set[Any]):
+    """A set of connections that notes whether the lock of its pool was held at each change."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.pool = pool
+        self.was_held: list[bool] = []
+
+    def add(self, element: Any) -> None:
+        self.note()
+        super().add(element)
+
+    def discard(self, element: Any) -> None:
+        self.note()
+        super().discard(element)
+
+    def note(self) -> None:
+        with ThreadPoolExecutor(1) as another_thread:
+            is_free = another_thread.submit(self.take).result()
+        self.was_held.append(not is_free)
+
+    def take(self) -> bool:
+        is_free: bool = self.pool._lock.acquire(blocking=False)
+        if is_free:
+            self.pool._lock.release()
+        return is_free
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("client", [redis.ConnectionPool], indirect=True)
+def test_pool_can_be_disconnected_while_calls_run(bench: Bench, client: redis.Redis) -> None:
+    """`disconnect` goes through the connections in use, under the lock of the pool."""
+    pool: Any = client.connection_pool
+    in_use = pool._in_use_connections = GuardedSet(pool)
+    with client:
+        store = StepRunStore(client, prefix=bench.prefix)
+        for number in range(2):
+            store.begin_step("run", f"step-{number}", {})
+
+        assert len(in_use.was_held) >= 4
+        assert all(in_use.was_held)
 
 
 IN_GREENLETS = """
