@@ -23,6 +23,7 @@ from typing import Any
 import redis
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.transport.pool import ask
 from support.interruptions import OutsideError, raise_in
 
 DATABASE = 3
@@ -105,7 +106,7 @@ def _check(store: Any, kind: str) -> None:
         time.sleep(0.05)
     if kind in ("plain", "blocking pool"):  # a hooked client takes its connections itself
         pool = store.client.connection_pool
-        for connection in [pool.get_connection() for _ in range(_CONNECTIONS)]:
+        for connection in [ask(pool) for _ in range(_CONNECTIONS)]:
             pool.release(connection)
 
 
