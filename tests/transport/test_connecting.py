@@ -172,11 +172,13 @@ def test_sentinel_client_works_in_several_loops_at_once(tmp_path: Path, own_conn
         store = AsyncStepRunStore(finder.master_for(SERVICE), own_connections=own_connections)
         gate = threading.Barrier(6)
 
-        def begin(number: int) -> str:
+        async def begin(number: int) -> str:
             gate.wait()
-            return asyncio.run(store.begin_step("run", f"step-{number}", {})).decision
+            result = await store.begin_step("run", f"step-{number}", {})
+            gate.wait()  # no loop is closed before all have begun: the next one would take over from it
+            return result.decision
 
-        assert list(threads.map(begin, range(6))) == ["execute"] * 6
+        assert list(threads.map(lambda number: asyncio.run(begin(number)), range(6))) == ["execute"] * 6
 
     assert len({connection for connection, _ in used}) == len(used)
 
