@@ -196,6 +196,8 @@ class PooledConnections(Connections):
                 if not is_reusable:
                     connection.disconnect()
             finally:
+                if not is_reusable:
+                    connection._sock = None  # also if that was interrupted
                 give_back()
                 wake(self._pool)
         if is_demoted:

@@ -86,15 +86,21 @@ def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
             connection = taken[0]
         if connection is not None or taken:
             try:
-                if connection is not None:
-                    connection.disconnect()
+                _close(connection)
             finally:
+                if connection is not None:
+                    connection._sock = None  # also if that was interrupted: nobody must take it for ready
                 _way_back(pool, connection)()
                 wake(pool)
         failure = unsent(error)
         if failure is not None:
             raise failure from error
         raise
+
+
+def _close(connection: Any) -> None:
+    if connection is not None:
+        connection.disconnect()
 
 
 def _way_back(pool: Any, connection: Any) -> Callable[[], object]:
