@@ -42,10 +42,10 @@ def _store(kind: str, port: int) -> StepRunStore:
     if kind == "own":
         return StepRunStore.from_url(url)
     if kind == "blocking pool":
-        pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=5)
+        pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=5, socket_timeout=2)
         return StepRunStore(redis.Redis(connection_pool=pool))
     client = _HookedRedis if kind == "hooked" else redis.Redis
-    return StepRunStore(client.from_url(url, max_connections=_CONNECTIONS))
+    return StepRunStore(client.from_url(url, max_connections=_CONNECTIONS, socket_timeout=2))
 
 
 def _execute_until(end: float, store: StepRunStore) -> None:
