@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Self, TypeVar, cast, overload
 
 import redis
 
 from squidstep_redis.doctor.checks import Client
+from squidstep_redis.errors import InvalidArgumentError
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.pipeline import Queued, queue
 from squidstep_redis.settings import DEFAULT_TIMEOUT, SETTINGS, StoreSettings, check_settings, client_timeouts
@@ -30,6 +32,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 L = TypeVar("L", bound=Listener)
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseTransport[Any])
+
+
+# Without quoting the URL, or redis-py's error about it: either may show a part of the password.
+_URL_PROBLEM: Final = (
+    "must be redis://user:password@host:port/database, rediss://… or unix://…, and redis-py must know its options. "
+    "In a user name or a password, write @ as %40, / as %2F, ? as %3F, and # as %23"
+)
 
 
 class BaseStore(ABC, Generic[C, B]):
@@ -93,20 +102,30 @@ class BaseStore(ABC, Generic[C, B]):
                 `Redis.from_url`, which override the ones above.
 
         Raises:
-            InvalidArgumentError: a setting was rejected.
+            InvalidArgumentError: a setting or the URL was rejected.
         """
         settings: Any = {name: value for name, value in options.items() if name in SETTINGS}
         client_options = {name: value for name, value in options.items() if name not in SETTINGS}
         # RESP2, because with RESP3 redis-py may return the leftover reply of an interrupted command to the next one.
         # No retries of its own, because the store retries until its deadline and knows what may have been written.
         timeouts = client_timeouts(settings.get("timeout", DEFAULT_TIMEOUT))
-        client = cls._connect(url, {"protocol": 2, **timeouts, **client_options})
         redis_py: Any = redis  # parts of its types are unknown
+        try:
+            in_url: dict[str, Any] = redis_py.connection.parse_url(url)
+        except (ValueError, AttributeError):
+            raise InvalidArgumentError("url", _URL_PROBLEM) from None
+        client = cls._connect(url, {"protocol": 2, **timeouts, **client_options})
         # A limit of connections is the pool's to enforce.
-        settings.setdefault(
-            "own_connections", "max_connections" not in {**redis_py.connection.parse_url(url), **options}
-        )
-        store = cls(client, **settings)
+        settings.setdefault("own_connections", "max_connections" not in {**in_url, **options})
+        try:
+            store = cls(client, **settings)
+        except TypeError as error:
+            option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if option is None or option[1] not in in_url:
+                raise
+            is_plain = "@" not in url.partition("?")[2]  # otherwise it is a part of the password
+            problem = f"redis-py knows no option {option[1]!r}" if is_plain else _URL_PROBLEM
+            raise InvalidArgumentError("url", problem) from None
         store._owns_client = True
         return store
 

@@ -94,7 +94,6 @@ class ProcessStores:
             InvalidArgumentError: both or neither of `connect` and `store` are given, or `store` and settings, or
                 `store` is not a StepRunStore, or `connect` or a setting is rejected.
             TypeError: there is no such setting.
-            ValueError: it is no URL of a Redis server.
         """
         if store is not None:
             if not isinstance(cast("object", store), StepRunStore):

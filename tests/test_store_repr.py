@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import redis
 import redis.asyncio
 from redis.sentinel import Sentinel
 
-from squidstep_redis import AsyncStepRunStore, StepRunStore, UnsupportedClientError
+from squidstep_redis import AsyncStepRunStore, InvalidArgumentError, StepRunStore, UnsupportedClientError
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,13 @@ def test_rejected_client_is_named_without_its_password(kind: Any, client: Any, f
         kind(client)
     assert str(caught.value).endswith(found)
     assert "hidden" not in repr(caught.value)
+
+
+@pytest.mark.parametrize("kind", [StepRunStore, AsyncStepRunStore])
+@pytest.mark.parametrize(
+    "url", ["redis://:hid#den@h/0", "redis://:hid/den@h/0", "redis://:hid?den@h/0", "h:6379", "http://:hidden@h", None]
+)
+def test_rejected_url_is_not_quoted(kind: Any, url: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="url: must be redis://") as caught:
+        kind.from_url(url)
+    assert "hid" not in "".join(traceback.format_exception(caught.value))

@@ -99,7 +99,6 @@ def configure(
         InvalidArgumentError: both or neither of `connect` and `store` are given, or `store` and settings, or `store` is
             not a StepRunStore, or `connect` or a setting is rejected.
         TypeError: there is no such setting.
-        ValueError: it is no URL of a Redis server.
     """
     _stores.configure(connect, store, settings)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -64,9 +63,8 @@ def open_store(options: StoreOptions, *, timeout: float | None = None) -> Genera
             settings["timeout"] = timeout
         store, is_cluster = _connect(options.url, settings)
     except InvalidArgumentError as error:
-        raise click.BadParameter(escaped(str(error)), param_hint=f"--{error.argument}") from error
-    except (ValueError, TypeError) as error:  # their text may quote a part of the password
-        raise click.BadParameter(_url_problem(options.url, error), param_hint="--url") from error
+        problem = error.problem if error.argument == "url" else str(error)
+        raise click.BadParameter(escaped(problem), param_hint=f"--{error.argument}") from error
     with store:
         if not is_cluster:
             yield store
@@ -125,17 +123,6 @@ def read_attempts(store: StepRunStore, run: str, steps: list[str]) -> list[list[
         elif isinstance(attempts, Exception):
             raise attempts
     return found
-
-
-def _url_problem(url: str, error: Exception) -> str:
-    """Says what is wrong with a URL, without quoting what may be a part of its password."""
-    option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    if option is not None and "@" not in url.partition("?")[2]:
-        return f"redis-py knows no option {option[1]!r}"
-    return (
-        "must be redis://user:password@host:port/database, rediss://… or unix://…, and redis-py must know its options. "
-        "In a user name or a password, write @ as %40, / as %2F, ? as %3F, and # as %23"
-    )
 
 
 def _is_cluster(client: Any) -> bool:

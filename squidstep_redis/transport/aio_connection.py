@@ -21,10 +21,18 @@ from math import inf
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
-from redis.exceptions import AskError, ResponseError, TimeoutError
+from redis.exceptions import (
+    AskError,
+    ConnectionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
 
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.server_errors import ReplyMismatchError
+from squidstep_redis.signals import is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio_tasks import cancellations, raise_swallowed_cancellation, result_of
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, probed
@@ -391,8 +399,17 @@ def seconds_to_connect(connection: Any, deadline: float) -> float | None:
 
 
 def connect_error(error: Exception, scope: asyncio.Timeout) -> Exception:
-    """Returns an error of redis-py's for one that setting up a connection within a scope has raised."""
-    return TimeoutError("Timeout connecting to server") if scope.expired() else as_redis_error(error)
+    """Returns an error of redis-py's for one that setting up a connection within a scope has raised.
+
+    A provider of credentials may raise anything. What a signal handler raises meanwhile is raised.
+    """
+    if scope.expired():
+        return TimeoutError("Timeout connecting to server")
+    if is_raised_by_handler(error):
+        raise error
+    if isinstance(error, (RedisError, RedisClusterException)):
+        return error
+    return ConnectionError(f"connecting failed with {type(error).__name__}")
 
 
 def drop(connection: Any) -> None:

@@ -10,9 +10,9 @@ from math import inf
 from typing import Any, cast
 
 from redis.connection import PythonRespSerializer
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, RedisError
 
-from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.signals import defer_sigalrm, is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.retry import unsent
@@ -50,13 +50,14 @@ def open_connection(connection: Any) -> Any:
 
 def _connect(connection: Any) -> None:
     given, packer = connection.redis_connect_func, connection._command_packer
+    provider = connection.credential_provider
 
     def set_up(_: object) -> None:
         sock = connection._sock
         if connection.socket_timeout is not None:
             connection._sock = LimitedSocket(sock, connection.socket_timeout)
         try:
-            connection.on_connect() if given is None else given(connection)
+            connection.on_connect() if given is None else _as_connection(given, connection)
         finally:
             if connection._sock is not None:  # nothing has disconnected it
                 _set_socket(connection, sock)
@@ -68,12 +69,45 @@ def _connect(connection: Any) -> None:
                     raise ConnectionError("Connection closed by another thread.") from error
 
     connection.redis_connect_func = set_up
+    if provider is not None:
+        connection.credential_provider = _Credentials(provider)
     # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.
     connection._command_packer = PythonRespSerializer(connection._buffer_cutoff, connection.encoder.encode)
     try:
         connection.connect()
     finally:
         connection.redis_connect_func, connection._command_packer = given, packer
+        connection.credential_provider = provider
+
+
+class _Credentials:
+    """The user's provider of credentials, as redis-py sees it while it sets up a connection."""
+
+    def __init__(self, provider: Any) -> None:
+        self._provider = provider
+
+    def get_credentials(self) -> Any:
+        """Returns the credentials; raises an error of redis-py's if there are none."""
+        return _as_connection(self._provider.get_credentials)
+
+
+def _as_connection(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of the user's that takes part in connecting: what it raises means that there is no connection.
+
+    What a signal handler raises meanwhile remains as it is.
+    """
+    try:
+        return function(*args)
+    except RedisError:
+        raise
+    except Exception as error:
+        if is_raised_by_handler(error):
+            raise
+        raise ConnectionError(f"{_name_of(function)} failed with {type(error).__name__}") from error
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class TestConfiguredStore:
             with pytest.raises(InvalidArgumentError, match="^connect: ") as caught:
                 given(connect)
             assert "hunter2" not in str(caught.value)
-        with pytest.raises(ValueError, match="URL must specify"):
+        with pytest.raises(InvalidArgumentError, match="url: must be redis://"):
             given("localhost:6379")
         for valid in ("redis://localhost:6379/0", lambda: client):
             with pytest.raises(InvalidArgumentError, match="^run_ttl: "):

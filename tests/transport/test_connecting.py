@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import anyio
 import pytest
@@ -19,7 +21,7 @@ from redis.credentials import CredentialProvider
 from support.backends import Backend
 from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
 
-from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, WaitTimeoutError
+from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, StepRunStore, WaitTimeoutError
 
 pytestmark = [
     pytest.mark.servers("valkey"),
@@ -207,6 +209,64 @@ def test_hanging_credential_provider_does_not_prolong_the_timeout(url: str, own_
             return time.monotonic() - began
 
     assert asyncio.run(main()) < 3
+
+
+class FailingCredentials(CredentialProvider):
+    """Fails as often as it is told, and then returns the credentials of the default user."""
+
+    def __init__(self, error: Exception, failures: float) -> None:
+        self.error = error
+        self.failures = failures
+
+    def get_credentials(self) -> tuple[str, str]:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise self.error
+        return "default", ""
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        return self.get_credentials()
+
+
+PROVIDER_ERRORS = [OSError("the token server is away"), RuntimeError("no token"), KeyError("token")]
+
+
+@pytest.mark.parametrize("own_connections", [False, True])
+@pytest.mark.parametrize("error", PROVIDER_ERRORS, ids=lambda error: type(error).__name__)
+class TestFailingCredentials:
+    """What a provider raises means that there is no connection: nothing was sent."""
+
+    def test_blocking_call_is_retried_until_its_timeout(
+        self, url: str, own_connections: bool, error: Exception
+    ) -> None:
+        with redis.Redis.from_url(url, credential_provider=FailingCredentials(error, math.inf)) as client:
+            store = StepRunStore(client, own_connections=own_connections, timeout=0.2)
+            with pytest.raises(NotSentError, match=rf"get_credentials failed with {type(error).__name__}") as caught:
+                store.begin_step("run", "pay", {})
+        assert error in chain_of(caught.value)
+        with redis.Redis.from_url(url, credential_provider=FailingCredentials(error, 2)) as client:
+            assert (
+                StepRunStore(client, own_connections=own_connections).begin_step(f"{uuid4()}", "pay", {}).decision
+                == "execute"
+            )
+
+    def test_asyncio_call_is_retried_until_its_timeout(self, url: str, own_connections: bool, error: Exception) -> None:
+        async def main() -> None:
+            async with any_redis.Redis.from_url(url, credential_provider=FailingCredentials(error, math.inf)) as client:
+                store = AsyncStepRunStore(client, own_connections=own_connections, timeout=0.2)
+                with pytest.raises(NotSentError, match="nothing was sent") as caught:
+                    await store.begin_step("run", "pay", {})
+                assert error in chain_of(caught.value)
+            async with any_redis.Redis.from_url(url, credential_provider=FailingCredentials(error, 2)) as client:
+                store = AsyncStepRunStore(client, own_connections=own_connections)
+                assert (await store.begin_step(f"{uuid4()}", "pay", {})).decision == "execute"
+
+        asyncio.run(main())
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    earlier = error.__cause__ or error.__context__
+    return [error, *(chain_of(earlier) if earlier is not None else [])]
 
 
 def test_refusal_of_one_call_says_nothing_about_the_next() -> None:
