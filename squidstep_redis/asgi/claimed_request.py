@@ -51,7 +51,7 @@ class ClaimedRequest:
         self._decided = asyncio.Event()  # what the client receives
 
     async def receive(self) -> Message:
-        """Returns the request. It hides that the client disconnects: a retry shall find the response."""
+        """Returns the request. It hides that the client disconnects, so that a retry finds the response."""
         if not self._is_replayed:
             self._is_replayed = True
             return await self._request.receive()

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _GRACE: Final = 1.0  # seconds for which a background task goes on after a cancellation
 _FIRST_PAUSE: Final = 0.05
 _LAST_PAUSE: Final = 1.0
-_SEND_PATIENCE: Final = 0.25  # seconds until a call is sent on another connection
+_SEND_SECONDS: Final = 0.25  # seconds until a call is sent on another connection
 
 _running: set[BackgroundTask[Any]] = set()  # an event loop has only weak references to its tasks
 
@@ -154,10 +154,10 @@ class LastingSender:
     async def send(self, call: Call[T]) -> T:
         """Sends a call; returns its result. To be called in a background task."""
         pause = _FIRST_PAUSE
-        transport, patience = self._transport, _SEND_PATIENCE
+        transport, limit = self._transport, _SEND_SECONDS
         while True:
             try:
-                return await self._attempt(transport, call, patience)
+                return await self._attempt(transport, call, limit)
             except TimeoutError:
                 pass
             except ServerError as error:
@@ -166,13 +166,13 @@ class LastingSender:
                 self.last_error = error
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LAST_PAUSE)
-            transport, patience = self._side.transport, None
+            transport, limit = self._side.transport, None
 
-    async def _attempt(self, transport: AsyncTransport, call: Call[T], patience: float | None) -> T:
+    async def _attempt(self, transport: AsyncTransport, call: Call[T], limit: float | None) -> T:
         """Sends a call in a task of its own, which may be cancelled like any other."""
         loop = asyncio.get_running_loop()
         task = asyncio.Task(transport.send(call), loop=loop)
-        timer = None if patience is None else loop.call_later(patience, task.cancel)
+        timer = None if limit is None else loop.call_later(limit, task.cancel)
         try:
             return await task
         except asyncio.CancelledError:
