@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from functools import partial
 from math import inf
+from threading import get_ident
 from typing import Any, Final
 
 from redis.exceptions import AskError, RedisError, ResponseError
@@ -33,6 +34,7 @@ from squidstep_redis.transport.retry import (
     is_demotion,
     undecided,
 )
+from squidstep_redis.transport.spin import Spin
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
 Halves = Generator[None, None, list[Any]]
@@ -111,19 +113,25 @@ class OwnConnections(Connections):
         self._client = client
         self._default_timeout = default_timeout
         self._idle: deque[tuple[OwnStream, float]] = deque()
+        self._spin = Spin()
         self._pid = os.getpid()
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         connection = self._acquire()
         is_reusable = False
+        spin, thread = self._spin, get_ident()
+        spin.callers.add(thread)
         try:
             connection.write(commands, deadline)
+            if len(commands) == 1:
+                spin.wait(connection.socket)
             results = connection.read(len(commands), read)
             is_reusable = True
         except RoundTripError:
             self._discard_idle()  # they lead to the same server
             raise
         finally:
+            spin.callers.discard(thread)
             if not is_reusable:
                 connection.close()
         if connection.is_demoted:
@@ -141,6 +149,7 @@ class OwnConnections(Connections):
     def _acquire(self) -> OwnStream:
         if self._pid != os.getpid():
             self._idle = deque()  # the old ones belong to the parent; closing them here leaves them open there
+            self._spin = Spin()
             self._pid = os.getpid()
         while True:
             try:
@@ -165,6 +174,7 @@ class PooledConnections(Connections):
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
+        self._spin = Spin()
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         halves = self.in_halves(commands, read, deadline)
@@ -179,6 +189,8 @@ class PooledConnections(Connections):
         connection, give_back = borrow(self._pool, deadline)
         is_reusable = False
         is_demoted = False
+        spin, thread = self._spin, get_ident()
+        spin.callers.add(thread)
         try:
             stream = stream_of(connection)
             if stream is None:
@@ -187,11 +199,14 @@ class PooledConnections(Connections):
             else:
                 stream.write(commands, deadline)
                 yield
+                if len(commands) == 1:
+                    spin.wait(stream.socket)
                 results, is_demoted = stream.read(len(commands), read), stream.is_demoted
             is_reusable = not (is_demoted or getattr(connection, "_should_reconnect", False))
             if needs_release(self._pool, connection):
                 give_back = partial(self._pool.release, connection)
         finally:
+            spin.callers.discard(thread)
             try:
                 if not is_reusable:
                     connection.disconnect()

@@ -16,6 +16,7 @@ from redis.exceptions import ConnectionError, InvalidResponse, RedisError, Timeo
 
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.retry import UNREADABLE, RoundTripError, is_demotion
+from squidstep_redis.transport.spin import SECONDS, Spin, let_others_run
 from squidstep_redis.transport.stream import MORE, PUSH, new_reader
 
 _MAX_PENDING: Final = 10_000  # calls on one connection
@@ -58,6 +59,8 @@ class Link(asyncio.Protocol):
         self._waiters: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._progress_at = 0.0
+        self._spin = Spin()
+        self._spinning_since: float | None = None
         self.is_demoted = False
         self.is_open = not self._transport.is_closing()
 
@@ -122,6 +125,10 @@ class Link(asyncio.Protocol):
             return
         if not self._sent:
             self._progress_at = self._loop.time()
+            if len(pending) == 1 and self._spinning_since is None:
+                self._spinning_since = self._spin.begin()
+                if self._spinning_since is not None:
+                    self._loop.call_soon(self._stay_awake, self._spinning_since)
         self._sent.extend(pending)
         self._transport.write(pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending]))
         for round_trip in pending:
@@ -130,6 +137,16 @@ class Link(asyncio.Protocol):
             self._timer = self._loop.call_later(self._timeout, self._check_progress)
         if self._waiters:
             self._wake()
+
+    def _stay_awake(self, begun: float) -> None:
+        """Keeps the event loop from sleeping until the reply arrives, or the moment is over. Other tasks go on."""
+        is_late = self._loop.time() >= self._progress_at + SECONDS
+        if self._sent and not is_late:
+            let_others_run()
+            self._loop.call_soon(self._stay_awake, begun)
+        else:
+            self._spinning_since = None
+            self._spin.end(begun, in_time=not self._sent)
 
     def _check_progress(self) -> None:
         """Fails all round trips if the server has completed no reply within the timeout.

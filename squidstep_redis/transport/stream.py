@@ -45,11 +45,12 @@ class Stream:
     Attributes:
         is_demoted: whether the server replied that it is no primary any more.
         has_left: returns whether more replies arrived than were expected.
+        socket: the socket.
     """
 
     __slots__ = (
-        "_buffer", "_connection", "_limit", "_more", "_reader", "_socket", "_timeout", "has_left",
-        "is_demoted",
+        "_buffer", "_connection", "_limit", "_more", "_reader", "_timeout", "has_left", "is_demoted",
+        "socket",
     )  # fmt: skip
 
     def __init__(self, connection: Any, reader: Any, more: object, buffer: bytearray) -> None:
@@ -62,7 +63,7 @@ class Stream:
             buffer: receives bytes from the socket.
         """
         self._connection = connection
-        self._socket: socket.socket = connection._sock
+        self.socket: socket.socket = connection._sock
         self._timeout: float | None = connection.socket_timeout
         self._reader = reader
         self._more = more
@@ -98,14 +99,14 @@ class Stream:
 
     def is_quiet(self) -> bool:
         """Whether it is open and nothing is left to read."""
-        if type(self._socket) is not socket.socket:  # TLS may hold bytes back
+        if type(self.socket) is not socket.socket:  # TLS may hold bytes back
             return not self._connection.can_read()
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        poll.register(self.socket, select.POLLIN)
         return not (poll.poll(0) or self.has_left())
 
     def _write(self, data: bytes, *, is_first: bool = True) -> None:
-        written = self._socket.send(data) if is_first else 0
+        written = self.socket.send(data) if is_first else 0
         if written < len(data):
             try:
                 self._write_rest(memoryview(data)[written:])
@@ -123,7 +124,7 @@ class Stream:
             if is_short:
                 self._set_timeout(max(0.001, left))
             try:
-                data = data[self._socket.send(data) :]
+                data = data[self.socket.send(data) :]
             finally:
                 if is_short:
                     self._set_timeout(self._timeout)
@@ -158,13 +159,13 @@ class Stream:
                 return reply
 
     def _receive(self) -> None:
-        count = self._socket.recv_into(self._buffer)
+        count = self.socket.recv_into(self._buffer)
         if not count:
             raise RoundTripError(ConnectionError("Connection closed by server."), sent=True)
         self._reader.feed(self._buffer, 0, count)
 
     def _set_timeout(self, seconds: float | None) -> None:
-        self._socket.settimeout(seconds)
+        self.socket.settimeout(seconds)
 
     def _receive_until(self, until: float) -> None:
         left = until - time.monotonic()
@@ -185,9 +186,9 @@ class OwnStream(Stream):
     def __init__(self, connection: Any) -> None:
         self._has_kernel_timeouts = False
         super().__init__(connection, new_reader(connection), MORE, bytearray(_READ_SIZE))
-        if type(self._socket) is socket.socket and os.name == "posix" and self._timeout is not None:
+        if type(self.socket) is socket.socket and os.name == "posix" and self._timeout is not None:
             # Python polls before each send and recv on a socket with a timeout; the kernel's own timeouts need no poll.
-            self._socket.settimeout(None)
+            self.socket.settimeout(None)
             self._has_kernel_timeouts = True
             self._set_timeout(self._timeout)
 
@@ -196,11 +197,11 @@ class OwnStream(Stream):
 
     def _set_timeout(self, seconds: float | None) -> None:
         if not self._has_kernel_timeouts:
-            self._socket.settimeout(seconds)
+            self.socket.settimeout(seconds)
             return
         span = struct.pack("ll", *divmod(int((seconds or 0) * 1_000_000), 1_000_000))  # a timeval
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
 
 
 def stream_of(connection: Any) -> Stream | None:

@@ -1,0 +1,98 @@
+"""Polls for a reply for a moment, before the thread or the event loop sleeps until it arrives.
+
+To put a thread to sleep and to wake it takes longer than a server on the same machine, or close to it, needs for a
+call. But a thread that polls takes time from others. So it polls only if it is the only one here that waits for a
+reply. It lets others run between two polls, and notices if some did. Each time that polling has not paid, twice as many
+of the next calls sleep at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Callable
+from time import thread_time
+from typing import Any, Final
+
+from squidstep_redis.steady import steady_time as time
+
+SECONDS: Final = 0.00015
+"""How long to poll at most."""
+
+_MAX_MISSES: Final = 8  # then one call in 256 polls: 0.6 µs for each, if the server is far away
+_MAX_LOST: Final = 0.00001  # seconds; a poll takes less than one microsecond
+
+let_others_run: Callable[[], object] = getattr(os, "sched_yield", int)
+"""Runs another thread or process that waits for this CPU."""
+
+
+def spare_cpus() -> int:
+    """Returns how many CPUs this process may use beside the one that it runs on."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus - 1
+
+
+class Spin:
+    """Whether it pays to poll, as the calls on one server's connections have shown.
+
+    Threads may share it: an update that is lost only makes a call poll, or not.
+
+    Attributes:
+        callers: the threads that wait for a reply.
+    """
+
+    __slots__ = ("_misses", "_to_skip", "callers")
+
+    # With a single CPU, polling would keep the server from running.
+    _is_possible = hasattr(select, "poll") and spare_cpus() > 0
+
+    def __init__(self) -> None:
+        self.callers: set[int] = set()
+        self._misses = 0
+        self._to_skip = 0
+
+    def begin(self) -> float | None:
+        """Returns what to pass to `end`, for a call that polls; None for one that does not."""
+        if self._to_skip:
+            self._to_skip -= 1
+            return None
+        return _time_lost() if self._is_possible and len(self.callers) < 2 else None
+
+    def end(self, begun: float, *, in_time: bool) -> None:
+        """Notes whether polling has paid.
+
+        It has not if the thread lost time, because others needed the CPU or the interpreter's lock.
+
+        Args:
+            begun: what `begin` returned in the same thread.
+            in_time: whether the reply arrived while it was polled for.
+        """
+        if in_time and _time_lost() - begun < _MAX_LOST:
+            self._misses = max(0, self._misses - 1)
+        else:
+            self._misses = min(_MAX_MISSES, self._misses + 1)
+            self._to_skip = 2**self._misses - 1
+
+    def wait(self, sock: Any) -> None:
+        """Polls a socket until it has something to read, or the moment is over.
+
+        Args:
+            sock: the socket. One of TLS, or of gevent, is not polled.
+        """
+        if type(sock) is not socket.socket or (begun := self.begin()) is None:
+            return
+        descriptor = sock.fileno()
+        if descriptor < 0:  # another thread has closed it, which reading will show
+            return
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        until = time.monotonic() + SECONDS
+        while not (in_time := poll.poll(0)) and time.monotonic() < until:
+            let_others_run()
+        self.end(begun, in_time=bool(in_time))
+
+
+def _time_lost() -> float:
+    """Returns a time that goes on only while the thread does not run."""
+    return time.monotonic() - thread_time()
