@@ -117,23 +117,23 @@ class OwnConnections(Connections):
         self._pid = os.getpid()
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        thread = get_ident()
         connection = self._acquire()
         is_reusable = False
-        spin, thread = self._spin, get_ident()
-        spin.callers.add(thread)
         try:
+            self._spin.callers.add(thread)
             connection.write(commands, deadline)
             if len(commands) == 1:
-                spin.wait(connection.socket)
+                self._spin.wait(connection.socket)
             results = connection.read(len(commands), read)
             is_reusable = True
         except RoundTripError:
             self._discard_idle()  # they lead to the same server
             raise
         finally:
-            spin.callers.discard(thread)
             if not is_reusable:
                 connection.close()
+            self._spin.callers.discard(thread)
         if connection.is_demoted:
             connection.close()
             self._discard_idle()
@@ -177,9 +177,14 @@ class PooledConnections(Connections):
         self._spin = Spin()
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
-        halves = self.in_halves(commands, read, deadline)
-        next(halves)
-        return second_half(halves)
+        callers, thread = self._spin.callers, get_ident()
+        callers.add(thread)
+        try:
+            halves = self.in_halves(commands, read, deadline)
+            next(halves)
+            return second_half(halves)
+        finally:
+            callers.discard(thread)
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
         """Sends commands, yields, and then reads their replies: what `send` does, for several servers side by side.
@@ -189,8 +194,6 @@ class PooledConnections(Connections):
         connection, give_back = borrow(self._pool, deadline)
         is_reusable = False
         is_demoted = False
-        spin, thread = self._spin, get_ident()
-        spin.callers.add(thread)
         try:
             stream = stream_of(connection)
             if stream is None:
@@ -200,13 +203,12 @@ class PooledConnections(Connections):
                 stream.write(commands, deadline)
                 yield
                 if len(commands) == 1:
-                    spin.wait(stream.socket)
+                    self._spin.wait(stream.socket)
                 results, is_demoted = stream.read(len(commands), read), stream.is_demoted
             is_reusable = not (is_demoted or getattr(connection, "_should_reconnect", False))
             if needs_release(self._pool, connection):
                 give_back = partial(self._pool.release, connection)
         finally:
-            spin.callers.discard(thread)
             try:
                 if not is_reusable:
                     connection.disconnect()

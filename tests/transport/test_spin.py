@@ -127,7 +127,7 @@ class TestCalls:
 
         assert store.begin_step("run", "second", {}).decision == "execute"
 
-        assert 0 < yields < 1_000
+        assert yields < 1_000
         assert [spin._misses for spin in spins if spin._misses] == [1]
 
 
