@@ -36,6 +36,7 @@ _SECTION = """## Performance
 | a step begun and completed, against | times the rate | in batches of 100 |
 |---|---|---|
 {rows}
+Client and server run on one machine. Over a network, single calls take mostly the network's time.
 DBOS is compared with `advance_step`. {memory}
 `tests/bench/RESULTS.md` has the full table, its budgets, and which of them are missed.
 """
