@@ -34,7 +34,7 @@ from squidstep_redis.transport.retry import (
     is_demotion,
     undecided,
 )
-from squidstep_redis.transport.spin import Spin
+from squidstep_redis.transport.spin import Spin, callers
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
 
 Halves = Generator[None, None, list[Any]]
@@ -121,7 +121,7 @@ class OwnConnections(Connections):
         connection = self._acquire()
         is_reusable = False
         try:
-            self._spin.callers.add(thread)
+            callers.add(thread)
             connection.write(commands, deadline)
             if len(commands) == 1:
                 self._spin.wait(connection.socket)
@@ -133,7 +133,7 @@ class OwnConnections(Connections):
         finally:
             if not is_reusable:
                 connection.close()
-            self._spin.callers.discard(thread)
+            callers.discard(thread)
         if connection.is_demoted:
             connection.close()
             self._discard_idle()
@@ -149,7 +149,6 @@ class OwnConnections(Connections):
     def _acquire(self) -> OwnStream:
         if self._pid != os.getpid():
             self._idle = deque()  # the old ones belong to the parent; closing them here leaves them open there
-            self._spin = Spin()
             self._pid = os.getpid()
         while True:
             try:
@@ -177,7 +176,7 @@ class PooledConnections(Connections):
         self._spin = Spin()
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
-        callers, thread = self._spin.callers, get_ident()
+        thread = get_ident()
         callers.add(thread)
         try:
             halves = self.in_halves(commands, read, deadline)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from threading import get_ident
 from typing import Any, Final
 
 from redis.exceptions import ConnectionError, InvalidResponse, RedisError, TimeoutError
 
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.retry import UNREADABLE, RoundTripError, is_demotion
-from squidstep_redis.transport.spin import SECONDS, Spin, let_others_run
+from squidstep_redis.transport.spin import SECONDS, Spin, callers, let_others_run
 from squidstep_redis.transport.stream import MORE, PUSH, new_reader
 
 _MAX_PENDING: Final = 10_000  # calls on one connection
@@ -126,9 +127,7 @@ class Link(asyncio.Protocol):
         if not self._sent:
             self._progress_at = self._loop.time()
             if len(pending) == 1 and self._spinning_since is None:
-                self._spinning_since = self._spin.begin()
-                if self._spinning_since is not None:
-                    self._loop.call_soon(self._stay_awake, self._spinning_since)
+                self._begin_to_stay_awake()
         self._sent.extend(pending)
         self._transport.write(pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending]))
         for round_trip in pending:
@@ -138,6 +137,15 @@ class Link(asyncio.Protocol):
         if self._waiters:
             self._wake()
 
+    def _begin_to_stay_awake(self) -> None:
+        thread = get_ident()
+        callers.add(thread)
+        begun = self._spinning_since = self._spin.begin()
+        if begun is None:
+            callers.discard(thread)
+        else:
+            self._loop.call_soon(self._stay_awake, begun)
+
     def _stay_awake(self, begun: float) -> None:
         """Keeps the event loop from sleeping until the reply arrives, or the moment is over. Other tasks go on."""
         is_late = self._loop.time() >= self._progress_at + SECONDS
@@ -146,6 +154,7 @@ class Link(asyncio.Protocol):
             self._loop.call_soon(self._stay_awake, begun)
         else:
             self._spinning_since = None
+            callers.discard(get_ident())
             self._spin.end(begun, in_time=not self._sent)
 
     def _check_progress(self) -> None:

@@ -1,9 +1,9 @@
 """Polls for a reply for a moment, before the thread or the event loop sleeps until it arrives.
 
 To put a thread to sleep and to wake it takes longer than a server on the same machine, or close to it, needs for a
-call. But a thread that polls takes time from others. So it polls only if it is the only one here that waits for a
-reply. It lets others run between two polls, and notices if some did. Each time that polling has not paid, twice as many
-of the next calls sleep at once.
+call. But a thread that polls takes time from others. So it polls only if it is the only one in this process that waits
+for a reply. It lets others run between two polls, and notices if some did. Each time that polling has not paid, four
+times as many of the next calls sleep at once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ let_others_run: Callable[[], object] = getattr(os, "sched_yield", int)
 """Runs another thread or process that waits for this CPU."""
 
 
+callers: Final[set[int]] = set()
+"""The threads of this process that wait for a reply. One that was interrupted may be left here until its next call."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=callers.clear)
+
+
 def spare_cpus() -> int:
     """Returns how many CPUs this process may use beside the one that it runs on."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -37,27 +44,23 @@ class Spin:
     """Whether it pays to poll, as the calls on one server's connections have shown.
 
     Threads may share it: an update that is lost only makes a call poll, or not.
-
-    Attributes:
-        callers: the threads that wait for a reply.
     """
 
-    __slots__ = ("_misses", "_to_skip", "callers")
+    __slots__ = ("_misses", "_to_skip")
 
     # With a single CPU, polling would keep the server from running.
     _is_possible = hasattr(select, "poll") and spare_cpus() > 0
 
     def __init__(self) -> None:
-        self.callers: set[int] = set()
         self._misses = 0
         self._to_skip = 0
 
     def begin(self) -> float | None:
-        """Returns what to pass to `end`, for a call that polls; None for one that does not."""
+        """Returns what to pass to `end`; None if this call is not to poll. The thread must be in `callers`."""
         if self._to_skip:
             self._to_skip -= 1
             return None
-        return _time_lost() if self._is_possible and len(self.callers) < 2 else None
+        return _time_lost() if self._is_possible and len(callers) < 2 else None
 
     def end(self, begun: float, *, in_time: bool) -> None:
         """Notes whether polling has paid.
@@ -71,7 +74,7 @@ class Spin:
         if in_time and _time_lost() - begun < _MAX_LOST:
             self._misses = max(0, self._misses - 1)
         else:
-            self._misses = min(_MAX_MISSES, self._misses + 1)
+            self._misses = min(_MAX_MISSES, self._misses + 2)
             self._to_skip = 2**self._misses - 1
 
     def wait(self, sock: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from squidstep_redis import ServerError, StepRunStore
 from squidstep_redis.protocol import scripts
 
-from .crew import GENERATION, PREFIX, STEPS, Request, reply_of
+from .crew import GENERATION, PREFIX, STEPS, Request, exit_with_parent, reply_of
 from .history import Findings, Op, Order, check, find_lost
 
 PAUSE: Final = 0.05  # seconds between two reads of the logs
@@ -235,6 +235,7 @@ def _number(requests: list[list[Any]]) -> int:
 def audit(logs: Path, url: str, lua: str | None, parent: Connection) -> None:
     """Runs the audit's process. It sends problems at once; after a message from `parent`, it sends its verdict."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_with_parent()  # it would retry its calls for longer
     if lua is not None:
         scripts.directory = lambda: Path(lua)
     with StepRunStore.from_url(url, prefix=PREFIX) as store:

@@ -294,6 +294,12 @@ def work(url: str, log: Path, seed: int, number: int, lua: str | None) -> None:
         _work_blocking(url, Log(log), seed, own_connections)
 
 
+def exit_with_parent() -> None:
+    """Ends this process as soon as its parent has ended, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def set_up_process(lua: str | None) -> None:
     """Prepares a worker's process, which ends with its parent.
 
@@ -301,8 +307,7 @@ def set_up_process(lua: str | None) -> None:
         lua: a directory of scripts to use instead of the package's: those of a mutant.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    exit_with_parent()
     os.nice(5)  # below the processes that kill and check
     if lua is not None:
         scripts.directory = lambda: Path(lua)
