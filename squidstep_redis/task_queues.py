@@ -108,7 +108,7 @@ class ProcessStores:
             QueueStore.from_url(connect, **settings)  # raises what each job would raise; opens no connection
         else:
             _check_function(connect)
-            QueueStore(Redis(socket_timeout=None), **settings)  # likewise, for the settings
+            QueueStore(Redis(socket_timeout=None), **settings)  # raises what is wrong with the settings
         self._connect, self._store, self.settings = connect, store, settings
         self.discard()
 

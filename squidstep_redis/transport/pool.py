@@ -89,7 +89,7 @@ def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
                 _close(connection)
             finally:
                 if connection is not None:
-                    connection._sock = None  # also if that was interrupted: nobody must take it for ready
+                    connection._sock = None  # also if that was interrupted: no call may take it for ready
                 _way_back(pool, connection)()
                 wake(pool)
         failure = unsent(error)
