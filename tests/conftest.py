@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from redis._parsers import CommandsParser
 from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
 from support.process_state import process_state
 from support.servers import find_binary
@@ -44,6 +46,20 @@ NO_SERVER = "no server that was asked for"  # a parameter of tests that are dese
 
 # redis-py looks up its own version for every client and connection, which takes a tenth of the time of the suite.
 importlib.metadata.version = cache(importlib.metadata.version)
+
+# A cluster client asks for a description of all commands, which takes longer than most tests. It is always the same.
+_described: dict[str, Any] = {}
+_ask_for_commands = CommandsParser.initialize
+
+
+def _initialize(parser: Any, client: Any) -> None:
+    if not _described:
+        _ask_for_commands(parser, client)
+        _described.update(parser.commands)
+    parser.commands = dict(_described)
+
+
+CommandsParser.initialize = _initialize
 
 _prefixes = (f"test-{number}" for number in itertools.count())
 
@@ -96,10 +112,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = [item for item in items if not _is_applicable(item)]
+    unwanted = {item for item in items if not _is_applicable(item)}
     if unwanted:
-        config.hook.pytest_deselected(items=unwanted)
-        items[:] = [item for item in items if item not in set(unwanted)]
+        config.hook.pytest_deselected(items=list(unwanted))
+        items[:] = [item for item in items if item not in unwanted]
     for item in items:
         if _is_quick(item):
             item.add_marker("quick")

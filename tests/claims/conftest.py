@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.asyncio_stores import embedded
 from support.backends import Backend, Bench
 from support.claims import Worker, connected
-from support.interruptions import sigalrm_raises
+from support.interruptions import clear_unraised_exceptions, raise_in, sigalrm_raises
 from support.proxy import Proxy
 
 from squidstep_redis import StepRunStore
@@ -45,6 +46,13 @@ def alarms() -> Iterator[list[int]]:
     """Each SIGALRM raises `AlarmError`, and is listed here."""
     with sigalrm_raises() as raised:
         yield raised
+
+
+@pytest.fixture
+def raise_in_thread() -> Iterator[Callable[[threading.Thread], None]]:
+    """Raises OutsideError in a thread, wherever it is."""
+    yield raise_in
+    clear_unraised_exceptions()
 
 
 @pytest.fixture(scope="module")

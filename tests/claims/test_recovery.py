@@ -32,7 +32,7 @@ from support.claims import (
     until_extended,
 )
 from support.internals import replace_client
-from support.interruptions import AlarmError, OutsideError, SignalingClient, raise_in, sigusr1_raises
+from support.interruptions import AlarmError, OutsideError, SignalingClient, sigusr1_raises
 from support.records import stored
 from support.servers import find_binary, wait_until
 
@@ -251,7 +251,11 @@ class TestExceptionAtAnyInstruction:
 
     @real_server
     def test_storm_in_threads_stops_neither_steps_nor_heartbeat(
-        self, bench: Bench, others: StepRunStore, monkeypatch: pytest.MonkeyPatch
+        self,
+        bench: Bench,
+        others: StepRunStore,
+        raise_in_thread: Callable[[threading.Thread], None],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # of exceptions in finalizers
         monkeypatch.setattr(threading, "excepthook", lambda _: None)
@@ -276,7 +280,7 @@ class TestExceptionAtAnyInstruction:
             thread.start()
         for _ in range(150):
             for thread in threads:
-                raise_in(thread)
+                raise_in_thread(thread)
                 time.sleep(0.002)
         before = len(done)
         wait_until(lambda: len(done) > before + 100)

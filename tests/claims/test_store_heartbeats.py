@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,6 @@ from support.claims import (
     real_server,
     until_extended,
 )
-from support.interruptions import raise_in
 from support.proxy import Proxy
 from support.records import begun
 from support.servers import find_binary, wait_until
@@ -196,13 +196,15 @@ class TestThread:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in finalizers
-    def test_thread_survives_exceptions_from_outside(self, bench: Bench) -> None:
+    def test_thread_survives_exceptions_from_outside(
+        self, bench: Bench, raise_in_thread: Callable[[threading.Thread], None]
+    ) -> None:
         store = self.make_store(bench)
         with store.claim_step("run", "pay", {}, lease=1) as claim:
             raised = 0
             while raised <= 100:
                 for thread in heartbeat_threads():
-                    raise_in(thread)
+                    raise_in_thread(thread)
                     raised += 1
                 time.sleep(0.003)
             until_extended(claim)

@@ -78,6 +78,17 @@ def raise_in(thread: threading.Thread) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(OutsideError))
 
 
+def clear_unraised_exceptions() -> None:
+    """Clears exceptions that were set in threads that ended before they raised them.
+
+    While there is one, Python 3.11 never gets beyond the first line of a function that is traced or profiled.
+    """
+    with contextlib.suppress(OutsideError):
+        raise_in(threading.current_thread())
+        while True:  # until it is raised, which makes the interpreter look for others
+            pass
+
+
 @contextlib.contextmanager
 def at_line(line: int, files: tuple[str, ...], act: Callable[[], object]) -> Iterator[Callable[[], bool]]:
     """In the block, `act` is called at the n-th line of these files; yields whether it was."""

@@ -25,10 +25,15 @@ SLOTS = 16_384
 def wait_until(condition: Callable[[], object], timeout: float = 60) -> None:
     """Wait until the condition holds, and raise TimeoutError if it does not in time."""
     deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
+        now = time.monotonic()
+        if now > deadline:
             raise TimeoutError(f"{condition} did not hold within {timeout} seconds")
-        time.sleep(0.01)
+        # An expensive condition must not take the CPU from what it waits for.
+        time.sleep(min(max(0.01, 2 * (now - began)), 0.25))
 
 
 @functools.cache
