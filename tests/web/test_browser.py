@@ -252,24 +252,24 @@ def test_hostile_text_and_megabytes_do_nothing(bench: Bench, chromium: Chromium)
     site.run(main())
 
 
-@pytest.mark.parametrize("name", STUCK_RUNS)
-def test_a_person_sees_why_a_run_is_stuck(bench: Bench, chromium: Chromium, name: str) -> None:
-    site, stuck = Site(bench), STUCK_RUNS[name]
-    stuck.prepare(bench, site.store, "order-1")
+def test_a_person_sees_why_a_run_is_stuck(bench: Bench, chromium: Chromium) -> None:
+    site = Site(bench)
+    for name, stuck in STUCK_RUNS.items():
+        stuck.prepare(bench, site.store, f"order-{name}")
 
     async def main() -> None:
         async with chromium.visit(site.app, width=375) as visit:
-            await visit.page.goto("/runs")
-            await visit.page.get_by_role("link", name="order-1").click()
-            await visit.shows(stuck.headline)
-            text = await visit.text()
-            for sentence in stuck.says:
-                assert sentence in text
+            for name, stuck in STUCK_RUNS.items():
+                await visit.page.goto("/runs")
+                await visit.page.get_by_role("link", name=f"order-{name}").click()
+                await visit.shows(stuck.headline)
+                text = await visit.text()
+                assert [sentence for sentence in stuck.says if sentence not in text] == [], name
 
     site.run(main())
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1_440, "light"), (1_440, "dark"), (375, "light"), (375, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1_440, "light"), (375, "dark")])
 def test_no_page_has_a_serious_fault_or_is_too_wide(bench: Bench, chromium: Chromium, width: int, scheme: str) -> None:
     site = Site(bench, payloads=True, actions=True)
     fill(bench, site.store)
