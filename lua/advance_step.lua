@@ -12,17 +12,17 @@
 --       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error, progress}
 --       {"busy", nonce, state, input, output, error, progress, remaining_ms | ""}
 --       {"delayed", nonce, state, input, output, error, progress, remaining_ms}
---       {"mismatch", nonce, step, fingerprint}  the next step has this other one
+--       {"mismatch", nonce, step, fingerprint}  the next step has this different fingerprint
 --       {"cancelled", nonce, state, input, output, error, progress, reason}  the run
 --       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}  about the step to complete
--- Writes only when it first completes the step, or as begin_step. It does both or neither.
+-- Writes only when it first completes the step, and what begin_step writes. It does both or neither.
 
 local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
 local steps, done, claims, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local token, step, input, lease, owner = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[6] or ""
 local from, from_token, output = ARGV[10], ARGV[11], ARGV[12]
 
--- The common case: a live claim without a mark and a new step without a fingerprint next, in a run that does not expire.
+-- The common case: a live claim without a mark, and then a new step without a fingerprint, in a run that does not expire.
 -- The general path below does the same at a higher cost.
 local lines = try("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
 if lines[1] and lines[2] and not lines[3] and not lines[4] and not ARGV[13] then

@@ -11,7 +11,7 @@
 --       8 max_attempts  or ""  no limit
 --       9 lease_expired_error  last error of a step whose last attempt lost its lease; required with max_attempts
 --       10 fingerprint  of the input, or ""
---       11 all          or ""  another fingerprint of one step refuses them all
+--       11 all          or ""  a different fingerprint of one step refuses them all
 --       12 token, step, input, …  of further steps, each step once; fingerprint, too, if the first one has one
 -- REPLY "execute nonce state" | {"execute", nonce, state, input}  if the stored input is not the caller's
 --       {"execute", nonce, state, input, progress}  if an earlier attempt has left progress; a nil input is the caller's
@@ -19,11 +19,11 @@
 --       {"completed" | "failed" | "exhausted" | "superseded", nonce, state, input, output, error, progress}
 --       {"busy", nonce, state, input, output, error, progress, remaining_ms | ""}
 --       {"delayed", nonce, state, input, output, error, progress, remaining_ms}
---       {"mismatch", nonce, step, fingerprint}  the step has this other one
+--       {"mismatch", nonce, step, fingerprint}  the step has this different fingerprint
 --       {"cancelled", nonce, state, input, output, error, progress, reason}  the run; without a record, state is pending at
 --       position 0, is not stored, and there is no payload
 --       {"each", nonce, reply, …}  of several steps: a reply for each, as above, or state, which stands for "execute nonce state"
--- Writes only when it first replies "execute", or "takeover", or turns an expired claim into a failure ("exhausted").
+-- Writes only when it first replies "execute" or "takeover", or turns an expired claim into a failure ("exhausted").
 
 local KEYS, ARGV, string, call, try = KEYS, ARGV, string, redis.call, redis.pcall -- locals cost less
 local steps, done, claims = KEYS[1], KEYS[2], KEYS[3]

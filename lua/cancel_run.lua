@@ -2,7 +2,7 @@
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed
---       2 reason  or ""  none; of a run that is cancelled already, the first one stays
+--       2 reason  or ""  none; if the run is cancelled already, the first reason stays
 -- REPLY {"set", nonce} | {"missing", nonce}
 -- Writes only when it replies "set".
 

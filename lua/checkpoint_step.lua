@@ -12,7 +12,7 @@
 --       {"superseded", nonce, state, input, progress}  a later call of the sender has stored this progress
 --       {"cancelled", nonce, state, input, progress, reason}  in a cancelled run: as above, the progress if superseded
 --       {"stale", nonce, state, input, output, error, progress} | {"missing", nonce}
--- Writes, but no progress if superseded, unless it replies "stale" or "missing".
+-- Writes unless it replies "stale" or "missing"; if superseded, no progress.
 
 -- include record
 -- include run

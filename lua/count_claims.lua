@@ -1,4 +1,4 @@
--- count_claims: counts the leased claims of a bucket, live and lapsed ones separately; or its failed steps, all as lapsed.
+-- count_claims: counts a bucket's leased claims, separately live and lapsed; or its failed steps, which all count as lapsed.
 --
 -- KEYS  1 claims, or failed
 -- ARGV  1 nonce   of this call, echoed

@@ -1,4 +1,4 @@
--- delete_pending_steps: deletes the records of those of the given steps that are pending, and a run without any steps.
+-- delete_pending_steps: deletes the records of the given steps that are pending, and the run if no step remains.
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call, echoed

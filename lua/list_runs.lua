@@ -5,12 +5,12 @@
 --       2 newest  ms  of the first run to look at, or "+inf"
 --       3 skip    how many runs of exactly that time to skip
 --       4 oldest  ms  of the last run to look at, or "-inf"
---       5 limit   how many to list; with `status`, how many to look at; or "0"  only count, also the entries of runs that are gone
+--       5 limit   how many to list; with `status`, how many to look at; or "0"  only count, including entries of runs that are gone
 --       6 prefix  of the run ids, or ""
 --       7 status  letters of state lines: only runs with such a step, and large runs that may have one; or ""; ignored to count
 --       8 label, …  "<name>=<value>": only runs with all of them
--- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}, work}  newest and skip are of the next call; newest is "" after the
---       last; count: of the runs that were counted or looked at; work: how many entries could have been scanned in the same time
+-- REPLY {"runs", nonce, newest, skip, count, {member, ms, …}, work}  newest and skip: for the next call; newest is "" after the
+--       last run; count: runs that were counted or looked at; work: how many entries could have been scanned in the same time
 -- Writes only hints: it drops entries of runs that are gone or have other labels.
 
 -- include record
@@ -23,7 +23,7 @@ local letters = ARGV[7]
 local FIRST = 8
 local MAX_WORK = 1000 -- of one call, in entries scanned in the same time
 local CALL, LOOK, STEPS, STEP = 16, 5, 10, 2 -- a call (as in pacing.py), looking at a run, at its steps, and at each of them
-local MAX_FIELDS = 60 -- that are read of one run
+local MAX_FIELDS = 60 -- that are read from one run
 local bucket = string.sub(index, 1, -5)
 
 if limit == 0 and prefix == "" and not ARGV[FIRST] then
@@ -45,7 +45,7 @@ local function has_labels(lines)
   return true
 end
 
--- Whether a member may be that of a wanted run. Most members are passed over, so it does not parse them.
+-- Whether a member may belong to a wanted run. Most members do not, so it does not parse them.
 local function may_be_wanted(member)
   if prefix ~= "" then
     local colon = string.find(member, ":", 1, true) or 0

@@ -3,7 +3,7 @@
 -- KEYS  1 claims, 2 failed, 3 runs  the indexes of one bucket
 -- ARGV  1 nonce   of this call, echoed
 -- REPLY {"overview", nonce, live, lapsed, failed, runs, {member, score}, {member, score}, {member, score}, {newest, skip, 0,
---       {member, ms}, 0}}  four numbers; the first lapsed claim, live claim and failed step, each {} if there is none; and the
+--       {member, ms}, 0}}  four counts; the first lapsed claim, live claim and failed step, each {} if there is none; and the
 --       newest run, as list_runs replies: newest is "" if there is no other
 -- Writes nothing. An entry is a hint until another script has looked at its record.
 

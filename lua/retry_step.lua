@@ -35,7 +35,7 @@ if not @IS_FAILURE(state.status) then
 end
 @CHECK_INDEXES(claims, failed)
 
--- The call claims the step and releases it. This extra attempt moves the failed one to the history, and its token
+-- The call claims the step and releases it. This extra attempt moves the failed attempt to the history, and its token
 -- identifies a re-sent call. All attempts so far count as released.
 local past, number = format_state(state), state.attempt
 local last_error = redis.call("HGET", steps, "e" .. step) or ""

@@ -8,7 +8,7 @@
 --       5 fingerprint  of the input, or omitted
 -- REPLY {"schedule", nonce, state} | {"cancelled", nonce, state, reason}  of a step that is not stored: the run is cancelled
 --       {"schedule" | "skip", nonce, state, input, output, error, progress}
---       {"mismatch", nonce, step, fingerprint}  the step has this other one
+--       {"mismatch", nonce, step, fingerprint}  the step has this different fingerprint
 -- Writes only when it first replies "schedule".
 
 -- include record

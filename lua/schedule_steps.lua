@@ -1,12 +1,12 @@
--- schedule_steps: creates pending records for those of many steps that have no record, all or none.
+-- schedule_steps: creates pending records for the given steps that have no record, all or none.
 --
 -- KEYS  1 steps, 2 done
 -- ARGV  1 nonce   of this call only; the records store it, so that a re-sent call is recognized
 --       2 new_run  what a run that this call creates gets: "" or ttl_ms, then a space and labels if it gets any
 --       3 width   of the arguments for each step: 3 with fingerprints, else 2
 --       4 step, 5 input, …  of each step, and its fingerprint if width is 3
--- REPLY {"mismatch", nonce, step, fingerprint}  one of the steps has this other one
---       {"scheduled", nonce, position, …}  of the newly scheduled among the given steps, from 0
+-- REPLY {"mismatch", nonce, step, fingerprint}  this step has this different fingerprint
+--       {"scheduled", nonce, position, …}  of the newly scheduled steps among the given ones, from 0
 -- Writes only when at least one of the steps has no record, and the run is not cancelled.
 
 -- include record

@@ -6,7 +6,7 @@
 --       3 count   of fields to scan for this page, approximately
 -- REPLY {"summary", nonce, cursor, created, completed, last, {step, state, …}, labels, entered, reason}
 --       last: state of the last completed step, or ""; labels: as stored, or ""; entered: when the run was created, in ms, or ""
---       if the index does not tell; reason: of the cancellation, nil unless the run is cancelled
+--       if the index does not say; reason: of the cancellation, nil unless the run is cancelled
 --       {"missing", nonce}
 -- Writes nothing.
 

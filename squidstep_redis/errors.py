@@ -10,7 +10,7 @@ Each error says what failed, for which run and step, what was written, and what 
     ├── StepRunNotFoundError      there is no such record; nothing was written
     │   └── RunDeletedError           the run was deleted recently
     ├── StaleStepRunError         the claim is not held, or no longer held; nothing was written
-    ├── InputMismatchError        the step has another input; nothing was written
+    ├── InputMismatchError        the step has a different input; nothing was written
     ├── StepBusyError             run_step: another worker holds the step; retry later
     ├── WaitTimeoutError          wait_for_step: the step did not end in time
     ├── StepExhaustedError        run_step: max_attempts reached; the step stays failed
@@ -147,7 +147,7 @@ class StaleStepRunError(_StepRunMessage, SquidstepError):
 
 @error_class
 class InputMismatchError(SquidstepError):
-    """The step was scheduled or begun with another input, by their fingerprints; nothing was written.
+    """The step was scheduled or begun with an input that has a different fingerprint; nothing was written.
 
     Attributes:
         run_id: the run.
@@ -164,8 +164,8 @@ class InputMismatchError(SquidstepError):
     def __str__(self) -> str:
         return (
             f"{place_of(self.run_id, self.step)}: the input has the fingerprint {self.given!r}, but the step has "
-            f"{self.stored!r}, from another input. Nothing was written; use another run id or step name for another "
-            "input, or fingerprint=False to ignore the difference"
+            f"{self.stored!r}, from a different input. Nothing was written; use another run id or step name for a "
+            "different input, or fingerprint=False to ignore the difference"
         )
 
 

@@ -1,4 +1,4 @@
-"""Why a step is where it is, what happens next, and what an operator can do, as plain sentences. No I/O.
+"""Why a step is in its state, what happens next, and what an operator can do, as plain sentences. No I/O.
 
 `explain` is a pure function of what the store has read. `operations/explain.py` reads it.
 """
@@ -43,7 +43,7 @@ class Action(NamedTuple):
 
 
 class StepExplanation(NamedTuple):
-    """Why a step is where it is. The texts are plain English, without control characters.
+    """Why a step is in its state. The texts are plain English, without control characters.
 
     Attributes:
         run_id: the run.
@@ -59,7 +59,7 @@ class StepExplanation(NamedTuple):
         until: when the lease ends or has ended, or when the step can be claimed again; None if neither applies.
         why: why it is in this state.
         next: what happens next, if no operator acts.
-        actions: what an operator can do, the most usual first.
+        actions: what an operator can do, the most common action first.
     """
 
     run_id: str
@@ -79,9 +79,9 @@ class RunExplanation(NamedTuple):
     """Why a run is not finished.
 
     Attributes:
-        summary: its counts, its newest change, and whether it is cancelled.
-        read_at: when it was read: the server's clock.
-        steps: an explanation of each step that is not completed: those that need an operator first.
+        summary: its counts, its latest change, and whether it is cancelled.
+        read_at: when it was read, by the server's clock.
+        steps: an explanation of each step that is not completed; steps that need an operator come first.
         omitted: how many further steps are not completed.
     """
 
@@ -118,12 +118,12 @@ _DELIVER: Final = Action(
     "enqueue its job, or call the code that executes it.",
 )
 _RESUME: Final = Action("resume_run", "Let the steps of the run begin again. Deliver them again afterwards.")
-_LIMIT: Final = "the limit of attempts that your worker passes (max_attempts) is reached"
+_LIMIT: Final = "the limit that your worker passes (max_attempts) is reached"
 _NOT_BY_THE_STORE: Final = "The store itself delivers nothing: your queue does."
 
 
 def reason_of(step_run: StepRun, outcome: Outcome | None, cancelled: bool, now: datetime) -> Reason:
-    """Returns why a step is where it is.
+    """Returns why a step is in its state.
 
     Args:
         step_run: the step.
@@ -174,7 +174,7 @@ def explain(
 
 
 class _Facts(NamedTuple):
-    """What is known about a step, and how it is said."""
+    """What is known about a step, and the sentences that say it."""
 
     step_run: StepRun
     attempts: Sequence[PastAttempt]
@@ -192,7 +192,7 @@ class _Facts(NamedTuple):
         if self.cancel_reason is None or reason == "completed":
             return why, after, actions
         if reason in ("leased", "unleased"):
-            told = " The run is cancelled, so its worker is told when it next extends its lease; it may still finish."
+            told = " The run is cancelled: the worker learns this when it next extends its lease, and may still finish."
         else:
             told = " The run is cancelled, too: resume it before you deliver the step again."
         return why, after + told, (*actions, _RESUME)
@@ -222,7 +222,8 @@ class _Facts(NamedTuple):
         if step_run.lease_ends_at is None:
             yield "It has no lease: the claim never ends by itself, even if the worker is dead."
         elif step_run.lease_ends_at > self.now:
-            yield f"It holds the step until its lease ends, {self._at(step_run.lease_ends_at)}, unless it extends it."
+            yield f"It holds the step until its lease ends, {self._at(step_run.lease_ends_at)}, unless it extends the"
+            yield "lease before that."
         else:
             yield f"Its lease ended {self._at(step_run.lease_ends_at)} without a result: it has died, hangs, or cannot"
             yield "reach the server. No other worker has taken over the step since."
@@ -231,8 +232,8 @@ class _Facts(NamedTuple):
         step_run, number = self.step_run, self.step_run.attempt
         if reason == "exhausted":
             yield f"The lease of attempt {number}{self._by()} ended without a result, {self._at(step_run.ended_at)}."
-            yield "The next delivery found that the limit of attempts that your worker passes (max_attempts) was"
-            yield "reached, so the step failed instead of being executed again."
+            yield "The next delivery found that the limit that your worker passes (max_attempts) was reached, so the"
+            yield "step failed instead of being executed again."
             return
         permanently = " permanently" if step_run.final else ""
         yield f"Attempt {number}{self._by()} failed{permanently} {self._at(step_run.ended_at)}{self._error(step_run)}."
@@ -246,7 +247,7 @@ class _Facts(NamedTuple):
         if not step_run.attempt:
             yield f"It was scheduled {self._at(step_run.created_at)}, and no worker has claimed it since."
             return
-        yield f"Attempt {step_run.attempt}{self._by()} was released {self._at(step_run.ended_at)}, which does not count"
+        yield f"Attempt {step_run.attempt}{self._by()} was released {self._at(step_run.ended_at)}. It does not count"
         yield "against max_attempts. No worker has claimed the step since."
         yield from self._earlier(self.attempts[:-1])
 
@@ -284,7 +285,7 @@ class _Facts(NamedTuple):
         elif reason == "exhausted":
             yield "Nothing: a delivery is skipped unless it allows more attempts than before."
         elif reason == "final":
-            yield "Nothing: every delivery is skipped, also one that allows more attempts."
+            yield "Nothing: every delivery is skipped, even one that allows more attempts."
         else:
             yield "Nothing more: every further delivery of it receives the stored output."
 
@@ -295,7 +296,7 @@ class _Facts(NamedTuple):
             yield Action(
                 "release_step",
                 f"If you know that the worker is dead: make the step pending now, before the lease ends. {again} "
-                "A worker that is alive after all goes on, but its result is rejected.",
+                "If the worker is alive after all, it continues, but its result is rejected.",
             )
         elif reason == "unleased":
             owner = f", {escaped(self.step_run.owner)}," if self.step_run.owner else ""
@@ -303,12 +304,12 @@ class _Facts(NamedTuple):
             yield Action("release_step", f"If it is dead: make the step pending. {again}")
         elif reason == "lapsed":
             yield _DELIVER
-            yield Action("release_step", f"To not count the lost attempt: make the step pending. {again}")
+            yield Action("release_step", f"If the lost attempt should not count: make the step pending. {again}")
         elif reason == "pending":
             yield _DELIVER
         elif reason == "delayed":
             yield Action(None, "Wait, if a delivery will arrive after that time.")
-            yield Action("retry_step", f"To not wait: make the step pending and reset its attempt counter. {again}")
+            yield Action("retry_step", f"To retry now: make the step pending and reset its attempt counter. {again}")
         elif reason == "failed":
             yield _DELIVER
             yield Action("retry_step", f"If deliveries are skipped: reset its attempt counter. {again}")

@@ -33,9 +33,9 @@ class StoreSettings(TypedDict, total=False):
         max_payload_bytes: largest encoded payload, in bytes. Default: 4 MiB.
         run_ttl: seconds, or a timedelta, after its last write at which a run that this store creates expires; see
             `expire_run`. The value is fixed when the run is created. Default: None, runs do not expire.
-        fingerprint: what the fingerprint of an input is made of, by which a delivery with another input is refused with
-            InputMismatchError: True: of the whole input; a function of the input: of what it returns. An operation can
-            override it. Default: None, inputs have no fingerprints.
+        fingerprint: what the fingerprint of an input is made of. True: the whole input; a function of the input: what
+            it returns. A delivery with a different fingerprint is refused with InputMismatchError. An operation can
+            override this. Default: None, inputs have no fingerprints.
         timeout: seconds, or a timedelta, for one call in total. Transient errors (a lost connection, a server that is
             loading) are retried until then, as long as the client's own timeouts leave time for one more attempt.
             Default: 10.

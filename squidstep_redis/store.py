@@ -165,7 +165,7 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             The stored output.
 
         Raises:
-            InputMismatchError: the step has another fingerprint; nothing was written.
+            InputMismatchError: the step has a different fingerprint; nothing was written.
             StepBusyError: another worker holds the step, or took it over.
             StepDelayedError: the step has failed and may not be retried yet.
             RunCancelledError: the run is cancelled.

@@ -1,4 +1,4 @@
--- begin: claims a step that has a record, for one delivery, or skips it. Needs record and run.
+-- begin: claims a step that has a record for one delivery, or skips it. Needs record and run.
 --
 -- Reads run and now, both loaded, and the arguments of begin_step. The caller checks `input_mismatch` first.
 
@@ -8,7 +8,7 @@
 -- include marks
 -- include fingerprint
 
--- The refusal if the step has another input than this call; nil for a call that is re-sent.
+-- The refusal if the step's input differs from the call's; nil for a call that is re-sent.
 local function input_mismatch(state, token, step, fingerprint)
   local other = other_fingerprint(steps, step, fingerprint)
   return other and state.token ~= token and not past_attempt(steps, step, state, token) and other or nil

@@ -1,4 +1,4 @@
--- extend: restarts the lease of a claim from now, and tells its holder of a cancelled run. Needs record and run.
+-- extend: restarts the lease of a claim from now, and notifies its holder if the run is cancelled. Needs record and run.
 
 -- Changes the state and the run. Returns when the lease ends; nil without a lease.
 local function extend(run, state, lease, now)

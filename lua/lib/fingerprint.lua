@@ -1,6 +1,6 @@
--- fingerprint: refuses the call of a delivery with another input. Needs record.
+-- fingerprint: refuses a delivery with a different input. Needs record.
 
--- The refusal if the step has another fingerprint; nil if it has none, or if the caller has none ("").
+-- The refusal if the step has a different fingerprint; nil if it has none, or if the caller has none ("").
 local function other_fingerprint(steps, step, fingerprint)
   local stored = fingerprint ~= "" and redis.call("HGET", steps, "f" .. step)
   if stored and stored ~= fingerprint then

@@ -5,7 +5,7 @@
 
 -- define FORMAT "1"
 
--- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover. After a FINAL one, the step
+-- EXPIRED is also a failure: the lease expired and no attempt was left for a takeover. After a FINAL failure, the step
 -- cannot be claimed until retry_step.
 -- define PENDING "p"
 -- define RUNNING "r"

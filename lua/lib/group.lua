@@ -1,7 +1,7 @@
 -- group: a call about several steps of one run. Needs record.
 
--- Each step has arguments of its own, its name among them. The name of the first step is at `first` in ARGV, those of
--- further steps are from `more` on, every `count`. A call about one step has nothing at `more`.
+-- Each step has its own arguments, including its name. The name of the first step is at `first` in ARGV; the names of
+-- further steps are at `more` and every `count` after it. A call about one step has nothing at `more`.
 -- Returns the positions of the names, and the fields to read: the state line of each step, and its mark if `with_marks`.
 local function steps_of_call(first, more, count, with_marks)
   local positions, fields, read = { first }, {}, 0

@@ -14,7 +14,7 @@ local function check_indexes(...)
   end
 end
 
--- Returns the refusal if one of two keys has another type; nil for no key. For use before the first write.
+-- Returns the refusal if one of two keys has another type; a key may be nil. For use before the first write.
 -- define CHECK_INDEXES(first, second) refusal = check_indexes(first, second) @RETURN_REFUSAL
 
 local function index_failed(failed, member, now)

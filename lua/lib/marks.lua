@@ -1,4 +1,4 @@
--- marks: what remains to be done about a step when its attempt ends. Needs record.
+-- marks: what remains to be done for a step when its attempt ends. Needs record.
 --
 -- The mark is the text in w<step>: AWAITED if clients wait for the end, HAS_PROGRESS if p<step> exists. Most steps have
 -- none, so the common cases read one field to learn that nothing remains.
@@ -13,7 +13,7 @@ local function stream_of(steps)
   return string.sub(steps, 1, -#"steps" - 1) .. "wake"
 end
 
--- The attempt has ended: clears the mark, and what it stands for. The next attempt needs the progress, unless the step
+-- The attempt has ended: clears the mark, and does what it stands for. The next attempt needs the progress, unless the step
 -- is completed.
 local function settle_mark(steps, step, mark, completed)
   if not mark then

@@ -2,8 +2,8 @@
 
 -- include runs
 
--- Entries of expired runs leave the index by themselves. A quarter of the calls that let a run expire choose eight entries at
--- random, and drop those whose runs are gone. So in the long run, at most about half of the entries are of such runs. EXISTS
+-- Entries of expired runs are removed by sampling. A quarter of the calls that let a run expire choose eight entries at
+-- random, and drop those whose runs are gone. So over time, at most about half of the entries belong to such runs. EXISTS
 -- gets a key of this run, too: while a slot migrates, the server then refuses it if one of the runs may be on the other server.
 local function drop_expired(run, steps, bucket)
   if string.byte(nonce, -1) % 4 ~= 0 then -- not the time: calls may come at regular intervals
@@ -15,7 +15,7 @@ local function drop_expired(run, steps, bucket)
     keys[position] = bucket .. string.match(members[position], "^%d*:?([^\n]*)") .. ":steps"
   end
   if redis.pcall("EXISTS", steps, unpack(keys)) == existing + #keys then
-    return -- which is the case of most calls, and the run id in a member is parsed exactly below
+    return -- as for most calls; the run id in a member is parsed exactly below
   end
   for position = 1, #members do
     local run_id = parse_run_member(members[position]) or ""

@@ -29,8 +29,8 @@ local function retain(run, lease, started)
   end
 end
 
--- A claim or a delay ends, or is about to be extended. The longest lease counts until the last one has ended: which
--- of the others is the longest is not known.
+-- A claim or a delay ends, or is about to be extended. The longest lease counts until the last one has ended, because
+-- the longest of the others is not known.
 local function unretain(run, lease)
   if not run.ttl then
     return

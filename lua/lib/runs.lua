@@ -4,13 +4,13 @@
 -- while a slot migrates. The two keys of a new run do not exist, and the server then refuses a script if some of its KEYS
 -- exist and others do not, or refers it to the other server, which refuses it, too.
 
--- A member of the index. Of a run with labels, a line "<name>=<value>" for each follows the run id.
+-- A member of the index. If the run has labels, a line "<name>=<value>" for each follows the run id.
 -- define RUN_MEMBER(run_id, labels) #run_id .. ":" .. run_id .. (labels == "" and "" or "\n" .. labels)
 
 -- The prefix of the keys of a bucket, and the run id, from the key `steps`.
 -- define PLACE(steps) string.match(steps, "^([^{]*{%x+}:)(.*):steps$")
 
--- Returns the run id and the labels, or nil if it is not such a member.
+-- Returns the run id and the labels; nil if the text is not such a member.
 local function parse_run_member(member)
   local length, rest = string.match(member, "^([1-9]%d*):(.+)$")
   local labels = length and string.sub(rest, length + 1)

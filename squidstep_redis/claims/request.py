@@ -41,7 +41,7 @@ class StepSettings(TypedDict, total=False):
         fingerprint: what identifies the input; that of a function is the dict of its given arguments. True: all of it,
             in any order of its keys; a function of the input: what it returns, which may be anything that a payload may
             contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the store's
-            setting. If the step has another fingerprint, InputMismatchError is raised.
+            setting. If the step has a different fingerprint, InputMismatchError is raised.
     """
 
     lease: Seconds | None

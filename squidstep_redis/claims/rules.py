@@ -223,7 +223,7 @@ class BaseClaim(Generic[E]):
         """Sends begin_step until this delivery may execute the step, or the step is completed.
 
         Raises:
-            InputMismatchError: the step has another fingerprint.
+            InputMismatchError: the step has a different fingerprint.
             StepBusyError: another worker holds the step, and `on_busy` is "raise".
             StepDelayedError: the step has failed and may not be retried yet, and `on_busy` is "raise".
             RunCancelledError: the run is cancelled.

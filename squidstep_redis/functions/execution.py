@@ -63,7 +63,7 @@ class FunctionCall(NamedTuple):
         return stored_arguments(self.bound, stored, self.excluded)
 
     def with_one_input(self) -> AbstractContextManager[None]:
-        """Returns a block that raises InputMismatchError if this execution has called the step with another input."""
+        """Returns a block that raises InputMismatchError if this execution called the step with a different input."""
         if self.inputs is None:
             return nullcontext()
         return self.inputs.one_of(self.run_id, self.step, self.bound, self.excluded)

@@ -44,7 +44,7 @@ class Inputs:
             excluded: names of arguments that are not part of the input.
 
         Raises:
-            InputMismatchError: when the block is entered: the step has been called with another input.
+            InputMismatchError: when the block is entered: the step has been called with a different input.
         """
         run, name = arguments.run_id(run_id).text, arguments.step(step).text
         return OneInput(self._seen, (self._execution, run, name), digest_of(bound, excluded))

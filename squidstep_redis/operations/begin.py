@@ -61,7 +61,7 @@ def begin_step(
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
-        InputMismatchError: the step has another fingerprint; nothing was written.
+        InputMismatchError: the step has a different fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
@@ -108,14 +108,14 @@ def advance_step(
         fingerprint: what identifies the input of the step to begin. True: all of it, in any order of its keys; a
             function of the input: what it returns, which may be anything that a payload may contain; a str of up to
             256 bytes without control characters: that itself; False: nothing; None: the store's setting. If that step
-            has another fingerprint, the call is refused, and neither step changes.
+            has a different fingerprint, the call is refused, and neither step changes.
 
     Returns:
         What `begin_step` returns, for the next step.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for a payload.
-        InputMismatchError: the step to begin has another fingerprint; nothing was written.
+        InputMismatchError: the step to begin has a different fingerprint; nothing was written.
         StaleStepRunError: the claim is not held: taken over, ended, or never granted.
         StepRunNotFoundError: there is no such record; RunDeletedError if the run was deleted.
         CorruptRunError: the stored data is corrupt.

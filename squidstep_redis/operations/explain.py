@@ -22,7 +22,7 @@ _BY_STATUS: Final = (StepStatus.FAILED, StepStatus.RUNNING, StepStatus.PENDING)
 
 
 def explain_step(context: Context, run_id: RunId, step: Step) -> Workflow[StepExplanation | None]:
-    """Says why a step is where it is, what happens next, and what an operator can do: in sentences, for people.
+    """Explains in plain sentences why a step is in its state, what happens next, and what an operator can do.
 
     One round trip. It writes nothing, and a payload that the codec cannot decode does not hide the rest.
 

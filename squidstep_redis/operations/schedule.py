@@ -55,7 +55,7 @@ def schedule_step(
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for the input.
-        InputMismatchError: the step has another fingerprint; nothing was written.
+        InputMismatchError: the step has a different fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.
@@ -102,7 +102,7 @@ def schedule_steps(
         fingerprint: what identifies the input of each step. True: all of it, in any order of its keys; a function of
             the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
             without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
-            has another fingerprint, the call is refused.
+            has a different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
             `runs` finds it; None: none. A run that exists keeps its own.
 
@@ -111,7 +111,7 @@ def schedule_steps(
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent; PayloadError for an input.
-        InputMismatchError: one of the steps has another fingerprint; nothing was written.
+        InputMismatchError: one of the steps has a different fingerprint; nothing was written.
         RunDeletedError: the run was deleted recently.
         CorruptRunError: the stored data is corrupt.
         ServerError: the server or the connection failed.

@@ -1,4 +1,4 @@
-"""Fingerprints of inputs, by which a step recognizes a delivery with another input.
+"""Fingerprints of inputs, by which a step recognizes a delivery with a different input.
 
 A fingerprint is a hash of a canonical form of the input. The form depends on the values alone: not on the order of
 keys, on the codec, or on the version of Python.

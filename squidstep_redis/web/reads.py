@@ -131,7 +131,7 @@ class StepView(NamedTuple):
     """One step.
 
     Attributes:
-        explained: why it is where it is.
+        explained: why it is in its state.
         bars: its known attempts, oldest first.
         step_run: its record, with its payloads; None if they were not to be read.
         read_at: when it was read, by this machine's clock.

@@ -33,10 +33,10 @@ rates, measured in alternating turns.
 """
 _SECTION = """## Performance
 
-| a step begun and completed, against | times the rate | in batches of 100 |
+| a step begun and completed, compared with | relative rate | in batches of 100 |
 |---|---|---|
 {rows}
-Client and server run on one machine. Over a network, single calls take mostly the network's time.
+Client and server run on one machine. Over a network, the round trip dominates the time of a single call.
 DBOS is compared with `advance_step`. {memory}
 `tests/bench/RESULTS.md` has the full table, its budgets, and which of them are missed.
 """
@@ -98,7 +98,7 @@ def line(result: Result) -> str:
 
 
 def verdicts(results: Results) -> str:
-    """How many budgets are met."""
+    """Counts the budgets that are met, and the others."""
     found = [result.verdict for result in _all(results)]
     return ", ".join(f"{found.count(word)} {word.lower()}" for word in _VERDICTS)
 
@@ -127,7 +127,7 @@ def _markdown(about: Mapping[str, str], results: Results) -> Iterator[str]:
 
 
 def with_performance(readme: str, results: Results) -> str:
-    """Returns the README with its section about performance made from the results."""
+    """Returns the README with its performance section replaced by the results."""
     cells: dict[str, dict[str, str]] = {}
     memory: list[str] = []
     for result in _all(results):
@@ -135,11 +135,11 @@ def with_performance(readme: str, results: Results) -> str:
             continue
         label, column = result.summary
         if column == "bytes":
-            memory.append(f"{result.median:.0f} beyond payloads of {label}")
+            memory.append(f"{result.median:.0f} bytes with payloads of {label} bytes")
         else:
             cells.setdefault(label, {})[column] = _times(result.median)
     rows = "".join(f"| {label} | {row.get('single', '-')} | {row.get('batch', '')} |\n" for label, row in cells.items())
-    sentence = f"In bytes, a completed step uses {', '.join(memory)}." if memory else ""
+    sentence = f"Besides its payloads, a completed step uses {', '.join(memory)}." if memory else ""
     section = _SECTION.format(rows=rows, memory=sentence)
     old = r"^## Performance\n.*?(?=^## |\Z)"
     changed, count = re.subn(old, lambda _: f"{section}\n", readme, flags=re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""`run_step` and `claim_step` with another input: they raise InputMismatchError, and hold and wait for nothing."""
+"""`run_step` and `claim_step` with a different input: they raise InputMismatchError, and hold and wait for nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A delivery with another input is refused, by the fingerprints of the inputs, in every state of the step."""
+"""A delivery with a different input is refused, by the fingerprints of the inputs, in every state of the step."""
 
 from __future__ import annotations
 

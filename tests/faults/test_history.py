@@ -80,7 +80,7 @@ POSSIBLE = {
         op("begin", "c", 8, 9, "execute", 3, "a", 9.5, limit=1),
         op("final", "a", 10, 11, "done", value=7),
     ],
-    "another input is refused until a call without a fingerprint replaces it": [
+    "a different input is refused until a call without a fingerprint replaces it": [
         op("begin", "a", 0, 1, "execute", 1, "a", 1.5, printed="x"),
         op("begin", "b", 1, 1.2, "mismatch", printed="y"),
         op("begin", "b", 1, 1.2, "busy", 1, "a", printed="x"),
@@ -143,7 +143,7 @@ IMPOSSIBLE = {
     ],
     "a retry of a live claim": [EXECUTED, op("retry", "r", 1.1, 1.2, "done")],
     "one attempt too many": [EXECUTED, FAILED, op("begin", "b", 4, 5, "execute", 2, "b", 5.5, limit=1)],
-    "another input that is accepted": [
+    "a different input that is accepted": [
         op("begin", "a", 0, 1, "execute", 1, "a", 1.5, printed="x"),
         op("begin", "b", 4, 5, "execute", 2, "b", 5.5, printed="y"),
     ],

@@ -115,7 +115,7 @@ MUTANTS = {
         '      redis.call("ZADD", done, run.completed + 1, step)',
     ),
     # The input
-    "another input is accepted": Mutant(
+    "a different input is accepted": Mutant(
         "lib/begin.lua", "local other = other_fingerprint(steps, step, fingerprint)", "local other = nil"
     ),
     "a replaced input keeps its fingerprint": Mutant("lib/begin.lua", "elseif not scheduled then", "elseif false then"),

@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Callable[[Bench, StepRunStore], None], list[str], list[st
     ),
     "exhausted": (
         exhausted,
-        ["lease of attempt 1", "limit of attempts", "(max_attempts) was reached", "Nothing: a delivery is skipped"],
+        ["lease of attempt 1", "the limit that", "(max_attempts) was reached", "Nothing: a delivery is skipped"],
         ["retry_step", "complete_step"],
     ),
     "final": (
@@ -190,7 +190,7 @@ class TestStep:
         explained = explain(store)
 
         assert explained.reason == "leased"
-        assert "The run is cancelled, so its worker is told" in explained.next
+        assert "The run is cancelled: the worker learns this" in explained.next
         assert [action.operation for action in explained.actions] == [None, "release_step", "resume_run"]
 
     def test_lapsed_step_of_a_cancelled_run_needs_resume(self, bench: Bench, store: StepRunStore) -> None:

@@ -135,7 +135,7 @@ def reserve_the_attempt() -> str:
 
 
 def reserve_the_next(amounts: list[int]) -> str:
-    """Calls its step with another input in each of its executions, which share the list."""
+    """Calls its step with a different input in each of its executions, which share the list."""
     amounts.append(amounts[-1] + 1)
     return current_run().call("each", reserve, amounts[-2])
 

@@ -89,7 +89,7 @@ STUCK_RUNS: dict[str, StuckRun] = {
         [
             "with TimeoutError: no reply",
             "Its worker asked for a delay: the step cannot be claimed before",
-            "To not wait: make the step pending and reset its attempt counter.",
+            "To retry now: make the step pending and reset its attempt counter.",
         ],
         ["/retry"],
         ["squidstep retry RUN --step pay"],
@@ -98,7 +98,7 @@ STUCK_RUNS: dict[str, StuckRun] = {
         _exhausted,
         "failed: no attempt is left",
         [
-            "the limit of attempts that your worker passes (max_attempts) was reached",
+            "the limit that your worker passes (max_attempts) was reached",
             "Nothing: a delivery is skipped unless it allows more attempts than before.",
             "Once you know why the worker was lost: make the step pending",
         ],
@@ -110,7 +110,7 @@ STUCK_RUNS: dict[str, StuckRun] = {
         "failed permanently",
         [
             "Its worker reported that no further attempt can succeed.",
-            "Nothing: every delivery is skipped, also one that allows more attempts.",
+            "Nothing: every delivery is skipped, even one that allows more attempts.",
             "Once the cause of the failure is removed: make the step pending",
         ],
         ["/retry"],

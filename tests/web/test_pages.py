@@ -54,13 +54,13 @@ class TestOverview:
 
     def test_changes_are_those_since_the_last_look(self, site: Site) -> None:
         fill(site.store)
-        assert "This is your first look" in site.get("/").text
+        assert "This is your first visit" in site.get("/").text
         site.store.fail_step(begun(site.store.begin_step("run-1", "pay", {})), {})
         site.store.release_step(site.store.get_step_run("run-live", "pay").id)
         page = site.get("/")
         assert "running under a lease 0 \u22121" in page.text
         assert "failed 3 +1" in page.text
-        assert "Changes are since your last look" in page.text
+        assert "Changes are since your last visit" in page.text
         assert "failed 3 no change" in site.get("/").text
 
     def test_a_live_update_keeps_the_last_look(self, site: Site) -> None:
@@ -75,7 +75,7 @@ class TestOverview:
 
     def test_runs_created_since_the_last_look_are_counted(self, site: Site) -> None:
         site.store.schedule_step("run-0", "pay", {})
-        assert "runs 1 This is your first look" in site.get("/").text
+        assert "runs 1 This is your first visit" in site.get("/").text
         for number in range(1, 4):
             site.store.schedule_step(f"run-{number}", "pay", {})
         assert "runs 4 3 created" in site.get("/").text
@@ -83,10 +83,10 @@ class TestOverview:
 
     def test_a_forged_look_is_ignored(self, site: Site) -> None:
         site.cookies["squidstep_look"] = "1700000000-0-0-0.0000"
-        assert "This is your first look" in site.get("/").text
+        assert "This is your first visit" in site.get("/").text
         settings = WebSettings(site.asyncio_store, "", False, False, None, None, b"another key")
         site.cookies["squidstep_look"] = format_look(settings, Counts(0, 0, 0), datetime.now(UTC))
-        assert "This is your first look" in site.get("/").text
+        assert "This is your first visit" in site.get("/").text
 
 
 class TestRuns:
@@ -148,7 +148,7 @@ class TestRuns:
         for run in ("a", "a-1", "a-2"):
             site.store.schedule_step(run, "pay", {})
         text = site.get("/runs?q=a").text
-        assert text.index("The run with exactly this id") < text.index("All that begin with it")
+        assert text.index("The run with exactly this id") < text.index("All runs whose id begins with it")
         assert "The run with exactly this id" not in site.get("/runs?q=a-").text
 
     def test_pages_together_have_every_run_once(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
