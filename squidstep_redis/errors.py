@@ -29,7 +29,7 @@ Each error says what failed, for which run and step, what was written, and what 
             ├── NotReplicatedError        done, but not confirmed by the replicas or the AOF in time
             └── ReplyMismatchError        the connection returned the reply to another call
 
-Your own code raises PermanentError and RetryLater, which are no SquidstepErrors: see `claims/failures.py`.
+Your own code raises PermanentError and RetryLater, which are not SquidstepErrors: see `claims/failures.py`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class InvalidArgumentError(SquidstepError, ValueError):
 
 
 class PayloadError(InvalidArgumentError):
-    """A payload that would not come back equal, or not at all.
+    """A payload that could not be read back equal, or not at all.
 
     `argument` is the path to the offending value, such as `input["items"][3]["price"]`.
     """
@@ -87,7 +87,7 @@ class PayloadTooLargeError(PayloadError):
 
 
 class UnsupportedClientError(InvalidArgumentError):
-    """A redis-py client or pipeline with which a store cannot give its guarantees."""
+    """A redis-py client or pipeline with which a store cannot keep its guarantees."""
 
 
 @error_class
@@ -115,7 +115,7 @@ class RunDeletedError(StepRunNotFoundError):
 class _StepRunMessage:
     """The text of an error about a step run.
 
-    Celery's result backend stores an error as JSON, and makes it again with texts in place of objects.
+    Celery's result backend stores an error as JSON, and restores it with texts in place of objects.
     """
 
     current: StepRun
@@ -334,7 +334,7 @@ class UndecodablePayloadError(SquidstepError):
         step: the step.
         name: "input", "output", "last_error", "error" or "progress".
         codec: the name of the codec's class.
-        problem: why, if the codec says it; else empty.
+        problem: the reason that the codec gives; empty if it gives none.
     """
 
     run_id: str
@@ -350,7 +350,7 @@ class UndecodablePayloadError(SquidstepError):
 
 @error_class
 class PayloadNotReadError(SquidstepError):
-    """The step run is from a listing that was not to read payloads. `get_step_run` reads them.
+    """The step run is from a listing with `payloads=False`. `get_step_run` reads the payloads.
 
     Attributes:
         run_id: the run.
@@ -373,7 +373,7 @@ def place_of(run_id: str, step: str | None) -> str:
 
 
 def _last_error(step_run: StepRun) -> str:
-    """Quotes the type and the message of a step's last error, as far as it has them."""
+    """Quotes the type and the message of a step's last error, if it has both."""
     try:
         error = step_run.last_error or {}
     except UndecodablePayloadError:
@@ -386,7 +386,7 @@ def _last_error(step_run: StepRun) -> str:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Adds a note to an exception of the caller's, unless it accepts none, as a frozen dataclass.
+    """Adds a note to the caller's exception, unless it accepts none, such as a frozen dataclass.
 
     Args:
         error: the exception.

@@ -1,4 +1,4 @@
-"""Text from outside, made safe for terminals and logs: what is escaped, and what an owner may not contain."""
+"""Makes text from outside safe for terminals and logs: what is escaped, and what an owner must not contain."""
 
 from __future__ import annotations
 

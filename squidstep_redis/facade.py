@@ -91,10 +91,10 @@ class BaseStore(ABC, Generic[C, B]):
     def from_url(cls, url: str, **options: Any) -> Self: ...
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
-        """Makes a store with its own client: RESP2, no retries of its own, and timeouts that fit the store's.
+        """Makes a store with its own client: RESP2, no client retries, and timeouts that fit the store's.
 
         The client waits 0.3 of the store's timeout for a reply and 0.15 for a connection. Unless `max_connections`
-        is given, the store opens connections of its own, which makes calls faster; see `StoreSettings`.
+        is given, the store opens its own connections, which makes calls faster; see `StoreSettings`.
 
         Args:
             url: such as `redis://localhost:6379/0`; see redis-py's `Redis.from_url` for the forms.
@@ -107,7 +107,7 @@ class BaseStore(ABC, Generic[C, B]):
         settings: Any = {name: value for name, value in options.items() if name in SETTINGS}
         client_options = {name: value for name, value in options.items() if name not in SETTINGS}
         # RESP2, because with RESP3 redis-py may return the leftover reply of an interrupted command to the next one.
-        # No retries of its own, because the store retries until its deadline and knows what may have been written.
+        # No client retries, because the store retries until its deadline and knows what may have been written.
         timeouts = client_timeouts(settings.get("timeout", DEFAULT_TIMEOUT))
         redis_py: Any = redis  # parts of its types are unknown
         try:
@@ -132,10 +132,10 @@ class BaseStore(ABC, Generic[C, B]):
     def on_event(self, listener: L) -> L:
         """Registers a function that receives every decision of this store. Usable as a decorator.
 
-        It is called after each call, in the thread or task of the call, so it must be fast. What it raises is logged
-        and otherwise ignored. The same events go to the logger `squidstep_redis`: at INFO what an operator wants to see
-        (takeovers, refusals, failures, errors), at DEBUG the rest. `squidstep_redis.metrics` counts them for
-        Prometheus.
+        It is called after each call, in the thread or task of the call, so it must be fast. An exception that it raises
+        is logged and otherwise ignored. The same events go to the logger `squidstep_redis`: those that concern an
+        operator (takeovers, refusals, failures, errors) at INFO, and all others at DEBUG. `squidstep_redis.metrics`
+        counts them for Prometheus.
 
         Args:
             listener: a function of one `Event`.
@@ -162,7 +162,7 @@ class BaseStore(ABC, Generic[C, B]):
         return queue(pipeline, call)
 
     def _client_facts(self, lease: Seconds | None, job_timeout: Seconds | None) -> Client:
-        """Returns what the doctor checks without querying the server."""
+        """Returns the facts that the doctor checks without querying the server."""
         durability, longest = self._transport.durability, arguments.MAX_TTL
         return Client(
             *client_facts(self.client),
@@ -185,7 +185,7 @@ class BaseStore(ABC, Generic[C, B]):
 
 
 def named_first(method: F) -> F:
-    """Checks the name of a step before Python looks for the arguments that `@store.step` without parentheses lacks."""
+    """Checks the name of a step before Python reports the arguments that `@store.step` without parentheses lacks."""
 
     @wraps(method)
     def check_and_call(self: object, name: Any, **options: Any) -> Any:

@@ -40,7 +40,7 @@ def format_age(moment: datetime | None, now: datetime | None = None) -> str:
 
     Args:
         moment: The moment; None: the text is empty.
-        now: The time; None: that of this machine's clock.
+        now: The current time; None: this machine's clock.
     """
     return "" if moment is None else f"{format_duration(((now or datetime.now(UTC)) - moment).total_seconds())} ago"
 
@@ -127,7 +127,7 @@ def payload_line(value: Any) -> str:
 
 
 def readable_scalar(value: Any) -> Any:
-    """Returns a value that is no collection as JSON has it; those that JSON does not have become text."""
+    """Returns a value that is not a collection as JSON; a value that JSON cannot represent becomes text."""
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
     if isinstance(value, datetime):
@@ -138,7 +138,7 @@ def readable_scalar(value: Any) -> Any:
 
 
 def _readable(value: Any) -> Any:
-    """Replaces the values that JSON does not have."""
+    """Replaces the values that JSON cannot represent."""
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()
         return {key if isinstance(key, str) else str(key): _readable(item) for key, item in items}
@@ -148,7 +148,7 @@ def _readable(value: Any) -> Any:
 
 
 class _Opaque:
-    """A codec that decodes every payload to an error that says that it cannot be decoded."""
+    """A codec that decodes every payload to an error saying that it cannot be decoded."""
 
     def encode(self, payload: dict[str, Any]) -> bytes:
         raise TypeError(f"it only reads: {payload}")

@@ -5,7 +5,7 @@
 
 The counters cover the calls of this process. The numbers of live claims, lapsed claims and failed steps cover the whole
 server, and are queried at each collection. `squidstep dashboard` prints a Grafana dashboard of all metrics; it is the
-file `grafana_dashboard.json` beside this module.
+file `grafana_dashboard.json` next to this module.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ _LINE: Final = re.compile(
 
 
 class StateLine(NamedTuple):
-    """A parsed state line: everything about a step but its payloads. lua/README.md draws it.
+    """A parsed state line: everything about a step except its payloads. lua/README.md draws it.
 
     Numbers are converted when they are needed. A part that does not apply is empty.
 
@@ -119,7 +119,7 @@ class StateLine(NamedTuple):
 
     @property
     def changed_ms(self) -> int:
-        """Milliseconds since 1970 of the latest change: when the attempt ended, else started, or of the creation."""
+        """Milliseconds since 1970 of the latest change: when the attempt ended, else when it started or was created."""
         return int(self.created) + int(self.started or 0) + int(self.ended or 0)
 
     def ms_after_start(self, span: bytes) -> int | None:
@@ -136,11 +136,11 @@ _Payloads = tuple[_Payload, _Payload, _Payload, _Payload]
 class StepRun:
     """One step of one run, as the store returned it: a snapshot, not a live view.
 
-    The one that `begin_step` returns with "execute" also carries the claim: pass it to `complete_step`, `fail_step`,
-    `extend_claim` or `release_step`. Payloads are decoded on first access. A step run can be pickled and sent to
-    another process; the claim goes with it. A codec of your own does not, since it may hold a key: payloads travel
-    encoded, and reading one raises UndecodablePayloadError. `get_step_run` of a store reads them there. If a listing
-    was not to read the payloads, reading one raises PayloadNotReadError.
+    The step run that `begin_step` returns with "execute" also carries the claim: pass it to `complete_step`,
+    `fail_step`, `extend_claim` or `release_step`. Payloads are decoded on first access. A step run can be pickled and
+    sent to another process, with its claim. Your own codec is not sent, because it may hold a key: payloads stay
+    encoded, and reading one raises UndecodablePayloadError. There, read them with `get_step_run` of a store. If a
+    listing has not read the payloads, reading one raises PayloadNotReadError.
 
     Attributes:
         run_id: the run.
@@ -151,7 +151,7 @@ class StepRun:
         prefix: key prefix of the store.
         token: token of the claim that this object carries; empty if it carries none.
         cancel_reason: why the run was cancelled, empty without a reason; None if it is not cancelled, or if the
-            operation does not say. Those that skip because of it say so, and `extend_claim` and `checkpoint_step`.
+            operation does not say. Operations that skip because of it say so, and `extend_claim` and `checkpoint_step`.
     """
 
     __slots__ = (
@@ -212,7 +212,7 @@ class StepRun:
         return StepRun(self.prefix, self.run_id, self.step, line, payloads, decode, token, cancel_reason)
 
     def with_claim(self) -> StepRun:
-        """Returns this step run with the claim that it shows, as the holder has it; with none unless it is running.
+        """Returns this step run, carrying the claim that it shows; it carries none unless the step is running.
 
         For operators: `release_step(step_run.with_claim())` releases exactly this claim. An `id` stands for any holder.
         """
@@ -259,7 +259,7 @@ class StepRun:
 
     @property
     def current_token(self) -> bytes:
-        """Token of the latest claim as stored. It identifies the claim; this object need not carry it.
+        """Token of the latest claim, as stored. It identifies the claim, even if this object does not carry it.
 
         `expire_claim` uses it.
         """
@@ -299,7 +299,7 @@ class StepRun:
 
     @property
     def attempts_used(self) -> int:
-        """Number of attempts that count against `max_attempts`: neither released ones, nor those before a retry."""
+        """Number of attempts that count against `max_attempts`. Released ones, and those before a retry, do not."""
         return self.attempt - int(self._line.released or 0)
 
     @property
@@ -319,7 +319,7 @@ class StepRun:
         return (self.prefix, self.run_id, self.step, self.status, self.attempt, self._line[4:])
 
     def __eq__(self, other: object) -> bool:
-        """Equal if both show the same state; progress, and which of them carries the claim, do not matter."""
+        """Equal if both show the same state; progress, and whether one carries the claim, do not matter."""
         if not isinstance(other, StepRun):
             return NotImplemented
         if self._key() != other._key():
@@ -366,7 +366,7 @@ class BeginResult(_BeginPair):
             when the decision is "execute".
         retry_in: seconds until the live lease that blocks this call expires, or the delay after a failure ends; None
             if there is neither.
-        takeover: whether the claim was granted over one whose lease had expired: the previous holder's work may be
+        takeover: whether the claim replaced a claim whose lease had expired: the previous holder's work may be
             half done. A call that is re-sent after a lost reply does not report it.
     """
 
@@ -409,7 +409,7 @@ class BeginResult(_BeginPair):
 
     @property
     def superseded(self) -> bool:
-        """This same call was granted a claim before, and that claim has ended since."""
+        """This very call was granted a claim before, and that claim has ended since."""
         return self.reason == "superseded"
 
     @property

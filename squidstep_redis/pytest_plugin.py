@@ -1,4 +1,4 @@
-"""The pytest plugin: fixtures for testing code that uses a store, made of `squidstep_redis.testing`.
+"""The pytest plugin: fixtures for testing code that uses a store, built on `squidstep_redis.testing`.
 
 pytest loads the plugin wherever the library is installed. So the plugin imports the library only when a test uses a
 fixture.

@@ -49,8 +49,8 @@ class OutcomeUnknownError(ServerError):
     """The operation was sent, and it is unknown whether it took effect.
 
     `store.send(error.call)` re-sends the same call: it takes effect once in total, and returns what it would have
-    returned. A second call of the method is a new call: a second `begin_step` finds the first one's claim busy.
-    Or read the record with `get_step_run`.
+    returned. Calling the method a second time makes a new call: a second `begin_step` finds the step busy, under the
+    first call's claim. Or read the record with `get_step_run`.
 
     Attributes:
         call: what was sent; None for a batch, and after pickling.

@@ -18,8 +18,8 @@ DEFAULT_MAX_PAYLOAD_BYTES: Final = 4 * 1024 * 1024
 DEFAULT_TIMEOUT: Final = 10.0
 DEFAULT_WAIT_TIMEOUT: Final = 1.0
 
-# The share of a store's timeout that its own client waits for a reply, and for a connection: a call without a reply is
-# sent twice.
+# The fractions of a store's timeout that its own client waits for a reply and for a connection: they leave time to send
+# a call without a reply a second time.
 _REPLY_SHARE: Final = 0.3
 _CONNECT_SHARE: Final = 0.15
 
@@ -44,12 +44,12 @@ class StoreSettings(TypedDict, total=False):
             costs a round trip, but both add latency. Default: False.
         wait_timeout: seconds, or a timedelta, to wait for replicas and AOF; then NotReplicatedError is raised.
             Default: 1.
-        own_connections: whether the store opens connections of its own, with the client's address, credentials and
+        own_connections: whether the store opens its own connections, with the client's address, credentials and
             timeouts, instead of borrowing from the client's pool. They are faster: the blocking store skips the pool's
             checks, and the asyncio store sends the calls of all tasks on one connection per event loop. The pool's
             `max_connections` does not limit them, and `close` of the store closes them. They use RESP2, and
-            follow no maintenance notifications. Not for a cluster's client: its calls use the pools of its nodes, and
-            on asyncio always one connection per event loop and node.
+            follow no maintenance notifications. Not available for a cluster's client: its calls use the pools of its
+            nodes, and on asyncio always one connection per event loop and node.
             Default: True for `from_url` without `max_connections`, False for a store on your client.
     """
 
@@ -75,7 +75,7 @@ class CheckedSettings(NamedTuple):
         calls: makes the store's calls.
         timeout: seconds for one call in total.
         durability: what transitions wait for; None: nothing.
-        own_connections: whether the store opens connections of its own.
+        own_connections: whether the store opens its own connections.
     """
 
     calls: Calls

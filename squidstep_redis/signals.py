@@ -2,10 +2,11 @@
 
 Timeouts based on SIGALRM, such as RQ's, raise an exception between any two instructions of the main thread: between a
 command and its reply, or between a claim and the line that records it. While deferred, the signal is recorded, and its
-handler is called afterwards, or after a quarter of a second: a server that does not reply must not hold up a timeout.
+handler is called afterwards, at the latest after a quarter of a second: a server that does not reply must not delay a
+timeout.
 Masking the signal would not help: another thread could receive it.
 
-A process whose timeouts use another signal, such as a child of Celery's prefork pool, has it deferred, too.
+A process may use another signal for its timeouts, as a child of Celery's prefork pool does: it is deferred, too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ALARM: Final = getattr(signal, "SIGALRM", None)  # Windows has none
 
 
 _LONGEST: Final = 0.25
-"""For how many seconds an alarm is deferred at most."""
+"""The longest time, in seconds, for which an alarm is deferred."""
 
 _Handler = Callable[[int, FrameType | None], Any]
 
@@ -35,8 +36,8 @@ class DeferredSigalrm:
     It does nothing without a Python handler, or outside the main thread, where no handler is called. It then costs a
     microsecond, and otherwise seven.
 
-    The handlers of other signals may raise at any instruction, also where the block is entered or left, so that it
-    never is. So the handler that is installed meanwhile looks whether the block's code is still running.
+    The handlers of other signals may raise at any instruction, even while the block is being entered or left, so that
+    it is never left. So the handler that is installed meanwhile checks whether the block's code is still running.
     """
 
     __slots__ = ("_caught", "_caught_at", "_frame", "_handler", "_has_timer", "_number")
@@ -59,7 +60,7 @@ class DeferredSigalrm:
         """Enters the block.
 
         Args:
-            frame: that runs the block.
+            frame: the frame that runs the block.
         """
         self._frame: FrameType | None = None
         self._caught: tuple[int, FrameType | None] | None = None
@@ -71,7 +72,7 @@ class DeferredSigalrm:
                 self._install(handler, frame)
 
     def __exit__(self, *exc_info: object) -> None:
-        """Leaves the block. Again does nothing more."""
+        """Leaves the block. A second call does nothing."""
         handler = self._handler
         if handler is not None:
             self._restore(handler)
@@ -108,7 +109,7 @@ class DeferredSigalrm:
 
     @staticmethod
     def _without_left_over(handler: Any, but: DeferredSigalrm | None = None) -> Any:
-        """Returns a handler, or the one that it replaced, if it was installed for a block that an exception ended."""
+        """Returns a handler, or the handler that it replaced if an exception ended the block that installed it."""
         while True:
             owner = getattr(handler, "__self__", None)
             if not isinstance(owner, DeferredSigalrm) or owner is but or owner._is_active():

@@ -1,7 +1,7 @@
-"""The clock by which the library measures how long something takes.
+"""The clock with which the library measures how long something takes.
 
 A library that freezes time for a test replaces the functions of `time` in all modules: a timeout would never end, and a
-lease would never be extended. It does not replace what a class holds.
+lease would never be extended. It does not replace attributes of a class.
 """
 
 from __future__ import annotations

@@ -142,13 +142,13 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
     ) -> dict[str, Any]:
         """Executes a step once across all deliveries, and returns its stored output from then on.
 
-        Two round trips if it executes, one if it skips. Meanwhile a heartbeat extends the leases of all claims of this
-        process, a third of the lease after the last extension: one round trip for all claims of one store.
+        Two round trips if it executes, one if it skips. Meanwhile, a heartbeat extends the leases of all claims of this
+        process when a third of the lease has passed: one round trip for all claims of one store.
 
         An exception of `fn` is recorded with `fail_step` and re-raised. PermanentError, and the types in `permanent`,
         make the step fail permanently; RetryLater, and `backoff`, delay the next attempt. If the claim is lost to a
         takeover, `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A
-        result, or a failure, that cannot be sent is retried for as long as the lease, but for at most a minute. If the
+        result, or a failure, that cannot be sent is retried for the duration of the lease, at most a minute. If the
         process is interrupted (a signal, a cancellation), that takes at most a second. A claim whose begin got no reply
         is released once the server replies again.
 
@@ -206,10 +206,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         input: Mapping[str, Any],
         **settings: Unpack[ClaimSettings],
     ) -> Claim:
-        """Returns a `with` block that holds the claim on a step: `run_step` for code that is not one function.
+        """Returns a `with` block that holds the claim on a step: `run_step` for a block of code.
 
-        Nothing is sent before the block is entered. Inside it, look at `claim.decision`: on "execute" do the work and
-        call `claim.complete(output)`; on "skip" the step is already completed, and `claim.output` has the output. An
+        Nothing is sent before the block is entered. Inside it, check `claim.decision`: on "execute", do the work and
+        call `claim.complete(output)`; on "skip", the step is already completed, and `claim.output` has the output. An
         exception that leaves the block is recorded with `fail_step`. Entering the block raises what `run_step` raises.
 
         Args:
@@ -256,9 +256,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over
                 the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
                 dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is
-                None, there is no such label. A run that exists keeps its own labels.
-            exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
-                fingerprint. When the step is executed, the function receives them as given in this call. A `run_id`
+                None, there is no such label. An existing run keeps its own labels.
+            exclude: names of parameters that are neither stored nor part of the fingerprint, for example passwords or
+                connections. When the step is executed, the function receives them as given in this call. A `run_id`
                 format string must not name them; a `run_id` function receives them.
             **settings: how the step is claimed, and what a failure means: see `FunctionSettings`.
 
@@ -267,10 +267,10 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
             `run_step` raises; InvalidArgumentError also if the run id would contain None.
 
         Raises:
-            InvalidArgumentError: an argument was rejected, when the function is decorated: also a `run_id` that names
-                something that is not a parameter of the function, or a parameter whose default is None; a name in
+            InvalidArgumentError: an argument was rejected, when the function is decorated: for example, a `run_id` that
+                names something that is not a parameter of the function, or a parameter whose default is None; a name in
                 `exclude` that is not a parameter; a function as `run_id`, `backoff`, `fingerprint` or `labels` that
-                cannot be called with what it is given; a coroutine function on a StepRunStore, a plain function on an
+                cannot be called with its arguments; a coroutine function on a StepRunStore, a plain function on an
                 AsyncStepRunStore, and a generator function on both.
         """
         from squidstep_redis.functions.decorators import blocking_step  # noqa: PLC0415 -- only decorators need it
@@ -293,9 +293,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
 
         Args:
             run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-            exclude: names of parameters that are not stored, for example of passwords or connections, nor part of the
-                fingerprint: those of the called functions that have such a parameter. When a step is executed, its
-                function receives them as given in this call.
+            exclude: names of parameters that are neither stored nor part of the fingerprint, for example passwords or
+                connections. It applies to the called functions that have such a parameter. When a step is executed,
+                its function receives them as given in this call.
             **settings: how the step is claimed, and what a failure means: see `ClaimSettings`.
 
         Returns:

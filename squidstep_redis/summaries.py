@@ -25,10 +25,10 @@ class RunSummary(NamedTuple):
     Attributes:
         run_id: the run.
         counts: number of steps by status.
-        changed_at: when a step of it was last created, claimed or ended; None if that cannot be read.
+        changed_at: when one of its steps was last created, claimed or ended; None if that cannot be read.
         problem: why its records are corrupt; None if they are not. `delete_run` removes such a run.
         cancel_reason: why the run was cancelled, empty without a reason; None if it is not cancelled.
-        created_at: when the run was created here, by any call, also by `import_run`; None if the index does not tell.
+        created_at: when the run was created here, by any call, also by `import_run`; None if the index does not say.
         labels: the labels of the run, by name.
     """
 
@@ -60,8 +60,8 @@ class StoreOverview(NamedTuple):
         lapsed: number of claims whose lease has expired and that no worker has taken over.
         failed: number of failed steps.
         total: number of runs.
-        lapsed_claims: the first of these claims, earliest expiry first.
-        live_claims: the first of these claims, soonest expiry first.
+        lapsed_claims: the first lapsed claims, earliest expiry first.
+        live_claims: the first live claims, soonest expiry first.
         failed_steps: the first failed steps, newest failure first.
         runs: the newest runs, newest first.
     """

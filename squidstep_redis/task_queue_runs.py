@@ -1,4 +1,4 @@
-"""What RQ and Celery share: the run of a job or task, and the decorators that make its function a step or a run."""
+"""Code that RQ and Celery share: the run of a job or task, and decorators that make its function a step or a run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class QueueRun(ABC):
 
     Attributes:
         id: the run id; None outside a job or task: functions are then called without storing anything.
-        inputs: those of the steps that the job or task has called.
-        current: the run of the function decorated with `steps` in which the code runs.
+        inputs: the inputs of the steps that the job or task has called.
+        current: the run of the running function that is decorated with `steps`.
     """
 
     current: ClassVar[ContextVar[Any]]
@@ -70,8 +70,8 @@ class QueueRun(ABC):
             from the job's function, too.
 
         Raises:
-            InputMismatchError: this job or task has called the step with other arguments, or the step has another
-                fingerprint. The function was not called.
+            InputMismatchError: this job or task has called the step with other arguments, or the step has a
+                different fingerprint. The function was not called.
             StepBusyError: another worker has claimed the step, or has taken it over.
             StepDelayedError: the step has failed and may not be retried yet.
             RunCancelledError: the run is cancelled.
@@ -90,7 +90,7 @@ class QueueRun(ABC):
         return cast("T", self.execute(call))
 
     def with_labels(self, settings: ClaimSettings) -> ClaimSettings:
-        """Returns the settings of a decorated step, with the labels of the run if it has none of its own.
+        """Returns the settings of a decorated step, with the labels of the run if the step has none.
 
         Args:
             settings: the settings of the step.
@@ -107,7 +107,7 @@ def queue_settings(
     """Returns the checked settings of the steps of a job or task. The owner of a claim is set for each claim.
 
     Args:
-        settings: those that are given to a decorator or to `current_run`.
+        settings: the settings that are given to a decorator or to `current_run`.
         on_busy: what to do while another worker has claimed a step.
         labels: labels of the run if one of its steps creates it; None: none, or those of each call.
 
@@ -125,9 +125,9 @@ class Parameters(NamedTuple):
     """The parameters of a decorated function.
 
     Attributes:
-        signature: those that are arguments of the step.
-        has_self: whether there is a parameter before them that is not: the task of Celery, with `bind=True`, or the
-            object of a method.
+        signature: the parameters that are arguments of the step.
+        has_self: whether a parameter comes before them that is not an argument: the task of Celery, with `bind=True`,
+            or the object of a method.
     """
 
     signature: Signature
@@ -144,7 +144,7 @@ class Parameters(NamedTuple):
 
 
 class Decorated(Protocol):
-    """Makes the decorated function, which decides what follows if a step cannot be executed now."""
+    """Makes the decorated function, which decides what happens if a step cannot be executed now."""
 
     def __call__(
         self, fn: Callable[P, T], call: Callable[[Any, Any], T], lease: Seconds | None, on_busy: OnBusy, /

@@ -1,4 +1,4 @@
-"""What the integrations of RQ and Celery share: stores of worker processes, owners of claims, delays of reruns."""
+"""Code that the RQ and Celery integrations share: stores of worker processes, owners of claims, delays of reruns."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class QueueStore(StepRunStore):
 
     @staticmethod
     def adopt(store: StepRunStore) -> None:
-        """Lets the timeout of a job or task not interrupt the calls of a store, which stays the same otherwise.
+        """Keeps the timeout of a job or task from interrupting the calls of a store, which is otherwise unchanged.
 
         Args:
             store: the store.
@@ -102,7 +102,7 @@ class ProcessStores:
                     f"must be a StepRunStore, not of type {type(store).__name__}: coroutines use a blocking one, too",
                 )
             if connect is not None or settings:
-                raise InvalidArgumentError("store", "is used as it is: give it no URL, function or settings")
+                raise InvalidArgumentError("store", "is used as it is: pass no URL, function or settings with it")
             QueueStore.adopt(store)
         elif isinstance(connect, str):
             QueueStore.from_url(connect, **settings)  # raises what each job would raise; opens no connection
@@ -128,10 +128,10 @@ class ProcessStores:
 
 def _check_function(connect: Callable[[], Any] | None) -> None:
     if connect is None:
-        raise InvalidArgumentError("connect", "must be a URL, or a function that returns a client; or give a store")
+        raise InvalidArgumentError("connect", "must be a URL, or a function that returns a client; or pass a store")
     if not callable(connect):  # the repr of a client may contain a password
         problem = f"must be a URL, or a function that returns a client, not of type {type(connect).__name__}"
-        raise InvalidArgumentError("connect", f"{problem}: each process needs a client of its own")
+        raise InvalidArgumentError("connect", f"{problem}: each process needs its own client")
     check_accepts("connect", connect)
 
 
@@ -149,7 +149,7 @@ def owner_of(execution: str | None, pid: int | None = None) -> str:
 
 
 def is_uuid4(text: str) -> bool:
-    """Returns whether a text is a random UUID: an id that RQ, Celery or a broker has made up.
+    """Returns whether a text is a random UUID: an id that RQ, Celery or a broker has generated.
 
     Args:
         text: the text.
@@ -180,7 +180,7 @@ class BusyNotes(TypedDict, total=False):
 
     Attributes:
         claim: the claim that made it wait.
-        looks: how often it has found that claim.
+        looks: how many times it has found that claim.
     """
 
     claim: str
@@ -191,9 +191,9 @@ def rerun(error: NotNow, lease: Seconds | None, before: BusyNotes) -> tuple[int,
     """Returns the seconds until the rerun of a job or task, and what it must remember.
 
     Args:
-        error: why the step was not executed, or is to be retried.
+        error: why the step was not executed, or must be retried.
         lease: seconds to use if the other worker's claim has no lease.
-        before: the notes of the delivery before.
+        before: the notes of the previous delivery.
     """
     if not isinstance(error, StepBusyError):
         return reschedule_delay(error, lease), {}
@@ -206,10 +206,10 @@ def reschedule_delay(error: NotNow, lease: Seconds | None, looks: int | None = N
     """Returns the seconds until the rerun, at least 1, plus jitter of up to 10 %. RQ accepts whole seconds only.
 
     Args:
-        error: why the step was not executed, or is to be retried, with the remaining lease or delay.
+        error: why the step was not executed, or must be retried, with the remaining lease or delay.
         lease: seconds to use if the other worker's claim has no lease; None: the default lease.
-        looks: how often the execution has found this claim before: it looks again after 1, 2, 4, … seconds, and at the
-            end of the lease; None: at the end of the lease or delay.
+        looks: how many times the execution has found this claim before: it tries again after 1, 2, 4, … seconds, and
+            at the end of the lease; None: at the end of the lease or delay.
     """
     rest = _delay_of(error) if isinstance(error, RetryLater) else error.retry_in
     if rest is None:
@@ -222,7 +222,7 @@ def reschedule_delay(error: NotNow, lease: Seconds | None, looks: int | None = N
 
 
 def _delay_of(error: RetryLater) -> float:
-    """Returns the delay; 0 for one that is rejected, after which the step can be claimed at once."""
+    """Returns the delay; 0 for an invalid delay, so that the step can be claimed at once."""
     try:
         return seconds("retry_in", error.retry_in, MAX_LEASE)
     except InvalidArgumentError:

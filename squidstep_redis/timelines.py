@@ -33,13 +33,13 @@ class Bar(NamedTuple):
     lease_ends_at: datetime | None = None
 
     def end(self, now: datetime) -> datetime:
-        """Returns when the attempt ended. One whose lease has expired is drawn until then, because it may be dead."""
+        """Returns when the attempt ended. If its lease has expired, that is its end, because its worker may be dead."""
         if self.attempt is None:
             return now
         return self.attempt.ended_at or min(self.lease_ends_at or now, now)
 
     def outcome(self, now: datetime) -> Outcome | None:
-        """Returns the outcome of the attempt: that of a running one whose lease has expired is that."""
+        """Returns the outcome of the attempt. If a running attempt's lease has expired, that is its outcome."""
         if self.attempt is None:
             return None
         has_lapsed = self.lease_ends_at is not None and self.lease_ends_at <= now

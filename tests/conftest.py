@@ -92,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--servers: unknown {sorted(unknown)}; there are {', '.join(ALL_SERVERS)}")
     config.stash[SERVERS] = wanted
     if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
-        # A worker must not go on with its tests when the run is killed.
+        # A worker must not continue its tests when the run is killed.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
@@ -124,7 +124,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what was collected out of garbage collections: it stays, and some tests collect explicitly."""
+    """Excludes the collected tests from garbage collections: they stay, and some tests collect explicitly."""
     gc.collect()
     gc.freeze()
 
@@ -167,7 +167,7 @@ def _is_quick(item: pytest.Item) -> bool:
 
 @pytest.fixture
 def storm_length(request: pytest.FixtureRequest) -> StormLength:
-    """How long a test that interrupts calls at random moments lasts."""
+    """The length of a test that interrupts calls at random moments."""
     return StormLength(request.config.getoption("--storm-seconds"))
 
 
@@ -176,7 +176,7 @@ def storm_length(request: pytest.FixtureRequest) -> StormLength:
 
 @pytest.fixture(scope="session")
 def start() -> Iterator[Callable[[str], Backend]]:
-    """Starts each server once, at its first use, whatever the order of the tests."""
+    """Starts each server once, at its first use, in any order of the tests."""
     with contextlib.ExitStack() as stack:
         started: dict[str, Backend] = {}
 

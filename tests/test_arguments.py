@@ -31,7 +31,7 @@ from squidstep_redis import (
 
 @pytest.fixture
 def store() -> Iterator[StepRunStore]:
-    """A store whose server is not there: whatever it sent would fail with NotSentError."""
+    """A store whose server is not there: sending anything would fail with NotSentError."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield StepRunStore(redis.Redis(port=taken.getsockname()[1], retry=None), max_payload_bytes=100, timeout=0.05)
@@ -47,7 +47,7 @@ LEASES = [0, -1, 0.0001, math.nan, math.inf, 367 * 86_400, timedelta(0), timedel
 
 class TestSpans:
     @pytest.mark.parametrize("value", LEASES)
-    def test_leases(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
+    def test_leases_are_checked(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
         for call in (
             lambda: store.begin_step("run", "pay", {}, lease=value),
             lambda: store.extend_claim(claim, value),
@@ -56,7 +56,7 @@ class TestSpans:
                 call()
 
     @pytest.mark.parametrize("value", [0, -1, math.nan, 3_661 * 86_400, "30", False])
-    def test_times_to_live(self, store: StepRunStore, value: Any) -> None:
+    def test_times_to_live_are_checked(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="ttl: must be seconds from 0.001 to 316,224,000"):
             store.expire_run("run", value)
         with pytest.raises(InvalidArgumentError, match="tombstone: must be"):
@@ -64,11 +64,11 @@ class TestSpans:
         with pytest.raises(InvalidArgumentError, match="run_ttl: must be"):
             StepRunStore(redis.Redis(), run_ttl=value)
 
-    def test_a_tombstone_ends(self, store: StepRunStore) -> None:
+    def test_a_tombstone_must_end(self, store: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match="tombstone"):
             store.delete_run("run", tombstone=None)
 
-    def test_a_timedelta_is_as_good_as_seconds(self) -> None:
+    def test_a_timedelta_is_accepted_for_seconds(self) -> None:
         store = StepRunStore(fakeredis.FakeRedis())
         step_run = store.begin_step("run", "pay", {}, lease=timedelta(minutes=1)).step_run
         assert step_run.started_at is not None
@@ -77,17 +77,17 @@ class TestSpans:
 
 class TestNumbers:
     @pytest.mark.parametrize("value", [0, -1, 1.0, "3", True, 1_000_001, math.nan])
-    def test_max_attempts(self, store: StepRunStore, value: Any) -> None:
+    def test_max_attempts_is_checked(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="max_attempts: must be an int from 1 to 1,000,000"):
             store.begin_step("run", "pay", {}, max_attempts=value)
 
     @pytest.mark.parametrize("value", [0, -1, 1.5, None, 2**40])
-    def test_max_payload_bytes(self, value: Any) -> None:
+    def test_max_payload_bytes_is_checked(self, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="max_payload_bytes: must be an int from 1 to"):
             StepRunStore(redis.Redis(), max_payload_bytes=value)
 
     @pytest.mark.parametrize("value", [-1, 1.5, True, "1", 10**9 + 1])
-    def test_places_of_the_order(self, store: StepRunStore, value: Any) -> None:
+    def test_places_of_the_order_are_checked(self, store: StepRunStore, value: Any) -> None:
         for read in (store.completed_steps, store.completed_outputs):
             with pytest.raises(InvalidArgumentError, match="after: must be an int from 0 to 1,000,000,000"):
                 read("run", after=value)
@@ -95,14 +95,14 @@ class TestNumbers:
                 read("run", limit=value)
 
     @pytest.mark.parametrize("value", ["", "-1", "x", "1-2-", 0, b"0", "1" * 21, "٣"])
-    def test_cursors(self, store: StepRunStore, value: Any) -> None:
+    def test_cursors_are_checked(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="cursor: must be the cursor of another page"):
             store.scan_steps("run", cursor=value)
 
 
 class TestNames:
     @pytest.mark.parametrize("value", ["", "x" * 513, "\ud800", 7, b"run", None])
-    def test_identifiers(self, store: StepRunStore, value: Any) -> None:
+    def test_identifiers_are_checked(self, store: StepRunStore, value: Any) -> None:
         for call in (store.get_run, store.completed_steps, store.delete_run):
             with pytest.raises(InvalidArgumentError, match="^run_id: "):
                 call(value)
@@ -115,12 +115,12 @@ class TestNames:
                 call()
 
     @pytest.mark.parametrize("value", ["", "w" * 257, "line\nbreak", "\x00", "\x7f", 7, b"worker"])
-    def test_owner(self, store: StepRunStore, value: Any) -> None:
+    def test_owner_is_checked(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^owner: "):
             store.begin_step("run", "pay", {}, owner=value)
 
     @pytest.mark.parametrize("value", ["", "a{b", "a}b", "p" * 129, None, b"prefix"])
-    def test_prefix(self, value: Any) -> None:
+    def test_prefix_is_checked(self, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^prefix: "):
             StepRunStore(redis.Redis(), prefix=value)
 
@@ -140,7 +140,7 @@ class TestNames:
 
 class TestPayloads:
     @pytest.mark.parametrize("value", [None, [], "text", 7, [("a", 1)], b"\x80"])
-    def test_a_dict_at_the_top(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
+    def test_payload_must_be_a_dict_at_the_top(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
         for argument, call in {
             "input": lambda: store.begin_step("run", "pay", value),
             "output": lambda: store.complete_step(claim, value),
@@ -151,13 +151,13 @@ class TestPayloads:
             with pytest.raises(PayloadError, match=f"^{argument}: must be a dict, not {type(value).__name__}"):
                 call()
 
-    def test_the_path_leads_to_the_culprit(self, store: StepRunStore, claim: StepRun) -> None:
+    def test_the_path_leads_to_the_offending_value(self, store: StepRunStore, claim: StepRun) -> None:
         with pytest.raises(PayloadError) as caught:
             store.complete_step(claim, {"items": [0, 1, 2, {"price": 1j}]})
         assert caught.value.argument == "output['items'][3]['price']"
         assert "complex 1j; allowed are" in str(caught.value)
 
-    def test_too_large(self, store: StepRunStore) -> None:
+    def test_payload_must_not_be_too_large(self, store: StepRunStore) -> None:
         with pytest.raises(
             PayloadTooLargeError, match="input: is 105 bytes, over the store's max_payload_bytes of 100"
         ):
@@ -165,7 +165,7 @@ class TestPayloads:
 
 
 class TestStepRuns:
-    def test_of_another_prefix(self, store: StepRunStore) -> None:
+    def test_step_run_of_another_prefix_is_rejected(self, store: StepRunStore) -> None:
         other = StepRunStore(fakeredis.FakeRedis(), prefix="other").begin_step("run", "pay", {}).step_run
         with pytest.raises(
             InvalidArgumentError, match="belongs to a store with prefix 'other', this one has 'squidstep'"
@@ -175,17 +175,17 @@ class TestStepRuns:
             store.complete_step(other.id, {})
 
     @pytest.mark.parametrize("value", [None, 7, b"id", "", "nonsense", "AAAA", "é", "A" * 1_000, ("run", "pay")])
-    def test_neither_a_step_run_nor_an_id(self, store: StepRunStore, value: Any) -> None:
+    def test_value_must_be_a_step_run_or_an_id(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^step_run: "):
             store.complete_step(value, {})
 
-    def test_an_id_with_one_character_changed(self, store: StepRunStore, claim: StepRun) -> None:
+    def test_changed_id_is_rejected(self, store: StepRunStore, claim: StepRun) -> None:
         for position in range(len(claim.id)):
             changed = claim.id[:position] + ("A" if claim.id[position] != "A" else "B") + claim.id[position + 1 :]
             with pytest.raises(InvalidArgumentError, match="is not the id of a step run"):
                 store.release_step(changed)
 
-    def test_without_a_claim(self, store: StepRunStore) -> None:
+    def test_step_run_without_a_claim_is_rejected(self, store: StepRunStore) -> None:
         fake = StepRunStore(fakeredis.FakeRedis())
         fake.begin_step("run", "pay", {})
         skipped = fake.begin_step("run", "pay", {}).step_run
@@ -197,16 +197,16 @@ class TestClients:
     @pytest.mark.parametrize(
         "client", [None, "redis://localhost", redis.Redis, redis.asyncio.Redis(), redis.Redis().pipeline()]
     )
-    def test_blocking(self, client: Any) -> None:
+    def test_blocking_store_rejects_other_clients(self, client: Any) -> None:
         with pytest.raises(UnsupportedClientError, match=r"client: must be a redis\.client\.Redis or"):
             StepRunStore(client)
 
-    def test_asyncio(self) -> None:
+    def test_asyncio_store_rejects_other_clients(self) -> None:
         for client in (None, redis.Redis(), redis.asyncio.Redis().pipeline()):
             with pytest.raises(UnsupportedClientError, match=r"client: must be a redis\.asyncio\.client\.Redis or"):
                 AsyncStepRunStore(client)
 
-    def test_a_single_connection(self) -> None:
+    def test_a_single_connection_client_is_rejected(self) -> None:
         with pytest.raises(UnsupportedClientError, match="has a single connection"):
             StepRunStore(fakeredis.FakeRedis(single_connection_client=True))
 
@@ -217,13 +217,13 @@ class TestClients:
 
         asyncio.run(refused())
 
-    def test_a_codec_has_two_methods(self) -> None:
+    def test_a_codec_must_have_two_methods(self) -> None:
         with pytest.raises(InvalidArgumentError, match=r"codec: must have encode\(\) and decode\(\)"):
             StepRunStore(redis.Redis(), codec=object())
         with pytest.raises(InvalidArgumentError, match="codec: must have"):
             StepRunStore(redis.Redis(), codec=MsgpackCodec)
 
-    def test_a_batch_takes_calls(self, store: StepRunStore) -> None:
+    def test_a_batch_rejects_other_values_than_calls(self, store: StepRunStore) -> None:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store.calls, not str"):
             store.batch([store.calls.get_run("run"), "get_run"])
         assert store.batch([]) == []
@@ -235,7 +235,7 @@ def test_every_error_has_one_root() -> None:
     assert issubclass(InvalidArgumentError, ValueError)
 
 
-def test_what_is_right_is_sent(store: StepRunStore) -> None:
-    """The other side of this file: the store above would indeed have failed on sending."""
+def test_valid_arguments_are_sent(store: StepRunStore) -> None:
+    """The counterpart of this file: the store above would indeed have failed on sending."""
     with pytest.raises(NotSentError):
         store.begin_step("run", "pay", {}, lease=0.001, max_attempts=1, owner="worker é")

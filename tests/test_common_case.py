@@ -1,4 +1,4 @@
-"""Three scripts begin with a common case. Without it, they have the same effects and replies, at a higher cost."""
+"""Three scripts begin with a common case. Without the common case, they have the same effects and replies."""
 
 from __future__ import annotations
 

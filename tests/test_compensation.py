@@ -86,9 +86,7 @@ def steps_of(log: list[str], *names: str) -> dict[str, Any]:
 
 
 @pytest.mark.servers("valkey", "redis-7", "redis-6")
-def test_workers_killed_at_every_point_undo_each_step_once_in_reverse_order(
-    bench: Bench, store: StepRunStore, tmp_path: Path
-) -> None:
+def test_killed_workers_undo_each_step_once_in_reverse_order(bench: Bench, store: StepRunStore, tmp_path: Path) -> None:
     (tmp_path / "saga.py").write_text(RECIPE["saga.py"], "utf-8")
     (tmp_path / "worker.py").write_text(WORKER, "utf-8")
     command = [sys.executable, "worker.py", bench.backend.url or "", bench.prefix]

@@ -349,7 +349,7 @@ class TestClients:
                 assert (finding.level, f"a call ends within {longest:g} s" in finding.message) == (Level.OK, True)
 
     @pytest.mark.parametrize("wait", [0.2, 30, None])
-    def test_own_timeout_of_a_pool_does_not_prolong_a_call(self, binary: Path, wait: float | None) -> None:
+    def test_timeout_of_a_pool_does_not_extend_a_call(self, binary: Path, wait: float | None) -> None:
         """The store waits for a connection until its own timeout; then there is no attempt to wait for."""
         options: dict[str, Any] = {"socket_timeout": 0.5, "socket_connect_timeout": 0.2, "timeout": wait}
         with EmbeddedServer(binary=binary, options=SOUND, port=0) as server:
@@ -425,7 +425,7 @@ class TestUnreachableServer:
 
     @pytest.mark.parametrize(
         ("make", "advice"),
-        [(refused, "Is the server running"), (wrong_password, "Check the user name and the password")],
+        [(refused, "Check that the server is running"), (wrong_password, "Check the user name and the password")],
     )
     def test_unreachable_server_yields_one_finding(
         self, make: Callable[[TestUnreachableServer, EmbeddedServer], str], advice: str

@@ -140,7 +140,7 @@ def test_checkpoints_and_cancellations_emit_events(store: StepRunStore, events: 
     ]
 
 
-def test_what_changed_nothing_emits_no_event(store: StepRunStore, events: list[Event]) -> None:
+def test_call_without_effect_emits_no_event(store: StepRunStore, events: list[Event]) -> None:
     assert not store.cancel_run("none")
     assert not store.resume_run("none")
     assert not store.delete_run("none")

@@ -29,7 +29,7 @@ def frozen_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.undo()
 
 
-# An event loop has a clock of its own, which such a library freezes unless it is told otherwise.
+# An event loop has its own clock, which such a library freezes unless it is configured otherwise.
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @pytest.mark.timeout(20)
 @pytest.mark.usefixtures("frozen_time")

@@ -1,4 +1,4 @@
-"""Whatever stands in a run's hash, operations and commands raise typed errors, and no script runs for long."""
+"""For any content of a run's hash, operations and commands raise typed errors, and no script runs for long."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class TestStepRunId:
     @example(id=step_run_id("squidstep", "run", "pay").lower())
     @example(id="x" * 1_000_000)
     @example(id="caf\udce9")
-    def test_string_that_is_no_id_is_rejected(self, id: str) -> None:
+    def test_string_that_is_not_an_id_is_rejected(self, id: str) -> None:
         with offline_store() as store:
             for end in endings(store, id):
                 with pytest.raises(InvalidArgumentError, match=r"^step_run: is not the id of a step run") as caught:
@@ -168,7 +168,7 @@ class TestStepRunId:
                 assert len(str(caught.value)) < 300
 
     @pytest.mark.parametrize("id", [None, 1, b"id", ("run", "pay"), UUID(int=1)])
-    def test_value_that_is_no_string_is_rejected(self, offline: StepRunStore, id: Any) -> None:
+    def test_value_that_is_not_a_string_is_rejected(self, offline: StepRunStore, id: Any) -> None:
         for end in endings(offline, id):
             with pytest.raises(InvalidArgumentError, match="must be a StepRun or a StepRun.id") as caught:
                 end()

@@ -96,7 +96,7 @@ def test_error_with_a_call_shows_none_of_its_arguments(store: StepRunStore) -> N
     assert repr(call) == "<Call begin_step run 'order', step 'charge'>"
 
 
-def test_error_about_the_reply_to_another_call_does_not_quote_it(store: StepRunStore) -> None:
+def test_reply_mismatch_error_does_not_quote_the_reply(store: StepRunStore) -> None:
     with pytest.raises(ReplyMismatchError) as raised:
         store.calls.begin_step("order", "charge", {}).decode(INPUT.encode())
     assert INPUT not in repr(raised.value) + str(raised.value)

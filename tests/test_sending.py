@@ -191,7 +191,7 @@ class TestRetries:
             state.next_pause(NO_REPLY["connection closed"])
 
     def test_last_attempt_begins_at_the_deadline(self) -> None:
-        """The timeout is used to its end: a server that returns shortly before is still reached."""
+        """The whole timeout is used: a server that returns shortly before its end is still reached."""
         state = RetryState(CALL, time.monotonic() - 9.9, 10)
         assert 0 < state.next_pause(NO_REPLY["timeout"]) <= 0.1
 
@@ -244,7 +244,7 @@ def test_refusal_after_a_lost_reply_leaves_a_batch_unknown(bench: Bench, word: s
 
 @pytest.mark.servers("fakeredis")
 @pytest.mark.parametrize("error", [builtins.TimeoutError("alarm"), builtins.ConnectionError("alarm")], ids=repr)
-def test_exception_of_a_signal_handler_is_no_server_error(bench: Bench, error: Exception) -> None:
+def test_exception_of_a_signal_handler_is_not_a_server_error(bench: Bench, error: Exception) -> None:
     """Many handlers raise Python's own TimeoutError."""
     commands: list[Any] = []
 
@@ -261,7 +261,7 @@ def test_exception_of_a_signal_handler_is_no_server_error(bench: Bench, error: E
 
 @pytest.mark.servers("valkey")
 class TestUnreachableServer:
-    """A call has one deadline, whatever fails."""
+    """A call has one deadline, for any kind of failure."""
 
     def test_closed_port_raises_not_sent(self, bench: Bench) -> None:
         with socket.socket() as bound:

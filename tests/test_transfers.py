@@ -330,7 +330,7 @@ class TestRejected:
 
     @pytest.mark.servers("fakeredis")
     @pytest.mark.parametrize("value", [None, [], "{}", 7, {}])
-    def test_value_that_is_no_document_is_rejected(self, store: StepRunStore, value: Any) -> None:
+    def test_value_that_is_not_a_document_is_rejected(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^document"):
             store.import_run(value)
 

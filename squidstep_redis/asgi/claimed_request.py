@@ -1,4 +1,4 @@
-"""One request under its claim: the application's response is held back until the claim has ended with it."""
+"""One request under its claim: the application's response is held back until the claim has stored it and ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _logger: Final = logging.getLogger("squidstep_redis.asgi")
 
 @dataclass(frozen=True)
 class ResponseRules:
-    """What becomes of responses; see IdempotencyMiddleware."""
+    """The settings for responses; see IdempotencyMiddleware."""
 
     retry_statuses: frozenset[int]
     unstored_headers: frozenset[bytes]
@@ -33,7 +33,7 @@ class ClaimedRequest:
     work in the background after its response.
 
     Attributes:
-        is_refused: whether the client received another response than the application's, which may still be sending.
+        is_refused: whether the client received a response other than the application's, which may still be sending.
         unrecorded: why the claim could not be ended in time; the response was sent nevertheless.
     """
 
@@ -59,14 +59,14 @@ class ClaimedRequest:
         return {"type": "http.disconnect"} if self.is_refused else await self._request.receive()
 
     async def send(self, message: Message) -> None:
-        """Takes a message of the application's response."""
+        """Accepts a message of the application's response."""
         if self.is_refused:
             raise OSError("the client received another response")  # as after a disconnect
         if self._decided.is_set():
             await self._send(message)
         elif message["type"] == "http.response.start":
             # A copy in plain types: headers may be an iterator, a status a member of HTTPStatus, and the application
-            # may go on using its message.
+            # may continue to use its message.
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             self._start = {**message, "status": int(message["status"]), "headers": headers}
         elif message["type"] == "http.response.body" and self._start is not None:
@@ -92,7 +92,7 @@ class ClaimedRequest:
                 await self._pass_on(other, has_more)
 
     def _allow_retry(self, status: int) -> Callable[[], Awaitable[object]]:
-        """Returns what ends the claim if a retry executes again: a refusal by the application is not its failure."""
+        """Returns how to end the claim if a retry executes again: a refusal by the application is not its failure."""
         if status < 500:
             return self._claim.release
         return lambda: self._claim.fail({"type": "HTTPResponse", "message": f"status {status}"})
@@ -108,7 +108,7 @@ class ClaimedRequest:
         await self._pass_on(other, has_more)
 
     async def _end(self, ending: Callable[[], Awaitable[Any]]) -> Response | None:
-        """Ends the claim; returns what the client receives in place of the response, if the claim was lost."""
+        """Ends the claim; if the claim was lost, returns what the client receives instead of the response."""
         try:
             await _uncancelled(ending)
         except PayloadError:
@@ -154,7 +154,7 @@ class ClaimedRequest:
 
 
 async def _uncancelled(ending: Callable[[], Awaitable[Any]]) -> None:
-    """Ends a claim, also if this task is cancelled meanwhile: the work is done, and a retry must not repeat it."""
+    """Ends a claim, even if this task is cancelled meanwhile: the work is done, and a retry must not repeat it."""
     task = asyncio.ensure_future(ending())
     try:
         await asyncio.shield(task)
@@ -164,7 +164,7 @@ async def _uncancelled(ending: Callable[[], Awaitable[Any]]) -> None:
 
 
 def outstanding(retry_in: float | None, docs_url: str | None) -> Response:
-    """Returns the response while another request with the same key is executing.
+    """Returns the response for the time while another request with the same key is executing.
 
     Args:
         retry_in: seconds until its lease expires; None: unknown.

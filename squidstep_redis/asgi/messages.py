@@ -34,10 +34,10 @@ def parse_key(values: list[bytes]) -> str | None:
     """Returns the idempotency key of a request; None if it has none.
 
     Args:
-        values: those of the header, one for each time that the request has it.
+        values: the values of the header, one for each time that the request has it.
 
     Raises:
-        ValueError: it has several, or one that is not valid; says what is wrong.
+        ValueError: it has several keys, or an invalid one; the message says what is wrong.
     """
     if not values:
         return None
@@ -57,7 +57,7 @@ def parse_key(values: list[bytes]) -> str | None:
 
 
 def run_id_of(tenant: str, key: str) -> str:
-    """Returns the run of a key: readable if it fits, else a hash. Different tenants and keys have different runs."""
+    """Returns the run id of a key: readable if it fits, else a hash. Different tenants and keys have different runs."""
     run_id = f"idempotency:{quote(tenant, safe='', errors='surrogatepass')}:{key}"
     if len(run_id) <= MAX_RUN_ID_BYTES:  # it is ASCII
         return run_id
@@ -114,7 +114,7 @@ class Response(NamedTuple):
     body: bytes
 
     def output(self, unstored: Collection[bytes]) -> dict[str, Any]:
-        """Returns what is stored of it.
+        """Returns the part of it that is stored.
 
         Args:
             unstored: names of headers to leave out, in lower case.
@@ -124,7 +124,7 @@ class Response(NamedTuple):
 
     @classmethod
     def replay_of(cls, output: Mapping[str, Any]) -> Self:
-        """Returns the response of an earlier request, with a header that says so."""
+        """Returns the response to an earlier request, with a header that says so."""
         headers = [(name, value) for name, value in output["headers"]]
         return cls(output["status"], [*headers, (b"idempotent-replayed", b"true")], output["body"])
 

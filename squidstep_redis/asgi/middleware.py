@@ -1,4 +1,4 @@
-"""The middleware: which request executes, and what every other one receives."""
+"""The middleware: which request executes, and what all other requests receive."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from squidstep_redis.asgi.messages import (
 )
 
 RETRY_STATUSES: Final[frozenset[int]] = frozenset({401, 403, 408, 409, 423, 425, 429, *range(500, 600)})
-"""Statuses after which a retry executes again: server errors, and refusals that the same request may overcome later."""
+"""Statuses after which a retry executes again: server errors, and refusals that may not apply to a later request."""
 
 UNSTORED_HEADERS: Final[frozenset[str]] = frozenset(
     {
@@ -54,14 +54,14 @@ _logger: Final = logging.getLogger("squidstep_redis.asgi")
 
 
 class IdempotencyMiddleware:
-    """Executes the requests with one idempotency key once, and responds to all of them alike.
+    """Executes the requests with the same idempotency key once, and gives all of them the same response.
 
     | request | response |
     |---|---|
-    | the first with its key | that of the application, once it is stored |
-    | the same again, after that | the stored one, with the header `Idempotent-Replayed: true` |
+    | the first with its key | the application's response, once it is stored |
+    | the same again, after that | the stored response, with the header `Idempotent-Replayed: true` |
     | the same again, meanwhile | 409, with `Retry-After` |
-    | another method, path, query or body under the same key | 422 |
+    | a different method, path, query or body with the same key | 422 |
     | without a key | 400 if one is required; otherwise the application's, without protection |
     | with an invalid key, or several | 400 |
     | the same again, after a failure (a status of `retry_statuses`, an exception, a dead server) | executes again |
@@ -98,9 +98,9 @@ class IdempotencyMiddleware:
         Args:
             app: the application.
             store: stores requests and responses. Its `run_ttl` is how long a key is remembered; without one, keys are
-                kept until they are purged. You close it, in the application's lifespan.
-            tenant: returns who owns the keys of a request, given its ASGI scope: clients with different texts cannot
-                see each other's responses. None: there is one client, which is trusted.
+                kept until they are purged. Close it yourself, in the application's lifespan.
+            tenant: returns the owner of a request's keys, given its ASGI scope: clients with different owners cannot
+                see each other's responses. None: there is only one client, which is trusted.
             header: name of the header with the key, such as `webhook-id`.
             methods: the HTTP methods to protect.
             required: whether a request must have a key: a bool, or a function of its ASGI scope.
@@ -111,8 +111,8 @@ class IdempotencyMiddleware:
             max_request_bytes: the largest request body that is read into memory, in bytes.
             max_response_bytes: the largest response body that is stored, in bytes. It must fit in the store's
                 `max_payload_bytes`.
-            unstorable: what to do about a body over a limit and about a streaming response, which starts without a
-                Content-Length. "refuse": a request receives 413 and is not executed; in place of a response, the client
+            unstorable: what to do with a body over a limit, and with a streaming response, which starts without a
+                Content-Length. "refuse": a request receives 413 and is not executed; instead of a response, the client
                 receives 500. "pass": a request is executed without protection; a response reaches the first client.
                 In both cases, a retry of a request whose response is not stored receives 500 and is not executed.
             unreachable: what to do while the store is unreachable. "refuse": 503. "pass": the request is executed
@@ -158,12 +158,12 @@ class IdempotencyMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request; passes everything else on."""
+        """Handles one request; passes on everything else."""
         if scope["type"] != "http" or scope["method"] not in self._methods:
             await self.app(scope, receive, send)
             return
         headers: Any = scope["headers"]
-        if not isinstance(headers, list):  # ASGI allows what can be read once
+        if not isinstance(headers, list):  # ASGI allows iterables that can be read only once
             scope = {**scope, "headers": list(headers)}
         try:
             key = parse_key(list(values_of(scope["headers"], self._header)))
@@ -245,7 +245,7 @@ class IdempotencyMiddleware:
     async def _execute(self, claimed: ClaimedRequest, scope: Scope) -> None:
         extensions: dict[str, Any] = scope.get("extensions") or {}
         whole_bodies = {name: value for name, value in extensions.items() if not name.startswith("http.response.")}
-        if len(whole_bodies) < len(extensions):  # otherwise they could send what cannot be stored
+        if len(whole_bodies) < len(extensions):  # otherwise they could send responses that cannot be stored
             scope = {**scope, "extensions": whole_bodies}
         try:
             await self.app(scope, claimed.receive, claimed.send)

@@ -48,7 +48,7 @@ def inputs_of(task: Task | None) -> Inputs:
     They are kept with the delivery, because each `current_run()` of a function without a decorator makes a run.
 
     Args:
-        task: the current task; None: outside a task, where each run has inputs of its own.
+        task: the current task; None: outside a task, where each run has its own inputs.
     """
     return Inputs() if task is None else Inputs(vars(task.request).setdefault("_squidstep_inputs", {}))
 
@@ -77,7 +77,7 @@ def execute_in_task(task: Task | None, call: FunctionCall) -> Any:
 
 
 def is_final(request: Request, error: BaseException) -> bool:
-    """Returns whether an error of a step has shown that further deliveries of the task are of no use.
+    """Returns whether an error of a step shows that further deliveries of the task cannot help.
 
     Args:
         request: the current delivery.
@@ -87,7 +87,7 @@ def is_final(request: Request, error: BaseException) -> bool:
 
 
 def _releasing(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that releases the claim if `fn` raises Retry, Ignore or Reject: it has not failed."""
+    """Returns a function that releases the claim if `fn` raises Retry, Ignore or Reject: these are not failures."""
 
     @wraps(fn)  # error messages show its name
     def call(*args: Any, **kwargs: Any) -> Any:

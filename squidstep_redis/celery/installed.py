@@ -1,7 +1,7 @@
 """The names of Celery that this package uses, imported only if Celery is installed and new enough.
 
-The other modules import Celery from here, so that the version is checked first, whatever the order of imports. Celery
-has no type stubs: the protocols describe what is used of it.
+The other modules import Celery from here, so that the version is checked first, in any order of imports. Celery has no
+type stubs: the protocols describe the parts that are used.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Task(Protocol):
 
 
 PREDICATES: Final[tuple[type[Exception], ...]] = (exceptions.Ignore, exceptions.Reject, exceptions.Retry)
-"""What a task raises to tell Celery that it has neither succeeded nor failed."""
+"""Exceptions with which a task tells Celery that it has neither succeeded nor failed."""
 
 
 def on_process_start(function: Callable[..., None]) -> None:
@@ -113,7 +113,7 @@ def send_again(task: Task, error: Exception, countdown: float, headers: dict[str
 
     Args:
         task: the current task.
-        error: why; Celery stores it with the state RETRY.
+        error: the reason; Celery stores it with the state RETRY.
         countdown: seconds until the next delivery.
         headers: further headers of the message.
 
@@ -125,6 +125,6 @@ def send_again(task: Task, error: Exception, countdown: float, headers: dict[str
     signature = task.signature_from_request(request, countdown=countdown, retries=request.retries, headers=headers)
     try:
         signature.apply_async()
-    except Exception as problem:  # noqa: BLE001 -- for any reason, the broker is to redeliver the message
+    except Exception as problem:  # noqa: BLE001 -- whatever the reason, the broker must redeliver the message
         raise exceptions.Reject(problem, requeue=True) from error
     raise make_retry(exc=error, when=countdown, sig=signature) from error

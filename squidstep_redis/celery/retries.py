@@ -1,4 +1,4 @@
-"""Sends a task again whose step cannot be executed now, and stops Celery's retries of a task that cannot succeed."""
+"""Sends a task again if its step cannot be executed now, and stops Celery's retries of a task that cannot succeed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 _DEFAULT_VISIBILITY_TIMEOUT: Final = 3600.0  # of Celery's Redis transport, in seconds
 
-# The delivery inside whose decorated function the code runs.
+# The delivery whose decorated function is running.
 _inside: ContextVar[Request | None] = ContextVar("squidstep_celery_inside", default=None)
 
 
 def retrying(
     fn: Callable[P, T], call: Callable[[Any, Any], T], lease: Seconds | None, on_busy: OnBusy
 ) -> Callable[P, T]:
-    """Returns the decorated function. If it is the function of a task, it decides about the next delivery.
+    """Returns the decorated function. If it is the function of a task, it decides on the next delivery.
 
     Args:
         fn: the function that is decorated.
@@ -68,6 +68,6 @@ def _send_again_later(task: Task, error: NotNow, lease: Seconds | None) -> NoRet
 
 
 def _longest_countdown(task: Task) -> float:
-    """Returns the longest countdown in seconds: the Redis transport redelivers a task that waits for longer."""
+    """Returns the longest countdown in seconds: the Redis transport redelivers a task that waits longer."""
     options: Any = task.app.conf.broker_transport_options
     return float(options.get("visibility_timeout", _DEFAULT_VISIBILITY_TIMEOUT)) / 2

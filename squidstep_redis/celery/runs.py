@@ -27,7 +27,7 @@ class Run(QueueRun):
         id: the run id; None outside a task: functions are then called without storing anything.
         task: the task that executes the run; None outside a task.
         request: the delivery of the task; None outside a task.
-        inputs: those of the steps that the task has called.
+        inputs: the inputs of the steps that the task has called.
     """
 
     current: ClassVar[ContextVar[Run | None]] = ContextVar("squidstep_celery_run", default=None)
@@ -96,10 +96,10 @@ def open_run(run_id: str | None, settings: ClaimSettings, excluded: frozenset[st
 
 
 def default_run_id(task: Task) -> str:
-    """Returns the run id of a task without a `run_id`. It is the task id if Celery has made that up for this call.
+    """Returns the run id of a task without a `run_id`. It is the task id if Celery has generated that for this call.
 
     Other task ids do not stand for one execution. If you have chosen the id, the run id also contains the id of the
-    message, so that each `apply_async` is a run of its own. Retries and redeliveries continue the run.
+    message, so that each `apply_async` is a separate run. Retries and redeliveries continue the run.
 
     Args:
         task: the current task.

@@ -65,7 +65,7 @@ def _tls_of(options: object) -> dict[str, Any]:
 
 
 def _defer_soft_time_limit(**_: object) -> None:
-    """Lets a soft time limit interrupt no call to the store: the prefork pool signals it to its children."""
+    """Keeps soft time limits, which the prefork pool signals to its children, from interrupting calls to the store."""
     also_defer(getattr(signal, "SIGUSR1", None))  # Windows has none, and no soft time limits
 
 
@@ -108,7 +108,7 @@ def store() -> StepRunStore:
 
     Raises:
         InvalidArgumentError: neither `configure` nor SQUIDSTEP_REDIS_URL sets a server, and the broker of the
-            application is no Redis server.
+            application is not a Redis server.
     """
     return _stores.get(current_task())
 

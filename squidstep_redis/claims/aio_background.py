@@ -1,4 +1,4 @@
-"""Asyncio work that goes on when the task that started it is cancelled: it gives claims back, or records failures.
+"""Asyncio work that continues when the task that started it is cancelled: it gives claims back, or records failures.
 
 the caller ──starts──▶ BackgroundTask ──starts──▶ a task for each attempt to send
 waits a second at most     a cancellation does not     may be cancelled like any other;
@@ -21,7 +21,7 @@ from squidstep_redis.transport.aio import AsyncTransport
 
 T = TypeVar("T")
 
-_GRACE: Final = 1.0  # seconds for which a background task goes on after a cancellation
+_GRACE: Final = 1.0  # seconds for which a background task continues after a cancellation
 _FIRST_PAUSE: Final = 0.05
 _LAST_PAUSE: Final = 1.0
 _SEND_SECONDS: Final = 0.25  # seconds until a call is sent on another connection
@@ -32,11 +32,11 @@ _running: set[BackgroundTask[Any]] = set()  # an event loop has only weak refere
 class BackgroundTask(asyncio.Task[T]):
     """A task that ends at its deadline, or a second after it was cancelled.
 
-    Shutdown routines, such as that of `asyncio.run`, cancel all tasks and wait for them: this one uses the second.
+    Shutdown routines, such as that of `asyncio.run`, cancel all tasks and wait for them. This task then has a second.
     It must not use `asyncio.timeout`, which would cancel it.
 
     Attributes:
-        owner: for whom it works.
+        owner: the object for which it works.
         is_over: whether its time is up.
     """
 
@@ -45,8 +45,8 @@ class BackgroundTask(asyncio.Task[T]):
 
         Args:
             work: a coroutine.
-            owner: for whom it works.
-            seconds: after which it ends.
+            owner: the object for which it works.
+            seconds: seconds after which it ends.
         """
         loop = asyncio.get_running_loop()
         super().__init__(work, loop=loop)  # not by the loop's task factory, which may be an eager one
@@ -76,7 +76,7 @@ class BackgroundTask(asyncio.Task[T]):
         super().cancel()
 
     def forget(self) -> None:
-        """Does what is left to do when the task has ended."""
+        """Cleans up when the task has ended."""
         _running.discard(self)
         self._limit.cancel()
         if not self.cancelled():
@@ -101,7 +101,7 @@ async def wait_for_background_of(owner: object, seconds: float) -> None:
 
 
 class SideConnections:
-    """Connections besides those of the client's pool, which may be exhausted. They are open while they are used."""
+    """Connections outside the client's pool, which may be exhausted. They are open while they are used."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._main = transport
@@ -109,7 +109,7 @@ class SideConnections:
         self._users = 0
 
     def acquire(self) -> None:
-        """Lets the connections be opened at their first use."""
+        """Prepares the connections, which are opened at their first use."""
         self._users += 1
 
     def release(self) -> None:
@@ -120,13 +120,13 @@ class SideConnections:
 
     @property
     def transport(self) -> AsyncTransport:
-        """What sends on them."""
+        """The transport that sends on these connections."""
         if self._side is None:
             self._side = self._main.beside_pool()
         return self._side
 
     def close(self) -> None:
-        """Closes the connections. Those who use them open new ones."""
+        """Closes the connections. Senders that still use them open new ones."""
         side, self._side = self._side, None
         if side is not None and side is not self._main:
             side.close()
@@ -136,7 +136,7 @@ class LastingSender:
     """Sends calls until the server has replied, a permanent error is raised, or the time is up.
 
     Attributes:
-        last_error: what the last attempt raised.
+        last_error: the error of the last attempt.
     """
 
     def __init__(self, transport: AsyncTransport, side: SideConnections) -> None:
@@ -152,7 +152,7 @@ class LastingSender:
         return task
 
     async def send(self, call: Call[T]) -> T:
-        """Sends a call; returns its result. To be called in a background task."""
+        """Sends a call; returns its result. Call it in a background task."""
         pause = _FIRST_PAUSE
         transport, limit = self._transport, _SEND_SECONDS
         while True:
@@ -169,7 +169,7 @@ class LastingSender:
             transport, limit = self._side.transport, None
 
     async def _attempt(self, transport: AsyncTransport, call: Call[T], limit: float | None) -> T:
-        """Sends a call in a task of its own, which may be cancelled like any other."""
+        """Sends a call in a separate task, which may be cancelled like any other."""
         loop = asyncio.get_running_loop()
         task = asyncio.Task(transport.send(call), loop=loop)
         timer = None if limit is None else loop.call_later(limit, task.cancel)
@@ -186,22 +186,22 @@ class LastingSender:
 
 
 class LeavingSender:
-    """Sends the calls of a claim whose block ends, each in the background: if the caller is gone, they go on.
+    """Sends the calls of a claim whose block ends, each in the background: they continue if the caller is gone.
 
-    If the caller is cancelled, it waits no longer, but the calls that are left are still started.
+    If the caller is cancelled, it no longer waits, but the remaining calls are still started.
 
     Attributes:
         waits: whether the caller may wait at all.
-        cancellation: what has cancelled the caller; to be raised when all calls have been started.
+        cancellation: the error that has cancelled the caller; raise it when all calls have been started.
     """
 
     def __init__(self, sender: Callable[[], LastingSender], retry_seconds: float, seconds: float) -> None:
         """Makes a sender of one block.
 
         Args:
-            sender: makes what sends one call in the background.
-            retry_seconds: seconds to wait for a call that is to be retried; for any other, one second.
-            seconds: for how long a call goes on in the background.
+            sender: makes a sender of one call in the background.
+            retry_seconds: seconds to wait for a retryable call; for any other call, one second.
+            seconds: how long a call continues in the background.
         """
         self._sender = sender
         self.waits = True
@@ -224,8 +224,8 @@ class LeavingSender:
         if task.done() and not task.is_over:
             return task.result()
         why = "" if sender.last_error is None else f" ({sender.last_error.problem})"
-        problem = f"not confirmed within {timeout if self.waits else 0:.1f} s{why}; it goes on in the background"
-        # Not transient if the caller is gone: it must not send the call once more.
+        problem = f"not confirmed within {timeout if self.waits else 0:.1f} s{why}; it continues in the background"
+        # Not transient if the caller is gone: it must not send the call again.
         raise OutcomeUnknownError(call.operation, call.run_id, call.step, problem, self.waits, call)
 
 

@@ -24,7 +24,7 @@ from squidstep_redis.server_errors import NotSentError, OutcomeUnknownError, Ref
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
 from squidstep_redis.transport.aio_tasks import cancellations
 
-MAX_BACKGROUND_SECONDS: Final = 86_400.0  # to end a claim without a lease, which nothing else would end
+MAX_BACKGROUND_SECONDS: Final = 86_400.0  # seconds to end a claim without a lease, because nothing else would end it
 
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         self._exit()
 
     def _lasting_sender(self) -> LastingSender:
-        """Makes what sends calls in the background; raises NotSentError if there is no event loop any more."""
+        """Makes a sender of calls in the background; raises NotSentError if the event loop is closed."""
         try:
             side = self._per_loop.get().side
         except RuntimeError as error:
@@ -214,7 +214,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         return LastingSender(self._transport, side)
 
     def _background_seconds(self) -> float:
-        """Returns for how long to give back the claim or record its failure: afterwards, its lease has expired."""
+        """Returns how long to try to give back the claim or record its failure: afterwards, its lease has expired."""
         return self._lease_seconds or MAX_BACKGROUND_SECONDS
 
     async def _undo(self, error: BaseException) -> None:
@@ -231,5 +231,5 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
 
 
 def _ends_process(error: BaseException | None) -> bool:
-    """Whether the error stands for the end of the process, in tests: then nothing is sent any more."""
+    """Whether the error stands for the end of the process, in tests: nothing more is sent then."""
     return bool(getattr(error, "ends_process", False))

@@ -18,8 +18,8 @@ _SHORTEST_TIMEOUT: Final = 1.0  # seconds for a batch; usually a third of the sh
 class AsyncHeartbeat:
     """Extends the claims of one store in one event loop, with timers; a task exists only while a batch is sent.
 
-    A cancelled batch counts as a failed one: it is sent again after a pause. Nothing but the loop holds the timer, so
-    there is nothing that a cancellation could end for good.
+    A cancelled batch counts as a failed one: it is sent again after a pause. Only the loop holds the timer, so a
+    cancellation cannot end the heartbeat for good.
     """
 
     def __init__(self, side: SideConnections) -> None:
@@ -38,7 +38,7 @@ class AsyncHeartbeat:
 
     @property
     def is_sending(self) -> bool:
-        """Whether a batch is under way."""
+        """Whether a batch is being sent."""
         return self._task is not None
 
     def add(self, claim: Claim) -> None:
@@ -48,7 +48,7 @@ class AsyncHeartbeat:
     def discard(self, claim: Claim) -> None:
         """Stops extending a claim."""
         self._schedule.discard(claim)
-        if self._pid == os.getpid():  # in a forked child, timers and connections are those of the parent's event loop
+        if self._pid == os.getpid():  # in a forked child, timers and connections belong to the parent's event loop
             self._rest()
 
     async def stop(self) -> None:
@@ -83,7 +83,7 @@ class AsyncHeartbeat:
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self._pid != os.getpid():  # a forked child that goes on with the loop of its parent, who extends the claims
+        if self._pid != os.getpid():  # a forked child that continues its parent's loop; the parent extends the claims
             return
         if claims := self._schedule.due():
             self._start(claims)

@@ -1,4 +1,4 @@
-"""The checkpoint that the next extension of a claim is to carry. No I/O."""
+"""The checkpoint that the next extension of a claim carries. No I/O."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from squidstep_redis.protocol.call import Call
 class LazyCheckpoint:
     """The latest checkpoint that was made lazily: an extension that stores progress as well.
 
-    The code under the claim writes `latest`, and the heartbeat, which may run in another thread, writes the rest. So
-    neither can drop a checkpoint that the other has just made.
+    The code under the claim writes only `latest`. The heartbeat, which may run in another thread, writes the rest. So
+    neither can drop a checkpoint that was just made.
 
     Attributes:
         latest: the call; None if there is none.

@@ -37,8 +37,8 @@ class Claim(BaseClaim[threading.Event]):
         self.store = store
         self._transport = transport
 
-    # An exception from outside may arrive at any instruction, and a second one soon after it. What must happen then is
-    # handed over to a background thread in one operation, so that nothing comes between catching the exception and that
+    # An exception from outside may arrive at any instruction, and a second one soon after it. So the necessary work is
+    # handed over to a background thread in one operation: nothing can come between catching the exception and that
     # operation. It starts a thread, which starts the next one: see `BackgroundThread.start`.
 
     def __enter__(self) -> Self:
@@ -75,7 +75,7 @@ class Claim(BaseClaim[threading.Event]):
         unfinished = self._unfinished
         recovery, start_thread = self._heartbeat.recovery, _thread.start_new_thread
         recover, deferred = recovery.recover, defer_sigalrm()
-        is_own = self._entered_by == os.getpid()  # in a forked child, the claim is the parent's
+        is_own = self._entered_by == os.getpid()  # in a forked child, the claim belongs to the parent
         if error is None or not self._is_interruption(error):
             try:
                 with deferred:
@@ -135,8 +135,8 @@ class Claim(BaseClaim[threading.Event]):
         Args:
             progress: a dict, stored under the same rules and the same limit as an input.
             lazy: whether to let the heartbeat carry it: the next extension stores the latest one, at most a third of
-                the lease later. It is also stored before the claim is failed or released. If the process dies before,
-                it is lost. A claim without a lease has no heartbeat, and stores it at once.
+                the lease later. It is also stored before the claim is failed or released. If the process dies before
+                that, it is lost. A claim without a lease has no heartbeat, and stores it at once.
 
         Raises:
             StaleStepRunError: the claim was lost; nothing was written.
@@ -151,7 +151,7 @@ class Claim(BaseClaim[threading.Event]):
 
         Args:
             output: the step's output, a dict.
-            schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
+            schedule: a dict of input by step: the steps in it that have no record become pending; None: none.
 
         Returns:
             The completed step run: the winner's, if the claim was lost to it.
@@ -222,5 +222,5 @@ class Claim(BaseClaim[threading.Event]):
 
 
 def _seconds_to_wait(error: BaseException) -> float:
-    """How long an interrupted entry waits until the claim is given back: not at all if the server does not reply."""
+    """How long an interrupted entry waits until the claim is given back; it does not wait if the server is silent."""
     return 0 if isinstance(error, OutcomeUnknownError) else INTERRUPTED_SECONDS

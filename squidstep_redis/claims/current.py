@@ -26,7 +26,7 @@ def enter(claim: object) -> None:
 def leave(claim: object) -> None:
     """Removes this claim.
 
-    A block may exit in another context than it was entered in, and need not be the innermost: of two generators, the
-    first may end first.
+    A block may exit in a different context from the one in which it was entered, and need not be the innermost: of two
+    generators, the first may end first.
     """
     _current.set(tuple(ref(each) for each in current_claims() if each is not claim))

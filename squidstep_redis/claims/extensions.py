@@ -21,8 +21,9 @@ class ExtensionSchedule:
     """
 
     def __init__(self) -> None:
-        # When the extension of each claim is due. Not a WeakKeyDictionary, which runs a callback for each claim that is
-        # freed: an exception that a signal handler raises there is lost. The keys are not ids, which are used again.
+        # When the extension of each claim is due. Not a WeakKeyDictionary, because it runs a callback for each claim
+        # that is freed, and an exception that a signal handler raises there is lost. The keys are not ids, because ids
+        # are reused.
         self._due: dict[ref[Claim], float] = {}
 
     def __len__(self) -> int:

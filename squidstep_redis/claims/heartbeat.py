@@ -19,7 +19,7 @@ from squidstep_redis.transport.blocking import BlockingTransport
 
 
 class Heartbeat(BackgroundThread):
-    """Extends the claims of one store in one process, with a connection of its own.
+    """Extends the claims of one store in one process, with its own connection.
 
     Attributes:
         recovery: ends the claims that their own code cannot end.
@@ -48,7 +48,7 @@ class Heartbeat(BackgroundThread):
             self.wake()
 
     def has_work(self) -> bool:
-        """Whether a claim is to be extended."""
+        """Whether a claim is being extended."""
         return self._schedule.next_at() is not None
 
     def work(self) -> float | None:
@@ -104,7 +104,7 @@ class Heartbeats:
 
 
 def heartbeat_of(store: Any) -> Heartbeat:
-    """Returns the heartbeat of a blocking store in this process; makes it, if need be, without a lock."""
+    """Returns the heartbeat of a blocking store in this process; makes it if necessary, without a lock."""
     heartbeats: Heartbeats | None = store.__dict__.get("_heartbeats")
     if heartbeats is None:
         made = Heartbeats(store.calls, store._transport)

@@ -1,7 +1,7 @@
-"""Gives back, or records as failed, the claims of a blocking store whose own code could not: in a thread.
+"""Gives back a blocking store's claims, or records them as failed, if their own code could not do it: in a thread.
 
-The code was interrupted by an exception from outside, or the server did not reply. The thread goes on until the server
-replies; the interrupted code waits for it at most a second.
+The code was interrupted by an exception from outside, or the server did not reply. The thread continues until the
+server replies; the interrupted code waits for it at most a second.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Recovery(BackgroundThread):
         self.queue: deque[UnfinishedClaim] = deque(maxlen=_MAX_UNFINISHED)
 
     def recover(self, unfinished: UnfinishedClaim) -> None:
-        """Recovers a claim. A plain thread calls it, which nothing interrupts; if none can be started, use `queue`.
+        """Recovers a claim. Call it in a plain thread, which nothing interrupts; if none can be started, use `queue`.
 
         Args:
             unfinished: the claim.
@@ -74,7 +74,7 @@ class Recovery(BackgroundThread):
             time.sleep(0.001)
 
     def has_work(self) -> bool:
-        """Whether a claim is not recovered."""
+        """Whether there is a claim that is not recovered."""
         return bool(self.queue or self._pending)
 
     def work(self) -> float | None:
@@ -98,7 +98,7 @@ class Recovery(BackgroundThread):
         remaining = deque(self._pending)
         while remaining:
             if not self._try(remaining[0]):
-                remaining.rotate(-1)  # the next time, others come first: a cluster's node may be down alone
+                remaining.rotate(-1)  # next time, other claims come first: only one node of a cluster may be down
                 break  # the server cannot be reached: the others would wait for it, too
             first = remaining.popleft()
             first.is_recovered, first.verdict_of = True, None  # it refers to the claim, which refers to it
@@ -107,7 +107,7 @@ class Recovery(BackgroundThread):
         self._next_at = time.monotonic() + self._pause
 
     def _try(self, unfinished: UnfinishedClaim) -> bool:
-        """Returns whether there is no more to do for a claim."""
+        """Returns whether nothing remains to be done for a claim."""
         if unfinished.is_of_dead_process:
             return True
         try:

@@ -1,4 +1,4 @@
-"""What `run_step` and `claim_step` ask for: the settings of a step, their defaults and descriptions."""
+"""The arguments of `run_step` and `claim_step`: the settings of a step, their defaults and descriptions."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class StepSettings(TypedDict, total=False):
     """The settings of a step that functions in a job or task accept, too. Each is an optional keyword argument.
 
     Attributes:
-        lease: seconds, or a timedelta, after which another worker may take over the step from one that is dead or
-            hangs; None: never. A heartbeat extends it meanwhile. Default: 30.
+        lease: seconds, or a timedelta, after which another worker may take over the step from a worker that is dead or
+            hangs; None: never. A heartbeat extends the lease while the work runs. Default: 30.
         max_attempts: number of claims to grant in total for one step, not counting released ones; None: no limit.
         permanent: a type of exception, or a tuple of them, besides PermanentError: if the work raises one, the step has
             failed permanently.
         backoff: how long the step cannot be claimed after any other exception: a function that returns the seconds, or
             a timedelta, given how many attempts there were, such as an ExponentialBackoff. It is not called after
             RetryLater. None: the step can be claimed at once.
-        fingerprint: what identifies the input; that of a function is the dict of its given arguments. True: all of it,
+        fingerprint: what identifies the input; a function's input is the dict of its given arguments. True: all of it,
             in any order of its keys; a function of the input: what it returns, which may be anything that a payload may
-            contain; a str of up to 256 bytes without control characters: that itself; False: nothing; None: the store's
-            setting. If the step has a different fingerprint, InputMismatchError is raised.
+            contain; a str of up to 256 bytes without control characters: the str itself; False: nothing; None: the
+            store's setting. If the step has a different fingerprint, InputMismatchError is raised.
     """
 
     lease: Seconds | None
@@ -86,7 +86,7 @@ def default_owner() -> str:
 
 
 class ClaimRequest(NamedTuple):
-    """The arguments of `claim_step`, of which `lease` and those that are not sent are checked.
+    """The arguments of `claim_step`. `lease`, and the arguments that are not sent, are checked.
 
     Attributes:
         lease_seconds: the lease in seconds; 0 without one.
@@ -106,7 +106,7 @@ class ClaimRequest(NamedTuple):
     labels: Labels | None
 
     def begin(self, calls: Calls) -> Call[BeginResult]:
-        """Returns a call of `begin_step` with a token of its own."""
+        """Returns a call of `begin_step` with its own token."""
         return calls.begin_step(
             self.run_id,
             self.step,
@@ -151,7 +151,7 @@ def claim_request(
 
 
 def unknown_argument(names: Iterable[str], kind: type) -> TypeError:
-    """Returns the error that says that there is no such keyword argument.
+    """Returns the error for an unknown keyword argument.
 
     Args:
         names: the names of the unknown arguments.

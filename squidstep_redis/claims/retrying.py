@@ -38,7 +38,7 @@ def jittered(seconds: float) -> float:
 
 
 def is_refusal(error: SquidstepError, call: Call[Any]) -> bool:
-    """Whether an error says that this call wrote nothing. A signal handler may have raised one about another call."""
+    """Whether an error says that this call wrote nothing. A signal handler may have raised an error of another call."""
     if not isinstance(error, NotSentError | RefusedError | StepRunNotFoundError | CorruptRunError | InputMismatchError):
         return False
     return error.run_id == call.run_id and getattr(error, "step", None) in (call.step, None)

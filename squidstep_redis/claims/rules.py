@@ -7,7 +7,7 @@ A claim has four states:
     new ──_acquire──▶ held ──_finish──▶ ending ──▶ ended      ending: the call was sent, and its result is not known yet
                         └──the heartbeat finds it taken over──▶ ended, with the loss recorded
 
-What the code of a claim cannot do, because it was interrupted or got no reply, is done later: see `unfinished.py`.
+If the code of a claim was interrupted or got no reply, the rest is done later: see `unfinished.py`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class BaseClaim(Generic[E]):
 
     @property
     def progress(self) -> dict[str, Any] | None:
-        """What the latest checkpoint of an earlier attempt stored, as of the begin of this one; None without any."""
+        """The progress that an earlier attempt had stored when this attempt began; None without any."""
         return (self._claim or self.step_run).progress
 
     @property
@@ -140,7 +140,7 @@ class BaseClaim(Generic[E]):
         Args:
             pipeline: a redis-py pipeline on the same server, not yet executed.
             output: the step's output, a dict.
-            schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
+            schedule: a dict of input by step: the steps in it that have no record become pending; None: none.
 
         Returns:
             An object that reads the reply. It raises what `complete_step` raises; the other commands of the pipeline
@@ -156,7 +156,7 @@ class BaseClaim(Generic[E]):
             return self._step_run
 
         queued = queue(pipeline, call._replace(parse=parse))
-        self._state = "ending"  # an extension that fails before the reply is read is not a loss
+        self._state = "ending"  # an extension that fails before the reply is read does not mean that the claim is lost
         return queued
 
     def __repr__(self) -> str:
@@ -299,10 +299,10 @@ class BaseClaim(Generic[E]):
             self._lazy.latest = None
 
     def _store_lazy_checkpoint(self, retryable: bool = True) -> Workflow[None]:
-        """Stores what no extension has carried yet, because the attempt ends without a result."""
+        """Stores the checkpoint that no extension has carried yet, because the attempt ends without a result."""
         call = self._lazy.pending
         if call is not None and self._state == "held":
-            with suppress(SquidstepError):  # the end of the claim meets the same problem, and raises it
+            with suppress(SquidstepError):  # ending the claim has the same problem, and raises the error
                 yield Send(call if retryable else call._replace(retryable=False))
             self._lazy.latest = None
 
@@ -351,13 +351,13 @@ class BaseClaim(Generic[E]):
         return self._step_run
 
     def _lose(self, error: StaleStepRunError | StepRunNotFoundError) -> None:
-        """Records a loss that a call of the code under the claim has found, and that it raises."""
+        """Records that a call of the code under the claim has found it lost; the call raises the error."""
         self._state, self._loss = "ended", error
         self.lost.set()
 
     @property
     def _longest_retry(self) -> float:
-        """For how many seconds the end of the claim is sent again while the server cannot be reached."""
+        """How many seconds to retry ending the claim while the server cannot be reached."""
         return min(self._lease_seconds or MAX_RETRY_SECONDS, MAX_RETRY_SECONDS)
 
     def _reconcile(self) -> Workflow[StepRun]:
@@ -387,7 +387,7 @@ class BaseClaim(Generic[E]):
         return output
 
     def raise_unless_taken_over(self, error: StaleStepRunError) -> None:
-        """Returns if `run_step` must look at the step again: the winner has completed it, or is to be waited for.
+        """Returns if `run_step` must check the step again: the winner has completed it, or `run_step` waits for it.
 
         Otherwise raises what `run_step` raises.
         """
@@ -404,7 +404,7 @@ class BaseClaim(Generic[E]):
         must end soon.
 
         Returns:
-            What to raise if the block itself raised nothing.
+            The error to raise if the block itself raised nothing.
         """
         if not self._is_held_here:
             return None
@@ -431,13 +431,13 @@ class BaseClaim(Generic[E]):
 
     @property
     def _is_held_here(self) -> bool:
-        """Whether the claim must still be ended. In a forked child, it is the parent's."""
+        """Whether the claim must still be ended. In a forked child, it belongs to the parent."""
         return self._state in ("held", "ending") and self._entered_by == os.getpid()
 
     def _is_interruption(self, error: BaseException) -> bool:
         """Whether the block was interrupted from outside: then it must be left within INTERRUPTED_SECONDS.
 
-        That is known of all but an `Exception` that another thread set: it looks like one of the work.
+        This is not known of an `Exception` that another thread set: it looks like an exception of the work.
         """
         return not isinstance(error, Exception) or error is self._interruption or is_raised_by_handler(error)
 

@@ -1,4 +1,4 @@
-"""A transport beside a store's own: with connections that calls of the store cannot use up."""
+"""A transport separate from a store's own, with connections that the store's calls cannot use up."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _REPLY_SHARE: Final = 0.3  # of the store's timeout, if the client waits for a r
 
 
 class SeparateTransport:
-    """Provides a transport with a store's events, durability and timeout, and with connections of its own.
+    """Provides a transport with a store's events, durability and timeout, and with its own connections.
 
     A client that is hooked, of another kind (fakeredis), or whose connections are overridden, has to see every command.
-    Then it is the store's own transport.
+    For such a client, this is the store's own transport.
     """
 
     def __init__(self, transport: BlockingTransport) -> None:
@@ -40,7 +40,7 @@ class SeparateTransport:
 
 
 class _Separate(BlockingTransport):
-    """A transport that shares everything but the connections with another one."""
+    """A transport that shares everything except the connections with another one."""
 
     def __init__(self, source: BlockingTransport) -> None:
         vars(self).update(vars(source))
@@ -52,7 +52,7 @@ class _Separate(BlockingTransport):
 
 
 class _OwnClusterConnections(ClusterConnections):
-    """Connections of its own to each node of a cluster."""
+    """Separate connections to each node of a cluster."""
 
     def __init__(self, client: Any, default_timeout: float) -> None:
         super().__init__(client)

@@ -1,4 +1,4 @@
-"""Which error says why a step is not executed. No I/O."""
+"""The error for each reason why a step is not executed. No I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from squidstep_redis.model import BeginResult, StepRun
 
 
 def skip_error(result: BeginResult) -> SquidstepError | None:
-    """Returns what `run_step` raises if `begin_step` has skipped; None if the same request is to be sent again."""
+    """Returns the error that `run_step` raises after a skip; None if the same request must be sent again."""
     if result.cancelled:
         return cancelled_error(result.step_run)
     if result.exhausted:
@@ -29,5 +29,5 @@ def skip_error(result: BeginResult) -> SquidstepError | None:
 
 
 def cancelled_error(step_run: StepRun) -> RunCancelledError:
-    """Returns the error for a step run that says that its run is cancelled."""
+    """Returns the error for a step run whose run is cancelled."""
     return RunCancelledError(step_run.run_id, step_run.step, step_run.cancel_reason or "")

@@ -2,11 +2,11 @@
 
 An exception from outside may arrive between any two instructions of the code that calls a store: raised by a signal
 handler, or set with `PyThreadState_SetAsyncExc`. The signal handler may also call the store itself. A lock that the
-interrupted code holds is then never released, or is waited for by the thread that holds it. `threading.Event` and
+interrupted code holds is then never released, or the thread that holds it waits for it. `threading.Event` and
 `threading.Condition` hold such a lock in each of their methods, and they are written in Python.
 
-So callers use only operations that the interpreter completes once they have begun: those of a dict or deque, and
-`release` of a plain lock that serves as a binary semaphore. Only the background thread itself waits for one.
+So callers use only operations that the interpreter completes once they have begun: operations of a dict or deque, and
+`release` of a plain lock that serves as a binary semaphore. Only the background thread itself waits for such a lock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CLOSE_SECONDS: Final = 0.2  # that `close` waits for an idle thread to end
 
 
 class BackgroundThread(ABC):
-    """A daemon thread that runs while there is work, and ends after IDLE seconds without any.
+    """A daemon thread that runs while there is work, and ends after IDLE seconds without work.
 
     Attributes:
         is_closing: whether the thread ends as soon as there is no work.
@@ -51,7 +51,7 @@ class BackgroundThread(ABC):
 
     @abstractmethod
     def work(self) -> float | None:
-        """Does what is due; returns when there is more to do, on the monotonic clock, or None. Called in the thread."""
+        """Does the work that is due; returns when more is due (monotonic clock), or None. Called in the thread."""
 
     @abstractmethod
     def has_work(self) -> bool:
@@ -63,16 +63,16 @@ class BackgroundThread(ABC):
     def start(self) -> None:
         """Starts the thread unless it runs.
 
-        `Thread.start` holds locks and waits. So a plain thread calls it, which nothing interrupts. In Python 3.11, an
-        exception that is set for the calling thread can reach the thread that it is starting. So that one executes no
-        Python code: it starts the thread that does.
+        `Thread.start` holds locks and waits. So a plain thread, which nothing interrupts, calls it. In Python 3.11, an
+        exception that is set for the calling thread can reach the thread that it is starting. So the plain thread
+        executes no Python code: it only starts the thread that does.
         """
         if not self.is_running and self._pid == os.getpid():
             start_thread = _thread.start_new_thread
             start_thread(start_thread, (self._start, ()))
 
     def wake(self) -> None:
-        """Lets the thread look for work now."""
+        """Makes the thread look for work now."""
         _release(self._wakeup)
 
     def close(self) -> None:
@@ -106,14 +106,14 @@ class BackgroundThread(ABC):
                 self.start()
 
     def _run_despite_errors(self) -> None:
-        """Runs until there is no work. Nothing may end the thread before: neither an error nor another thread."""
+        """Runs until there is no work. Nothing may end the thread earlier: neither an error nor another thread."""
         while True:
             try:
                 if self._failures:
                     time.sleep(0.001 if self._failures < _MAX_FAILURES else 1.0)
                 self._loop()
                 return
-            except BaseException:  # noqa: BLE001 -- the thread must go on
+            except BaseException:  # noqa: BLE001 -- the thread must continue
                 self._failures += 1
 
     def _loop(self) -> None:

@@ -1,6 +1,6 @@
-"""Claims that their own code cannot end, and what is sent instead. This module does no I/O.
+"""Claims that their own code cannot end, and the calls that are sent instead. This module does no I/O.
 
-An exception from outside (of a signal handler, a cancellation) interrupted the code, or the server did not reply.
+An exception from outside (a signal handler, a cancellation) interrupted the code, or the server did not reply.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from squidstep_redis.protocol.workflow import Send, Workflow
 from squidstep_redis.server_errors import NotReplicatedError
 
 INTERRUPTED_SECONDS: Final = 1.0
-"""How long the code of a block, once interrupted, waits for its claim to be given back or recorded as failed."""
+"""How long the interrupted code of a block waits for its claim to be given back or recorded as failed."""
 
 
 class UnfinishedClaim:
-    """A claim that its own code cannot end: what is to be sent instead.
+    """A claim that its own code cannot end, and the calls to send instead.
 
     Attributes:
-        begin: what was sent to acquire it, if its work has not begun: it is given back.
+        begin: the call that was sent to acquire it, if its work has not begun: the claim is given back.
         step_run: the step run that carries the claim, if its work has begun: it is recorded as failed.
-        error: what interrupted its code, or what the work raised.
+        error: the error that interrupted its code, or that the work raised.
         verdict_of: returns what the error means for the next attempt; None: it can begin at once.
-        checkpoint: what stores the progress that no extension has carried; None if there is none.
-        deadline: until when a server that cannot be reached is tried again, on the monotonic clock.
-        is_recovered: whether there is nothing more to do.
+        checkpoint: the call that stores the progress that no extension has carried; None if there is none.
+        deadline: how long to retry while the server cannot be reached, on the monotonic clock.
+        is_recovered: whether nothing remains to be done.
     """
 
     begin: Call[BeginResult] | None = None
@@ -50,7 +50,7 @@ class UnfinishedClaim:
 
 
 def recover(calls: Calls, unfinished: UnfinishedClaim) -> Workflow[None]:
-    """Gives back, or records as failed, a claim that its own code could not end. One attempt.
+    """Gives back a claim that its own code could not end, or records it as failed. One attempt.
 
     Raises:
         SquidstepError: there is nothing to do, because the step was taken over or deleted; or, if it is a ServerError,
@@ -61,16 +61,16 @@ def recover(calls: Calls, unfinished: UnfinishedClaim) -> Workflow[None]:
             yield from give_back(calls, unfinished.begin)
         elif unfinished.step_run is not None and unfinished.error is not None:
             if unfinished.checkpoint is not None:
-                with suppress(SquidstepError):  # recording the failure meets the same problem
+                with suppress(SquidstepError):  # recording the failure has the same problem
                     yield Send(unfinished.checkpoint)
             verdict = unfinished.verdict_of(unfinished.error) if unfinished.verdict_of else AT_ONCE
             yield Send(calls.fail_step(unfinished.step_run, unfinished.error, **verdict._asdict()))
-    except NotReplicatedError:  # done; the replicas do not matter any more
+    except NotReplicatedError:  # done; the replicas no longer matter
         return
 
 
 def give_back(calls: Calls, begin: Call[BeginResult]) -> Workflow[None]:
-    """Releases what a call may have claimed: sent again, it returns the same decision."""
+    """Releases the claim that a call may have acquired: the call is sent again, and returns the same decision."""
     try:
         result = yield Send(begin)
     except NotReplicatedError as error:

@@ -1,4 +1,4 @@
-"""`squidstep cancel` and `resume`: stop a run from beginning steps, and let it go on."""
+"""`squidstep cancel` and `resume`: stop a run from beginning steps, and let it continue."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from squidstep_redis.formatting import format_labels, format_time
 def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run: bool) -> None:
     """Cancels a run.
 
-    No step of it begins or is scheduled until it is resumed. Steps that are running may end. Their workers are told
-    with the next extension of their lease. The exit code is 1 if the run does not exist.
+    No step of it begins or is scheduled until it is resumed. Running steps may end. Their workers learn of the
+    cancellation with the next extension of their lease. The exit code is 1 if the run does not exist.
     """
     with store_or_exit(options) as store:
         found = store.summarize_run(run) is not None if dry_run else store.cancel_run(run, reason)
@@ -54,7 +54,7 @@ def format_cancellation(summary: RunSummary | None) -> str:
 
 
 def format_run(summary: RunSummary | None) -> Iterator[tuple[str, str]]:
-    """Yields lines about a run besides its steps, with their styles: labels with the creation, and cancellation."""
+    """Yields lines about a run other than its steps, with their styles: labels and creation time, and cancellation."""
     if summary is not None and summary.labels:
         created = f"  created {format_time(summary.created_at)} UTC" if summary.created_at else ""
         yield f"{format_labels(summary.labels)}{created}", "cyan"

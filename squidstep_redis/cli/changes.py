@@ -61,9 +61,9 @@ def retry_command(
 ) -> None:
     """Makes failed steps pending again.
 
-    Those of each RUN, or with --all those of the whole store. Their attempt counters are reset. It executes nothing:
-    redeliver the steps yourself. With one RUN and --step, a step whose lease has expired counts as
-    failed, too. The exit code is 1 if there was nothing to retry.
+    It retries the steps of each RUN, or with --all those of the whole store, and resets their attempt counters. It
+    executes nothing: redeliver the steps yourself. With one RUN and --step, a step whose lease has expired also counts
+    as failed. The exit code is 1 if there was nothing to retry.
     """
     if bool(runs) == every:
         raise click.UsageError("name one or more runs, or use --all")
@@ -91,7 +91,7 @@ def _failed_of_store(store: StepRunStore, filters: Filters, type_: str | None) -
 
 
 def _failed_of_run(store: StepRunStore, run: str, filters: Filters, type_: str | None) -> list[tuple[str, str]]:
-    """Returns the steps of one run to retry. The store itself decides about one that is named."""
+    """Returns the steps of one run to retry. If a step is named, the store itself decides whether to retry it."""
     step_runs = read_steps(store, run)
     if not step_runs:
         fail(f"run {run!r}: no such run; nothing was changed. To name a step, use --step", 1)
@@ -113,7 +113,7 @@ def _failed_of_run(store: StepRunStore, run: str, filters: Filters, type_: str |
 
 
 def _retry(store: StepRunStore, targets: list[tuple[str, str]]) -> int:
-    """Retries steps and prints each; returns how many. One that cannot be retried is reported, and hides no other."""
+    """Retries steps and prints each; returns how many. It reports a step that cannot be retried, and continues."""
     retried = 0
     for first in range(0, len(targets), _STEPS_PER_BATCH):
         part = targets[first : first + _STEPS_PER_BATCH]
@@ -160,7 +160,7 @@ def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, y
         owner = f" by {claimed.owner}" if claimed.owner else ""
         claim = f"attempt {claimed.attempt}{owner}, {format_lease(claimed)}"
         if confirm(f"release {step} of {run} from {claim}", yes=yes, dry_run=dry_run):
-            store.release_step(claimed.with_claim())  # its id would stand for a worker that took over meanwhile, too
+            store.release_step(claimed.with_claim())  # its id would also stand for a worker that took over meanwhile
             print_line(f"released {step} of {run}")
 
 
@@ -172,7 +172,7 @@ def release_command(options: StoreOptions, run: str, step: str, dry_run: bool, y
 @dry_run_option
 @yes_option
 def complete_command(options: StoreOptions, run: str, step: str, output: str, dry_run: bool, yes: bool) -> None:
-    """Completes a step that was done by hand.
+    """Completes a step whose work was done by hand.
 
     It stores the output, which every later delivery receives. The step must be pending or failed, or the lease of its
     worker must have expired. Nothing is executed, and no further step is scheduled. The history names you as the owner.
@@ -190,7 +190,7 @@ def complete_command(options: StoreOptions, run: str, step: str, output: str, dr
         if not confirm(f"complete {step} of {run}, which is {current.status}", yes=yes, dry_run=dry_run):
             return
         try:
-            # To claim a failed step would replace its input. It may have failed since it was shown, and be final.
+            # Claiming a failed step would replace its input. It may have failed since it was shown, and be final.
             store.retry_step(run, step, owner=owner)
         except StaleStepRunError as error:
             held = f" by {error.current.owner}" if error.current.owner else ""
@@ -239,7 +239,7 @@ def delete_command(options: StoreOptions, runs: tuple[str, ...], tombstone: floa
 
 
 def _contents(store: StepRunStore, run: str) -> str:
-    """Says what a run consists of. Exits the program if there is no such run."""
+    """Describes the contents of a run. Exits the program if there is no such run."""
     try:
         counts = Counter(store.step_statuses(run).values())
     except CorruptRunError as error:

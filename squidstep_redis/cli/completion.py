@@ -13,7 +13,7 @@ _MAX_IDS = 50
 
 
 def complete_run(context: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Returns the ids of runs that begin with what was typed. Without a server it returns nothing."""
+    """Returns the ids of runs that begin with the typed text. Without a server, it returns nothing."""
     del param
     given = context.params
     options = StoreOptions(given.get("url") or "redis://localhost:6379", given.get("prefix") or "squidstep")

@@ -28,7 +28,7 @@ from squidstep_redis.escaping import escaped
 from squidstep_redis.formatting import opaque_calls
 
 UNREACHABLE: Final = (RedisError, RedisClusterException)
-"""What `open_store` raises when every node of a cluster is unreachable."""
+"""The error that `open_store` raises when every node of a cluster is unreachable."""
 
 # For cluster clients. They match `StepRunStore.from_url`: the client does not retry, because the store does.
 CLUSTER_OPTIONS: Final[dict[str, Any]] = {
@@ -75,7 +75,7 @@ def open_store(options: StoreOptions, *, timeout: float | None = None) -> Genera
 
 
 def _connect(url: str, settings: StoreSettings) -> tuple[StepRunStore, bool]:
-    """Returns a store that has connected to the server, and whether that is a node of a cluster."""
+    """Returns a store that has connected to the server, and whether the server is a node of a cluster."""
     store = StepRunStore.from_url(url, **settings)
     try:
         return store, _is_cluster(store.client)

@@ -74,8 +74,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _OUTPUT_FAILURES:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter would try again to write, and fail
-        # A reader such as `head` may have had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter would try to write again, and fail
+        # A reader such as `head` may have closed the pipe.
         sys.exit(1 if error.errno == errno.EPIPE else f"squidstep: cannot write the output: {error.strerror}")
     except ModuleNotFoundError as error:
         if error.name != "click":
@@ -98,7 +98,7 @@ def _run() -> None:
 
 
 def _prepare_streams() -> None:
-    """Lets any text be printed, also where the output's encoding lacks a character, or the caller closed a stream."""
+    """Makes any text printable, even if the output's encoding lacks a character, or the caller closed a stream."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 -- for the whole process

@@ -1,4 +1,4 @@
-"""`squidstep explain`: says why a run is not finished, and what to do."""
+"""`squidstep explain`: explains why a run is not finished, and what to do."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _GONE: Final = "It was never begun, has expired, or was deleted; or it is in a s
 )
 @json_option
 def explain_command(options: StoreOptions, run: str, step: str | None, limit: int, as_json: bool) -> None:
-    """Says why a run is stuck, and what to do.
+    """Explains why a run is stuck, and what to do.
 
-    It explains every step that is not completed, those that need an operator first, or only STEP: why it is in this
-    state, what happens next, and what you can do. The exit code is 1 if the run or the step does not exist.
+    It explains every step that is not completed, those that need an operator first; or only STEP. It says why a step
+    is in its state, what happens next, and what you can do. The exit code is 1 if the run or the step does not exist.
     """
     with store_or_exit(options) as store:
         if step is None:

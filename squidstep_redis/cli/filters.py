@@ -28,11 +28,11 @@ class Filters(NamedTuple):
 
     @property
     def are_given(self) -> bool:
-        """Whether any of them excludes steps."""
+        """Whether any filter excludes steps."""
         return self != Filters()
 
     def label_filter(self, store: StepRunStore) -> Callable[[StepRun], bool] | None:
-        """Returns whether a step is of a run with these labels; None: all are. It reads each run once."""
+        """Returns whether a step belongs to a run with these labels; None: all do. It reads each run once."""
         if not self.labels:
             return None
 
@@ -73,7 +73,7 @@ def filter_options(what: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 def error_filter(type_: str | None) -> Callable[[StepRun], bool] | None:
-    """Returns whether a failed step has an error of this type; None: all have."""
+    """Returns whether a failed step has an error of this type; None: all do."""
     return None if type_ is None else lambda step_run: error_type(step_run) == escaped(type_)
 
 
@@ -90,7 +90,7 @@ def read_filtered(
     Args:
         store: The store.
         read: The method of the store that lists steps.
-        filters: Its arguments, and labels, which it does not know.
+        filters: The method's arguments, and labels, which the method does not support.
         limit: How many steps to return at most.
         after: How many to skip.
         is_wanted: Rejects further steps.

@@ -72,10 +72,10 @@ def runs_command(
     cursor: str | None,
     as_json: bool,
 ) -> None:
-    """Lists runs, the newest first.
+    """Lists runs, newest first.
 
-    The order is that of their creation. Pass the printed cursor to --cursor to read the next page: it continues
-    where this one ends, even if runs are created, change or are deleted in between.
+    They are sorted by creation time. Pass the printed cursor to --cursor to read the next page: it continues where this
+    one ends, even if runs are created, change or are deleted in between.
     """
     filters: dict[str, Any] = {"labels": labels, "run_id_prefix": run_prefix, "since": since, "until": until}
     with store_or_exit(options) as store:
@@ -96,7 +96,7 @@ def runs_command(
 def _read_pages(
     store: StepRunStore, filters: dict[str, Any], limit: int, cursor: str | None = None
 ) -> Iterator[RunPage]:
-    """Reads up to `limit` runs, in pages of 1,000 apart from the last one. With a status, the store's have fewer."""
+    """Reads up to `limit` runs, in pages of 1,000, except for the last. With a status, the store's pages have fewer."""
     left = limit
     while True:
         size, found = min(left, _MAX_PAGE), list[RunSummary]()
@@ -159,8 +159,8 @@ def _format_state(summary: RunSummary) -> Text:
 def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: int, as_json: bool) -> None:
     """Lists running steps whose lease has expired.
 
-    The longest expired comes first. The next delivery of such a step takes it over. If steps stay in this list, they
-    are not redelivered: check the queue. `squidstep explain RUN STEP` says more about one of them.
+    The longest expired lease comes first. The next delivery of such a step takes it over. If steps stay in this list,
+    they are not redelivered: check the queue. `squidstep explain RUN STEP` says more about one of them.
 
     \b
     The exit code is for monitoring:
@@ -255,7 +255,7 @@ def _print_groups(groups: list[tuple[str, list[StepRun]]], longest: int) -> None
 
 
 def _print_rest(shown: int, after: int, following: int | None, total: int | None, what: str) -> None:
-    """Says on stderr that a list is not complete, and how to see the rest."""
+    """Prints to stderr that a list is incomplete, and how to see the rest."""
     if following is None or (total is not None and after + shown >= total):
         return
     many = f"{shown:,} of about {total:,} {what}" if total is not None else f"{shown:,} {what}; there may be more"
@@ -269,8 +269,8 @@ def _print_rest(shown: int, after: int, following: int | None, total: int | None
 def stats_command(options: StoreOptions, every: bool, as_json: bool) -> None:
     """Counts the runs, and the running, stuck and failed steps.
 
-    Running steps without a lease are counted with --all only. The counts are those of the indexes: they include entries
-    of expired runs until `runs`, `stuck` or `failed` reads them, and at most 1,000 failed steps in each of 1,024 parts.
+    Running steps without a lease are counted only with --all. The counts come from the indexes: they include entries of
+    expired runs until `runs`, `stuck` or `failed` reads them, and at most 1,000 failed steps in each of 1,024 parts.
     """
     states, steps = Counter[str](), Counter[StepStatus]()
     with store_or_exit(options) as store:

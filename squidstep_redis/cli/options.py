@@ -61,7 +61,7 @@ class StoreOptions(NamedTuple):
 
     @property
     def server(self) -> str:
-        """The server's address and database. Of the URL nothing else is ever shown: a part may be the password."""
+        """The server's address and database. Nothing else of the URL is ever shown: it may contain the password."""
         redis_py: Any = redis  # parts of its types are unknown
         options = redis_py.connection.parse_url(self.url)
         if "path" in options:

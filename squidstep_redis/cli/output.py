@@ -37,7 +37,7 @@ def print_text(*renderables: RenderableType) -> None:
 
 
 def _plain_lines(renderable: RenderableType) -> list[str] | None:
-    """Returns text and simple tables without any folding: rich folds what is longer than the console is wide.
+    """Returns text and simple tables without any folding: rich folds lines that are wider than the console.
 
     Returns:
         None for anything else.

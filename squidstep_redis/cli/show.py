@@ -44,9 +44,9 @@ def show_command(
 ) -> None:
     """Shows the steps of a run.
 
-    For each: status, attempt, owner, lease, times, input, and output or error. With a STEP, it shows that step and each
-    of its attempts. Times are in UTC. `squidstep explain` says what to do about a step. The exit code is 1 if the run
-    or the step does not exist.
+    For each step, it shows status, attempt, owner, lease, times, input, and output or error. With a STEP, it shows that
+    step and each of its attempts. Times are in UTC. `squidstep explain` says what to do about a step. The exit code is
+    1 if the run or the step does not exist.
     """
     with store_or_exit(options) as store:
         if step is None:
@@ -83,8 +83,8 @@ def render_steps(
         step_runs: The step runs to show, in order.
         attempts: The attempts of the step, if only one step is shown; empty for a whole run.
         full: Do not cut names, payloads and errors, and include tracebacks.
-        counts: The number of the run's steps by status, which may be more than those to show.
-        summary: Of the run, for its creation, its labels, and whether it is cancelled; None: they are not shown.
+        counts: The number of the run's steps by status, which may include more than the steps to show.
+        summary: The run's summary, for its creation, its labels, and whether it is cancelled; None: they are not shown.
     """
     yield render_heading(run, counts)
     for text, style in format_run(summary):
@@ -110,7 +110,7 @@ def column_widths(step_runs: list[StepRun], width: int | None) -> tuple[int, int
 
     Args:
         step_runs: The step runs to show.
-        width: Of the terminal, in columns; None: nothing is cut.
+        width: The width of the terminal, in columns; None: nothing is cut.
     """
     most_step, most_owner = (10_000, 10_000) if width is None else (max(width // 2 - 10, 20), max(width // 4, 16))
     return widest((each.step for each in step_runs), most_step), widest(

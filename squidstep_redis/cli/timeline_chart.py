@@ -40,7 +40,7 @@ def render_timeline(timeline: Timeline, width: int) -> Iterator[Text]:
 
 
 def _scale(timeline: Timeline, axis: int) -> str:
-    """Returns the labels of the ticks: each begins at its place, the last may end there."""
+    """Returns the labels of the ticks: each begins at its tick; the last one may end there."""
     line = ""
     for position, label in timeline.ticks(max(axis // 12, 1)):
         at = min(round(position * axis), axis - len(label))

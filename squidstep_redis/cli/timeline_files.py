@@ -78,7 +78,7 @@ def _draw_row(timeline: Timeline, bar: Bar, label: str, y: int) -> str:
 
 
 def _label(x: int, y: int, text: str, css_class: str) -> str:
-    """Draws the name of a row. An inner image clips it, so that no font makes it reach into the bars."""
+    """Draws the name of a row. An inner image clips it, so that it cannot overlap the bars in any font."""
     shown = cut(text, _MAX_LABEL)
     title = "" if shown == text else f"<title>{escape(text)}</title>"
     size = f'x="{x}" y="{y}" width="{_AXIS_X - 12 - x}" height="{_ROW}"'

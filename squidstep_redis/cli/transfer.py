@@ -23,8 +23,8 @@ from squidstep_redis.operations.documents import from_document
 def export_command(options: StoreOptions, runs: tuple[str, ...]) -> None:
     """Writes runs as lines of JSON.
 
-    It writes one line per run, for `import`. The lines contain all payloads as JSON, also if the store has another
-    codec, and the tokens of claims: protect the file like the store. The exit code is 1 if a run does not exist.
+    It writes one line per run, for `import`. The lines contain all payloads as JSON, whatever the store's codec, and
+    the tokens of claims: protect the file like the store. The exit code is 1 if a run does not exist.
     """
     with store_or_exit(options) as store:
         for run in runs:
@@ -78,11 +78,11 @@ def fork_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Copies the completed steps of a run to a new one.
+    """Copies the completed steps of a run to a new run.
 
-    RUN stays as it is. It executes nothing: deliver the other steps for NEW_RUN yourself. Steps are copied with their
-    outputs, attempts and completion order, all of them or none. An existing run is never overwritten. The exit code is
-    1 if nothing was copied: NEW_RUN exists, RUN does not, or a given step is not completed.
+    RUN stays as it is. The command executes nothing: deliver the other steps for NEW_RUN yourself. Steps are copied
+    with their outputs, attempts and completion order, all of them or none. An existing run is never overwritten. The
+    exit code is 1 if nothing was copied: NEW_RUN exists, RUN does not, or a given step is not completed.
     """
     with store_or_exit(options) as store:
         copied = store.fork_run(run, new_run, steps=steps or None, through=through, dry_run=dry_run)

@@ -38,7 +38,7 @@ _BY_URGENCY: Final = (StepStatus.RUNNING, StepStatus.FAILED, StepStatus.PENDING,
 
 
 class _Interval(click.FloatRange):
-    """Seconds to sleep. NaN is in every range."""
+    """Seconds to sleep. Rejects NaN, which passes every range check."""
 
     def __init__(self) -> None:
         super().__init__(0.05, 3_600)
@@ -172,7 +172,7 @@ def _read_store(store: StepRunStore, limit: int = _MAX_LISTED) -> dict[str, list
 
 
 def _totals(store: StepRunStore, found: dict[str, list[StepRun]], limit: int) -> dict[str, int]:
-    """Counts the steps of the lists that are not complete."""
+    """Counts the steps of the incomplete lists."""
     cut = {key for key, step_runs in found.items() if len(step_runs) >= limit}
     totals: dict[str, int] = {}
     if cut & {"at_work", "stuck"}:

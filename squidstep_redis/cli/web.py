@@ -23,8 +23,8 @@ from squidstep_redis.cli.options import StoreOptions, store_options
 from squidstep_redis.cli.output import fail, print_line
 from squidstep_redis.web import web_app
 
-_TIMEOUT: Final = 3.0  # seconds: a page says soon that the server cannot be reached
-_SHUTDOWN_SECONDS: Final = 1  # for which open streams and requests may go on
+_TIMEOUT: Final = 3.0  # seconds, so that a page soon reports an unreachable server
+_SHUTDOWN_SECONDS: Final = 1  # for which open streams and requests may continue
 
 
 @click.command("web", epilog="Example: squidstep web --payloads --actions")
@@ -47,8 +47,8 @@ def web_command(
 ) -> None:
     """Serves a web page of the store.
 
-    It shows what runs, what is stuck and why, what has failed, and each run. By default only this machine can reach
-    it, and it neither shows payloads nor changes anything. It asks for no password: to share it, mount
+    It shows what is running, what is stuck and why, what has failed, and each run. By default, only this machine can
+    reach it, and it shows no payloads and changes nothing. It asks for no password: to share it, mount
     squidstep_redis.web into an application that has users. Control-C stops it.
     """
     with store_or_exit(options) as store:
@@ -69,10 +69,10 @@ def web_command(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a listening socket; raises OSError if there can be none."""
+    """Returns a listening socket; raises OSError if it cannot listen."""
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    # For connections accepted by it. asyncio sets this only if the socket was made with TCP's number, and without it,
-    # a page waits 40 ms between its head and its body.
+    # This applies to the connections that it accepts. asyncio sets it only if the socket was made with TCP's number.
+    # Without it, a page waits 40 ms between its head and its body.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 

@@ -44,7 +44,7 @@ def demo_options(*, files: int) -> Callable[[Callable[..., None]], Callable[...,
 
 @contextmanager
 def _keys_of_demo(url: str) -> Generator[tuple[str, str]]:
-    """Provides a URL and a key prefix of its own, and deletes the keys afterwards.
+    """Provides a URL and a separate key prefix, and deletes the keys afterwards.
 
     If the demo is killed, its runs expire.
     """

@@ -29,7 +29,7 @@ _NEXT: Final = dict(pairwise(STEPS))
 @click.option(
     "-u",
     "--url",
-    help="Use this server, under a key prefix of its own that is deleted afterwards, instead of a bundled one.",
+    help="Use this server, under a separate key prefix that is deleted afterwards, instead of a bundled one.",
 )
 def command(**options: Any) -> None:
     """Does real work under real faults, and checks the result.

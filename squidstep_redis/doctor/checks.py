@@ -44,11 +44,11 @@ class Client(NamedTuple):
         is_cluster: whether it is a cluster client.
         socket_timeout: seconds it waits for a reply; None: without a limit.
         connect_timeout: seconds it waits for a connection; None: without a limit.
-        sends: the maximum number of times it tries to connect, or sends a command.
+        sends: how many times, at most, it tries to connect or sends a command.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether an unread reply on a connection can become the reply to the next command.
-        retry_pauses: seconds that it pauses, at most, between all these times.
-        is_hooked: whether the store calls it, so that the client re-sends commands by itself.
+        retry_pauses: the longest total time, in seconds, that it pauses between these attempts.
+        is_hooked: whether the store calls its `execute_command`, so that the client re-sends commands by itself.
         timeout: the store's timeout for a call, in seconds: when its last attempt begins.
         wait_replicas: the number of replicas the store waits for.
         wait_aof: whether the store waits for the AOF.
@@ -364,7 +364,7 @@ def _clock(server: Server) -> Found:
             f"the server's clock and this machine's differ by {server.skew:.1f} s: leases are unaffected, but the "
             "times in records are wrong. Check that NTP runs on both"
         )
-    return OK, "the server's clock agrees with this machine's"
+    return OK, "the server's clock matches this machine's"
 
 
 CHECKS_OF_CLIENTS: Final[Mapping[str, Callable[[Client], Found]]] = {

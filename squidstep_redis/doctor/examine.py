@@ -110,7 +110,7 @@ def _connection(clock: Any) -> Finding:
     elif isinstance(clock, TimeoutError):
         advice = "The server hangs, or a firewall drops the packets. Check both"
     else:
-        advice = "Is the server running, and are host, port and TLS (rediss://) right?"
+        advice = "Check that the server is running, and that host, port and TLS (rediss://) are right"
     return Finding("connection", Level.FAILURE, f"{str(clock).rstrip('.')}. {advice}")
 
 

@@ -38,8 +38,8 @@ def stored_arguments(bound: BoundArguments, stored: Mapping[str, Any], excluded:
     Args:
         bound: the arguments of the call.
         stored: the stored input of the step. It differs from the input of the call if the step was scheduled with
-            another one; its values then replace those of the call.
-        excluded: names of arguments that are not stored: they are those of the call in any case.
+            a different input; its values then replace those of the call.
+        excluded: names of arguments that are not stored: their values are always those of the call.
 
     Raises:
         InvalidArgumentError: the stored input has an argument that the function does not accept.
@@ -70,7 +70,7 @@ def stored_arguments(bound: BoundArguments, stored: Mapping[str, Any], excluded:
 
 
 def digest_of(bound: BoundArguments, excluded: AbstractSet[str]) -> bytes:
-    """Returns the fingerprint of the input of a call; empty if the user's codec accepts what has none.
+    """Returns the fingerprint of the input of a call; empty if the user's codec accepts an input that has none.
 
     Args:
         bound: the arguments of the call.
@@ -109,5 +109,5 @@ def _is_stored_as(given: object, stored: object) -> bool:
         return True
     try:
         return digest("input", stored) == digest("input", given)
-    except PayloadError:  # the user's codec may accept what has no fingerprint
+    except PayloadError:  # the user's codec may accept a value that has no fingerprint
         return False

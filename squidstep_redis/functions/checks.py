@@ -1,4 +1,4 @@
-"""What is checked when a function is decorated: a mistake is found at import, not when the step is executed."""
+"""The checks when a function is decorated: a mistake is found at import, not when the step is executed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_accepts(argument: str, function: object, *args: Any, **kwargs: Any) ->
     """Raises InvalidArgumentError if a function cannot be called with these arguments, or is a coroutine function.
 
     Args:
-        argument: what the error calls the function.
+        argument: the name of the function in the error.
         function: the function.
         args: positional arguments like those of its calls.
         kwargs: keyword arguments like those of its calls.
@@ -92,8 +92,8 @@ def excluded_names(exclude: tuple[str, ...], parameters: Signature | None = None
 
     Args:
         exclude: the names.
-        parameters: the parameters of the function that is decorated; None: the functions are not known yet, and those
-            that have no such parameter ignore the name.
+        parameters: the parameters of the decorated function; None: the functions are not known yet, and a function
+            that has no such parameter ignores the name.
 
     Raises:
         InvalidArgumentError: it is not a tuple of str, or the function has no such parameter.

@@ -35,7 +35,7 @@ class FunctionCall(NamedTuple):
         bound: the arguments of the call.
         excluded: names of arguments that are not stored.
         settings: how the step is claimed, and what a failure means.
-        inputs: those of the steps of this execution; None: they are not compared.
+        inputs: the inputs of the steps of this execution; None: they are not compared.
     """
 
     run_id: RunId
@@ -55,7 +55,7 @@ class FunctionCall(NamedTuple):
         """Returns the arguments to call the function with.
 
         Args:
-            stored: the stored input of the step; other than that of the call if the step was scheduled with its own.
+            stored: the stored input of the step, which differs from the call's if the step was scheduled with its own.
 
         Raises:
             InvalidArgumentError: the stored input has an argument that the function does not accept.
@@ -74,9 +74,9 @@ def execute(store: Any, call: FunctionCall, is_given_up: Callable[[Any, Any], bo
 
     Args:
         store: a StepRunStore.
-        call: the call of a function that is no coroutine function.
-        is_given_up: receives the claim and the function's result before it is stored. If it has ended the claim and
-            returns True, nothing is stored, and the result is returned as it is. None: every result is stored.
+        call: the call of a function that is not a coroutine function.
+        is_given_up: receives the claim and the function's result before the result is stored. If it has ended the claim
+            and returns True, nothing is stored, and the result is returned as it is. None: every result is stored.
 
     Raises:
         SquidstepError: what `run_step` raises.
@@ -131,14 +131,14 @@ class _GivenUp(Exception):  # noqa: N818 -- it is a result, not an error
 
 
 def check_result(fn: Callable[..., Any], result: T) -> T:
-    """Returns the result of a function that is no coroutine function, unless it is a coroutine.
+    """Returns the result of a function that is not a coroutine function, unless the result is a coroutine.
 
     Args:
         fn: the function.
         result: what it returned.
 
     Raises:
-        InvalidArgumentError: it is a coroutine, which has not done the work. It is closed.
+        InvalidArgumentError: the result is a coroutine, which has not done the work. It is closed.
     """
     if iscoroutine(result):
         result.close()

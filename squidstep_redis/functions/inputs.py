@@ -12,8 +12,8 @@ from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import RunId, Step
 
 _MISTAKE = (
-    "This execution has already called the step with the other input, whose result it would get again. In a loop, give "
-    "each call a step name of its own, such as f'reserve-{n}'."
+    "This execution has already called the step with the other input, and would get that result again. In a loop, give "
+    "each call its own step name, such as f'reserve-{n}'."
 )
 
 Kept = tuple[bytes, "ref[OneInput] | None"]
@@ -27,15 +27,15 @@ class Inputs:
         """Makes the inputs.
 
         Args:
-            seen: where they are kept, if several objects share them; None: in this object. Threads may use it at the
-                same time.
-            execution: what distinguishes the executions that share `seen`.
+            seen: stores them, if several objects share them; None: this object does. Threads may use it at the same
+                time.
+            execution: distinguishes the executions that share `seen`.
         """
         self._seen: dict[object, Kept] = {} if seen is None else seen
         self._execution = execution
 
     def one_of(self, run_id: RunId, step: Step, bound: BoundArguments, excluded: AbstractSet[str]) -> OneInput:
-        """Keeps the input of a call during the block, and if the block raises nothing, for the rest of the execution.
+        """Keeps the input of a call during the block; if the block raises nothing, for the rest of the execution.
 
         Args:
             run_id: the run of the step.
@@ -53,8 +53,8 @@ class Inputs:
 class OneInput:
     """A `with` block that keeps the input of a step. A `contextmanager` would assign to exceptions: some are frozen.
 
-    An exception from outside may arrive at any instruction, also where the block is left, so that it is not. The input
-    of such a block counts no more once the block is gone.
+    An exception from outside may arrive at any instruction, even while the block is being left, so that it never is
+    left. The input of such a block no longer counts once the block object is freed.
     """
 
     def __init__(self, seen: dict[object, Kept], key: tuple[object, str, str], given: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The labels of a run, made of the arguments of a function's call."""
+"""The labels of a run, made from the arguments of a function's call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run id of a function's call, made of its arguments."""
+"""The run id of a function's call, made from its arguments."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _formatted(run_id: str, parameters: Signature, excluded: AbstractSet[str]) -
         try:
             return format_arguments(run_id, bound)
         except NoneInFormatError:
-            problem = "is made of an argument that is None: all such calls would be one run"
+            problem = "is made from an argument that is None: all such calls would be one run"
             raise InvalidArgumentError("run_id", problem) from None
 
     return format_run_id

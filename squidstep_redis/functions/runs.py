@@ -65,8 +65,8 @@ class Run(_BaseRun):
             The stored result of `fn`. A tuple is returned as a list.
 
         Raises:
-            InputMismatchError: the step was called with other arguments on this object, or the step has another
-                fingerprint. The function was not called.
+            InputMismatchError: the step was called with other arguments on this object, or the step has a
+                different fingerprint. The function was not called.
             StepBusyError: another worker has claimed the step, or has taken it over.
             StepDelayedError: the step has failed and may not be retried yet.
             RunCancelledError: the run is cancelled.

@@ -25,7 +25,7 @@ def checked_settings(settings: FunctionSettings) -> ClaimSettings:
     """Returns the settings, which are checked as `run_step` and `begin_step` check them.
 
     Args:
-        settings: those that are given, possibly with labels; the others have their defaults.
+        settings: the given settings, possibly with labels; the others have their defaults.
 
     Raises:
         InvalidArgumentError: a setting is rejected.
@@ -48,7 +48,7 @@ def asyncio_settings(settings: FunctionSettings, cancel_when_lost: bool, cancel_
     """Returns the checked settings of an asyncio store's functions.
 
     Args:
-        settings: those that are given, possibly with labels; the others have their defaults.
+        settings: the given settings, possibly with labels; the others have their defaults.
         cancel_when_lost: whether to cancel the function when the claim is lost.
         cancel_with_run: whether to cancel the function when the run is cancelled.
 

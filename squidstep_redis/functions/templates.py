@@ -53,7 +53,7 @@ def check_format(argument: str, text: str, parameters: Signature, excluded: Abst
     """Returns the fields of a format string that can be formatted with the arguments of every call.
 
     Args:
-        argument: what the string is given as, for error messages.
+        argument: the name of the argument, for error messages.
         text: the format string.
         parameters: the parameters of the step's function.
         excluded: names of arguments that are not stored, so that the string must not name them.

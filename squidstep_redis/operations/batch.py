@@ -35,13 +35,14 @@ def batch(
 ) -> Workflow[list[Any]]:
     """Sends any mixture of operations, on any runs, in one round trip per server.
 
-    They are not one transaction. Each is atomic, and those of one run take effect in the given order, unless one has
-    to be sent again: because the server refused it for the moment, or because of a corrupt record beside it.
+    They are not one transaction. Each is atomic, and operations on one run take effect in the given order, unless one
+    has to be sent again because the server refused it temporarily, or because another call of the batch found a corrupt
+    record.
 
     Args:
         calls: calls made by `store.calls`, such as `store.calls.begin_step("run", "step", {})`.
-        raise_errors: whether to raise BatchError if a call fails, after all calls have been sent. Then the list has no
-            errors in it, and type checkers know that.
+        raise_errors: whether to raise BatchError if a call fails, after all calls have been sent. The list then
+            contains no errors, and type checkers know that.
 
     Returns:
         For each call, in order, the operation's result or the error it would have raised.

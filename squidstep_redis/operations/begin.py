@@ -19,7 +19,7 @@ from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.records import LEASE_EXPIRED, progress_payload
 from squidstep_redis.protocol.scripts import script
 
-_BEGIN_ARGS: Final = 9  # of begin_step without a fingerprint
+_BEGIN_ARGS: Final = 9  # arguments of begin_step without a fingerprint
 
 
 def begin_step(
@@ -50,8 +50,8 @@ def begin_step(
         owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None: not stored.
         fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
             what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
-            control characters: that itself; False: nothing; None: the store's setting. If the step has another
-            fingerprint, the call is refused.
+            control characters: the str itself; False: nothing; None: the store's setting. If the step has a
+            different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
             `runs` finds it; None: none. A run that exists keeps its own.
 
@@ -90,14 +90,14 @@ def advance_step(
 ) -> Call[BeginResult]:
     """Completes a step and begins the next one of its run: `complete_step` and `begin_step` in one transition.
 
-    One round trip: one worker needs eleven for a chain of ten steps. If the completion is refused, the next step is not
-    claimed. If another worker holds the next step, or it is completed, the first one is still completed.
+    One round trip: a worker needs eleven for a chain of ten steps. If the completion is refused, the next step is not
+    claimed. If another worker holds the next step, or it is completed, the first step is still completed.
 
     Args:
         step_run: the step run to complete, which `begin_step` or `advance_step` returned with "execute"; or a bare
             `StepRun.id`, which stands for the current holder of the claim.
         output: output of the step to complete, a dict.
-        step: the step to begin, another one of the same run: a non-empty str of at most 512 bytes of UTF-8, or an
+        step: the step to begin, a different step of the same run: a non-empty str of at most 512 bytes of UTF-8, or an
             enum member (its value if that is a str, else its name).
         input: input of the step to begin, a dict. It is stored unless the step was scheduled with its own.
         lease: seconds, or a timedelta, after which another delivery may take over the next step, by the server's
@@ -107,8 +107,8 @@ def advance_step(
             None: not stored.
         fingerprint: what identifies the input of the step to begin. True: all of it, in any order of its keys; a
             function of the input: what it returns, which may be anything that a payload may contain; a str of up to
-            256 bytes without control characters: that itself; False: nothing; None: the store's setting. If that step
-            has a different fingerprint, the call is refused, and neither step changes.
+            256 bytes without control characters: the str itself; False: nothing; None: the store's setting. If that
+            step has a different fingerprint, the call is refused, and neither step changes.
 
     Returns:
         What `begin_step` returns, for the next step.
@@ -125,14 +125,14 @@ def advance_step(
     data = context.payloads.encode("output", output, run.text, from_step.text, "output")
     name = arguments.step(step)
     if name == from_step:
-        raise InvalidArgumentError("step", f"must be another step than the one to complete, {from_step.text!r}")
+        raise InvalidArgumentError("step", f"must differ from the step to complete, {from_step.text!r}")
     next_input = context.payloads.encode("input", input, run.text, name.text, "input")
     printed = context.fingerprints.of(fingerprint, "input", input)
     args = begin_args(run, name, next_input, lease, max_attempts, owner)  # the run exists
 
     def parse(reply: Reply) -> BeginResult:
         if reply[0] == b"stale" and (ended := completed_before(context, run, from_step, from_token, data, reply)):
-            error = EqualOutputError(ended, "advance_step was refused: its output is stored in other bytes")
+            error = EqualOutputError(ended, "advance_step was refused: the stored output is encoded differently")
             error.resend = call._replace(args=(*completing, reply[4], *fingerprints))
             raise error
         raise_if_refused(context, "advance_step", run, from_step, from_token, reply)

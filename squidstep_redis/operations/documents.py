@@ -318,7 +318,7 @@ def _line(part: _Part, step: _Part, position: int) -> bytes:
         or bool(started) != bool(attempt)
         or ((lease_end and letter != b"r") or (retry_at and letter != b"f"))
     ):
-        part.reject("state", f"does not agree with its attempt, token and times: {described(part.value('state'))}")
+        part.reject("state", f"does not match its attempt, token and times: {described(part.value('state'))}")
     owner = part.read("owner", arguments.owner)
     lease, start, end = _span(started, lease_end or retry_at), _span(created, started), _span(started, ended)
     if min(lease, start, end) < -1:

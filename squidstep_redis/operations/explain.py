@@ -64,11 +64,11 @@ def explain_run(context: Context, run_id: RunId, *, limit: int = 20) -> Workflow
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
-        limit: how many steps to explain at most, from 1 to 1,000: failed ones first, then running ones, those whose
-            lease ends first, then pending ones.
+        limit: how many steps to explain at most, from 1 to 1,000: failed steps first, then running steps in the order
+            in which their leases end, then pending steps.
 
     Returns:
-        The explanations, those that need an operator first; None if there is no such run.
+        The explanations; steps that need an operator come first. None if there is no such run.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
@@ -100,7 +100,7 @@ def _explain_run(context: Context, run: Run, limit: int) -> Workflow[RunExplanat
 
 
 def _by_urgency(step_run: StepRun) -> tuple[int, bool, float, int]:
-    """Returns the sort key: by status; those that have failed permanently first, then by the end of lease or delay."""
+    """Returns the sort key: by status; permanently failed steps first, then by the end of lease or delay."""
     until = step_run.lease_ends_at or step_run.retry_at
     since = until.timestamp() if until else 0.0
     return _BY_STATUS.index(step_run.status), not step_run.final, since, step_run.position
@@ -135,7 +135,7 @@ def _cancellation(run: Run) -> Call[str | None]:
 
 
 def _clock(run: Run, operation: str) -> Call[datetime]:
-    """Reads the clock of the run's server: whether a lease has expired depends on no other clock."""
+    """Reads the clock of the run's server, the only clock that decides whether a lease has expired."""
 
     def parse(reply: Reply) -> datetime:
         return moment(int(reply[4]))

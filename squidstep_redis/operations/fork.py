@@ -23,8 +23,8 @@ from squidstep_redis.protocol.workflow import Send, Workflow
 from squidstep_redis.server_errors import OutcomeUnknownError, ServerError
 
 _OPERATION: Final = "fork_run"
-# A field of a step that a fork copies: of an attempt in its history, or of its record. lua/README.md lists the fields.
-# The mark of a waiting client stays behind.
+# A field of a step that a fork copies: from an attempt in its history, or from its record. lua/README.md lists the
+# fields. The mark of a waiting client is not copied.
 _FIELD: Final = re.compile(rb"a\d+:(.+)|[^aw](.+)", re.DOTALL)
 
 _PAYLOADS: Final = {b"i": "input", b"o": "output", b"e": "last_error"}
@@ -41,16 +41,16 @@ def fork_run(
     through: Step | None = None,
     dry_run: bool = False,
 ) -> Workflow[list[str]]:
-    """Creates a run that has the completed steps of another run, which is left unchanged.
+    """Creates a run that has the completed steps of another run. The original is left unchanged.
 
-    For example, to execute a failed step again, with all that follows it. Two round trips, all or nothing. The original
-    is read at one moment, which blocks the server for about 0.05 s if it has 10,000 steps; writing them takes 0.15 s.
+    For example, to execute a failed step and all later steps again. Two round trips, all or nothing. The original is
+    read at one moment, which blocks the server for about 0.05 s if it has 10,000 steps; writing them takes 0.15 s.
 
     The new run has the labels of the original. A copied step keeps its input, output, owner, times, attempt number and
     history. Payloads are copied as bytes, of any size and codec; only a codec whose bytes depend on the run encodes
     them again. The order of creation and the completion order are numbered from 1 again. Steps that are not completed,
     claims and the expiry of the original are not copied: the new run expires by this store's `run_ttl`. The id of a
-    step run names its run, so a claim on a step of the original changes nothing in the new run.
+    step run contains its run id, so a claim on a step of the original changes nothing in the new run.
 
     Args:
         run_id: the original: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -76,7 +76,7 @@ def fork_run(
     """
     source, new = context.keys.run(run_id), _new_run(context, new_run_id)
     if source.text == new.text:
-        raise InvalidArgumentError("new_run_id", f"must be another run than the original, {source.text!r}")
+        raise InvalidArgumentError("new_run_id", f"must differ from the original run, {source.text!r}")
     if steps is not None and through is not None:
         raise InvalidArgumentError("through", "must not be given together with steps")
     names = None if steps is None else arguments.steps(steps)

@@ -19,7 +19,7 @@ from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import SendBatch, Workflow
 
 MAX_STEPS: Final = 1_000
-"""Steps in one call: they block the server for about 10 ms, and a script can pass about 8,000 arguments on."""
+"""Steps in one call: they block the server for about 10 ms, and a script can pass on about 8,000 arguments."""
 
 _ALL_OR_NONE: Final = b"1"
 
@@ -37,9 +37,9 @@ def begin_steps(
 ) -> Call[dict[str, BeginResult]]:
     """Claims several steps of a run for this delivery, or returns why they must be skipped: `begin_step` for each.
 
-    One round trip and one script, which costs the server about half of what it does for single calls: 1,000 steps block
-    it for about 10 ms. If it raises an error, none of the steps was claimed, unless the outcome is unknown. Re-sent
-    after a lost reply, it returns the same decisions with the same claims.
+    One round trip and one script, which costs the server about half as much as single calls: 1,000 steps block it for
+    about 10 ms. If it raises an error, none of the steps was claimed, unless the outcome is unknown. Re-sent after a
+    lost reply, it returns the same decisions with the same claims.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -51,7 +51,7 @@ def begin_steps(
         owner: who claims, shown to operators: a str of up to 256 bytes without control characters; None: not stored.
         fingerprint: what identifies the input of each step. True: all of it, in any order of its keys; a function of
             the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
-            without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
+            without control characters: the str itself; False: nothing; None: the store's setting. If one of the steps
             has a different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
             `runs` finds it; None: none. A run that exists keeps its own.
@@ -99,7 +99,7 @@ def complete_steps(
     """Ends several claims with an output each, on any runs: `complete_step` for each.
 
     One round trip per server, and one script for up to 100 consecutive steps of each run, which costs the server about
-    half of what it does for single calls. The claims are ended in the given order, which is the completion order.
+    half as much as single calls. The claims are ended in the given order, which is the completion order.
 
     Args:
         completions: pairs of a step run and an output. The step run is the one that `begin_step` returned with

@@ -1,7 +1,7 @@
 """The operations that read the indexes: live and lapsed claims, and failed steps, across runs.
 
 An index entry is a hint. Each is verified against its record before it is returned, and dropped if they disagree. An
-entry that this library did not write, or in the index of another bucket, stands for no record and is dropped, too.
+entry that this library did not write, or that is in the index of another bucket, refers to no record and is dropped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def lapsed_claims(
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
-        after: how many to skip at the beginning: for the next page, the number of those that you have. If claims or
+        after: how many to skip at the beginning: for the next page, the number of step runs that you have. If claims or
             failures come or go in the meantime, one may be missed or repeated.
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
@@ -74,7 +74,7 @@ def live_claims(
 ) -> Workflow[list[StepRun]]:
     """Lists step runs that are running under a lease that has not expired, soonest expiry first.
 
-    Usually six round trips, as `lapsed_claims`. With `owner`, one more for every `limit` live claims of
+    Usually six round trips, like `lapsed_claims`. With `owner`, one more for every `limit` live claims of
     other owners, among the first 1,000 or so of each of 1,024 buckets.
 
     Args:
@@ -111,7 +111,7 @@ def failed_steps(
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
-        after: how many to skip at the beginning: for the next page, the number of those that you have. If claims or
+        after: how many to skip at the beginning: for the next page, the number of step runs that you have. If claims or
             failures come or go in the meantime, one may be missed or repeated.
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
@@ -132,7 +132,7 @@ def failed_steps(
 
 
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
-    """Counts the claims whose lease has not expired, and those whose lease has, across all runs.
+    """Counts live and lapsed claims across all runs: those whose lease has not expired, and those whose lease has.
 
     Five round trips, of up to 250 small calls each. Entries of expired or deleted runs, and entries that this library
     did not write, are counted until `lapsed_claims` or `live_claims` finds and drops them.
@@ -178,10 +178,10 @@ def _count(indexes: list[bytes], operation: str) -> Workflow[ClaimCounts]:
 
 
 def drop_stale_entries(context: Context) -> Workflow[None]:
-    """Drops the entries of both indexes that stand for no record, such as those of runs that have expired.
+    """Drops the entries of both indexes that refer to no record, such as those of runs that have expired.
 
-    Ten or more round trips read the indexes; if there are lapsed claims or failed steps, two or more verify them. Of
-    each of 1,024 buckets, it looks at the first 1,000 entries that it does not drop.
+    Ten or more round trips read the indexes; if there are lapsed claims or failed steps, two or more verify them. In
+    each of 1,024 buckets, it checks the first 1,000 entries that it does not drop.
     """
     indexes: dict[Mode, list[bytes]] = {"lapsed": context.keys.claims(), "failed": context.keys.failed()}
     for mode, keys in indexes.items():
@@ -233,7 +233,7 @@ class Listing(NamedTuple):
 
     Attributes:
         mode: failed steps, lapsed claims, or live claims.
-        payloads: whether to read the payloads; else of each step only its state and its error.
+        payloads: whether to read the payloads; otherwise only the state and the error of each step are read.
         owner: only claims of this owner; empty: every owner's.
     """
 
@@ -247,7 +247,7 @@ def _list(
 ) -> Workflow[list[StepRun]]:
     number = arguments.integer("limit", limit, MAX_LIMIT)
     needed = wanted.after + number
-    # The first entries are spread over the buckets, so of most of them a page needs one entry. A second one shows
+    # The first entries are spread over the buckets, so a page needs one entry from most buckets. A second entry shows
     # whether there are more.
     first_page = MAX_LIMIT if listing.owner or wanted.is_selective else min(2 + needed // 400, MAX_LIMIT)
     buckets = [Bucket(key, listing.mode, first_page) for key in indexes]
@@ -258,7 +258,7 @@ def _list(
 def select(
     context: Context, listing: Listing, buckets: list[Bucket], number: int, wanted: _Wanted = _ALL
 ) -> Workflow[list[StepRun]]:
-    """Returns the step runs of the first entries of all buckets, of each of which the first page is loaded."""
+    """Returns the step runs of the first entries of all buckets. The first page of each bucket is loaded."""
     verified: dict[_Position, StepRun | None] = {}
     while True:
         merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
@@ -324,7 +324,7 @@ def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun |
 
 
 def _drop(mode: Mode, entry: _Entry) -> Call[StepRun | bool]:
-    """Drops an entry that stands for no record; returns whether it has left the index."""
+    """Drops an entry that refers to no record; returns whether it has left the index."""
 
     def parse(reply: Reply) -> StepRun | bool:
         return reply[0] == b"dropped"
@@ -359,14 +359,14 @@ class Bucket:
         return Call(None, script("list_index"), (self.key,), args, _entries_of, part_of=operation)
 
     def load(self, part: list[tuple[float, bytes]]) -> int:
-        """Sets the entries that were read; returns how much work it was for the server, in entries scanned."""
+        """Sets the entries that were read; returns the server's work, in entries scanned."""
         self.entries = part
         self.has_more = len(part) >= self.size
         self.dropped = 0
         return CALL_WORK + len(part)
 
     def load_first(self, flat: list[Any], count: int) -> None:
-        """Sets the first entry, of so many."""
+        """Sets the first entry, and how many entries there are."""
         self.entries = _scored(flat)
         self.has_more = len(self.entries) < count
 
@@ -387,7 +387,7 @@ class _Entry(NamedTuple):
 
     @property
     def position(self) -> _Position:
-        """The entry's index and member: a member that is foreign in one index may be right in another."""
+        """The entry's index and member: a member that is foreign in one index may be valid in another."""
         return self.bucket.key, self.member
 
     @property

@@ -1,4 +1,4 @@
-"""The operations that decide what becomes of a whole run: expiry, cancellation, deletion."""
+"""The operations on a whole run: expiry, cancellation, deletion."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def cancel_run(context: Context, run_id: RunId, reason: str | None = None) -> Ca
     """Cancels a run: until `resume_run`, no step of it is scheduled or begins. Nothing that is stored changes.
 
     One round trip. `begin_step` skips with the reason "cancelled", except for completed steps, whose output it returns.
-    Work that has begun may go on: its claim can be completed, failed, released and extended, and `extend_claim` and
-    `checkpoint_step` tell its holder. `complete_step` completes, but schedules no successors. Cancelling a cancelled
+    Work that has begun may continue: its claim can be completed, failed, released and extended, and `extend_claim` and
+    `checkpoint_step` inform its holder. `complete_step` completes, but schedules no successors. Cancelling a cancelled
     run changes nothing.
 
     Args:

@@ -1,4 +1,4 @@
-"""The operations that list and count runs by the index of their creation."""
+"""The operations that list and count runs, by the index of runs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def runs(
     limit: int = 100,
     cursor: str | None = None,
 ) -> Workflow[RunPage]:
-    """Lists runs, newest first by the time of their creation, one page at a time.
+    """Lists runs, newest first by creation time, one page at a time.
 
-    Five round trips read the index, about ten that of a large store, and one reads each 65 runs of the page. A run that
-    has more than 500 fields needs one more for each 500 of them, and a filter one for each 4,000 runs that it passes
-    over. None blocks the server for more than a few milliseconds. The entries of runs that have expired are dropped
+    Five round trips read the index (about ten in a large store), and one more reads each 65 runs of the page. A run
+    that has more than 500 fields needs one more for each 500 of them, and a filter needs one for each 4,000 runs that
+    it skips. None blocks the server for more than a few milliseconds. The entries of runs that have expired are dropped
     from the index.
 
     The next page continues where this one ends, even if runs were created, deleted or changed in between.
@@ -56,8 +56,8 @@ def runs(
         run_id_prefix: only runs whose id has this prefix; empty: all runs.
         since: only runs created at or after this time, a datetime with a time zone; None: all runs.
         until: only runs created before this time, a datetime with a time zone; None: all runs.
-        limit: how many runs a page has at most, from 1 to 1,000. With `status` it may have fewer, even none: a page
-            ends after looking at 3,000 to 6,000 runs, or at 1,000 large ones.
+        limit: how many runs a page has at most, from 1 to 1,000. With `status`, it may have fewer, even none: a page
+            ends after 3,000 to 6,000 runs, or 1,000 large runs, have been checked.
         cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
@@ -116,7 +116,7 @@ def _count(context: Context, selection: Selection) -> Workflow[int]:
 def _list(
     context: Context, selection: Selection, status: StepStatus | None, full: int, after: Position | None
 ) -> Workflow[RunPage]:
-    # The newest runs are spread over the buckets, so of most of them a page needs only the first entry.
+    # The newest runs are spread over the buckets, so a page needs only the first entry from most buckets.
     size = 1 + full // 400 if status is None else _LOOKED_AT
     buckets = [Bucket(key, selection, after, size) for key in context.keys.runs()]
     yield from load(buckets, "runs")
@@ -130,15 +130,15 @@ def read_page(
 
     Args:
         context: the store's settings.
-        operation: that sends the calls.
-        buckets: of each of them, the first part is loaded.
+        operation: the operation that sends the calls.
+        buckets: the buckets; the first part of each is loaded.
         full: how many runs a page has at most.
         status: only runs with at least one step of this status; None: all runs.
     """
     found: list[RunSummary] = []
     read = 0
     while True:
-        # Runs that are older than the part of a bucket that is loaded may be older than runs that are not loaded.
+        # Runs that are older than a bucket's loaded part may be older than runs of that bucket that are not loaded.
         settled_to = min((each.loaded_to for each in buckets if each.loaded_to is not None), default=None)
         settled = sorted(entry for each in buckets for entry in each.take(settled_to))
         while settled:
@@ -182,7 +182,7 @@ def _read(context: Context, operation: str, entries: Sequence[Entry]) -> Workflo
     return [
         (entry, scan.summary())
         for entry in entries
-        # Of a run that was created again, an entry with its former labels may remain.
+        # If a run was created again, an entry with its former labels may remain.
         if (scan := by_id.get(entry.position[1].decode())) and (scan.problem or scan.labels == entry.labels)
     ]
 

@@ -25,10 +25,10 @@ def overview(context: Context, limit: int = 10, *, failures: int = 100) -> Workf
     """Counts the claims, the failed steps and the runs, and lists the first of each, in one pass.
 
     About 15 round trips, none of which blocks the server for more than a few milliseconds. The lists are the first
-    pages of `lapsed_claims`, `live_claims`, `failed_steps` and `runs`, and of the steps, inputs and progress are not
-    read. If a list is shorter than its limit, its count is exact, and otherwise that of `count_claims`, `count_failed`
-    or `count_runs`. The parts are read one after the other: a step that changes in the meantime may be in two, or in
-    none.
+    pages of `lapsed_claims`, `live_claims`, `failed_steps` and `runs`; inputs and progress of the steps are not read.
+    If a list is shorter than its limit, its count is exact. Otherwise, its count is that of `count_claims`,
+    `count_failed` or `count_runs`. The parts are read one after the other: a step that changes in the meantime may be
+    in two lists, or in none.
 
     Args:
         limit: how many claims of each kind and how many runs to list at most, from 1 to 1,000.
@@ -96,7 +96,7 @@ class _Indexes:
         return Call(None, script("overview"), self._keys, (new_nonce(),), _without_words, part_of=operation)
 
     def load(self, part: Reply) -> int:
-        """Sets what was read; returns how much work it was for the server."""
+        """Sets what was read; returns the server's work."""
         *counts, lapsed, live, failed, runs = part
         self.counts = [int(each) for each in counts]
         live_claims, lapsed_claims, failed_steps, _ = self.counts

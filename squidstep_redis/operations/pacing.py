@@ -17,7 +17,7 @@ _FIRST_CALLS: Final = 32
 
 
 class Pacer:
-    """Adapts the size of batches to the work of their calls.
+    """Adapts the size of batches to the server's work for their calls.
 
     Attributes:
         batch_size: how many calls the next batch should have.
@@ -27,7 +27,7 @@ class Pacer:
         self.batch_size = _FIRST_CALLS
 
     def adapt(self, calls: int, work: int) -> None:
-        """Adapts the size to a batch of so many calls, which were so much work together."""
+        """Adapts the size to the last batch, given its number of calls and its total work."""
         self.batch_size = max(1, _MAX_WORK * calls // work)
 
 
@@ -39,7 +39,7 @@ class Bucket(Protocol):
         ...
 
     def load(self, part: Any) -> int:
-        """Adds a part that was read; returns how much work it was."""
+        """Adds a part that was read; returns the server's work."""
         ...
 
 
@@ -55,6 +55,6 @@ def load(buckets: Sequence[Bucket], operation: str) -> Workflow[None]:
 
 
 def in_batches(calls: Sequence[Call[Any]], work: int = CALL_WORK) -> Iterator[SendBatch]:
-    """Divides calls into batches, given how much work each of them is."""
+    """Divides calls into batches, given the work of each call."""
     size = _MAX_WORK // work
     return (SendBatch(calls[first : first + size]) for first in range(0, len(calls), size))

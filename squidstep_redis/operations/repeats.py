@@ -1,6 +1,6 @@
-"""Recognizes a repeated call whose payload equals the stored one, in other bytes.
+"""Recognizes a repeated call whose payload equals the stored one, but is encoded differently.
 
-The scripts compare bytes. Equal dicts may have their keys in another order, and a codec may encrypt.
+The scripts compare bytes. Equal dicts may have their keys in a different order, and a codec may encrypt.
 """
 
 from __future__ import annotations

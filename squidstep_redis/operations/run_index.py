@@ -1,4 +1,4 @@
-"""The index of runs by the time of their creation: one sorted set for each bucket, which is read in parts."""
+"""The index of runs by creation time: one sorted set for each bucket, which is read in parts."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Selection(NamedTuple):
     Attributes:
         newest: when the newest of them was created, in milliseconds; None: any time.
         oldest: when the oldest of them was created.
-        prefix: of the run ids; empty: any.
-        letters: of state lines: a run must have a step with one of them; empty: any.
-        labels: as they are stored.
+        prefix: prefix of the run ids; empty: any.
+        letters: letters of state lines: a run must have a step with one of them; empty: any.
+        labels: labels that a run must have, as they are stored.
     """
 
     newest: int | None = None
@@ -55,21 +55,21 @@ class Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
-        count: how many runs were counted, listed, or with a status looked at.
-        entries: those that were loaded and not taken, newest first.
+        count: how many runs were counted or listed; with a status, how many were checked.
+        entries: the entries that were loaded and not taken, newest first.
         size: how many the next part has at most.
     """
 
     __slots__ = ("_after", "_growth", "_key", "_newest", "_selection", "_skip", "count", "entries", "size")
 
     def __init__(self, key: bytes, selection: Selection, after: Position | None, size: int) -> None:
-        """Set up a bucket of which nothing is loaded.
+        """Sets up a bucket of which nothing is loaded.
 
         Args:
-            key: of the index.
-            selection: which runs.
+            key: key of the index.
+            selection: which runs to load.
             after: only runs after this position; None: all.
-            size: how many to list at first, or with a status to look at; 0: count.
+            size: how many runs to list at first, or, with a status, to check; 0: count them.
         """
         self._key = key
         self._selection = selection
@@ -92,7 +92,7 @@ class Bucket:
         return Call(None, script("list_runs"), (self._key,), args, _without_words, part_of=operation)
 
     def load(self, part: Reply) -> int:
-        """Adds a part that was read; returns how much work it was for the server, in entries scanned."""
+        """Adds a part that was read; returns the server's work, in entries scanned."""
         newest, skip, count, entries, work = part
         self._newest, self._skip = newest or None, b"%d" % int(skip)
         self.count += int(count)
@@ -110,19 +110,19 @@ class Bucket:
         return None if self._newest is None else -listed_at(self._newest)
 
     def take(self, settled_to: int | None) -> list[Entry]:
-        """Removes and returns the loaded runs that are newer than that; None: all of them."""
+        """Removes and returns the loaded runs that are newer than a position; None: all of them."""
         taken = [each for each in self.entries if settled_to is None or each.position[0] < settled_to]
         self.entries = self.entries[len(taken) :]
         return taken
 
 
 def listed_at(score: bytes) -> int:
-    """Returns the milliseconds by which an entry is listed. A score that no clock has counts as the nearest time."""
+    """Returns the milliseconds by which an entry is listed. A score that is out of range is clamped."""
     return int(min(max(float(score), 0), _LATEST))
 
 
 def created_at(score: bytes) -> datetime | None:
-    """Returns when the run of an entry was created; None if the entry does not tell."""
+    """Returns when the run of an entry was created; None if the entry does not say."""
     return moment(int(float(score))) if score and 0 <= float(score) < _LATEST else None
 
 

@@ -121,18 +121,18 @@ def purge(
 
 @dataclass(slots=True)
 class RunScan:
-    """What a scan of one run's records has found.
+    """What a scan of one run's records has found so far.
 
     Attributes:
         created: number of steps created, from the run line.
         completed: number of steps completed, from the run line.
-        newest: state of the step that was completed last.
+        newest: state line of the step that was completed last.
         lines: the state lines of the steps that are not completed, by step.
         states: the same lines, parsed.
         problem: why the records are corrupt.
         cancel_reason: why the run was cancelled; None if it is not.
         labels: of the run, as they are stored.
-        entered: when the run was created, in milliseconds; empty if the index does not tell.
+        entered: when the run was created, in milliseconds; empty if the index does not say.
     """
 
     run_id: str

@@ -1,4 +1,4 @@
-"""The pages in which the keys of all servers are scanned for runs."""
+"""Scans the keys of all servers for runs, page by page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ScanPage(NamedTuple):
 def scan_page(
     context: Context, operation: str, shard: Shard, cursor: bytes, run_id_prefix: bytes, count: int
 ) -> Workflow[ScanPage]:
-    """Scans `count` keys of one server, from a cursor on ("0" for the first page), and finds the runs among them."""
+    """Scans `count` keys of one server from a cursor ("0" for the first page), and finds the runs among them."""
 
     def parse(reply: Reply) -> ScanPage:
         run_ids = sorted(set(_runs_of(context, reply[3], run_id_prefix)))
@@ -74,7 +74,7 @@ def find_shards(context: Context) -> Workflow[list[Shard]]:
     found: dict[str, bytes] = {}
     for bucket in buckets:
         slot = key_slot(bucket)
-        # A slot that no server owns must not hide its runs: sending to it shows why.
+        # A slot that no server owns must not hide its runs: sending a call to it raises the reason.
         name = next((name for slots, name in owners if slot in slots), "")
         found.setdefault(name, bucket)
     return [Shard(name, key) for name, key in sorted(found.items())]

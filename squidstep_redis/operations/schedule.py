@@ -44,8 +44,8 @@ def schedule_step(
         input: the step's input, a dict.
         fingerprint: what identifies the input. True: all of it, in any order of its keys; a function of the input:
             what it returns, which may be anything that a payload may contain; a str of up to 256 bytes without
-            control characters: that itself; False: nothing; None: the store's setting. If the step has another
-            fingerprint, the call is refused.
+            control characters: the str itself; False: nothing; None: the store's setting. If the step has a
+            different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
             `runs` finds it; None: none. A run that exists keeps its own.
 
@@ -91,7 +91,7 @@ def schedule_steps(
     fingerprint: Fingerprint | None = None,
     labels: Labels | None = None,
 ) -> Call[list[str]]:
-    """Creates pending records for those of many steps that have none: all of them or, on an error, none.
+    """Creates pending records for the given steps that have none: all of them or, on an error, none.
 
     One round trip and one script: 10,000 steps block the server for 0.04 to 0.1 s. If that is too long and the steps
     do not depend on each other, schedule them in batches of a thousand.
@@ -101,7 +101,7 @@ def schedule_steps(
         steps: a dict of input by step.
         fingerprint: what identifies the input of each step. True: all of it, in any order of its keys; a function of
             the input: what it returns, which may be anything that a payload may contain; a str of up to 256 bytes
-            without control characters: that itself; False: nothing; None: the store's setting. If one of the steps
+            without control characters: the str itself; False: nothing; None: the store's setting. If one of the steps
             has a different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
             `runs` finds it; None: none. A run that exists keeps its own.
@@ -130,7 +130,7 @@ def schedule_steps(
 
 
 def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step]) -> Call[list[str]]:
-    """Deletes those of the given steps that are pending; the others are left unchanged. A run without steps is gone.
+    """Deletes the given steps that are pending; the others are left unchanged. A run without steps is deleted.
 
     One round trip and one script: 10,000 steps block the server for up to 0.1 s.
 
@@ -139,8 +139,8 @@ def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step])
         steps: the steps, each once.
 
     Returns:
-        Those of the given steps that have no record now, in the given order. A step that is missing from this list was
-        claimed before it could be deleted.
+        The given steps that have no record now, in the given order. A step that is missing from this list was claimed
+        before it could be deleted.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
@@ -161,7 +161,7 @@ def delete_pending_steps(context: Context, run_id: RunId, steps: Iterable[Step])
 def encode_inputs(
     context: Context, run: Run, argument: str, steps: object, fingerprint: Fingerprint | None = None
 ) -> list[StepInput]:
-    """Returns steps of a run with their inputs. Either all of them have a fingerprint, or none."""
+    """Returns steps of a run with their inputs. Either all of them have a fingerprint, or none has one."""
     if not isinstance(steps, Mapping):
         raise InvalidArgumentError(argument, f"must be a dict of input by step, not {described(steps)}")
     items = cast("StepInputs", steps).items()

@@ -43,7 +43,7 @@ def complete_step(
         step_run: the step run that `begin_step` returned with "execute". Or a bare `StepRun.id`, which stands for the
             current holder of the claim: for operators and handovers.
         output: the step's output, a dict.
-        schedule: a dict of input by step: those of these steps that have no record become pending; None: none.
+        schedule: a dict of input by step: the steps in it that have no record become pending; None: none.
 
     Returns:
         The completed step run.
@@ -228,7 +228,7 @@ def _parse_end(
     if reply[0] == b"stale":
         if output is not None and (ended := completed_before(context, run, step, token, output, reply)):
             return ended
-        # The script adds an attempt that the same claim ended in the same way, with an error of other bytes.
+        # The script adds an attempt that the same claim ended in the same way, with an error in a different encoding.
         if (
             last_error is not None
             and len(reply) > 7

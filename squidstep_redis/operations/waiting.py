@@ -23,8 +23,8 @@ def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds)
     """Waits until a step is completed or failed, so that a skipped duplicate can return the winner's output.
 
     The script that ends the step notifies the waiter. A notification can be lost, so the waiter also polls once a
-    second, and more often while the step has no record: one round trip per poll, one per pause. It uses one connection
-    meanwhile.
+    second, and more often while the step has no record: one round trip per poll, one per pause. Meanwhile, it occupies
+    one connection.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.

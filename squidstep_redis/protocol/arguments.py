@@ -63,7 +63,7 @@ def run_id(value: object) -> Name:
 
 
 def run_id_prefix(value: object) -> bytes:
-    """Returns the prefix of run ids: a str of up to 512 bytes of UTF-8; empty: of all."""
+    """Returns a prefix of run ids: a str of up to 512 bytes of UTF-8; empty: of all run ids."""
     return b"" if value == "" else identifier("run_id_prefix", value).data
 
 

@@ -22,7 +22,7 @@ from squidstep_redis.errors import (
 from squidstep_redis.protocol.scripts import Script
 from squidstep_redis.server_errors import ReplyMismatchError
 
-T = TypeVar("T", covariant=True)  # noqa: PLC0105 -- the only one here; a list of mixed calls is a list of calls of their union
+T = TypeVar("T", covariant=True)  # noqa: PLC0105 -- the only type variable here; a list of mixed calls is a list of calls of their union
 
 Command = tuple[bytes, ...]
 """The words of a command. All are bytes: hiredis crashes if a signal handler raises while it formats another type."""
@@ -36,15 +36,15 @@ _nonces = count()
 
 
 def new_nonce() -> bytes:
-    """Returns a number that is unique in this process, which is enough: processes do not share connections."""
+    """Returns a number that is unique in this process. That is enough: processes do not share connections."""
     return b"%d" % next(_nonces)
 
 
-_senders: Final[dict[int, bytes]] = {}  # by process: a forked child is another sender
+_senders: Final[dict[int, bytes]] = {}  # by process: a forked child is a different sender
 
 
 def sender() -> bytes:
-    """Returns a name of this process. For calls whose order matters: the nonces of one sender ascend."""
+    """Returns a name for this process, for calls whose order matters: the nonces of one sender ascend."""
     return _senders.get(os.getpid()) or _senders.setdefault(os.getpid(), new_token()[:8])
 
 
@@ -61,7 +61,7 @@ class Call(NamedTuple, Generic[T]):
         script: the script to run.
         keys: the script's keys, all in one hash slot.
         args: the script's arguments. The first is the nonce, which the script echoes.
-        parse: reads the reply, once it is known to belong to this call and not to be a refusal.
+        parse: reads the reply, after the checks that it belongs to this call and is not a refusal.
         if_deleted: returns the result for a run that was deleted; None: RunDeletedError is raised.
         step: the step it is about, for error messages.
         retryable: whether the store retries it after a transient error.
@@ -81,7 +81,7 @@ class Call(NamedTuple, Generic[T]):
     may_have_run: bool = False
 
     def __repr__(self) -> str:
-        """Without the arguments, which contain payloads: errors that carry a call appear in logs."""
+        """Omits the arguments, which contain payloads: errors that carry a call appear in logs."""
         place = "" if self.run_id is None else f" run {self.run_id!r}"
         return f"<Call {self.operation}{place}{'' if self.step is None else f', step {self.step!r}'}>"
 
@@ -108,7 +108,7 @@ class Call(NamedTuple, Generic[T]):
         words: Reply = reply.split(b" ", 2) if type(reply) is bytes else reply
         # A signal handler that raises in the middle of a command can leave its reply on the connection.
         if type(words) is not list or len(words) < 2 or words[1] != self.args[0]:
-            kind = type(reply).__name__  # not the reply itself, which may contain a payload
+            kind = type(reply).__name__  # without quoting the reply, which may contain a payload
             problem = f"an earlier call on this connection was interrupted; received a reply to it, of the type {kind}"
             sent = self._replace(may_have_run=True)
             raise ReplyMismatchError(self.operation, self.run_id, self.step, problem, True, sent)
@@ -130,7 +130,7 @@ class Call(NamedTuple, Generic[T]):
         return self.parse(parts)
 
     def outcome(self, reply: Any) -> T | Exception:
-        """Decodes the server's reply, or returns the error that the operation raises; an error of the server as it is.
+        """Decodes the server's reply, or returns the error that the operation raises. A server error is returned as is.
 
         Raises:
             ReplyMismatchError: it is the reply to another call.
@@ -148,7 +148,7 @@ class Call(NamedTuple, Generic[T]):
 class EqualOutputError(StaleStepRunError):
     """The script refused an output whose bytes differ from the stored ones, although the two decode to equal outputs.
 
-    The driver sends `resend`, which has the stored bytes. In your own pipeline nothing is sent again.
+    The driver sends `resend`, which has the stored bytes. In your own pipeline, nothing is sent again.
     """
 
     resend: Call[Any]
@@ -165,13 +165,13 @@ def _torn(run_id: str, key: str) -> SquidstepError:
     return CorruptRunError(
         run_id,
         key,
-        f"does not agree with the other key of run {run_id!r}: one of the two was evicted, deleted or overwritten. "
+        f"does not match the other key of run {run_id!r}: one of the two was evicted, deleted or overwritten. "
         "Nothing was written; set the server's maxmemory-policy to noeviction, then call delete_run",
     )
 
 
 def _wrong_type(run_id: str, key: str) -> SquidstepError:
-    return CorruptRunError(run_id, key, "holds a value of another type than squidstep_redis stores there")
+    return CorruptRunError(run_id, key, "holds a value of a different type than squidstep_redis stores there")
 
 
 def corrupt(run_id: str, key: str, field: str) -> SquidstepError:

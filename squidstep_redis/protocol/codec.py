@@ -1,4 +1,4 @@
-"""Encodes and decodes payloads. A payload comes back equal, or is rejected with the path to the offending value."""
+"""Encodes and decodes payloads. A payload is returned equal, or is rejected with the path to the offending value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ msgpack: Any = untyped_msgpack  # it ships no types
 _ALLOWED: Final = "None, bool, int (64 bits), float, str, bytes, aware datetime, and lists, tuples and dicts of these"
 _EXTENDED: Final = f"{_ALLOWED}; Decimal, UUID, date, time, timedelta, and enum members with such a value"
 _WITH_OPTION: Final = "; with codec=MsgpackCodec(extended=True) it is stored"
-# Of the search for the offending value. msgpack itself fails at 511 or 1,024 levels, depending on its version.
+# Limits the search for the offending value. msgpack itself fails at 511 or 1,024 levels, depending on its version.
 _MAX_DEPTH: Final = 500
 _PACKER_BYTES: Final = 64 * 1024
 _KEY_CHARS: Final = 500
@@ -47,7 +47,7 @@ class Codec(Protocol):
     """Converts payloads to bytes and back. `squidstep_redis.codecs` has codecs that compress and encrypt.
 
     All processes that share a prefix need the same codec: the bytes do not say which codec wrote them. Equal payloads
-    may give different bytes: a call that you repeat is compared with the stored payload as it decodes.
+    may be encoded to different bytes: a repeated call is compared with the decoded payload.
     """
 
     def encode(self, payload: Payload) -> bytes:
@@ -90,7 +90,8 @@ class PlacedCodec(Protocol):
         """Returns the payload that `encode_at` was given for the same place, and no other.
 
         Raises:
-            PayloadError: the data cannot be decoded; says why. Any other exception means the same, without a reason.
+            PayloadError: the data cannot be decoded; it gives the reason. Any other exception means the same, without a
+                reason.
         """
         ...
 
@@ -98,11 +99,11 @@ class PlacedCodec(Protocol):
 class MsgpackCodec:
     """The default codec: msgpack, strict.
 
-    A payload either comes back equal or is rejected. Tuples come back as lists, aware datetimes in UTC, bytearrays as
+    A payload is either returned equal or rejected. Tuples are returned as lists, aware datetimes in UTC, bytearrays as
     bytes. Subclasses of the allowed types (named tuples, numpy scalars) are rejected, not flattened.
 
     Args:
-        extended: whether to store Decimal, UUID, date, time and timedelta, too, and enum members, which come back as
+        extended: whether to store Decimal, UUID, date, time and timedelta, too, and enum members, which are returned as
             their values. Every MsgpackCodec reads what one with this option wrote.
     """
 
@@ -115,14 +116,14 @@ class MsgpackCodec:
         """Encodes a payload and checks that it decodes to an equal one.
 
         Raises:
-            PayloadError: a value in the payload would not come back equal; its path starts at `payload`.
+            PayloadError: a value in the payload could not be read back equal; its path starts at `payload`.
         """
         try:
             try:
                 data = _pack(payload, self.extended)
             except TypeError:  # tuples, or an unsupported type
                 data = _pack(_as_decoded(payload, self.extended), self.extended)
-            # Values that msgpack packs but does not return equal show up here: NaN, odd map keys, distant dates.
+            # This finds values that msgpack packs but does not return equal: NaN, odd map keys, distant dates.
             decoded = self.decode(data)
             faithful = decoded == payload or decoded == _as_decoded(payload, self.extended)
         except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
@@ -152,7 +153,7 @@ class MsgpackCodec:
 
 @dataclass(frozen=True, slots=True)
 class _AbsentCodec:
-    """Stands for a codec that was not pickled: it may hold a key, or what cannot be pickled."""
+    """Stands for a codec that was not pickled: it may hold a key, or something that cannot be pickled."""
 
     name: str
 
@@ -178,7 +179,7 @@ class Payloads:
         self.codec = codec
         self.max_bytes = max_bytes
         self.prefix = prefix
-        # A codec may have both pairs of methods: then the place is used.
+        # If a codec has both pairs of methods, the pair with a place is used.
         self._placed = codec if isinstance(codec, PlacedCodec) else None
         self._plain = cast("Codec", codec)
 
@@ -204,7 +205,7 @@ class Payloads:
         """Encodes the payload given as `argument`, which will be stored in a field of a step.
 
         Raises:
-            PayloadError: it is not a dict, or the codec rejects it; has the path.
+            PayloadError: it is not a dict, or the codec rejects it; the error has the path.
             PayloadTooLargeError: it is larger than `max_bytes` when encoded.
         """
         if not isinstance(payload, dict):
@@ -274,7 +275,7 @@ class Payloads:
 
 
 def _field(name: str) -> PayloadField:
-    """Returns the field of a payload, given the attribute or the argument that it is called."""
+    """Returns the field of a payload, given the name of its attribute or argument."""
     return name if name in ("input", "output", "progress") else "error"
 
 
@@ -336,8 +337,8 @@ def _printable(text: str) -> str:
 def _as_decoded(value: object, extended: bool) -> object:
     """Returns the value as it will be decoded: tuples as lists, datetimes in UTC, enum members as values if `extended`.
 
-    Subclasses are not converted, so they are rejected. UTC, because a datetime in the hour that is repeated when
-    clocks are set back does not equal any datetime in another zone.
+    Subclasses are not converted, so they are rejected. Datetimes are converted to UTC, because a datetime in the hour
+    that is repeated when clocks are set back does not equal any datetime in another zone.
     """
     if extended:
         value = plain(value)

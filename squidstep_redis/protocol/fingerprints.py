@@ -24,7 +24,7 @@ from squidstep_redis.protocol.call import Reply
 from squidstep_redis.signals import is_raised_by_handler
 
 Fingerprint = bool | str | Callable[[dict[str, Any]], object]
-"""True: of the whole input. A str: the fingerprint itself. A function: of what it returns. False: none."""
+"""True: hashes the whole input. A str: the fingerprint itself. A function: hashes what it returns. False: none."""
 
 _DIGEST_BYTES: Final = 18  # 24 characters of base64
 _TEXT_KINDS: Final = (Decimal, UUID, datetime, date, time, timedelta)
@@ -105,14 +105,14 @@ def digest(argument: str, value: object) -> bytes:
         value: anything that a payload may contain.
 
     Raises:
-        PayloadError: a part of it has no canonical form; has the path.
+        PayloadError: a part of it has no canonical form; the error has the path.
     """
     try:
         data = _canonical(value)
     except _NoFormError as error:
         raise PayloadError(argument + "".join(reversed(error.path)), error.problem) from None
     except RecursionError:
-        raise PayloadError(argument, "is nested too deep for a fingerprint") from None
+        raise PayloadError(argument, "is nested too deeply for a fingerprint") from None
     return urlsafe_b64encode(blake2b(data, digest_size=_DIGEST_BYTES).digest())
 
 

@@ -1,4 +1,4 @@
-"""Calls of one kind about several steps of one run as one call, whose script reads, checks and writes once for all."""
+"""Groups calls of one kind on steps of one run into one call, whose script reads, checks and writes once for all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class _Layout(NamedTuple):
     """The arguments and replies of a script that runs several calls as one.
 
     Attributes:
-        own: which arguments each step has of its own.
+        own: which arguments each step has separately.
         shared: which arguments all steps share.
-        optional: which arguments each step has of its own if the first one has them; empty for none.
+        optional: which arguments each step has separately if the first one has them; empty for none.
         more: where the arguments of further steps begin.
-        word: the word of a reply about one of several steps that is only a state line.
+        word: the word that a bare state line stands for in a reply about several steps.
     """
 
     own: slice
@@ -43,7 +43,7 @@ def group(calls: Sequence[Call[Any]], indexes: Iterable[int]) -> list[list[int]]
 
     Args:
         calls: all calls of a batch.
-        indexes: of the calls to group: those for one server.
+        indexes: indexes of the calls to group, which are for one server.
 
     Returns:
         The indexes of the calls in each group.
@@ -81,7 +81,7 @@ def group(calls: Sequence[Call[Any]], indexes: Iterable[int]) -> list[list[int]]
 
 
 def merged(calls: Sequence[Call[Any]]) -> Call[Any]:
-    """Returns the call that is sent for the calls of a group, of which there are several."""
+    """Returns the call that is sent for a group of several calls."""
     first = calls[0]
     layout = _LAYOUTS[first.script.name]
     args = [*padded(first.script.name, first.args)]
@@ -100,7 +100,7 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
 
     Args:
         sent: the call that was sent for the group.
-        calls: those of the group.
+        calls: the calls of the group.
         reply: the server's reply.
 
     Raises:
@@ -113,13 +113,13 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
         return replies_in(sent.script.name, parts, [call.args[0] for call in calls])
     if word in _OF_RUN:
         return [[word, call.args[0], *parts] for call in calls]
-    # One of the records or an index is corrupt. Nothing was written. Each call by itself has its own outcome, although
-    # it then takes effect after the later calls of the batch.
+    # One of the records or an index is corrupt. Nothing was written. Sent by itself, each call has its own outcome, but
+    # it takes effect after the later calls of the batch.
     return [NoScriptError("the group was refused")] * len(calls)
 
 
 def replies_in(script: str, parts: Sequence[Any], nonces: Sequence[bytes]) -> list[Reply]:
-    """Returns the replies in a reply about several steps, each with a nonce of its own."""
+    """Returns the replies in a reply about several steps, each with its own nonce."""
     word = _LAYOUTS[script].word
     replies: list[Reply] = []
     for part, nonce in zip(parts, nonces, strict=True):

@@ -111,7 +111,7 @@ def parse_member(member: bytes) -> tuple[bytes, bytes] | None:
 def run_of_member(member: bytes) -> tuple[bytes, bytes]:
     """Returns the run, and its labels as they are stored, that a member of the index of runs names.
 
-    `list_runs` returns no other members than those that squidstep_redis would write.
+    `list_runs` returns only members that squidstep_redis would write.
     """
     length, _, rest = member.partition(b":")
     return rest[: int(length)], rest[int(length) + 1 :]

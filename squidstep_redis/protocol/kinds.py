@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple, TypeGuard
 from uuid import UUID
 
-_FOLD: Final = " fold=1"  # of a time that clocks show twice; ISO 8601 cannot express it
+_FOLD: Final = " fold=1"  # marks a time that clocks show twice; ISO 8601 cannot express it
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMEDELTA: Final = re.compile(r"(-?\d{1,9}) (\d{1,5}) (\d{1,6})", re.ASCII)
 
@@ -71,9 +71,9 @@ def kind_of(value: object) -> Kind | None:
 
 
 def is_datetime(value: object) -> TypeGuard[datetime]:
-    """Returns whether a value is a datetime, and no subclass of it.
+    """Returns whether a value is a datetime, not an instance of a subclass.
 
-    A library that freezes time puts another class in the place of the name `datetime`, in all modules.
+    A library that freezes time binds another class to the name `datetime` in all modules.
     """
     return type(value) is type(_EPOCH)
 
@@ -98,7 +98,7 @@ def plain(value: Any) -> Any:
 
 
 def problem_of(value: Any) -> str | None:
-    """Returns why a value of one of these types would not come back equal; None if it would."""
+    """Returns why a value of one of these types could not be read back equal; None if it could."""
     if type(value) is Decimal and value.is_nan():
         return "NaN is not equal to itself, so it would not come back equal"
     if type(value) is time and value.tzinfo is not None:

@@ -1,4 +1,4 @@
-"""Labels of runs: short texts by which runs are found, such as a tenant. lua/README.md shows how they are stored."""
+"""Labels of runs: short texts for finding runs, such as a tenant. lua/README.md shows how they are stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def labels_data(value: object) -> bytes:
 
 
 def check_label_names(value: object) -> dict[str, Any]:
-    """Returns labels whose names and number are checked, and whose values are not."""
+    """Returns labels after checking their names and number, but not their values."""
     if not isinstance(value, Mapping):
         raise InvalidArgumentError("labels", f"must be a dict of str by name, not {described(value)}")
     items = cast("Mapping[object, Any]", value)

@@ -36,8 +36,8 @@ class Queued(Generic[T]):
             What the operation's own method returns.
 
         Raises:
-            SquidstepError: as the operation's own method. The operation wrote nothing, but other commands of the
-                pipeline ran.
+            SquidstepError: what the operation's own method raises. The operation wrote nothing, but other commands of
+                the pipeline ran.
             redis.RedisError: the server's own error, if the pipeline was executed with `raise_on_error=False`.
         """
         reply = replies[self.index]
@@ -49,8 +49,8 @@ class Queued(Generic[T]):
 def queue(pipeline: Any, call: Call[T]) -> Queued[T]:
     """Appends a call to a redis-py pipeline, blocking or asyncio.
 
-    The command contains the script's source. In a transaction, an EVALSHA of an unknown script would fail alone, while
-    the other commands take effect.
+    The command contains the script's source: in a transaction, if the script is unknown, only the EVALSHA would fail,
+    while the other commands take effect.
     """
     check_call("call", call)
     if not (hasattr(pipeline, "execute") and hasattr(pipeline, "__len__")):

@@ -19,8 +19,8 @@ IMPORTED_CHECKPOINT: Final = b"0 import 0\n"  # before the payload; any checkpoi
 _CHECKPOINT: Final = re.compile(rb"\d{1,13} \S+ \d+")
 
 LEASE_EXPIRED: Final = b"lease_expired"
-"""What is stored as the error of a step whose last allowed attempt lost its lease. No codec encodes it: the same bytes
-are sent for each step of a call, and a codec may encode for one place only."""
+"""The stored error of a step whose last allowed attempt lost its lease. No codec encodes it: the same bytes are sent
+for each step of a call, and a codec may encode for one place only."""
 
 
 def step_name(run: str, name: bytes, key: bytes) -> str:
@@ -44,7 +44,7 @@ def lease_expired_error() -> dict[str, Any]:
 
 
 def progress_payload(run: str, step: str, stored: bytes | None, key: bytes) -> bytes | None:
-    r"""Returns the payload of stored progress, which is a line about the checkpoint, "\n", the payload.
+    r"""Returns the payload of stored progress, which is a line about the checkpoint, "\n", and the payload.
 
     Raises:
         CorruptRunError: the scripts would not write it. It names `key`.

@@ -4,9 +4,9 @@
 package; in a wheel, it is inside. Python may import the package from a zip. A script is built in five steps, once per
 process:
 
-1. The general path: what follows the line `-- general path` becomes a function. In every call, the server clears room
-   for all local variables of a script. With those of the general path in a function, a call of the common case that
-   comes before it does not pay for them.
+1. The general path: the code after the line `-- general path` becomes a function. In every call, the server clears room
+   for all local variables of a script. With the general path's variables in a function, a call that takes the common
+   case before it does not pay for them.
 2. Includes: the line `-- include NAME` becomes the text of `lib/NAME.lua`; a repeated include is dropped.
 3. Macros: the line `-- define NAME text` or `-- define NAME(parameter, …) text` defines a macro for the whole script,
    including the lines above it. Lines that begin with `--   ` continue the text. Lines of code use it as `@NAME` or

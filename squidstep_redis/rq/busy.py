@@ -1,4 +1,4 @@
-"""Reschedules a job whose step cannot be executed now: another worker holds it, or it is to be retried later."""
+"""Reschedules a job whose step cannot be executed now: another worker holds it, or it must be retried later."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ T = TypeVar("T")
 MAX_RESCHEDULES: Final = 1_000_000
 _SYNCHRONOUS: Final = "sync"  # the worker name of jobs that run inside enqueue(), where RQ ignores Retry
 
-# The job inside whose decorated function the code runs. A timeout may keep it from being reset: no other job is taken
-# for this one.
+# The job whose decorated function is running. A timeout may keep this from being reset, so it is compared with the job.
 _inside: ContextVar[Job | None] = ContextVar("squidstep_rq_inside", default=None)
 
 

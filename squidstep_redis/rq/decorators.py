@@ -60,7 +60,7 @@ def step(
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
-            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
+            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with its arguments; and a generator
             function.
     """
     return _decorators.step(name, run_id, labels, on_busy, exclude, settings)
@@ -101,7 +101,7 @@ def steps(
     Raises:
         InvalidArgumentError: an argument is rejected, when the function is decorated: also a `run_id` that names
             something that is not a parameter of the function, or a parameter whose default is None; a function as
-            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with what it is given; and a generator
+            `run_id`, `backoff`, `fingerprint` or `labels` that cannot be called with its arguments; and a generator
             function.
     """
     return _decorators.steps(run_id, labels, on_busy, exclude, settings)

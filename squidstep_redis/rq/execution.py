@@ -33,7 +33,7 @@ def inputs_of(job: Job | None) -> Inputs:
     distinguishes the executions of a job that RQ runs again in the same process.
 
     Args:
-        job: the current job; None: outside a job, where each run has inputs of its own.
+        job: the current job; None: outside a job, where each run has its own inputs.
     """
     if job is None or (start := start_of(job)) is None:
         return Inputs()
@@ -117,6 +117,6 @@ def _seconds_to_wait(claim: Any, error: BaseException, pause: float | None) -> f
 def _asks_for_retry(claim: Any, result: object) -> bool:
     """Returns whether RQ must run the job again because the function returned Retry. The claim is then released.
 
-    It is not if the claim was lost to a worker that has completed the step.
+    RQ does not have to if the claim was lost to a worker that has completed the step.
     """
     return isinstance(result, Retry) and not claim.ended and claim.release().status == "pending"

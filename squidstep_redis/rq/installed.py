@@ -1,6 +1,6 @@
 """The names of RQ that this package uses, imported only if RQ is installed and new enough.
 
-The other modules import RQ from here, so that the version is checked first, whatever the order of imports.
+The other modules import RQ from here, so that the version is checked first, in any order of imports.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Run(QueueRun):
     Attributes:
         id: the run id; None outside a job: functions are then called without storing anything.
         job: the job that executes the run; None outside a job.
-        inputs: those of the steps that the job has called.
+        inputs: the inputs of the steps that the job has called.
     """
 
     current: ClassVar[ContextVar[Run | None]] = ContextVar("squidstep_rq_run", default=None)
@@ -99,10 +99,10 @@ def open_run(run_id: str | None, settings: ClaimSettings, excluded: frozenset[st
 
 
 def default_run_id(job: Job) -> str:
-    """Returns the run id of a job without a `run_id`. It is the job id if RQ has made that up for this job.
+    """Returns the run id of a job without a `run_id`. It is the job id if RQ has generated the job id.
 
     Other job ids do not stand for one execution. If you have chosen the id, the run id also contains the time at which
-    the job was created, so that each `enqueue` is a run of its own. With `Repeat`, it also contains the number of
+    the job was created, so that each `enqueue` is a separate run. With `Repeat`, it also contains the number of
     repeats left. rq-scheduler enqueues one job at each tick of `cron` or `schedule(interval=…)`, and nothing in RQ
     distinguishes the ticks: the run id then contains the time at which the worker started the job.
 
@@ -111,7 +111,7 @@ def default_run_id(job: Job) -> str:
 
     Raises:
         InvalidArgumentError: rq-scheduler repeats the job, and the job has a `Retry`: a retry of one tick would be
-            taken for the next tick.
+            mistaken for the next tick.
     """
     if job.meta.keys() & _RQ_SCHEDULER:
         return _tick_of(job)

@@ -64,7 +64,7 @@ def configure(
     """Sets the server and the settings of the store, or the store. Call it in the module that defines the jobs.
 
     It opens no connection. Without this call, the store uses the URL in SQUIDSTEP_REDIS_URL; if that is not set, it
-    uses RQ's own server, with a client of its own.
+    uses RQ's own server, with its own client.
 
     Args:
         connect: a URL, or a function that returns a client. The function is called once in each process, after RQ has

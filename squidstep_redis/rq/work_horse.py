@@ -21,7 +21,7 @@ def release_killed_work_horse(job: Job, pid: int | None, status: int | None, usa
 
     Pass it to the worker: `Worker(work_horse_killed_handler=release_killed_work_horse)`. Without it, the claims are
     released when their leases expire. Claims without a lease (`lease=None`) are not found, and nothing else ends them.
-    It needs two or three round trips per server. It raises nothing: errors are logged as warnings, because an exception
+    It needs two or three round trips per server. It raises no errors: they are logged as warnings, because an exception
     would stop RQ's worker.
 
     Args:

@@ -123,7 +123,7 @@ class _Intercepted(_Base):
         command, commands = _unpacked(command)
         for hook in self.interceptor.hooks(commands):
             if isawaitable(hook()):
-                raise TypeError(f"hook: {hook} is asynchronous, but the store is blocking; give it a plain function")
+                raise TypeError(f"hook: {hook} is asynchronous, but the store is blocking; pass a plain function")
         try:
             sent, losses = self.interceptor.intercept(commands)
         except BaseException:

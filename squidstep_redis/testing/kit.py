@@ -34,7 +34,7 @@ class StepKit:
     """Two stores, a clock and faults in a `with` block: everything the fixtures provide, without pytest.
 
     On a real server, all keys have a prefix that is unique to the kit, and are deleted at the end of the block. On
-    fakeredis, the kit has a server to itself.
+    fakeredis, the kit has its own server.
 
         with StepKit() as kit:
             handle(kit.store, {"order": 1})
@@ -204,6 +204,6 @@ def _fakeredis() -> Any:
         import fakeredis  # noqa: PLC0415 -- not needed on a real server
     except ImportError as missing:
         raise ImportError(
-            "a StepKit without a server needs fakeredis: pip install 'squidstep_redis[testing]', or give it a server"
+            "a StepKit without a server needs fakeredis: pip install 'squidstep_redis[testing]', or pass it a server"
         ) from missing
     return fakeredis

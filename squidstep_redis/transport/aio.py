@@ -70,10 +70,10 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         return self._connections().is_exhausted
 
     def beside_pool(self) -> AsyncTransport:
-        """Returns a transport with connections of its own, which an exhausted pool does not delay; its user closes it.
+        """Returns a transport with its own connections, which an exhausted pool does not delay; its user closes it.
 
-        It is the same transport if the client's calls are hooked, or its connections are not redis-py's, or it is a
-        cluster's, whose connections are no pool's.
+        It returns this transport itself if the client's calls are hooked, if its connections are not redis-py's, or for
+        a cluster, whose connections belong to no pool.
         """
         if (
             self.is_cluster
@@ -154,7 +154,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
 
 def _outcome(result: Any) -> Any:
     """Returns the result of one of several round trips, or its error."""
-    if isinstance(result, asyncio.CancelledError):  # something has cancelled its task, and not that of the caller
+    if isinstance(result, asyncio.CancelledError):  # something has cancelled its task, but not the caller's
         return RoundTripError(ConnectionError("The round trip was interrupted."), sent=True)
     if isinstance(result, BaseException) and not isinstance(result, RoundTripError):
         raise result

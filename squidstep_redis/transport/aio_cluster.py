@@ -1,4 +1,4 @@
-"""The connections of the asyncio transport to a cluster: those of its nodes, found by the slot of a key.
+"""The connections of the asyncio transport to the nodes of a cluster, found by the slot of a key.
 
 As in `cluster.py`, the cluster client knows the nodes and the slots, and owns the connections. It learns the slots with
 the first call, in the event loop of that call.
@@ -28,7 +28,7 @@ from squidstep_redis.transport.cluster import KEY, PRIMARY, Topology
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
 
-_LAST_REFRESH: Final = 0.2  # seconds that nodes have to reply if a call's timeout ends
+_LAST_REFRESH: Final = 0.2  # seconds that nodes have to reply when a call's timeout has ended
 
 
 class ClusterConnections(AsyncConnections):
@@ -55,12 +55,12 @@ class ClusterConnections(AsyncConnections):
         return await self._to(self._topology.node_of(call.keys[0])).execute(command, call, deadline)
 
     async def node_of(self, key: bytes) -> AsyncConnections:
-        """Returns what sends to the node of a key."""
+        """Returns the connections to the node of a key."""
         await self._initialize()
         return self._to(self._topology.node_of(key))
 
     async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
-        """Groups calls by their nodes. One that no node serves fails when it is sent, and not the others with it."""
+        """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
         await self._initialize()
         groups: dict[int, tuple[AsyncConnections, list[int]]] = {}
         for index, call in enumerate(calls):
@@ -91,7 +91,7 @@ class ClusterConnections(AsyncConnections):
                         manager.get_node_from_slot(error.slot_id)  # applies it
                 return None
             node = manager.get_node(host, port)
-            if node is None:  # one that serves no slot yet
+            if node is None:  # a node that serves no slot yet
                 node = ClusterNode(host, port, PRIMARY, **manager.connection_kwargs)
                 manager.set_nodes(manager.nodes_cache, {node.name: node})
         except Exception as failure:
@@ -99,7 +99,7 @@ class ClusterConnections(AsyncConnections):
         return self._to(node)
 
     async def refresh(self, since: float, deadline: float) -> None:
-        """Lets the client ask the nodes for the slots, one after another: if they hang, that outlasts the call."""
+        """Lets the client ask the nodes for the slots, one after another: if they hang, it may outlast the call."""
         if self._topology.refreshed_at <= since:
             left = max(deadline - time.monotonic(), _LAST_REFRESH)
             with suppress(TimeoutError, RoundTripError):  # the next attempt shows what is reachable
@@ -139,7 +139,7 @@ class ClusterConnections(AsyncConnections):
                 await self._client.initialize()
             else:
                 await manager.initialize(**self._topology.ask_failed_last())
-        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
+        except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             return as_redis_error(error)
         finally:
             self._turns.pop(os.getpid(), None)
@@ -147,7 +147,7 @@ class ClusterConnections(AsyncConnections):
         return None
 
     async def _take_turn(self) -> None:
-        """Waits until no other event loop learns the slots: redis-py's locks are made for a single one."""
+        """Waits until no other event loop learns the slots: redis-py's locks support only a single loop."""
         loop = asyncio.get_running_loop()
         while (other := self._turns.setdefault(os.getpid(), loop)) is not loop and other.is_running():
             await asyncio.sleep(0.01)
@@ -197,7 +197,7 @@ class _NodeConnections(OwnConnections):
 
 
 def _remove_foreign(node: Any) -> None:
-    """Removes idle connections of another event loop, as far as the next one is concerned."""
+    """Removes idle connections of another event loop, until the next one is not such a connection."""
     loop = asyncio.get_running_loop()
     while node._free and is_foreign(node._free[0], loop):
         connection = node._free.popleft()
@@ -207,7 +207,7 @@ def _remove_foreign(node: Any) -> None:
 
 
 class _BorrowedNode(AsyncConnections):
-    """Connections that redis-py writes and reads, because their class is not its own: borrowed from the node.
+    """Connections borrowed from the node, which redis-py writes and reads, because their class is not its own.
 
     Attributes:
         node: the node.

@@ -1,9 +1,9 @@
 """The connections of the asyncio transport: how bytes get to one server and replies come back.
 
-There are the same three ways as in `connection.py`; that of a user's pool is in `aio_pool.py`. `OwnConnections`
-multiplexes: in each event loop, all tasks share one connection. What they send within one turn of the loop shares few
-writes, and the replies are matched in order. A cancelled call's reply is read and dropped. Large payloads, and commands
-that make the server wait, use connections of their own, because they would delay all others.
+There are the same three ways as in `connection.py`; the one for a user's pool is in `aio_pool.py`. `OwnConnections`
+multiplexes: in each event loop, all tasks share one connection. What they send within one iteration of the loop shares
+a few writes, and the replies are matched in order. The reply to a cancelled call is read and dropped. Large payloads,
+and commands that make the server wait, use their own connections, because they would delay all others.
 
 A connection belongs to one event loop of one process.
 """
@@ -41,14 +41,14 @@ from squidstep_redis.transport.retry import RoundTripError, as_redis_error, chec
 from squidstep_redis.transport.stream import Read, chunks, pack_command
 
 _MAX_IDLE: Final = 16
-_MAX_SHARED_BYTES: Final = 65_536  # larger payloads use a connection of their own
+_MAX_SHARED_BYTES: Final = 65_536  # larger payloads use their own connection
 
 abandoned: list[Any] = []
-"""What a parent process owns. Closing it here would change the parent's event loop, whose selector is shared."""
+"""What belongs to a parent process. Closing it here would change the parent's event loop, whose selector is shared."""
 
 
 class AsyncConnections(ABC):
-    """What sends commands to one server."""
+    """Sends commands to one server."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -64,7 +64,7 @@ class AsyncConnections(ABC):
         Args:
             commands: tuples of words.
             read: decodes a reply, given its index and the reply.
-            deadline: when the call's timeout ends, by the monotonic clock. A pool is waited for until then.
+            deadline: when the call's timeout ends, by the monotonic clock. Until then, it waits for a pool.
             blocks: whether the server may wait before it replies.
 
         Returns:
@@ -80,22 +80,22 @@ class AsyncConnections(ABC):
         return (await self.send((command,), lambda _, reply: call.outcome(reply), deadline))[0]
 
     async def node_of(self, key: bytes) -> AsyncConnections:
-        """Returns what sends to the server of a key."""
+        """Returns the connections to the server of a key."""
         return self
 
     async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
-        """Groups calls by the server of their keys: pairs of what sends to it, and the indexes of its calls."""
+        """Groups calls by the server of their keys: pairs of the connections to it, and the indexes of its calls."""
         return [(self, range(len(calls)))]
 
     async def servers(self) -> dict[str, AsyncConnections]:
-        """Returns what sends to each server, by its name."""
+        """Returns the connections to each server, by its name."""
         return {"": self}
 
     async def redirect(self, error: AskError) -> AsyncConnections | None:
         """Learns the node of a slot that has moved; or returns the node to which the keys of a slot are moving.
 
         Raises:
-            AskError: the client is no cluster client.
+            AskError: the client is not a cluster client.
             RoundTripError: the node could not be learned.
         """
         raise error
@@ -109,11 +109,11 @@ class AsyncConnections(ABC):
         """
 
     def close(self) -> None:
-        """Closes what was opened here in the running event loop."""
+        """Closes the connections that were opened here in the running event loop."""
 
 
 class OwnConnections(AsyncConnections):
-    """One connection per event loop, shared by its tasks; and some for exclusive use."""
+    """One connection per event loop, shared by its tasks, and further connections for exclusive use."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -163,14 +163,14 @@ class OwnConnections(AsyncConnections):
                 links.close()
 
     def retire(self) -> None:
-        """Closes the connections of the running event loop as soon as no round trip is under way on them."""
+        """Closes the connections of the running event loop as soon as no round trip is in progress on them."""
         links = self._by_loop.pop(asyncio.get_running_loop(), None)
         if links is not None:
             links.is_closed = True
             links.retire()
 
     def _template(self) -> Any:
-        """Returns an unconnected connection of redis-py's."""
+        """Returns an unconnected redis-py connection."""
         connection = own_connection(self._client)
         pool = getattr(connection, "connection_pool", None)
         if hasattr(pool, "sentinel_manager"):
@@ -190,7 +190,7 @@ class OwnConnections(AsyncConnections):
         return links
 
     def _forget_closed_loops(self) -> None:
-        """Closes the connections of event loops that were closed before them."""
+        """Closes connections whose event loops were closed before them."""
         for reference in self._by_loop.keyrefs():  # a copy: other threads add theirs
             loop = reference()
             if loop is not None and loop.is_closed():
@@ -218,7 +218,7 @@ class OwnConnections(AsyncConnections):
         return results
 
     async def _connect_shared(self, links: _Links, deadline: float) -> Link:
-        """Opens the shared connection, once for all tasks that need it: none of them interrupts its handshake."""
+        """Opens the shared connection once for all tasks that need it, so that none interrupts its handshake."""
         if links.connecting is None:
             links.connecting = asyncio.get_running_loop().create_task(self._open(deadline), name="squidstep-connect")
             links.connecting.add_done_callback(links.on_connected)
@@ -280,7 +280,7 @@ class _Links:
         return None
 
     def retire(self) -> None:
-        """Lets no round trip begin on these connections: their server is no primary any more."""
+        """Lets no further round trip begin on these connections: their server is no longer a primary."""
         self.close_idle()
         if self.shared is not None:
             self.shared.retire()
@@ -314,9 +314,9 @@ def _read_all(link: Link, replies: list[Any], read: Read) -> list[Any]:
 
 
 class _Sentinels:
-    """A pool of Sentinel's, as one of its connections sees it, that asks the sentinels in the running event loop.
+    """Sentinel's pool, as one of its connections sees it. It asks the sentinels in the running event loop.
 
-    The connections of the user's `Sentinel` to them may belong to another loop, even to that of another thread.
+    The connections of the user's `Sentinel` to them may belong to another loop, even to the loop of another thread.
     """
 
     def __init__(self, pool: Any) -> None:
@@ -337,7 +337,7 @@ class _Sentinels:
 
 
 def _like(client: Any) -> Any:
-    """Returns a client with the settings of another one, and with connections of its own."""
+    """Returns a client with the settings of another client, but with its own connections."""
     pool = client.connection_pool
     return type(client)(connection_pool=type(pool)(connection_class=pool.connection_class, **pool.connection_kwargs))
 
@@ -371,8 +371,8 @@ class HookedClient(AsyncConnections):
             results = [read(index, reply) for index, reply in enumerate(replies)]
             is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
         finally:
-            # The client has released the connection, and would use it for its next command: also one whose handshake
-            # was interrupted, which has another database or no credentials.
+            # The client has released the connection, and would use it for its next command, even if its handshake was
+            # interrupted and it has another database or no credentials.
             if not is_reusable and hasattr(self._client, "connection_pool"):
                 for connection in idle_of(self._client.connection_pool):
                     drop(connection)
@@ -388,9 +388,9 @@ async def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
 
 
 def seconds_to_connect(connection: Any, deadline: float) -> float | None:
-    """Returns how long setting up a connection of redis-py's may take; None: without a limit.
+    """Returns how long setting up a redis-py connection may take; None: without a limit.
 
-    A provider of credentials, for one, has no timeout of its own.
+    A provider of credentials, for example, has no timeout.
     """
     if deadline == inf:
         return None
@@ -399,9 +399,9 @@ def seconds_to_connect(connection: Any, deadline: float) -> float | None:
 
 
 def connect_error(error: Exception, scope: asyncio.Timeout) -> Exception:
-    """Returns an error of redis-py's for one that setting up a connection within a scope has raised.
+    """Returns a redis-py error for an exception that was raised while a connection was set up within a scope.
 
-    A provider of credentials may raise anything. What a signal handler raises meanwhile is raised.
+    A provider of credentials may raise anything. An exception of a signal handler is raised as it is.
     """
     if scope.expired():
         return TimeoutError("Timeout connecting to server")
@@ -413,9 +413,9 @@ def connect_error(error: Exception, scope: asyncio.Timeout) -> Exception:
 
 
 def drop(connection: Any) -> None:
-    """Closes a connection of redis-py's without awaiting anything, which a cancellation could interrupt.
+    """Closes a redis-py connection without awaiting anything, because a cancellation could interrupt that.
 
-    Its transport is closed in the event loop in which it was opened, which may be that of another thread.
+    Its transport is closed in the event loop in which it was opened, which may belong to another thread.
     """
     writer = getattr(connection, "_writer", None)
     connection._parser.on_disconnect()
@@ -432,7 +432,7 @@ def drop(connection: Any) -> None:
 
 
 def drop_all(client: Any) -> None:
-    """Closes all connections of a client's pool, also those of other event loops."""
+    """Closes all connections of a client's pool, including those of other event loops."""
     pool = client.connection_pool
     for connection in (*idle_of(pool), *getattr(pool, "_in_use_connections", ())):
         if has_plain_stream(cast("type[object]", type(connection))):
@@ -440,6 +440,6 @@ def drop_all(client: Any) -> None:
 
 
 def is_foreign(connection: Any, loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether a connection of redis-py's was opened in another event loop."""
+    """Whether a redis-py connection was opened in another event loop."""
     reader = getattr(connection, "_reader", None)
     return reader is not None and getattr(reader, "_loop", loop) is not loop

@@ -42,7 +42,7 @@ class PooledConnections(AsyncConnections):
     """The pool of a user's client: a connection is borrowed for one round trip.
 
     A pool serves one event loop at a time, because its locks belong to a loop. The first loop that uses it keeps it
-    until it is closed; meanwhile, other loops use connections of their own, if the pool's are plain streams.
+    until the loop is closed. Meanwhile, other loops use their own connections, if the pool's are plain streams.
     """
 
     def __init__(self, client: Any) -> None:
@@ -113,7 +113,7 @@ class PooledConnections(AsyncConnections):
         return connection
 
     def _release_later(self, connection: Any) -> None:
-        """Gives a connection back to the pool in a task of its own, which a cancellation of this one leaves alone."""
+        """Gives a connection back to the pool in a separate task, which a cancellation of this task does not reach."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # a coroutine is closed after its event loop
@@ -129,7 +129,7 @@ class PooledConnections(AsyncConnections):
             task.exception()  # of a pool that belongs to another event loop
 
     def _has_pool(self) -> bool:
-        """Whether the running event loop may use the pool. The first one may, until it is closed or this is a fork."""
+        """Whether the running event loop may use the pool: the first one may, until it is closed or this is a fork."""
         loop = asyncio.get_running_loop()
         while (owner := self._owner).loop() is not loop:
             if not owner.is_gone():
@@ -150,7 +150,7 @@ class PooledConnections(AsyncConnections):
                 _take_back(self._pool, connection)
 
     def _remove_foreign(self) -> None:
-        """Removes idle connections of another event loop or process, until the next one is not such a one."""
+        """Removes idle connections of another event loop or process, until the next one belongs to this one."""
         idle: list[Any] = getattr(self._pool, "_available_connections", [])
         if self._pid != os.getpid():
             self._pid = os.getpid()
@@ -190,7 +190,7 @@ class _Uncancellable(asyncio.Task[None]):
 
 
 def _renew_locks(pool: Any) -> None:
-    """Replaces the locks of a pool, which belong to an event loop that is closed, or to that of a parent process."""
+    """Replaces the locks of a pool if they belong to a closed event loop, or to a parent process's event loop."""
     for name in ("_lock", "_condition"):
         lock = getattr(pool, name, None)
         if isinstance(lock, (asyncio.Lock, asyncio.Condition)):
@@ -198,7 +198,7 @@ def _renew_locks(pool: Any) -> None:
 
 
 def _take_back(pool: Any, connection: Any) -> None:
-    """Gives a connection back to a pool whose event loop has ended: nothing waits for it, and nothing is awaited."""
+    """Gives a connection back to a pool whose event loop has ended: no task waits for it, and nothing is awaited."""
     borrowed: Any = getattr(pool, "_in_use_connections", set[Any]())
     if connection in borrowed:
         borrowed.remove(connection)
@@ -208,7 +208,7 @@ def _take_back(pool: Any, connection: Any) -> None:
 async def _take(pool: Any, deadline: float) -> Any:
     """Takes a connection out of a pool: an idle one, in any state, or a new one that is not connected.
 
-    Why the pool's `get_connection` is not called is explained in `pool.py`; if it is not redis-py's, it is.
+    `pool.py` explains why the pool's `get_connection` is not called. If it is not redis-py's own, it is called.
     """
     if not is_known(pool, _KNOWN):
         return await ask(pool)
@@ -222,7 +222,7 @@ async def _take(pool: Any, deadline: float) -> Any:
                     await condition.wait_for(pool.can_get_connection)
                     return pool.get_available_connection()
             except BaseException:
-                condition.notify()  # this task may have been notified, and another one waits, too
+                condition.notify()  # this task may have been notified, while another one waits, too
                 raise
     except builtins.TimeoutError:
         raise ConnectionError("No connection available.") from None
@@ -239,7 +239,7 @@ async def _connect(connection: Any, deadline: float) -> None:
 
 
 def _is_quiet(connection: Any) -> bool:
-    """Whether a connection is open and nothing was left on it. An error that was left could not be recognized."""
+    """Whether a connection is open and nothing was left on it. A leftover error could not be recognized."""
     reader = connection._reader
     if reader is None or reader.at_eof() or connection._writer.is_closing():  # the latter after a reset
         return False
@@ -255,7 +255,7 @@ def _is_quiet(connection: Any) -> bool:
 async def round_trip_on(
     connection: Any, commands: Sequence[Command], read: Read, deadline: float = inf
 ) -> tuple[list[Any], bool]:
-    """Sends commands on a connection of redis-py's; returns the results, and whether the server is no primary.
+    """Sends commands on a redis-py connection; returns the results, and whether the server is no longer a primary.
 
     A plain stream is written and read here, because redis-py sets a timer, and starts a task, for each step.
     """

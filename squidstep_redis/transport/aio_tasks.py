@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def result_of(task: asyncio.Task[T]) -> T:
-    """Waits for a task that works for several others, whichever of them is cancelled; returns its result.
+    """Waits for a task that works for several others, even if one of them is cancelled; returns its result.
 
     Raises:
         RoundTripError: something has cancelled the task itself, such as a program that cancels all tasks but its own.
@@ -33,8 +33,8 @@ def cancellations() -> int:
 async def raise_swallowed_cancellation(before: int) -> None:
     """Raises a cancellation that redis-py has swallowed since `before` was counted.
 
-    It writes with `asyncio.wait_for`, which before Python 3.12 returns a result that is there already, and forgets that
-    it was cancelled.
+    redis-py writes with `asyncio.wait_for`. Before Python 3.12, `wait_for` returns a result that is already available,
+    and forgets that it was cancelled.
     """
     if cancellations() > before:
         for _ in range(2):  # a cancelled scope of anyio cancels again, with a message that it recognizes

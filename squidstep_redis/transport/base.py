@@ -51,15 +51,15 @@ class BaseTransport(ABC, Generic[Connections]):
 
     @abstractmethod
     def _hooked_client(self) -> Connections:
-        """Returns what sends through the client's `execute_command`."""
+        """Returns connections that send through the client's `execute_command`."""
 
     @abstractmethod
     def _pooled(self) -> Connections:
-        """Returns what borrows the client's pooled connections; of a cluster client, those of its nodes."""
+        """Returns connections that borrow from the client's pool; for a cluster client, from its nodes' pools."""
 
     @abstractmethod
     def _own(self) -> Connections:
-        """Returns what opens connections of its own."""
+        """Returns connections that the store opens itself."""
 
     def _connections(self) -> Connections:
         return self._hooked if self.hooks.are_present() else self._direct
@@ -71,5 +71,5 @@ def as_it_is(_: int, reply: Any) -> Any:
 
 
 def cause_of(error: Exception) -> Exception:
-    """Returns what redis-py raised, or would raise."""
+    """Returns the error that redis-py raised, or would raise."""
     return error.cause if isinstance(error, RoundTripError) else error

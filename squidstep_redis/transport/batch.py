@@ -1,6 +1,6 @@
-"""What is sent for several calls on one connection, and what the server replied to each.
+"""The commands for several calls on one connection, and the reply to each call.
 
-First the scripts are loaded, then come the calls, then what their durability requires (WAIT, WAITAOF).
+The scripts are loaded first. Then come the calls, and the commands that their durability requires (WAIT, WAITAOF).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Durability(NamedTuple):
-    """What a transition waits for, on the connection on which it was sent: WAIT covers no other connection.
+    """What a transition waits for, on the connection on which it was sent: WAIT does not cover other connections.
 
     Attributes:
         replicas: how many replicas must have it.
@@ -47,9 +47,9 @@ class Durability(NamedTuple):
         return waits
 
     def unmet(self, replies: Sequence[Any]) -> tuple[str, int | None] | None:
-        """Returns what the replies to `commands` do not confirm, and how many replicas do; None if all is confirmed."""
+        """Returns what the replies to `commands` fail to confirm, and how many replicas did; None if all is well."""
         marker, *confirmations = replies
-        if isinstance(marker, Exception):  # without it, what follows may be about an earlier write
+        if isinstance(marker, Exception):  # without it, the next replies may be about an earlier write
             return f"SET of the marker failed: {str(marker).rstrip('.')}", None
         replicas: int | None = None
         for (name, *_), reply in zip(self._waits(), confirmations, strict=True):
@@ -120,7 +120,7 @@ def read(call: Call[T], reply: object) -> T:
 
     Raises:
         NotReplicatedError: the primary executed it, but its durability was not confirmed.
-        SquidstepError: as `Call.decode`.
+        SquidstepError: what `Call.decode` raises.
         Exception: the reply itself, if it is one.
     """
     if isinstance(reply, Exception):

@@ -29,7 +29,7 @@ class ClientFacts(NamedTuple):
         sends: how many times it sends a command that gets no reply.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether it may return a reply that is left on a connection to the next command.
-        retry_pauses: seconds that it pauses, at most, between all the times it tries to connect or sends a command.
+        retry_pauses: the longest total time, in seconds, that it pauses between its attempts to connect or to send.
     """
 
     is_cluster: bool
@@ -45,7 +45,7 @@ def check_client(client: object, types: tuple[type, ...]) -> None:
     """Raises UnsupportedClientError unless the client is of one of these types and has a connection pool."""
     if not isinstance(client, types) or hasattr(client, "execute"):  # a pipeline is also a Redis
         names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in types)
-        # Not its repr: that of a URL, or of a client, may show a password.
+        # Not its repr: the repr of a URL or a client may show a password.
         advice = "; a URL is for from_url" if isinstance(client, str) else ""
         kind = f"{type(client).__module__}.{type(client).__qualname__}".removeprefix("builtins.")
         raise UnsupportedClientError("client", f"must be a {names}, not {kind}{advice}")
@@ -145,9 +145,8 @@ class ClientHooks:
     """Whether something hooks a client's `execute_command`, so that commands have to go through it.
 
     redis-py's `execute_command` adds half of the client's time for the same bytes: it measures, retries and records
-    what the store does itself or not at all. So a command bypasses it, unless the client's methods are not redis-py's
-    own, because they are overridden or instrumented; or the client caches replies; or redis-py measures its commands
-    for OpenTelemetry.
+    what the store does itself or does not need. So a command bypasses it, unless the client's methods are overridden or
+    instrumented, the client caches replies, or redis-py measures its commands for OpenTelemetry.
     """
 
     def __init__(self, client: Any) -> None:
@@ -156,7 +155,7 @@ class ClientHooks:
         self._execute_command = self._type.execute_command if _is_plain(client) else None
 
     def are_present(self) -> bool:
-        """Whether there are hooks. To be called before each command: instrumentation may come at any time."""
+        """Whether there are hooks. Call this before each command: instrumentation may be installed at any time."""
         return (
             self._execute_command is None
             or self._type.execute_command is not self._execute_command
@@ -169,9 +168,9 @@ class ClientHooks:
 
 
 class ProbedName(str):
-    """The name of a command, which notices that redis-py packs the command.
+    """The name of a command, which records that redis-py packs the command.
 
-    redis-py packs a command once it has a connection, right before it sends it. Until then nothing was sent. A client
+    redis-py packs a command once it has a connection, right before it sends it. Until then, nothing was sent. A client
     that re-sends a command by itself packs it again.
 
     Attributes:
@@ -194,7 +193,7 @@ def probed(commands: Sequence[Command]) -> tuple[ProbedName, list[tuple[Any, ...
 
 
 def pools_of(client: Any) -> list[Any]:
-    """Returns the pools of a blocking client: of a cluster client, those of its nodes."""
+    """Returns the pool of a blocking client; for a cluster client, the pools of its nodes."""
     if hasattr(client, "connection_pool"):
         return [client.connection_pool]
     nodes: list[Any] = getattr(client, "get_nodes", list)()
@@ -202,8 +201,8 @@ def pools_of(client: Any) -> list[Any]:
 
 
 def idle_of(pool: Any) -> list[Any]:
-    """Returns the idle connections of a pool of redis-py's."""
-    queue = getattr(pool, "pool", None)  # of a blocking pool, with None for each that was not opened yet
+    """Returns the idle connections of a redis-py pool."""
+    queue = getattr(pool, "pool", None)  # a blocking pool has None for each connection that was not opened yet
     idle = getattr(pool, "_available_connections", ()) if queue is None else queue.queue
     return [connection for connection in list(idle) if connection is not None]
 

@@ -1,6 +1,6 @@
 """The connections of the blocking transport to a cluster: one pool for each node, found by the slot of a key.
 
-The cluster client of redis-py knows the nodes and the slots, and owns the pools. What it knows is updated here after a
+redis-py's cluster client knows the nodes and the slots, and owns the pools. Its knowledge is updated here after a
 redirect and after a failure.
 """
 
@@ -67,7 +67,7 @@ class Topology:
         return bool(nodes) and (nodes[0].host, int(nodes[0].port)) == (moved.host, moved.port)
 
     def ask_failed_last(self) -> Mapping[str, Any]:
-        """Lets the node that failed last be the last one that is asked; returns options for `initialize`."""
+        """Makes the node that failed last the last one to be asked; returns options for `initialize`."""
         manager = self.client.nodes_manager
         name, self.failed = self.failed, None
         if name is None or name not in manager.startup_nodes:
@@ -96,7 +96,7 @@ class ClusterConnections(Connections):
         return self._to(self._topology.node_of(key))
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
-        """Groups calls by their nodes. One that no node serves fails when it is sent, and not the others with it."""
+        """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
         groups: dict[int, tuple[Connections, list[int]]] = {}
         for index, call in enumerate(calls):
             try:
@@ -124,7 +124,7 @@ class ClusterConnections(Connections):
                         manager.get_node_from_slot(error.slot_id)  # applies it
                 return None
             node = manager.get_node(host, port)
-            if node is None:  # one that serves no slot yet
+            if node is None:  # a node that serves no slot yet
                 node = ClusterNode(host, port, PRIMARY)
                 manager.nodes_cache[node.name] = node
         except Exception as failure:
@@ -137,7 +137,7 @@ class ClusterConnections(Connections):
             return
         try:
             self._client.nodes_manager.initialize(**self._topology.ask_failed_last())
-        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
+        except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             as_redis_error(error)  # the next attempt shows what is reachable
         else:
             self._topology.refreshed_at = time.monotonic()

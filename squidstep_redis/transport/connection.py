@@ -2,10 +2,10 @@
 
 There are three ways, with one interface. `OwnConnections` opens connections through redis-py (address, TLS,
 credentials, Sentinel), and writes and reads them itself. `PooledConnections` borrows from the pool of a user's client.
-`HookedClient` calls a client's `execute_command`, because something hooks it. `cluster.py` adds a cluster's.
+`HookedClient` calls a client's `execute_command`, because something hooks it. `cluster.py` adds clusters.
 
-A connection is discarded, and not used again, after a failure, an interruption, a reply to another call, a fork, and
-when the server turned out to be no primary any more. Then the idle connections to that server are discarded, too.
+A connection is discarded, and not used again, after a failure, an interruption, a reply to another call, or a fork. It
+is also discarded if the server is no longer a primary, together with the idle connections to that server.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FRESH_SECONDS: Final = 1.0
 
 
 class Connections(ABC):
-    """What sends commands to one server."""
+    """Sends commands to one server."""
 
     @abstractmethod
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
@@ -54,7 +54,7 @@ class Connections(ABC):
         Args:
             commands: tuples of words.
             read: decodes a reply, given its index and the reply, while the server works on the next ones.
-            deadline: when the call's timeout ends, by the monotonic clock. A pool is waited for until then.
+            deadline: when the call's timeout ends, by the monotonic clock. Until then, it waits for a pool.
 
         Returns:
             What `read` returned.
@@ -69,22 +69,22 @@ class Connections(ABC):
         return self.send((command,), lambda _, reply: call.outcome(reply), deadline)[0]
 
     def node_of(self, key: bytes) -> Connections:
-        """Returns what sends to the server of a key."""
+        """Returns the connections to the server of a key."""
         return self
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
-        """Groups calls by the server of their keys: pairs of what sends to it, and the indexes of its calls."""
+        """Groups calls by the server of their keys: pairs of the connections to it, and the indexes of its calls."""
         return [(self, range(len(calls)))]
 
     def servers(self) -> dict[str, Connections]:
-        """Returns what sends to each server, by its name."""
+        """Returns the connections to each server, by its name."""
         return {"": self}
 
     def redirect(self, error: AskError) -> Connections | None:
         """Learns the node of a slot that has moved; or returns the node to which the keys of a slot are moving.
 
         Raises:
-            AskError: the client is no cluster client.
+            AskError: the client is not a cluster client.
             RoundTripError: the node could not be learned.
         """
         raise error
@@ -93,7 +93,7 @@ class Connections(ABC):
         """Learns which node serves each slot, unless that happened after `since`; no error is raised."""
 
     def close(self) -> None:
-        """Closes what was opened here."""
+        """Closes the connections that were opened here."""
 
 
 class OwnConnections(Connections):
@@ -186,7 +186,7 @@ class PooledConnections(Connections):
             callers.discard(thread)
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
-        """Sends commands, yields, and then reads their replies: what `send` does, for several servers side by side.
+        """Sends commands, yields, and then reads their replies: like `send`, but for several servers at the same time.
 
         Closing the generator discards the connection, whose replies were not read.
         """
@@ -264,8 +264,8 @@ class HookedClient(Connections):
             results = [read(index, reply) for index, reply in enumerate(replies)]
             is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
         finally:
-            # The client has released the connection, and would use it for its next command: also one whose handshake
-            # was interrupted, which has another database or no credentials.
+            # The client has released the connection, and would use it for its next command, even if its handshake was
+            # interrupted and it has another database or no credentials.
             if not is_reusable:
                 for pool in pools_of(self._client):
                     for connection in idle_of(pool):
@@ -275,8 +275,8 @@ class HookedClient(Connections):
     def _connect(self, deadline: float) -> None:
         """Sets up a connection for the client's next command, if the pool has none.
 
-        The client's own set-up, once interrupted, would leave a half-made connection to another thread; and hiredis
-        would crash the process if a signal handler raises while it formats the database's number.
+        If the client's own set-up is interrupted, it leaves a half-made connection to another thread; and hiredis
+        crashes the process if a signal handler raises while it formats the database's number.
         """
         pool = self._pool
         if pool is None or any(connection._sock for connection in idle_of(pool)) or not is_known(pool, KNOWN):
@@ -294,7 +294,7 @@ def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
 
 
 def _round_trip(connection: Any, commands: Sequence[Command], read: Read, deadline: float) -> tuple[list[Any], bool]:
-    """Sends commands by redis-py's methods; returns the results, and whether the server is no primary any more."""
+    """Sends commands with redis-py's methods; returns the results, and whether the server is no longer a primary."""
     packed = Packed(commands)
     results: list[Any] = []
     is_demoted = False

@@ -1,7 +1,7 @@
 """What is sent for a call or a batch, in which order, and what follows a failure; no I/O.
 
 A send is a generator, like a workflow one layer up. It yields an action. A transport performs it and resumes the
-generator with the outcome, or throws in what the action raised.
+generator with the outcome, or throws the error of the action into it.
 
     action                          the transport                                        the driver receives
     Execute(command, call)          sends the command of a call to the server of its key what `call.outcome` returned
@@ -12,8 +12,8 @@ generator with the outcome, or throws in what the action raised.
     Refresh(since)                  learns which node of a cluster serves each slot      None
     Pause(seconds)                  sleeps                                               None
 
-`read` is called with the index of a command and its reply, while the connection is still in use. It returns errors. It
-raises ReplyMismatchError alone, upon which the connection is discarded.
+`read` is called with the index of a command and its reply, while the connection is still in use. It returns errors. The
+only error that it raises is ReplyMismatchError; the connection is then discarded.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Route(NamedTuple):
 class Redirect(NamedTuple):
     """Learns the node of a slot that has moved, or returns the node to which the keys of a slot are moving.
 
-    Raises the error itself if the client is no cluster client.
+    Raises the error itself if the client is not a cluster client.
     """
 
     error: AskError
@@ -88,7 +88,7 @@ class Refresh(NamedTuple):
 
 
 class RoundTrips(NamedTuple):
-    """Performs several round trips, side by side if the transport can; an outcome is a list of replies or an error."""
+    """Performs several round trips, concurrently if the transport can; an outcome is a list of replies or an error."""
 
     round_trips: Sequence[RoundTrip]
 
@@ -134,7 +134,7 @@ class _Sent(NamedTuple):
         return cls(sent, groups, calls)
 
     def outcome(self, position: int, reply: Any, state: RetryState) -> Any:
-        """Reads the reply to a call that was sent: its outcome, or a list of those of the calls in its group."""
+        """Reads the reply to a call that was sent: its outcome, or a list of the outcomes of the calls in its group."""
         call, indexes = self.calls[position], self.groups[position]
         if len(indexes) == 1:
             return _outcome(call, reply, state)
@@ -180,7 +180,7 @@ def _retry(call: Call[T], durability: Durability | None, state: RetryState, erro
 
 
 def _pause(state: RetryState, error: Exception) -> Driver[None]:
-    """Pauses after a failed attempt, and finds out whether another node has taken over."""
+    """Pauses after a failed attempt, and checks whether another node has taken over."""
     yield Pause(state.next_pause(error))
     if may_be_elsewhere(error):
         yield Refresh(state.attempted_at)
@@ -206,7 +206,7 @@ def _follow(call: Call[T], durability: Durability | None, result: Any) -> Driver
             break
         try:
             result = yield from _send_once(call, command(), durability, node)
-        except RoundTripError as error:  # on asyncio, several tasks may have received the same one
+        except RoundTripError as error:  # on asyncio, several tasks may have received the same error
             raise RoundTripError(error.cause, sent=error.sent, follows_refusal=True) from error
     if isinstance(result, AskError):
         raise ClusterError(f"redirected {_MAX_REDIRECTS} times: {result}")
@@ -321,7 +321,7 @@ def _resend(
 
 
 def _given_up(error: Exception) -> Exception:
-    """Returns the error of a call that is not sent again: another one of its batch was not served until the deadline.
+    """Returns the error of a call that is not sent again: another call of its batch was not served by the deadline.
 
     Each further attempt might take as long as the client waits for a reply.
     """
@@ -331,7 +331,7 @@ def _given_up(error: Exception) -> Exception:
 
 
 def _batch_reader(sent: _Sent, commands: Sequence[Command], state: RetryState) -> Read:
-    """Returns what reads the replies to a batch one by one. The first ones are those to loading the scripts."""
+    """Returns a function that reads the replies to a batch one by one. The first ones are about loading scripts."""
     offset = len(commands) - len(sent.calls)
 
     def read(index: int, reply: Any) -> Any:
@@ -341,7 +341,7 @@ def _batch_reader(sent: _Sent, commands: Sequence[Command], state: RetryState) -
 
 
 def _raw_reader(calls: Sequence[Call[Any]], commands: Sequence[Command], durability: Durability | None) -> Read:
-    """Returns what keeps the replies as they are: what they mean depends on those that follow, to WAIT and WAITAOF."""
+    """Returns a function that keeps the replies as they are: their meaning depends on those to WAIT and WAITAOF."""
     end = len(commands) - len(batch.waits(calls, durability))
     offset = end - len(calls)
 
@@ -357,7 +357,7 @@ def _outcome(call: Call[Any], reply: Any, state: RetryState) -> Any:
     """Reads one reply of a batch: the result, the error that the operation would raise, or _NeedsResend.
 
     _NeedsResend is returned for a call that did not run (the scripts were flushed between two commands, the slot is on
-    another node, or the server refused for the moment) and for one without a reply.
+    another node, or the server refused temporarily) and for a call without a reply.
     """
     try:
         return call.decode(reply) if type(reply) in (bytes, list) else batch.read(call, reply)

@@ -1,6 +1,6 @@
 """Sends a store's decisions to the log and to the caller's listeners. Events never contain payloads.
 
-Without listeners and with the logger off, a call takes 0.2 µs more.
+Without listeners and with the logger off, events add 0.2 µs to a call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KINDS: Final[dict[str, Kind]] = {
     "import_run": "import",
     "fork_run": "fork",
 }
-# Logged at INFO: what an operator wants to see. What happens at every step is logged at DEBUG.
+# Logged at INFO, because they concern an operator. What happens at every step is logged at DEBUG.
 INFO_KINDS: Final = ("fail", "cancel", "resume", "refuse", "error")
 
 
@@ -48,17 +48,17 @@ class Event(NamedTuple):
     """One decision of a store, or an error that prevented one.
 
     Attributes:
-        kind: "execute" or "skip" of a step to begin; "complete", "fail", "release", "extend", "checkpoint", "schedule",
-            "retry", "cancel", "resume", "import" and "fork" of the operation of that name; "expire" of a claim, or of a
-            run that will expire; "delete" of pending steps, or of a run; "refuse" if the claim was no longer held;
-            "error" for any other error.
+        kind: "execute" or "skip" for a step to begin; "complete", "fail", "release", "extend", "checkpoint",
+            "schedule", "retry", "cancel", "resume", "import" and "fork" for the operation of that name; "expire" for a
+            claim, or for a run that will expire; "delete" for pending steps, or for a run; "refuse" if the claim was no
+            longer held; "error" for any other error.
         operation: the method, or the script, that was sent.
-        run_id: the run; of a fork, the new one.
+        run_id: the run; for a fork, the new run.
         step: the step; None if a call is about several steps.
         attempt: number of the claim, if known.
         owner: who holds or held the claim, if known.
-        reason: of a skip: that of the `BeginResult`; of a refusal or an error: the name of its class.
-        takeover: whether the claim was granted over one whose lease had expired.
+        reason: for a skip, the reason of the `BeginResult`; for a refusal or an error, the name of its class.
+        takeover: whether the claim replaced a claim whose lease had expired.
         seconds: how long the call took, retries included; for a call in a batch, how long the batch took.
         batched: whether it was in a batch.
         prefix: the store's prefix.

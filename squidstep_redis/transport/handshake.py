@@ -23,10 +23,10 @@ codecs.lookup("idna")
 
 
 def open_connection(connection: Any) -> Any:
-    """Connects a connection of redis-py's.
+    """Connects a redis-py connection.
 
     An interruption between two steps of its handshake leaves a connection that looks ready but has another database or
-    no credentials: it is closed. A server that trickles bytes does not prolong the timeout of a reply.
+    no credentials: it is closed. A server that trickles bytes does not extend the timeout of a reply.
 
     SIGALRM is deferred. With RESP3, redis-py asks for a logger, and an exception there could leave logging's lock held.
 
@@ -64,7 +64,7 @@ def _connect(connection: Any) -> None:
                 try:
                     sock.settimeout(connection.socket_timeout)
                 except OSError as error:
-                    if sock.fileno() >= 0:  # then a signal handler raised it
+                    if sock.fileno() >= 0:  # so a signal handler raised it
                         raise
                     raise ConnectionError("Connection closed by another thread.") from error
 
@@ -87,14 +87,14 @@ class _Credentials:
         self._provider = provider
 
     def get_credentials(self) -> Any:
-        """Returns the credentials; raises an error of redis-py's if there are none."""
+        """Returns the credentials; raises a redis-py error if there are none."""
         return _as_connection(self._provider.get_credentials)
 
 
 def _as_connection(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of the user's that takes part in connecting: what it raises means that there is no connection.
+    """Calls a user's function that takes part in connecting: if it raises, connecting has failed.
 
-    What a signal handler raises meanwhile remains as it is.
+    An exception of a signal handler is raised as it is.
     """
     try:
         return function(*args)
@@ -112,12 +112,12 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 @contextmanager
 def limited_replies(connection: Any, limit: float) -> Generator[Callable[[], object]]:
-    """Limits how long redis-py reads each reply in the `with` block, whose variable is to be called before each.
+    """Limits how long redis-py reads each reply in the `with` block. Call the block's variable before each reply.
 
     Args:
-        connection: a connection of redis-py's. If its class is not redis-py's own, or it has no timeout, nothing
+        connection: a redis-py connection. If its class is not redis-py's own, or it has no timeout, nothing
             changes.
-        limit: until when all replies have to be read, by the monotonic clock.
+        limit: when all replies must have been read, by the monotonic clock.
     """
     sock = connection._sock if has_plain_stream(cast("type[object]", type(connection))) else None
     if sock is None or connection.socket_timeout is None:
@@ -142,7 +142,7 @@ def _set_socket(connection: Any, sock: Any) -> None:
 
 
 class LimitedSocket:
-    """The socket of a connection while redis-py reads replies: redis-py's timeout is for each piece of a reply."""
+    """The socket of a connection while redis-py reads replies: redis-py's own timeout is for each piece of a reply."""
 
     def __init__(self, sock: socket.socket, timeout: float, limit: float = inf) -> None:
         """Begins with the first reply.
@@ -150,7 +150,7 @@ class LimitedSocket:
         Args:
             sock: the socket.
             timeout: seconds for each reply.
-            limit: until when all replies have to be read, by the monotonic clock.
+            limit: when all replies must have been read, by the monotonic clock.
         """
         self._sock = sock
         self._timeout = timeout

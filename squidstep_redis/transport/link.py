@@ -1,8 +1,8 @@
 """One connection of the asyncio transport, on which the round trips of many tasks overlap.
 
-What tasks send within one turn of the event loop shares few writes: the server works on the first ones while the loop
-still runs the tasks that send more. The replies are matched with the round trips in order. The reply of a
-cancelled one is read and dropped.
+What tasks send within one iteration of the event loop shares a few writes: the server works on the first commands while
+the loop still runs the tasks that send more. The replies are matched with the round trips in order. The reply to a
+cancelled round trip is read and dropped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Link(asyncio.Protocol):
 
     Attributes:
         is_open: whether it can be used for another round trip.
-        is_demoted: whether the server replied that it is no primary any more.
+        is_demoted: whether the server replied that it is no longer a primary.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -67,7 +67,7 @@ class Link(asyncio.Protocol):
 
     @property
     def has_room(self) -> bool:
-        """Whether it is open, and a round trip need not wait until the server has read or replied more."""
+        """Whether it is open, and a round trip does not have to wait until the server has read or replied more."""
         return (
             self.is_open
             and not self._is_paused
@@ -76,13 +76,13 @@ class Link(asyncio.Protocol):
         )
 
     async def room(self) -> None:
-        """Waits until something has changed about `has_room`."""
+        """Waits until `has_room` may have changed."""
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
         await waiter
 
     def submit(self, data: bytes, count: int, deadline: float) -> asyncio.Future[list[Any]]:
-        """Sends packed commands, at the latest after this turn of the loop, together with those of other tasks.
+        """Sends packed commands, at the latest after this iteration of the loop, together with those of other tasks.
 
         Args:
             data: the commands.
@@ -105,7 +105,7 @@ class Link(asyncio.Protocol):
         return future
 
     def close(self) -> None:
-        """Closes the connection; round trips under way fail."""
+        """Closes the connection; round trips in progress fail."""
         self._fail(ConnectionError("Connection closed by its owner."))
 
     def retire(self) -> None:
@@ -147,7 +147,7 @@ class Link(asyncio.Protocol):
             self._loop.call_soon(self._stay_awake, begun)
 
     def _stay_awake(self, begun: float) -> None:
-        """Keeps the event loop from sleeping until the reply arrives, or the moment is over. Other tasks go on."""
+        """Keeps the event loop from sleeping until the reply arrives or the time is over. Other tasks continue."""
         is_late = self._loop.time() >= self._progress_at + SECONDS
         if self._sent and not is_late:
             let_others_run()
@@ -160,7 +160,7 @@ class Link(asyncio.Protocol):
     def _check_progress(self) -> None:
         """Fails all round trips if the server has completed no reply within the timeout.
 
-        A batch whose replies all arrive within the timeout, but slowly, does not outlast its call's deadline by more.
+        A batch whose replies arrive slowly, but within the timeout, exceeds its call's deadline by no more than that.
         """
         self._timer = None
         if not self._sent or self._timeout is None:
@@ -209,7 +209,7 @@ class Link(asyncio.Protocol):
     def _fail_after(self, reply: ConnectionError) -> None:
         """Fails all round trips after a reply that is about the connection, such as LOADING.
 
-        It refuses the first one only. The server may have executed the others.
+        Such a reply refuses only the first round trip. The server may have executed the others.
         """
         if self._sent:
             future = self._sent.popleft().future
@@ -218,15 +218,15 @@ class Link(asyncio.Protocol):
         self._fail(ConnectionError(f"Connection closed after an error: {type(reply).__name__}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fails the round trips under way."""
+        """Fails the round trips in progress."""
         self._fail(ConnectionError(f"Connection lost: {exc}" if exc else "Connection closed by server."))
 
     def pause_writing(self) -> None:
-        """Lets further round trips wait: the server does not read as fast as they send."""
+        """Makes further round trips wait: the server does not read as fast as they send."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Lets round trips go on."""
+        """Lets round trips continue."""
         self._is_paused = False
         self._wake()
 
@@ -258,7 +258,7 @@ class Link(asyncio.Protocol):
 
 
 def close_socket(transport: Any) -> None:
-    """Closes the socket of a transport whose event loop is closed: the transport could not do it any more."""
+    """Closes the socket of a transport whose event loop is closed: the transport itself can no longer do it."""
     with contextlib.suppress(RuntimeError):
         transport.abort()  # marks it as closed, then fails to schedule the rest
     inner = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)

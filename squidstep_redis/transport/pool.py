@@ -1,8 +1,8 @@
-"""Borrows one connection of a redis-py pool, for no longer than a call may take, and never takes it half set up.
+"""Borrows one connection of a redis-py pool within a call's timeout, and never one whose set-up was interrupted.
 
-A pool's own `get_connection` waits as long as the pool is set to, regardless of the call's timeout, and keeps a
-connection whose set-up was interrupted as it is, possibly without credentials or on another database. So a connection
-is taken out of the pool first, and set up afterwards. A pool with a `get_connection` of its own is asked instead.
+A pool's own `get_connection` waits for as long as the pool's settings say, regardless of the call's timeout. It also
+keeps a connection whose set-up was interrupted, possibly without credentials or on another database. So a connection
+is taken out of the pool first, and set up afterwards. If a pool overrides `get_connection`, that is called instead.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _KNOWN_RELEASES: Final = (_plain.release, _blocking.release)
 def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
     """Takes a connection out of a pool and sets it up, or leaves the pool as it was.
 
-    An exception from outside may arrive at any instruction of Python code. Neither a lock may stay held then, nor may
-    the pool have a connection less. So a connection is taken in one operation of the interpreter, and given back in
-    one; the pool's own methods need several, and those of a blocking pool's queue hold a lock in Python code.
+    An exception from outside may arrive at any instruction of Python code. Even then, no lock may stay held, and the
+    pool must not lose a connection. So a connection is taken in one operation of the interpreter, and given back in
+    one. The pool's own methods need several, and the methods of a blocking pool's queue hold a lock in Python code.
 
     Args:
         pool: the pool.
@@ -89,7 +89,7 @@ def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
                 _close(connection)
             finally:
                 if connection is not None:
-                    connection._sock = None  # also if that was interrupted: no call may take it for ready
+                    connection._sock = None  # even if that was interrupted: no call may use it as ready
                 _way_back(pool, connection)()
                 wake(pool)
         failure = unsent(error)
@@ -104,7 +104,7 @@ def _close(connection: Any) -> None:
 
 
 def _way_back(pool: Any, connection: Any) -> Callable[[], object]:
-    """Returns the operation that gives a connection back; None stands for one of a blocking pool that is to be made."""
+    """Returns the operation that gives a connection back; None stands for one that a blocking pool has yet to make."""
     if not is_known(pool, KNOWN) or getattr(pool.release, "__func__", None) not in _KNOWN_RELEASES:
         return partial(pool.release, connection)
     if not hasattr(pool, "pool"):
@@ -115,7 +115,7 @@ def _way_back(pool: Any, connection: Any) -> Callable[[], object]:
 
 
 def needs_release(pool: Any, connection: Any) -> bool:
-    """Whether the pool's own method has to give a connection back: it has news for it."""
+    """Whether the pool's own method has to give a connection back, because the pool must be notified."""
     return getattr(connection, "_re_auth_token", None) is not None or getattr(pool, "_in_maintenance", False)
 
 
@@ -123,7 +123,7 @@ def wake(pool: Any) -> None:
     """Wakes a thread that waits for a connection of a pool, after one was given back."""
     queue = _queue_of(pool)
     if queue is not None:
-        _operation(queue.mutex.acquire, queue.mutex.release)()  # who found the queue empty is a waiter by now
+        _operation(queue.mutex.acquire, queue.mutex.release)()  # a thread that found the queue empty is a waiter by now
         waiters: deque[Any] = queue.not_empty._waiters
         if waiters:
             with suppress(IndexError):  # another thread wakes it
@@ -131,18 +131,18 @@ def wake(pool: Any) -> None:
 
 
 def _queue_of(pool: Any) -> Any:
-    """Returns the queue of a blocking pool; None of another pool, or if it is no queue of Python's own (gevent's)."""
+    """Returns the queue of a blocking pool; None for another pool, or if it is not Python's own queue (gevent's)."""
     queue: Any = getattr(pool, "pool", None)
     return queue if type(queue) is _lifo and hasattr(queue, "mutex") else None
 
 
 def ask(pool: Any) -> Any:
-    """Returns a pool's next connection; for an asyncio pool, a coroutine of it."""
+    """Returns a pool's next connection; for an asyncio pool, a coroutine that returns it."""
     return pool.get_connection(*PURPOSE)
 
 
 def is_known(pool: Any, known: tuple[Any, ...]) -> bool:
-    """Whether a pool's `get_connection` is one of these, and the pool not about to move its connections."""
+    """Whether a pool's `get_connection` is one of these, and the pool is not about to move its connections."""
     return getattr(pool.get_connection, "__func__", None) in known and not getattr(pool, "_in_maintenance", False)
 
 
@@ -154,7 +154,7 @@ def seconds_to_wait(pool: Any, deadline: float) -> float | None:
 
 
 def _wait_for_place(pool: Any, deadline: float, taken: list[Any]) -> None:
-    """Takes an idle connection, or None for one that is to be made, and appends it to a list."""
+    """Takes an idle connection, or None for a connection yet to be made, and appends it to a list."""
     queue, limit = _queue_of(pool), seconds_to_wait(pool, deadline)
     if queue is None:
         with defer_sigalrm(), suppress(Empty):
@@ -176,7 +176,7 @@ def _take(queue: Any, taken: list[Any]) -> bool:
 
 
 def _wait(queue: Any, until: float) -> bool:
-    """Waits until there is an item in a queue, perhaps; returns whether there is time left."""
+    """Waits until there may be an item in a queue; returns whether there is time left."""
     waiter = threading.Lock()
     waiter.acquire()
     try:
@@ -191,7 +191,7 @@ def _wait(queue: Any, until: float) -> bool:
 
 
 def _operation(*steps: Callable[[], object]) -> Callable[[], object]:
-    """Returns several steps as one operation, which nothing interrupts. They must be functions of the interpreter."""
+    """Returns several steps as one operation that nothing interrupts. They must be functions of the interpreter."""
     return partial(_exhaust, map(call, steps), 0)
 
 
@@ -210,11 +210,11 @@ def _make_connection(pool: Any) -> Any:
 
 
 def _is_ready(connection: Any) -> bool:
-    """Whether a connection is open and nothing was left on it. An error that was left could not be recognized."""
+    """Whether a connection is open and nothing was left on it. A leftover error could not be recognized."""
     if getattr(connection, "_sock", None) is None:
         return False
     stream = stream_of(connection)
-    if stream is None:  # another class of connection has a say in whether it is connected
+    if stream is None:  # another class of connection decides itself whether it is connected
         open_connection(connection)
     try:
         return not connection.can_read() if stream is None else stream.is_quiet()

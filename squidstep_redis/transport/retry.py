@@ -1,8 +1,8 @@
 """Retry policy and error mapping; no I/O.
 
 Every operation can be re-sent: the script recognizes it by its nonce or token. So transient errors are retried until a
-deadline. All other errors, and those that last until the deadline, become one of three errors that say what was
-written.
+deadline. All other errors, and transient errors that last until the deadline, become one of three errors that say what
+was written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RoundTripError(Exception):
     """A round trip with a server failed: there is no reply.
 
     Attributes:
-        cause: what redis-py raised, or would raise.
+        cause: the error that redis-py raised, or would raise.
         sent: whether any byte of the calls may have left this process.
         follows_refusal: whether the server refused, in the same attempt, what was sent to it before.
     """
@@ -62,7 +62,7 @@ class RoundTripError(Exception):
         self.follows_refusal = follows_refusal
 
 
-# No OSError: connections turn their own into a RoundTripError, and one that a signal handler raises must not be caught.
+# No OSError: connections convert theirs to a RoundTripError, and one that a signal handler raises must not be caught.
 FAILURES: Final = (RoundTripError, RedisError, RedisClusterException, ReplyMismatchError)
 """What sending a call may raise, apart from the refusals of its script."""
 
@@ -70,7 +70,7 @@ RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangero
 """The ACL rights that a user needs for everything that a store does on one server."""
 
 UNREADABLE: Final = (AttributeError, LookupError, TypeError, ValueError)
-"""What redis-py and hiredis raise for a reply or an address that they cannot read, apart from errors of their own."""
+"""What redis-py and hiredis raise for a reply or an address that they cannot read, apart from their own errors."""
 
 NO_REPLY: Final = (ConnectionError, TimeoutError, InvalidResponse, RedisClusterException)
 
@@ -79,10 +79,10 @@ _LAST_PAUSE: Final = 0.5
 
 
 def as_redis_error(error: Exception) -> Exception:
-    """Returns an error of redis-py's for one that it raised, or that it let pass.
+    """Returns a redis-py error for an error that redis-py raised or let through.
 
     A client that is used in several event loops raises RuntimeError, and a cluster client also KeyError or IndexError.
-    The `socket` module raises UnicodeError for a host name that is none.
+    The `socket` module raises UnicodeError for an invalid host name.
 
     Raises:
         Exception: the error itself, because something else raised it, such as a signal handler.
@@ -168,10 +168,10 @@ _HALFWAY: Final = re.compile(r"ACL failure in script|can't run this command|can'
 
 
 def check_resent(replies: Sequence[Any], times: int) -> None:
-    """Raises RoundTripError if the server refused what the client had sent before, and what it may have executed then.
+    """Raises RoundTripError if the server refused what the client had already sent before, and may have executed then.
 
     Args:
-        replies: those to what was sent last.
+        replies: the replies to what was sent last.
         times: how often the client sent it.
     """
     for reply in replies:
@@ -249,7 +249,7 @@ def map_error(
     """Maps an error of redis-py to one of this library.
 
     Args:
-        error: that of the last attempt.
+        error: the error of the last attempt.
         call: what was sent; None for a batch.
         may_have_run: whether an attempt may have taken effect.
         elapsed: seconds since the first attempt.
@@ -283,23 +283,23 @@ def map_error(
 
 
 def _is_of_connection(error: Exception) -> bool:
-    """Whether an error is about a connection, and another one may have a reply."""
+    """Whether an error is about a connection, so that another connection may get a reply."""
     return isinstance(error, (*NO_REPLY, ReplyMismatchError)) or _FULL.search(str(error)) is not None
 
 
 def is_demotion(error: Exception) -> bool:
-    """Returns whether the server refused because it is no primary, or not any more.
+    """Returns whether the server refused because it is not a primary, or is no longer one.
 
-    One that is loading may have been demoted and be copying its new primary. One that asks for credentials, on a
-    connection that has sent them, is not the server that checked them.
+    A server that is loading may have been demoted and be copying its new primary. A server that asks for credentials,
+    on a connection that has sent them, is not the server that checked them.
     """
     return refusal_of(error) in _DEMOTIONS
 
 
 def undecided(error: Exception, count: int) -> Exception:
-    """Returns the error of a round trip, as one that says nothing about what the server has executed.
+    """Returns the error of a round trip in a form that says nothing about what the server has executed.
 
-    It is the error itself unless it is a refusal of one of several commands: the server may have executed the others.
+    It is the error itself, unless it refuses one of several commands: the server may have executed the others.
 
     Args:
         error: what redis-py raised.

@@ -1,8 +1,8 @@
 """Polls for a reply for a moment, before the thread or the event loop sleeps until it arrives.
 
-To put a thread to sleep and to wake it takes longer than a server on the same machine, or close to it, needs for a
-call. But a thread that polls takes time from others. So it polls only if it is the only one in this process that waits
-for a reply. It lets others run between two polls, and notices if some did. Each time that polling has not paid, four
+Putting a thread to sleep and waking it takes longer than a server on the same machine, or close to it, needs for a
+call. But a thread that polls takes time from others. So it polls only if no other thread of this process waits for a
+reply. It lets others run between two polls, and detects whether they did. Each time that polling does not pay off, four
 times as many of the next calls sleep at once.
 """
 
@@ -28,22 +28,22 @@ let_others_run: Callable[[], object] = getattr(os, "sched_yield", int)
 
 
 callers: Final[set[int]] = set()
-"""The threads of this process that wait for a reply. One that was interrupted may be left here until its next call."""
+"""The threads of this process that wait for a reply. An interrupted thread may stay here until its next call."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=callers.clear)
 
 
 def spare_cpus() -> int:
-    """Returns how many CPUs this process may use beside the one that it runs on."""
+    """Returns how many CPUs this process may use in addition to the one that it runs on."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cpus - 1
 
 
 class Spin:
-    """Whether it pays to poll, as the calls on one server's connections have shown.
+    """Decides whether polling pays off, from the calls on one server's connections so far.
 
-    Threads may share it: an update that is lost only makes a call poll, or not.
+    Threads may share it: a lost update only decides whether one more call polls.
     """
 
     __slots__ = ("_misses", "_to_skip")
@@ -63,9 +63,9 @@ class Spin:
         return _time_lost() if self._is_possible and len(callers) < 2 else None
 
     def end(self, begun: float, *, in_time: bool) -> None:
-        """Notes whether polling has paid.
+        """Records whether polling has paid off.
 
-        It has not if the thread lost time, because others needed the CPU or the interpreter's lock.
+        It has not if the thread lost time because others needed the CPU or the interpreter's lock.
 
         Args:
             begun: what `begin` returned in the same thread.
@@ -78,15 +78,15 @@ class Spin:
             self._to_skip = 2**self._misses - 1
 
     def wait(self, sock: Any) -> None:
-        """Polls a socket until it has something to read, or the moment is over.
+        """Polls a socket until it has something to read, or the time is over.
 
         Args:
-            sock: the socket. One of TLS, or of gevent, is not polled.
+            sock: the socket. A TLS or gevent socket is not polled.
         """
         if type(sock) is not socket.socket or (begun := self.begin()) is None:
             return
         descriptor = sock.fileno()
-        if descriptor < 0:  # another thread has closed it, which reading will show
+        if descriptor < 0:  # another thread has closed it; reading will raise the error
             return
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
@@ -97,5 +97,5 @@ class Spin:
 
 
 def _time_lost() -> float:
-    """Returns a time that goes on only while the thread does not run."""
+    """Returns a clock that advances only while the thread does not run."""
     return time.monotonic() - thread_time()

@@ -29,7 +29,7 @@ Read = Callable[[int, Any], Any]
 _hiredis: Any = hiredis  # parts of its types are unknown
 pack_command: Callable[[Command], bytes] = _hiredis.pack_command
 
-_CHUNK_BYTES: Final = 4_096  # of a write: the server starts on it while the next commands are packed
+_CHUNK_BYTES: Final = 4_096  # size of a write: the server starts on it while the next commands are packed
 _READ_SIZE: Final = 65_536
 _redis_parser: Any = redis_parser
 _INCOMPLETE: Final = getattr(_redis_parser, "NOT_ENOUGH_DATA", False)  # older versions of redis-py use False
@@ -38,12 +38,12 @@ PUSH: Final = getattr(_hiredis, "PushNotification", ())  # of RESP3; before hire
 
 
 class Stream:
-    """The socket and the reader of a connection of redis-py's, written and read without it.
+    """The socket and the reader of a redis-py connection, written and read without it.
 
-    A server that trickles bytes, or reads them slowly, prolongs neither a reply's timeout nor the call's.
+    A server that trickles bytes, or reads them slowly, extends neither a reply's timeout nor the call's.
 
     Attributes:
-        is_demoted: whether the server replied that it is no primary any more.
+        is_demoted: whether the server replied that it is no longer a primary.
         has_left: returns whether more replies arrived than were expected.
         socket: the socket.
     """
@@ -130,7 +130,7 @@ class Stream:
                     self._set_timeout(self._timeout)
 
     def _next(self) -> Any:
-        """Returns one reply; an error of the server is a reply, unless it is one about the connection."""
+        """Returns one reply; an error of the server is a reply, unless it is about the connection."""
         until: float | None = None
         while True:
             try:
@@ -222,7 +222,7 @@ def stream_of(connection: Any) -> Stream | None:
 
 
 class Packed(Iterable[bytes]):
-    """Commands for redis-py's `send_packed_command`, which takes them right before it writes them.
+    """Commands for redis-py's `send_packed_command`, which iterates over them right before it writes them.
 
     Attributes:
         was_taken: whether anything may have been written.
@@ -254,7 +254,7 @@ def chunks(commands: Iterable[Command]) -> Iterator[bytes]:
 
 
 def new_reader(connection: Any) -> Any:
-    """Returns a reader for the replies on a connection of redis-py's, with redis-py's errors."""
+    """Returns a reader for the replies on a redis-py connection, with redis-py's errors."""
     return _hiredis.Reader(protocolError=InvalidResponse, replyError=connection._parser.parse_error, notEnoughData=MORE)
 
 

@@ -1,4 +1,4 @@
-"""What a form of the page changes. Each request is checked, changes the store, and is redirected to a page."""
+"""The changes that the page's forms make. Each request is checked, changes the store, and is redirected to a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from squidstep_redis.web.rendering import Links
 from squidstep_redis.web.settings import WebSettings
 
 _MAX_FORM: Final = 65_536  # bytes
-_OWNER: Final = "retry by the web page"  # of the attempt that the history of a retried step has
+_OWNER: Final = "retry by the web page"  # owner of the attempt that a retry adds to the history
 
 
 class Actions:
@@ -50,7 +50,7 @@ class Actions:
         return _see(request, "run", id=run_id, done="retried-run")
 
     async def retry_group(self, request: Request) -> Response:
-        """Makes the failed steps of a group pending: those that the page showed, and no newer ones."""
+        """Makes the failed steps of a group pending: the steps that the page showed, and no newer ones."""
         form = await self._form(request)
         prefix, step, type_ = form.get("q", ""), form.get("step") or None, _required(form, "type")
         until = _moment(_required(form, "until"))
@@ -88,9 +88,9 @@ class Actions:
         ):
             problem = f"it is {current.status} in attempt {current.attempt}, not running in attempt {attempt}"
             if current.status is StepStatus.RUNNING and str(current.attempt) == attempt:
-                problem = f"it is running in another attempt {attempt}, which began at {began}"
+                problem = f"it is running in a different attempt {attempt}, which began at {began}"
             raise StaleStepRunError(current, f"the step was not released, because {problem}. Nothing was written")
-        # Its id would stand for a worker that has taken over since it was read, too.
+        # Its id would also stand for a worker that has taken over since it was read.
         await self._store.release_step(current.with_claim())
         return _see(request, "step", run=run_id, step=step, done="released")
 
@@ -111,7 +111,7 @@ class Actions:
         return _see(request, "run", id=run_id, done="resumed")
 
     async def _form(self, request: Request) -> dict[str, str]:
-        """Returns the fields of the form, and of its address, once it is known to come from the page."""
+        """Returns the fields of the form, and of its address, after checking that it comes from the page."""
         body = b""
         async for chunk in request.stream():
             body += chunk

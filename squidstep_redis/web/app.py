@@ -41,24 +41,24 @@ def web_app(
     otherwise. It loads nothing from other hosts, and needs no scripts; with them, two of its pages update themselves.
 
     Args:
-        store: the store to show. You close it, in the lifespan of your application.
+        store: the store to show. Close it yourself, in the lifespan of your application.
         payloads: whether inputs, outputs, progress and whole errors can be seen and downloaded. Otherwise they are
             not even read from the server.
         actions: whether steps can be retried and released, and runs cancelled and resumed.
-        authorize: decides about each request: `authorize(request, right)`, a function or a coroutine function, receives
+        authorize: decides on each request: `authorize(request, right)`, a function or a coroutine function, receives
             the Starlette request and "see", "payloads" or "act", and returns True to allow it; anything else is a
-            denial. "see" is asked for every request but those for static files, "payloads" only if `payloads` is
+            denial. "see" is checked for every request except those for static files, "payloads" only if `payloads` is
             True, and "act" only if `actions` is True. It may raise Starlette's HTTPException, such as a 401, or a 303
-            with the header Location. A function runs in the event loop, so it must not block. None: everyone has
-            every right that is switched on.
-        title: what the heading says which store it is; None: its key prefix.
+            with the header Location. A plain function runs in the event loop, so it must not block. None: everyone has
+            every right that is enabled.
+        title: the name of the store in the heading; None: its key prefix.
         hosts: the names that the Host header may have, besides IP addresses and localhost: a protection against DNS
             rebinding for a page without `authorize`. None: any name.
         secret: signs forms and cookies. Processes that serve the same address need the same secret, of at least 16
             characters. None: a random one.
 
     Returns:
-        A Starlette application. It has no lifespan of its own.
+        A Starlette application without a lifespan.
 
     Raises:
         InvalidArgumentError: an argument was rejected.
@@ -105,7 +105,7 @@ def web_app(
 
 
 def _guarded(settings: WebSettings, handler: Handler, right: Right) -> Handler:
-    """Returns a handler that checks the rights of a request, and turns what is raised into a page."""
+    """Returns a handler that checks the rights of a request, and turns exceptions into pages."""
 
     async def guarded(request: Request) -> Response:
         try:

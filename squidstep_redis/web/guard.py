@@ -1,4 +1,4 @@
-"""What protects the page: headers of each response, names of the host, and the check that a form came from the page."""
+"""Protects the page: headers of each response, host names, and the check that a form came from the page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def root_of(request: Request) -> str:
 
 
 class Guard:
-    """Middleware: rejects other names of the host, which is how DNS rebinding arrives, and adds headers."""
+    """Middleware: rejects other host names, which DNS rebinding would use, and adds headers."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         """Wraps an application.
@@ -101,7 +101,7 @@ def form_token(request: Request, settings: WebSettings) -> tuple[str, str]:
 
 
 def set_form_cookie(request: Request, response: Response, cookie: str) -> None:
-    """Lets the browser keep the cookie that its forms' token belongs to, for this application only."""
+    """Sets the cookie that the token of the browser's forms belongs to, for this application only."""
     if request.cookies.get(_COOKIE) != cookie:
         response.set_cookie(
             _COOKIE,
@@ -116,7 +116,7 @@ def set_form_cookie(request: Request, response: Response, cookie: str) -> None:
 def check_form(request: Request, settings: WebSettings, token: str) -> None:
     """Raises HTTPException unless the request was sent by a form of this page.
 
-    The browser must say so (Sec-Fetch-Site, or Origin in a browser without it), and the token must belong to the
+    The browser must confirm it (with Sec-Fetch-Site, or with Origin if it lacks that), and the token must belong to the
     cookie.
     """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")

@@ -1,4 +1,4 @@
-"""Live updates: one task per watched subject polls the store, however many viewers there are, and none without one."""
+"""Live updates: one task per watched subject polls the store for all its viewers, and none polls without a viewer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class TooManyViewersError(Exception):
-    """There are as many streams as one application serves."""
+    """The application already serves its maximum number of streams."""
 
 
 def version_of_overview(seen: Overview) -> str:
@@ -52,7 +52,7 @@ def version_of_run(explained: RunExplanation | None) -> str:
         return "missing"
     summary = explained.summary
     steps = [(each.step, each.reason, each.attempt, each.until, each.owner) for each in explained.steps]
-    # The ages of what is over do not matter.
+    # Ages matter only while something is unfinished.
     refresh = int(explained.read_at.timestamp()) // _REFRESH if not summary.is_over else 0
     return _digest((sorted(summary.counts.items()), summary.changed_at, summary.cancel_reason, steps, refresh))
 
@@ -70,7 +70,7 @@ class Latest(Generic[T]):
         self._reading: dict[asyncio.AbstractEventLoop, asyncio.Task[T]] = {}
 
     async def fresh(self) -> T:
-        """Reads now: what was changed before this call is in the result."""
+        """Reads now: the result contains everything that was changed before this call."""
         began = time.monotonic()
         result = await self._read()
         if self._newest is None or self._newest[0] < began:
@@ -78,7 +78,7 @@ class Latest(Generic[T]):
         return result
 
     async def recent(self) -> T:
-        """Returns a result that is at most two seconds old, or joins a read that is under way, or reads."""
+        """Returns a result that is at most two seconds old, or joins a read in progress, or starts one."""
         if self._newest is not None and time.monotonic() - self._newest[0] <= _RECENT:
             return self._newest[1]
         loop = asyncio.get_running_loop()
@@ -135,7 +135,7 @@ class Hub:
         """Returns server-sent events: one for each change of a subject, and comments in between.
 
         Args:
-            subject: names what is watched: viewers of the same subject share its polls.
+            subject: the name of what is watched: viewers of the same subject share its polls.
             known: the version that the viewer has.
             read: reads the version.
 

@@ -1,4 +1,4 @@
-"""What changed since the last look: what a browser saw when it last loaded the overview, in a signed cookie.
+"""What changed since the last visit. A signed cookie holds what a browser saw when it last loaded the overview.
 
 The store keeps no counters, so nothing here counts completions: `squidstep_redis.metrics` does.
 """
@@ -29,7 +29,7 @@ class Look(NamedTuple):
     counts: Counts
 
     def changes(self, counts: Counts) -> Counts:
-        """Returns by how much the counts differ from those of this look."""
+        """Returns how much the counts differ from those of this look."""
         return Counts(*(now - then for now, then in zip(counts, self.counts, strict=True)))
 
 
@@ -55,7 +55,7 @@ def last_look(request: Request) -> str:
 
 
 def set_look(request: Request, response: Response, look: str) -> None:
-    """Lets the browser keep what it sees now."""
+    """Sets the cookie with the counts that the browser sees now."""
     response.set_cookie(
         _COOKIE,
         look,

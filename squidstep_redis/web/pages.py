@@ -1,4 +1,4 @@
-"""The pages: which parameters each has, and what its template receives."""
+"""The pages: the parameters of each, and what its template receives."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Pages:
         return await render(request, self._settings, "run", context)
 
     async def step(self, request: Request) -> Response:
-        """Shows one step, and its payloads if they may be seen."""
+        """Shows one step, and its payloads if the viewer may see them."""
         run_id, step = _named(request, "run"), _named(request, "step")
         may_see = await self._settings.allows(request, "payloads")
         view = await self._reader.step(run_id, step, payloads=may_see)

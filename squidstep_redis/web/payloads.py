@@ -1,4 +1,4 @@
-"""Payloads as JSON: the beginning of one for a page, and the whole for a download. Pure."""
+"""Payloads as JSON: the beginning for a page, and the whole payload for a download. Pure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ShownPayload(NamedTuple):
 
 
 def shown_payloads(step_run: StepRun) -> list[ShownPayload]:
-    """Returns the payloads that a step has. The work for each is bounded, beyond decoding it."""
+    """Returns the payloads that a step has. Apart from decoding, the work for each is bounded."""
     found: list[ShownPayload] = []
     for name in NAMES:
         try:
@@ -49,13 +49,13 @@ def shown_payloads(step_run: StepRun) -> list[ShownPayload]:
 
 
 def shown_traceback(step_run: StepRun) -> list[str]:
-    """Returns the end of the traceback of a step's error, which names the error; empty without one."""
+    """Returns the end of the traceback of a step's error, which names the error; empty without a traceback."""
     lines = traceback_lines(step_run)[-_TRACEBACK_LINES:]
     return [cut(line, _TRACEBACK_COLUMNS) for line in lines]
 
 
 def whole_payload(step_run: StepRun, name: str) -> bytes | None:
-    """Returns a payload as JSON, in which values that JSON does not have are encoded as in `export_run`.
+    """Returns a payload as JSON. Values that JSON cannot represent are encoded as in `export_run`.
 
     Returns:
         None if the step has no such payload.

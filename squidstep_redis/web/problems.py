@@ -1,4 +1,4 @@
-"""What a page says when it cannot be shown: which status, and the text of the error."""
+"""The status and the text of a page that cannot be shown."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def problem_page(request: Request, settings: WebSettings, error: Exception
     Args:
         request: the request.
         settings: the application's settings.
-        error: what was raised.
+        error: the exception.
     """
     headers: dict[str, str] = {}
     title = None
@@ -66,7 +66,7 @@ async def problem_page(request: Request, settings: WebSettings, error: Exception
             title = "The stored data is corrupt"
     else:
         _logger.error("the page %s failed", escaped(request.url.path), exc_info=error)
-        status, text = 500, "The page has an error of its own; the log of its server has the details."
+        status, text = 500, "The page itself failed; the log of its server has the details."
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(_RETRY_SECONDS)
     title = title or _TITLES.get(status, HTTPStatus(status).phrase)

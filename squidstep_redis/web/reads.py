@@ -1,4 +1,4 @@
-"""What the pages read: every call that reads from the store is here."""
+"""Reads the data of the pages: every call that reads from the store is here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunSearch(NamedTuple):
 
     @property
     def is_given(self) -> bool:
-        """Whether it excludes any run."""
+        """Whether the search excludes any run."""
         return self != RunSearch()
 
 
@@ -64,7 +64,7 @@ class FailureGroup(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """Number of runs that they belong to."""
+        """Number of runs that the steps belong to."""
         return len({each.run_id for each in self.step_runs})
 
 
@@ -91,7 +91,7 @@ class Overview(NamedTuple):
 
     @property
     def counts(self) -> Counts:
-        """What a look compares with the next one."""
+        """The counts that one visit compares with the next."""
         return Counts(self.store.live, self.store.lapsed, self.store.failed)
 
 
@@ -114,7 +114,7 @@ class RunView(NamedTuple):
 
     Attributes:
         explained: its counts, and why its unfinished steps are not completed.
-        rows: the explained steps, and one page of the completed ones, in the order in which they began.
+        rows: the explained steps, and one page of completed steps, in the order in which they began.
         timeline: all their attempts.
         after: how many completed steps precede this page.
         completed: how many completed steps are on this page.
@@ -133,7 +133,7 @@ class StepView(NamedTuple):
     Attributes:
         explained: why it is in its state.
         bars: its known attempts, oldest first.
-        step_run: its record, with its payloads; None if they were not to be read.
+        step_run: its record, with its payloads; None if the payloads were not requested.
         read_at: when it was read, by this machine's clock.
     """
 
@@ -175,7 +175,7 @@ class Reader:
         return await self._store.explain_run(run_id, limit=EXPLAINED_STEPS)
 
     async def run(self, run_id: str, after: int) -> RunView | None:
-        """Reads one run, without payloads but errors; None if there is no such run.
+        """Reads one run, without payloads except errors; None if there is no such run.
 
         Args:
             run_id: the run.
@@ -252,7 +252,7 @@ def group_by_type(failures: list[StepRun]) -> list[FailureGroup]:
 
 
 def _bars(step: str, explained: StepExplanation | None, attempts: list[Attempt]) -> list[Bar]:
-    """Returns the attempts of a step; that of a step that was never claimed is None."""
+    """Returns the attempts of a step; a single None for a step that was never claimed."""
     until = explained.until if explained is not None and explained.reason in ("leased", "lapsed") else None
     bars = [Bar(step, attempt, until if attempt.ended_at is None else None) for attempt in attempts]
     return bars or [Bar(step, None)]

@@ -47,7 +47,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Jinja escapes what HTML reads; this, what a terminal, or a person who copies the text, would misread.
+        # Jinja escapes what HTML reads. This escapes what a terminal, or a person who copies the text, would misread.
         finalize=_finalize,
     )
     filters: dict[str, Any] = environment.filters
@@ -144,12 +144,12 @@ def _age(moment: datetime | None, now: datetime) -> Markup:
 
 
 def _code(lines: Iterable[str]) -> Markup:
-    """Returns lines of a payload: each is escaped, and the breaks between them stay."""
+    """Returns the lines of a payload: each is escaped, and the line breaks between them are kept."""
     return Markup("\n").join(escape(escaped(line)) for line in lines)
 
 
 def _counts(summary: RunSummary) -> list[tuple[str, int]]:
-    """Returns the statuses that steps of the run have, and how many."""
+    """Returns the statuses that steps of the run have, and the number of steps with each."""
     return [(str(status), summary.counts[status]) for status in _ORDER if summary.counts[status]]
 
 

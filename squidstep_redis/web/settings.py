@@ -1,4 +1,4 @@
-"""What a page may show and do, and to whom; and the signatures of what a browser carries for the page."""
+"""What a page may show and do, and to whom; and signatures for the data that a browser stores for the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from squidstep_redis import AsyncStepRunStore
 
 Right = Literal["see", "payloads", "act"]
-"""What `authorize` is asked about: to see any page, to see and download payloads, to change the store."""
+"""The rights that `authorize` decides on: to see any page, to see and download payloads, to change the store."""
 
 Authorize = Callable[[Request, Right], bool | Awaitable[bool]]
 """Returns, or resolves to, True if this request has this right. Any other value denies it."""
@@ -28,9 +28,9 @@ class WebSettings:
         title: the name of the store in the heading.
         payloads: whether anyone may see payloads.
         actions: whether anyone may change the store.
-        authorize: decides about each request; None: every request has every right that is switched on.
+        authorize: decides on each request; None: every request has every right that is enabled.
         hosts: names that the Host header may have, besides IP addresses and localhost; None: any.
-        key: signs the tokens of forms, and what was seen at the last look.
+        key: signs the tokens of forms, and the counts of the last visit.
     """
 
     store: AsyncStepRunStore
@@ -42,7 +42,7 @@ class WebSettings:
     key: bytes
 
     async def allows(self, request: Request, right: Right) -> bool:
-        """Returns whether a right is switched on, and the request has it."""
+        """Returns whether a right is enabled, and the request has it."""
         if (right == "payloads" and not self.payloads) or (right == "act" and not self.actions):
             return False
         if self.authorize is None:

@@ -1,4 +1,4 @@
-"""The site under test: on each server."""
+"""The site under test, on each server."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class TestHandler:
         assert 58 <= int(again.headers["retry-after"]) <= 60
         assert len(site.effects) == 1
 
-    def test_an_exception_after_a_part_of_the_response_discards_the_part(self, site: Site) -> None:
+    def test_exception_after_part_of_the_response_discards_the_part(self, site: Site) -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await body_of(receive)
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
@@ -101,7 +101,7 @@ class TestHandler:
             site.run(Client(site.behind_middleware(app)).request())
         assert site.step_run().status == "failed"
 
-    def test_an_error_of_a_store_in_the_handler_is_the_handlers(self, site: Site) -> None:
+    def test_store_error_in_the_handler_counts_as_the_handlers_error(self, site: Site) -> None:
         raising(site, NotSentError("begin_step", "other", "step", "down", True))
         with pytest.raises(NotSentError):
             site.request()
@@ -165,7 +165,7 @@ class TestClient:
         assert site.effects == []
         assert site.driven.get_run(RUN) == []
 
-    def test_a_client_that_leaves_later_finds_the_response_with_a_retry(self, site: Site) -> None:
+    def test_retry_of_a_disconnected_client_finds_the_response(self, site: Site) -> None:
         async def main() -> None:
             entered, gone = asyncio.Event(), asyncio.Event()
 
@@ -240,12 +240,12 @@ class TestLostClaims:
 
 class TestProcess:
     def begin(self, site: Site) -> StepRun:
-        """Leaves what a server leaves that is killed between execution and completion."""
+        """Leaves the state of a server that is killed between execution and completion."""
         scope = {"method": "POST", "path": "/charges"}
         fingerprint = fingerprint_of(scope, b"{}")
         return site.driven.begin_step(RUN, "request", scope, lease=0.05, fingerprint=fingerprint).step_run
 
-    def test_after_the_lease_of_a_dead_server_a_retry_executes_again(self, site: Site, bench: Bench) -> None:
+    def test_retry_executes_again_after_the_lease_of_a_dead_server(self, site: Site, bench: Bench) -> None:
         bench.lapse(self.begin(site))
         assert site.request(b"another body").status == 422
         assert [site.request().is_replay for _ in range(2)] == [False, True]
@@ -285,7 +285,7 @@ class TestStore:
         assert [site.request(b"whole").is_replay for _ in range(4)] == [False, False, False, True]
         assert site.effects == [b"whole"] * 3
 
-    def test_corrupt_data_is_no_unreachable_store(self, bench: Bench) -> None:
+    def test_corrupt_data_does_not_count_as_unreachable(self, bench: Bench) -> None:
         site = Site(bench, unreachable="pass")
         site.request()
         bench.backend.raw.hset(bench.keys(RUN)[0], "srequest", "nonsense")
@@ -293,7 +293,7 @@ class TestStore:
             site.request()
         assert len(site.effects) == 1
 
-    def test_a_response_that_is_not_stored_at_once_is_sent_then_stored(
+    def test_response_that_cannot_be_stored_yet_is_sent_then_stored(
         self, site: Site, caplog: pytest.LogCaptureFixture
     ) -> None:
         refuse_calls(site.store, "complete_step", 1)

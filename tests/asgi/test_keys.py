@@ -1,4 +1,4 @@
-"""Idempotency keys: what is one, and what belongs to it."""
+"""Idempotency keys: which values are valid, and which requests share a key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_quoted_and_bare_keys_are_read(value: bytes, key: str) -> None:
         b'"' + b"x" * (MAX_KEY_CHARS + 1) + b'"',
     ],
 )
-def test_other_values_are_no_keys(value: bytes) -> None:
+def test_other_values_are_not_keys(value: bytes) -> None:
     with pytest.raises(ValueError, match="key"):
         parse_key([value])
 
@@ -66,7 +66,7 @@ def test_a_request_has_one_key_or_none() -> None:
 
 
 @given(st.text(), PRINTABLE, st.text(), PRINTABLE)
-def test_each_tenant_and_key_have_a_run_of_their_own(tenant: str, key: str, other: str, other_key: str) -> None:
+def test_each_tenant_and_key_have_their_own_run(tenant: str, key: str, other: str, other_key: str) -> None:
     run_id, other_id = run_id_of(tenant, key), run_id_of(other, other_key)
     assert (run_id == other_id) is ((tenant, key) == (other, other_key))
     assert len(run_id.encode()) <= MAX_RUN_ID_BYTES

@@ -1,4 +1,4 @@
-"""Which request executes, and what every other one receives: each row of the guide's table."""
+"""Which request executes, and what all other requests receive: each row of the guide's table."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_methods_and_header_can_be_chosen(bench: Bench) -> None:
     assert len(site.effects) == 2
 
 
-def test_tenants_have_keys_of_their_own(bench: Bench) -> None:
+def test_tenants_have_their_own_keys(bench: Bench) -> None:
     site = Site(bench, tenant=lambda scope: dict(scope["headers"])[b"x-account"].decode())
     replies = [site.request(headers=[(b"x-account", name)]) for name in (b"ann", b"ben", b"ann")]
     assert [reply.is_replay for reply in replies] == [False, False, True]

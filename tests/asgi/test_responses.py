@@ -177,7 +177,7 @@ UNSTORABLE = {
 
 
 @pytest.mark.parametrize("kind", UNSTORABLE)
-def test_a_response_that_cannot_be_stored_is_refused(site: Site, kind: str) -> None:
+def test_an_unstorable_response_is_refused(site: Site, kind: str) -> None:
     app = UNSTORABLE[kind]()
     first, again = both_replies(site, app, max_response_bytes=12)
     assert (first.status, first.title) == REFUSED
@@ -189,7 +189,7 @@ def test_a_response_that_cannot_be_stored_is_refused(site: Site, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", UNSTORABLE)
-def test_a_response_that_cannot_be_stored_is_passed_to_the_first_client(site: Site, kind: str) -> None:
+def test_an_unstorable_response_is_passed_to_the_first_client(site: Site, kind: str) -> None:
     app = UNSTORABLE[kind]()
     first, again = both_replies(site, app, max_response_bytes=12, unstorable="pass")
     assert (first.status, first.body, app.runs) == (200, b"part.part.part.", 1)
@@ -308,7 +308,7 @@ def test_what_the_application_sends_may_be_of_any_iterable_type(site: Site) -> N
     assert [reply.is_replay for reply in replies] == [False, True]
 
 
-def test_a_message_that_is_reused_is_stored_as_it_was_sent(site: Site) -> None:
+def test_a_reused_message_is_stored_as_it_was_sent(site: Site) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         message: dict[str, Any] = {"type": "http.response.start", "status": 201, "headers": [JSON]}
         await send(message)

@@ -73,5 +73,5 @@ def server(started: tuple[EmbeddedServer, StepRunStore]) -> Iterator[EmbeddedSer
 
 @pytest.fixture
 def observer(started: tuple[EmbeddedServer, StepRunStore]) -> StepRunStore:
-    """A blocking store on `server`, beside the asyncio stores under test."""
+    """A blocking store on `server`, in addition to the asyncio stores under test."""
     return started[1]

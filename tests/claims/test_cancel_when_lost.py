@@ -112,7 +112,7 @@ class TestCancelWhenLost:
 
         assert outcomes(others) == [Outcome.LEASE_EXPIRED, Outcome.RUNNING]
 
-    def test_winners_output_is_waited_for(
+    def test_delivery_waits_for_the_winners_output(
         self, bench: Bench, worker: Worker, store: AsyncStepRunStore, others: StepRunStore
     ) -> None:
         winners: list[StepRun] = []

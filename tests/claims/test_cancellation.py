@@ -35,7 +35,7 @@ async def enter(store: AsyncStepRunStore, **options: Any) -> asyncio.Task[Any]:
 
 @either_kind
 class TestScopes:
-    """A scope of anyio cancels each `await` of a task again, also those that clean up."""
+    """A scope of anyio cancels each `await` of a task again, even those that clean up."""
 
     async def cancel_work(self, observer: StepRunStore, store: AsyncStepRunStore) -> None:
         """Executes 20 steps at once, and cancels them with one scope."""
@@ -78,7 +78,7 @@ class TestScopes:
 
         assert StepStatus.RUNNING not in observer.step_statuses("run").values()
 
-    def test_clean_up_goes_on_while_the_loop_shuts_down(
+    def test_clean_up_continues_while_the_loop_shuts_down(
         self, server: EmbeddedServer, observer: StepRunStore, kind: str
     ) -> None:
         async def main() -> None:

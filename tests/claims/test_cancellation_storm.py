@@ -103,7 +103,7 @@ async def until_extended(claim: AsyncClaim) -> None:
 
 
 def brew(name: str, kind: str, seconds: float, seed: int) -> None:
-    """Runs a storm on a server of its own, and checks what it has left behind."""
+    """Runs a storm on a separate server, and checks what it has left behind."""
 
     async def main() -> Storm:
         async with opened(server.url, kind) as store:

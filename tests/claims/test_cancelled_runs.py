@@ -1,4 +1,4 @@
-"""Cancelled runs: work that has begun is told, may go on, and is stopped where asked for."""
+"""Cancelled runs: work that has begun is notified, may continue, and is cancelled if a setting asks for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TestBegin:
 
 
 class TestWorkThatHasBegun:
-    def test_heartbeat_tells_it_and_its_result_is_stored(self, worker: Worker, others: StepRunStore) -> None:
+    def test_heartbeat_signals_it_and_the_result_is_stored(self, worker: Worker, others: StepRunStore) -> None:
         def work(input: dict[str, Any]) -> dict[str, Any]:
             claim = claim_of_the_work()
             assert claim.cancellation is None
@@ -76,7 +76,7 @@ class TestWorkThatHasBegun:
         assert failed.last_error["type"].endswith("RunCancelledError")
         assert not failed.final
 
-    def test_checkpoint_tells_it(self, worker: Worker, others: StepRunStore) -> None:
+    def test_checkpoint_signals_it(self, worker: Worker, others: StepRunStore) -> None:
         with worker.claim(lease=None) as claim:
             others.cancel_run("run", "stop")
             claim.checkpoint({"page": 1})
@@ -85,7 +85,7 @@ class TestWorkThatHasBegun:
             claim.complete({})
         assert outcomes(others) == [Outcome.COMPLETED]
 
-    def test_extension_that_carries_progress_tells_it(self, worker: Worker, others: StepRunStore) -> None:
+    def test_extension_with_progress_signals_it(self, worker: Worker, others: StepRunStore) -> None:
         with fake_clock() as clock, no_heartbeat_threads(), worker.claim(lease=30) as claim:
             others.cancel_run("run")
             claim.checkpoint({"page": 1}, lazy=True)
@@ -133,7 +133,7 @@ class TestCancelWithRun:
         others.resume_run("run")
         assert begun(others.begin_step("run", "pay", {})).attempt == 2
 
-    def test_without_it_the_work_goes_on(self, bench: Bench, others: StepRunStore) -> None:
+    def test_work_continues_without_cancel_with_run(self, bench: Bench, others: StepRunStore) -> None:
         async def work(input: dict[str, Any]) -> dict[str, Any]:
             claim: Any = claim_of_the_work()
             others.cancel_run("run")
@@ -154,7 +154,7 @@ class TestCancelWithRun:
         assert self.scenario(bench, work, cancel_with_run=True) == {"done": True}
         assert outcomes(others) == [Outcome.COMPLETED]
 
-    def test_checkpoint_raises_it(self, bench: Bench, others: StepRunStore) -> None:
+    def test_checkpoint_raises_the_cancellation(self, bench: Bench, others: StepRunStore) -> None:
         async def work(input: dict[str, Any]) -> dict[str, Any]:
             claim: Any = claim_of_the_work()
             others.cancel_run("run")
@@ -165,7 +165,7 @@ class TestCancelWithRun:
         assert stored(others).progress == {"page": 1}
         assert outcomes(others) == [Outcome.FAILED]
 
-    def test_another_cancellation_stays_one(self, bench: Bench, others: StepRunStore) -> None:
+    def test_other_cancellations_are_still_raised(self, bench: Bench, others: StepRunStore) -> None:
         store: Any = bench.store()
 
         async def run() -> None:

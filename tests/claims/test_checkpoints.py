@@ -64,7 +64,7 @@ class TestAtOnce:
         assert worker.execute(work) == {"from": 5}
         assert stored(others).progress is None
 
-    def test_claim_without_a_lease_stores_even_a_lazy_one_at_once(self, worker: Worker, others: StepRunStore) -> None:
+    def test_claim_without_a_lease_stores_lazy_checkpoints_at_once(self, worker: Worker, others: StepRunStore) -> None:
         with worker.claim(lease=None) as claim:
             claim.checkpoint({"page": 1}, lazy=True)
             assert stored(others).progress == {"page": 1}

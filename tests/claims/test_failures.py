@@ -1,4 +1,4 @@
-"""What `run_step` and `claim_step` make of a failure: whether and when the step is executed again."""
+"""How `run_step` and `claim_step` handle a failure: whether and when the step is executed again."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class TestUnstorableResult:
         assert list(others.step_statuses("run")) == ["pay"]
 
     def test_a_rejected_payload_of_the_work_itself_can_be_retried(self, worker: Worker, others: StepRunStore) -> None:
-        """Of another step, for example: its own step has failed, not the one around it."""
+        """For example, of another step: that step has failed, not the one around it."""
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
             others.schedule_step("run", "ship", {"to": object()})
@@ -287,7 +287,7 @@ class TestArguments:
         [{"first": 0}, {"cap": -1}, {"cap": 10**9}, {"factor": 0.5}, {"jitter": 1.1}, {"jitter": -0.1}],
         ids=str,
     )
-    def test_a_backoff_rejects_what_makes_no_sense(self, options: dict[str, float]) -> None:
+    def test_a_backoff_rejects_invalid_settings(self, options: dict[str, float]) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
             ExponentialBackoff(**options)
 

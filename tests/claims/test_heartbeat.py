@@ -192,7 +192,7 @@ class TestHeartbeat:
 @fakeredis_only
 @blocking_only
 class TestThread:
-    """The blocking heartbeat is a thread, which ends when it has had no claim for a while."""
+    """The blocking heartbeat is a thread that ends when it has had no claim for a while."""
 
     @pytest.mark.slow
     def test_thread_ends_after_a_while_without_claims(self, worker: Worker, others: StepRunStore) -> None:
@@ -237,7 +237,7 @@ class TestThread:
 @real_server  # redis-py keeps a cluster client with its first event loop
 @asyncio_only
 class TestEventLoop:
-    """The asyncio heartbeat is timers of the event loop."""
+    """The asyncio heartbeat uses timers of the event loop."""
 
     def test_client_may_serve_one_event_loop_after_another(self, bench: Bench) -> None:
         store = AsyncStepRunStore(cast("Any", bench.backend.connect_asyncio()), prefix=bench.prefix)

@@ -15,7 +15,7 @@ from squidstep_redis import InputMismatchError, InvalidArgumentError, StepRunSto
 
 class TestRunStep:
     @pytest.mark.parametrize("on_busy", ["raise", "wait"])
-    def test_another_input_is_raised_at_once(self, bench: Bench, store: StepRunStore, on_busy: Any) -> None:
+    def test_different_input_is_rejected_at_once(self, bench: Bench, store: StepRunStore, on_busy: Any) -> None:
         begun(store.begin_step("run", "pay", {"amount": 1}, lease=60, fingerprint=True))
         before = bench.dump()
 
@@ -45,7 +45,7 @@ class TestRunStep:
 
 
 class TestClaimStep:
-    def test_another_input_does_not_enter_the_block(self, bench: Bench, worker: Worker, others: StepRunStore) -> None:
+    def test_different_input_does_not_enter_the_block(self, bench: Bench, worker: Worker, others: StepRunStore) -> None:
         others.schedule_step("run", "pay", {"amount": 2}, fingerprint=True)
         before = bench.dump()
         block = worker.claim(fingerprint=True)

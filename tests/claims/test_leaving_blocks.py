@@ -1,4 +1,4 @@
-"""Blocks on asyncio that are left by cancellations: all that ends the claim is sent, and nothing else is disturbed."""
+"""Asyncio blocks that are left by cancellations: every call that ends the claim is sent, and nothing else changes."""
 
 from __future__ import annotations
 

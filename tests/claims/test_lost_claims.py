@@ -58,7 +58,7 @@ class TestLossDuringRunStep:
 
         assert caught.value.current == winners[0] == stored(others)
 
-    def test_winners_output_is_waited_for(self, worker: Worker, others: StepRunStore) -> None:
+    def test_delivery_waits_for_the_winners_output(self, worker: Worker, others: StepRunStore) -> None:
         winners: list[StepRun] = []
 
         def work(input: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class TestBeginWithoutReply:
         assert worker.execute(charge, max_attempts=1) == {"charged": 1}
 
     @fakeredis_only
-    def test_begin_that_claimed_nothing_leaves_nothing_to_do(self, worker: Worker) -> None:
+    def test_begin_that_claimed_nothing_needs_no_recovery(self, worker: Worker) -> None:
         with worker.claim("ship") as other:
             with pytest.raises(StepBusyError):
                 worker.execute(charge, "ship")
@@ -99,7 +99,7 @@ class TestBeginWithoutReply:
         assert not heartbeat_of(worker).recovery.has_work()
 
     @fakeredis_only
-    def test_node_that_is_down_keeps_no_other_claim(self, worker: Worker, others: StepRunStore) -> None:
+    def test_node_that_is_down_does_not_delay_other_claims(self, worker: Worker, others: StepRunStore) -> None:
         def send(call: Call[Any]) -> Any:
             if call.run_id == "down":
                 raise NotSentError("begin_step", "down", "pay", "no route", True)
@@ -120,7 +120,7 @@ class TestBeginWithoutReply:
 
 @fakeredis_only
 class TestSecondException:
-    """It comes while the code, which a first one has interrupted, waits for its claim to be recovered."""
+    """It arrives while the code, interrupted by a first exception, waits for its claim to be recovered."""
 
     @pytest.fixture(autouse=True)
     def interrupted_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ class TestServerThatDoesNotReply:
 @pytest.mark.slow
 @pytest.mark.timeout(method="thread")  # the other method uses SIGALRM itself
 class TestExceptionAtAnyInstruction:
-    """An exception raised at each place where the interpreter lets one in; in a loop, during some passes."""
+    """An exception is raised at each place where the interpreter allows one; in a loop, during some passes."""
 
     @fakeredis_only
     @pytest.mark.parametrize(("kind", "fails"), [(DeclinedError, True), (KeyboardInterrupt, False)])
@@ -300,7 +300,7 @@ class TestExceptionAtAnyInstruction:
 @fakeredis_only
 class TestSignalHandlerThatUsesTheStore:
     @pytest.mark.parametrize("function", ["add", "discard", "get", "_exit", "__enter__", "__exit__", "_acquire"])
-    def test_handler_executes_a_step_amid_another(self, worker: Worker, others: StepRunStore, function: str) -> None:
+    def test_handler_executes_a_step_during_another(self, worker: Worker, others: StepRunStore, function: str) -> None:
         before = signal.signal(signal.SIGUSR1, lambda *_: worker.store.run_step("run", "of the handler", dict, {}))
 
         def strike(frame: FrameType, event: str, argument: object) -> None:
@@ -354,7 +354,7 @@ def is_ours(frame: FrameType) -> bool:
 
 
 def instructions(run: Callable[[], None]) -> list[int]:
-    """Returns numbers for `at_instruction`: those of a run's instructions; of a loop, two passes and the last."""
+    """Returns numbers for `at_instruction`: one per instruction of a run; for a loop, two passes and the last."""
     passes: dict[Any, list[int]] = {}
     count = itertools.count()
 

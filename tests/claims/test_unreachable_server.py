@@ -1,4 +1,4 @@
-"""A server that is unreachable when a claim ends: the result is resent for as long as the lease."""
+"""A server that is unreachable when a claim ends: the result is re-sent for the duration of the lease."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TestUnreachableServer:
         assert outcomes(others) == [Outcome.FAILED]
 
     @pytest.mark.slow
-    def test_failure_is_given_up_when_the_lease_has_passed(self, worker: Worker, others: StepRunStore) -> None:
+    def test_recording_a_failure_stops_when_the_lease_has_passed(self, worker: Worker, others: StepRunStore) -> None:
         unreachable = UnreachableClient(worker.store.client, redis.TimeoutError("slow"))
 
         def work(input: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class TestUnreachableServer:
         assert outcomes(others) == [Outcome.RUNNING]
 
     @pytest.mark.slow
-    def test_repetition_never_claims_that_nothing_was_sent(self, worker: Worker) -> None:
+    def test_retry_never_claims_that_nothing_was_sent(self, worker: Worker) -> None:
         def work(input: dict[str, Any]) -> dict[str, Any]:
             UnreachableClient(worker.store.client, redis.TimeoutError("slow")).replace_client_of(worker.plain_store)
             on_failure(worker, "complete_step", refuse_connections)

@@ -94,7 +94,7 @@ class TestRetry:
             assert "nothing was changed" in ended.stderr
         assert len(store.failed_steps()) == 7
 
-    def test_step_that_changed_in_the_meantime_hides_no_other(self, store: StepRunStore, options: list[str]) -> None:
+    def test_changed_step_does_not_stop_the_others(self, store: StepRunStore, options: list[str]) -> None:
         add_failed_step(store, "a", "pay")
         begun(store.begin_step("b", "pay", {}, lease=60))
 

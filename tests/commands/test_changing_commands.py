@@ -205,7 +205,7 @@ class TestFork:
             (("run", "new", "--through", "none"), 1, "run 'run', step 'none': there is no such step run"),
             (("run", "new", "--through", "a", "--step", "b"), 2, "through: must not be given together with steps"),
             (("run", "new", "--step", ""), 2, "steps[0]: must be 1 to 512 bytes"),
-            (("run", "run"), 2, "new_run_id: must be another run"),
+            (("run", "run"), 2, "new_run_id: must differ from the original run"),
             (("run",), 2, "NEW_RUN"),
         ],
     )

@@ -50,7 +50,7 @@ def lapse_many(store: StepRunStore, count: int) -> None:
 
 class TestLimits:
     @pytest.mark.parametrize(("command", "fill"), [("failed", fail_many), ("stuck", lapse_many)])
-    def test_cut_list_says_so_and_how_to_go_on(
+    def test_cut_list_says_how_to_continue(
         self, server: EmbeddedServer, store: StepRunStore, command: str, fill: Any
     ) -> None:
         fill(store, 105)

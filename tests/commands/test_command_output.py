@@ -281,10 +281,10 @@ class TestExplain:
 
 
 class TestNewcomer:
-    """What `explain` prints for stuck runs says the cause and the remedy, to a reader of no guide."""
+    """The output of `explain` for stuck runs says the cause and the remedy, to a reader without a guide."""
 
     def stick(self, store: StepRunStore) -> None:
-        """Prepares seven runs, each stuck for another reason."""
+        """Prepares seven runs, each stuck for a different reason."""
         begun(store.begin_step("a-live-worker", "pay", {}, lease=600, owner="host-1:70"))
         store.expire_claim(begun(store.begin_step("a-dead-worker", "pay", {}, lease=600, owner="host-2:71")))
         begun(store.begin_step("no-lease", "pay", {}, owner="host-3:72"))

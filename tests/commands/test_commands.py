@@ -397,7 +397,7 @@ class TestWatch:
         assert "pay" in run_on_terminal(80, *command)
 
     @pytest.mark.parametrize("interval", ["nan", "0", "inf", "-1", "x"])
-    def test_interval_that_is_no_pause_is_rejected(self, server: EmbeddedServer, interval: str) -> None:
+    def test_invalid_interval_is_rejected(self, server: EmbeddedServer, interval: str) -> None:
         ended = invoke("watch", "--once", "--interval", interval, "-u", server.url)
         assert (ended.exit_code, "Invalid value for '--interval'" in ended.stderr) == (2, True)
 

@@ -92,7 +92,7 @@ class TestResult:
         shown = b""
         with subprocess.Popen([SQUIDSTEP, "demo", "--files=20"], stdout=theirs, env=environment) as process:
             os.close(theirs)
-            with contextlib.suppress(OSError):  # how Linux reports that the other end is closed
+            with contextlib.suppress(OSError):  # Linux reports this when the other end is closed
                 while part := os.read(ours, 10_000):
                     shown += part
         os.close(ours)

@@ -1,4 +1,4 @@
-"""`squidstep` with the streams that a shell or a cron job gives it: closed, on a full disk, or into an ended pipe."""
+"""`squidstep` with the streams that a shell or a cron job gives it: closed, on a full disk, or a closed pipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_full_disk_is_reported(options: list[str], command: str) -> None:
 
 
 @COMMANDS
-def test_a_reader_that_has_ended_is_no_error(options: list[str], command: str) -> None:
+def test_a_closed_pipe_is_not_an_error(options: list[str], command: str) -> None:
     assert in_shell(command, options, "| true").stderr == ""
 
 

@@ -1,4 +1,4 @@
-"""The contract holds on three kinds of stores: blocking, asyncio, and those of a test kit whose clock was moved."""
+"""The contract holds on three kinds of stores: blocking, asyncio, and stores of a test kit with an advanced clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operations do in a cancelled run, and after `resume_run`."""
+"""The effects of operations in a cancelled run, and after `resume_run`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class TestClaimsOfRunningSteps:
         assert store.begin_step("run", "running", {}).cancelled
 
     @pytest.mark.parametrize("by_id", [False, True])
-    def test_extension_tells_the_holder(self, bench: Bench, store: StepRunStore, claim: StepRun, by_id: bool) -> None:
+    def test_extension_informs_the_holder(self, bench: Bench, store: StepRunStore, claim: StepRun, by_id: bool) -> None:
         extended = store.extend_claim(claim.id if by_id else claim, 600)
 
         assert (extended.cancel_reason, extended.input) == ("wrong address ☃", {"amount": 1})
@@ -139,7 +139,7 @@ class TestClaimsOfRunningSteps:
         if not by_id:
             store.complete_step(extended, {})
 
-    def test_extensions_in_a_group_tell_each_holder(self, store: StepRunStore) -> None:
+    def test_extensions_in_a_group_inform_each_holder(self, store: StepRunStore) -> None:
         claims = store.begin_steps("run", {"a": {}, "b": {}, "c": {}}, lease=60)
         calls = [store.calls.extend_claim(each.step_run, 60) for each in claims.values()]
         assert [each.cancel_reason for each in store.batch(calls, raise_errors=True)] == [None] * 3
@@ -149,7 +149,7 @@ class TestClaimsOfRunningSteps:
 
         assert [(each.step, each.cancel_reason) for each in extended] == [("a", ""), ("b", ""), ("c", "")]
 
-    def test_checkpoint_tells_the_holder(self, store: StepRunStore, claim: StepRun) -> None:
+    def test_checkpoint_informs_the_holder(self, store: StepRunStore, claim: StepRun) -> None:
         earlier = store.calls.checkpoint_step(claim, {"page": 1})
         running = store.checkpoint_step(claim, {"page": 2})
 
@@ -223,7 +223,7 @@ class TestRun:
         assert summary is not None
         assert summary.cancel_reason == ""
 
-    def test_expiry_goes_on(self, bench: Bench) -> None:
+    def test_cancelled_run_still_expires(self, bench: Bench) -> None:
         store = bench.store(run_ttl=60)
         claim = begun(store.begin_step("run", "pay", {}, lease=60))
         store.cancel_run("run", "stop")

@@ -237,5 +237,5 @@ class TestAdvanceStep:
 
     def test_next_step_must_be_another_step(self, store: StepRunStore) -> None:
         first = begun(store.begin_step("run", "pay", {}))
-        with pytest.raises(InvalidArgumentError, match="^step: must be another step"):
+        with pytest.raises(InvalidArgumentError, match="^step: must differ from the step"):
             store.advance_step(first, {}, "pay", {})

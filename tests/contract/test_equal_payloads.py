@@ -118,7 +118,7 @@ class TestAdvance:
             queued = store.queue(pipeline, store.calls.advance_step(claim, SAME, "b", {}, lease=60))
             replies = pipeline.execute()
 
-        with pytest.raises(StaleStepRunError, match="its output is stored in other bytes"):
+        with pytest.raises(StaleStepRunError, match="the stored output is encoded differently"):
             queued.result(replies)
 
     @pytest.mark.servers("valkey")

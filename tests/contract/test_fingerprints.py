@@ -70,7 +70,7 @@ any_state = pytest.mark.parametrize("reach", STATES, ids=lambda reach: reach.__n
 
 class TestBeginStep:
     @any_state
-    def test_another_input_is_refused_in_every_state(self, bench: Bench, store: StepRunStore, reach: Reach) -> None:
+    def test_a_different_input_is_refused_in_every_state(self, bench: Bench, store: StepRunStore, reach: Reach) -> None:
         reach(bench, store, fingerprint=True)
         before = bench.dump()
 
@@ -174,7 +174,7 @@ class TestBeginStep:
 
 class TestSchedule:
     @any_state
-    def test_another_input_is_refused_in_every_state(self, bench: Bench, store: StepRunStore, reach: Reach) -> None:
+    def test_a_different_input_is_refused_in_every_state(self, bench: Bench, store: StepRunStore, reach: Reach) -> None:
         reach(bench, store, fingerprint=True)
         before = bench.dump()
 
@@ -256,7 +256,7 @@ class TestAdvanceStep:
         with pytest.raises(StaleStepRunError):
             store.advance_step(claim, {}, "ship", OTHER, fingerprint=True)
 
-    def test_an_exhausted_next_step_notifies_who_waits(self, bench: Bench, store: StepRunStore) -> None:
+    def test_an_exhausted_next_step_notifies_waiters(self, bench: Bench, store: StepRunStore) -> None:
         """`settle_mark` was unknown here: the script failed after it had written."""
         bench.lapse(begun(store.begin_step("run", "ship", {}, lease=0.01)))
         bench.backend.raw.hset(bench.keys("run")[0], "wship", "w")
@@ -291,7 +291,7 @@ class TestSeveralSteps:
         with pytest.raises(InputMismatchError, match="step 'a'"):
             store.begin_steps("run", {"a": {}}, fingerprint=True)
 
-    def test_a_mismatch_does_not_hinder_the_other_calls_of_a_batch(self, bench: Bench, store: StepRunStore) -> None:
+    def test_a_mismatch_does_not_affect_other_calls_of_a_batch(self, bench: Bench, store: StepRunStore) -> None:
         begun(store.begin_step("run", "b", FIRST, fingerprint=True))
         begins = [store.calls.begin_step("run", step, OTHER, fingerprint=True, lease=60) for step in "abc"]
         completion = store.calls.complete_step(step_run_id(store.calls.prefix, "run", "a"), {})

@@ -68,7 +68,7 @@ class TestBeginSteps:
         assert [begun(result).token for result in first.values()] == [begun(result).token for result in second.values()]
         assert [len(store.attempts("run", step)) for step in first] == [1, 1]
 
-    def test_a_refusal_concerns_all_steps(self, bench: Bench, store: StepRunStore) -> None:
+    def test_a_refusal_affects_all_steps(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "spoiled", {})
         bench.backend.raw.hset(bench.keys("run")[0], "sspoiled", "1z spoiled")
         before = bench.dump()
@@ -78,7 +78,7 @@ class TestBeginSteps:
 
         assert bench.dump() == before
 
-    def test_a_spoiled_index_concerns_all_steps(self, bench: Bench, store: StepRunStore) -> None:
+    def test_a_corrupt_index_affects_all_steps(self, bench: Bench, store: StepRunStore) -> None:
         store.schedule_step("run", "pending", {})
         bench.backend.raw.set(bench.keys("run")[3], "other")
         before = bench.dump()
@@ -145,7 +145,7 @@ class TestCompleteSteps:
         assert store.complete_steps([]) == []
 
     @pytest.mark.parametrize("pair", [None, "ab", (1, 2, 3), {"a": 1}])
-    def test_what_is_no_pair_is_rejected(self, store: StepRunStore, pair: Any) -> None:
+    def test_value_that_is_not_a_pair_is_rejected(self, store: StepRunStore, pair: Any) -> None:
         claim = begun(store.begin_step("run", "a", {}))
 
         with pytest.raises(InvalidArgumentError, match=r"completions\[1\]: must be a pair"):

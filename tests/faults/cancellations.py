@@ -42,7 +42,7 @@ REMEMBERED: Final = 10_000  # calls; more than are under way
 
 
 class DeclinedError(Exception):
-    """What the work in a block raises."""
+    """The error that the work in a block raises."""
 
 
 EXPECTED: Final = (

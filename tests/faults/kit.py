@@ -111,7 +111,7 @@ def _blocking_cluster_client(url: str, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def stores_of(flavor: str) -> Iterator[Stores]:
-    """Creates stores with an event loop of their own, so that any thread can use them."""
+    """Creates stores with their own event loop, so that any thread can use them."""
     with asyncio.Runner() as runner, Stores(flavor, runner) as stores:
         yield stores
 
@@ -133,7 +133,7 @@ _loads = itertools.count()
 
 
 class Load:
-    """Threads that begin and complete one step after another, each in its own run, and go on after errors.
+    """Threads that begin and complete one step after another, each in its own run, and continue after errors.
 
     Attributes:
         completions: the acknowledged completions.

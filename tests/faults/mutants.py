@@ -1,4 +1,4 @@
-"""Bugs that are put into a copy of the scripts."""
+"""Bugs that are injected into a copy of the scripts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A bug to put into a script: `replacement` takes the place of `original`."""
+    """A bug to inject into a script: `replacement` replaces `original`."""
 
     file: str
     original: str
     replacement: str
 
     def apply(self, lua: Path) -> None:
-        """Puts the bug into the scripts of a directory."""
+        """Injects the bug into the scripts of a directory."""
         source = (lua / self.file).read_text("utf-8")
         assert source.count(self.original) == 1, (
             f"{self.file} has {self.original!r} {source.count(self.original)} times"

@@ -88,7 +88,7 @@ Actions = dict[str, tuple[int, Callable[[], object]]]
 def soak(seconds: float, directory: Path, *, binary: Path, lua: Path | None = None, seed: int = 0) -> Report:
     """Injects faults while a crew works, until the time is over or the audit finds a wrong result.
 
-    On a slow machine the soak goes on for up to a minute, until it has MIN_OPERATIONS operations.
+    On a slow machine, the soak continues for up to a minute, until it has MIN_OPERATIONS operations.
 
     Args:
         seconds: the length of the soak.

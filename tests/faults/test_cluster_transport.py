@@ -1,4 +1,4 @@
-"""How calls reach the nodes of a cluster: routing, redirects, topology refresh, and what an error says was sent."""
+"""Calls to the nodes of a cluster: routing, redirects, topology refresh, and whether errors tell what was sent."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class TestRedirects:
             assert [outcome.decision for outcome in outcomes] == ["schedule"] * 5
             assert calls_in(proxy) == ["EVALSHA"] * 5
 
-    def test_ask_leads_to_a_node_that_the_client_does_not_know(self, cluster: Cluster, stores: Stores) -> None:
+    def test_ask_leads_to_a_node_unknown_to_the_client(self, cluster: Cluster, stores: Stores) -> None:
         store = stores.on_cluster(cluster.url, timeout=20)
         run = new_run()
         claim = claim_in_run_with_all_keys(store, run)
@@ -252,7 +252,7 @@ class TestRedirects:
 
 
 class TestWhatWasSent:
-    def test_a_lost_reply_without_a_reachable_node_is_an_unknown_outcome(self, fronts: Fronts, stores: Stores) -> None:
+    def test_lost_reply_without_a_reachable_node_has_an_unknown_outcome(self, fronts: Fronts, stores: Stores) -> None:
         run = new_run()
         store = stores.on_cluster(fronts.url, address_remap=fronts.remap, timeout=20)
         store.get_step_run(run, "step")
@@ -325,7 +325,7 @@ def without_slots(binary: Path) -> Iterator[EmbeddedServer]:
 
 class TestErrorsHaveTypes:
     @pytest.mark.parametrize("hooked", [False, True])
-    def test_no_operation_raises_an_untyped_error_when_all_nodes_are_dead(
+    def test_operations_raise_typed_errors_when_all_nodes_are_dead(
         self, fronts: Fronts, stores: Stores, hooked: bool
     ) -> None:
         store, run = self.store_and_run(fronts, stores, hooked)
@@ -334,7 +334,7 @@ class TestErrorsHaveTypes:
         assert_only_typed_errors(store, run)
 
     @pytest.mark.parametrize("hooked", [False, True])
-    def test_no_operation_raises_an_untyped_error_when_no_slot_is_assigned(
+    def test_operations_raise_typed_errors_when_no_slot_is_assigned(
         self, fronts: Fronts, without_slots: EmbeddedServer, stores: Stores, hooked: bool
     ) -> None:
         store, run = self.store_and_run(fronts, stores, hooked)
@@ -352,7 +352,7 @@ class TestErrorsHaveTypes:
         retry_for(store, SHORT)
         return store, run
 
-    def test_a_wait_ends_with_a_typed_error_when_all_nodes_die(self, fronts: Fronts, stores: Stores) -> None:
+    def test_waiting_ends_with_a_typed_error_when_all_nodes_die(self, fronts: Fronts, stores: Stores) -> None:
         store, run = self.store_and_run(fronts, stores)
 
         def kill_all() -> None:

@@ -33,7 +33,7 @@ def stores_like(bench: Bench) -> Stores:
 
 
 class TestElevenLostReplies:
-    """Eleven replies are lost: a client with ten retries gives up, but the store goes on.
+    """Eleven replies are lost: a client with ten retries gives up, but the store continues.
 
     `TestLostReplies` in wire/test_lost_replies.py loses one and three, of every operation, with the real pauses.
     """

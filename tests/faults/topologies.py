@@ -327,7 +327,7 @@ class Fronts:
             proxy.disconnect()
 
     def lead_to(self, server: EmbeddedServer) -> None:
-        """Closes all connections; new ones lead to this server, whichever the node."""
+        """Closes all connections; new ones lead to this server, for any node."""
         for proxy in self._proxies.values():
             proxy.server = (server.host, server.port)
             proxy.disconnect()

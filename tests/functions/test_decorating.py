@@ -1,4 +1,4 @@
-"""Mistakes that can be seen when a function is decorated are rejected there."""
+"""Mistakes that can be detected when a function is decorated are rejected then."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_excluded_argument_cannot_be_in_the_run_id(decorate: Callable[..., Any])
 
 
 @pytest.mark.parametrize("decorate", [of_step, of_store, of_asyncio_store])
-def test_excluded_name_that_is_no_parameter_is_rejected(decorate: Callable[..., Any]) -> None:
+def test_excluded_name_that_is_not_a_parameter_is_rejected(decorate: Callable[..., Any]) -> None:
     with pytest.raises(InvalidArgumentError, match="^exclude: names 'regoin', which is not a parameter of"):
         decorate(exclude=("note", "regoin"))
 
@@ -172,7 +172,7 @@ def test_plain_function_needs_a_blocking_store(fn: Any) -> None:
 
 @each_decorator
 @pytest.mark.parametrize("fn", [7, pay_each, pay_each_asyncio, partial(pay_each, 7), classmethod(pay)])
-def test_what_is_no_function_is_rejected(decorate: Callable[..., Any], fn: Any) -> None:
+def test_value_that_is_not_a_function_is_rejected(decorate: Callable[..., Any], fn: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="^fn: "):
         decorate(fn)
 
@@ -211,9 +211,9 @@ def test_run_id_of_none_is_rejected_at_the_call() -> None:
     for run_id in ("order-{order_id}", "order-{order_id!s:>5}", "order-{order_id[number]}"):
         given = {"number": None} if "[" in run_id else None
         for call in (of_step(run_id=run_id), of_store(run_id=run_id)):
-            with pytest.raises(InvalidArgumentError, match="^run_id: is made of an argument that is None"):
+            with pytest.raises(InvalidArgumentError, match="^run_id: is made from an argument that is None"):
                 call(given)
-        with pytest.raises(InvalidArgumentError, match="^run_id: is made of an argument that is None"):
+        with pytest.raises(InvalidArgumentError, match="^run_id: is made from an argument that is None"):
             asyncio.run(of_asyncio_store(run_id=run_id)(given))
     with pytest.raises(InvalidArgumentError, match="^run_id: must be a non-empty str, but its function returned None"):
         of_store(run_id=lambda order_id, *, region, note: note)(7)

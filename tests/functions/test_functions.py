@@ -34,7 +34,7 @@ SECRET = "hunter2"
 
 
 class Shop:
-    """Functions to be steps, as plain functions or as coroutine functions, and how often each was called."""
+    """Functions for steps, as plain functions or coroutine functions, and how often each was called."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -318,7 +318,7 @@ class TestRun:
         assert shop.call(run, "reserve", reserve, 3) == shop.call(run, "reserve", reserve, count=3)
         with pytest.raises(InputMismatchError) as caught:
             shop.call(run, "reserve", reserve, 4)
-        assert "In a loop, give each call a step name of its own" in caught.value.__notes__[0]
+        assert "In a loop, give each call its own step name" in caught.value.__notes__[0]
         assert shop.call(run, "reserve-4", reserve, 4) == ["parcel", 4]
         assert shop.call(store.run("run"), "reserve", reserve, 4) == ["parcel", 3]  # another execution
         assert shop.calls == {"reserve": 2}
@@ -330,7 +330,7 @@ class TestRun:
         assert shop.call(run, "pay", charge, 8) == {"charged": 1}
 
     def test_exception_that_cannot_be_changed_is_raised_as_it_is(self, shop: Shop, store: StepRunStore) -> None:
-        """Of a frozen dataclass, Python's own `contextmanager` makes a FrozenInstanceError."""
+        """Python's own `contextmanager` turns a frozen dataclass into a FrozenInstanceError."""
 
         def refuse(order_id: int) -> None:
             raise FrozenError(order_id)

@@ -86,14 +86,14 @@ def test_a_ratio_is_of_rates_round_by_round() -> None:
         (Budget.at_most(2), None, "missing"),
     ],
 )
-def test_the_verdict(budget: Budget | None, value: float | Spread | None, verdict: str) -> None:
+def test_verdict_compares_value_and_budget(budget: Budget | None, value: float | Spread | None, verdict: str) -> None:
     assert Result("it", value, budget=budget).verdict == verdict
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (0.01234, "0.0123"), (1, "1.00"), (12.345, "12.3"), (1234.5, "1,234")]
 )
-def test_a_figure_has_three_digits_that_count(value: float, text: str) -> None:
+def test_a_figure_has_three_significant_digits(value: float, text: str) -> None:
     assert figure(value) == text
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "squidstep_redis"
 GUIDE = (ROOT / ".github" / "CONTRIBUTING.md").read_text("utf-8")
 OPERATIONS = [name for name, _ in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")]
 
-# Operations without a script of their own, and the script that they send. batch sends those of its calls.
+# Operations without their own script, and the script that they send. batch sends the scripts of its calls.
 OTHER_SCRIPTS = {
     "batch": None,
     "begin_steps": "begin_step",
@@ -71,7 +71,7 @@ def listed_modules() -> list[str]:
 
 
 def modules() -> Iterator[str]:
-    """The modules of the package. An `__init__.py` that has nothing but its docstring is none."""
+    """The modules of the package. An `__init__.py` with only a docstring does not count."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if (
             path.name != "__init__.py"

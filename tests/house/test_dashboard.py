@@ -1,4 +1,4 @@
-"""The Grafana dashboard: its queries fit what `observe` exports, and it names commands that exist."""
+"""The Grafana dashboard: its queries match the metrics that `observe` exports, and its commands exist."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class TestQueries:
 
 
 class TestLayout:
-    def test_panels_have_ids_of_their_own(self) -> None:
+    def test_panels_have_distinct_ids(self) -> None:
         ids = [panel["id"] for panel in PANELS]
         assert len(ids) == len(set(ids))
 

@@ -48,7 +48,7 @@ class TestLoader:
     def test_comments_and_blank_lines_are_dropped(self, lua: Path) -> None:
         assert self.build(lua, "-- A header.\n\n  -- Why.\nreturn 1 -- beside code\n") == "return 1 -- beside code\n"
 
-    def test_the_general_path_is_a_function_of_its_own(self, lua: Path) -> None:
+    def test_the_general_path_becomes_a_function(self, lua: Path) -> None:
         text = "local a = 1\n-- general path\n-- include shared\nreturn a\n"
         expected = "local a = 1\nlocal function general_path()\nlocal b = 2\nreturn a\nend\nreturn general_path()\n"
         assert self.build(lua, text, "local b = 2\n") == expected
@@ -100,7 +100,7 @@ class TestLoader:
     def test_the_directory_inside_the_package_comes_first(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A wheel contains `squidstep_redis/lua`; a checkout has `lua` beside the package."""
+        """A wheel contains `squidstep_redis/lua`; a checkout has `lua` next to the package."""
         package = tmp_path / "squidstep_redis"
         package.mkdir()
         monkeypatch.setattr(scripts, "_PACKAGE", package)

@@ -51,7 +51,7 @@ def test_naive_handler_fails_and_repaired_handler_passes(tmp_path: Path, options
     assert "3 passed" in ran(tmp_path, *options)
 
 
-def test_jobs_of_a_synchronous_queue_use_the_store_of_the_test(tmp_path: Path) -> None:
+def test_jobs_of_a_synchronous_queue_use_the_tests_store(tmp_path: Path) -> None:
     assert [name for name, _ in FILES[3:]] == ["jobs.py", "test_jobs.py"]
     for name, code in FILES[3:]:
         (tmp_path / name).write_text(code, "utf-8")

@@ -1,4 +1,4 @@
-"""Codecs: payloads come back equal from the default codec and from a custom one; foreign bytes are detected."""
+"""Codecs: the default codec and a custom one return equal payloads; foreign bytes are detected."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class TestMoved:
 
 
 class TestRotation:
-    def test_old_payloads_are_read_and_new_ones_use_the_new_key(self, bench: Bench) -> None:
+    def test_old_payloads_are_readable_and_new_ones_use_new_key(self, bench: Bench) -> None:
         begun(bench.store(codec=CODEC).begin_step("run", "pay", SECRET))
         store = bench.store(codec=BOTH)
         store.complete_step(stored(store).id, SECRET)
@@ -251,7 +251,7 @@ class TestKeys:
         with pytest.raises(TypeError):
             pickle.dumps(CODEC)
 
-    def test_wrapped_codec_is_no_placed_codec(self) -> None:
+    def test_wrapped_codec_is_not_a_placed_codec(self) -> None:
         assert isinstance(CODEC, PlacedCodec)
         with pytest.raises(InvalidArgumentError, match=r"^codec: cannot be EncryptedCodec: encrypt last"):
             EncryptedCodec({"k": OLD}, current="k", codec=CODEC)

@@ -46,7 +46,7 @@ class TestCanonicalForm:
         )
 
     @given(payload=payloads)
-    def test_what_a_store_returns_has_the_fingerprint_of_what_it_was_given(self, payload: Any) -> None:
+    def test_returned_input_has_the_fingerprint_of_the_given_input(self, payload: Any) -> None:
         codec = MsgpackCodec()
         assert of(codec.decode(codec.encode(payload))) == of(reordered(payload)) == of(payload)
 
@@ -84,7 +84,7 @@ class TestCanonicalForm:
             ),
         ],
     )
-    def test_values_of_other_types_are_others(self, values: tuple[Any, ...]) -> None:
+    def test_values_of_other_types_differ(self, values: tuple[Any, ...]) -> None:
         assert len({of({"value": value}) for value in values}) == len(values)
 
     def test_five_hundred_levels_are_accepted(self) -> None:
@@ -139,7 +139,7 @@ class TestKinds:
         with pytest.raises(InvalidArgumentError, match="^fingerprint: must not be a coroutine function"):
             of(self.INPUT, pick)
 
-    def test_what_has_no_fingerprint_is_rejected_with_its_path(self) -> None:
+    def test_value_without_a_fingerprint_is_rejected_with_its_path(self) -> None:
         with pytest.raises(PayloadError, match=r"has no fingerprint: set \{7\}; pass a function") as caught:
             of({"items": [1, {"tags": {7}}]})
         assert caught.value.argument == "input['items'][1]['tags']"

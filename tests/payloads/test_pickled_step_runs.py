@@ -1,4 +1,4 @@
-"""A step run that is pickled: its claim and its payloads travel, a codec of the user's does not."""
+"""A pickled step run includes its claim and its payloads, but not the user's codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a step is not finished: `explain_step` and `explain_run` say it in words that need no guide."""
+"""`explain_step` and `explain_run` say why a step is not finished, in words that need no guide."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ class TestStep:
         assert text_of(explained).isprintable()
         assert len(text_of(explained)) < 2_000
 
-    def test_error_that_the_codec_cannot_decode_hides_nothing(self, bench: Bench, store: StepRunStore) -> None:
+    def test_error_that_cannot_be_decoded_hides_nothing(self, bench: Bench, store: StepRunStore) -> None:
         fail(store)
         bench.backend.raw.hset(bench.keys("run")[0], "epay", b"\xc1")
 

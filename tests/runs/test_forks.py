@@ -92,7 +92,7 @@ class TestForked:
             (step.encode(), float(position)) for position, step in enumerate(PREPARED, 1)
         ]
 
-    def test_positions_of_a_fork_are_numbered_anew(self, store: StepRunStore) -> None:
+    def test_positions_of_a_fork_start_at_one(self, store: StepRunStore) -> None:
         prepare(store)
         store.fork_run("run", "new")
 
@@ -174,7 +174,7 @@ class TestForked:
         with pytest.raises(UndecodablePayloadError):
             _ = store.get_run("new")[0].input
 
-    def test_every_field_of_a_step_but_the_mark_of_a_waiter_is_copied(self, bench: Bench, store: StepRunStore) -> None:
+    def test_all_fields_of_a_step_except_waiter_marks_are_copied(self, bench: Bench, store: StepRunStore) -> None:
         complete(store, "run", "a")
         complete(store, "run", "1:a")
         complete(store, "run", "not chosen")
@@ -346,7 +346,7 @@ class TestRefused:
 
         assert bench.dump() == before
 
-    def test_corrupt_step_that_is_not_chosen_is_no_obstacle(self, bench: Bench, store: StepRunStore) -> None:
+    def test_corrupt_step_that_is_not_chosen_is_ignored(self, bench: Bench, store: StepRunStore) -> None:
         for step in ("a", "b"):
             complete(store, "run", step)
         bench.backend.raw.hset(bench.keys("run")[0], "sb", "nonsense")

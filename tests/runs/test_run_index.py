@@ -191,7 +191,7 @@ class TestFilters:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("limit", [8, 1_000])
-    def test_pages_of_a_status_have_each_run_once_and_in_order(
+    def test_pages_of_a_status_have_every_run_once_in_order(
         self, bench: Bench, store: StepRunStore, limit: int
     ) -> None:
         runs = [*runs_of_one_bucket(90), *(f"other-{number}" for number in range(60))]

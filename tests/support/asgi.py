@@ -161,7 +161,7 @@ async def respond(send: Send, status: int, body: bytes, headers: list[tuple[byte
 
 
 class Gate:
-    """A handler that waits until the test lets it go on."""
+    """A handler that waits until the test lets it continue."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
@@ -175,7 +175,7 @@ class Gate:
 
 
 def refuse_calls(store: Any, operation: str, times: int, error: type[ServerError] = RefusedError) -> None:
-    """Lets the next calls of an operation fail, without being sent."""
+    """Makes the next calls of an operation fail without being sent."""
     left = [times]
 
     @contextlib.contextmanager

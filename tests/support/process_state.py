@@ -19,7 +19,7 @@ class ProcessState(NamedTuple):
 
     Attributes:
         signal_handlers: by the signal's name.
-        also_deferred: the signal that is deferred beside SIGALRM.
+        also_deferred: the signal that is deferred in addition to SIGALRM.
         log_handlers: by the logger's name.
         log_levels: by the logger's name.
     """

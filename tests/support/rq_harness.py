@@ -32,7 +32,7 @@ RQ_VERSION: Final = tuple(int(part) for part in re.findall(r"\d+", importlib.met
 # SpawnWorker came with 2.2, but works with redis-py 8 only from 2.11.
 SINCE: Final = {"SpawnWorker": (2, 11), "Repeat": (2, 3)}
 
-# Job ids as RQ makes them up, so that the run id is the job id.
+# Job ids as RQ generates them, so that the run id is the job id.
 THE_JOB: Final = "5f0c4f0e-7d5c-4c39-9d6a-3d1f0f6f2a01"
 ANOTHER_JOB: Final = "5f0c4f0e-7d5c-4c39-9d6a-3d1f0f6f2a02"
 
@@ -90,7 +90,7 @@ class PausedJob:
         self.pid = int(pid)
 
     def resume(self) -> None:
-        """Lets the job go on."""
+        """Lets the job continue."""
         self._connection.sendall(b"!")
 
     def kill(self) -> None:

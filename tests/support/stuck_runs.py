@@ -1,4 +1,4 @@
-"""Runs that are stuck, each for another reason, and what a page must say about each."""
+"""Runs that are stuck, each for a different reason, and what a page must say about each."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_task_that_cannot_be_sent_returns_to_its_queue(deliveries: Deliveries) -
     assert error.requeue
 
 
-def test_function_that_catches_the_error_of_a_called_task_goes_on(deliveries: Deliveries) -> None:
+def test_function_can_catch_the_error_of_a_called_task(deliveries: Deliveries) -> None:
     store().begin_step("order", "charge", {}, lease=600)
     charge = deliveries.app.task(shared=False)(as_step())
 

@@ -53,7 +53,7 @@ def test_function_outside_a_task_runs_as_if_undecorated(eager: Any) -> None:
     assert store().runs().runs == []
 
 
-def test_function_outside_a_task_with_a_run_id_is_a_step(eager: Any) -> None:
+def test_function_with_a_run_id_is_a_step_outside_tasks(eager: Any) -> None:
     calls: list[int] = []
 
     @step("charge", run_id="order-{amount}")
@@ -79,7 +79,7 @@ def test_task_returns_the_stored_result(eager: Any) -> None:
 
 
 @pytest.mark.parametrize("run_id", ["order-{amount}", lambda amount: f"order-{amount}"])
-def test_self_of_a_bound_task_is_no_argument(eager: Any, run_id: Any) -> None:
+def test_self_of_a_bound_task_is_not_an_argument(eager: Any, run_id: Any) -> None:
     @eager.task(bind=True)
     @step("charge", run_id=run_id)
     def charge(self: Any, amount: int) -> str:
@@ -118,7 +118,7 @@ def test_tasks_called_by_a_task_are_steps_of_its_run(eager: Any) -> None:
     assert store().completed_steps(task.id) == ["reserve", "announce"]
 
 
-def test_task_applied_by_a_task_has_a_run_of_its_own(eager: Any) -> None:
+def test_task_applied_by_a_task_has_its_own_run(eager: Any) -> None:
     @eager.task
     @step("charge")
     def charge(amount: int) -> str:
@@ -134,7 +134,7 @@ def test_task_applied_by_a_task_has_a_run_of_its_own(eager: Any) -> None:
     assert outer == task.id != inner
 
 
-def test_one_step_with_two_inputs_in_one_task_is_an_error(eager: Any) -> None:
+def test_step_with_two_inputs_in_one_task_is_an_error(eager: Any) -> None:
     @eager.task
     @steps()
     def ship() -> None:
@@ -264,7 +264,7 @@ class TestFailures:
         assert (result.state, len(calls)) == ("FAILURE", 2)
         assert isinstance(result.result, StepExhaustedError)
 
-    def test_errors_of_a_step_can_be_printed_after_a_result_backend(self, eager: Any) -> None:
+    def test_step_errors_from_a_result_backend_can_be_printed(self, eager: Any) -> None:
         @eager.task
         @step("charge", run_id="order")
         def charge() -> None:

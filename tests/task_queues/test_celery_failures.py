@@ -34,7 +34,7 @@ def test_other_failure_is_retried_by_autoretry(harness: Harness) -> None:
     assert harness.outcomes(f"charge-{harness.number}", "charge") == ["failed", "completed"]
 
 
-def test_retry_of_the_function_is_no_failure(harness: Harness) -> None:
+def test_retry_of_the_function_is_not_a_failure(harness: Harness) -> None:
     task = celery_app.charge_and_retry.delay(harness.number)
 
     assert harness.results(task, 1) == [[harness.number, 3]]

@@ -91,7 +91,7 @@ def test_job_looks_again_at_growing_intervals(harness: Harness) -> None:
     assert _delay(harness, job, 1, before) < 60
 
 
-def test_next_run_leaves_nothing_of_a_busy_step_in_the_job(harness: Harness) -> None:
+def test_next_run_removes_the_notes_of_a_busy_step(harness: Harness) -> None:
     held, _ = harness.store.begin_step(THE_JOB, "charge", {"amount": 7}, lease=600)
     job = harness.enqueue(rq_jobs.charge_at_once, 7, job_id=THE_JOB, meta={"user": "ann"})
     harness.start()

@@ -37,7 +37,7 @@ def test_step_takes_effect_once_and_returns_the_stored_result(harness: Harness, 
     assert harness.effects() == {"charge": 2}
 
 
-def test_job_makes_at_most_max_attempts(harness: Harness, queue: Queue) -> None:
+def test_job_makes_at_most_max_attempts_attempts(harness: Harness, queue: Queue) -> None:
     job = queue.enqueue(rq_jobs.stumble, 7, 9)
     tracebacks = [traceback_of(job), traceback_of(queue.enqueue_job(job)), traceback_of(queue.enqueue_job(job))]
     assert ["StepExhaustedError" in traceback for traceback in tracebacks] == [False, False, True]
@@ -51,7 +51,7 @@ class TestArguments:
         (step_run,) = StepRunStore(queue.connection).get_run("measured-7-cm")
         assert step_run.input == {"length": 7}
 
-    def test_arguments_that_no_payload_can_hold_are_rejected(self, harness: Harness, queue: Queue) -> None:
+    def test_unstorable_arguments_are_rejected(self, harness: Harness, queue: Queue) -> None:
         traceback = traceback_of(queue.enqueue(rq_jobs.charge_at_once, Decimal(7)))
         assert_contains(traceback, "PayloadError", "input['amount']")
         assert harness.effects() == {}
@@ -97,7 +97,7 @@ class TestResults:
         assert result_of(queue.enqueue_job(job)) == ["a", [1, 2]]
         assert harness.effects() == {"pair": 1}
 
-    def test_result_that_no_payload_can_hold_fails_the_step_for_good(self, harness: Harness, queue: Queue) -> None:
+    def test_unstorable_result_fails_the_step_permanently(self, harness: Harness, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.make_object)
         assert_contains(traceback_of(job), "PayloadError", "output['result']", "Pass plain data, such as an id")
         assert_contains(traceback_of(queue.enqueue_job(job)), "StepFailedError", "output['result']")

@@ -36,7 +36,7 @@ class TestOneJob:
             jobs.reserve_in_threads,
         ],
     )
-    def test_another_input_for_the_same_step_fails_the_job(
+    def test_a_different_input_for_the_same_step_fails_the_job(
         self, harness: Harness, queue: Queue, job: Callable[..., Any]
     ) -> None:
         traceback = traceback_of(queue.enqueue(job, [1, 2, 3]))
@@ -83,7 +83,7 @@ class TestOneJob:
 
 class TestSeveralJobs:
     @pytest.mark.parametrize("job", [jobs.charge_once, jobs.charge_once_asyncio, jobs.ship_once])
-    def test_another_input_of_another_job_is_refused(
+    def test_a_different_input_of_another_job_is_refused(
         self, harness: Harness, queue: Queue, job: Callable[..., Any]
     ) -> None:
         assert result_of(queue.enqueue(job, 7, amount=1)) == 1

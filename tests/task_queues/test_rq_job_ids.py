@@ -24,12 +24,12 @@ each_mark = pytest.mark.parametrize(
 
 class TestChosenIds:
     @pytest.mark.parametrize("job_id", ["nightly", "2ed6657d-e927-568b-95e1-2665a8aea6a2"], ids=["text", "UUID 5"])
-    def test_each_enqueue_is_a_run_of_its_own(self, harness: Harness, queue: Queue, job_id: str) -> None:
+    def test_each_enqueue_is_a_separate_run(self, harness: Harness, queue: Queue, job_id: str) -> None:
         for night in (1, 2, 3):
             assert result_of(queue.enqueue(rq_jobs.charge_at_once, night, job_id=job_id)) == {"charged": night}
         assert harness.effects() == {"charge": 3}
 
-    def test_redelivery_is_of_the_same_run(self, harness: Harness, queue: Queue) -> None:
+    def test_redelivery_belongs_to_the_same_run(self, harness: Harness, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.without_decorator, 7, job_id="nightly")
         again = Job.fetch(job.id, connection=queue.connection)
         assert result_of(queue.enqueue_job(again)) == ["parcel of 7", "{'charged': 7}"]
@@ -59,7 +59,7 @@ def tick(queue: Queue, job: Job) -> None:
 class TestJobsThatRqSchedulerRepeats:
     @each_mark
     @pytest.mark.parametrize("function", [rq_jobs.charge_at_once, rq_jobs.ship_at_once])
-    def test_each_tick_is_a_run_of_its_own(
+    def test_each_tick_is_a_separate_run(
         self, harness: Harness, meta: dict[str, Any], function: Callable[..., Any]
     ) -> None:
         harness.start()

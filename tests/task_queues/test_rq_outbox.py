@@ -64,7 +64,7 @@ def test_queue_completion_is_rejected_outside_a_step(harness: Harness) -> None:
         queue_completion(pipeline, 7)
 
 
-def test_result_that_no_payload_can_hold_queues_nothing(harness: Harness) -> None:
+def test_unstorable_result_queues_nothing(harness: Harness) -> None:
     def work(_: dict[str, Any]) -> dict[str, Any]:
         with harness.connection.pipeline() as pipeline:
             with pytest.raises(PayloadError, match="result"):

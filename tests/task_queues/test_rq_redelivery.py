@@ -93,7 +93,7 @@ def test_job_enqueued_twice_takes_effect_once(harness: Harness) -> None:
 
 
 @pytest.mark.skipif(SINCE["Repeat"] > RQ_VERSION, reason="this RQ has no Repeat")
-def test_each_repeat_is_a_run_of_its_own(harness: Harness) -> None:
+def test_each_repeat_is_a_separate_run(harness: Harness) -> None:
     harness.start()
     job = harness.enqueue(rq_jobs.charge_at_once, 7, repeat=rq.Repeat(times=2))
     harness.wait_finished(job, times=3)

@@ -106,7 +106,7 @@ class TestStepsOfOneRun:
         assert StepRunStore(queue.connection).completed_steps(job.id) == ["reserve", "charge"]
         assert harness.effects() == {"reserve": 1, "charge": 1}
 
-    def test_jobs_inside_enqueue_have_runs_of_their_own(self, harness: Harness, queue: Queue) -> None:
+    def test_jobs_inside_enqueue_have_their_own_runs(self, harness: Harness, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.ship_several, [1, 2])
         assert result_of(job) == [{"charged": 1}, {"charged": 2}]
         assert StepRunStore(queue.connection).get_run(job.id) == []

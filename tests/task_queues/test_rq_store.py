@@ -86,7 +86,7 @@ class TestConfiguredStore:
         wrong: Any = configure
         mine = StepRunStore(fakeredis.FakeStrictRedis())
         for given in ({"connect": harness.url}, {"connect": lambda: harness.connection}, {"prefix": "mine"}):
-            with pytest.raises(InvalidArgumentError, match="^store: is used as it is: give it no URL, function or"):
+            with pytest.raises(InvalidArgumentError, match="^store: is used as it is: pass no URL, function or"):
                 wrong(**given, store=mine)
         for store_of_a_kind in (harness.connection, harness.url, AsyncStepRunStore(fakeredis.FakeAsyncRedis())):
             with pytest.raises(InvalidArgumentError, match="^store: must be a StepRunStore, not of type") as caught:

@@ -77,7 +77,7 @@ def test_random_alarms_break_no_call_and_leak_no_connection(harness: Harness, st
 
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["url", "store"])
-def test_alarm_while_a_payload_is_decoded_is_raised_after_the_call(harness: Harness, is_given: bool) -> None:
+def test_alarm_during_decoding_is_raised_after_the_call(harness: Harness, is_given: bool) -> None:
     codec = InterruptedCodec()
     if is_given:
         configure(store=StepRunStore.from_url(harness.url, codec=codec))
@@ -141,7 +141,7 @@ def test_timeout_leaves_nothing_to_the_next_job(
     assert variable.get() is variable.default
 
 
-def test_what_an_interrupted_job_leaves_is_not_the_next_jobs(harness: Harness, queue: Queue) -> None:
+def test_next_job_inherits_nothing_from_an_interrupted_job(harness: Harness, queue: Queue) -> None:
     """A timeout in the very instruction that resets a variable, in a worker that does not fork."""
     job = queue.enqueue(rq_jobs.charge_at_once, 7)
     before = Job.fetch(job.id, connection=queue.connection)  # the same job, at its delivery before

@@ -25,7 +25,7 @@ def import_error(*path: Path) -> str:
 
 
 def test_missing_rq_names_the_extra(tmp_path: Path) -> None:
-    packages = tmp_path / "packages"  # all that is installed beside redis-py, except RQ
+    packages = tmp_path / "packages"  # everything that is installed next to redis-py, except RQ
     packages.mkdir()
     for path in Path(redis.__file__).parents[1].iterdir():
         if not path.name.startswith("rq"):

@@ -1,4 +1,4 @@
-"""An asyncio store borrows connections of a user's pool: it loses none of them, whatever ends its tasks."""
+"""An asyncio store borrows connections of a user's pool: it loses none of them, no matter how its tasks end."""
 
 from __future__ import annotations
 

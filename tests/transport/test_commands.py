@@ -160,7 +160,7 @@ print("raised", raised)
 
 @pytest.mark.servers("valkey")
 @pytest.mark.skipif(not hasattr(operator, "call"), reason="operator.call is new in Python 3.11")
-def test_process_survives_a_handler_that_raises_while_a_command_is_packed() -> None:
+def test_process_survives_an_exception_while_a_command_is_packed() -> None:
     child = subprocess.run([sys.executable, "-c", SIGNAL_WHILE_PACKING], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert int(child.stdout.split()[1]) > 10

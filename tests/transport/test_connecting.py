@@ -65,7 +65,7 @@ async def cancel_helpers(call: asyncio.Task[Any]) -> int:
     return len(cancelled)
 
 
-def test_call_goes_on_if_its_connecting_is_cancelled(url: str, name: str) -> None:
+def test_call_continues_if_its_connecting_is_cancelled(url: str, name: str) -> None:
     async def main() -> None:
         async with AsyncStepRunStore.from_url(url, prefix=name) as store:
             call = asyncio.create_task(store.begin_step("run", "pay", {}))
@@ -76,7 +76,7 @@ def test_call_goes_on_if_its_connecting_is_cancelled(url: str, name: str) -> Non
     asyncio.run(main())
 
 
-def test_cluster_calls_go_on_if_their_helpers_are_cancelled() -> None:
+def test_cluster_calls_continue_if_their_helpers_are_cancelled() -> None:
     async def main(url: str) -> None:
         async with any_redis.RedisCluster.from_url(url) as client:
             store = AsyncStepRunStore(client)
@@ -198,7 +198,7 @@ class HangingCredentials(CredentialProvider):
     not hasattr(CredentialProvider, "get_credentials_async"), reason="redis-py 5.0 asks for credentials without waiting"
 )
 @pytest.mark.parametrize("own_connections", [False, True])
-def test_hanging_credential_provider_does_not_prolong_the_timeout(url: str, own_connections: bool) -> None:
+def test_hanging_credential_provider_does_not_extend_the_timeout(url: str, own_connections: bool) -> None:
     async def main() -> float:
         options: Any = {"socket_timeout": 0.3, "socket_connect_timeout": 0.3}
         async with any_redis.Redis.from_url(url, credential_provider=HangingCredentials(), **options) as client:

@@ -1,4 +1,4 @@
-"""A server that has renamed the commands of scripts away, or forbids them: the error says that nothing was written."""
+"""A server that has renamed or forbidden the script commands: the error says that nothing was written."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_script_command_forbidden_by_an_acl_is_refused(
     assert bench.dump() == {}
 
 
-def test_command_renamed_away_within_a_script_is_no_refusal(
+def test_command_renamed_within_a_script_is_not_a_refusal(
     connect_to: Connect, renamed: Callable[[str], EmbeddedServer]
 ) -> None:
     """The script had written before it called the unknown command: its error must not say otherwise."""

@@ -138,7 +138,7 @@ def test_exception_at_any_line_leaves_no_half_made_connection(
 @CLOSED_LATE
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
-def test_exception_at_any_line_of_borrowing_loses_no_place(
+def test_exception_at_any_line_of_borrowing_loses_no_connection(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
 ) -> None:
     line, misses = 0, 0
@@ -159,7 +159,7 @@ def test_exception_at_any_line_of_borrowing_loses_no_place(
 @CLOSED_LATE
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
-def test_interrupted_call_costs_its_pool_neither_place_nor_lock(
+def test_interrupted_call_leaks_neither_a_connection_nor_a_lock(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
 ) -> None:
     """The exception arrives wherever the interpreter lets one in."""
@@ -273,7 +273,7 @@ def test_signals_at_random_moments_leave_no_half_made_connection(
 @pytest.mark.parametrize("bench", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("cancellations", [1, 2])
 @KINDS
-def test_cancellation_at_any_turn_leaves_no_half_made_connection(
+def test_cancellation_at_any_moment_leaves_no_half_made_connection(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, cancellations: int, storm_length: StormLength
 ) -> None:
     store = connect_to(kind, proxy.port, DATABASE, options(bench, Credentials(turns=10)), timeout=2)

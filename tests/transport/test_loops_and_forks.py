@@ -202,7 +202,7 @@ class TestEventLoops:
 
 
 def call_beside_another_loop(store: AsyncStepRunStore, line: int, loops: list[asyncio.AbstractEventLoop]) -> bool:
-    """Makes a call; at its n-th line, another thread's loop makes one, and goes on; returns whether there was one.
+    """Makes a call; at its n-th line, another thread's loop makes one, and continues; returns whether there was one.
 
     Args:
         store: what both loops use.

@@ -54,7 +54,7 @@ def test_hundred_tasks_use_one_connection(bench: Bench, store: AsyncStepRunStore
         assert len(connected(bench)) == 1
 
 
-def test_calls_of_one_turn_share_few_writes(
+def test_calls_of_one_loop_iteration_share_few_writes(
     bench: Bench, store: AsyncStepRunStore, known: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each write is about as large as all before it, so that the server always has something to do."""
@@ -123,7 +123,7 @@ def test_cancelled_call_leaves_the_others_their_replies(
     assert len(connected(bench)) == 1
 
 
-def test_next_call_on_the_connection_of_a_cancelled_one_is_right(
+def test_next_call_after_a_cancelled_one_gets_its_own_reply(
     bench: Bench, store: AsyncStepRunStore, proxy: Proxy, known: None
 ) -> None:
     async def main() -> None:
@@ -170,7 +170,7 @@ def test_call_that_is_not_retried_fails_with_its_connection(
 class TestExclusiveConnections:
     """Large payloads and blocking reads would delay the calls of others."""
 
-    def test_large_payload_has_a_connection_of_its_own(self, bench: Bench, store: AsyncStepRunStore) -> None:
+    def test_large_payload_has_its_own_connection(self, bench: Bench, store: AsyncStepRunStore) -> None:
         async def main() -> None:
             await store.schedule_step("run", "small", {})
             assert len(connected(bench)) == 1

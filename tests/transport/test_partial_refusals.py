@@ -1,4 +1,4 @@
-"""A refusal says nothing about the commands before and after it: what those wrote stays written, or unknown."""
+"""A refusal says nothing about the commands before and after it: their writes stay written, or unknown."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def refuse_second_step(proxy: Proxy, word: str) -> None:
 
 @words
 @bypassed
-def test_refusal_within_a_batch_is_of_its_own_call(
+def test_refusal_within_a_batch_affects_only_its_call(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, word: str, known: None
 ) -> None:
     store = connect_to(kind, proxy.port, client=PATIENT, timeout=SHORT)

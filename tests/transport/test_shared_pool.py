@@ -26,7 +26,7 @@ def client(request: pytest.FixtureRequest, bench: Bench) -> redis.Redis:
 
 
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
-def test_command_on_a_connection_that_a_store_opened_has_the_whole_timeout(bench: Bench, client: redis.Redis) -> None:
+def test_command_on_a_store_opened_connection_has_the_whole_timeout(bench: Bench, client: redis.Redis) -> None:
     with client:
         StepRunStore(client, prefix=bench.prefix).begin_step("run", "pay", {})
         time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Polling for a reply: only while it pays, and only where it takes nothing from others."""
+"""Polling for a reply: only while it pays off, and only where it takes no time from others."""
 
 from __future__ import annotations
 
@@ -49,14 +49,12 @@ class TestPolicy:
         assert polls(spin, 510, in_time=False) == 5
         assert polls(spin, 10 * 256, in_time=False) == 10
 
-    def test_few_calls_poll_if_the_thread_has_to_wait_for_a_cpu(
-        self, spin: Spin, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_few_calls_poll_if_the_thread_waits_for_a_cpu(self, spin: Spin, monkeypatch: pytest.MonkeyPatch) -> None:
         lost = iter(number / 1_000 for number in range(100))
         monkeypatch.setattr(module, "_time_lost", lambda: next(lost))
         assert polls(spin, 510, in_time=True) == 5
 
-    def test_calls_poll_again_when_it_pays_again(self, spin: Spin, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_calls_poll_again_when_polling_pays_off_again(self, spin: Spin, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_time_lost", lambda: 0.0)
         polls(spin, 510, in_time=False)
         polls(spin, 510, in_time=True)
@@ -76,22 +74,22 @@ class TestPolicy:
 
 
 class TestSocket:
-    def test_it_is_polled_for_a_moment(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_socket_is_polled_for_a_moment(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
         began = time.monotonic()
         spin.wait(pair[0])
         assert time.monotonic() - began >= module.SECONDS
         assert spin.begin() is None  # the next call does not poll
 
-    def test_what_can_be_read_is_left_there(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_readable_bytes_are_left_in_the_socket(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
         pair[1].send(b"reply")
         spin.wait(pair[0])
         assert pair[0].recv(100) == b"reply"
 
-    def test_closed_one_is_not_polled(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_closed_socket_is_not_polled(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
         pair[0].close()
         spin.wait(pair[0])
 
-    def test_encrypted_one_is_not_polled(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_encrypted_socket_is_not_polled(self, spin: Spin, pair: tuple[socket.socket, socket.socket]) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         with context.wrap_socket(pair[0].dup(), do_handshake_on_connect=False) as encrypted:

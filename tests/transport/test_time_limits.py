@@ -93,7 +93,7 @@ class TestTricklingServer:
     """A byte every 20 ms: a reply of 2,000 bytes takes 40 s, although no pause is long."""
 
     @pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
-    def test_trickling_reply_does_not_prolong_the_timeout(
+    def test_trickling_reply_does_not_extend_the_timeout(
         self, connect_to: Connect, address: Address, kind: str, batch: bool
     ) -> None:
         store = connect_to(kind, address.port, client={"socket_timeout": 0.15, "socket_connect_timeout": 0.15})
@@ -113,7 +113,7 @@ class TestTricklingServer:
         )
         call_in_peace(store, address)
 
-    def test_trickling_handshake_does_not_prolong_the_timeout(
+    def test_trickling_handshake_does_not_extend_the_timeout(
         self, connect_to: Connect, address: Address, kind: str
     ) -> None:
         """Each byte of the reply to SELECT arrives in time, but not all of them: the call itself is never sent."""
@@ -164,7 +164,7 @@ def test_trickling_reply_is_limited_with_health_checks(connect_to: Connect, addr
 
 @own_and_plain
 @pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
-def test_server_that_reads_slowly_does_not_prolong_the_call(
+def test_server_that_reads_slowly_does_not_extend_the_call(
     connect_to: Connect, address: Address, kind: str, batch: bool
 ) -> None:
     """It reads 64 KiB every 0.1 s: 30 MB take 46 s, although the client never waits long to write more."""
@@ -272,7 +272,7 @@ def test_hanging_server_costs_the_timeout_and_one_attempt(
 @pytest.mark.parametrize(
     ("kind", "batch"), [("own", False), ("own", True), ("plain", False), ("hooked", False)], indirect=["kind"]
 )
-def test_server_that_is_away_for_a_while_is_waited_for(
+def test_call_waits_for_a_server_that_comes_back(
     connect_to: Connect, server: EmbeddedServer, kind: str, batch: bool
 ) -> None:
     with Address(server.port, is_open=False) as address:
@@ -286,7 +286,7 @@ def test_server_that_is_away_for_a_while_is_waited_for(
 
 
 @each_way
-def test_server_that_hangs_for_a_while_is_waited_for(connect_to: Connect, address: Address, kind: str) -> None:
+def test_call_waits_for_a_server_that_resumes(connect_to: Connect, address: Address, kind: str) -> None:
     store = connect_to(kind, address.port, client={"socket_timeout": 0.1, "socket_connect_timeout": 0.1})
     call_in_peace(store, address)
     accepted = address.accepted
@@ -312,7 +312,7 @@ def test_call_to_a_closed_port_uses_its_timeout(connect_to: Connect, kind: str, 
 
 
 @pytest.mark.parametrize("wait", [0.05, 20])
-def test_exhausted_pool_is_waited_for_until_the_deadline(
+def test_call_waits_for_an_exhausted_pool_until_the_deadline(
     bench: Bench, connect_to: Connect, address: Address, wait: float
 ) -> None:
     store = connect_to("blocking pool", address.port, client={"max_connections": 2}, timeout=0.2)

@@ -1,4 +1,4 @@
-"""What a proxy, or something that is no Redis, may reply: each call ends with an error of this library."""
+"""Replies of a proxy, or of something other than Redis: each call ends with an error of this library."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_unreadable_reply_to_a_handshake_is_not_sent(
 
 @pytest.mark.parametrize("host", ["redis..internal", f"{64 * 'x'}.internal"])
 @pytest.mark.parametrize("kind", ["own", "plain", "blocking pool"], indirect=True)
-def test_host_name_that_is_none_is_not_sent(connect_to: Connect, kind: str, host: str) -> None:
+def test_invalid_host_name_is_not_sent(connect_to: Connect, kind: str, host: str) -> None:
     store = connect_to(kind, 1, client={"host": host}, timeout=SHORT)
     if kind != "own":
         store.client.connection_pool.connection_kwargs["host"] = host

@@ -25,7 +25,7 @@ def site(bench: Bench) -> Site:
 
 @pytest.fixture
 def acting_site(bench: Bench) -> Site:
-    """The page with every right switched on."""
+    """The page with every right enabled."""
     return Site(bench, payloads=True, actions=True)
 
 

@@ -1,4 +1,4 @@
-"""What the forms of the page change."""
+"""The changes that the page's forms make."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def test_a_claim_of_a_run_created_again_is_not_released(acting_site: Site) -> No
     begun(acting_site.store.begin_step("run-1", "pay", {}))
     refused = acting_site.submit(page, "/release?")
     assert refused.status == 409
-    assert "it is running in another attempt 1, which began at" in refused.text
+    assert "it is running in a different attempt 1, which began at" in refused.text
     assert statuses(acting_site, "run-1") == [StepStatus.RUNNING]
 
 
-def test_a_takeover_after_the_last_look_is_not_released(acting_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_takeover_after_the_page_loaded_is_not_released(acting_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = begun(acting_site.store.begin_step("run-1", "pay", {}))
     page = acting_site.get("/step?run=run-1&step=pay")
     read = Reader.step_run

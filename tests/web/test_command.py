@@ -1,4 +1,4 @@
-"""`squidstep web`, and the files that the page needs beside its code."""
+"""`squidstep web`, and the files that the page needs in addition to its code."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class TestHosts:
             *((host, 421) for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "[::1", "a@b")),
         ],
     )
-    def test_other_names_of_the_host_are_rejected(self, bench: Bench, host: str, status: int) -> None:
+    def test_other_host_names_are_rejected(self, bench: Bench, host: str, status: int) -> None:
         site = Site(bench, hosts=["Steps.example"])
         assert site.get("/runs", {"host": host}).status == status
         assert site.get("/static/style.css", {"host": host}).status == status

@@ -99,7 +99,7 @@ class TestHub:
         runner.run(main())
 
     @pytest.mark.parametrize("problem", ["error", "bug"])
-    def test_polling_goes_on_after_an_error(self, runner: asyncio.Runner, problem: str) -> None:
+    def test_polling_continues_after_an_error(self, runner: asyncio.Runner, problem: str) -> None:
         async def main() -> None:
             hub, source = Hub(), Source()
             stream: Any = hub.stream("", "1", source.read)

@@ -34,7 +34,7 @@ def section(html: str, id: str) -> str:
 
 
 class TestOverview:
-    def test_it_shows_what_runs_is_stuck_and_has_failed(self, bench: Bench, site: Site) -> None:
+    def test_it_shows_running_stuck_and_failed_steps(self, bench: Bench, site: Site) -> None:
         fill(site.store)
         bench.lapse(begun(site.store.begin_step("run-stuck", "render", {}, lease=0.001, owner="gpu-1")))
         html = site.get("/").html
@@ -52,7 +52,7 @@ class TestOverview:
         for sentence in ("No lease has expired.", "No step has failed.", "There is no run yet."):
             assert sentence in text
 
-    def test_changes_are_those_since_the_last_look(self, site: Site) -> None:
+    def test_changes_are_those_since_the_last_visit(self, site: Site) -> None:
         fill(site.store)
         assert "This is your first visit" in site.get("/").text
         site.store.fail_step(begun(site.store.begin_step("run-1", "pay", {})), {})
@@ -63,7 +63,7 @@ class TestOverview:
         assert "Changes are since your last visit" in page.text
         assert "failed 3 no change" in site.get("/").text
 
-    def test_a_live_update_keeps_the_last_look(self, site: Site) -> None:
+    def test_a_live_update_keeps_the_last_visit(self, site: Site) -> None:
         site.get("/")
         site.store.fail_step(begun(site.store.begin_step("run-1", "pay", {})), {})
         page = site.get("/")
@@ -73,7 +73,7 @@ class TestOverview:
         assert "failed 1 +1" in site.get(fragment).text
         assert "<html" not in site.get(fragment).html
 
-    def test_runs_created_since_the_last_look_are_counted(self, site: Site) -> None:
+    def test_runs_created_since_the_last_visit_are_counted(self, site: Site) -> None:
         site.store.schedule_step("run-0", "pay", {})
         assert "runs 1 This is your first visit" in site.get("/").text
         for number in range(1, 4):

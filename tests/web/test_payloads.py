@@ -1,4 +1,4 @@
-"""Payloads: hidden unless switched on, shown in part, downloaded as a whole."""
+"""Payloads: hidden unless enabled, shown in part, downloaded as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fill(store: Any) -> None:
 
 
 @pytest.mark.servers("valkey")
-def test_no_page_has_payloads_unless_they_are_switched_on(site: Site) -> None:
+def test_no_page_has_payloads_unless_they_are_enabled(site: Site) -> None:
     fill(site.store)
     for path in ("/runs", "/run?id=run-1", "/step?run=run-1&step=pay", "/step?run=run-1&step=ship"):
         page = site.get(path)
@@ -59,7 +59,7 @@ def test_hidden_payloads_are_not_even_read(site: Site, monkeypatch: pytest.Monke
     assert site.get("/run?id=run-1").status == 200
 
 
-def test_a_step_shows_its_payloads_if_they_are_switched_on(bench: Bench) -> None:
+def test_a_step_shows_its_payloads_if_they_are_enabled(bench: Bench) -> None:
     site = Site(bench, payloads=True)
     fill(site.store)
     failed = site.get("/step?run=run-1&step=pay").text

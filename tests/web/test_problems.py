@@ -1,4 +1,4 @@
-"""What a page says when it cannot be shown."""
+"""The status and the text of a page that cannot be shown."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class TestBatch:
         assert [outcome.decision for outcome in cast("list[ScheduleResult]", store.batch(calls))] == ["schedule"] * 3
 
     @pytest.mark.parametrize("item", [None, "call", ("run", "pay")])
-    def test_an_item_that_is_no_call_is_rejected_before_sending(
+    def test_item_that_is_not_a_call_is_rejected_before_sending(
         self, proxy: Proxy, proxied: StepRunStore, item: object
     ) -> None:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store\.calls"):

@@ -118,7 +118,7 @@ class TestClients:
             make(client.pipeline(transaction=transaction))
 
     @pytest.mark.parametrize("client", ["redis://localhost", None, 6379, redis.ConnectionPool, redis.Redis])
-    def test_a_value_that_is_no_client_is_rejected(self, make: Callable[[Any], object], client: object) -> None:
+    def test_value_that_is_not_a_client_is_rejected(self, make: Callable[[Any], object], client: object) -> None:
         with pytest.raises(UnsupportedClientError, match="client: must be a redis"):
             make(client)
 

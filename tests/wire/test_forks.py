@@ -1,4 +1,4 @@
-"""`fork_run` when a reply is lost for good: before it has written anything, and after."""
+"""`fork_run` when a reply is lost permanently: before it has written anything, and after."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def impatient(connect: Callable[..., StepRunStore], known: None) -> StepRunStore
     return store
 
 
-def test_fork_whose_read_gets_no_reply_says_that_nothing_was_written(proxy: Proxy, impatient: StepRunStore) -> None:
+def test_fork_without_a_read_reply_reports_that_nothing_was_written(proxy: Proxy, impatient: StepRunStore) -> None:
     proxy.drop(MANY, script="export_run")
 
     with pytest.raises(

@@ -147,14 +147,14 @@ class TestQueue:
         assert read.result(replies)[0].input == PAYLOAD
 
     @pytest.mark.parametrize("what", ["pipeline", "client", "list"])
-    def test_a_value_that_is_no_pipeline_is_rejected(self, store: StepRunStore, what: str) -> None:
+    def test_value_that_is_not_a_pipeline_is_rejected(self, store: StepRunStore, what: str) -> None:
         pipeline = {"pipeline": None, "client": store.client, "list": []}[what]
 
         with pytest.raises(UnsupportedClientError, match="must be a redis-py pipeline"):
             store.queue(pipeline, store.calls.begin_step("run", "pay", {}))
 
     @pytest.mark.parametrize("item", [None, "call", ("run", "pay")])
-    def test_a_value_that_is_no_call_is_rejected(self, store: StepRunStore, item: Any) -> None:
+    def test_value_that_is_not_a_call_is_rejected(self, store: StepRunStore, item: Any) -> None:
         pipeline = store.client.pipeline()
 
         with pytest.raises(InvalidArgumentError, match=r"must be a Call from store\.calls"):

@@ -68,7 +68,7 @@ class TestRoundTrips:
         assert len(outcomes) == 100
 
     @pytest.mark.parametrize("operation", ACROSS_RUNS)
-    def test_a_list_across_runs_costs_one_round_trip_for_each_250_buckets(
+    def test_listing_across_runs_costs_one_round_trip_per_250_buckets(
         self, bench: Bench, proxy: Proxy, proxied: StepRunStore, operation: str
     ) -> None:
         claim = prepare(bench, proxied)
