@@ -49,8 +49,8 @@ BATCHES = st.tuples(
 )
 
 
-# These steps affect only some calls of a group. Such calls are sent singly, after the later calls of the batch, so there
-# are no later calls.
+# These steps affect only some calls of a group. Such calls are sent singly, after the later calls of the batch, so
+# there are no later calls.
 def last_batch(steps: list[str]) -> st.SearchStrategy[Any]:
     """Returns one group on the run."""
     kinds = {
