@@ -259,7 +259,7 @@ def lists(pace: Pace) -> Iterator[Result]:
         )
         for page in pages(started.port, pace.of(20)):
             what = f"{runs:,} runs, web page: {page.what}"
-            pings = f"99 % of PINGs beside it took at most {1_000 * page.ping:.1f} ms"
+            pings = f"99 % of concurrent PINGs took at most {1_000 * page.ping:.1f} ms"
             yield Result(what, 1_000 * page.seconds, "ms", BUDGETS["listing, ms"], pings)
         for listed in listing(started.port, middle, runs):
             slow = f"{len(listed.slow) or 'no'} command{'s' * (len(listed.slow) > 1)} over 5 ms of server time"
