@@ -270,7 +270,7 @@ class TestRejected:
         bench.backend.raw.delete(*bench.keys("run"))
         bench.backend.raw.set(bench.keys("run")[key], "x")
         before = bench.dump()
-        with pytest.raises(Exception, match="another type"):
+        with pytest.raises(Exception, match="a different type"):
             store.import_run(document)
         assert bench.dump() == before
 
