@@ -40,7 +40,9 @@ class TestOneJob:
         self, harness: Harness, queue: Queue, job: Callable[..., Any]
     ) -> None:
         traceback = traceback_of(queue.enqueue(job, [1, 2, 3]))
-        assert_contains(traceback, "InputMismatchError: run ", "step 'each'", "In a loop, give each call its own step name")
+        assert_contains(
+            traceback, "InputMismatchError: run ", "step 'each'", "In a loop, give each call its own step name"
+        )
         assert sum(harness.effects().values()) == 1
 
     def test_the_same_arguments_return_the_same_result(self, harness: Harness, queue: Queue) -> None:
