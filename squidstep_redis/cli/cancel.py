@@ -27,7 +27,8 @@ def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run:
     with the next extension of their lease. The exit code is 1 if the run does not exist.
     """
     with store_or_exit(options) as store:
-        found = store.summarize_run(run) is not None if dry_run else store.cancel_run(run, reason)
+        call = store.calls.cancel_run(run, reason)  # rejects a reason; it sends nothing
+        found = store.summarize_run(run) is not None if dry_run else store.send(call)
     _report(run, found, "would cancel" if dry_run else "cancelled")
 
 

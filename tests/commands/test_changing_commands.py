@@ -179,6 +179,97 @@ class TestTransfer:
             assert ended.stderr.startswith("squidstep: line 1: ")
             assert "Traceback" not in ended.stderr
 
+    def test_corrupt_or_missing_run_hides_no_other(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        with empty_store(server) as source:
+            for name in ("one", "corrupt", "two"):
+                add_failed_step(source, name)
+            lines = run("export", "one", "none", "corrupt", "two", *options_of(server, source))
+            assert (lines.returncode, lines.stderr) == (1, "squidstep: run 'none': there is no such run\n")
+            assert len(lines.stdout.splitlines()) == 3
+            client: Any = source.client
+            client.set(source.calls.keys.run("corrupt").keys[1], "overwritten")
+            exported = run("export", "one", "corrupt", "two", *options_of(server, source))
+            assert (exported.returncode, len(exported.stdout.splitlines())) == (1, 2)
+            assert "holds a value of another type" in exported.stderr
+
+        client.set(store.calls.keys.run("corrupt").keys[0], "overwritten")
+        for dry_run in (["--dry-run"], []):
+            ended = run("import", *dry_run, *options, input=lines.stdout)
+            assert (ended.returncode, len(ended.stdout.splitlines())) == (1, 2)
+            assert ended.stderr.startswith("squidstep: line 2: ")
+
+
+class TestDryRun:
+    """A dry run refuses what the command would refuse."""
+
+    @pytest.mark.parametrize("step", ["completed", "leased", "unleased"])
+    def test_step_that_has_not_failed_is_refused(self, server: EmbeddedServer, store: StepRunStore, step: str) -> None:
+        options = options_of(server, store)
+        claim = begun(store.begin_step("run", step, {}, lease=60 if step == "leased" else None, owner="w"))
+        if step == "completed":
+            store.complete_step(claim, {})
+        state = "completed" if step == "completed" else "running by w"
+        for words in (("retry", "run", "--step", step), ("complete", "run", step, "--output", "{}")):
+            for dry_run in (["--dry-run"], []):
+                ended = invoke(*words, *dry_run, *options)  # nothing is asked
+                assert (ended.exit_code, ended.stdout) == (1, "")
+                assert f"run 'run', step '{step}': " in ended.stderr
+                assert state.split(" by ")[0] in ended.stderr
+            assert state in invoke(*words, "--dry-run", *options).stderr
+
+    @pytest.mark.parametrize("step", ["pending", "lapsed"])
+    def test_step_that_can_be_retried_is_planned(self, server: EmbeddedServer, store: StepRunStore, step: str) -> None:
+        store.schedule_step("run", step, {})
+        if step == "lapsed":
+            store.expire_claim(begun(store.begin_step("run", step, {}, lease=60)))
+        for dry_run, word in ((["--dry-run"], "would retry"), ([], "pending:")):
+            ended = run("retry", "run", "--step", step, *dry_run, *options_of(server, store))
+            assert (ended.returncode, ended.stdout) == (0, f"{word} {step} of run\n")
+
+    def test_deleted_run_is_neither_imported_nor_forked(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for name in ("run", "gone"):
+            store.complete_step(begun(store.begin_step(name, "pay", {})), {})
+        document = json.dumps(store.export_run("gone"))
+        store.delete_run("gone")
+        for dry_run in (["--dry-run"], []):
+            for ended in (
+                run("import", *dry_run, *options, input=document),
+                run("fork", "run", "gone", *dry_run, *options),
+            ):
+                assert (ended.returncode, ended.stdout) == (1, "")
+                assert "run 'gone': was deleted recently; nothing was written" in ended.stderr
+
+    def test_run_in_two_lines_is_imported_once(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        with empty_store(server) as source:
+            add_failed_step(source)
+            line = run("export", "run", *options_of(server, source)).stdout
+        for dry_run, word in ((["--dry-run"], "would import"), ([], "imported")):
+            ended = run("import", *dry_run, *options_of(server, store), input=line * 2)
+            assert (ended.returncode, ended.stdout) == (1, f"{word} run\n")
+            assert "line 2: run 'run': already exists" in ended.stderr
+
+    @pytest.mark.parametrize(
+        ("words", "problem"),
+        [
+            (("cancel", "run", "--reason", "a\nb"), "reason: must not contain control characters"),
+            (("delete", "run", "--tombstone", "nan"), "tombstone: must be seconds"),
+        ],
+    )
+    def test_invalid_arguments_are_rejected(
+        self, server: EmbeddedServer, store: StepRunStore, words: tuple[str, ...], problem: str
+    ) -> None:
+        add_failed_step(store)
+        ended = run(*words, "--dry-run", *options_of(server, store))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert problem in ended.stderr
+
+    def test_run_that_is_named_twice_is_deleted_once(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        add_failed_step(store)
+        for dry_run, text in ((["--dry-run"], "would delete run (1 failed)\n"), (["--yes"], "deleted run\n")):
+            assert run("delete", "run", "run", *dry_run, *options_of(server, store)).stdout == text
+
 
 class TestFork:
     def test_fork_creates_a_run_with_the_completed_steps(self, server: EmbeddedServer, store: StepRunStore) -> None:
