@@ -133,6 +133,8 @@ def _is_cluster(client: Any) -> bool:
     """
     try:
         slots = client.execute_command("CLUSTER SLOTS")
+    except UnicodeError as error:  # of a host name that is none
+        raise redis.ConnectionError(f"The name of the server's host is not valid: {error}") from None
     except UNREACHABLE as error:
         if type(error) is redis.ConnectionError:
             raise
