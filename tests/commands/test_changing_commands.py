@@ -240,6 +240,26 @@ class TestDryRun:
                 assert (ended.returncode, ended.stdout) == (1, "")
                 assert "run 'gone': was deleted recently; nothing was written" in ended.stderr
 
+    @pytest.mark.parametrize("command", ["cancel", "resume"])
+    def test_corrupt_run_is_refused(self, server: EmbeddedServer, store: StepRunStore, command: str) -> None:
+        store.complete_step(begun(store.begin_step("run", "pay", {})), {})
+        client: Any = store.client
+        client.delete(store.calls.keys.run("run").keys[1])
+        for dry_run in (["--dry-run"], []):
+            ended = run(command, "run", *dry_run, *options_of(server, store))
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert "does not agree with the other key of run 'run'" in ended.stderr
+
+    @pytest.mark.parametrize("command", ["cancel", "resume"])
+    def test_corrupt_step_does_not_keep_its_run(
+        self, server: EmbeddedServer, store: StepRunStore, command: str
+    ) -> None:
+        add_failed_step(store)
+        client: Any = store.client
+        client.hset(store.calls.keys.run("run").keys[0], "spay", "overwritten")
+        for dry_run in (["--dry-run"], []):
+            assert run(command, "run", *dry_run, *options_of(server, store)).returncode == 0
+
     def test_run_in_two_lines_is_imported_once(self, server: EmbeddedServer, store: StepRunStore) -> None:
         with empty_store(server) as source:
             add_failed_step(source)
