@@ -48,7 +48,7 @@ def import_command(options: StoreOptions, file: IO[bytes], dry_run: bool) -> Non
     """Creates the runs that `export` wrote. Each run is created completely or not at all.
 
     An existing run is never overwritten. Claims are also imported: a worker that has claimed a step can complete it in
-    this store. The exit code is 1 if a run was not imported.
+    this store, if it has the prefix of the other one. The exit code is 1 if a run was not imported.
     """
     rejected, planned = 0, set[str]()
     with store_or_exit(options) as store:
