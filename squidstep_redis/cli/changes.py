@@ -6,6 +6,7 @@ import getpass
 import json
 import socket
 import sys
+import time
 from collections import Counter
 from datetime import timedelta
 from typing import Any, Final, cast
@@ -40,6 +41,7 @@ from squidstep_redis.escaping import escaped
 from squidstep_redis.formatting import format_lease
 
 _STEPS_PER_BATCH: Final = 1_000
+_OLDEST: Final = timedelta(days=3_660)  # that `purge` accepts
 _LEASE: Final = 30  # seconds, of the claim of `complete`
 
 
@@ -311,7 +313,7 @@ def purge_command(
     Redelivered steps of a deleted run are re-executed. The command does not block workers while it scans and deletes.
     A run that changes in the meantime is not deleted.
     """
-    console = Console(stderr=True)
+    console, began = Console(stderr=True), time.monotonic()
     with store_or_exit(options) as store:
         with console.status("scanning for runs"):
             found = store.purge(older_than, run_id_prefix=run_prefix, status=status, dry_run=True)
@@ -321,6 +323,8 @@ def purge_command(
             examples = ", ".join(summary.run_id for summary in found[:3]) + (", …" if len(found) > 3 else "")
             if not confirm(f"delete {format_run_count(len(found))}: {examples}", yes=yes, dry_run=dry_run):
                 return
+            # Runs that have grown old enough since they were counted were not shown.
+            older_than = min(older_than + timedelta(seconds=time.monotonic() - began), max(older_than, _OLDEST))
             with console.status("deleting"):
                 found = store.purge(older_than, run_id_prefix=run_prefix, status=status)
             if not as_json:

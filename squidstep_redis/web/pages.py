@@ -111,7 +111,11 @@ class Pages:
         shown = view.after + view.completed
         total = summary.counts[StepStatus.COMPLETED]
         is_cancelled = summary.cancel_reason is not None
-        is_so = {"cancelled": is_cancelled, "resumed": not is_cancelled, "retried-run": not summary.counts["failed"]}
+        is_so = {
+            "cancelled": is_cancelled,
+            "resumed": not is_cancelled,
+            "retried-run": not summary.counts[StepStatus.FAILED],
+        }
         context = {
             "run_id": run_id,
             "view": view,

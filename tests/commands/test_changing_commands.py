@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -145,6 +147,26 @@ class TestChanges:
         assert len(store.runs().runs) == 5
         assert run("purge", "--older-than", "0.001", "--yes", *options).stdout == "deleted 4 runs\n"
         assert [each.run_id for each in store.runs().runs] == ["pending"]
+
+    def test_purge_deletes_no_run_that_was_not_counted(
+        self, server: EmbeddedServer, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those that become old enough while it asks stay."""
+        ages, purge = list[timedelta](), StepRunStore.purge
+
+        def spy(self: StepRunStore, older_than: timedelta, **options: Any) -> Any:
+            ages.append(older_than)
+            return purge(self, older_than, **options)
+
+        def confirm_after_a_while(*_: object, **__: object) -> bool:
+            time.sleep(0.05)
+            return True
+
+        add_failed_step(store)
+        monkeypatch.setattr(StepRunStore, "purge", spy)
+        monkeypatch.setattr("squidstep_redis.cli.changes.confirm", confirm_after_a_while)
+        assert run("purge", "--older-than", "0.001", *options_of(server, store)).returncode == 0
+        assert ages[1] - ages[0] >= timedelta(seconds=0.05)
 
     @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0", "999999999w"])
     def test_purge_rejects_an_invalid_age(self, server: EmbeddedServer, age: str) -> None:

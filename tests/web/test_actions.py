@@ -37,6 +37,19 @@ def test_a_failed_step_is_retried(acting_site: Site) -> None:
     ]
 
 
+def test_a_step_that_has_failed_again_is_not_retried(acting_site: Site) -> None:
+    fail(acting_site.store, "run-1")
+    page = acting_site.get("/step?run=run-1&step=pay")
+    claim = begun(acting_site.store.begin_step("run-1", "pay", {}))
+    acting_site.store.fail_step(claim, {"type": "Declined"}, final=True)
+    refused = acting_site.submit(page, "/retry?")
+    assert refused.status == 409
+    assert "it has failed again, in attempt 2, since the page showed it. Nothing was written" in refused.text
+    assert statuses(acting_site, "run-1") == [StepStatus.FAILED]
+    assert acting_site.submit(acting_site.get("/run?id=run-1"), "/retry?").status == 303
+    assert statuses(acting_site, "run-1") == [StepStatus.PENDING]
+
+
 def test_all_failed_steps_of_a_run_are_retried(acting_site: Site) -> None:
     for step in ("a", "b"):
         fail(acting_site.store, "run-1", step)
