@@ -17,7 +17,7 @@ from support.servers import wait_until
 
 from squidstep_redis import CorruptRunError, StepRunStore
 from squidstep_redis.operations.pacing import load
-from squidstep_redis.operations.run_index import ALL, Bucket
+from squidstep_redis.operations.run_index import ALL, Bucket, Selection
 from squidstep_redis.protocol.keys import Keys
 
 ACME = {"tenant": "acme"}
@@ -139,6 +139,17 @@ class TestOrder:
 
         found = [each.position[1].decode() for each in bucket.entries]
         assert sorted(found) == sorted(runs_of_one_bucket(12))
+
+    def test_run_deleted_while_runs_are_counted_hides_no_other(self, bench: Bench, store: StepRunStore) -> None:
+        key, first = index_of(bench, "run"), 1_790_000_000_000
+        bench.backend.raw.zadd(key, {f"8:run-{number:04}": first + number for number in range(4_000)})
+        bucket = Bucket(key, Selection(prefix=b"run"), None, 0)
+        while bucket.loaded_to is not None:
+            run_workflow(store, load([bucket], "count_runs"))
+            if bucket.loaded_to is not None:
+                assert bench.backend.raw.zremrangebyscore(key, -bucket.loaded_to, -bucket.loaded_to) == 1
+
+        assert bucket.count == 4_000
 
 
 class TestFilters:
