@@ -57,6 +57,8 @@ def show_command(
         summary = None if as_json else store.summarize_run(run)
     if not step_runs:
         fail(f"run {run!r}: no such run" if step is None else f"run {run!r}, step {step!r}: no such step", 1)
+    if step is not None and status not in (None, step_runs[0].status):
+        fail(f"run {run!r}, step {step!r}: the step is {step_runs[0].status}, not {status}", 1)
     counts = summary.counts if summary else Counter(each.status for each in step_runs)
     step_runs = [each for each in step_runs if status in (None, each.status)]
     if not as_json:

@@ -144,6 +144,13 @@ class TestReading:
         assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
         assert len(attempts) == 1
 
+    @pytest.mark.parametrize("host", ["a..b", "a" * 64])
+    def test_an_invalid_host_name_is_reported(self, host: str) -> None:
+        ended = run("runs", "-u", f"redis://{host}")
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith("squidstep: The name of the server's host is not valid: ")
+        assert "host is not valid" in run("doctor", "-u", f"redis://{host}").stdout
+
     @pytest.mark.parametrize("command", ["show", "timeline", "watch", "export", "retry", "delete"])
     def test_a_missing_run_is_reported_in_one_line(self, server: EmbeddedServer, command: str) -> None:
         ended = run(command, f"none{EVIL[:-1]}", "-u", server.url)

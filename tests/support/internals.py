@@ -219,3 +219,13 @@ def transport_clock(clock: Any) -> Iterator[None]:
 def plain_store(store: Any) -> Any:
     """Returns the store itself, without the wrapper that runs an asyncio store."""
     return vars(store).get("store", store)
+
+
+def run_workflow(store: Any, workflow: Any) -> Any:
+    """Runs a workflow of the operations, whose only effects are batches."""
+    try:
+        effect = next(workflow)
+        while True:
+            effect = workflow.send(store.batch(effect.calls))
+    except StopIteration as end:
+        return end.value
