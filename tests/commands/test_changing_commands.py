@@ -270,7 +270,7 @@ class TestDryRun:
         for dry_run in (["--dry-run"], []):
             ended = run(command, "run", *dry_run, *options_of(server, store))
             assert (ended.returncode, ended.stdout) == (1, "")
-            assert "does not agree with the other key of run 'run'" in ended.stderr
+            assert "does not match the other key of run 'run'" in ended.stderr
 
     @pytest.mark.parametrize("command", ["cancel", "resume"])
     def test_corrupt_step_does_not_keep_its_run(
