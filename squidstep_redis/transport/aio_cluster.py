@@ -124,7 +124,7 @@ class ClusterConnections(AsyncConnections):
         task = self._learning
         if task is None or task.done() or task.get_loop() is not loop:
             task = self._learning = loop.create_task(self._ask_nodes(), name="squidstep-topology")
-        return await result_of(task)
+        return await result_of(task, None)
 
     async def _ask_nodes(self) -> Exception | None:
         manager = self._client.nodes_manager

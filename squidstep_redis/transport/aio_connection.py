@@ -131,7 +131,7 @@ class OwnConnections(AsyncConnections):
         if link is None or not link.is_open:
             link = await self._connect_shared(links, deadline)
         while link.is_open and not link.has_room:
-            await link.room()
+            await link.room(deadline)
         results = _read_all(link, await link.submit(data, len(commands), deadline), read)
         if link.is_demoted:
             links.close_idle()  # they lead to the same server
@@ -219,10 +219,13 @@ class OwnConnections(AsyncConnections):
 
     async def _connect_shared(self, links: _Links, deadline: float) -> Link:
         """Opens the shared connection, once for all tasks that need it: none of them interrupts its handshake."""
-        if links.connecting is None:
+        seconds = None  # of a task that was started for this call: it has the same limit
+        if links.connecting is not None:
+            seconds = seconds_to_connect(self._template(), deadline)
+        else:
             links.connecting = asyncio.get_running_loop().create_task(self._open(deadline), name="squidstep-connect")
             links.connecting.add_done_callback(links.on_connected)
-        return await result_of(links.connecting)
+        return await result_of(links.connecting, seconds)
 
     async def _open(self, deadline: float) -> Link:
         connection = self._template()
