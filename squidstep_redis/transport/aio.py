@@ -15,7 +15,8 @@ from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, Se
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import driver
 from squidstep_redis.transport.aio_cluster import ClusterConnections, HookedCluster
-from squidstep_redis.transport.aio_connection import AsyncConnections, HookedClient, OwnConnections
+from squidstep_redis.transport.aio_connection import AsyncConnections, OwnConnections
+from squidstep_redis.transport.aio_hooked import HookedClient
 from squidstep_redis.transport.aio_pool import PooledConnections
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.client import has_plain_stream

@@ -333,6 +333,22 @@ def test_exhausted_pool_is_waited_for_until_the_deadline(
     assert store.get_run("run") == []
 
 
+@pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
+def test_hooked_client_does_not_wait_for_its_pool_beyond_the_deadline(
+    bench: Bench, connect_to: Connect, address: Address, batch: bool
+) -> None:
+    store = connect_to("hooked blocking pool", address.port, client={"max_connections": 1}, timeout=0.2)
+    pool: Any = store.client.connection_pool
+    pool.timeout = LATE
+    borrowed = finish(bench, pool_connection(store.client))
+    calls = [store.calls.get_run("run"), store.calls.get_run("other")]
+    call = (lambda: store.batch(calls)) if batch else (lambda: store.get_run("run"))
+    assert fails(call, NotSentError) < LATE / 2
+    finish(bench, pool.release(borrowed))
+    retry_for(store, 30)
+    assert store.get_run("run") == []
+
+
 def test_exhausted_pool_does_not_prolong_a_wait(bench: Bench, connect_to: Connect, address: Address) -> None:
     store = connect_to("blocking pool", address.port, client={"max_connections": 1}, timeout=LATE)
     connection = finish(bench, pool_connection(store.client))
