@@ -36,9 +36,9 @@ end
 if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then
   local expired = has_expired(state, now_ms())
   local lease_end = state.created + state.started + state.lease
-  -- Write only if needed: when memory is full, or on a replica, even a write without effect is rejected.
+  -- Write only if needed: on a replica, even a write without effect is rejected.
   if not expired and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
-    redis.call("ZADD", index, lease_end, member)
+    redis.pcall("ZADD", index, lease_end, member) -- a hint, which a full server refuses
   end
   local owned = owner == "" or owner == string.match(state.rest, "^" .. @REST("%d+", "%S*", "(.*)") .. "$")
   if expired ~= (wanted == "lapsed") or not owned then

@@ -279,6 +279,17 @@ class TestOutOfMemory:
                 store.extend_claim(claim, None, progress={"pages": 7})
             assert contents(client, PREFIX) == before
 
+    def test_live_claims_are_listed_although_an_entry_cannot_be_corrected(
+        self, server: EmbeddedServer, stores: Stores
+    ) -> None:
+        store = stores.from_url(server.url)
+        claim = begun(store.begin_step("run", "pay", {}, lease=600))
+        with redis.Redis.from_url(server.url) as client:
+            index = Keys(PREFIX.encode()).run("run").keys.claims
+            client.zincrby(index, 60_000, client.zrange(index, 0, -1)[0])
+            fill(client)
+            assert [found.lease_ends_at for found in store.live_claims()] == [claim.lease_ends_at]
+
     def test_a_recreated_run_keeps_its_entry_in_the_index(self, server: EmbeddedServer, stores: Stores) -> None:
         """The entry of the expired run is the same one."""
         store = stores.from_url(server.url, run_ttl=60)
