@@ -37,6 +37,7 @@ end
 if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then
   local expired = has_expired(state, now_ms())
   local lease_end = state.created + state.started + state.lease
+  -- A hint, which a full server and a replica refuse. Write only if needed: a replica rejects even a write without effect.
   local is_kept = false
   if not expired and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
     is_kept = type(redis.pcall("ZADD", index, lease_end, member)) ~= "number"

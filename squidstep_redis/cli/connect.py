@@ -140,7 +140,7 @@ def _is_cluster(client: Any) -> bool:
     """
     try:
         slots = client.execute_command("CLUSTER SLOTS")
-    except UnicodeError as error:  # of a host name that is none
+    except UnicodeError as error:  # for an invalid host name
         raise redis.ConnectionError(f"The name of the server's host is not valid: {error}") from None
     except _UNREADABLE:
         return False

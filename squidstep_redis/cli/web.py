@@ -55,7 +55,7 @@ def web_command(
         is_cluster = isinstance(store.client, RedisCluster)
     try:
         listening = listen(host, port)
-    except (OSError, UnicodeError) as error:  # the latter for a host name that is none
+    except (OSError, UnicodeError) as error:  # the latter for an invalid host name
         fail(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}", 1)
     with listening:
         address, port = listening.getsockname()[:2]

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from math import inf
 from operator import call, methodcaller
 from queue import Empty, LifoQueue
@@ -169,9 +168,10 @@ def _wait_for_place(pool: Any, deadline: float, taken: list[Any]) -> None:
 
 def _take(queue: Any, taken: list[Any]) -> bool:
     """Appends the last item of a queue to a list; returns whether there is one."""
-    items, last = queue.queue, slice(-1, None)
-    take = partial(taken.extend, chain.from_iterable(map(items.__getitem__, (last,))))
-    _operation(queue.mutex.acquire, take, partial(items.__delitem__, last), queue.mutex.release)()
+    # In one step: before Python 3.12, an allocation may collect garbage, and a finalizer may then give back another.
+    filled: Iterable[list[Any]] = filter(None, (queue.queue,))
+    take = partial(taken.extend, map(_pop, filled))
+    _operation(queue.mutex.acquire, take, queue.mutex.release)()
     return bool(taken)
 
 

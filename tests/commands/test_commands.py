@@ -259,6 +259,19 @@ class TestShow:
         assert all(line.isprintable() for line in lines)
         assert shown["progress"] == {"page": 7, "text": EVIL}
 
+    def test_json_of_a_step_shows_what_is_known_about_its_run(
+        self, server: EmbeddedServer, store: StepRunStore
+    ) -> None:
+        labels = {"tenant": "acme", "order": "7"}
+        store.schedule_step("run", "pay", {}, labels=labels)
+        for reason in (None, "wrong address"):
+            if reason is not None:
+                store.cancel_run("run", reason)
+            (of_run,) = json.loads(invoke("show", "run", "--json", *options_of(server, store)).stdout)
+            of_step = json.loads(invoke("show", "run", "pay", "--json", *options_of(server, store)).stdout)
+            for shown in (of_run, of_step):
+                assert (shown["labels"], shown["cancel_reason"]) == (labels, reason)
+
     def test_each_attempt_shows_its_error(self, server: EmbeddedServer, store: StepRunStore) -> None:
         for problem in ("first", "second"):
             store.fail_step(store.begin_step("run", "pay", {}).step_run, ValueError(problem + EVIL))
