@@ -213,7 +213,7 @@ class TestTransfer:
             client.set(source.calls.keys.run("corrupt").keys[1], "overwritten")
             exported = run("export", "one", "corrupt", "two", *options_of(server, source))
             assert (exported.returncode, len(exported.stdout.splitlines())) == (1, 2)
-            assert "holds a value of another type" in exported.stderr
+            assert "holds a value of a different type" in exported.stderr
 
         client.set(store.calls.keys.run("corrupt").keys[0], "overwritten")
         for dry_run in (["--dry-run"], []):
