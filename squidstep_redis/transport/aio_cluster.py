@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from math import inf
-from typing import Any, Final
+from typing import Any
 
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
@@ -24,11 +24,9 @@ from squidstep_redis.transport.aio_connection import AsyncConnections, HookedCli
 from squidstep_redis.transport.aio_pool import round_trip_on
 from squidstep_redis.transport.aio_tasks import result_of
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.cluster import KEY, PRIMARY, Topology
+from squidstep_redis.transport.cluster import KEY, LAST_REFRESH, PRIMARY, Topology
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
-
-_LAST_REFRESH: Final = 0.2  # seconds that nodes have to reply when a call's timeout has ended
 
 
 class ClusterConnections(AsyncConnections):
@@ -101,7 +99,7 @@ class ClusterConnections(AsyncConnections):
     async def refresh(self, since: float, deadline: float) -> None:
         """Lets the client ask the nodes for the slots, one after another: if they hang, it may outlast the call."""
         if self._topology.refreshed_at <= since:
-            left = max(deadline - time.monotonic(), _LAST_REFRESH)
+            left = max(deadline - time.monotonic(), LAST_REFRESH)
             with suppress(TimeoutError, RoundTripError):  # the next attempt shows what is reachable
                 async with asyncio.timeout(left):
                     await self._learn()
@@ -138,8 +136,8 @@ class ClusterConnections(AsyncConnections):
             if self._client._initialize:
                 await self._client.initialize()
             else:
-                await manager.initialize(**self._topology.ask_failed_last())
-        except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
+                await manager.initialize(**self._topology.ask_failed_last(manager))
+        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
             return as_redis_error(error)
         finally:
             self._turns.pop(os.getpid(), None)

@@ -7,8 +7,11 @@ redirect and after a failure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import copy
 from inspect import signature
 from math import inf
+from threading import RLock
 from typing import Any, Final, cast
 
 from redis.cluster import ClusterNode
@@ -18,13 +21,25 @@ from redis.exceptions import AskError, MovedError, SlotNotCoveredError
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.connection import Connections, Halves, HookedClient, PooledConnections
+from squidstep_redis.transport.helper import Helper
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
+
+try:
+    from redis.event import AfterSlotsCacheRefreshEvent as _SlotsRefreshed
+except ImportError:  # before redis-py 8
+    _SlotsRefreshed = None
 
 KEY: Final = 3
 """Where the first key is in EVALSHA and EVAL."""
 
 PRIMARY: Final = "primary"  # redis-py's name for the type of a node
+
+LAST_REFRESH: Final = 0.2
+"""Seconds that nodes have to reply if a call's timeout ends."""
+
+_LOCKS: Final = ("_lock", "_initialization_lock")
+_LEARNED: Final = {"nodes_cache", "slots_cache", "startup_nodes", "default_node", "_epoch", "_moved_exception"}
 
 
 class Topology:
@@ -66,9 +81,8 @@ class Topology:
             self.client.nodes_manager.slots_cache[moved.slot_id] = []
         return bool(nodes) and (nodes[0].host, int(nodes[0].port)) == (moved.host, moved.port)
 
-    def ask_failed_last(self) -> Mapping[str, Any]:
-        """Makes the node that failed last the last one to be asked; returns options for `initialize`."""
-        manager = self.client.nodes_manager
+    def ask_failed_last(self, manager: Any) -> Mapping[str, Any]:
+        """Lets the node that failed last be the last one that is asked; returns options for `manager.initialize`."""
         name, self.failed = self.failed, None
         if name is None or name not in manager.startup_nodes:
             return {}
@@ -86,6 +100,7 @@ class ClusterConnections(Connections):
         self._client = client
         self._topology = Topology(client)
         self._nodes: dict[str, _NodeConnections] = {}
+        self._learning: Helper | None = None
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         """Sends commands to the node of the first key."""
@@ -131,16 +146,35 @@ class ClusterConnections(Connections):
             raise RoundTripError(as_redis_error(failure), sent=False) from failure
         return self._to(node)
 
-    def refresh(self, since: float) -> None:
-        """Lets the client ask the nodes for the slots."""
+    def refresh(self, since: float, deadline: float) -> None:
+        """Lets the client ask the nodes for the slots, one after another: if they hang, that outlasts the call."""
         if self._topology.refreshed_at > since:
             return
+        helper = self._learning
+        if helper is None or not helper.is_running:
+            helper = self._learning = Helper("squidstep-topology", self._learn)
+        helper.wait(max(deadline, time.monotonic() + LAST_REFRESH))
+        if helper.error is not None:
+            raise helper.error
+
+    def _learn(self) -> None:
+        """Lets a copy of what the client knows learn the slots, and the client then learn all of it at once.
+
+        The copy has locks of its own: in a process that is forked meanwhile, the client's would remain locked.
+        """
+        manager = self._client.nodes_manager
+        copied = copy(manager)
+        vars(copied).update({name: RLock() for name in _LOCKS if hasattr(manager, name)})
         try:
-            self._client.nodes_manager.initialize(**self._topology.ask_failed_last())
-        except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
+            copied.initialize(**self._topology.ask_failed_last(copied))
+        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
             as_redis_error(error)  # the next attempt shows what is reachable
-        else:
-            self._topology.refreshed_at = time.monotonic()
+            return
+        vars(manager).update({name: value for name, value in vars(copied).items() if name in _LEARNED})
+        self._topology.refreshed_at = time.monotonic()
+        if _SlotsRefreshed is not None:  # for the client's subscriptions, which saw the old slots when the copy told it
+            with suppress(Exception):
+                manager._event_dispatcher.dispatch(_SlotsRefreshed())
 
     def _to(self, node: Any) -> Connections:
         known = self._nodes.get(node.name)

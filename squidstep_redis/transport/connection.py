@@ -89,8 +89,20 @@ class Connections(ABC):
         """
         raise error
 
-    def refresh(self, since: float) -> None:
-        """Learns which node serves each slot, unless that happened after `since`; no error is raised."""
+    def refresh(self, since: float, deadline: float) -> None:
+        """Learns which node serves each slot, unless that happened after `since`; no error is raised.
+
+        Args:
+            since: when the last attempt began, by the monotonic clock.
+            deadline: when the call's timeout ends.
+        """
+
+    def has_idle(self) -> bool:
+        """Whether a round trip can begin without connecting."""
+        return True
+
+    def connect(self, deadline: float) -> None:
+        """Opens a connection that the next round trip can use. It raises what `send` raises."""
 
     def close(self) -> None:
         """Closes the connections that were opened here."""
@@ -219,6 +231,14 @@ class PooledConnections(Connections):
         if is_demoted:
             self._disconnect_idle()
         return results
+
+    def has_idle(self) -> bool:
+        return False  # `borrow` shows it
+
+    def connect(self, deadline: float) -> None:
+        give_back = borrow(self._pool, deadline)[1]
+        give_back()
+        wake(self._pool)
 
     def _disconnect_idle(self) -> None:
         for connection in idle_of(self._pool):
