@@ -62,6 +62,7 @@ class BlockingTransport(BaseTransport[Connections]):
     def close(self) -> None:
         """Closes the connections that the transport opened."""
         self._direct.close()
+        self._hooked.close()  # a cluster's, for batches
 
     def broadcast(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
         """Sends commands to every server; returns their replies or errors by server ("" if none could be found)."""

@@ -1,7 +1,7 @@
-"""The connections of the blocking transport to a cluster: one pool for each node, found by the slot of a key.
+"""The connections of the blocking transport to a cluster: those of its nodes, found by the slot of a key.
 
-redis-py's cluster client knows the nodes and the slots, and owns the pools. Its knowledge is updated here after a
-redirect and after a failure.
+The cluster client of redis-py knows the nodes and the slots. What it knows is updated here after a redirect and after
+a failure. Its nodes' pools have the addresses and credentials.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from inspect import signature
 from math import inf
 from threading import RLock
 from typing import Any, Final, cast
+from weakref import ref
 
 from redis.cluster import ClusterNode
 from redis.crc import key_slot
@@ -20,7 +21,8 @@ from redis.exceptions import AskError, MovedError, SlotNotCoveredError
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.steady import steady_time as time
-from squidstep_redis.transport.connection import Connections, Halves, HookedClient, PooledConnections
+from squidstep_redis.transport.client import has_plain_stream
+from squidstep_redis.transport.connection import Connections, Halves, HookedClient, OwnConnections, PooledConnections
 from squidstep_redis.transport.helper import Helper
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
@@ -96,10 +98,19 @@ class Topology:
 class ClusterConnections(Connections):
     """The nodes of a user's cluster client."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, default_timeout: float | None = None, *, is_limited: bool = True) -> None:
+        """Opens nothing yet.
+
+        Args:
+            client: the cluster client.
+            default_timeout: seconds to wait for a connection and for a reply, if the client has no limit.
+            is_limited: whether the client's `max_connections`, if it has any, limits the connections.
+        """
         self._client = client
+        self._default_timeout = default_timeout
+        self._borrows = is_limited and client.nodes_manager.connection_kwargs.get("max_connections") is not None
         self._topology = Topology(client)
-        self._nodes: dict[str, _NodeConnections] = {}
+        self._nodes: dict[str, _OwnNode | _BorrowedNode] = {}
         self._learning: Helper | None = None
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
@@ -164,38 +175,60 @@ class ClusterConnections(Connections):
         """
         manager = self._client.nodes_manager
         copied = copy(manager)
-        vars(copied).update({name: RLock() for name in _LOCKS if hasattr(manager, name)})
+        known, learned = cast("dict[str, Any]", vars(manager)), cast("dict[str, Any]", vars(copied))
+        learned.update({name: RLock() for name in _LOCKS if name in learned})
         try:
             copied.initialize(**self._topology.ask_failed_last(copied))
         except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
             as_redis_error(error)  # the next attempt shows what is reachable
             return
-        vars(manager).update({name: value for name, value in vars(copied).items() if name in _LEARNED})
+        known.update({name: learned[name] for name in _LEARNED if name in learned})
         self._topology.refreshed_at = time.monotonic()
         if _SlotsRefreshed is not None:  # for the client's subscriptions, which saw the old slots when the copy told it
             with suppress(Exception):
                 manager._event_dispatcher.dispatch(_SlotsRefreshed())
 
+    def close(self) -> None:
+        for node in list(self._nodes.values()):
+            node.close()
+
     def _to(self, node: Any) -> Connections:
         known = self._nodes.get(node.name)
         if known is None or known.client is not node.redis_connection:
-            client = self._client.get_redis_connection(node)
-            known = self._nodes[node.name] = _NodeConnections(self._topology, node.name, client)
+            known = self._nodes[node.name] = self._open(node.name, self._client.get_redis_connection(node))
         return known
 
+    def _open(self, name: str, client: Any) -> _OwnNode | _BorrowedNode:
+        pool = client.connection_pool
+        if self._borrows or not has_plain_stream(pool.connection_class):
+            return _BorrowedNode(self._topology, name, client, pool)
+        own = _OwnNode(self._topology, name, client, client, self._default_timeout)
+        attributes = cast("dict[str, Any]", vars(pool))
+        disconnect = attributes.setdefault("disconnect", _Disconnect(pool))  # another store may do the same
+        if isinstance(disconnect, _Disconnect):
+            disconnect.add(own)
+        return own
 
-class _NodeConnections(PooledConnections):
-    """The pool of one node.
+
+class _Node(Connections):
+    """Notes that a node has failed.
 
     Attributes:
         client: the node's client, which owns the pool.
     """
 
-    def __init__(self, topology: Topology, name: str, client: Any) -> None:
-        super().__init__(client.connection_pool)
+    def __init__(self, topology: Topology, name: str, client: Any, *args: Any) -> None:
+        super().__init__(*args)
         self._topology = topology
         self._name = name
         self.client = client
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        try:
+            return super().send(commands, read, deadline)
+        except RoundTripError:
+            self._topology.failed = self._name
+            raise
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
         try:
@@ -203,6 +236,33 @@ class _NodeConnections(PooledConnections):
         except RoundTripError:
             self._topology.failed = self._name
             raise
+
+
+class _OwnNode(_Node, OwnConnections):
+    """Connections to one node, which are closed when the client closes its own. They use RESP2."""
+
+
+class _BorrowedNode(_Node, PooledConnections):
+    """The pool of one node: it has a limit, or redis-py does not write and read its connections itself."""
+
+
+class _Disconnect:
+    """A pool's `disconnect`, which also closes what stores have opened beside it."""
+
+    def __init__(self, pool: Any) -> None:
+        self._disconnect = pool.disconnect
+        self._beside: dict[int, ref[Connections]] = {}
+
+    def add(self, connections: Connections) -> None:
+        key = id(connections)
+        self._beside[key] = ref(connections, lambda _: self._beside.pop(key, None))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        for reference in list(self._beside.values()):
+            connections = reference()
+            if connections is not None:
+                connections.close()
+        return self._disconnect(*args, **options)
 
 
 class _Unserved(Connections):
@@ -213,11 +273,6 @@ class _Unserved(Connections):
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         """Raises the error."""
-        raise self._error
-
-    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
-        """Raises the error in its first half."""
-        yield from ()
         raise self._error
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
-import redis
 from redis.crc import key_slot
 from support.address import Address
-from support.internals import retry_for
+from support.internals import learn_slots, retry_for
 from support.interruptions import AlarmError, sigalrm_raises
 from support.records import begun
 from support.servers import wait_until
@@ -182,7 +181,8 @@ class TestOtherThread:
         addresses.resume()
 
         assert begun(store.begin_step(f"hanging-alarm-{time.monotonic_ns()}", "pay", {})).attempt == 1
-        assert store.client.get("key") is None
+        client: Any = store.client
+        assert client.get("key") is None
         wait_until(lambda: not helpers())
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -203,22 +203,22 @@ class TestOtherThread:
         assert status == 0
 
     def test_changed_slots_are_told_to_subscriptions_of_the_client(self, addresses: Addresses, stores: Stores) -> None:
-        event = pytest.importorskip("redis.event")
+        event: Any = pytest.importorskip("redis.event")
         if not hasattr(event, "AfterSlotsCacheRefreshEvent"):
             pytest.skip("only redis-py 8 tells them")
         store = stores.on_cluster(addresses.url, address_remap=addresses.remap, timeout=20)
         store.get_run("run")
-        manager: Any = store.client.nodes_manager
+        client: Any = store.client
+        manager = client.nodes_manager
         before, seen = manager.slots_cache, list[object]()
 
         class Listener(event.EventListenerInterface):
-            def listen(self, event: object) -> None:
+            def listen(self, _: object) -> None:
                 seen.append(manager.slots_cache)
 
         manager._event_dispatcher.register_listeners({event.AfterSlotsCacheRefreshEvent: [Listener()]})
-        connections: Any = store._transport._connections()
-        connections.refresh(time.monotonic(), time.monotonic() + 20)
 
+        assert learn_slots(store)
         assert manager.slots_cache is not before
         assert seen[-1] is manager.slots_cache
 
@@ -227,11 +227,9 @@ def _refreshes(store: StepRunStore) -> int:
     """Returns 0 if the store and the client can learn the slots."""
     signal.alarm(30)
     try:
-        connections: Any = store._transport._connections()
-        connections.refresh(time.monotonic(), time.monotonic() + 20)
+        is_learned = learn_slots(store)
         client: Any = store.client
-        is_learned = connections._topology.refreshed_at > 0
         client.nodes_manager.initialize()
-        return 0 if is_learned and isinstance(client, redis.RedisCluster) else 1
     except BaseException:
         return 2
+    return 0 if is_learned else 1

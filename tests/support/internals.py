@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -62,6 +63,13 @@ def idle_connections(store: Any) -> int:
 def close_idle_connections(store: Any) -> None:
     """Closes the connections that the store keeps; for an asyncio store, within its event loop."""
     store._transport.close()
+
+
+def learn_slots(store: Any) -> bool:
+    """Lets a store on a cluster ask the nodes for the slots; returns whether it has learned them."""
+    connections, began = store._transport._connections(), time.monotonic()
+    connections.refresh(began, began + 20)
+    return connections._topology.refreshed_at > began
 
 
 def replace_client(store: Any, client: Any) -> None:
