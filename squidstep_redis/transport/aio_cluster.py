@@ -24,7 +24,7 @@ from squidstep_redis.transport.aio_connection import AsyncConnections, HookedCli
 from squidstep_redis.transport.aio_pool import round_trip_on
 from squidstep_redis.transport.aio_tasks import result_of
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.cluster import KEY, LAST_REFRESH, PRIMARY, Topology
+from squidstep_redis.transport.cluster import KEY, LAST_REFRESH, PRIMARY, Topology, grouped
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
 
@@ -60,15 +60,7 @@ class ClusterConnections(AsyncConnections):
     async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
         """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
         await self._initialize()
-        groups: dict[int, tuple[AsyncConnections, list[int]]] = {}
-        for index, call in enumerate(calls):
-            node: AsyncConnections
-            try:
-                node = self._to(self._topology.node_of(call.keys[0]))
-            except RoundTripError as error:
-                node = _Unserved(error)
-            groups.setdefault(id(node), (node, []))[1].append(index)
-        return list(groups.values())
+        return grouped(calls, lambda key: self._to(self._topology.node_of(key)), _Unserved)
 
     async def servers(self) -> dict[str, AsyncConnections]:
         """Returns the connections to all primaries."""

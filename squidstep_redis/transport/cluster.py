@@ -6,13 +6,13 @@ a failure. Its nodes' pools have the addresses and credentials.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from inspect import signature
 from math import inf
 from threading import RLock
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 from weakref import ref
 
 from redis.cluster import ClusterNode
@@ -31,6 +31,8 @@ try:
     from redis.event import AfterSlotsCacheRefreshEvent as _SlotsRefreshed
 except ImportError:  # before redis-py 8
     _SlotsRefreshed = None
+
+N = TypeVar("N")
 
 KEY: Final = 3
 """Where the first key is in EVALSHA and EVAL."""
@@ -95,6 +97,32 @@ class Topology:
         return {}
 
 
+def grouped(
+    calls: Sequence[Call[Any]], node_of: Callable[[bytes], N], unserved: Callable[[RoundTripError], N]
+) -> list[tuple[N, Sequence[int]]]:
+    """Groups calls by their nodes: pairs of a node and the indexes of its calls.
+
+    Args:
+        calls: the calls.
+        node_of: returns the node of a key.
+        unserved: returns what stands for the node of a key that no node serves.
+    """
+    groups: dict[int, tuple[N, list[int]]] = {}
+    indexes_of: dict[bytes, list[int]] = {}  # the calls of one run have one key
+    for index, call in enumerate(calls):
+        key = call.keys[0]
+        indexes = indexes_of.get(key)
+        if indexes is None:
+            try:
+                node = node_of(key)
+            except RoundTripError as error:
+                node = unserved(error)
+            _, indexes = groups.setdefault(id(node), (node, []))
+            indexes_of[key] = indexes
+        indexes.append(index)
+    return list(groups.values())
+
+
 class ClusterConnections(Connections):
     """The nodes of a user's cluster client."""
 
@@ -122,15 +150,8 @@ class ClusterConnections(Connections):
         return self._to(self._topology.node_of(key))
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
-        """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
-        groups: dict[int, tuple[Connections, list[int]]] = {}
-        for index, call in enumerate(calls):
-            try:
-                node = self.node_of(call.keys[0])
-            except RoundTripError as error:
-                node = _Unserved(error)
-            groups.setdefault(id(node), (node, []))[1].append(index)
-        return list(groups.values())
+        """Groups calls by their nodes. One that no node serves fails when it is sent, and not the others with it."""
+        return grouped(calls, self.node_of, _Unserved)
 
     def servers(self) -> dict[str, Connections]:
         """Returns the pools of all primaries."""
