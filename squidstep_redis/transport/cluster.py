@@ -146,7 +146,7 @@ class ClusterConnections(Connections):
         return self._to(self._topology.node_of(commands[0][KEY])).send(commands, read, deadline)
 
     def node_of(self, key: bytes) -> Connections:
-        """Returns the pool of the node of a key."""
+        """Returns the connections to the node of a key."""
         return self._to(self._topology.node_of(key))
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
@@ -154,7 +154,7 @@ class ClusterConnections(Connections):
         return grouped(calls, self.node_of, _Unserved)
 
     def servers(self) -> dict[str, Connections]:
-        """Returns the pools of all primaries."""
+        """Returns the connections to all primaries."""
         return {node.name: self._to(node) for node in list(self._client.get_primaries())}
 
     def redirect(self, error: AskError) -> Connections | None:

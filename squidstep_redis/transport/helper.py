@@ -7,7 +7,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from math import inf
 from typing import Final
 
@@ -29,15 +28,17 @@ class Helper:
     """
 
     def __init__(self, name: str, function: Callable[[], object]) -> None:
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self._name = name
         self._function = deque([function])
         self._is_done = False
         self._pid = os.getpid()
         self._began = time.monotonic()
-        with suppress(RuntimeError):  # there can be no more threads
-            start_thread = _thread.start_new_thread
+        start_thread = _thread.start_new_thread
+        try:
             start_thread(start_thread, (self._start, ()))
+        except RuntimeError:  # there can be no more threads
+            self._run()
 
     @property
     def is_running(self) -> bool:
@@ -57,13 +58,15 @@ class Helper:
             pause = min(1.5 * pause, _LAST_PAUSE)
 
     def _start(self) -> None:
-        with suppress(RuntimeError):  # there can be no more threads, or the interpreter is shutting down
+        try:
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except RuntimeError:
+            self._run()
 
     def _run(self) -> None:
         try:
             self._function.pop()()
-        except BaseException as error:  # noqa: BLE001 -- the caller raises it
+        except Exception as error:  # noqa: BLE001 -- the caller raises it
             self.error = error
         finally:
             self._is_done = True

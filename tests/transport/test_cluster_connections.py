@@ -107,8 +107,8 @@ class Recording(redis.Connection):
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         packed = list(command) if not isinstance(command, bytes) else [command]
         Recording.seen.extend(packed)
-        send: Any = super().send_packed_command  # parts of its type are unknown
-        send(packed, check_health)
+        parent: Any = super()  # parts of its types are unknown
+        parent.send_packed_command(packed, check_health)
 
 
 def test_a_connection_class_of_the_user_sees_every_command(bench: Bench, backend: Backend) -> None:
