@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from math import inf
 from operator import call, methodcaller
 from queue import Empty, LifoQueue
@@ -169,9 +168,10 @@ def _wait_for_place(pool: Any, deadline: float, taken: list[Any]) -> None:
 
 def _take(queue: Any, taken: list[Any]) -> bool:
     """Appends the last item of a queue to a list; returns whether there is one."""
-    items, last = queue.queue, slice(-1, None)
-    take = partial(taken.extend, chain.from_iterable(map(items.__getitem__, (last,))))
-    _operation(queue.mutex.acquire, take, partial(items.__delitem__, last), queue.mutex.release)()
+    # It makes no object. Python 3.11 may collect garbage when one is made, and a call that was interrupted gives its
+    # connection back then: the queue would lose that one, and keep the one that is taken.
+    take = partial(taken.extend, map(_pop, filter(None, (queue.queue,))))
+    _operation(queue.mutex.acquire, take, queue.mutex.release)()
     return bool(taken)
 
 

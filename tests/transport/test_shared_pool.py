@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from queue import LifoQueue
 from typing import Any
 
 import pytest
 import redis
 from support.backends import Bench
+from support.internals import take_from
 
 from squidstep_redis import StepRunStore
 
@@ -42,6 +45,34 @@ def test_store_reconnects_a_connection_that_the_server_closed(bench: Bench, clie
         bench.backend.raw.client_kill_filter(_id=str(client.client_id()))
 
         assert store.step_statuses("run") == {"pay": "running"}
+
+
+class Interrupted:
+    """What an interrupted call leaves behind. When the garbage is collected, it gives its connection back."""
+
+    def __init__(self, queue: LifoQueue[Any]) -> None:
+        self.queue = queue
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.queue.queue.append(object())
+
+
+def test_garbage_that_is_collected_meanwhile_duplicates_no_connection() -> None:
+    queue: LifoQueue[Any] = LifoQueue()
+    queue.put(object())
+    thresholds = gc.get_threshold()
+    try:
+        for objects in range(1, 50):  # that are made before Python 3.11 collects
+            gc.collect()
+            Interrupted(queue)
+            gc.set_threshold(objects)
+            taken = take_from(queue)
+            gc.set_threshold(*thresholds)
+            assert taken not in queue.queue
+            queue.put(taken)
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 class GuardedSet(set[Any]):
