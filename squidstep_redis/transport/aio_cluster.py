@@ -129,7 +129,7 @@ class ClusterConnections(AsyncConnections):
                 await self._client.initialize()
             else:
                 await manager.initialize(**self._topology.ask_failed_last(manager))
-        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
+        except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             return as_redis_error(error)
         finally:
             self._turns.pop(os.getpid(), None)

@@ -40,7 +40,7 @@ KEY: Final = 3
 PRIMARY: Final = "primary"  # redis-py's name for the type of a node
 
 LAST_REFRESH: Final = 0.2
-"""Seconds that nodes have to reply if a call's timeout ends."""
+"""Seconds that nodes have to reply when a call's timeout has ended."""
 
 _LOCKS: Final = ("_lock", "_initialization_lock")
 _LEARNED: Final = {"nodes_cache", "slots_cache", "startup_nodes", "default_node", "_epoch", "_moved_exception"}
@@ -86,7 +86,7 @@ class Topology:
         return bool(nodes) and (nodes[0].host, int(nodes[0].port)) == (moved.host, moved.port)
 
     def ask_failed_last(self, manager: Any) -> Mapping[str, Any]:
-        """Lets the node that failed last be the last one that is asked; returns options for `manager.initialize`."""
+        """Makes the node that failed last the last one to be asked; returns options for `manager.initialize`."""
         name, self.failed = self.failed, None
         if name is None or name not in manager.startup_nodes:
             return {}
@@ -150,7 +150,7 @@ class ClusterConnections(Connections):
         return self._to(self._topology.node_of(key))
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
-        """Groups calls by their nodes. One that no node serves fails when it is sent, and not the others with it."""
+        """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
         return grouped(calls, self.node_of, _Unserved)
 
     def servers(self) -> dict[str, Connections]:
@@ -179,7 +179,7 @@ class ClusterConnections(Connections):
         return self._to(node)
 
     def refresh(self, since: float, deadline: float) -> None:
-        """Lets the client ask the nodes for the slots, one after another: if they hang, that outlasts the call."""
+        """Lets the client ask the nodes for the slots, one after another: if they hang, it may outlast the call."""
         if self._topology.refreshed_at > since:
             return
         helper = self._learning
@@ -200,7 +200,7 @@ class ClusterConnections(Connections):
         learned.update({name: RLock() for name in _LOCKS if name in learned})
         try:
             copied.initialize(**self._topology.ask_failed_last(copied))
-        except Exception as error:  # noqa: BLE001 -- those that are not redis-py's are raised
+        except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             as_redis_error(error)  # the next attempt shows what is reachable
             return
         known.update({name: learned[name] for name in _LEARNED if name in learned})
