@@ -170,7 +170,8 @@ def _take(queue: Any, taken: list[Any]) -> bool:
     """Appends the last item of a queue to a list; returns whether there is one."""
     # It makes no object. Python 3.11 may collect garbage when one is made, and a call that was interrupted gives its
     # connection back then: the queue would lose that one, and keep the one that is taken.
-    take = partial(taken.extend, map(_pop, filter(None, (queue.queue,))))
+    items: list[Any] = queue.queue
+    take = partial(taken.extend, map(_pop, filter(None, (items,))))
     _operation(queue.mutex.acquire, take, queue.mutex.release)()
     return bool(taken)
 
