@@ -31,7 +31,7 @@ local token, step, lease, owner = ARGV[1], ARGV[2], ARGV[5], ARGV[6] or ""
 local MORE = 12
 
 -- The common case: one new step without a fingerprint, in a run that does not expire, or in a new run without labels. The
--- general path below does the same at a higher cost. A quarter of the new runs that expire are left to it: see drop_expired.
+-- general path below does the same at a higher cost. A quarter of the new runs that expire are left to it: see expired_entries.
 local field = "s" .. step
 local lines = not ARGV[10] and try("HMGET", steps, "r", field)
 if lines and not lines.err and not lines[2] then

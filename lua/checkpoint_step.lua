@@ -42,16 +42,11 @@ if state.mark and @MARKED(state.mark, @HAS_PROGRESS) then
 end
 
 local now = now_ms()
-local line, written = state.line, {}
+local line, written, ends = state.line, {}, nil
 if lease then
-  local ends = extend(run, state, lease, now)
+  ends = extend(run, state, lease, now)
   line = format_state(state)
   written = { "r", format_run(run), "s" .. step, line }
-  if ends then
-    redis.call("ZADD", claims, ends, ARGV[6] .. step)
-  else
-    redis.call("ZREM", claims, ARGV[6] .. step)
-  end
 end
 if not superseded then
   local last = #written
@@ -59,7 +54,12 @@ if not superseded then
   written[last + 3], written[last + 4] = "w" .. step, @MARK_ALSO(state.mark, @HAS_PROGRESS)
 end
 if written[1] then
-  redis.call("HSET", steps, unpack(written))
+  redis.call("HSET", steps, unpack(written)) -- first: after a ZREM, a full server would accept it
+  if ends then
+    redis.call("ZADD", claims, ends, ARGV[6] .. step)
+  elseif lease then
+    redis.call("ZREM", claims, ARGV[6] .. step)
+  end
   renew_expiry(run, steps, done, now)
 end
 if run.cancelled then

@@ -10,8 +10,9 @@
 --       5 owner   only live claims of this owner, or ""  any owner
 --       6 parts   "" for the state and the error alone
 -- REPLY {"failed" | "lapsed" | "live", nonce, state, input, output, error, progress} | {…, nonce, state, error} | {"other", nonce} |
---       {"dropped", nonce}
--- Writes only hints: when it replies "dropped", or for a live claim whose entry had another end of the lease.
+--       {"dropped", nonce} | {"kept", nonce}
+-- Writes only hints: when it replies "dropped", or for a live claim whose entry had another end of the lease. An entry stays as it is
+-- ("kept") if the server rejects the write, as a replica does.
 
 -- include record
 -- include reply
@@ -36,15 +37,15 @@ end
 if state and wanted ~= "failed" and state.status == @RUNNING and state.lease ~= "" then
   local expired = has_expired(state, now_ms())
   local lease_end = state.created + state.started + state.lease
-  -- Write only if needed: when memory is full, or on a replica, even a write without effect is rejected.
+  -- A hint, which a full server and a replica refuse. Write only if needed: a replica rejects even a write without effect.
+  local is_kept = false
   if not expired and tonumber(redis.call("ZSCORE", index, member) or 0) ~= lease_end then
-    redis.call("ZADD", index, lease_end, member)
+    is_kept = type(redis.pcall("ZADD", index, lease_end, member)) ~= "number"
   end
   local owned = owner == "" or owner == string.match(state.rest, "^" .. @REST("%d+", "%S*", "(.*)") .. "$")
   if expired ~= (wanted == "lapsed") or not owned then
-    return { "other", nonce }
+    return { is_kept and "kept" or "other", nonce }
   end
   return found(wanted, state.line)
 end
-redis.call("ZREM", index, member)
-return { "dropped", nonce }
+return { type(redis.pcall("ZREM", index, member)) == "number" and "dropped" or "kept", nonce }

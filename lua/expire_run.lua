@@ -33,7 +33,8 @@ else
     end
   end
   renew_expiry(run, steps, done, now_ms())
-  drop_expired(run, steps, (@PLACE(steps)))
+  local bucket = @PLACE(steps)
+  drop_entries(bucket, expired_entries(run, steps, bucket))
 end
 redis.call("HSET", steps, "r", format_run(run))
 return { "set", nonce }

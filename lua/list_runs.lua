@@ -31,6 +31,14 @@ if limit == 0 and prefix == "" and not ARGV[FIRST] then
   return type(count) == "table" and failed_call(index, count) or { "runs", nonce, "", 0, count, {}, CALL }
 end
 
+if skip > 0 then -- some may have been deleted since
+  local ties = redis.pcall("ZCOUNT", index, newest, newest)
+  if type(ties) == "table" then
+    return failed_call(index, ties)
+  end
+  skip = math.min(skip, ties)
+end
+
 local needles = {} -- each label, with the line breaks around it
 for position = FIRST, #ARGV do
   needles[#needles + 1] = "\n" .. ARGV[position] .. "\n"

@@ -7,6 +7,7 @@
 --       4 step, 5 input, …  of each step, and its fingerprint if width is 3
 -- REPLY {"mismatch", nonce, step, fingerprint}  this step has this different fingerprint
 --       {"scheduled", nonce, position, …}  of the newly scheduled steps among the given ones, from 0
+--       {"cancelled", nonce, position, …}  the same, and the other steps are not stored: the run is cancelled
 -- Writes only when at least one of the steps has no record, and the run is not cancelled.
 
 -- include record
@@ -25,8 +26,9 @@ for index = 1, width == 3 and #others or 0 do
   refusal = other_fingerprint(steps, ARGV[others[index]], ARGV[others[index] + 2])
   @RETURN_REFUSAL
 end
-if run.cancelled then
-  missing = {}
+local reply = { "scheduled", nonce }
+if run.cancelled and #missing > 0 then
+  missing, reply[1] = {}, "cancelled"
 end
 if #missing > 0 then
   local now = now_ms()
@@ -37,7 +39,6 @@ if #missing > 0 then
   redis.call("HSET", steps, "r", format_run(run))
   renew_expiry(run, steps, done, now)
 end
-local reply = { "scheduled", nonce }
 for _, positions in ipairs({ created, missing }) do
   for _, position in ipairs(positions) do
     reply[#reply + 1] = (position - FIRST) / width

@@ -10,6 +10,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Self, TypeVar, cast, overload
 
 import redis
+from redis.exceptions import RedisError
 
 from squidstep_redis.doctor.checks import Client
 from squidstep_redis.errors import InvalidArgumentError
@@ -39,6 +40,11 @@ _URL_PROBLEM: Final = (
     "must be redis://user:password@host:port/database, rediss://… or unix://…, and redis-py must know its options. "
     "In a user name or a password, write @ as %40, / as %2F, ? as %3F, and # as %23"
 )
+
+
+def _option_problem(url: str, problem: str) -> str:
+    """Returns the problem of an option in a URL, unless that may be a part of the password."""
+    return _URL_PROBLEM if "@" in url.partition("?")[2] else problem
 
 
 class BaseStore(ABC, Generic[C, B]):
@@ -123,9 +129,10 @@ class BaseStore(ABC, Generic[C, B]):
             option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if option is None or option[1] not in in_url:
                 raise
-            is_plain = "@" not in url.partition("?")[2]  # otherwise it is a part of the password
-            problem = f"redis-py knows no option {option[1]!r}" if is_plain else _URL_PROBLEM
-            raise InvalidArgumentError("url", problem) from None
+            raise InvalidArgumentError("url", _option_problem(url, f"redis-py knows no option {option[1]!r}")) from None
+        except RedisError as error:
+            problem = _option_problem(url, f"redis-py rejects an option: {error}")
+            raise InvalidArgumentError("url" if "?" in url else "options", problem) from None
         store._owns_client = True
         return store
 

@@ -93,7 +93,7 @@ def last_error_line(step_run: StepRun) -> str:
 def error_type(step_run: StepRun) -> str:
     """Returns the type of a step run's last error."""
     try:
-        return escaped(str((step_run.last_error or {}).get("type", "(without a type)")))
+        return escaped(str((step_run.last_error or {}).get("type", ""))) or "(without a type)"
     except UndecodablePayloadError:
         return "(cannot be decoded)"
 

@@ -127,6 +127,10 @@ def test_checkpoints_and_cancellations_emit_events(store: StepRunStore, events: 
     store.extend_claim(claim, 60, progress={"page": 2})
     store.cancel_run("run", "stop")
     store.schedule_step("run", "ship", {})
+    assert store.schedule_steps("run", {"ship": {}, "pay": {}}) == []
+    assert (
+        store.schedule_steps("run", {"pay": {}}) == []
+    )  # it has a record, so it is none of those that are not scheduled
     store.begin_step("run", "ship", {})
     store.resume_run("run")
     assert kinds(events) == [
@@ -135,6 +139,7 @@ def test_checkpoints_and_cancellations_emit_events(store: StepRunStore, events: 
         ("extend", "pay", None),
         ("cancel", None, None),
         ("skip", "ship", "cancelled"),
+        ("skip", None, "cancelled"),
         ("skip", "ship", "cancelled"),
         ("resume", None, None),
     ]

@@ -50,3 +50,18 @@ def test_rejected_url_is_not_quoted(kind: Any, url: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="url: must be redis://") as caught:
         kind.from_url(url)
     assert "hid" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("kind", [StepRunStore, AsyncStepRunStore])
+@pytest.mark.parametrize(
+    ("url", "options", "problem"),
+    [
+        ("rediss://h?ssl_cert_reqs=banana", {}, "url: redis-py rejects an option: .*banana"),
+        ("rediss://h", {"ssl_cert_reqs": "banana"}, "options: redis-py rejects an option: .*banana"),
+        ("rediss://:a?ssl_cert_reqs=secret@h", {}, "url: must be redis://[^ ]* "),
+    ],
+)
+def test_option_that_redis_py_rejects_is_named(kind: Any, url: str, options: Any, problem: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=problem) as caught:
+        kind.from_url(url, **options)
+    assert "secret" not in "".join(traceback.format_exception(caught.value))

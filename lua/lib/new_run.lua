@@ -5,23 +5,35 @@
 -- Entries of expired runs are removed by sampling. A quarter of the calls that let a run expire choose eight entries at
 -- random, and drop those whose runs are gone. So over time, at most about half of the entries belong to such runs. EXISTS
 -- gets a key of this run, too: while a slot migrates, the server then refuses it if one of the runs may be on the other server.
-local function drop_expired(run, steps, bucket)
+--
+-- Returns the entries to drop, apart from `own`. The caller drops them only after another write: as the first one, which a full
+-- server accepts, it would make the server accept all later ones, too.
+local function expired_entries(run, steps, bucket, own)
+  local expired = {}
   if string.byte(nonce, -1) % 4 ~= 0 then -- not the time: calls may come at regular intervals
-    return
+    return expired
   end
-  local index, existing = bucket .. "runs", run.exists and 1 or 0
-  local members, keys = redis.pcall("ZRANDMEMBER", index, -8), {}
+  local existing = run.exists and 1 or 0
+  local members, keys = redis.pcall("ZRANDMEMBER", bucket .. "runs", -8), {}
   for position = 1, #members do
     keys[position] = bucket .. string.match(members[position], "^%d*:?([^\n]*)") .. ":steps"
   end
   if redis.pcall("EXISTS", steps, unpack(keys)) == existing + #keys then
-    return -- as for most calls; the run id in a member is parsed exactly below
+    return expired -- as for most calls; the run id in a member is parsed exactly below
   end
   for position = 1, #members do
-    local run_id = parse_run_member(members[position]) or ""
-    if redis.pcall("EXISTS", steps, bucket .. run_id .. ":steps") == existing then
-      redis.call("ZREM", index, members[position])
+    local member = members[position]
+    local run_id = parse_run_member(member) or ""
+    if member ~= own and redis.pcall("EXISTS", steps, bucket .. run_id .. ":steps") == existing then
+      expired[#expired + 1] = member
     end
+  end
+  return expired
+end
+
+local function drop_entries(bucket, entries)
+  if entries[1] then
+    redis.call("ZREM", bucket .. "runs", unpack(entries))
   end
 end
 
@@ -43,13 +55,13 @@ local function enter_if_new(run, steps, now)
   end
   local bucket, run_id = @PLACE(steps)
   local index, labels = bucket .. "runs", run.labels or ""
-  if run.ttl then
-    drop_expired(run, steps, bucket)
-  end
-  local reply = redis.pcall("ZADD", index, now, @RUN_MEMBER(run_id, labels))
+  local member = @RUN_MEMBER(run_id, labels)
+  local expired = run.ttl and expired_entries(run, steps, bucket, member) or {}
+  local reply = redis.pcall("ZADD", index, now, member)
   if type(reply) == "table" then
     return failed_call(index, reply)
   end
+  drop_entries(bucket, expired)
   if labels ~= "" then
     redis.call("HSET", steps, "l", labels)
   end

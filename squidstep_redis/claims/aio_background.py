@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
@@ -151,6 +151,10 @@ class LastingSender:
         task.add_done_callback(lambda _: self._side.release())
         return task
 
+    def limited(self, _: float) -> Self:
+        """Returns itself: its time is limited."""
+        return self
+
     async def send(self, call: Call[T]) -> T:
         """Sends a call; returns its result. Call it in a background task."""
         pause = _FIRST_PAUSE
@@ -210,6 +214,10 @@ class LeavingSender:
         self._seconds = seconds
         self._began = time.monotonic()
         self._latest: BackgroundTask[Any] | None = None
+
+    def limited(self, _: float) -> Self:
+        """Returns itself: all its calls together have a limit."""
+        return self
 
     async def send(self, call: Call[T]) -> T:
         """Sends a call; returns its result."""

@@ -13,7 +13,7 @@ from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
 from squidstep_redis.claims.claim import Claim
 from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.rules import BaseClaim
-from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, ends_process
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.errors import SquidstepError, StaleStepRunError
 from squidstep_redis.model import StepRun
@@ -78,7 +78,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             raise
         except BaseException as error:  # the task was cancelled before the work started
             self._stop()
-            if self._sent is not None and not _ends_process(error):
+            if self._sent is not None and not ends_process(error):
                 await self._undo(error)
             raise
         return self
@@ -91,7 +91,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         if self._has_cancelled and self._is_own_cancellation(error) and self._loss is None:
             error = stopped = self.cancellation
         try:
-            if not _ends_process(error):
+            if not ends_process(error):
                 sender = LeavingSender(self._lasting_sender, self._longest_retry, self._background_seconds())
                 sender.waits = not isinstance(error, GeneratorExit)  # a coroutine that is closed must not wait
                 missing = await run_workflow(cast("AsyncTransport", sender), self._on_exit(error))
@@ -228,8 +228,3 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
         sender = self._lasting_sender()
         undoing = run_workflow(cast("AsyncTransport", sender), self._undo_acquire())
         return sender.start(undoing, self._background_seconds())
-
-
-def _ends_process(error: BaseException | None) -> bool:
-    """Whether the error stands for the end of the process, in tests: nothing more is sent then."""
-    return bool(getattr(error, "ends_process", False))

@@ -15,14 +15,15 @@ T = TypeVar("T")
 
 FIRST_PAUSE: Final = 0.05
 LAST_PAUSE: Final = 1.0
+SHORTEST: Final = 0.1  # seconds in which the last call has to find a connection
 
 
 def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
-    """Sends a call, and retries transient errors until a deadline (monotonic clock), beyond the store's timeout."""
-    pause = FIRST_PAUSE
+    """Sends a call for the store's timeout, and retries transient errors until a deadline (monotonic clock)."""
+    pause, seconds = FIRST_PAUSE, None
     while True:
         try:
-            return (yield Send(call))
+            return (yield Send(call, seconds))
         except ServerError as error:
             if isinstance(error, OutcomeUnknownError):  # from now on, no error may say that nothing was sent
                 call = call._replace(may_have_run=True)
@@ -30,6 +31,7 @@ def retry_until(call: Call[T], deadline: float) -> Workflow[T]:
                 raise
         yield Sleep(jittered(pause))
         pause = min(2 * pause, LAST_PAUSE)
+        seconds = max(deadline - time.monotonic(), SHORTEST)
 
 
 def jittered(seconds: float) -> float:

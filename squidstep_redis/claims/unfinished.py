@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, cast
 
 from squidstep_redis.claims.failures import AT_ONCE, Verdict
 from squidstep_redis.errors import SquidstepError
@@ -46,7 +46,17 @@ class UnfinishedClaim:
     @property
     def is_of_dead_process(self) -> bool:
         """Whether the error stands for the end of the process (in tests): then nothing is sent."""
-        return bool(getattr(self.error, "ends_process", False))
+        return ends_process(self.error)
+
+
+def ends_process(error: BaseException | None) -> bool:
+    """Returns whether an error stands for the end of the process, in tests: then nothing is sent any more.
+
+    So does a group that contains one: asyncio and anyio wrap what a task of a group raises.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(ends_process, cast("BaseExceptionGroup[BaseException]", error).exceptions))
+    return bool(getattr(error, "ends_process", False))
 
 
 def recover(calls: Calls, unfinished: UnfinishedClaim) -> Workflow[None]:

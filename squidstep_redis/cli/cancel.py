@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from squidstep_redis import RunSummary
+from squidstep_redis import RunSummary, StepRunStore
 from squidstep_redis.cli.completion import run_argument
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, store_options
@@ -27,7 +27,8 @@ def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run:
     cancellation with the next extension of their lease. The exit code is 1 if the run does not exist.
     """
     with store_or_exit(options) as store:
-        found = store.summarize_run(run) is not None if dry_run else store.cancel_run(run, reason)
+        call = store.calls.cancel_run(run, reason)  # rejects a reason; it sends nothing
+        found = _exists(store, run) if dry_run else store.send(call)
     _report(run, found, "would cancel" if dry_run else "cancelled")
 
 
@@ -42,7 +43,7 @@ def resume_command(options: StoreOptions, run: str, dry_run: bool) -> None:
     exist.
     """
     with store_or_exit(options) as store:
-        found = store.summarize_run(run) is not None if dry_run else store.resume_run(run)
+        found = _exists(store, run) if dry_run else store.resume_run(run)
     _report(run, found, "would resume" if dry_run else "resumed")
 
 
@@ -60,6 +61,12 @@ def format_run(summary: RunSummary | None) -> Iterator[tuple[str, str]]:
         yield f"{format_labels(summary.labels)}{created}", "cyan"
     if cancellation := format_cancellation(summary):
         yield cancellation, "yellow"
+
+
+def _exists(store: StepRunStore, run: str) -> bool:
+    """Returns whether there is a run. Like a change, raises CorruptRunError if it is corrupt, and not only a step."""
+    store.completed_steps(run, limit=1)
+    return store.summarize_run(run) is not None
 
 
 def _report(run: str, found: bool, what: str) -> None:

@@ -6,6 +6,7 @@ import getpass
 import json
 import socket
 import sys
+import time
 from collections import Counter
 from datetime import timedelta
 from typing import Any, Final, cast
@@ -17,6 +18,7 @@ from squidstep_redis import (
     CorruptRunError,
     ServerError,
     StaleStepRunError,
+    StepRun,
     StepRunStore,
     StepStatus,
 )
@@ -39,6 +41,7 @@ from squidstep_redis.escaping import escaped
 from squidstep_redis.formatting import format_lease
 
 _STEPS_PER_BATCH: Final = 1_000
+_OLDEST: Final = timedelta(days=3_660)  # that `purge` accepts
 _LEASE: Final = 30  # seconds, of the claim of `complete`
 
 
@@ -75,9 +78,7 @@ def retry_command(
         if not targets:
             fail(f"run {runs[0]!r}: nothing to retry" if len(runs) == 1 else "nothing to retry", 1)
         if dry_run:
-            for run, step in targets:
-                print_line(f"would retry {step} of {run}")
-            return
+            sys.exit(0 if _print_plan(store, targets, named=not every and filters.step is not None) else 1)
         if every:
             of_runs = format_run_count(len({run for run, _ in targets}))
             confirm(f"retry {len(targets):,} failed steps of {of_runs}", yes=yes, dry_run=False)
@@ -127,6 +128,41 @@ def _retry(store: StepRunStore, targets: list[tuple[str, str]]) -> int:
                 retried += 1
                 print_line(f"pending: {step} of {run}")
     return retried
+
+
+def _print_plan(store: StepRunStore, targets: list[tuple[str, str]], *, named: bool) -> int:
+    """Prints the steps that would be retried, and reports those that would be refused; returns how many would be.
+
+    Args:
+        store: The store.
+        targets: The steps.
+        named: Whether the user named them: they may be in any state.
+    """
+    planned = 0
+    for run, step in targets:
+        if named and (state := _state_unless_ended(store, run, step)) is not None:
+            problem = f"run {run!r}, step {step!r}: it would not be retried: the step is {state}"
+            sys.stderr.write(f"squidstep: {escaped(problem)}\n")
+        else:
+            planned += 1
+            print_line(f"would retry {step} of {run}")
+    return planned
+
+
+def _state_unless_ended(store: StepRunStore, run: str, step: str) -> str | None:
+    """Returns the state of a step that is completed, or has a live claim; None if it can be retried."""
+    explained = store.explain_step(run, step)
+    current = store.get_step_run(run, step)
+    if explained is None or current is None or explained.reason not in ("completed", "leased", "unleased"):
+        return None
+    return _state(current)
+
+
+def _state(step_run: StepRun) -> str:
+    """Returns the state of a step, such as `running by worker-1, lease ends in 5 s`."""
+    held = f" by {step_run.owner}" if step_run.owner else ""
+    lease = f", {lease}" if (lease := format_lease(step_run)) else ""
+    return f"{step_run.status}{held}{lease}"
 
 
 def _owner(command: str = "retry") -> str:
@@ -186,6 +222,8 @@ def complete_command(options: StoreOptions, run: str, step: str, output: str, dr
         store.calls.complete_step(current.id, payload)  # rejects an output that cannot be stored; it sends nothing
         if (summary := store.summarize_run(run)) is not None and summary.cancel_reason is not None:
             fail(f"run {run!r}, step {step!r}: nothing was stored: the run is cancelled; resume it first", 1)
+        if (state := _state_unless_ended(store, run, step)) is not None:
+            fail(f"run {run!r}, step {step!r}: nothing was stored: the step is {state}", 1)
         owner = _owner("complete")
         if not confirm(f"complete {step} of {run}, which is {current.status}", yes=yes, dry_run=dry_run):
             return
@@ -193,10 +231,7 @@ def complete_command(options: StoreOptions, run: str, step: str, output: str, dr
             # Claiming a failed step would replace its input. It may have failed since it was shown, and be final.
             store.retry_step(run, step, owner=owner)
         except StaleStepRunError as error:
-            held = f" by {error.current.owner}" if error.current.owner else ""
-            lease = f", {lease}" if (lease := format_lease(error.current)) else ""
-            problem = f"nothing was stored: the step is {error.current.status}{held}{lease}"
-            fail(f"run {run!r}, step {step!r}: {problem}", 1)
+            fail(f"run {run!r}, step {step!r}: nothing was stored: the step is {_state(error.current)}", 1)
         begun = store.begin_step(run, step, {}, lease=_LEASE, owner=owner, fingerprint=False)
         if begun.decision == "skip":
             fail(f"run {run!r}, step {step!r}: the output was not stored: the step is {begun.reason}", 1)
@@ -230,6 +265,9 @@ def delete_command(options: StoreOptions, runs: tuple[str, ...], tombstone: floa
     the runs does not exist, nothing is deleted, and the exit code is 1.
     """
     with store_or_exit(options) as store:
+        runs = tuple(dict.fromkeys(runs))  # one that is named twice is one run
+        for run in runs:
+            store.calls.delete_run(run, tombstone=tombstone)  # rejects a tombstone; it sends nothing
         contents = [f"{run} ({_contents(store, run)})" for run in runs]
         what = contents[0] if len(runs) == 1 else f"{format_run_count(len(runs))}: {', '.join(contents)}"
         if confirm(f"delete {what}", yes=yes, dry_run=dry_run):
@@ -275,7 +313,7 @@ def purge_command(
     Redelivered steps of a deleted run are re-executed. The command does not block workers while it scans and deletes.
     A run that changes in the meantime is not deleted.
     """
-    console = Console(stderr=True)
+    console, began = Console(stderr=True), time.monotonic()
     with store_or_exit(options) as store:
         with console.status("scanning for runs"):
             found = store.purge(older_than, run_id_prefix=run_prefix, status=status, dry_run=True)
@@ -285,6 +323,8 @@ def purge_command(
             examples = ", ".join(summary.run_id for summary in found[:3]) + (", …" if len(found) > 3 else "")
             if not confirm(f"delete {format_run_count(len(found))}: {examples}", yes=yes, dry_run=dry_run):
                 return
+            # Runs that have grown old enough since they were counted were not shown.
+            older_than = min(older_than + timedelta(seconds=time.monotonic() - began), max(older_than, _OLDEST))
             with console.status("deleting"):
                 found = store.purge(older_than, run_id_prefix=run_prefix, status=status)
             if not as_json:

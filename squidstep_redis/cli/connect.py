@@ -30,6 +30,8 @@ from squidstep_redis.formatting import opaque_calls
 UNREACHABLE: Final = (RedisError, RedisClusterException)
 """The error that `open_store` raises when every node of a cluster is unreachable."""
 
+_UNREADABLE: Final = (AttributeError, LookupError, TypeError, ValueError)  # what redis-py raises for such a reply
+
 # For cluster clients. They match `StepRunStore.from_url`: the client does not retry, because the store does.
 CLUSTER_OPTIONS: Final[dict[str, Any]] = {
     "protocol": 2,
@@ -70,7 +72,12 @@ def open_store(options: StoreOptions, *, timeout: float | None = None) -> Genera
             yield store
             return
     connect: Any = redis.RedisCluster.from_url  # redis-py leaves parts of its types unknown
-    with connect(options.url, **CLUSTER_OPTIONS) as cluster:
+    try:
+        cluster = connect(options.url, **CLUSTER_OPTIONS)
+    except _UNREADABLE as error:
+        problem = f"redis-py cannot read the reply to CLUSTER SLOTS: {type(error).__name__}: {error}"
+        raise RedisClusterException(problem) from None
+    with cluster:
         yield StepRunStore(cluster, prefix=options.prefix, codec=options.codec)
 
 
@@ -133,6 +140,10 @@ def _is_cluster(client: Any) -> bool:
     """
     try:
         slots = client.execute_command("CLUSTER SLOTS")
+    except UnicodeError as error:  # for an invalid host name
+        raise redis.ConnectionError(f"The name of the server's host is not valid: {error}") from None
+    except _UNREADABLE:
+        return False
     except UNREACHABLE as error:
         if type(error) is redis.ConnectionError:
             raise

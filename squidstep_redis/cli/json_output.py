@@ -24,6 +24,12 @@ def as_dict(record: StepRun | RunSummary | Attempt) -> dict[str, Any]:
     return {name: _convert(record, name) for name in _FIELDS[type(record)]}
 
 
+def as_shown(step_run: StepRun, run: RunSummary | None) -> dict[str, Any]:
+    """Converts a step run, with what `show` says about its run; None: the run has been deleted meanwhile."""
+    labels = dict(run.labels) if run else dict[str, str]()
+    return {**as_dict(step_run), "labels": labels, "cancel_reason": run.cancel_reason if run else None}
+
+
 def as_listed(step_run: StepRun) -> dict[str, Any]:
     """Converts a step run for a list, which shows its last error and no other payload."""
     return {name: _convert(step_run, name) for name in _FIELDS[StepRun] if name not in _NOT_LISTED}

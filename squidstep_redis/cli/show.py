@@ -24,7 +24,7 @@ from squidstep_redis.cli.formatting import (
     format_payload,
     widest,
 )
-from squidstep_redis.cli.json_output import as_dict
+from squidstep_redis.cli.json_output import as_dict, as_shown
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
 from squidstep_redis.cli.output import fail, print_json, print_text, terminal_width
 from squidstep_redis.durations import format_duration
@@ -54,17 +54,19 @@ def show_command(
         else:
             found = store.get_step_run(run, step)
             step_runs, attempts = ([found], read_attempts(store, run, [step])[0]) if found else ([], [])
-        summary = None if as_json else store.summarize_run(run)
+        summary = store.summarize_run(run)
     if not step_runs:
         fail(f"run {run!r}: no such run" if step is None else f"run {run!r}, step {step!r}: no such step", 1)
+    if step is not None and status not in (None, step_runs[0].status):
+        fail(f"run {run!r}, step {step!r}: the step is {step_runs[0].status}, not {status}", 1)
     counts = summary.counts if summary else Counter(each.status for each in step_runs)
     step_runs = [each for each in step_runs if status in (None, each.status)]
     if not as_json:
         print_text(*render_steps(run, step_runs, attempts, full=full, counts=counts, summary=summary))
     elif step is None:
-        print_json([as_dict(each) for each in step_runs])
+        print_json([as_shown(each, summary) for each in step_runs])
     else:
-        print_json({**as_dict(step_runs[0]), "attempts": [as_dict(attempt) for attempt in attempts]})
+        print_json({**as_shown(step_runs[0], summary), "attempts": [as_dict(attempt) for attempt in attempts]})
 
 
 def render_steps(

@@ -8,7 +8,7 @@ from typing import IO
 
 import click
 
-from squidstep_redis import InvalidArgumentError, RunDeletedError, RunExistsError
+from squidstep_redis import InvalidArgumentError, RunExistsError, ServerError, SquidstepError
 from squidstep_redis.cli.completion import run_argument, runs_argument
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.options import StoreOptions, dry_run_option, json_option, store_options
@@ -24,11 +24,20 @@ def export_command(options: StoreOptions, runs: tuple[str, ...]) -> None:
     """Writes runs as lines of JSON.
 
     It writes one line per run, for `import`. The lines contain all payloads as JSON, whatever the store's codec, and
-    the tokens of claims: protect the file like the store. The exit code is 1 if a run does not exist.
+    the tokens of claims: protect the file like the store. The exit code is 1 if a run was not exported: it does not
+    exist, or is corrupt.
     """
+    rejected = 0
     with store_or_exit(options) as store:
         for run in runs:
-            print_json_line(store.export_run(run))
+            try:
+                print_json_line(store.export_run(run))
+            except (InvalidArgumentError, ServerError):
+                raise
+            except SquidstepError as error:  # it must not hide the others
+                rejected += 1
+                sys.stderr.write(f"squidstep: {escaped(str(error))}\n")
+    sys.exit(1 if rejected else 0)
 
 
 @click.command("import", epilog="Example: squidstep export order-1 | squidstep import -u redis://other:6379")
@@ -39,9 +48,9 @@ def import_command(options: StoreOptions, file: IO[bytes], dry_run: bool) -> Non
     """Creates the runs that `export` wrote. Each run is created completely or not at all.
 
     An existing run is never overwritten. Claims are also imported: a worker that has claimed a step can complete it in
-    this store. The exit code is 1 if a run was not imported.
+    this store, if it has the prefix of the other one. The exit code is 1 if a run was not imported.
     """
-    rejected = 0
+    rejected, planned = 0, set[str]()
     with store_or_exit(options) as store:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -50,12 +59,15 @@ def import_command(options: StoreOptions, file: IO[bytes], dry_run: bool) -> Non
                 document = json.loads(line.decode())
                 if dry_run:
                     run = from_document(document, store.calls.payloads).run_id
-                    if store.step_statuses(run):
+                    if run in planned or store.send(store.calls.step_statuses(run)._replace(if_deleted=None)):
                         raise RunExistsError(run)
+                    planned.add(run)
                 else:
                     run = store.import_run(document)
                 print_line(f"{'would import' if dry_run else 'imported'} {run}")
-            except (RunExistsError, RunDeletedError, InvalidArgumentError, ValueError, RecursionError) as error:
+            except ServerError:
+                raise
+            except (SquidstepError, ValueError, RecursionError) as error:
                 rejected += 1
                 sys.stderr.write(escaped(f"squidstep: line {number}: {error}") + "\n")
     sys.exit(1 if rejected else 0)

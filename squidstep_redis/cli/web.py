@@ -55,8 +55,8 @@ def web_command(
         is_cluster = isinstance(store.client, RedisCluster)
     try:
         listening = listen(host, port)
-    except OSError as error:
-        fail(f"cannot listen on {host}, port {port}: {error.strerror or error}", 1)
+    except (OSError, UnicodeError) as error:  # the latter for an invalid host name
+        fail(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}", 1)
     with listening:
         address, port = listening.getsockname()[:2]
         if not ipaddress.ip_address(address).is_loopback:

@@ -51,8 +51,8 @@ def import_run(context: Context, document: Mapping[str, Any]) -> Call[str]:
     """Creates a run from a document that `export_run` returned: on any server, under any prefix, with any codec.
 
     One round trip, all or nothing; a run of 10,000 steps blocks the server for about 0.15 s. `get_run` and
-    `attempts` return the same for the copy and the original. Claims are included: their holders can complete them here
-    and, while the run exists there, on the old server. The `ttl` restarts.
+    `attempts` return the same for the copy and the original. Claims are included: their holders can complete them here,
+    in a store with the same prefix, and, while the run exists there, on the old server. The `ttl` restarts.
 
     Args:
         document: what `export_run` returned, also after `json.dumps` and `json.loads`.

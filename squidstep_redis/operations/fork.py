@@ -117,7 +117,8 @@ def _fork_run(
     forked = {step: _completed(context, source, step, fields) for step in order}
     copied = [each.step for each in forked.values()]
     if dry_run:
-        if (yield Send(step_statuses(context, new.text))):
+        found = step_statuses(context, new.text)._replace(if_deleted=None, part_of=_OPERATION)
+        if (yield Send(found)):
             raise RunExistsError(new.text)
         return copied
     copies = _fields(context, source, new, forked, fields)

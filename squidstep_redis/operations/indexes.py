@@ -311,7 +311,8 @@ def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun |
 
     def parse(reply: Reply) -> StepRun | bool:
         if len(reply) == 2:
-            return reply[0] == b"dropped" or mode == "lapsed"  # the script has corrected the score of a live claim
+            # For "other" of a lapsed claim, the script has corrected the score: the claim is live.
+            return reply[0] == b"dropped" or (mode == "lapsed" and reply[0] == b"other")
         if payloads:
             return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
         line, error = reply[2:]

@@ -94,13 +94,17 @@ class Bucket:
     def load(self, part: Reply) -> int:
         """Adds a part that was read; returns the server's work, in entries scanned."""
         newest, skip, count, entries, work = part
-        self._newest, self._skip = newest or None, b"%d" % int(skip)
+        ties = {each.position for each in self.entries if each.position[0] == self.loaded_to}
+        # The next part reads the runs of its first time again: if one of them is deleted in between, skipping as many
+        # as were read would pass over another run. Counts must be exact, and parts must get on.
+        must_skip = not self.size or (newest == self._newest and self.size == _MAX_PART)
+        self._newest, self._skip = newest or None, b"%d" % int(skip) if must_skip else b"0"
         self.count += int(count)
         self.size = min(self._growth * self.size, _MAX_PART)
         for member, ms in pairs(entries):
             run_id, labels = run_of_member(member)
             position = (-listed_at(ms), run_id)
-            if self._after is None or position > self._after:
+            if position not in ties and (self._after is None or position > self._after):
                 self.entries.append(Entry(position, labels))
         return int(work)
 

@@ -16,6 +16,10 @@ from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 
 
+class NotAllScheduled(list[str]):
+    """The newly scheduled steps, if others were not scheduled because the run is cancelled."""
+
+
 class StepInput(NamedTuple):
     """A step and its input, as they are sent; the fingerprint is empty for none."""
 
@@ -123,7 +127,8 @@ def schedule_steps(
         if reply[0] == b"mismatch":
             given = next(each for each in inputs if each.step.data == reply[2])
             raise mismatch(run.text, given.step.text, given.fingerprint, reply)
-        return [inputs[int(position)].step.text for position in sorted(reply[2:])]
+        scheduled = [inputs[int(position)].step.text for position in sorted(reply[2:])]
+        return NotAllScheduled(scheduled) if reply[0] == b"cancelled" else scheduled
 
     args = (new_token()[:8], settings_of_new_run(context, labels), *to_schedule(inputs))
     return Call(run.text, script("schedule_steps"), run.keys[:2], args, parse)

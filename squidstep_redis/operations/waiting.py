@@ -13,10 +13,12 @@ from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import Run
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import BlockOnStream, Send, Sleep, Workflow
+from squidstep_redis.server_errors import ServerError
 from squidstep_redis.steady import steady_time as time
 
 _FIRST_POLL: Final = 0.02  # seconds between the first two polls for a record that does not exist yet
 _LAST_POLL: Final = 1.0
+_LAST_ATTEMPT: Final = 0.1  # seconds that the last poll has for a connection
 
 
 def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds) -> Workflow[StepRun]:
@@ -30,17 +32,17 @@ def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds)
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
         step: the step: a non-empty str of at most 512 bytes of UTF-8, or an enum member (its value if that is a
             str, else its name).
-        timeout: seconds to wait at most, from 0.001 to a day.
+        timeout: seconds to wait, from 0.001 to a day; if the server does not reply, one attempt more.
 
     Returns:
         The completed or failed step run. If a failed step is retried, call this again to wait for the new attempt.
 
     Raises:
-        WaitTimeoutError: the step did not end in time.
+        WaitTimeoutError: the step did not end in time, as far as it could be read.
         RunDeletedError: the run was deleted.
         InvalidArgumentError: an argument was rejected before anything was sent.
         CorruptRunError: the stored data is corrupt.
-        ServerError: the server or the connection failed.
+        ServerError: the server or the connection failed, for the store's timeout, or before the first poll had a reply.
     """
     run = context.keys.run(run_id)
     name = arguments.step(step)
@@ -51,8 +53,16 @@ def wait_for_step(context: Context, run_id: RunId, step: Step, timeout: Seconds)
 def _wait(context: Context, run: Run, step: Name, limit: float) -> Workflow[StepRun]:
     end = time.monotonic() + limit
     pause = _FIRST_POLL
+    step_run, has_polled = None, False
     while True:
-        step_run, last = yield Send(_await_step(context, run, step))
+        left = end - time.monotonic()
+        try:
+            step_run, last = yield Send(_await_step(context, run, step), max(left, _LAST_ATTEMPT))
+        except ServerError as error:
+            if has_polled and error.transient and time.monotonic() >= end:  # which was too soon for a reply
+                raise WaitTimeoutError(run.text, step.text, limit, step_run) from error
+            raise
+        has_polled = True
         if step_run is not None and last is None:
             return step_run
         left = end - time.monotonic()
@@ -62,7 +72,9 @@ def _wait(context: Context, run: Run, step: Name, limit: float) -> Workflow[Step
             yield Sleep(min(pause, left))
             pause = min(2 * pause, _LAST_POLL)
         else:
-            yield BlockOnStream(run.stream, last, min(left, _LAST_POLL))
+            has_reply = yield BlockOnStream(run.stream, last, min(left, _LAST_POLL))
+            if not has_reply and time.monotonic() > end + _LAST_ATTEMPT:  # a further attempt might take as long
+                raise WaitTimeoutError(run.text, step.text, limit, step_run)
 
 
 def _await_step(context: Context, run: Run, step: Name) -> Call[tuple[StepRun | None, bytes | None]]:

@@ -8,7 +8,7 @@ and resumes the generator with the result. What the generator returns is the res
     SendBatch(calls)     sends them together, with retries    a list: for each call its result or its error
     Broadcast(commands)  sends commands to every server       a dict: by server, a list of replies or errors
     Sleep(seconds)       pauses                               None
-    BlockOnStream(...)   blocks until the stream grows        None, possibly early
+    BlockOnStream(...)   blocks until the stream grows        whether the server replied; possibly early
 
 `transport/blocking.py` and `transport/aio.py` each have one `run_workflow`. This module does no I/O.
 """
@@ -26,9 +26,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Send(Generic[T]):
-    """Sends one call; the workflow receives its result, or its error is raised at the yield."""
+    """Sends one call; the workflow receives its result, or its error is raised at the yield.
+
+    Attributes:
+        call: what is sent.
+        seconds: until its last attempt, if that is sooner than the store's timeout; None: that timeout.
+    """
 
     call: Call[T]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class StepFaults:
         fault = self._add("killed_at", operation, 1, run, step)
         try:
             yield
-        except WorkerKilled:
+        except* WorkerKilled:  # a group of tasks raises it in a group
             pass
         finally:
             self._killed = None

@@ -109,6 +109,7 @@ class StepKit:
         stack.callback(client.close)
         stack.callback(guard.close)
         self.store = StepRunStore(client, **self._settings)
+        stack.callback(self.store.close)  # else its threads would outlive the block for some seconds
         self.async_store = AsyncStepRunStore(async_client, **self._settings)
         for each in (client, async_client):
             _kits[each] = self

@@ -15,7 +15,8 @@ from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, Se
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import driver
 from squidstep_redis.transport.aio_cluster import ClusterConnections, HookedCluster
-from squidstep_redis.transport.aio_connection import AsyncConnections, HookedClient, OwnConnections
+from squidstep_redis.transport.aio_connection import AsyncConnections, OwnConnections
+from squidstep_redis.transport.aio_hooked import HookedClient
 from squidstep_redis.transport.aio_pool import PooledConnections
 from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
 from squidstep_redis.transport.client import has_plain_stream
@@ -94,16 +95,18 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         limit = self.timeout
         return {name: [reply async for reply in _replies(server, commands, limit)] for name, server in servers.items()}
 
-    async def block_on_stream(self, effect: BlockOnStream) -> None:
-        """Blocks until the stream grows, at most for half of the client's timeout."""
+    async def block_on_stream(self, effect: BlockOnStream) -> bool:
+        """Blocks until the stream grows, at most for half of the client's timeout. Returns whether it got a reply."""
         deadline = time.monotonic() + effect.seconds
         try:
             node = await self._connections().node_of(effect.stream)
             (reply,) = await node.send([effect.command(self.longest_read / 2)], as_it_is, deadline, blocks=True)
+            has_reply = True
         except FAILURES as error:
-            reply = error
+            reply, has_reply = error, False
         if isinstance(reply, Exception):  # the server may have refused at once; the next poll shows the state
-            await asyncio.sleep(min(effect.seconds, 0.1))
+            await asyncio.sleep(max(0.0, min(deadline - time.monotonic(), 0.1)))
+        return has_reply
 
     def _hooked_client(self) -> AsyncConnections:
         return HookedCluster(self.client) if self.is_cluster else HookedClient(self.client)
@@ -181,14 +184,14 @@ async def run_workflow(transport: AsyncTransport, workflow: Workflow[T]) -> T:
             outcome: Any = None
             try:
                 match effect:
-                    case Send(call):
-                        outcome = await transport.send(call)
+                    case Send(call, seconds):
+                        outcome = await (transport if seconds is None else transport.limited(seconds)).send(call)
                     case SendBatch(calls):
                         outcome = await transport.send_batch(calls)
                     case Sleep():
                         await asyncio.sleep(effect.seconds)
                     case BlockOnStream():
-                        await transport.block_on_stream(effect)
+                        outcome = await transport.block_on_stream(effect)
                     case Broadcast(commands):
                         outcome = await transport.broadcast(commands)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles

@@ -20,7 +20,8 @@ from redis.exceptions import AskError, MovedError
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.steady import steady_time as time
-from squidstep_redis.transport.aio_connection import AsyncConnections, HookedClient, OwnConnections, drop, is_foreign
+from squidstep_redis.transport.aio_connection import AsyncConnections, OwnConnections, drop, is_foreign
+from squidstep_redis.transport.aio_hooked import HookedClient
 from squidstep_redis.transport.aio_pool import round_trip_on
 from squidstep_redis.transport.aio_tasks import result_of
 from squidstep_redis.transport.client import has_plain_stream
@@ -114,7 +115,7 @@ class ClusterConnections(AsyncConnections):
         task = self._learning
         if task is None or task.done() or task.get_loop() is not loop:
             task = self._learning = loop.create_task(self._ask_nodes(), name="squidstep-topology")
-        return await result_of(task)
+        return await result_of(task, None)
 
     async def _ask_nodes(self) -> Exception | None:
         manager = self._client.nodes_manager

@@ -1,6 +1,6 @@
 """The connections of the asyncio transport: how bytes get to one server and replies come back.
 
-There are the same three ways as in `connection.py`; the one for a user's pool is in `aio_pool.py`. `OwnConnections`
+There are the same three ways as in `connection.py`; two are in `aio_pool.py` and `aio_hooked.py`. `OwnConnections`
 multiplexes: in each event loop, all tasks share one connection. What they send within one iteration of the loop shares
 a few writes, and the replies are matched in order. The reply to a cancelled call is read and dropped. Large payloads,
 and commands that make the server wait, use their own connections, because they would delay all others.
@@ -26,18 +26,17 @@ from redis.exceptions import (
     ConnectionError,
     RedisClusterException,
     RedisError,
-    ResponseError,
     TimeoutError,
 )
 
-from squidstep_redis.protocol.call import OPTIONS, Call, Command
+from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.server_errors import ReplyMismatchError
 from squidstep_redis.signals import is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio_tasks import cancellations, raise_swallowed_cancellation, result_of
-from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, probed
+from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection
 from squidstep_redis.transport.link import Link, close_socket
-from squidstep_redis.transport.retry import RoundTripError, as_redis_error, check_resent, is_demotion, undecided
+from squidstep_redis.transport.retry import RoundTripError
 from squidstep_redis.transport.stream import Read, chunks, pack_command
 
 _MAX_IDLE: Final = 16
@@ -131,7 +130,7 @@ class OwnConnections(AsyncConnections):
         if link is None or not link.is_open:
             link = await self._connect_shared(links, deadline)
         while link.is_open and not link.has_room:
-            await link.room()
+            await link.room(deadline)
         results = _read_all(link, await link.submit(data, len(commands), deadline), read)
         if link.is_demoted:
             links.close_idle()  # they lead to the same server
@@ -219,10 +218,13 @@ class OwnConnections(AsyncConnections):
 
     async def _connect_shared(self, links: _Links, deadline: float) -> Link:
         """Opens the shared connection once for all tasks that need it, so that none interrupts its handshake."""
-        if links.connecting is None:
+        seconds = None  # of a task that was started for this call: it has the same limit
+        if links.connecting is not None:
+            seconds = seconds_to_connect(self._template(), deadline)
+        else:
             links.connecting = asyncio.get_running_loop().create_task(self._open(deadline), name="squidstep-connect")
             links.connecting.add_done_callback(links.on_connected)
-        return await result_of(links.connecting)
+        return await result_of(links.connecting, seconds)
 
     async def _open(self, deadline: float) -> Link:
         connection = self._template()
@@ -340,51 +342,6 @@ def _like(client: Any) -> Any:
     """Returns a client with the settings of another client, but with its own connections."""
     pool = client.connection_pool
     return type(client)(connection_pool=type(pool)(connection_class=pool.connection_class, **pool.connection_kwargs))
-
-
-class HookedClient(AsyncConnections):
-    """A client whose `execute_command` has to see every command."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    async def send(
-        self, commands: Sequence[Command], read: Read, deadline: float = inf, *, blocks: bool = False
-    ) -> list[Any]:
-        name, plain = probed(commands)
-        before = cancellations()
-        is_reusable = False
-        try:
-            try:
-                if len(plain) == 1:
-                    replies = [await _reply_or_error(self._client, plain[0])]
-                else:
-                    pipeline: Any = self._client.pipeline(transaction=False)
-                    for command in plain:
-                        pipeline.execute_command(*command, **OPTIONS)
-                    replies = await pipeline.execute(raise_on_error=False)
-            except Exception as error:
-                cause = undecided(as_redis_error(error), name.times_packed * len(plain))
-                raise RoundTripError(cause, sent=name.times_packed > 0) from error
-            if name.times_packed > 1:
-                check_resent(replies, name.times_packed)
-            results = [read(index, reply) for index, reply in enumerate(replies)]
-            is_reusable = not any(isinstance(reply, Exception) and is_demotion(reply) for reply in replies)
-        finally:
-            # The client has released the connection, and would use it for its next command, even if its handshake was
-            # interrupted and it has another database or no credentials.
-            if not is_reusable and hasattr(self._client, "connection_pool"):
-                for connection in idle_of(self._client.connection_pool):
-                    drop(connection)
-        await raise_swallowed_cancellation(before)
-        return results
-
-
-async def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
-    try:
-        return await client.execute_command(*command, **OPTIONS)
-    except ResponseError as error:
-        return error
 
 
 def seconds_to_connect(connection: Any, deadline: float) -> float | None:

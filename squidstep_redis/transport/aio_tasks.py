@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 from typing import TypeVar
 
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, TimeoutError
 
 from squidstep_redis.transport.retry import RoundTripError
 
 T = TypeVar("T")
 
 
-async def result_of(task: asyncio.Task[T]) -> T:
-    """Waits for a task that works for several others, even if one of them is cancelled; returns its result.
+async def result_of(task: asyncio.Task[T], seconds: float | None) -> T:
+    """Waits for a task that connects for several others, even if one of them is cancelled; returns its result.
+
+    Args:
+        task: the task, which continues in any case.
+        seconds: how long to wait at most; None: no limit.
 
     Raises:
-        RoundTripError: something has cancelled the task itself, such as a program that cancels all tasks but its own.
+        RoundTripError: it took longer, or something has cancelled the task itself, such as a program that cancels all
+            tasks but its own.
     """
-    await asyncio.wait((task,))
+    await asyncio.wait((task,), timeout=seconds)
+    if not task.done():
+        raise RoundTripError(TimeoutError("Timeout connecting to server"), sent=False)
     if task.cancelled():
         raise RoundTripError(ConnectionError("Connecting was interrupted."), sent=False)
     return task.result()

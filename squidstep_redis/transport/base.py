@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, TypeVar
+from copy import copy
+from typing import Any, Generic, Self, TypeVar
 
 from squidstep_redis.transport.batch import Durability
 from squidstep_redis.transport.client import ClientFacts, ClientHooks, has_plain_stream
@@ -48,6 +49,16 @@ class BaseTransport(ABC, Generic[Connections]):
             self._direct = self._own()
         else:
             self._direct = self._pooled()
+
+    def limited(self, seconds: float) -> Self:
+        """Returns a transport that shares everything with this one, and whose last attempts begin sooner.
+
+        Args:
+            seconds: until the last attempt of a call, at most.
+        """
+        limited = copy(self)
+        limited.timeout = min(self.timeout, seconds)
+        return limited
 
     @abstractmethod
     def _hooked_client(self) -> Connections:

@@ -72,16 +72,18 @@ class BlockingTransport(BaseTransport[Connections]):
             return {"": [cause_of(error)] * len(commands)}
         return {name: list(_replies(server, commands, self.timeout)) for name, server in servers.items()}
 
-    def block_on_stream(self, effect: BlockOnStream) -> None:
-        """Blocks until the stream grows, at most for half of the client's timeout."""
+    def block_on_stream(self, effect: BlockOnStream) -> bool:
+        """Blocks until the stream grows, at most for half of the client's timeout. Returns whether it got a reply."""
         deadline = time.monotonic() + effect.seconds
         try:
             node = self._connections().node_of(effect.stream)
             (reply,) = node.send([effect.command(self.longest_read / 2)], as_it_is, deadline)
+            has_reply = True
         except FAILURES as error:
-            reply = error
+            reply, has_reply = error, False
         if isinstance(reply, Exception):  # the server may have refused at once; the next poll shows the state
-            time.sleep(min(effect.seconds, 0.1))
+            time.sleep(max(0.0, min(deadline - time.monotonic(), 0.1)))
+        return has_reply
 
     def _hooked_client(self) -> Connections:
         return HookedCluster(self.client) if self.is_cluster else HookedClient(self.client)
@@ -184,14 +186,14 @@ def run_workflow(transport: BlockingTransport, workflow: Workflow[T], sleep: Cal
             outcome: Any = None
             try:
                 match effect:
-                    case Send(call):
-                        outcome = transport.send(call)
+                    case Send(call, seconds):
+                        outcome = (transport if seconds is None else transport.limited(seconds)).send(call)
                     case SendBatch(calls):
                         outcome = transport.send_batch(calls)
                     case Sleep():
                         sleep(effect.seconds)
                     case BlockOnStream():
-                        transport.block_on_stream(effect)
+                        outcome = transport.block_on_stream(effect)
                     case Broadcast(commands):
                         outcome = transport.broadcast(commands)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles

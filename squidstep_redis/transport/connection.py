@@ -237,8 +237,12 @@ class PooledConnections(Connections):
         callers.add(thread)
         try:
             halves = self.in_halves(commands, read, deadline)
-            next(halves)
-            return second_half(halves)
+            try:
+                next(halves)
+                return second_half(halves)
+            except BaseException:
+                halves.close()  # the garbage collector would do it late, and at any instruction
+                raise
         finally:
             callers.discard(thread)
 

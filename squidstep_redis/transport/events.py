@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, cast
 from squidstep_redis.errors import StaleStepRunError, StepRunNotFoundError
 from squidstep_redis.escaping import escaped
 from squidstep_redis.model import BeginResult, ScheduleResult, StepRun
+from squidstep_redis.operations.schedule import NotAllScheduled
 from squidstep_redis.protocol.call import Call
 
 _log: Final = logging.getLogger("squidstep_redis")
@@ -48,10 +49,10 @@ class Event(NamedTuple):
     """One decision of a store, or an error that prevented one.
 
     Attributes:
-        kind: "execute" or "skip" for a step to begin; "complete", "fail", "release", "extend", "checkpoint",
-            "schedule", "retry", "cancel", "resume", "import" and "fork" for the operation of that name; "expire" for a
-            claim, or for a run that will expire; "delete" for pending steps, or for a run; "refuse" if the claim was no
-            longer held; "error" for any other error.
+        kind: "execute" or "skip" for a step to begin, and "skip" for steps to schedule in a cancelled run; "complete",
+            "fail", "release", "extend", "checkpoint", "schedule", "retry", "cancel", "resume", "import" and "fork" for
+            the operation of that name; "expire" for a claim, or for a run that will expire; "delete" for pending steps,
+            or for a run; "refuse" if the claim was no longer held; "error" for any other error.
         operation: the method, or the script, that was sent.
         run_id: the run; for a fork, the new run.
         step: the step; None if a call is about several steps.
@@ -147,6 +148,10 @@ def events_of(call: Call[Any], result: object, seconds: float, batched: bool, pr
         begun = [result] if isinstance(result, BeginResult) else cast("dict[str, BeginResult]", result).values()
         for each in begun:
             yield event(each.decision, each.step_run, each.reason, each.takeover)
+    elif isinstance(result, NotAllScheduled):
+        if result:  # an earlier copy of this call has scheduled them
+            yield event("schedule", None)
+        yield event("skip", None, "cancelled")
     elif isinstance(result, ScheduleResult) and result.decision == "skip":
         if result.step_run.cancel_reason is not None:  # otherwise there was nothing to schedule
             yield event("skip", result.step_run, "cancelled")

@@ -49,10 +49,13 @@ def open_connection(connection: Any) -> Any:
 
 
 def _connect(connection: Any) -> None:
-    given, packer = connection.redis_connect_func, connection._command_packer
-    provider = connection.credential_provider
+    given, packer, provider = connection.redis_connect_func, connection._command_packer, connection.credential_provider
+    if isinstance(given, _SetUp):  # of a handshake after which an exception from outside came at once
+        given = given.given
+    if isinstance(provider, _Credentials):
+        provider = provider.given
 
-    def set_up(_: object) -> None:
+    def set_up() -> None:
         sock = connection._sock
         if connection.socket_timeout is not None:
             connection._sock = LimitedSocket(sock, connection.socket_timeout)
@@ -68,7 +71,7 @@ def _connect(connection: Any) -> None:
                         raise
                     raise ConnectionError("Connection closed by another thread.") from error
 
-    connection.redis_connect_func = set_up
+    connection.redis_connect_func = _SetUp(set_up, given)
     if provider is not None:
         connection.credential_provider = _Credentials(provider)
     # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.
@@ -80,15 +83,26 @@ def _connect(connection: Any) -> None:
         connection.credential_provider = provider
 
 
+class _SetUp:
+    """What redis-py calls to set up a connection, and what it would have called."""
+
+    def __init__(self, set_up: Callable[[], None], given: Any) -> None:
+        self._set_up = set_up
+        self.given = given
+
+    def __call__(self, _: object) -> None:
+        self._set_up()
+
+
 class _Credentials:
     """The user's provider of credentials, as redis-py sees it while it sets up a connection."""
 
     def __init__(self, provider: Any) -> None:
-        self._provider = provider
+        self.given = provider
 
     def get_credentials(self) -> Any:
         """Returns the credentials; raises a redis-py error if there are none."""
-        return _as_connection(self._provider.get_credentials)
+        return _as_connection(self.given.get_credentials)
 
 
 def _as_connection(function: Callable[..., Any], *args: Any) -> Any:

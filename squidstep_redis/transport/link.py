@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from math import inf
 from threading import get_ident
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from squidstep_redis.transport.stream import MORE, PUSH, new_reader
 
 _MAX_PENDING: Final = 10_000  # calls on one connection
 _MAX_UNSENT_BYTES: Final = 1_048_576  # of the calls that are written together
+_SHORTEST_CHECK: Final = 0.01  # seconds between two looks at all round trips
 
 
 class _Pending:
@@ -75,11 +77,28 @@ class Link(asyncio.Protocol):
             and len(self._sent) + len(self._unsent) < _MAX_PENDING
         )
 
-    async def room(self) -> None:
-        """Waits until `has_room` may have changed."""
+    async def room(self, deadline: float) -> None:
+        """Waits until `has_room` may have changed.
+
+        Args:
+            deadline: when the call's timeout ends.
+
+        Raises:
+            RoundTripError: it has not changed until then.
+        """
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise RoundTripError(TimeoutError("Timeout waiting for the server to read earlier calls"), sent=False)
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
-        await waiter
+        timer = None if left == inf else self._loop.call_later(left, _resolve, waiter)
+        try:
+            await waiter
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with contextlib.suppress(ValueError):  # it was woken
+                self._waiters.remove(waiter)
 
     def submit(self, data: bytes, count: int, deadline: float) -> asyncio.Future[list[Any]]:
         """Sends packed commands, at the latest after this iteration of the loop, together with those of other tasks.
@@ -161,16 +180,26 @@ class Link(asyncio.Protocol):
         """Fails all round trips if the server has completed no reply within the timeout.
 
         A batch whose replies arrive slowly, but within the timeout, exceeds its call's deadline by no more than that.
+        Nor does a round trip that waits for earlier ones, whose calls may have later deadlines.
         """
         self._timer = None
         if not self._sent or self._timeout is None:
             return
+        now = time.monotonic()
         left = self._progress_at + self._timeout - self._loop.time()
-        left = min(left, self._sent[0].deadline + self._timeout - time.monotonic())
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._check_progress)
-        else:
+        left = min(left, self._sent[0].deadline + self._timeout - now)
+        if left <= 0:
             self._fail(TimeoutError("Timeout reading from socket"))
+            return
+        for round_trip in self._sent:
+            left_of_this = round_trip.deadline + self._timeout - now
+            if left_of_this < left and not round_trip.future.done():
+                if left_of_this > 0:
+                    left = left_of_this
+                else:  # its replies are dropped
+                    late = RoundTripError(TimeoutError("Timeout waiting for the replies to earlier calls"), sent=True)
+                    round_trip.future.set_exception(late)
+        self._timer = self._loop.call_later(max(left, _SHORTEST_CHECK), self._check_progress)
 
     def data_received(self, data: bytes) -> None:
         """Matches replies with round trips, in order."""
@@ -234,8 +263,7 @@ class Link(asyncio.Protocol):
         if self.has_room or not self.is_open:
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+                _resolve(waiter)
 
     def _fail(self, error: RedisError) -> None:
         self.is_open = False
@@ -255,6 +283,11 @@ class Link(asyncio.Protocol):
             self._timer = None
         self._wake()
         self._transport.abort()
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def close_socket(transport: Any) -> None:

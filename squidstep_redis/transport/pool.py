@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -168,10 +168,9 @@ def _wait_for_place(pool: Any, deadline: float, taken: list[Any]) -> None:
 
 def _take(queue: Any, taken: list[Any]) -> bool:
     """Appends the last item of a queue to a list; returns whether there is one."""
-    # It makes no object. Python 3.11 may collect garbage when one is made, and a call that was interrupted gives its
-    # connection back then: the queue would lose that one, and keep the one that is taken.
-    items: list[Any] = queue.queue
-    take = partial(taken.extend, map(_pop, filter(None, (items,))))
+    # In one step: before Python 3.12, an allocation may collect garbage, and a finalizer may then give back another.
+    filled: Iterable[list[Any]] = filter(None, (queue.queue,))
+    take = partial(taken.extend, map(_pop, filled))
     _operation(queue.mutex.acquire, take, queue.mutex.release)()
     return bool(taken)
 

@@ -15,6 +15,7 @@ from squidstep_redis import (
     ServerError,
     SquidstepError,
     StaleStepRunError,
+    StepRun,
     StepRunNotFoundError,
     StepStatus,
 )
@@ -39,6 +40,10 @@ class Actions:
         """Makes a failed step pending."""
         form = await self._form(request)
         run_id, step = _required(form, "run"), _required(form, "step")
+        current = await self._reader.step_run(run_id, step)
+        if current is not None and current.status is StepStatus.FAILED and not _is_shown(form, current):
+            problem = f"it has failed again, in attempt {current.attempt}, since the page showed it"
+            raise StaleStepRunError(current, f"the step was not retried, because {problem}. Nothing was written")
         await self._store.retry_step(run_id, step, owner=_OWNER)
         return _see(request, "step", run=run_id, step=step, done="retried")
 
@@ -80,15 +85,10 @@ class Actions:
         current = await self._reader.step_run(run_id, step)
         if current is None:
             raise StepRunNotFoundError(run_id, step, "there is no such step run; nothing was written")
-        # The attempts of a run that was deleted and created again have the same numbers.
-        began = "" if current.started_at is None else current.started_at.isoformat()
-        if current.status is not StepStatus.RUNNING or (str(current.attempt), began) != (
-            attempt,
-            form.get("began", ""),
-        ):
+        if current.status is not StepStatus.RUNNING or not _is_shown(form, current):
             problem = f"it is {current.status} in attempt {current.attempt}, not running in attempt {attempt}"
             if current.status is StepStatus.RUNNING and str(current.attempt) == attempt:
-                problem = f"it is running in a different attempt {attempt}, which began at {began}"
+                problem = f"it is running in a different attempt {attempt}, which began at {_began(current)}"
             raise StaleStepRunError(current, f"the step was not released, because {problem}. Nothing was written")
         # Its id would also stand for a worker that has taken over since it was read.
         await self._store.release_step(current.with_claim())
@@ -124,6 +124,15 @@ class Actions:
         form = {name: values[-1] for name, values in fields.items()}
         check_form(request, self._settings, form.get("token", ""))
         return {**form, **request.query_params}
+
+
+def _is_shown(form: dict[str, str], current: StepRun) -> bool:
+    """Returns whether the page showed this attempt. Those of a run that was created again have the same numbers."""
+    return (str(current.attempt), _began(current)) == (form.get("attempt"), form.get("began", ""))
+
+
+def _began(current: StepRun) -> str:
+    return "" if current.started_at is None else current.started_at.isoformat()
 
 
 def _required(form: dict[str, str], name: str) -> str:

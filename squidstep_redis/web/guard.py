@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -39,6 +39,11 @@ def root_of(request: Request) -> str:
     """
     root = str(request.scope.get("root_path", "")).strip("/")
     return f"/{root}" if root else ""
+
+
+def cookie_path(request: Request) -> str:
+    """Returns the path of the application's cookies: as browsers send it, or they would keep the cookies back."""
+    return quote(root_of(request)) or "/"
 
 
 class Guard:
@@ -106,7 +111,7 @@ def set_form_cookie(request: Request, response: Response, cookie: str) -> None:
         response.set_cookie(
             _COOKIE,
             cookie,
-            path=root_of(request) or "/",
+            path=cookie_path(request),
             secure=request.url.scheme == "https",
             httponly=True,
             samesite="strict",

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
-from squidstep_redis.web.guard import root_of
+from squidstep_redis.web.guard import cookie_path
 from squidstep_redis.web.reads import Counts
 from squidstep_redis.web.settings import WebSettings
 
@@ -60,7 +60,7 @@ def set_look(request: Request, response: Response, look: str) -> None:
         _COOKIE,
         look,
         max_age=_MAX_AGE,
-        path=root_of(request) or "/",
+        path=cookie_path(request),
         secure=request.url.scheme == "https",
         httponly=True,
         samesite="strict",

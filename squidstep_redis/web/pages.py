@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Final
 from urllib.parse import quote
@@ -107,12 +107,19 @@ class Pages:
         if view is None:
             raise StepRunNotFoundError(run_id, None, _NO_RUN)
         links = Links(root_of(request))
+        summary = view.explained.summary
         shown = view.after + view.completed
-        total = view.explained.summary.counts[StepStatus.COMPLETED]
+        total = summary.counts[StepStatus.COMPLETED]
+        is_cancelled = summary.cancel_reason is not None
+        is_so = {
+            "cancelled": is_cancelled,
+            "resumed": not is_cancelled,
+            "retried-run": not summary.counts[StepStatus.FAILED],
+        }
         context = {
             "run_id": run_id,
             "view": view,
-            "summary": view.explained.summary,
+            "summary": summary,
             "now": view.explained.read_at,
             "groups": _by_reason(view.explained.steps),
             "ticks": view.timeline.ticks(_TICKS),
@@ -121,7 +128,7 @@ class Pages:
             "earlier": max(after - STEPS_PER_PAGE, 0),
             "later": shown,
             "total": total,
-            "notice": NOTICES.get(request.query_params.get("done", "")),
+            "notice": _notice(request, is_so),
             "events": links("events", run=run_id, known=version_of_run(view.explained)),
             "fragment": links("run", id=run_id, after=after or None, part="live"),
         }
@@ -134,6 +141,7 @@ class Pages:
         view = await self._reader.step(run_id, step, payloads=may_see)
         if view is None:
             raise StepRunNotFoundError(run_id, step, _NO_STEP)
+        is_pending = view.explained.status is StepStatus.PENDING
         # Decoding and rendering a large payload takes a while.
         payloads = [] if view.step_run is None else await asyncio.to_thread(shown_payloads, view.step_run)
         context = {
@@ -145,7 +153,7 @@ class Pages:
             "may_see_payloads": may_see,
             "limit": SHOWN_CHARACTERS,
             "now": view.read_at,
-            "notice": NOTICES.get(request.query_params.get("done", "")),
+            "notice": _notice(request, dict.fromkeys(("retried", "released"), is_pending)),
         }
         return await render(request, self._settings, "step", context)
 
@@ -239,6 +247,12 @@ def _count(request: Request, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 7):
         raise InvalidArgumentError(name, "must be a number of at most seven digits")
     return int(text)
+
+
+def _notice(request: Request, is_so: Mapping[str, bool]) -> str | None:
+    """Returns what an action reports, while it is so: the page may be loaded again later, as by the back button."""
+    done = request.query_params.get("done", "")
+    return NOTICES[done] if is_so.get(done) else None
 
 
 def _by_reason(explained: list[StepExplanation]) -> list[tuple[str, list[StepExplanation]]]:

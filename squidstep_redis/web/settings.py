@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import isawaitable
 from typing import Literal
 
 from starlette.requests import Request
@@ -48,7 +49,7 @@ class WebSettings:
         if self.authorize is None:
             return True
         answer = self.authorize(request, right)
-        return (answer if isinstance(answer, bool) else await answer) is True
+        return (await answer if isawaitable(answer) else answer) is True
 
     def sign(self, purpose: str, text: str) -> str:
         """Returns the signature of a text, which is valid for one purpose."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -24,12 +25,16 @@ from support.internals import replace_client
 from support.servers import find_binary, wait_until
 
 from squidstep_redis import (
+    NotSentError,
     Outcome,
     OutcomeUnknownError,
     ServerError,
     StepRunStore,
 )
+from squidstep_redis.claims.retrying import retry_until
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol.workflow import Send, Sleep
 
 
 class TestUnreachableServer:
@@ -174,3 +179,17 @@ class TestUnreachableServer:
             take_over(others)
 
             worker.wait(claim.lost.is_set)
+
+
+def test_result_is_not_resent_for_longer_than_the_lease() -> None:
+    """The store's timeout does not begin anew with each call: the last one ends with the lease, and one attempt."""
+    call = Calls("squidstep", None, 1_000_000, None).get_run("run")
+    sending = retry_until(call, time.monotonic() + 5)
+    first = next(sending)
+    assert isinstance(first, Send)
+    assert first.seconds is None
+    assert isinstance(sending.throw(NotSentError("get_run", "run", None, "down", True)), Sleep)
+    second = next(sending)
+    assert isinstance(second, Send)
+    assert second.seconds is not None
+    assert 4 < second.seconds < 5

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -146,6 +148,26 @@ class TestChanges:
         assert run("purge", "--older-than", "0.001", "--yes", *options).stdout == "deleted 4 runs\n"
         assert [each.run_id for each in store.runs().runs] == ["pending"]
 
+    def test_purge_deletes_no_run_that_was_not_counted(
+        self, server: EmbeddedServer, store: StepRunStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those that become old enough while it asks stay."""
+        ages, purge = list[timedelta](), StepRunStore.purge
+
+        def spy(self: StepRunStore, older_than: timedelta, **options: Any) -> Any:
+            ages.append(older_than)
+            return purge(self, older_than, **options)
+
+        def confirm_after_a_while(*_: object, **__: object) -> bool:
+            time.sleep(0.05)
+            return True
+
+        add_failed_step(store)
+        monkeypatch.setattr(StepRunStore, "purge", spy)
+        monkeypatch.setattr("squidstep_redis.cli.changes.confirm", confirm_after_a_while)
+        assert run("purge", "--older-than", "0.001", *options_of(server, store)).returncode == 0
+        assert ages[1] - ages[0] >= timedelta(seconds=0.05)
+
     @pytest.mark.parametrize("age", ["soon", "-1", "3y", "", "0", "999999999w"])
     def test_purge_rejects_an_invalid_age(self, server: EmbeddedServer, age: str) -> None:
         ended = run("purge", "--older-than", age, "--yes", "-u", server.url)
@@ -178,6 +200,116 @@ class TestTransfer:
             assert (ended.returncode, ended.stdout) == (1, "")
             assert ended.stderr.startswith("squidstep: line 1: ")
             assert "Traceback" not in ended.stderr
+
+    def test_corrupt_or_missing_run_hides_no_other(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        with empty_store(server) as source:
+            for name in ("one", "corrupt", "two"):
+                add_failed_step(source, name)
+            lines = run("export", "one", "none", "corrupt", "two", *options_of(server, source))
+            assert (lines.returncode, lines.stderr) == (1, "squidstep: run 'none': there is no such run\n")
+            assert len(lines.stdout.splitlines()) == 3
+            client: Any = source.client
+            client.set(source.calls.keys.run("corrupt").keys[1], "overwritten")
+            exported = run("export", "one", "corrupt", "two", *options_of(server, source))
+            assert (exported.returncode, len(exported.stdout.splitlines())) == (1, 2)
+            assert "holds a value of another type" in exported.stderr
+
+        client.set(store.calls.keys.run("corrupt").keys[0], "overwritten")
+        for dry_run in (["--dry-run"], []):
+            ended = run("import", *dry_run, *options, input=lines.stdout)
+            assert (ended.returncode, len(ended.stdout.splitlines())) == (1, 2)
+            assert ended.stderr.startswith("squidstep: line 2: ")
+
+
+class TestDryRun:
+    """A dry run refuses what the command would refuse."""
+
+    @pytest.mark.parametrize("step", ["completed", "leased", "unleased"])
+    def test_step_that_has_not_failed_is_refused(self, server: EmbeddedServer, store: StepRunStore, step: str) -> None:
+        options = options_of(server, store)
+        claim = begun(store.begin_step("run", step, {}, lease=60 if step == "leased" else None, owner="w"))
+        if step == "completed":
+            store.complete_step(claim, {})
+        status = "completed" if step == "completed" else "running"
+        for words in (("retry", "run", "--step", step), ("complete", "run", step, "--output", "{}")):
+            for dry_run in (["--dry-run"], []):
+                ended = invoke(*words, *dry_run, *options)  # nothing is asked
+                assert (ended.exit_code, ended.stdout) == (1, "")
+                assert f"run 'run', step '{step}': " in ended.stderr
+                assert f"the step is {status}" in ended.stderr
+
+    @pytest.mark.parametrize("step", ["pending", "lapsed"])
+    def test_step_that_can_be_retried_is_planned(self, server: EmbeddedServer, store: StepRunStore, step: str) -> None:
+        store.schedule_step("run", step, {})
+        if step == "lapsed":
+            store.expire_claim(begun(store.begin_step("run", step, {}, lease=60)))
+        for dry_run, word in ((["--dry-run"], "would retry"), ([], "pending:")):
+            ended = run("retry", "run", "--step", step, *dry_run, *options_of(server, store))
+            assert (ended.returncode, ended.stdout) == (0, f"{word} {step} of run\n")
+
+    def test_deleted_run_is_neither_imported_nor_forked(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        options = options_of(server, store)
+        for name in ("run", "gone"):
+            store.complete_step(begun(store.begin_step(name, "pay", {})), {})
+        document = json.dumps(store.export_run("gone"))
+        store.delete_run("gone")
+        for dry_run in (["--dry-run"], []):
+            for ended in (
+                run("import", *dry_run, *options, input=document),
+                run("fork", "run", "gone", *dry_run, *options),
+            ):
+                assert (ended.returncode, ended.stdout) == (1, "")
+                assert "run 'gone': was deleted recently; nothing was written" in ended.stderr
+
+    @pytest.mark.parametrize("command", ["cancel", "resume"])
+    def test_corrupt_run_is_refused(self, server: EmbeddedServer, store: StepRunStore, command: str) -> None:
+        store.complete_step(begun(store.begin_step("run", "pay", {})), {})
+        client: Any = store.client
+        client.delete(store.calls.keys.run("run").keys[1])
+        for dry_run in (["--dry-run"], []):
+            ended = run(command, "run", *dry_run, *options_of(server, store))
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert "does not match the other key of run 'run'" in ended.stderr
+
+    @pytest.mark.parametrize("command", ["cancel", "resume"])
+    def test_corrupt_step_does_not_keep_its_run(
+        self, server: EmbeddedServer, store: StepRunStore, command: str
+    ) -> None:
+        add_failed_step(store)
+        client: Any = store.client
+        client.hset(store.calls.keys.run("run").keys[0], "spay", "overwritten")
+        for dry_run in (["--dry-run"], []):
+            assert run(command, "run", *dry_run, *options_of(server, store)).returncode == 0
+
+    def test_run_in_two_lines_is_imported_once(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        with empty_store(server) as source:
+            add_failed_step(source)
+            line = run("export", "run", *options_of(server, source)).stdout
+        for dry_run, word in ((["--dry-run"], "would import"), ([], "imported")):
+            ended = run("import", *dry_run, *options_of(server, store), input=line * 2)
+            assert (ended.returncode, ended.stdout) == (1, f"{word} run\n")
+            assert "line 2: run 'run': already exists" in ended.stderr
+
+    @pytest.mark.parametrize(
+        ("words", "problem"),
+        [
+            (("cancel", "run", "--reason", "a\nb"), "reason: must not contain control characters"),
+            (("delete", "run", "--tombstone", "nan"), "tombstone: must be seconds"),
+        ],
+    )
+    def test_invalid_arguments_are_rejected(
+        self, server: EmbeddedServer, store: StepRunStore, words: tuple[str, ...], problem: str
+    ) -> None:
+        add_failed_step(store)
+        ended = run(*words, "--dry-run", *options_of(server, store))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert problem in ended.stderr
+
+    def test_run_that_is_named_twice_is_deleted_once(self, server: EmbeddedServer, store: StepRunStore) -> None:
+        add_failed_step(store)
+        for dry_run, text in ((["--dry-run"], "would delete run (1 failed)\n"), (["--yes"], "deleted run\n")):
+            assert run("delete", "run", "run", *dry_run, *options_of(server, store)).stdout == text
 
 
 class TestFork:

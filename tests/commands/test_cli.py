@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,14 @@ class TestDoctor:
         assert (ended.returncode, ended.stderr) == (2, "")
         assert "the cluster cannot be used: none of its slots is served" in ended.stdout
 
+    @pytest.mark.parametrize("reply", [b"+OK", b":1", b"*1\r\n+OK"])
+    def test_an_unreadable_reply_about_slots_is_reported(self, reply: bytes) -> None:
+        with replying(reply + b"\r\n") as url:
+            for command in ("doctor", "runs"):
+                ended = run(command, "-u", url)
+                assert ended.returncode == 2
+                assert "CLUSTER SLOTS" in ended.stdout + ended.stderr
+
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
@@ -165,6 +176,26 @@ class TestDoctor:
         assert expected in ended.stderr
         assert "Traceback" not in ended.stderr
         assert "secret" not in ended.stderr
+
+
+@contextlib.contextmanager
+def replying(reply: bytes) -> Iterator[str]:
+    """Runs a server that gives the same reply to everything; provides its URL."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    while connection.recv(10_000):
+                        connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"redis://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
 
 
 class TestStoreOptions:

@@ -229,6 +229,17 @@ class TestFilters:
         assert lines[0] == "run  1 failed, 1 pending"
         assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == ["pay"]
 
+    @pytest.mark.parametrize("as_json", [[], ["--json"]])
+    def test_step_of_another_status_is_not_shown(
+        self, server: EmbeddedServer, store: StepRunStore, as_json: list[str]
+    ) -> None:
+        add_failed_step(store, "run", "pay")
+        words = ("show", "run", "pay", *as_json, *options_of(server, store))
+        ended = run(*words, "--status", "pending")
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr == "squidstep: run 'run', step 'pay': the step is failed, not pending\n"
+        assert run(*words, "--status", "failed").stdout == run(*words).stdout
+
     def test_stats_count_the_store(self, options: list[str]) -> None:
         counts = {"running": 0, "stuck": 2, "failed": 3}
         assert json.loads(run("stats", "--json", *options).stdout) == {**counts, "runs": {"total": 5}}

@@ -144,6 +144,13 @@ class TestReading:
         assert re.fullmatch(r"squidstep: .*Connection refused.*\n", ended.stderr)
         assert len(attempts) == 1
 
+    @pytest.mark.parametrize("host", ["a..b", "a" * 64])
+    def test_an_invalid_host_name_is_reported(self, host: str) -> None:
+        ended = run("runs", "-u", f"redis://{host}")
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith("squidstep: The name of the server's host is not valid: ")
+        assert "host is not valid" in run("doctor", "-u", f"redis://{host}").stdout
+
     @pytest.mark.parametrize("command", ["show", "timeline", "watch", "export", "retry", "delete"])
     def test_a_missing_run_is_reported_in_one_line(self, server: EmbeddedServer, command: str) -> None:
         ended = run(command, f"none{EVIL[:-1]}", "-u", server.url)
@@ -251,6 +258,19 @@ class TestShow:
         assert any(line.strip().startswith('prog  {"page": 7') for line in lines)
         assert all(line.isprintable() for line in lines)
         assert shown["progress"] == {"page": 7, "text": EVIL}
+
+    def test_json_of_a_step_shows_what_is_known_about_its_run(
+        self, server: EmbeddedServer, store: StepRunStore
+    ) -> None:
+        labels = {"tenant": "acme", "order": "7"}
+        store.schedule_step("run", "pay", {}, labels=labels)
+        for reason in (None, "wrong address"):
+            if reason is not None:
+                store.cancel_run("run", reason)
+            (of_run,) = json.loads(invoke("show", "run", "--json", *options_of(server, store)).stdout)
+            of_step = json.loads(invoke("show", "run", "pay", "--json", *options_of(server, store)).stdout)
+            for shown in (of_run, of_step):
+                assert (shown["labels"], shown["cancel_reason"]) == (labels, reason)
 
     def test_each_attempt_shows_its_error(self, server: EmbeddedServer, store: StepRunStore) -> None:
         for problem in ("first", "second"):

@@ -17,6 +17,7 @@ from support.servers import wait_until
 
 from squidstep_redis import BeginResult, NotReplicatedError, RefusedError, StepRun, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.protocol.keys import Keys
 
 from .kit import Stores
 from .topologies import REPLICATION, connected, replicate
@@ -242,6 +243,64 @@ class TestOutOfMemory:
             free()
             assert store.complete_step(claim, {"receipt": 8}).output == {"receipt": 8}
             assert store.completed_steps("run") == ["done", "pay"]
+
+    @pytest.mark.parametrize("lease", [None, 60])
+    def test_a_full_server_accepts_no_new_run_that_expires(
+        self, server: EmbeddedServer, stores: Stores, lease: float | None
+    ) -> None:
+        """Nor if the call, by its random token, is one of those that drop entries of expired runs from the index."""
+        store = stores.from_url(server.url, run_ttl=60)
+        with redis.Redis.from_url(server.url) as client:
+            index = Keys(PREFIX.encode()).run("new").keys.claims.replace(b":claims", b":runs")
+            client.zadd(index, {f"6:gone{number:02}": 1 for number in range(20)})
+            fill(client)
+            before = contents(client, PREFIX)
+            for _ in range(30):
+                calls = [
+                    store.calls.begin_step("new", "pay", {}, lease=lease),
+                    store.calls.begin_steps("new", {"pay": {}, "mail": {}}, lease=lease),
+                    store.calls.schedule_step("new", "pay", {}),
+                    store.calls.schedule_steps("new", {"pay": {}}),
+                ]
+                for call in calls:
+                    with pytest.raises(RefusedError, match="nothing was written"):
+                        store.send(call)
+            assert contents(client, PREFIX) == before
+
+    def test_a_full_server_accepts_no_checkpoint_of_a_claim_without_a_lease(
+        self, server: EmbeddedServer, stores: Stores
+    ) -> None:
+        store = stores.from_url(server.url)
+        claim = begun(store.begin_step("run", "pay", {}))
+        with redis.Redis.from_url(server.url) as client:
+            fill(client)
+            before = contents(client, PREFIX)
+            with pytest.raises(RefusedError, match="nothing was written"):
+                store.extend_claim(claim, None, progress={"pages": 7})
+            assert contents(client, PREFIX) == before
+
+    def test_live_claims_are_listed_although_an_entry_cannot_be_corrected(
+        self, server: EmbeddedServer, stores: Stores
+    ) -> None:
+        store = stores.from_url(server.url)
+        claim = begun(store.begin_step("run", "pay", {}, lease=600))
+        with redis.Redis.from_url(server.url) as client:
+            index = Keys(PREFIX.encode()).run("run").keys.claims
+            client.zincrby(index, 60_000, client.zrange(index, 0, -1)[0])
+            fill(client)
+            assert [found.lease_ends_at for found in store.live_claims()] == [claim.lease_ends_at]
+
+    def test_a_recreated_run_keeps_its_entry_in_the_index(self, server: EmbeddedServer, stores: Stores) -> None:
+        """The entry of the expired run is the same one."""
+        store = stores.from_url(server.url, run_ttl=60)
+        with redis.Redis.from_url(server.url) as client:
+            for number in range(30):
+                run_id = f"run-{number}"
+                steps, _, claims, _ = Keys(PREFIX.encode()).run(run_id).keys
+                store.schedule_step(run_id, "pay", {})
+                client.delete(steps)
+                store.schedule_step(run_id, "pay", {})
+                assert client.zcard(claims.replace(b":claims", b":runs")) == 1
 
 
 def fill(client: Any) -> Heal:

@@ -14,6 +14,7 @@ from support.records import begun
 
 from squidstep_redis import Level, OutcomeUnknownError, RefusedError, ServerError, StepRunNotFoundError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.protocol.keys import member_prefix
 
 from .kit import Stores
 
@@ -147,6 +148,23 @@ class TestReadsOnly:
         assert [each.step for each in store.lapsed_claims(1)] == ["lapsed"]
         assert [each.step for each in store.live_claims(1)] == ["running"]
         assert [each.step for each in store.failed_steps(1)] == ["failed"]
+
+        assert contents(admin, OWN) == before
+
+    def test_stale_entry_that_cannot_be_dropped_hides_nothing(
+        self, admin: Any, server: EmbeddedServer, stores: Stores, bench: Bench
+    ) -> None:
+        """Such as that of a run that has expired, for a user without write rights, or on a replica."""
+        prepare(bench, bench.store())
+        claims, failed = bench.keys("run")[2:]
+        admin.zadd(claims, {member_prefix(b"run") + b"gone": 1, member_prefix(b"run") + b"running": 2})
+        admin.zadd(failed, {member_prefix(b"run") + b"gone": 9e12})
+        store = stores.from_url(user(admin, server, f"{RIGHTS} -@write"), prefix=OWN)
+        before = contents(admin, OWN)
+
+        assert [each.step for each in store.lapsed_claims()] == ["lapsed"]
+        assert [each.step for each in store.failed_steps()] == ["failed"]
+        assert [each.step for each in store.overview(1).failed_steps] == ["failed"]
 
         assert contents(admin, OWN) == before
 

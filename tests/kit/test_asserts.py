@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+import threading
 from typing import Any
 
 import fakeredis
 import pytest
+from support.backends import Backend
 from support.records import begun
+from support.servers import wait_until
 
 from squidstep_redis import AsyncStepRunStore, StepRunStore
+from squidstep_redis.claims.heartbeat import Heartbeat
 from squidstep_redis.testing import (
     StepKit,
     assert_completed,
@@ -135,6 +139,20 @@ def test_store_on_the_kits_client_keeps_its_own_prefix(kit: StepKit) -> None:
 def test_prefix_of_a_kit_cannot_be_set() -> None:
     with pytest.raises(TypeError, match="prefix"):
         StepKit(prefix="production")
+
+
+@pytest.mark.parametrize("own_connections", [False, True])
+def test_threads_of_a_kit_end_with_its_block(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, own_connections: bool
+) -> None:
+    monkeypatch.setattr(Heartbeat, "IDLE", 60.0)
+    threads = set(threading.enumerate())
+    with StepKit(backend.url or "fakeredis", own_connections=own_connections) as kit:
+        kit.store.run_step("run", "pay", lambda _: {}, {})
+        with kit.faults.killed_at("complete_step"):
+            kit.store.run_step("run", "ship", lambda _: {}, {})
+        assert "squidstep-heartbeat" in {each.name for each in set(threading.enumerate()) - threads}
+    wait_until(lambda: set(threading.enumerate()) <= threads, timeout=2)
 
 
 def test_kit_without_fakeredis_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,22 @@ class TestKilledAt:
                 survived = True
         assert not survived
 
+    def test_task_of_a_group_is_killed_with_its_group(self, kit: StepKit, runner: asyncio.Runner) -> None:
+        async def work(input: dict[str, Any]) -> dict[str, Any]:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(kit.async_store.begin_step("run", "part", {}))
+            return {}
+
+        async def worker() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(kit.async_store.run_step("run", "pay", work, {}, lease=30))
+
+        with kit.faults.killed_at("begin_step", step="part"):
+            runner.run(worker())
+            raise NotImplementedError  # unreachable
+
+        assert stored(kit.observer).status == "running"  # and no failure was recorded
+
     @pytest.mark.slow  # retries until the timeout
     def test_other_threads_lose_the_server_but_are_not_killed(self, kit: StepKit) -> None:
         errors = list[Exception]()

@@ -117,6 +117,26 @@ def test_canceled(step_store, step_faults):
     assert "faults that the test requested did not occur: lose_reply('complete_step')" in output
 
 
+def test_skipped_or_failed_test_has_no_further_error(tmp_path: Path) -> None:
+    source = """
+import pytest
+
+def test_skipped(step_store, step_faults):
+    step_faults.lose_reply("complete_step")
+    pytest.skip("no card reader")
+
+def test_failed(step_store, step_faults):
+    step_faults.lose_reply("complete_step")
+    raise KeyError
+
+@pytest.mark.xfail(strict=True)
+def test_known_to_fail(step_store, step_faults):
+    step_faults.lose_reply("complete_step")
+    raise KeyError
+"""
+    assert "1 failed, 1 skipped, 1 xfailed in" in run_tests(tmp_path, source)
+
+
 def test_plugin_does_not_import_the_library() -> None:
     """pytest loads the plugin in every project, also where no test uses it."""
     code = "import sys, squidstep_redis.pytest_plugin; print({'redis', 'fakeredis', 'msgpack'} & set(sys.modules))"

@@ -288,8 +288,9 @@ class TestRefused:
             bench.backend.raw.delete(bench.keys("new")[0])
             store.delete_run("run")
         before = bench.dump()
-        with pytest.raises(RunDeletedError, match=f"run {deleted!r}: was deleted recently; nothing was written"):
-            store.fork_run("run", "new")
+        for dry_run in (True, False):
+            with pytest.raises(RunDeletedError, match=f"run {deleted!r}: was deleted recently; nothing was written"):
+                store.fork_run("run", "new", dry_run=dry_run)
         assert bench.dump() == before
 
     @pytest.mark.servers("fakeredis")

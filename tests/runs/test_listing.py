@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.backends import Bench
+from support.internals import run_workflow
 from support.records import begun, in_batch
 from support.servers import wait_until
 
@@ -290,15 +291,6 @@ class TestPurge:
     def test_invalid_age_is_rejected(self, store: StepRunStore, age: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="older_than"):
             store.purge(age)
-
-
-def run_workflow(store: StepRunStore, workflow: Any) -> Any:
-    try:
-        effect = next(workflow)
-        while True:
-            effect = workflow.send(store.batch(effect.calls))
-    except StopIteration as end:
-        return end.value
 
 
 def test_counts_of_a_summary_can_be_encoded_as_json(store: StepRunStore) -> None:

@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import Bench
+from support.internals import run_workflow
 from support.records import begun
 from support.servers import wait_until
 
 from squidstep_redis import CorruptRunError, StepRunStore
+from squidstep_redis.operations.pacing import load
+from squidstep_redis.operations.run_index import ALL, Bucket, Selection
 from squidstep_redis.protocol.keys import Keys
 
 ACME = {"tenant": "acme"}
@@ -120,6 +123,33 @@ class TestOrder:
 
         assert rest.cursor is None
         assert found == [f"run-{number:02}" for number in range(11, -1, -1) if number != 5]
+
+    @pytest.mark.parametrize("apart_ms", [0, 1])
+    def test_run_deleted_while_a_page_is_read_hides_no_other(
+        self, bench: Bench, store: StepRunStore, apart_ms: int
+    ) -> None:
+        """An index is read in parts. The next part begins after a run that may be gone."""
+        for number, run in enumerate(runs_of_one_bucket(12)):
+            store.schedule_step(run, "step", {})
+            set_created(bench, run, 1_790_000_000_000 + number * apart_ms)
+        bucket = Bucket(index_of(bench, "run"), ALL, None, 1)
+        while bucket.loaded_to is not None:
+            run_workflow(store, load([bucket], "runs"))
+            store.delete_run(bucket.entries[-1].position[1].decode())
+
+        found = [each.position[1].decode() for each in bucket.entries]
+        assert sorted(found) == sorted(runs_of_one_bucket(12))
+
+    def test_run_deleted_while_runs_are_counted_hides_no_other(self, bench: Bench, store: StepRunStore) -> None:
+        key, first = index_of(bench, "run"), 1_790_000_000_000
+        bench.backend.raw.zadd(key, {f"8:run-{number:04}": first + number for number in range(4_000)})
+        bucket = Bucket(key, Selection(prefix=b"run"), None, 0)
+        while bucket.loaded_to is not None:
+            run_workflow(store, load([bucket], "count_runs"))
+            if bucket.loaded_to is not None:
+                assert bench.backend.raw.zremrangebyscore(key, -bucket.loaded_to, -bucket.loaded_to) == 1
+
+        assert bucket.count == 4_000
 
 
 class TestFilters:

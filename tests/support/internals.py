@@ -14,7 +14,7 @@ from unittest import mock
 from redis.exceptions import RedisError
 
 from squidstep_redis.protocol import codec
-from squidstep_redis.transport import connection, pool
+from squidstep_redis.transport import connection
 from squidstep_redis.transport import retry as retry_module
 from squidstep_redis.transport.aio_connection import AsyncConnections
 from squidstep_redis.transport.base import as_it_is
@@ -71,13 +71,6 @@ def node_connections(store: Any, key: bytes | None) -> Any:
     """Returns the connections of a blocking store on a cluster to the node of a key; None: to all nodes."""
     connections = store._transport._connections()
     return connections if key is None else connections.node_of(key)
-
-
-def take_from(queue: Any) -> Any:
-    """Takes an item out of the queue of a blocking pool, as a store does."""
-    taken: list[Any] = []
-    pool._take(queue, taken)
-    return taken[0]
 
 
 def learn_slots(store: Any) -> bool:
@@ -242,3 +235,13 @@ def transport_clock(clock: Any) -> Iterator[None]:
 def plain_store(store: Any) -> Any:
     """Returns the store itself, without the wrapper that runs an asyncio store."""
     return vars(store).get("store", store)
+
+
+def run_workflow(store: Any, workflow: Any) -> Any:
+    """Runs a workflow of the operations, whose only effects are batches."""
+    try:
+        effect = next(workflow)
+        while True:
+            effect = workflow.send(store.batch(effect.calls))
+    except StopIteration as end:
+        return end.value

@@ -77,15 +77,16 @@ def connect_to(bench: Bench) -> Iterator[Callable[..., StepRunStore]]:
 
 
 def _blocking_client(kind: str, url: str, options: dict[str, Any]) -> Any:
-    if kind == "blocking pool":
-        return redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, timeout=5, **options))
+    if kind.endswith("blocking pool"):
+        pool = redis.BlockingConnectionPool.from_url(url, timeout=5, **options)
+        return (HookedRedis if kind.startswith("hooked") else redis.Redis)(connection_pool=pool)
     return (HookedRedis if kind.startswith("hooked") else redis.Redis).from_url(url, **options)
 
 
 async def _client(kind: str, url: str, options: dict[str, Any]) -> Any:
-    if kind == "blocking pool":
+    if kind.endswith("blocking pool"):
         pool: Any = redis.asyncio.BlockingConnectionPool.from_url(url, timeout=5, **options)
-        return redis.asyncio.Redis(connection_pool=pool)
+        return (HookedAsyncRedis if kind.startswith("hooked") else redis.asyncio.Redis)(connection_pool=pool)
     return (HookedAsyncRedis if kind.startswith("hooked") else redis.asyncio.Redis).from_url(url, **options)
 
 

@@ -83,6 +83,7 @@ def effects_of(store: StepRunStore, workflow: Any) -> list[tuple[Any, ...]]:
                     result = {"": [None] * len(commands)}
                 case BlockOnStream():
                     sent += [effect.command(1.5), effect.command(0.000_1)]
+                    result = True
                 case _:
                     pass
     except StopIteration:

@@ -137,6 +137,29 @@ def test_exception_at_any_line_leaves_no_half_made_connection(
 
 @CLOSED_LATE
 @pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain"], indirect=True)
+def test_next_handshake_restores_what_an_interrupted_one_replaced(
+    bench: Bench, connect_to: Connect, proxy: Proxy, kind: str
+) -> None:
+    """Otherwise, each one would wrap the last one, which takes exceptions from outside for errors of the user's."""
+    line, was_interrupted = 0, lambda: True
+    while was_interrupted():
+        line += 1
+        given = options(bench)
+        pool: Any = connect_to(kind, proxy.port, DATABASE, {**given, "max_connections": 1}).client.connection_pool
+        with (
+            at_line(line, ("/transport/handshake.py",), interrupt) as was_interrupted,
+            contextlib.suppress(Interruption),
+        ):
+            borrow(pool, inf)[1]()
+        connection = borrow(pool, time.monotonic())[0]
+        assert connection.redis_connect_func is None
+        assert connection.credential_provider is given["credential_provider"]
+    assert line > 20
+
+
+@CLOSED_LATE
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
 @pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
 def test_exception_at_any_line_of_borrowing_loses_no_connection(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str

@@ -17,7 +17,7 @@ from support.records import begun
 from support.servers import wait_until
 from support.storm_length import StormLength
 
-from squidstep_redis import AsyncStepRunStore, OutcomeUnknownError, WaitTimeoutError
+from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, ServerError, WaitTimeoutError
 from squidstep_redis.transport.link import Link
 from transport.conftest import Connect
 
@@ -292,3 +292,32 @@ class TestBoundedBuffers:
             await begin_at_once(store, "run", 20)
 
         run(bench, main())
+
+    @pytest.mark.parametrize("slow", ["reads", "replies"])
+    def test_calls_before_it_do_not_prolong_a_call(
+        self, bench: Bench, connect_to: Connect, proxy: Proxy, known: None, slow: str
+    ) -> None:
+        """Their deadlines are later, and a server that is slow always makes progress with one of them."""
+        with Address(proxy.port) as address:
+            client = {"socket_timeout": 1.0}
+            store: AsyncStepRunStore = plain_store(connect_to("own", address.port, client=client, timeout=60))
+
+            async def main() -> tuple[float, ServerError]:
+                await store.schedule_step("run", "before", {})
+                address.pause, address.reading_pause = (0.0, 0.3) if slow == "reads" else (0.005, 0.0)
+                payload = {"data": b"x" * (60_000 if slow == "reads" else 1)}
+                earlier = [asyncio.ensure_future(store.schedule_step("run", f"{n}", payload)) for n in range(300)]
+                await asyncio.sleep(0.1)
+                began = time.monotonic()
+                with pytest.raises(ServerError) as caught:
+                    await store._transport.limited(0.2).send(store.calls.schedule_step("run", "pay", {}))
+                took = time.monotonic() - began
+                for task in earlier:
+                    task.cancel()
+                await asyncio.wait(earlier)
+                return took, caught.value
+
+            took, error = run(bench, main())
+            address.disconnect()
+        assert isinstance(error, NotSentError if slow == "reads" else OutcomeUnknownError)
+        assert took < 5

@@ -6,17 +6,17 @@ import gc
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from queue import LifoQueue
 from typing import Any
 
 import pytest
 import redis
 from support.backends import Bench
-from support.internals import take_from
 
 from squidstep_redis import StepRunStore
+from squidstep_redis.transport.pool import borrow
 
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
@@ -45,34 +45,6 @@ def test_store_reconnects_a_connection_that_the_server_closed(bench: Bench, clie
         bench.backend.raw.client_kill_filter(_id=str(client.client_id()))
 
         assert store.step_statuses("run") == {"pay": "running"}
-
-
-class Interrupted:
-    """What an interrupted call leaves behind. When the garbage is collected, it gives its connection back."""
-
-    def __init__(self, queue: LifoQueue[Any]) -> None:
-        self.queue = queue
-        self.itself = self
-
-    def __del__(self) -> None:
-        self.queue.queue.append(object())
-
-
-def test_garbage_that_is_collected_meanwhile_duplicates_no_connection() -> None:
-    queue: LifoQueue[Any] = LifoQueue()
-    queue.put(object())
-    thresholds = gc.get_threshold()
-    try:
-        for objects in range(1, 50):  # that are made before Python 3.11 collects
-            gc.collect()
-            Interrupted(queue)
-            gc.set_threshold(objects)
-            taken = take_from(queue)
-            gc.set_threshold(*thresholds)
-            assert taken not in queue.queue
-            queue.put(taken)
-    finally:
-        gc.set_threshold(*thresholds)
 
 
 class GuardedSet(set[Any]):
@@ -116,6 +88,47 @@ def test_pool_can_be_disconnected_while_calls_run(bench: Bench, client: redis.Re
 
         assert len(in_use.was_held) >= 4
         assert all(in_use.was_held)
+
+
+class CollectingLock:
+    """A lock of a queue under which the next allocation collects garbage, whose finalizer gives back a connection."""
+
+    def __init__(self, lock: Any, given_back: list[Any], queue: list[Any]) -> None:
+        self.release = lock.release
+        self._lock, self._given_back, self._queue = lock, given_back, queue
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        if self._given_back:
+            weakref.finalize(garbage := Garbage(), self._queue.append, self._given_back.pop())
+            garbage.itself = garbage
+            del garbage
+            gc.set_threshold(1)
+
+
+class Garbage:
+    itself: Any
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+def test_connection_given_back_meanwhile_does_not_replace_the_one_taken(bench: Bench) -> None:
+    """Before Python 3.12, the garbage collector runs at an allocation, and finalizers end interrupted calls."""
+    pool: Any = redis.BlockingConnectionPool.from_url(bench.backend.url, max_connections=3, timeout=1)
+    connections = [borrow(pool, time.monotonic() + 1)[0] for _ in range(3)]
+    queue = pool.pool
+    queue.queue.extend(connections[:2])
+    queue.mutex = CollectingLock(queue.mutex, connections[2:], queue.queue)
+    before = gc.get_threshold()
+    try:
+        taken: list[Any] = []
+        while len(taken) < 3 and queue.queue:
+            taken.append(borrow(pool, time.monotonic() + 1)[0])
+            gc.set_threshold(*before)
+            gc.collect()
+    finally:
+        gc.set_threshold(*before)
+        pool.disconnect()
+    assert set(map(id, taken)) == set(map(id, connections))
 
 
 IN_GREENLETS = """

@@ -21,7 +21,14 @@ from support.proxy import Proxy
 from support.records import begun
 from support.servers import find_binary, wait_until
 
-from squidstep_redis import NotSentError, OutcomeUnknownError, RefusedError, ServerError, StepRunStore
+from squidstep_redis import (
+    NotSentError,
+    OutcomeUnknownError,
+    RefusedError,
+    ServerError,
+    StepRunStore,
+    WaitTimeoutError,
+)
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.transport.aio_cluster import ClusterConnections
 from squidstep_redis.transport.retry import RoundTripError
@@ -324,6 +331,49 @@ def test_call_waits_for_an_exhausted_pool_until_the_deadline(
         finish(bench, pool.release(connection))
     retry_for(store, 30)
     assert store.get_run("run") == []
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
+def test_hooked_client_does_not_wait_for_its_pool_beyond_the_deadline(
+    bench: Bench, connect_to: Connect, address: Address, batch: bool
+) -> None:
+    store = connect_to("hooked blocking pool", address.port, client={"max_connections": 1}, timeout=0.2)
+    pool: Any = store.client.connection_pool
+    pool.timeout = LATE
+    borrowed = finish(bench, pool_connection(store.client))
+    calls = [store.calls.get_run("run"), store.calls.get_run("other")]
+    call = (lambda: store.batch(calls)) if batch else (lambda: store.get_run("run"))
+    assert fails(call, NotSentError) < LATE / 2
+    finish(bench, pool.release(borrowed))
+    retry_for(store, 30)
+    assert store.get_run("run") == []
+
+
+def test_exhausted_pool_does_not_prolong_a_wait(bench: Bench, connect_to: Connect, address: Address) -> None:
+    store = connect_to("blocking pool", address.port, client={"max_connections": 1}, timeout=LATE)
+    connection = finish(bench, pool_connection(store.client))
+    assert 0.3 <= fails(lambda: store.wait_for_step("run", "pay", 0.3), NotSentError) < LATE / 2
+    finish(bench, store.client.connection_pool.release(connection))
+    retry_for(store, 30)
+    with pytest.raises(WaitTimeoutError):
+        store.wait_for_step("run", "pay", 0.05)
+
+
+@each_way
+@pytest.mark.parametrize("polled", [False, True])
+def test_server_that_hangs_prolongs_a_wait_by_one_attempt(
+    connect_to: Connect, proxy: Proxy, kind: str, polled: bool, known: None
+) -> None:
+    store = connect_to(kind, proxy.port, timeout=LATE, client={"socket_timeout": 1.0, "socket_connect_timeout": 0.5})
+    store.schedule_step("run", "pay", {})
+
+    def prepare() -> None:
+        proxy.clear()
+        store.get_run("run")
+        proxy.after(int(polled), lambda: proxy.hold_replies(100))
+
+    error: Any = WaitTimeoutError if polled else OutcomeUnknownError
+    fails_within(0.5 + 1.5, lambda: store.wait_for_step("run", "pay", 0.5), error, before=prepare)
 
 
 @own_and_plain

@@ -37,6 +37,19 @@ def test_a_failed_step_is_retried(acting_site: Site) -> None:
     ]
 
 
+def test_a_step_that_has_failed_again_is_not_retried(acting_site: Site) -> None:
+    fail(acting_site.store, "run-1")
+    page = acting_site.get("/step?run=run-1&step=pay")
+    claim = begun(acting_site.store.begin_step("run-1", "pay", {}))
+    acting_site.store.fail_step(claim, {"type": "Declined"}, final=True)
+    refused = acting_site.submit(page, "/retry?")
+    assert refused.status == 409
+    assert "it has failed again, in attempt 2, since the page showed it. Nothing was written" in refused.text
+    assert statuses(acting_site, "run-1") == [StepStatus.FAILED]
+    assert acting_site.submit(acting_site.get("/run?id=run-1"), "/retry?").status == 303
+    assert statuses(acting_site, "run-1") == [StepStatus.PENDING]
+
+
 def test_all_failed_steps_of_a_run_are_retried(acting_site: Site) -> None:
     for step in ("a", "b"):
         fail(acting_site.store, "run-1", step)
@@ -106,6 +119,25 @@ def test_a_run_is_cancelled_and_resumed(acting_site: Site) -> None:
     assert acting_site.store.summarize_run("run-1").cancel_reason is None
 
 
+def test_what_was_done_is_reported_while_it_is_so(acting_site: Site) -> None:
+    """The back button, and a reload, load the page of the report again."""
+    fail(acting_site.store, "run-1")
+    retried, released = (f"/step?run=run-1&step=pay&done={what}" for what in ("retried", "released"))
+    run = "/run?id=run-1&done="
+    assert "is pending" not in acting_site.get(retried).text
+    assert "are pending" not in acting_site.get(f"{run}retried-run").text
+    assert "is cancelled" not in acting_site.get(f"{run}cancelled").text
+    assert "The run is resumed" in acting_site.get(f"{run}resumed").text
+
+    acting_site.store.cancel_run("run-1")
+    acting_site.store.retry_run("run-1")
+    assert "The step is pending." in acting_site.get(retried).text
+    assert "The step is pending." in acting_site.get(released).text
+    assert "The failed steps of the run are pending." in acting_site.get(f"{run}retried-run").text
+    assert "The run is cancelled: no step" in acting_site.get(f"{run}cancelled").text
+    assert "The run is resumed" not in acting_site.get(f"{run}resumed").text
+
+
 class TestBulkRetry:
     def test_the_steps_of_one_type_are_retried(self, acting_site: Site) -> None:
         for run in ("run-1", "run-2"):
@@ -114,8 +146,15 @@ class TestBulkRetry:
         page = acting_site.get("/failed")
         done = acting_site.submit(page, "/retry-group?type=TimeoutError")
         shown = acting_site.get(done.headers["location"])
-        assert "2 steps are pending now." in shown.text
+        assert "2 steps were made pending." in shown.text
         assert statuses(acting_site, "run-1", "run-2", "run-3") == ["pending", "pending", "failed"]
+
+    def test_steps_whose_errors_have_an_empty_type_are_retried(self, acting_site: Site) -> None:
+        fail(acting_site.store, "run-1", type_="")
+        page = acting_site.get("/failed")
+        assert "(without a type) 1 step of 1 run" in page.text
+        assert acting_site.submit(page, "/retry-group?").status == 303
+        assert statuses(acting_site, "run-1") == ["pending"]
 
     def test_steps_that_failed_after_the_page_are_left_alone(self, bench: Bench, acting_site: Site) -> None:
         fail(acting_site.store, "run-1")
@@ -138,7 +177,7 @@ class TestBulkRetry:
         page = acting_site.get("/failed")
         begun(acting_site.store.begin_step("run-1", "pay", {}))
         done = acting_site.submit(page, "/retry-group?")
-        assert "0 steps are pending now." in acting_site.get(done.headers["location"]).text
+        assert "0 steps were made pending." in acting_site.get(done.headers["location"]).text
         assert statuses(acting_site, "run-1") == [StepStatus.RUNNING]
 
 

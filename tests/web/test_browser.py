@@ -197,7 +197,7 @@ class TestVisit:
                 await visit.shows("bank.example timed out")
                 await page.get_by_text("Retry this step…").click()
                 await page.get_by_role("button", name="Make 1 step pending").click()
-                await visit.shows("1 step is pending now.")
+                await visit.shows("1 step was made pending.")
                 await page.goto("/")
                 await visit.shows("Reload the page to see changes.")
                 assert visit.problems == []

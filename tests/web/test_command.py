@@ -93,6 +93,14 @@ def test_pages_are_sent_without_delay() -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.servers("valkey")
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b"])
+def test_an_address_that_cannot_be_used_is_reported(backend: Backend, host: str) -> None:
+    ended = run("web", "-u", backend.url, "--host", host, "--port", "0")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"squidstep: cannot listen on {host}, port 0: ")
+
+
 def test_an_unreachable_server_is_exit_code_2() -> None:
     ended = run("web", "-u", CLOSED_PORT, "--port", "0")
     assert ended.returncode == 2

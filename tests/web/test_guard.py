@@ -148,6 +148,18 @@ class TestForms:
         cookie = failed.get("/run?id=run-1", root="/admin/steps").headers["set-cookie"]
         assert {"HttpOnly", "Path=/admin/steps", "SameSite=strict"} <= set(cookie.split("; "))
 
+    @pytest.mark.parametrize("root", ["/acme corp/steps", "/a;b", "/Шаги", '/"é"'])
+    def test_the_path_of_each_cookie_is_that_of_the_links(self, failed: Site, root: str) -> None:
+        """Browsers compare it with the path that they send, in which other characters are encoded."""
+        for path in ("/", "/run?id=run-1"):
+            failed.cookies = {}
+            page = failed.get(path, root=root)
+            assert page.status == 200
+            sent = re.search(r"Path=([^;]*)", page.headers["set-cookie"])
+            assert sent is not None
+            assert all(action.startswith(f"{sent[1]}/") for action in page.forms())
+            assert f"{sent[1]}/runs" in page.links()
+
     def test_a_large_form_is_rejected(self, failed: Site) -> None:
         path, token = form_of(failed)
         assert failed.post(path, {"token": token, "reason": "x" * 70_000}).status == 413
@@ -210,7 +222,11 @@ class TestAuthorize:
         async def resolve(request: Request, right: str) -> Any:
             return answer
 
+        def decide(request: Request, right: str) -> Any:
+            return answer
+
         assert Site(bench, authorize=resolve).get("/runs").status == 403
+        assert Site(bench, authorize=decide).get("/runs").status == 403
 
     def test_it_may_ask_for_a_password(self, bench: Bench) -> None:
         def ask(request: Request, right: str) -> bool:

@@ -204,6 +204,10 @@ class TestRun:
             found += re.findall(r"step=(step-\d)\"", page.html)
             path = next((link for link in page.links() if re.search("after=(4|8)$", link) and link > path), None)
         assert found == [f"step-{number}" for number in range(10)]
+        assert "Completed steps 9 to 10 of 10." in site.get("/run?id=run-1&after=8").text
+        beyond = site.get("/run?id=run-1&after=12")
+        assert "None of the 10 completed steps is on this page." in beyond.text
+        assert "/run?id=run-1&after=8" in beyond.links()
 
     def test_an_error_that_cannot_be_decoded_hides_nothing(self, bench: Bench) -> None:
         class Cipher:
@@ -253,6 +257,9 @@ class TestFailedSteps:
         found = re.findall(r"/run\?id=([\w-]+)", first.html + second.html)
         assert sorted(found) == [f"run-{number}" for number in range(5)]
         assert "Failures 4 to 5" in second.text
+        beyond = site.get("/failed?after=6").text
+        assert "No failed step matches." in beyond
+        assert "Failures 7" not in beyond
 
 
 @pytest.mark.slow
