@@ -48,8 +48,8 @@ class StoreSettings(TypedDict, total=False):
             timeouts, instead of borrowing from the client's pool. They are faster: the blocking store skips the pool's
             checks, and the asyncio store sends the calls of all tasks on one connection per event loop. The pool's
             `max_connections` does not limit them, and `close` of the store closes them. They use RESP2, and
-            follow no maintenance notifications. Not available for a cluster's client: its calls use the pools of its
-            nodes, and on asyncio always one connection per event loop and node.
+            follow no maintenance notifications. Not available for a cluster's client: a store always opens its own
+            connections to each node. A blocking store borrows from the nodes' pools if these have `max_connections`.
             Default: True for `from_url` without `max_connections`, False for a store on your client.
     """
 

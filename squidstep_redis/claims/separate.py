@@ -7,7 +7,7 @@ from typing import Any, Final
 from squidstep_redis.transport.blocking import BlockingTransport
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.cluster import ClusterConnections
-from squidstep_redis.transport.connection import Connections, OwnConnections
+from squidstep_redis.transport.connection import OwnConnections
 
 _REPLY_SHARE: Final = 0.3  # of the store's timeout, if the client waits for a reply without limit
 
@@ -46,31 +46,10 @@ class _Separate(BlockingTransport):
         vars(self).update(vars(source))
         wait = self.durability.timeout_ms / 1_000 if self.durability else 0.0
         timeout = max(_REPLY_SHARE * self.timeout, 2 * wait)
-        self._direct = (
-            _OwnClusterConnections(self.client, timeout) if self.is_cluster else OwnConnections(self.client, timeout)
-        )
-
-
-class _OwnClusterConnections(ClusterConnections):
-    """Separate connections to each node of a cluster."""
-
-    def __init__(self, client: Any, default_timeout: float) -> None:
-        super().__init__(client)
-        self._default_timeout = default_timeout
-        self._own: dict[str, tuple[Any, Connections]] = {}
-
-    def close(self) -> None:
-        """Closes the connections."""
-        for _, connections in self._own.values():
-            connections.close()
-
-    def _to(self, node: Any) -> Connections:
-        client = self._client.get_redis_connection(node)
-        known = self._own.get(node.name)
-        if known is None or known[0] is not client:
-            connections = OwnConnections(client, self._default_timeout) if _is_plain(client) else super()._to(node)
-            known = self._own[node.name] = client, connections
-        return known[1]
+        if self.is_cluster:
+            self._direct = ClusterConnections(self.client, timeout, is_limited=False)
+        else:
+            self._direct = OwnConnections(self.client, timeout)
 
 
 def _is_plain(client: Any) -> bool:

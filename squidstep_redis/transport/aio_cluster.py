@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from math import inf
-from typing import Any, Final
+from typing import Any
 
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
@@ -25,11 +25,9 @@ from squidstep_redis.transport.aio_hooked import HookedClient
 from squidstep_redis.transport.aio_pool import round_trip_on
 from squidstep_redis.transport.aio_tasks import result_of
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.cluster import KEY, PRIMARY, Topology
+from squidstep_redis.transport.cluster import KEY, LAST_REFRESH, PRIMARY, Topology, grouped
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
-
-_LAST_REFRESH: Final = 0.2  # seconds that nodes have to reply when a call's timeout has ended
 
 
 class ClusterConnections(AsyncConnections):
@@ -63,15 +61,7 @@ class ClusterConnections(AsyncConnections):
     async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
         """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
         await self._initialize()
-        groups: dict[int, tuple[AsyncConnections, list[int]]] = {}
-        for index, call in enumerate(calls):
-            node: AsyncConnections
-            try:
-                node = self._to(self._topology.node_of(call.keys[0]))
-            except RoundTripError as error:
-                node = _Unserved(error)
-            groups.setdefault(id(node), (node, []))[1].append(index)
-        return list(groups.values())
+        return grouped(calls, lambda key: self._to(self._topology.node_of(key)), _Unserved)
 
     async def servers(self) -> dict[str, AsyncConnections]:
         """Returns the connections to all primaries."""
@@ -102,7 +92,7 @@ class ClusterConnections(AsyncConnections):
     async def refresh(self, since: float, deadline: float) -> None:
         """Lets the client ask the nodes for the slots, one after another: if they hang, it may outlast the call."""
         if self._topology.refreshed_at <= since:
-            left = max(deadline - time.monotonic(), _LAST_REFRESH)
+            left = max(deadline - time.monotonic(), LAST_REFRESH)
             with suppress(TimeoutError, RoundTripError):  # the next attempt shows what is reachable
                 async with asyncio.timeout(left):
                     await self._learn()
@@ -139,7 +129,7 @@ class ClusterConnections(AsyncConnections):
             if self._client._initialize:
                 await self._client.initialize()
             else:
-                await manager.initialize(**self._topology.ask_failed_last())
+                await manager.initialize(**self._topology.ask_failed_last(manager))
         except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             return as_redis_error(error)
         finally:

@@ -1,15 +1,19 @@
-"""The connections of the blocking transport to a cluster: one pool for each node, found by the slot of a key.
+"""The connections of the blocking transport to a cluster: those of its nodes, found by the slot of a key.
 
-redis-py's cluster client knows the nodes and the slots, and owns the pools. Its knowledge is updated here after a
-redirect and after a failure.
+The cluster client of redis-py knows the nodes and the slots. What it knows is updated here after a redirect and after
+a failure. Its nodes' pools have the addresses and credentials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
 from inspect import signature
 from math import inf
-from typing import Any, Final, cast
+from threading import RLock
+from typing import Any, Final, TypeVar, cast
+from weakref import ref
 
 from redis.cluster import ClusterNode
 from redis.crc import key_slot
@@ -17,14 +21,29 @@ from redis.exceptions import AskError, MovedError, SlotNotCoveredError
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.steady import steady_time as time
-from squidstep_redis.transport.connection import Connections, Halves, HookedClient, PooledConnections
+from squidstep_redis.transport.client import has_plain_stream
+from squidstep_redis.transport.connection import Connections, Halves, HookedClient, OwnConnections, PooledConnections
+from squidstep_redis.transport.helper import Helper
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
+
+try:
+    from redis.event import AfterSlotsCacheRefreshEvent as _SlotsRefreshed
+except ImportError:  # before redis-py 8
+    _SlotsRefreshed = None
+
+N = TypeVar("N")
 
 KEY: Final = 3
 """Where the first key is in EVALSHA and EVAL."""
 
 PRIMARY: Final = "primary"  # redis-py's name for the type of a node
+
+LAST_REFRESH: Final = 0.2
+"""Seconds that nodes have to reply when a call's timeout has ended."""
+
+_LOCKS: Final = ("_lock", "_initialization_lock")
+_LEARNED: Final = {"nodes_cache", "slots_cache", "startup_nodes", "default_node", "_epoch", "_moved_exception"}
 
 
 class Topology:
@@ -66,9 +85,8 @@ class Topology:
             self.client.nodes_manager.slots_cache[moved.slot_id] = []
         return bool(nodes) and (nodes[0].host, int(nodes[0].port)) == (moved.host, moved.port)
 
-    def ask_failed_last(self) -> Mapping[str, Any]:
-        """Makes the node that failed last the last one to be asked; returns options for `initialize`."""
-        manager = self.client.nodes_manager
+    def ask_failed_last(self, manager: Any) -> Mapping[str, Any]:
+        """Makes the node that failed last the last one to be asked; returns options for `manager.initialize`."""
         name, self.failed = self.failed, None
         if name is None or name not in manager.startup_nodes:
             return {}
@@ -79,35 +97,64 @@ class Topology:
         return {}
 
 
+def grouped(
+    calls: Sequence[Call[Any]], node_of: Callable[[bytes], N], unserved: Callable[[RoundTripError], N]
+) -> list[tuple[N, Sequence[int]]]:
+    """Groups calls by their nodes: pairs of a node and the indexes of its calls.
+
+    Args:
+        calls: the calls.
+        node_of: returns the node of a key.
+        unserved: returns what stands for the node of a key that no node serves.
+    """
+    groups: dict[int, tuple[N, list[int]]] = {}
+    indexes_of: dict[bytes, list[int]] = {}  # the calls of one run have one key
+    for index, call in enumerate(calls):
+        key = call.keys[0]
+        indexes = indexes_of.get(key)
+        if indexes is None:
+            try:
+                node = node_of(key)
+            except RoundTripError as error:
+                node = unserved(error)
+            _, indexes = groups.setdefault(id(node), (node, []))
+            indexes_of[key] = indexes
+        indexes.append(index)
+    return list(groups.values())
+
+
 class ClusterConnections(Connections):
     """The nodes of a user's cluster client."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, default_timeout: float | None = None, *, is_limited: bool = True) -> None:
+        """Opens nothing yet.
+
+        Args:
+            client: the cluster client.
+            default_timeout: seconds to wait for a connection and for a reply, if the client has no limit.
+            is_limited: whether the client's `max_connections`, if it has any, limits the connections.
+        """
         self._client = client
+        self._default_timeout = default_timeout
+        self._borrows = is_limited and client.nodes_manager.connection_kwargs.get("max_connections") is not None
         self._topology = Topology(client)
-        self._nodes: dict[str, _NodeConnections] = {}
+        self._nodes: dict[str, _OwnNode | _BorrowedNode] = {}
+        self._learning: Helper | None = None
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         """Sends commands to the node of the first key."""
         return self._to(self._topology.node_of(commands[0][KEY])).send(commands, read, deadline)
 
     def node_of(self, key: bytes) -> Connections:
-        """Returns the pool of the node of a key."""
+        """Returns the connections to the node of a key."""
         return self._to(self._topology.node_of(key))
 
     def route(self, calls: Sequence[Call[Any]]) -> list[tuple[Connections, Sequence[int]]]:
         """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
-        groups: dict[int, tuple[Connections, list[int]]] = {}
-        for index, call in enumerate(calls):
-            try:
-                node = self.node_of(call.keys[0])
-            except RoundTripError as error:
-                node = _Unserved(error)
-            groups.setdefault(id(node), (node, []))[1].append(index)
-        return list(groups.values())
+        return grouped(calls, self.node_of, _Unserved)
 
     def servers(self) -> dict[str, Connections]:
-        """Returns the pools of all primaries."""
+        """Returns the connections to all primaries."""
         return {node.name: self._to(node) for node in list(self._client.get_primaries())}
 
     def redirect(self, error: AskError) -> Connections | None:
@@ -131,37 +178,78 @@ class ClusterConnections(Connections):
             raise RoundTripError(as_redis_error(failure), sent=False) from failure
         return self._to(node)
 
-    def refresh(self, since: float) -> None:
-        """Lets the client ask the nodes for the slots."""
+    def refresh(self, since: float, deadline: float) -> None:
+        """Lets the client ask the nodes for the slots, one after another: if they hang, it may outlast the call."""
         if self._topology.refreshed_at > since:
             return
+        helper = self._learning
+        if helper is None or not helper.is_running:
+            helper = self._learning = Helper("squidstep-topology", self._learn)
+        helper.wait(max(deadline, time.monotonic() + LAST_REFRESH))
+        if helper.error is not None:
+            raise helper.error
+
+    def _learn(self) -> None:
+        """Lets a copy of what the client knows learn the slots, and the client then learn all of it at once.
+
+        The copy has locks of its own: in a process that is forked meanwhile, the client's would remain locked.
+        """
+        manager = self._client.nodes_manager
+        copied = copy(manager)
+        known, learned = cast("dict[str, Any]", vars(manager)), cast("dict[str, Any]", vars(copied))
+        learned.update({name: RLock() for name in _LOCKS if name in learned})
         try:
-            self._client.nodes_manager.initialize(**self._topology.ask_failed_last())
+            copied.initialize(**self._topology.ask_failed_last(copied))
         except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             as_redis_error(error)  # the next attempt shows what is reachable
-        else:
-            self._topology.refreshed_at = time.monotonic()
+            return
+        known.update({name: learned[name] for name in _LEARNED if name in learned})
+        self._topology.refreshed_at = time.monotonic()
+        if _SlotsRefreshed is not None:  # for the client's subscriptions, which saw the old slots when the copy told it
+            with suppress(Exception):
+                manager._event_dispatcher.dispatch(_SlotsRefreshed())
+
+    def close(self) -> None:
+        for node in list(self._nodes.values()):
+            node.close()
 
     def _to(self, node: Any) -> Connections:
         known = self._nodes.get(node.name)
         if known is None or known.client is not node.redis_connection:
-            client = self._client.get_redis_connection(node)
-            known = self._nodes[node.name] = _NodeConnections(self._topology, node.name, client)
+            known = self._nodes[node.name] = self._open(node.name, self._client.get_redis_connection(node))
         return known
 
+    def _open(self, name: str, client: Any) -> _OwnNode | _BorrowedNode:
+        pool = client.connection_pool
+        if self._borrows or not has_plain_stream(pool.connection_class):
+            return _BorrowedNode(self._topology, name, client, pool)
+        own = _OwnNode(self._topology, name, client, client, self._default_timeout)
+        attributes = cast("dict[str, Any]", vars(pool))
+        disconnect = attributes.setdefault("disconnect", _Disconnect(pool))  # another store may do the same
+        if isinstance(disconnect, _Disconnect):
+            disconnect.add(own)
+        return own
 
-class _NodeConnections(PooledConnections):
-    """The pool of one node.
+
+class _Node(Connections):
+    """Notes that a node has failed.
 
     Attributes:
         client: the node's client, which owns the pool.
     """
 
-    def __init__(self, topology: Topology, name: str, client: Any) -> None:
-        super().__init__(client.connection_pool)
+    def __init__(self, topology: Topology, name: str, client: Any, *args: Any) -> None:
+        super().__init__(*args)
         self._topology = topology
         self._name = name
         self.client = client
+
+    def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
+        try:
+            return super().send(commands, read, deadline)
+        except RoundTripError:
+            self._topology.failed = self._name
+            raise
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
         try:
@@ -169,6 +257,33 @@ class _NodeConnections(PooledConnections):
         except RoundTripError:
             self._topology.failed = self._name
             raise
+
+
+class _OwnNode(_Node, OwnConnections):
+    """Connections to one node, which are closed when the client closes its own. They use RESP2."""
+
+
+class _BorrowedNode(_Node, PooledConnections):
+    """The pool of one node: it has a limit, or redis-py does not write and read its connections itself."""
+
+
+class _Disconnect:
+    """A pool's `disconnect`, which also closes what stores have opened beside it."""
+
+    def __init__(self, pool: Any) -> None:
+        self._disconnect = pool.disconnect
+        self._beside: dict[int, ref[Connections]] = {}
+
+    def add(self, connections: Connections) -> None:
+        key = id(connections)
+        self._beside[key] = ref(connections, lambda _: self._beside.pop(key, None))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        for reference in list(self._beside.values()):
+            connections = reference()
+            if connections is not None:
+                connections.close()
+        return self._disconnect(*args, **options)
 
 
 class _Unserved(Connections):
@@ -179,11 +294,6 @@ class _Unserved(Connections):
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         """Raises the error."""
-        raise self._error
-
-    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
-        """Raises the error in its first half."""
-        yield from ()
         raise self._error
 
 

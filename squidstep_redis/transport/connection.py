@@ -64,6 +64,11 @@ class Connections(ABC):
             ReplyMismatchError: raised by `read`.
         """
 
+    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
+        """Does what `send` does in two halves, for several servers side by side. Closing it drops the connection."""
+        yield
+        return self.send(commands, read, deadline)
+
     def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
         """Sends the command of one call, as `send` does; returns what `call.outcome` returns."""
         return self.send((command,), lambda _, reply: call.outcome(reply), deadline)[0]
@@ -89,8 +94,20 @@ class Connections(ABC):
         """
         raise error
 
-    def refresh(self, since: float) -> None:
-        """Learns which node serves each slot, unless that happened after `since`; no error is raised."""
+    def refresh(self, since: float, deadline: float) -> None:
+        """Learns which node serves each slot, unless that happened after `since`; no error is raised.
+
+        Args:
+            since: when the last attempt began, by the monotonic clock.
+            deadline: when the call's timeout ends.
+        """
+
+    def has_idle(self) -> bool:
+        """Whether a round trip can begin without connecting."""
+        return True
+
+    def connect(self, deadline: float) -> None:
+        """Opens a connection that the next round trip can use. It raises what `send` raises."""
 
     def close(self) -> None:
         """Closes the connections that were opened here."""
@@ -118,7 +135,7 @@ class OwnConnections(Connections):
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         thread = get_ident()
-        connection = self._acquire()
+        connection, idle = self._take_idle(_FRESH_SECONDS) or self._open(), self._idle
         is_reusable = False
         try:
             callers.add(thread)
@@ -134,19 +151,45 @@ class OwnConnections(Connections):
             if not is_reusable:
                 connection.close()
             callers.discard(thread)
-        if connection.is_demoted:
-            connection.close()
-            self._discard_idle()
-        elif not connection.has_left() and len(self._idle) < _MAX_IDLE:
-            self._idle.append((connection, time.monotonic()))
-        else:
-            connection.close()
+        self._leave_idle(connection, idle)
         return results
 
-    def close(self) -> None:
-        self._discard_idle()
+    def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
+        connection, idle = self._take_idle(_FRESH_SECONDS) or self._open(), self._idle
+        is_reusable = False
+        try:
+            connection.write(commands, deadline)
+            yield
+            results = connection.read(len(commands), read)
+            is_reusable = True
+        except RoundTripError:
+            self._discard_idle()
+            raise
+        finally:
+            if not is_reusable:
+                connection.close()
+        self._leave_idle(connection, idle)
+        return results
 
-    def _acquire(self) -> OwnStream:
+    def has_idle(self) -> bool:
+        connection = self._take_idle(0)
+        if connection is not None:
+            self._idle.append((connection, time.monotonic()))
+        return connection is not None
+
+    def connect(self, deadline: float) -> None:
+        self._leave_idle(self._open(), self._idle)
+
+    def close(self) -> None:
+        """Closes the idle connections, and those in use as soon as they are not."""
+        self._discard_idle()
+        self._idle = deque()
+
+    def _open(self) -> OwnStream:
+        return OwnStream(open_connection(own_connection(self._client, self._default_timeout)))
+
+    def _take_idle(self, fresh_seconds: float) -> OwnStream | None:
+        """Returns an idle connection, if there is one. It is checked unless it was used so many seconds ago."""
         if self._pid != os.getpid():
             self._idle = deque()  # the old ones belong to the parent; closing them here leaves them open there
             self._pid = os.getpid()
@@ -154,10 +197,24 @@ class OwnConnections(Connections):
             try:
                 connection, since = self._idle.pop()
             except IndexError:
-                return OwnStream(open_connection(own_connection(self._client, self._default_timeout)))
-            if time.monotonic() - since < _FRESH_SECONDS or connection.is_quiet():
+                return None
+            if time.monotonic() - since < fresh_seconds or connection.is_quiet():
                 return connection
             connection.close()
+
+    def _leave_idle(self, connection: OwnStream, idle: deque[tuple[OwnStream, float]]) -> None:
+        """Keeps a connection for the next round trip.
+
+        Args:
+            connection: the connection.
+            idle: where those were that were idle when it was taken. `close` has replaced them since, perhaps.
+        """
+        if connection.is_demoted:
+            self._discard_idle()
+        elif idle is self._idle and len(idle) < _MAX_IDLE and not connection.has_left():
+            idle.append((connection, time.monotonic()))
+            return
+        connection.close()
 
     def _discard_idle(self) -> None:
         while self._idle:
@@ -190,10 +247,6 @@ class PooledConnections(Connections):
             callers.discard(thread)
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
-        """Sends commands, yields, and then reads their replies: like `send`, but for several servers at the same time.
-
-        Closing the generator discards the connection, whose replies were not read.
-        """
         connection, give_back = borrow(self._pool, deadline)
         is_reusable = False
         is_demoted = False
@@ -223,6 +276,14 @@ class PooledConnections(Connections):
         if is_demoted:
             self._disconnect_idle()
         return results
+
+    def has_idle(self) -> bool:
+        return False  # `borrow` shows it
+
+    def connect(self, deadline: float) -> None:
+        give_back = borrow(self._pool, deadline)[1]
+        give_back()
+        wake(self._pool)
 
     def _disconnect_idle(self) -> None:
         for connection in idle_of(self._pool):

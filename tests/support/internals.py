@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -53,6 +54,8 @@ def event_listeners(store: Any) -> list[Any]:
 def idle_connections(store: Any) -> int:
     """Returns how many connections the store keeps open for its next calls."""
     own = store._transport._direct
+    if hasattr(own, "_nodes"):  # a blocking store on a cluster
+        return sum(len(node._idle) for node in own._nodes.values() if hasattr(node, "_idle"))
     if hasattr(own, "_idle"):
         return len(own._idle)
     links = [link for loop in own._by_loop.values() for link in (loop.shared, *loop.idle)]
@@ -62,6 +65,19 @@ def idle_connections(store: Any) -> int:
 def close_idle_connections(store: Any) -> None:
     """Closes the connections that the store keeps; for an asyncio store, within its event loop."""
     store._transport.close()
+
+
+def node_connections(store: Any, key: bytes | None) -> Any:
+    """Returns the connections of a blocking store on a cluster to the node of a key; None: to all nodes."""
+    connections = store._transport._connections()
+    return connections if key is None else connections.node_of(key)
+
+
+def learn_slots(store: Any) -> bool:
+    """Lets a store on a cluster ask the nodes for the slots; returns whether it has learned them."""
+    connections, began = store._transport._connections(), time.monotonic()
+    connections.refresh(began, began + 20)
+    return connections._topology.refreshed_at > began
 
 
 def replace_client(store: Any, client: Any) -> None:
