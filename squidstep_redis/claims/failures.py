@@ -18,12 +18,15 @@ Backoff = Callable[[int], Seconds]
 class PermanentError(Exception):
     """Raised by your code under a claim: the step has failed permanently, and no delivery executes it again.
 
-    `retry_step` allows another attempt. It is recorded like any other exception, and raised again.
+    `retry_step` allows another attempt. It is recorded like any other exception, and raised again. It has the same
+    effect in an exception group, which `asyncio.TaskGroup` raises.
     """
 
 
 class RetryLater(Exception):  # noqa: N818 -- it is a request, not an error
     """Raised by your code under a claim: the attempt has failed, and the next one is to begin later.
+
+    It has the same effect in an exception group. If a group has several, the longest delay counts.
 
     Attributes:
         retry_in: seconds until then.
@@ -117,11 +120,13 @@ class FailureRules(NamedTuple):
             error: the exception. It receives a note if the delay is not valid, and the step can be claimed at once.
             attempt: number of attempts so far, this one included; those that do not count against `max_attempts` aside.
         """
-        if isinstance(error, (PermanentError, *self.permanent)):
+        errors = _with_members(error)
+        if any(isinstance(each, (PermanentError, *self.permanent)) for each in errors):
             return NEVER
         try:
-            if isinstance(error, RetryLater):
-                delay: Any = error.retry_in
+            delays: list[Any] = [each.retry_in for each in errors if isinstance(each, RetryLater)]
+            if delays:
+                delay: Any = max(delays)
             elif self.backoff is not None and isinstance(error, Exception):
                 delay = self.backoff(attempt)
             else:
@@ -130,6 +135,15 @@ class FailureRules(NamedTuple):
         except Exception as problem:  # noqa: BLE001 -- the failure itself must be recorded
             add_note(error, f"squidstep_redis ignored the delay: {type(problem).__name__}: {problem}")
             return AT_ONCE
+
+
+def _with_members(error: BaseException) -> list[BaseException]:
+    """Returns the exception, and those in it if it is a group: what one task of a group raises decides for all."""
+    errors = [error]
+    for each in errors:
+        if isinstance(each, BaseExceptionGroup):
+            errors += cast("BaseExceptionGroup[BaseException]", each).exceptions
+    return errors
 
 
 _NO_RULES: Final = FailureRules()

@@ -56,17 +56,20 @@ class TestPermanentFailure:
             (PermanentError("stolen"), ()),
             (DeclinedError("stolen"), (KeyError, DeclinedError)),
             (KeyError(1), LookupError),
+            (ExceptionGroup("stolen", [DeclinedError(), ExceptionGroup("", [PermanentError(), RetryLater(5)])]), ()),
+            (BaseExceptionGroup("stolen", [KeyError(1), KeyboardInterrupt()]), KeyError),
         ],
-        ids=["PermanentError", "tuple", "base class"],
+        ids=["PermanentError", "tuple", "base class", "PermanentError in a group", "base class in a group"],
     )
     def test_no_delivery_executes_the_step_again(
-        self, worker: Worker, others: StepRunStore, error: Exception, permanent: Any
+        self, worker: Worker, others: StepRunStore, error: BaseException, permanent: Any
     ) -> None:
         with pytest.raises(type(error)) as raised:
             worker.execute(raising(error), permanent=permanent)
         assert raised.value is error
         for _ in range(2):
-            with pytest.raises(StepFailedError, match=f"failed permanently in attempt 1 .*{error}") as failed:
+            message = f"failed permanently in attempt 1 .*{re.escape(str(error))}"
+            with pytest.raises(StepFailedError, match=message) as failed:
                 worker.execute(charge)
         assert failed.value.current == stored(others)
         assert stored(others).final
@@ -214,6 +217,12 @@ class TestDelay:
             worker.execute(raising(RetryLater(timedelta(minutes=1))))
         assert raised.value.retry_in == delay_of(others) == 60
         assert str(pickle.loads(pickle.dumps(raised.value))) == "retry in 60 s"
+
+    def test_longest_delay_in_a_group_counts(self, worker: Worker, others: StepRunStore) -> None:
+        delays = [RetryLater(timedelta(minutes=1)), ExceptionGroup("closed", [RetryLater(90), DeclinedError()])]
+        with pytest.raises(ExceptionGroup):
+            worker.execute(raising(ExceptionGroup("closed", delays)), backoff=lambda _: 120)
+        assert delay_of(others) == 90
 
     def test_backoff_receives_the_attempts_that_count(self, worker: Worker, others: StepRunStore) -> None:
         received: list[int] = []
