@@ -25,6 +25,9 @@ class SignalingClient:
         self._signal("after")
         return reply
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
     def _signal(self, moment: str) -> None:
         if moment == self.moment:
             self.moment = ""
