@@ -201,7 +201,7 @@ class OwnConnections(AsyncConnections):
         link = links.pop_idle()
         before = cancellations()
         if link is None:
-            link = await self._open(deadline)
+            link = await self._open(self._template(), deadline)
         try:
             await raise_swallowed_cancellation(before)
             results = _read_all(link, await link.submit(data, count, deadline), read)
@@ -219,15 +219,16 @@ class OwnConnections(AsyncConnections):
     async def _connect_shared(self, links: _Links, deadline: float) -> Link:
         """Opens the shared connection once for all tasks that need it, so that none interrupts its handshake."""
         seconds = None  # of a task that was started for this call: it has the same limit
-        if links.connecting is not None:
-            seconds = seconds_to_connect(self._template(), deadline)
-        else:
-            links.connecting = asyncio.get_running_loop().create_task(self._open(deadline), name="squidstep-connect")
+        if links.connecting is None:
+            connection = links.template = self._template()
+            opening = self._open(connection, deadline)
+            links.connecting = asyncio.get_running_loop().create_task(opening, name="squidstep-connect")
             links.connecting.add_done_callback(links.on_connected)
+        else:
+            seconds = seconds_to_connect(links.template, deadline)
         return await result_of(links.connecting, seconds)
 
-    async def _open(self, deadline: float) -> Link:
-        connection = self._template()
+    async def _open(self, connection: Any, deadline: float) -> Link:
         scope = asyncio.timeout(seconds_to_connect(connection, deadline))
         try:
             async with scope:
@@ -246,6 +247,7 @@ class _Links:
     Attributes:
         shared: the connection that tasks share.
         connecting: opens it.
+        template: the redis-py connection that it opens. To make one for every task that waits would take too long.
         idle: connections for exclusive use.
         is_closed: whether no further connection is kept here.
     """
@@ -253,6 +255,7 @@ class _Links:
     def __init__(self) -> None:
         self.shared: Link | None = None
         self.connecting: asyncio.Task[Link] | None = None
+        self.template: Any = None
         self.idle: deque[Link] = deque()
         self.is_closed = False
         # An event loop ends its asynchronous generators before it is closed. So the connections end with it.
@@ -267,7 +270,7 @@ class _Links:
             self._close_all()
 
     def on_connected(self, task: asyncio.Task[Link]) -> None:
-        self.connecting = None
+        self.connecting = self.template = None
         if not task.cancelled() and task.exception() is None:
             if self.is_closed:
                 task.result().close()

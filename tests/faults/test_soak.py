@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -142,31 +142,49 @@ MUTANTS = {
 }
 
 
+# Without these kinds of events, a soak proves nothing.
+BOTH = ("begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "complete: done", "fail: stale")
+BOTH = (*BOTH, "extend: stale", "takeovers", "zombies rejected", "replies never received", "sent more than once")
+BOTH = (*BOTH, "completions found at the end", "workers killed", "replies lost")
+GENERAL = (
+    *BOTH,
+    "begin: superseded",
+    "begin: failed",
+    "final: done",
+    "retry: done",
+    "begin: mismatch",
+    "complete: stale",
+    "release: stale",
+    "expire: done",
+    "server killed and restarted",
+)
+CANCELLATIONS = (*BOTH, "tasks cancelled", "extend: done", "release: done", "connections killed", "primaries demoted")
+
+
+def check_histories(expected: Collection[str], rounds: int, run: Callable[[int], Report]) -> None:
+    """Runs soaks, given their seeds, until every kind of event has occurred: one can be too short on a busy machine."""
+    counts = Counter[str]()
+    for seed in range(rounds):
+        report = run(seed)
+        assert_linearizable(report)
+        counts += report.verdict.counts + report.faults
+        if not missing(counts, expected):
+            break
+    assert not missing(counts, expected)
+
+
 @pytest.mark.servers("valkey", "redis-7", "redis-6")
 @pytest.mark.timeout(900)
 def test_short_soak_is_linearizable(binary: Path, tmp_path: Path) -> None:
-    """On a busy machine, five seconds can be too short for every kind of event. Then another soak follows."""
-    counts = Counter[str]()
-    for seed in range(8):
-        report = soak(5, tmp_path / str(seed), binary=binary, seed=seed)
-        assert_linearizable(report)
-        counts += report.verdict.counts + report.faults
-        if not missing(counts, GENERAL):
-            break
-    assert not missing(counts, GENERAL)
+    check_histories(GENERAL, 8, lambda seed: soak(5, tmp_path / str(seed), binary=binary, seed=seed))
 
 
 @pytest.mark.servers("valkey", "redis-7", "redis-6")
 @pytest.mark.timeout(900)
 def test_short_soak_of_cancellations_is_linearizable(binary: Path, tmp_path: Path) -> None:
-    counts = Counter[str]()
-    for seed in range(4):
-        report = soak_of_cancellations(10, tmp_path / str(seed), binary=binary, seed=seed)
-        assert_linearizable(report)
-        counts += report.verdict.counts + report.faults
-        if not missing(counts, CANCELLATIONS):
-            break
-    assert not missing(counts, CANCELLATIONS)
+    check_histories(
+        CANCELLATIONS, 4, lambda seed: soak_of_cancellations(10, tmp_path / str(seed), binary=binary, seed=seed)
+    )
 
 
 def test_killed_soak_leaves_no_process(tmp_path: Path) -> None:
@@ -195,23 +213,24 @@ def test_killed_soak_leaves_no_process(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_long_soak_is_linearizable(tmp_path: Path, request: pytest.FixtureRequest, say: Callable[..., None]) -> None:
-    report = soak(request.config.getoption("--soak-seconds"), tmp_path, binary=find_binary("valkey"), seed=1)
-    say("", *report.lines())
-    assert_linearizable(report)
-    assert not missing(report.verdict.counts + report.faults, GENERAL)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(900)
-def test_long_soak_of_cancellations_is_linearizable(
-    tmp_path: Path, request: pytest.FixtureRequest, say: Callable[..., None]
+@pytest.mark.parametrize(
+    ("run", "expected"), [(soak, GENERAL), (soak_of_cancellations, CANCELLATIONS)], ids=["general", "cancellations"]
+)
+def test_long_soak_is_linearizable(
+    run: Callable[..., Report],
+    expected: Collection[str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    say: Callable[..., None],
 ) -> None:
     seconds = request.config.getoption("--soak-seconds")
-    report = soak_of_cancellations(seconds, tmp_path, binary=find_binary("valkey"), seed=1)
-    say("", *report.lines())
-    assert_linearizable(report)
-    assert not missing(report.verdict.counts + report.faults, CANCELLATIONS)
+
+    def soak_aloud(seed: int) -> Report:
+        report = run(seconds, tmp_path / str(seed), binary=find_binary("valkey"), seed=seed)
+        say("", *report.lines())
+        return report
+
+    check_histories(expected, 2, soak_aloud)
 
 
 @pytest.mark.soak
@@ -251,25 +270,6 @@ def assert_linearizable(report: Report) -> None:
     assert (report.problems, report.verdict.findings.undecided, report.verdict.errors) == ([], [], [])
 
 
-# Without these kinds of events, a soak proves nothing.
-BOTH = ("begin: execute", "begin: busy", "begin: completed", "begin: exhausted", "complete: done", "fail: stale")
-BOTH = (*BOTH, "extend: stale", "takeovers", "zombies rejected", "replies never received", "sent more than once")
-BOTH = (*BOTH, "completions found at the end", "workers killed", "replies lost")
-GENERAL = (
-    *BOTH,
-    "begin: superseded",
-    "begin: failed",
-    "final: done",
-    "retry: done",
-    "begin: mismatch",
-    "complete: stale",
-    "release: stale",
-    "expire: done",
-    "server killed and restarted",
-)
-CANCELLATIONS = (*BOTH, "tasks cancelled", "extend: done", "release: done", "connections killed", "primaries demoted")
-
-
-def missing(counts: Counter[str], expected: Sequence[str]) -> list[str]:
+def missing(counts: Counter[str], expected: Collection[str]) -> list[str]:
     """Returns the kinds of events that did not occur."""
     return [name for name in expected if not counts[name]]
