@@ -159,7 +159,7 @@ class Harness:
         burst: bool = False,
         release_killed: bool = False,
         worker_ttl: int = 16,
-        job_monitoring_interval: int = 1,
+        job_monitoring_interval: int = 30,
     ) -> WorkerProcess:
         """Starts a worker. `until` and `reached` restart it if it quits, as a supervisor does."""
         log = self._directory / f"worker-{len(self._workers)}.log"
