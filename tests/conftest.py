@@ -6,20 +6,17 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import importlib.metadata
 import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from redis._parsers import CommandsParser
+from support import caches
 from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
 from support.process_state import process_state
 from support.servers import find_binary
@@ -44,22 +41,8 @@ settings.load_profile("default")
 SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
 NO_SERVER = "no server that was asked for"  # a parameter of tests that are deselected
 
-# redis-py looks up its own version for every client and connection, which takes a tenth of the time of the suite.
-importlib.metadata.version = cache(importlib.metadata.version)
-
-# A cluster client asks for a description of all commands, which takes longer than most tests. It is always the same.
-_described: dict[str, Any] = {}
-_ask_for_commands = CommandsParser.initialize
-
-
-def _initialize(parser: Any, client: Any) -> None:
-    if not _described:
-        _ask_for_commands(parser, client)
-        _described.update(parser.commands)
-    parser.commands = dict(_described)
-
-
-CommandsParser.initialize = _initialize
+caches.install()
+gc.disable()  # until all tests are collected: collecting makes many objects, and none that is garbage
 
 _prefixes = (f"test-{number}" for number in itertools.count())
 
@@ -100,6 +83,14 @@ def pytest_configure(config: pytest.Config) -> None:
 # Which tests there are
 
 
+# Almost every test in these directories starts processes or servers. Importing them takes as long as many quick tests.
+NOT_QUICK = {"commands", "faults", "task_queues", "transport", "wire"}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return (collection_path.name in NOT_QUICK and config.getoption("markexpr") == "quick") or None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     only = metafunc.definition.get_closest_marker("servers")
     wanted = [name for name in metafunc.config.stash[SERVERS] if only is None or name in only.args]
@@ -127,6 +118,7 @@ def pytest_collection_finish() -> None:
     """Excludes the collected tests from garbage collections: they stay, and some tests collect explicitly."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _parameters(item: pytest.Item) -> dict[str, object]:

@@ -60,6 +60,7 @@ class TestRule:
             assert has_controls(f"a{control}b"), hex(ord(control))
             assert control not in escaped(f"a{control}b")
 
+    @pytest.mark.slow
     @given(value=JSON)
     @example(value={EVIL: [EVIL, "\U000e0001", "☃", "\\u001b", '"']})
     def test_json_line_is_printable_and_reads_back_equal(self, value: Any) -> None:

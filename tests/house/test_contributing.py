@@ -117,6 +117,7 @@ CHECKLIST: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.slow
 def test_the_architecture_lists_every_module_once() -> None:
     entries = listed_modules()
     assert len(entries) == len(set(entries))

@@ -7,6 +7,7 @@ import inspect
 import re
 import typing
 from binascii import crc32
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ MODULES = {
 MODULES.pop("__init__")
 
 
+@cache
 def imported(module: str) -> set[str]:
     """The modules of the package that a module imports; "" stands for the public names."""
     found: set[str] = set()
@@ -114,6 +116,7 @@ def layer_of(module: str) -> int | None:
     return next((level for level, names in enumerate(LAYERS) if top in names), None)
 
 
+@pytest.mark.slow
 def test_imports_point_down_the_layers() -> None:
     for module in MODULES:
         level = layer_of(module)
@@ -127,6 +130,7 @@ def test_imports_point_down_the_layers() -> None:
                 assert below <= level, f"{module} imports {name}, of a higher layer"
 
 
+@pytest.mark.slow
 def test_modules_import_each_other_without_a_cycle() -> None:
     edges = {module: imported(module) - {module} for module in MODULES if module not in ("errors", "server_errors")}
     while free := [module for module, names in edges.items() if not names & edges.keys()]:

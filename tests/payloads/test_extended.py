@@ -134,6 +134,7 @@ class TestRoundTrip:
     def test_extended_payload_comes_back_equal(self, payload: dict[str, Any]) -> None:
         assert_same(CODEC.decode(CODEC.encode(payload)), returned(by_value(payload)))
 
+    @pytest.mark.slow
     @given(payload=extended_payloads)
     @example(payload=EXTENDED_EDGES)
     def test_extended_payload_survives_json(self, payload: dict[str, Any]) -> None:

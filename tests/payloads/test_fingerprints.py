@@ -45,6 +45,7 @@ class TestCanonicalForm:
             "4xJnNrCkoAhHqXDnOwrpNhqv",
         )
 
+    @pytest.mark.slow
     @given(payload=payloads)
     def test_returned_input_has_the_fingerprint_of_the_given_input(self, payload: Any) -> None:
         codec = MsgpackCodec()
