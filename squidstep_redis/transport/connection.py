@@ -14,7 +14,6 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Sequence
-from functools import partial
 from math import inf
 from threading import get_ident
 from typing import Any, Final
@@ -25,7 +24,7 @@ from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, pools_of, probed
 from squidstep_redis.transport.handshake import limited_replies, open_connection
-from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, wake
+from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, open_one, wake
 from squidstep_redis.transport.retry import (
     UNREADABLE,
     RoundTripError,
@@ -247,7 +246,8 @@ class PooledConnections(Connections):
             callers.discard(thread)
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
-        connection, give_back = borrow(self._pool, deadline)
+        loan = borrow(self._pool, deadline)
+        connection = loan.connection
         is_reusable = False
         is_demoted = False
         try:
@@ -263,7 +263,7 @@ class PooledConnections(Connections):
                 results, is_demoted = stream.read(len(commands), read), stream.is_demoted
             is_reusable = not (is_demoted or getattr(connection, "_should_reconnect", False))
             if needs_release(self._pool, connection):
-                give_back = partial(self._pool.release, connection)
+                loan.leave_to_pool()
         finally:
             try:
                 if not is_reusable:
@@ -271,7 +271,11 @@ class PooledConnections(Connections):
             finally:
                 if not is_reusable:
                     connection._sock = None  # also if that was interrupted
-                give_back()
+                try:
+                    loan.give_back()
+                except BaseException:
+                    loan.give_back_again()
+                    raise
                 wake(self._pool)
         if is_demoted:
             self._disconnect_idle()
@@ -281,9 +285,7 @@ class PooledConnections(Connections):
         return False  # `borrow` shows it
 
     def connect(self, deadline: float) -> None:
-        give_back = borrow(self._pool, deadline)[1]
-        give_back()
-        wake(self._pool)
+        open_one(self._pool, deadline)
 
     def _disconnect_idle(self) -> None:
         for connection in idle_of(self._pool):
@@ -346,9 +348,7 @@ class HookedClient(Connections):
         pool = self._pool
         if pool is None or any(connection._sock for connection in idle_of(pool)) or not is_known(pool, KNOWN):
             return
-        give_back = borrow(pool, deadline)[1]
-        give_back()
-        wake(pool)
+        open_one(pool, deadline)
 
 
 def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:

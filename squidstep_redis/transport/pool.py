@@ -38,79 +38,120 @@ KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 _KNOWN_RELEASES: Final = (_plain.release, _blocking.release)
 
 
-def borrow(pool: Any, deadline: float) -> tuple[Any, Callable[[], object]]:
+class Loan:
+    """A connection that was taken out of a pool.
+
+    Attributes:
+        connection: it is open and set up.
+        give_back: gives it back, in one operation of the interpreter. Call `wake` after it. It fails only if an
+            exception from outside arrives while it waits for the lock of the pool; `give_back_again` is for that case.
+    """
+
+    __slots__ = ("_pool", "_taken", "connection", "give_back")
+
+    def __init__(self, pool: Any, taken: list[Any], give_back: Callable[[], object]) -> None:
+        self.connection = taken[0]
+        self.give_back = give_back
+        self._pool = pool
+        self._taken = taken
+
+    def give_back_again(self) -> None:
+        """Gives the connection back, unless `give_back` has done so."""
+        _way_back(self._pool, self._taken)()
+
+    def leave_to_pool(self) -> None:
+        """Lets the pool's own method give the connection back, because the pool must be notified."""
+        self.give_back = _each(self._pool.release, self._taken)
+
+
+def borrow(pool: Any, deadline: float) -> Loan:
     """Takes a connection out of a pool and sets it up, or leaves the pool as it was.
 
     An exception from outside may arrive at any instruction of Python code. Even then, no lock may stay held, and the
     pool must not lose a connection. So a connection is taken in one operation of the interpreter, and given back in
-    one. The pool's own methods need several, and the methods of a blocking pool's queue hold a lock in Python code.
+    one, which is made before. The pool's own methods need several, and the methods of a blocking pool's queue hold a
+    lock in Python code.
 
     Args:
         pool: the pool.
         deadline: how long to wait for a connection, by the monotonic clock.
 
-    Returns:
-        The connection, and the operation that gives it back. Call `wake` after it.
-
     Raises:
         RoundTripError: there is no connection, or it could not be set up.
     """
-    waits = isinstance(pool, _blocking)
-    connection = None
-    taken: list[Any] = []
+    taken: list[Any] = []  # the connection; None stands for one that a blocking pool has yet to make
+    give_back: Callable[[], object] = taken.clear
     try:
-        if not is_known(pool, KNOWN):
-            connection = ask(pool)
-            return connection, partial(pool.release, connection)
-        pool._checkpid()
-        if waits:
+        has_known_methods = is_known(pool, KNOWN)
+        if has_known_methods:
+            pool._checkpid()
+        give_back = _way_back(pool, taken)
+        if not has_known_methods:
+            taken.append(ask(pool))
+            return Loan(pool, taken, give_back)
+        if isinstance(pool, _blocking):
             _wait_for_place(pool, deadline, taken)
-            connection = taken[0]
-            if connection is None:
-                connection = pool.make_connection()
+            if taken[0] is None:
+                taken[0] = pool.make_connection()
         else:
-            try:
-                taken.extend(map(_pop, (pool._available_connections,)))
-                connection = taken[0]
-            except IndexError:
-                with pool._lock:
-                    connection = _make_connection(pool)
-            _locked(pool, partial(pool._in_use_connections.add, connection))()
+            _take_or_make(pool, taken)
+        connection = taken[0]
         if not _is_ready(connection):
             connection.disconnect()
             open_connection(connection)
-        return connection, _way_back(pool, connection)
+        return Loan(pool, taken, give_back)
     except BaseException as error:
-        if connection is None and taken:
-            connection = taken[0]
-        if connection is not None or taken:
+        try:
+            if taken and taken[0] is not None:
+                taken[0].disconnect()
+        finally:
+            if taken and taken[0] is not None:
+                taken[0]._sock = None  # even if that was interrupted: no call may use it as ready
             try:
-                _close(connection)
-            finally:
-                if connection is not None:
-                    connection._sock = None  # even if that was interrupted: no call may use it as ready
-                _way_back(pool, connection)()
-                wake(pool)
+                give_back()
+            except BaseException:
+                _way_back(pool, taken)()
+                raise
+            wake(pool)
         failure = unsent(error)
         if failure is not None:
             raise failure from error
         raise
 
 
-def _close(connection: Any) -> None:
-    if connection is not None:
-        connection.disconnect()
+def open_one(pool: Any, deadline: float) -> None:
+    """Leaves an open connection in a pool.
+
+    Raises:
+        RoundTripError: as for `borrow`.
+    """
+    loan = borrow(pool, deadline)
+    try:
+        loan.give_back()
+    except BaseException:
+        loan.give_back_again()
+        raise
+    wake(pool)
 
 
-def _way_back(pool: Any, connection: Any) -> Callable[[], object]:
-    """Returns the operation that gives a connection back; None stands for one that a blocking pool has yet to make."""
+def _way_back(pool: Any, taken: list[Any]) -> Callable[[], object]:
+    """Returns the operation that moves a connection from a list back to its pool. It does nothing for an empty list."""
     if not is_known(pool, KNOWN) or getattr(pool.release, "__func__", None) not in _KNOWN_RELEASES:
-        return partial(pool.release, connection)
+        return _each(pool.release, taken)
     if not hasattr(pool, "pool"):
         in_use, available = pool._in_use_connections, pool._available_connections
-        return _locked(pool, partial(in_use.discard, connection), partial(available.append, connection))
+        return _locked(pool, partial(in_use.difference_update, taken), partial(available.extend, _items(taken)))
     queue = _queue_of(pool)
-    return partial(pool.pool.put_nowait if queue is None else queue.queue.append, connection)
+    return _each(pool.pool.put_nowait, taken) if queue is None else partial(queue.queue.extend, _items(taken))
+
+
+def _items(items: list[Any]) -> Iterable[Any]:
+    """Returns an iterator that takes the last item out of a list, if there is one when it is asked for."""
+    return map(_pop, filter(None, (items,)))
+
+
+def _each(release: Callable[[Any], object], taken: list[Any]) -> Callable[[], object]:
+    return partial(_exhaust, map(release, _items(taken)), 0)
 
 
 def needs_release(pool: Any, connection: Any) -> bool:
@@ -169,8 +210,7 @@ def _wait_for_place(pool: Any, deadline: float, taken: list[Any]) -> None:
 def _take(queue: Any, taken: list[Any]) -> bool:
     """Appends the last item of a queue to a list; returns whether there is one."""
     # In one step: before Python 3.12, an allocation may collect garbage, and a finalizer may then give back another.
-    filled: Iterable[list[Any]] = filter(None, (queue.queue,))
-    take = partial(taken.extend, map(_pop, filled))
+    take = partial(taken.extend, _items(queue.queue))
     _operation(queue.mutex.acquire, take, queue.mutex.release)()
     return bool(taken)
 
@@ -198,6 +238,15 @@ def _operation(*steps: Callable[[], object]) -> Callable[[], object]:
 def _locked(pool: Any, *steps: Callable[[], object]) -> Callable[[], object]:
     """Returns several steps as one operation under the lock of a pool, whose `disconnect` goes through its sets."""
     return _operation(pool._lock.acquire, *steps, pool._lock.release)
+
+
+def _take_or_make(pool: Any, taken: list[Any]) -> None:
+    """Appends an idle connection, or a new one, of a pool that does not wait."""
+    taken.extend(_items(pool._available_connections))
+    if not taken:
+        with pool._lock:
+            taken.append(_make_connection(pool))
+    _locked(pool, partial(pool._in_use_connections.update, taken))()
 
 
 def _make_connection(pool: Any) -> Any:

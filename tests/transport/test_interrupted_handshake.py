@@ -151,8 +151,8 @@ def test_next_handshake_restores_what_an_interrupted_one_replaced(
             at_line(line, ("/transport/handshake.py",), interrupt) as was_interrupted,
             contextlib.suppress(Interruption),
         ):
-            borrow(pool, inf)[1]()
-        connection = borrow(pool, time.monotonic())[0]
+            borrow(pool, inf).give_back()
+        connection = borrow(pool, time.monotonic()).connection
         assert connection.redis_connect_func is None
         assert connection.credential_provider is given["credential_provider"]
     assert line > 20
@@ -173,7 +173,7 @@ def test_exception_at_any_line_of_borrowing_loses_no_connection(
             borrow(pool, inf)
         if was_interrupted():
             misses = 0
-            borrow(pool, time.monotonic())[1]()
+            borrow(pool, time.monotonic()).give_back()
         else:
             misses += 1
     assert line > 100
@@ -195,7 +195,7 @@ def test_interrupted_call_leaks_neither_a_connection_nor_a_lock(
             store.schedule_step("run", "pay", {})
         was_interrupted = bool(place)
         assert kind == "plain" or not pool.pool.mutex.locked(), place
-        borrow(pool, time.monotonic())[1]()
+        borrow(pool, time.monotonic()).give_back()
         number += 1
     assert number > 50
 
@@ -228,10 +228,10 @@ def test_call_survives_a_disconnect_of_its_pool(
     bench: Bench, connect_to: Connect, proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def borrow_and_disconnect(pool: Any, deadline: float) -> Any:
-        connection, give_back = borrow(pool, deadline)
+        loan = borrow(pool, deadline)
         monkeypatch.undo()
-        connection.disconnect()
-        return connection, give_back
+        loan.connection.disconnect()
+        return loan
 
     store = connect_to(kind, proxy.port, DATABASE, options(bench), timeout=2)
     monkeypatch.setattr("squidstep_redis.transport.connection.borrow", borrow_and_disconnect)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
@@ -55,13 +56,13 @@ class GuardedSet(set[Any]):
         self.pool = pool
         self.was_held: list[bool] = []
 
-    def add(self, element: Any) -> None:
+    def update(self, *elements: Iterable[Any]) -> None:
         self.note()
-        super().add(element)
+        super().update(*elements)
 
-    def discard(self, element: Any) -> None:
+    def difference_update(self, *elements: Iterable[Any]) -> None:
         self.note()
-        super().discard(element)
+        super().difference_update(*elements)
 
     def note(self) -> None:
         with ThreadPoolExecutor(1) as another_thread:
@@ -114,7 +115,7 @@ class Garbage:
 def test_connection_given_back_meanwhile_does_not_replace_the_one_taken(bench: Bench) -> None:
     """Before Python 3.12, the garbage collector runs at an allocation, and finalizers end interrupted calls."""
     pool: Any = redis.BlockingConnectionPool.from_url(bench.backend.url, max_connections=3, timeout=1)
-    connections = [borrow(pool, time.monotonic() + 1)[0] for _ in range(3)]
+    connections = [borrow(pool, time.monotonic() + 1).connection for _ in range(3)]
     queue = pool.pool
     queue.queue.extend(connections[:2])
     queue.mutex = CollectingLock(queue.mutex, connections[2:], queue.queue)
@@ -122,7 +123,7 @@ def test_connection_given_back_meanwhile_does_not_replace_the_one_taken(bench: B
     try:
         taken: list[Any] = []
         while len(taken) < 3 and queue.queue:
-            taken.append(borrow(pool, time.monotonic() + 1)[0])
+            taken.append(borrow(pool, time.monotonic() + 1).connection)
             gc.set_threshold(*before)
             gc.collect()
     finally:
