@@ -132,7 +132,8 @@ def advance_timeout() -> None:
 def overstay(amount: int) -> dict[str, int]:
     if this_attempt() == 1:
         advance_timeout()
-        time.sleep(600)
+        for _ in range(600):
+            time.sleep(1)  # Python does not run a signal's handler during a sleep that began just after the signal
     effect("charge")
     return {"charged": amount}
 
