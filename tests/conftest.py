@@ -219,8 +219,9 @@ def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     runner = request.getfixturevalue("runner") if request.param == "asyncio" else None
     folder = request.path.parent.name
     bench = Bench(backend, runner, next(_prefixes), shares_client=folder in UNDISTURBED)
-    # Blocking stores read the indexes of all sizes, with the same code.
-    with backend.indexed(has_few=folder == "runs" and request.param == "asyncio"):
+    # Blocking stores of a single server read indexes with all buckets, by the same code.
+    has_few = folder == "runs" and (request.param == "asyncio" or backend.name == "cluster")
+    with backend.indexed(has_few=has_few):
         yield bench
     bench.close()
     backend.flush()  # tests that scan the server must not depend on those that ran before
