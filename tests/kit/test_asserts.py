@@ -151,7 +151,7 @@ def test_threads_of_a_kit_end_with_its_block(
         kit.store.run_step("run", "pay", lambda _: {}, {})
         with kit.faults.killed_at("complete_step"):
             kit.store.run_step("run", "ship", lambda _: {}, {})
-        assert "squidstep-heartbeat" in {each.name for each in set(threading.enumerate()) - threads}
+        wait_until(lambda: "squidstep-heartbeat" in {each.name for each in set(threading.enumerate()) - threads})
     wait_until(lambda: set(threading.enumerate()) <= threads, timeout=2)
 
 
