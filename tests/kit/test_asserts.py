@@ -152,7 +152,7 @@ def test_threads_of_a_kit_end_with_its_block(
         with kit.faults.killed_at("complete_step"):
             kit.store.run_step("run", "ship", lambda _: {}, {})
         wait_until(lambda: "squidstep-heartbeat" in {each.name for each in set(threading.enumerate()) - threads})
-    wait_until(lambda: set(threading.enumerate()) <= threads, timeout=2)
+    wait_until(lambda: set(threading.enumerate()) <= threads)
 
 
 def test_kit_without_fakeredis_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
