@@ -89,7 +89,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
     async def broadcast(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
         """Sends commands to every server; returns their replies or errors by server ("" if none could be found)."""
         try:
-            servers = await self._connections().servers()
+            servers = await self._connections().servers(time.monotonic() + self.timeout)
         except FAILURES as error:
             return {"": [cause_of(error)] * len(commands)}
         limit = self.timeout
@@ -99,7 +99,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         """Blocks until the stream grows, at most for half of the client's timeout. Returns whether it got a reply."""
         deadline = time.monotonic() + effect.seconds
         try:
-            node = await self._connections().node_of(effect.stream)
+            node = await self._connections().node_of(effect.stream, deadline)
             (reply,) = await node.send([effect.command(self.longest_read / 2)], as_it_is, deadline, blocks=True)
             has_reply = True
         except FAILURES as error:
@@ -142,7 +142,7 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         if isinstance(action, RoundTrip):
             return await action.node.send(action.commands, action.read, deadline, blocks=action.blocks)
         if isinstance(action, Route):
-            return await self._connections().route(action.calls)
+            return await self._connections().route(action.calls, deadline)
         if isinstance(action, Pause):
             return await asyncio.sleep(action.seconds)
         if isinstance(action, Redirect):

@@ -45,27 +45,27 @@ class ClusterConnections(AsyncConnections):
     ) -> list[Any]:
         """Sends commands to the node of the first key."""
         if self._client._initialize:
-            await self._initialize()
+            await self._initialize(deadline)
         return await self._to(self._topology.node_of(commands[0][KEY])).send(commands, read, deadline, blocks=blocks)
 
     async def execute(self, command: Command, call: Call[Any], deadline: float) -> Any:
         if self._client._initialize:
-            await self._initialize()
+            await self._initialize(deadline)
         return await self._to(self._topology.node_of(call.keys[0])).execute(command, call, deadline)
 
-    async def node_of(self, key: bytes) -> AsyncConnections:
+    async def node_of(self, key: bytes, deadline: float) -> AsyncConnections:
         """Returns the connections to the node of a key."""
-        await self._initialize()
+        await self._initialize(deadline)
         return self._to(self._topology.node_of(key))
 
-    async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
+    async def route(self, calls: Sequence[Call[Any]], deadline: float) -> list[tuple[AsyncConnections, Sequence[int]]]:
         """Groups calls by their nodes. A call that no node serves fails when it is sent; the others do not fail."""
-        await self._initialize()
+        await self._initialize(deadline)
         return grouped(calls, lambda key: self._to(self._topology.node_of(key)), _Unserved)
 
-    async def servers(self) -> dict[str, AsyncConnections]:
+    async def servers(self, deadline: float) -> dict[str, AsyncConnections]:
         """Returns the connections to all primaries."""
-        await self._initialize()
+        await self._initialize(deadline)
         return {node.name: self._to(node) for node in self._client.get_primaries()}
 
     async def redirect(self, error: AskError) -> AsyncConnections | None:
@@ -90,12 +90,10 @@ class ClusterConnections(AsyncConnections):
         return self._to(node)
 
     async def refresh(self, since: float, deadline: float) -> None:
-        """Lets the client ask the nodes for the slots, one after another: if they hang, it may outlast the call."""
+        """Lets the client ask the nodes for the slots, one after another."""
         if self._topology.refreshed_at <= since:
-            left = max(deadline - time.monotonic(), LAST_REFRESH)
-            with suppress(TimeoutError, RoundTripError):  # the next attempt shows what is reachable
-                async with asyncio.timeout(left):
-                    await self._learn()
+            with suppress(RoundTripError):  # the next attempt shows what is reachable
+                await self._learn(deadline)
 
     def _to(self, node: Any) -> AsyncConnections:
         known = self._nodes.get(node.name)
@@ -104,18 +102,25 @@ class ClusterConnections(AsyncConnections):
             known = self._nodes[node.name] = kind(self._topology, node)
         return known
 
-    async def _initialize(self) -> None:
+    async def _initialize(self, deadline: float) -> None:
         """Lets the client learn the slots, unless it knows them."""
-        if self._client._initialize and (error := await self._learn()) is not None:
+        if self._client._initialize and (error := await self._learn(deadline)) is not None:
             raise RoundTripError(error, sent=False) from error
 
-    async def _learn(self) -> Exception | None:
-        """Lets the client learn the slots, once for all tasks that wait for it, and whichever of them is cancelled."""
+    async def _learn(self, deadline: float) -> Exception | None:
+        """Lets the client learn the slots, once for all tasks that wait for it, and whichever of them is cancelled.
+
+        Returns:
+            The error if the client could not learn them.
+
+        Raises:
+            RoundTripError: it has taken longer than the call may wait, and continues.
+        """
         loop = asyncio.get_running_loop()
         task = self._learning
         if task is None or task.done() or task.get_loop() is not loop:
             task = self._learning = loop.create_task(self._ask_nodes(), name="squidstep-topology")
-        return await result_of(task, None)
+        return await result_of(task, None if deadline == inf else max(deadline - time.monotonic(), LAST_REFRESH))
 
     async def _ask_nodes(self) -> Exception | None:
         manager = self._client.nodes_manager

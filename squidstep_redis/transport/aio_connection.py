@@ -78,15 +78,20 @@ class AsyncConnections(ABC):
         """Sends the command of one call, as `send` does; returns what `call.outcome` returns."""
         return (await self.send((command,), lambda _, reply: call.outcome(reply), deadline))[0]
 
-    async def node_of(self, key: bytes) -> AsyncConnections:
-        """Returns the connections to the server of a key."""
+    async def node_of(self, key: bytes, deadline: float) -> AsyncConnections:
+        """Returns the connections to the server of a key.
+
+        Raises:
+            RoundTripError: the nodes of a cluster could not be learned by the deadline. `route` and `servers` raise the
+                same.
+        """
         return self
 
-    async def route(self, calls: Sequence[Call[Any]]) -> list[tuple[AsyncConnections, Sequence[int]]]:
+    async def route(self, calls: Sequence[Call[Any]], deadline: float) -> list[tuple[AsyncConnections, Sequence[int]]]:
         """Groups calls by the server of their keys: pairs of the connections to it, and the indexes of its calls."""
         return [(self, range(len(calls)))]
 
-    async def servers(self) -> dict[str, AsyncConnections]:
+    async def servers(self, deadline: float) -> dict[str, AsyncConnections]:
         """Returns the connections to each server, by its name."""
         return {"": self}
 

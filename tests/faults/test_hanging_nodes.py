@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
+import redis.asyncio
 from redis.crc import key_slot
 from support.address import Address
 from support.internals import learn_slots, retry_for
@@ -164,6 +165,22 @@ def test_node_that_replies_serves_its_calls_of_a_batch(addresses: Addresses, sto
 
         served = [run for run, outcome in zip(runs, outcomes, strict=True) if not isinstance(outcome, SquidstepError)]
         assert served == [healthy]
+
+
+@pytest.mark.parametrize("stores", ["asyncio"], indirect=True)
+def test_first_call_waits_for_the_slots_until_its_deadline(addresses: Addresses, stores: Stores) -> None:
+    """The client would wait for a minute. A blocking client learns the slots before it has a store."""
+    options = {"socket_timeout": 60, "address_remap": addresses.remap}
+    addresses.hang()
+    store = stores.on_client(redis.asyncio.RedisCluster.from_url(addresses.url, **options), timeout=0.3)
+
+    fastest(0.3, lambda: seconds(lambda: store.get_run("run")))
+    fastest(0.3, lambda: seconds(store.count_runs))
+    fastest(0.3 + REPLY, lambda: seconds(lambda: store.wait_for_step("run", "pay", 0.3)))
+    addresses.resume()
+
+    retry_for(store, 30)
+    assert store.get_run("run") == []
 
 
 @pytest.mark.parametrize("stores", ["blocking"], indirect=True)

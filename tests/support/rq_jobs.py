@@ -142,7 +142,8 @@ def overstay(amount: int) -> dict[str, int]:
 async def overstay_asyncio(amount: int) -> dict[str, int]:
     if this_attempt() == 1:
         advance_timeout()
-        await asyncio.sleep(600)
+        for _ in range(600):
+            await asyncio.sleep(1)  # as above
     effect("charge")
     return {"charged": amount}
 
