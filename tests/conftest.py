@@ -221,7 +221,7 @@ def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     bench = Bench(backend, runner, next(_prefixes), shares_client=folder in UNDISTURBED)
     # Blocking stores of a single server read indexes with all buckets, by the same code.
     has_few = folder == "runs" and (request.param == "asyncio" or backend.name == "cluster")
-    with backend.indexed(has_few=has_few):
+    with backend.indexed(has_few=has_few or request.node.get_closest_marker("few_buckets") is not None):
         yield bench
     bench.close()
     backend.flush()  # tests that scan the server must not depend on those that ran before
