@@ -17,7 +17,8 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from support import caches
-from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, running
+from support.backends import ALL_SERVERS, DEFAULT_SERVERS, Backend, Bench, buckets_of, running
+from support.claims import interrupted_seconds
 from support.process_state import process_state
 from support.servers import find_binary
 from support.storm_length import StormLength
@@ -42,7 +43,7 @@ SERVERS: pytest.StashKey[tuple[str, ...]] = pytest.StashKey()
 NO_SERVER = "no server that was asked for"  # a parameter of tests that are deselected
 
 caches.install()
-gc.disable()  # until all tests are collected: collecting makes many objects, and none that is garbage
+gc.disable()  # until all tests are collected: the collector would look at many new objects, and find little garbage
 
 _prefixes = (f"test-{number}" for number in itertools.count())
 
@@ -74,6 +75,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown := set(wanted) - set(ALL_SERVERS):
         raise pytest.UsageError(f"--servers: unknown {sorted(unknown)}; there are {', '.join(ALL_SERVERS)}")
     config.stash[SERVERS] = wanted
+    # pytest-randomly, if it is not disabled: the order alone is random. To seed all generators takes as long as a test.
+    config.option.randomly_reset_seed = False
     if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
         # A worker must not continue its tests when the run is killed.
         pr_set_pdeathsig = 1
@@ -128,7 +131,9 @@ def _parameters(item: pytest.Item) -> dict[str, object]:
 def _is_applicable(item: pytest.Item) -> bool:
     parameters = _parameters(item)
     server = parameters.get("backend", parameters.get("binary"))
-    if parameters.get("bench") == "asyncio" and server == "cluster" and item.path.parent.name not in OF_THE_TRANSPORT:
+    is_default = item.config.stash[SERVERS] is DEFAULT_SERVERS
+    without_asyncio = () if item.path.parent.name in OF_THE_TRANSPORT else ("cluster", "fakeredis")[: 1 + is_default]
+    if parameters.get("bench") == "asyncio" and server in without_asyncio:
         return False
     not_on = item.get_closest_marker("not_on")
     return server != NO_SERVER and (not_on is None or server not in not_on.args)
@@ -140,7 +145,8 @@ STARTERS = {
 }
 
 
-# On a cluster, an asyncio store differs from the others in its transport only. These directories test that.
+# An asyncio store differs from a blocking one in its transport only. These directories test that. The others do not use
+# asyncio stores on a cluster, and on fakeredis only with -m quick or --servers.
 OF_THE_TRANSPORT = {"wire", "transport", "faults", "asgi"}
 
 
@@ -199,6 +205,13 @@ def short_lived_heartbeats() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_interruptions() -> Iterator[None]:
+    """Interrupted blocks wait for as long as a busy machine needs. Tests of their second set it again."""
+    with interrupted_seconds(30):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def unchanged_process() -> Iterator[None]:
     """Fails in the module that changes a setting of the whole process, not in the one that runs after it."""
@@ -217,11 +230,8 @@ def runner() -> Iterator[asyncio.Runner]:
 def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, blocking and asyncio."""
     runner = request.getfixturevalue("runner") if request.param == "asyncio" else None
-    folder = request.path.parent.name
-    bench = Bench(backend, runner, next(_prefixes), shares_client=folder in UNDISTURBED)
-    # Blocking stores of a single server read indexes with all buckets, by the same code.
-    has_few = folder == "runs" and (request.param == "asyncio" or backend.name == "cluster")
-    with backend.indexed(has_few=has_few or request.node.get_closest_marker("few_buckets") is not None):
+    bench = Bench(backend, runner, next(_prefixes), shares_client=request.path.parent.name in UNDISTURBED)
+    with buckets_of(request.node):
         yield bench
     bench.close()
     backend.flush()  # tests that scan the server must not depend on those that ran before

@@ -20,7 +20,10 @@ REPOSITORY = Path(__file__).parents[1]
 GUIDE = REPOSITORY / "tests" / "guide" / "compensation.md"
 RECIPE = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL))
 
-pytestmark = pytest.mark.parametrize("bench", ["blocking"], indirect=True)  # the recipe is for a blocking store
+pytestmark = [
+    pytest.mark.all_buckets,
+    pytest.mark.parametrize("bench", ["blocking"], indirect=True),  # the recipe is for a blocking store
+]
 
 WORKER = """
 import os, signal, sys

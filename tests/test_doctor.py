@@ -363,7 +363,7 @@ class TestClients:
                     store.begin_step("run", "pay", {})
                 took = time.monotonic() - began
                 pool.release(connection)
-        assert 1.5 <= took < 2.2
+        assert 1.5 <= took < 10
 
     @pytest.mark.parametrize("by_url", [False, True])
     def test_pool_of_one_connection_passes_every_check(self, binary: Path, by_url: bool) -> None:

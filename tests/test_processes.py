@@ -21,7 +21,7 @@ from support.servers import collect_abandoned_connections
 
 from squidstep_redis import AsyncStepRunStore, BeginResult, Outcome, StaleStepRunError, StepRun, StepRunStore
 
-pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")
+pytestmark = [pytest.mark.all_buckets, pytest.mark.servers("valkey", "redis-7", "redis-6", "cluster")]
 
 DEADLINE = 60.0
 
@@ -83,7 +83,9 @@ def begin_at_once(index: int, barrier: Barrier, connect: Connect, prefix: str) -
 
 
 class TestConcurrentBegin:
-    @pytest.mark.parametrize(("method", "count"), [("fork", 64), ("spawn", 3)])
+    @pytest.mark.parametrize(
+        ("method", "count"), [("fork", 24), pytest.param("spawn", 3, marks=pytest.mark.not_on("cluster"))]
+    )
     def test_one_of_many_processes_executes(self, backend: Backend, method: str, count: int) -> None:
         prefix = f"test-at-once-{method}"
 

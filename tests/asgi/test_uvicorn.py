@@ -92,6 +92,7 @@ class TestAThousandRequests:
         sites[0].run(main())
 
 
+@pytest.mark.all_buckets
 @pytest.mark.servers("valkey")
 def test_a_killed_server_is_taken_over_after_its_lease(bench: Bench) -> None:
     assert bench.backend.url is not None

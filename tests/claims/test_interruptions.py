@@ -18,10 +18,10 @@ from support.claims import (
     charge,
     decline,
     fakeredis_only,
+    interrupted_seconds,
     is_busy,
     outcomes,
     real_server,
-    undo_timeout,
 )
 from support.internals import replace_client
 from support.interruptions import SignalingClient, sigusr1_raises
@@ -146,7 +146,7 @@ class TestInterruptedAcquisition:
             await asyncio.wait([task], timeout=30)
             assert (task.cancelled(), len(sent)) == (True, 2)
 
-        with undo_timeout(0.01):
+        with interrupted_seconds(0.01):
             cast("asyncio.Runner", worker.runner).run(main())
 
         self.check_that_no_claim_is_left(others)

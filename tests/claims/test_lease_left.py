@@ -21,8 +21,8 @@ from support.claims import (
     fake_clock,
     fakeredis_only,
     granted_claim,
+    interrupted_seconds,
     no_heartbeat_threads,
-    undo_timeout,
 )
 from support.records import begun
 
@@ -178,7 +178,7 @@ def test_cancelled_acquisition_is_undone_for_a_limited_time(bench: Bench, worker
         assert task.cancelled()
 
     task: asyncio.Task[Any] = cast("Any", None)
-    with undo_timeout(0.05 if reply == "never comes" else 30):
+    with interrupted_seconds(0.05 if reply == "never comes" else 30):
         cast("asyncio.Runner", worker.runner).run(main())
 
     assert sent == ["begin_step", "begin_step"] + (["release_step"] if reply == "is late" else [])

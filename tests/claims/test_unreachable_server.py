@@ -184,7 +184,7 @@ class TestUnreachableServer:
 def test_result_is_not_resent_for_longer_than_the_lease() -> None:
     """The store's timeout does not begin anew with each call: the last one ends with the lease, and one attempt."""
     call = Calls("squidstep", None, 1_000_000, None).get_run("run")
-    sending = retry_until(call, time.monotonic() + 5)
+    sending = retry_until(call, time.monotonic() + 60)
     first = next(sending)
     assert isinstance(first, Send)
     assert first.seconds is None
@@ -192,4 +192,4 @@ def test_result_is_not_resent_for_longer_than_the_lease() -> None:
     second = next(sending)
     assert isinstance(second, Send)
     assert second.seconds is not None
-    assert 4 < second.seconds < 5
+    assert 30 < second.seconds < 60

@@ -165,6 +165,7 @@ def resume(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.all_buckets
 @real_server
 class TestWorkerProcesses:
     def flavor(self, bench: Bench) -> str:

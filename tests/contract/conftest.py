@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from support.backends import Backend, Bench
+from support.backends import Backend, Bench, buckets_of
 
 from squidstep_redis import StepRun
 from squidstep_redis.testing import StepKit
@@ -57,11 +57,11 @@ def _needs_another_server(item: pytest.Item) -> bool:
     return parameters.get("bench") == MOVED_CLOCK and parameters["backend"] not in MOVED_CLOCK_SERVERS
 
 
-@pytest.fixture(params=["blocking", "asyncio", MOVED_CLOCK])
+@pytest.fixture(params=["blocking", "asyncio", pytest.param(MOVED_CLOCK, marks=pytest.mark.slow)])
 def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, of each of the three kinds."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(backend.indexed())
+        stack.enter_context(buckets_of(request.node))
         if request.param == MOVED_CLOCK:
             kit = stack.enter_context(StepKit(backend.url or "fakeredis"))
             kit.clock.advance(DAY + 0.0015)

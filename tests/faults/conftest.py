@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.backends import buckets_of
 
 from .kit import FLAVORS, Stores
 from .topologies import Cluster
@@ -14,18 +15,18 @@ from .topologies import Cluster
 
 @pytest.fixture(params=FLAVORS)
 def stores(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[Stores]:
-    with Stores(request.param, runner) as stores:
+    with buckets_of(request.node), Stores(request.param, runner) as stores:
         yield stores
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def replicated(binary: Path) -> Iterator[Cluster]:
     """Three primaries and their replicas. Tests may kill nodes; the next test starts them again."""
     with Cluster(binary) as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def unreplicated(binary: Path) -> Iterator[Cluster]:
     """Three primaries and a spare node. Tests kill no node of it, but may delete a slot and add it again.
 

@@ -290,6 +290,7 @@ class TestOutOfMemory:
             fill(client)
             assert [found.lease_ends_at for found in store.live_claims()] == [claim.lease_ends_at]
 
+    @pytest.mark.all_buckets  # the runs do not share entries
     def test_a_recreated_run_keeps_its_entry_in_the_index(self, server: EmbeddedServer, stores: Stores) -> None:
         """The entry of the expired run is the same one."""
         store = stores.from_url(server.url, run_ttl=60)

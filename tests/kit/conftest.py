@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import cast
 
 import pytest
-from support.backends import Backend, Driven
+from support.backends import Backend, Driven, buckets_of
 
 from squidstep_redis import StepRunStore
 from squidstep_redis.testing import StepKit
 
 
 @pytest.fixture
-def kit(backend: Backend) -> Iterator[StepKit]:
-    with backend.indexed(), StepKit(backend.url or "fakeredis") as kit:
+def kit(request: pytest.FixtureRequest, backend: Backend) -> Iterator[StepKit]:
+    with buckets_of(request.node), StepKit(backend.url or "fakeredis") as kit:
         yield kit
 
 

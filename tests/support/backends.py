@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 from unittest import mock
 
 import fakeredis
+import pytest
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
@@ -53,14 +54,6 @@ class Backend:
         seconds, microseconds = self.raw.time(target_nodes="random") if self.name == "cluster" else self.raw.time()
         return seconds + microseconds / 1_000_000
 
-    def indexed(self, *, has_few: bool = False) -> contextlib.AbstractContextManager[object]:
-        """Returns a block in which the indexes of stores have few buckets: if asked for, and always on fakeredis.
-
-        fakeredis needs half a second to read an index of 1,024 buckets. Other processes have as many as always.
-        """
-        fewer = mock.patch("squidstep_redis.protocol.keys.BUCKETS", 16)
-        return fewer if has_few or self.name == "fakeredis" else contextlib.nullcontext()
-
     def keys(self, prefix: str) -> set[bytes]:
         return keys_of(self.raw, prefix)
 
@@ -76,6 +69,17 @@ class Backend:
             self.raw.script_flush(target_nodes="primaries")
         else:
             self.raw.script_flush()
+
+
+def buckets_of(test: pytest.Item) -> contextlib.AbstractContextManager[object]:
+    """Returns a block in which the indexes of this process's stores have the buckets of a test.
+
+    They are 16 instead of 1,024, unless it is marked: reading all takes longer than most tests; on fakeredis, half a
+    second.
+    """
+    if test.get_closest_marker("all_buckets"):
+        return contextlib.nullcontext()
+    return mock.patch("squidstep_redis.protocol.keys.BUCKETS", 16)
 
 
 @contextlib.contextmanager

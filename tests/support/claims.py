@@ -348,12 +348,11 @@ def heartbeat_threads() -> list[threading.Thread]:
 
 
 @contextlib.contextmanager
-def undo_timeout(seconds: float) -> Iterator[None]:
-    """Sets for how long an interrupted claim waits until its acquisition is undone, or its failure recorded."""
-    with (
-        mock.patch("squidstep_redis.claims.claim.INTERRUPTED_SECONDS", seconds),
-        mock.patch("squidstep_redis.claims.aio_claim.INTERRUPTED_SECONDS", seconds),
-    ):
+def interrupted_seconds(seconds: float) -> Iterator[None]:
+    """Sets for how long an interrupted block waits until its claim is given back, or its failure recorded."""
+    with contextlib.ExitStack() as stack:
+        for module in ("aio", "claims.aio_background", "claims.aio_claim", "claims.claim"):
+            stack.enter_context(mock.patch(f"squidstep_redis.{module}.INTERRUPTED_SECONDS", seconds))
         yield
 
 

@@ -33,7 +33,6 @@ from squidstep_redis import (
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = [
-    pytest.mark.few_buckets,
     pytest.mark.servers("valkey", "redis-7", "redis-6"),
     # redis-py 6.0 to 6.2 warns about how it makes a cluster's pipeline itself.
     pytest.mark.filterwarnings("ignore:.*cluster_error_retry_attempts:DeprecationWarning"),

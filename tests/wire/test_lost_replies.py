@@ -32,7 +32,7 @@ from squidstep_redis import (
     StepRunStore,
 )
 
-pytestmark = [pytest.mark.few_buckets, pytest.mark.servers("valkey", "redis-7", "redis-6")]
+pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
 
 class TestLostReplies:

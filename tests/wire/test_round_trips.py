@@ -22,7 +22,7 @@ from squidstep_redis import (
     StepRunStore,
 )
 
-pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
+pytestmark = [pytest.mark.all_buckets, pytest.mark.servers("valkey", "redis-7", "redis-6")]
 
 INDEX = [32, 250, 249, 250, 243]  # the batches that read an index with one entry
 
