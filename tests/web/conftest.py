@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
 
 import pytest
 from support.backends import Bench
-from support.browser import Chromium, find_chromium
+from support.browser import Chromium
 from support.web import Site
 
 
@@ -31,13 +30,7 @@ def acting_site(bench: Bench) -> Site:
 
 @pytest.fixture(scope="session")
 def chromium(runner: asyncio.Runner) -> Iterator[Chromium]:
-    """Chromium, started once."""
-    try:
-        find_chromium()
-    except LookupError as error:
-        if "SQUIDSTEP_CHROMIUM" in os.environ:
-            raise
-        pytest.skip(str(error))
+    """Chromium, started once. If there is none, the test fails."""
     chromium = Chromium(runner)
     try:
         chromium.start()

@@ -17,7 +17,7 @@ from support.web import Site
 from squidstep_redis import AsyncStepRunStore, RefusedError, StepRunStore
 from squidstep_redis.web import live
 
-pytestmark = pytest.mark.servers("valkey")
+pytestmark = [pytest.mark.browser, pytest.mark.servers("valkey")]
 
 SCRIPT = "<script>alert(1)</script>"
 HANDLER = '"><img src=x onerror="alert(2)">'
