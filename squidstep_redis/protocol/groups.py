@@ -12,6 +12,10 @@ from squidstep_redis.protocol.call import Call, Reply
 MAX_MERGED: Final = 100  # calls: the server runs nothing else for the time that they take together
 
 
+class GroupRefusedError(NoScriptError):
+    """A group of calls was refused: each is sent by itself, like a call whose script the server does not know."""
+
+
 class _Layout(NamedTuple):
     """The arguments and replies of a script that runs several calls as one.
 
@@ -115,7 +119,7 @@ def divided(sent: Call[Any], calls: Sequence[Call[Any]], reply: Any) -> list[Any
         return [[word, call.args[0], *parts] for call in calls]
     # One of the records or an index is corrupt. Nothing was written. Sent by itself, each call has its own outcome, but
     # it takes effect after the later calls of the batch.
-    return [NoScriptError("the group was refused")] * len(calls)
+    return [GroupRefusedError("the group was refused")] * len(calls)
 
 
 def replies_in(script: str, parts: Sequence[Any], nonces: Sequence[bytes]) -> list[Reply]:

@@ -47,7 +47,13 @@ abandoned: list[Any] = []
 
 
 class AsyncConnections(ABC):
-    """Sends commands to one server."""
+    """Sends commands to one server.
+
+    Attributes:
+        loaded: the digests of the scripts that batches have loaded, unless the server has lost them since.
+    """
+
+    loaded: frozenset[bytes] = frozenset()
 
     @property
     def is_exhausted(self) -> bool:

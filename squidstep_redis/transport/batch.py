@@ -1,16 +1,18 @@
 """The commands for several calls on one connection, and the reply to each call.
 
-The scripts are loaded first. Then come the calls, and the commands that their durability requires (WAIT, WAITAOF).
+Scripts are loaded first, if need be. Then come the calls, and the commands that their durability requires (WAIT,
+WAITAOF).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from squidstep_redis.escaping import escaped
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.groups import divided
+from squidstep_redis.protocol.scripts import Script
 from squidstep_redis.server_errors import NotReplicatedError
 
 T = TypeVar("T")
@@ -68,15 +70,31 @@ class Durability(NamedTuple):
         return None
 
 
-def commands(calls: Sequence[Call[Any]], durability: Durability | None = None) -> list[Command]:
-    """Returns the commands of a batch for one server.
+def scripts_to_load(calls: Sequence[Call[Any]], known: Collection[bytes]) -> list[Script]:
+    """Returns the scripts that a batch loads, which takes as long as a few calls.
 
-    The scripts are loaded in one transaction. If they are flushed before the last call, all later calls fail too, so
-    re-sending them preserves the order.
+    If calls depend on the order, it loads all: if the scripts are flushed before the last call, all later calls fail,
+    so re-sending them preserves the order. Calls on different runs do not depend on it.
+
+    Args:
+        calls: the calls for one server.
+        known: the digests of the scripts that this server has loaded, unless it has lost them since.
     """
-    sources = dict.fromkeys(call.script.source for call in calls)
-    load = [(b"MULTI",), *((b"SCRIPT", b"LOAD", source) for source in sources), (b"EXEC",)]
-    return [*load, *(call.evalsha() for call in calls), *waits(calls, durability)]
+    scripts = {call.script.sha: call.script for call in calls}
+    runs = {call.run_id for call in calls}
+    if None in runs or len(runs) < len(calls):  # None: a call that spans runs
+        known = ()
+    return [script for sha, script in scripts.items() if sha not in known]
+
+
+def commands(
+    calls: Sequence[Call[Any]], durability: Durability | None = None, load: Sequence[Script] = ()
+) -> list[Command]:
+    """Returns the commands of a batch for one server. It loads scripts in one transaction, before the calls."""
+    loading: list[Command] = []
+    if load:
+        loading = [(b"MULTI",), *((b"SCRIPT", b"LOAD", script.source) for script in load), (b"EXEC",)]
+    return [*loading, *(call.evalsha() for call in calls), *waits(calls, durability)]
 
 
 def replies_to(calls: Sequence[Call[Any]], replies: list[Any], durability: Durability | None = None) -> list[Any]:

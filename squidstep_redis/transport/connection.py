@@ -44,7 +44,13 @@ _FRESH_SECONDS: Final = 1.0
 
 
 class Connections(ABC):
-    """Sends commands to one server."""
+    """Sends commands to one server.
+
+    Attributes:
+        loaded: the digests of the scripts that batches have loaded, unless the server has lost them since.
+    """
+
+    loaded: frozenset[bytes] = frozenset()
 
     @abstractmethod
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:

@@ -18,7 +18,7 @@ only error that it raises is ReplyMismatchError; the connection is then discarde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 from redis.exceptions import AskError, ClusterError, NoScriptError, RedisError, TryAgainError
@@ -263,6 +263,7 @@ def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durabilit
             break
         except FAILURES as error:
             yield from _pause(state, error)
+    yield from _send_with_scripts(calls, results, state, durability)
     is_late = False
     for index, result in enumerate(results):
         if type(result) is _NeedsResend:
@@ -275,9 +276,10 @@ def send_batch(calls: Sequence[Call[Any]], timeout: float, durability: Durabilit
 def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Durability | None) -> Driver[list[Any]]:
     routes: list[tuple[Any, Sequence[int]]] = yield Route(calls)
     sent = [_Sent.of(calls, indexes) for _, indexes in routes]
+    loads = [batch.scripts_to_load(each.calls, node.loaded) for (node, _), each in zip(routes, sent, strict=True)]
     round_trips: list[RoundTrip] = []
-    for (node, _), each in zip(routes, sent, strict=True):
-        commands = batch.commands(each.calls, durability)
+    for (node, _), each, load in zip(routes, sent, loads, strict=True):
+        commands = batch.commands(each.calls, durability, load)
         blocks = bool(batch.waits(each.calls, durability))
         read = _raw_reader(each.calls, commands, durability) if blocks else _batch_reader(each, commands, state)
         round_trips.append(RoundTrip(node, commands, read, blocks))
@@ -286,7 +288,9 @@ def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Du
     else:
         outcomes = yield RoundTrips(round_trips)
     results: list[Any] = [None] * len(calls)
-    for (_, indexes), each, round_trip, outcome in zip(routes, sent, round_trips, outcomes, strict=True):
+    for (node, indexes), each, load, round_trip, outcome in zip(
+        routes, sent, loads, round_trips, outcomes, strict=True
+    ):
         if isinstance(outcome, Exception):
             for index in indexes:
                 results[index] = _NeedsResend(outcome)
@@ -296,7 +300,32 @@ def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Du
             replied = batch.replies_to(each.calls, outcome, durability)
             read_replies = [each.outcome(position, reply, state) for position, reply in enumerate(replied)]
         each.assign(read_replies, results)
+        if load and not isinstance(outcome[len(load) + 1], Exception):  # the reply to EXEC
+            node.loaded |= {script.sha for script in load}
+        elif _without_script(results, indexes):
+            node.loaded = frozenset()
     return results
+
+
+def _send_with_scripts(
+    calls: Sequence[Call[Any]], results: list[Any], state: RetryState, durability: Durability | None
+) -> Driver[None]:
+    """Sends those calls of a batch again whose server has lost the scripts, such as by a restart, in one more batch."""
+    indexes = _without_script(results, range(len(results)))
+    if len(indexes) < 2:
+        return
+    try:
+        outcomes: list[Any] = yield from _send_together([calls[index] for index in indexes], state, durability)
+    except FAILURES as error:
+        outcomes = [_NeedsResend(error)] * len(indexes)
+    for index, outcome in zip(indexes, outcomes, strict=True):
+        results[index] = outcome
+
+
+def _without_script(results: Sequence[Any], indexes: Iterable[int]) -> list[int]:
+    """Returns the indexes of the calls that did not run, because their server does not know the script."""
+    failed = [index for index in indexes if type(results[index]) is _NeedsResend]
+    return [index for index in failed if type(results[index].error) is NoScriptError]
 
 
 def _resend(

@@ -193,6 +193,7 @@ class ScriptedConnections:
     """
 
     is_exhausted = False
+    loaded: frozenset[bytes] = frozenset()
 
     def __init__(self, is_asyncio: bool, reply: Callable[[int], Any]) -> None:
         """`reply` gets the number of the send, from 0. It returns the reply to each call of that send, or raises."""

@@ -35,7 +35,7 @@ payloads = st.dictionaries(
 def commands_of(call: Call[Any]) -> list[tuple[Any, ...]]:
     sent: list[tuple[Any, ...]] = [call.evalsha(), call.eval()]
     for durability in DURABILITIES:
-        sent += batch.commands([call, call], durability)
+        sent += batch.commands([call, call], durability, [call.script])
     return sent
 
 
@@ -150,7 +150,7 @@ calls = Calls("squidstep", None, 1_000, 60)
 raised = 0
 made = [calls.begin_step("run", "pay", {}, lease=60, max_attempts=3), calls.scan_steps("run")]
 for call in made:
-    for command in [call.evalsha(), call.eval(), *batch.commands([call], Durability(1, True, 1_000))]:
+    for command in [call.evalsha(), call.eval(), *batch.commands([call], Durability(1, True, 1_000), [call.script])]:
         try:
             list(map(operator.call, [arrive, functools.partial(pack_command, command)]))
         except Interruption:
