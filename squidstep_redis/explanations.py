@@ -192,10 +192,10 @@ class _Facts(NamedTuple):
         if self.cancel_reason is None or reason == "completed":
             return why, after, actions
         if reason in ("leased", "unleased"):
-            told = " The run is cancelled: the worker learns this when it next extends its lease, and may still finish."
+            note = " The run is cancelled: the worker learns this when it next extends its lease, and may still finish."
         else:
-            told = " The run is cancelled, too: resume it before you deliver the step again."
-        return why, after + told, (*actions, _RESUME)
+            note = " The run is cancelled, too: resume it before you deliver the step again."
+        return why, after + note, (*actions, _RESUME)
 
     def _why(self, reason: Reason) -> Iterator[str]:
         step_run, number = self.step_run, self.step_run.attempt

@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown := set(wanted) - set(ALL_SERVERS):
         raise pytest.UsageError(f"--servers: unknown {sorted(unknown)}; there are {', '.join(ALL_SERVERS)}")
     config.stash[SERVERS] = wanted
-    # pytest-randomly, if it is not disabled: the order alone is random. To seed all generators takes as long as a test.
+    # pytest-randomly, if it is not disabled: the order alone is random. Seeding generators costs CPU in every test.
     config.option.randomly_reset_seed = False
     if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
         # A worker must not continue its tests when the run is killed.

@@ -35,9 +35,11 @@ def batch(
 ) -> Workflow[list[Any]]:
     """Sends any mixture of operations, on any runs, in one round trip per server.
 
-    They are not one transaction. Each is atomic, and operations on one run take effect in the given order, unless one
-    has to be sent again because the server refused it temporarily, or because another call of the batch found a corrupt
-    record.
+    After a server lost its scripts, such as by a restart, it takes one more.
+
+    The operations are not one transaction. Each is atomic, and those on one run take effect in the given order, unless
+    one has to be sent again because the server refused it temporarily, or because another call of the batch found a
+    corrupt record.
 
     Args:
         calls: calls made by `store.calls`, such as `store.calls.begin_step("run", "step", {})`.

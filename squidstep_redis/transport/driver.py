@@ -300,10 +300,10 @@ def _send_together(calls: Sequence[Call[Any]], state: RetryState, durability: Du
             replied = batch.replies_to(each.calls, outcome, durability)
             read_replies = [each.outcome(position, reply, state) for position, reply in enumerate(replied)]
         each.assign(read_replies, results)
-        if load and not isinstance(outcome[len(load) + 1], Exception):  # the reply to EXEC
-            node.loaded |= {script.sha for script in load}
-        elif _without_script(results, indexes):
+        if _without_script(results, indexes):
             node.loaded = frozenset()
+        elif load and not isinstance(outcome[len(load) + 1], Exception):  # the reply to EXEC
+            node.loaded |= {script.sha for script in load}
     return results
 
 

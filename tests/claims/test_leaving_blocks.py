@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import anyio
@@ -14,6 +14,7 @@ from support.claims import interrupted_seconds
 from support.records import begun, stored
 
 from squidstep_redis import AsyncStepRunStore, RunCancelledError, StepRunStore, StepStatus
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
 from squidstep_redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.servers("valkey")
@@ -66,6 +67,53 @@ class TestLazyCheckpoint:
 
         wait_for_status(observer, "pay", StepStatus.FAILED)
         assert stored(observer).progress == {"done": 1}
+
+
+class TestSecondOfInterruptedBlocks:
+    """An unreachable server delays the end of an interrupted block by about a second. Other tests wait for longer."""
+
+    @pytest.fixture(autouse=True)
+    def as_it_is(self, server: EmbeddedServer) -> Iterator[None]:
+        with interrupted_seconds(INTERRUPTED_SECONDS):
+            yield
+        server.resume()
+
+    def test_blocking_block_is_left_after_a_second(self, server: EmbeddedServer, observer: StepRunStore) -> None:
+        def interrupt() -> None:
+            with store.claim_step("run", "pay", {}):
+                server.pause()
+                raise KeyboardInterrupt
+
+        with StepRunStore.from_url(server.url, timeout=60) as store:
+            began = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+            seconds = time.monotonic() - began
+            server.resume()
+
+        assert 0.9 < seconds < 5
+        wait_for_status(observer, "pay", StepStatus.FAILED)
+
+    @either_kind
+    def test_asyncio_block_is_left_after_a_second(
+        self, server: EmbeddedServer, observer: StepRunStore, kind: str
+    ) -> None:
+        async def interrupt(store: AsyncStepRunStore) -> None:
+            async with store.claim_step("run", "pay", {}):
+                server.pause()
+                raise asyncio.CancelledError
+
+        async def main() -> float:
+            async with opened(server.url, kind) as store:
+                began = time.monotonic()
+                with pytest.raises(asyncio.CancelledError):
+                    await interrupt(store)
+                seconds = time.monotonic() - began
+                server.resume()
+                return seconds
+
+        assert 0.9 < asyncio.run(main()) < 5
+        wait_for_status(observer, "pay", StepStatus.FAILED)
 
 
 class TestCancelledByTheClaim:

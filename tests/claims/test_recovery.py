@@ -304,13 +304,13 @@ class TestSignalHandlerThatUsesTheStore:
     def test_handler_executes_a_step_during_another(self, worker: Worker, others: StepRunStore, function: str) -> None:
         before = signal.signal(signal.SIGUSR1, lambda *_: worker.store.run_step("run", "of the handler", dict, {}))
 
-        def strike(frame: FrameType, event: str, argument: object) -> None:
+        def intercept(frame: FrameType, event: str, argument: object) -> None:
             if event == "call" and frame.f_code.co_name == function and is_ours(frame):
                 sys.setprofile(None)
                 signal.raise_signal(signal.SIGUSR1)
 
         try:
-            sys.setprofile(strike)
+            sys.setprofile(intercept)
             worker.store.run_step("run", "pay", dict, {})
         finally:
             sys.setprofile(None)
@@ -379,7 +379,7 @@ def at_instruction(number: int, kind: type[BaseException]) -> Iterator[list[str]
     where: list[str] = []
     left = number
 
-    def strike(frame: FrameType, event: str, argument: Any) -> None:
+    def intercept(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal left
         if event in EVENTS and is_ours(frame):
             left -= 1
@@ -389,7 +389,7 @@ def at_instruction(number: int, kind: type[BaseException]) -> Iterator[list[str]
                 raise kind
 
     gc.disable()  # an exception in a finalizer is lost
-    sys.setprofile(strike)
+    sys.setprofile(intercept)
     try:
         yield where
     finally:

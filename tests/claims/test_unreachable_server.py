@@ -182,7 +182,7 @@ class TestUnreachableServer:
 
 
 def test_result_is_not_resent_for_longer_than_the_lease() -> None:
-    """The store's timeout does not begin anew with each call: the last one ends with the lease, and one attempt."""
+    """The store's timeout does not restart with each call: the last one ends with the lease, and one attempt."""
     call = Calls("squidstep", None, 1_000_000, None).get_run("run")
     sending = retry_until(call, time.monotonic() + 60)
     first = next(sending)

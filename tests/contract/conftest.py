@@ -57,7 +57,7 @@ def _needs_another_server(item: pytest.Item) -> bool:
     return parameters.get("bench") == MOVED_CLOCK and parameters["backend"] not in MOVED_CLOCK_SERVERS
 
 
-@pytest.fixture(params=["blocking", "asyncio", pytest.param(MOVED_CLOCK, marks=pytest.mark.slow)])
+@pytest.fixture(params=["blocking", "asyncio", MOVED_CLOCK])
 def bench(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Bench]:
     """Makes stores: on each server, of each of the three kinds."""
     with contextlib.ExitStack() as stack:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.backends import Bench
 from support.operations import seen, state
 from support.proxy import Proxy
 from support.records import begun, in_batch
 
-from squidstep_redis import Call, RunDeletedError, StepRunStore
+from squidstep_redis import BeginResult, Call, CorruptRunError, RunDeletedError, StepRunStore
 
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
 
@@ -55,3 +56,14 @@ def test_a_group_on_a_deleted_run_is_sent_once(proxy: Proxy, proxied: StepRunSto
 
     assert [type(outcome) for outcome in outcomes] == [RunDeletedError] * 3
     assert proxy.names() == ["MULTI", "SCRIPT", "EXEC", "EVALSHA"]
+
+
+def test_calls_of_a_refused_group_are_sent_again_one_by_one(bench: Bench, proxy: Proxy, proxied: StepRunStore) -> None:
+    proxied.begin_step("run", "a", {})
+    bench.backend.raw.hset(bench.keys("run")[0], "sa", "no state line")
+    proxy.clear()
+
+    outcomes = proxied.batch([proxied.calls.begin_step("run", step, {}) for step in STEPS])
+
+    assert [type(outcome) for outcome in outcomes] == [CorruptRunError, BeginResult, BeginResult]
+    assert proxy.names() == ["MULTI", "SCRIPT", "EXEC", "EVALSHA"] + ["EVALSHA"] * len(STEPS)

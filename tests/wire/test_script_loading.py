@@ -74,6 +74,15 @@ def test_a_batch_that_meets_a_flush_is_sent_again_in_one_round_trip(
     assert sent_by(proxy, proxied, begins(proxied, "later")) == ["EVALSHA"] * len(RUNS)
 
 
+def test_a_flush_after_the_load_costs_one_more_batch(bench: Bench, proxy: Proxy, proxied: StepRunStore) -> None:
+    load = ["MULTI", "SCRIPT", "EXEC"]
+    proxy.after(len(load) + 5, bench.backend.flush_scripts)
+
+    names = sent_by(proxy, proxied, begins(proxied, "pay"))
+
+    assert names == load + ["EVALSHA"] * len(RUNS) + load + ["EVALSHA"] * (len(RUNS) - 5)
+
+
 @pytest.mark.parametrize("after", range(len(RUNS)))
 def test_a_flush_at_any_point_repeats_no_call(bench: Bench, proxy: Proxy, proxied: StepRunStore, after: int) -> None:
     sent_by(proxy, proxied, begins(proxied, "before"))
