@@ -49,7 +49,7 @@ class TestRetryStep:
         assert (retried.input, retried.last_error, retried.token) == ({"given": 1}, None, b"")
         assert store.get_step_run("run", "pay") == retried
         assert store.failed_steps() == []
-        result = store.begin_step("run", "pay", {"given": "anew"})
+        result = store.begin_step("run", "pay", {"given": "again"})
         assert (result.decision, result.step_run.attempt, result.step_run.input) == ("execute", 4, {"given": 1})
         assert outcomes(store) == [
             (1, "w0", Outcome.FAILED, {"of": 0}),
