@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any, Final, cast
@@ -106,7 +105,7 @@ class Stream:
         return not (poll.poll(0) or self.has_left())
 
     def _write(self, data: bytes, *, is_first: bool = True) -> None:
-        written = self.socket.send(data) if is_first else 0
+        written = self._send(data) if is_first else 0
         if written < len(data):
             try:
                 self._write_rest(memoryview(data)[written:])
@@ -122,12 +121,16 @@ class Stream:
                 raise RoundTripError(TimeoutError("Timeout writing"), sent=True)
             is_short = self._timeout is not None and left < self._timeout
             if is_short:
-                self._set_timeout(max(0.001, left))
+                self.socket.settimeout(max(0.001, left))
             try:
-                data = data[self.socket.send(data) :]
+                data = data[self._send(data) :]
             finally:
                 if is_short:
-                    self._set_timeout(self._timeout)
+                    self.socket.settimeout(self._timeout)
+
+    def _send(self, data: bytes | memoryview) -> int:
+        """Sends at least one byte; returns how many were sent."""
+        return self.socket.send(data)
 
     def _next(self) -> Any:
         """Returns one reply; an error of the server is a reply, unless it is about the connection."""
@@ -159,49 +162,54 @@ class Stream:
                 return reply
 
     def _receive(self) -> None:
-        count = self.socket.recv_into(self._buffer)
+        self._feed(self.socket.recv_into(self._buffer))
+
+    def _feed(self, count: int) -> None:
+        """Passes what was received to the reader."""
         if not count:
             raise RoundTripError(ConnectionError("Connection closed by server."), sent=True)
         self._reader.feed(self._buffer, 0, count)
-
-    def _set_timeout(self, seconds: float | None) -> None:
-        self.socket.settimeout(seconds)
 
     def _receive_until(self, until: float) -> None:
         left = until - time.monotonic()
         if left <= 0:  # a server that trickles bytes always sends some in time
             raise RoundTripError(TimeoutError("Timeout reading"), sent=True)
-        self._set_timeout(max(0.001, left))
+        self.socket.settimeout(max(0.001, left))
         try:
             self._receive()
         finally:
-            self._set_timeout(self._timeout)
+            self.socket.settimeout(self._timeout)
 
 
 class OwnStream(Stream):
     """A connection that nothing but the store uses."""
 
-    __slots__ = ("_has_kernel_timeouts",)
+    __slots__ = ("_descriptor",)
 
     def __init__(self, connection: Any) -> None:
-        self._has_kernel_timeouts = False
         super().__init__(connection, new_reader(connection), MORE, bytearray(_READ_SIZE))
-        if type(self.socket) is socket.socket and os.name == "posix" and self._timeout is not None:
-            # Python polls before each send and recv on a socket with a timeout; the kernel's own timeouts need no poll.
-            self.socket.settimeout(None)
-            self._has_kernel_timeouts = True
-            self._set_timeout(self._timeout)
+        # Before each send and recv, Python polls a socket that has a timeout. Here, only if the socket is not ready.
+        is_plain = type(self.socket) is socket.socket and hasattr(os, "readv")
+        self._descriptor = self.socket.fileno() if is_plain else None  # None: of a TLS socket, or on Windows
 
     def close(self) -> None:
         self._connection.disconnect()
 
-    def _set_timeout(self, seconds: float | None) -> None:
-        if not self._has_kernel_timeouts:
-            self.socket.settimeout(seconds)
+    def _send(self, data: bytes | memoryview) -> int:
+        try:
+            return self.socket.send(data) if self._descriptor is None else os.write(self._descriptor, data)
+        except BlockingIOError:
+            return self.socket.send(data)
+
+    def _receive(self) -> None:
+        if self._descriptor is None:
+            super()._receive()
             return
-        span = struct.pack("ll", *divmod(int((seconds or 0) * 1_000_000), 1_000_000))  # a timeval
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
+        try:
+            count = os.readv(self._descriptor, (self._buffer,))
+        except BlockingIOError:
+            count = self.socket.recv_into(self._buffer)
+        self._feed(count)
 
 
 def stream_of(connection: Any) -> Stream | None:
@@ -268,6 +276,6 @@ def _is_raised_here(error: Exception) -> bool:
 
 
 def _named(error: OSError, doing: str) -> RedisError:
-    if isinstance(error, (socket.timeout, BlockingIOError)):  # the latter by the kernel's timeout
+    if isinstance(error, socket.timeout):
         return TimeoutError(f"Timeout {doing}")
     return ConnectionError(f"Error while {doing}: {error}")
