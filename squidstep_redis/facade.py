@@ -50,8 +50,8 @@ def _option_problem(url: str, problem: str) -> str:
 class BaseStore(ABC, Generic[C, B]):
     """Decides atomically which delivery of a step executes, and stores each step's input, output and error.
 
-    Every operation is one round trip. A store is stateless: create any number of them, share one between threads or
-    tasks, and use it after a fork.
+    Most operations are one round trip; the docstrings of the others say how many they need. A store is stateless:
+    create any number of them, share one between threads or tasks, and use it after a fork.
 
     Attributes:
         client: the redis-py client.
@@ -99,7 +99,7 @@ class BaseStore(ABC, Generic[C, B]):
     def from_url(cls, url: str, **options: Any) -> Self:
         """Makes a store with its own client: RESP2, no client retries, and timeouts that fit the store's.
 
-        The client waits 0.3 of the store's timeout for a reply and 0.15 for a connection. Unless `max_connections`
+        The client waits 30 % of the store's timeout for a reply and 15 % for a connection. Unless `max_connections`
         is given, the store opens its own connections, which makes calls faster; see `StoreSettings`.
 
         Args:
@@ -121,7 +121,7 @@ class BaseStore(ABC, Generic[C, B]):
         except (ValueError, AttributeError):
             raise InvalidArgumentError("url", _URL_PROBLEM) from None
         client = cls._connect(url, {"protocol": 2, **timeouts, **client_options})
-        # A limit of connections is the pool's to enforce.
+        # Only the pool can enforce a limit of connections.
         settings.setdefault("own_connections", "max_connections" not in {**in_url, **options})
         try:
             store = cls(client, **settings)

@@ -37,7 +37,7 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_takeovers_total` | prefix | claims granted over a claim whose lease had expired |
     | `squidstep_skips_total` | prefix, reason | deliveries that did not execute |
     | `squidstep_completions_total`, `…_failures_total`, `…_releases_total` | prefix | claims that ended this way |
-    | `squidstep_refused_zombies_total` | prefix, operation | calls with a claim that was lost |
+    | `squidstep_stale_calls_total` | prefix, operation | calls with a claim that was lost |
     | `squidstep_errors_total` | prefix, operation, error | calls that raised any other error |
     | `squidstep_extensions_total` | prefix | leases extended, by the heartbeat or by `extend_claim` |
     | `squidstep_batched_total` | prefix, operation | decisions and errors in batches, such as the heartbeat's |
@@ -81,7 +81,7 @@ class Metrics(Collector):
             "release": counter("releases", "Claims released"),
             "extend": counter("extensions", "Leases extended"),
         }
-        self._refused = counter("refused_zombies", "Calls with a claim that was lost", "operation")
+        self._refused = counter("stale_calls", "Calls with a claim that was lost", "operation")
         self._errors = counter("errors", "Calls that raised any other error", "operation", "error")
         self._batched = counter("batched", "Decisions and errors of calls in batches", "operation")
         self._seconds = Histogram(

@@ -151,7 +151,8 @@ class StepRun:
         prefix: key prefix of the store.
         token: token of the claim that this object carries; empty if it carries none.
         cancel_reason: why the run was cancelled, empty without a reason; None if it is not cancelled, or if the
-            operation does not say. Operations that skip because of it say so, and `extend_claim` and `checkpoint_step`.
+            operation does not say. Operations that skip because of the cancellation set it, and so do `extend_claim`
+            and `checkpoint_step`.
     """
 
     __slots__ = (
@@ -409,7 +410,7 @@ class BeginResult(_BeginPair):
 
     @property
     def superseded(self) -> bool:
-        """This very call was granted a claim before, and that claim has ended since."""
+        """This same call was granted a claim earlier, and that claim has ended since."""
         return self.reason == "superseded"
 
     @property

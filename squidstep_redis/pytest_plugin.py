@@ -69,7 +69,7 @@ def step_kit(request: pytest.FixtureRequest, step_server: str, step_settings: di
     with StepKit(step_server, **step_settings) as kit:
         yield kit
         pending = kit.faults.pending()
-    # A test that has failed says so itself, and one that was skipped has not come to them.
+    # A failed test is already reported, and a skipped test never reached its faults.
     if pending and request.node.stash.get(_has_passed, False):
         pytest.fail("faults that the test requested did not occur: " + "; ".join(pending), pytrace=False)
 

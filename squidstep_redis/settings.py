@@ -36,8 +36,9 @@ class StoreSettings(TypedDict, total=False):
         fingerprint: what the fingerprint of an input is made of. True: the whole input; a function of the input: what
             it returns. A delivery with a different fingerprint is refused with InputMismatchError. An operation can
             override this. Default: None, inputs have no fingerprints.
-        timeout: seconds, or a timedelta, for one call in total. Transient errors (a lost connection, a server that is
-            loading) are retried until then, as long as the client's own timeouts leave time for one more attempt.
+        timeout: seconds, or a timedelta, for one call, including retries. Transient errors (a lost connection, a server
+            that is loading) are retried until then. The last attempt begins at the deadline, so a call can take one
+            attempt longer.
             Default: 10.
         wait_replicas: number of replicas that must confirm each transition (WAIT). Default: 0.
         wait_aof: whether each transition waits until the server's AOF is on disk (WAITAOF: Redis 7.2, Valkey). Neither
@@ -73,7 +74,7 @@ class CheckedSettings(NamedTuple):
 
     Attributes:
         calls: makes the store's calls.
-        timeout: seconds for one call in total.
+        timeout: seconds for one call, including retries.
         durability: what transitions wait for; None: nothing.
         own_connections: whether the store opens its own connections.
     """

@@ -149,8 +149,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         make the step fail permanently; RetryLater, and `backoff`, delay the next attempt. If the claim is lost to a
         takeover, `current_claim().lost` is set, the late result is discarded, and the winner's result is returned. A
         result, or a failure, that cannot be sent is retried for the duration of the lease, at most a minute. If the
-        process is interrupted (a signal, a cancellation), that takes at most a second. A claim whose begin got no reply
-        is released once the server replies again.
+        call is interrupted (a signal, a cancellation), it waits at most a second for this. A claim whose begin got no
+        reply is released once the server replies again.
 
         Args:
             run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.

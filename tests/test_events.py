@@ -325,7 +325,7 @@ class TestPrometheus:
         assert value("skips_total", reason="busy") == 1
         assert value("completions_total") == 1
         assert value("failures_total") == 1
-        assert value("refused_zombies_total", operation="complete_step") == 1
+        assert value("stale_calls_total", operation="complete_step") == 1
         assert value("errors_total", operation="begin_step", error="InputMismatchError") == 1
         assert value("extensions_total") == 1
         assert value("batched_total", operation="begin_step") == 1

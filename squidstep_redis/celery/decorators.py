@@ -54,13 +54,13 @@ def step(
         labels: labels of the run if this step creates it, by which `runs` finds it: a dict of format strings over the
             function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a dict of
             str; None: those of `steps`, if the step belongs to its run. A format string must not name excluded
-            parameters. If one of its arguments is None, there is no such label. A run that exists keeps its own labels.
+            parameters. If one of its arguments is None, there is no such label. An existing run keeps its own labels.
         on_busy: what to do while another worker has claimed the step, or while it may not be retried yet (after
             `backoff` or RetryLater). "reschedule": the task is sent again, to be delivered after 1, 2, 4, … seconds,
-            at the latest when the lease expires, or when the delay ends; this uses none of the task's own retries,
+            but no later than when the lease expires, or when the delay ends; this uses none of the task's own retries,
             whose number `max_retries` limits. "raise": raises StepBusyError or StepDelayedError. "wait": waits inside
             the task until the step is completed or can be claimed.
-        exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint. When
+        exclude: names of parameters that are neither stored nor part of the fingerprint, such as passwords. When
             the step is executed, the function receives them as given in this call. A `run_id` format string must not
             name them; a `run_id` function receives them.
         permanent: a type of exception, or a tuple of them, besides PermanentError: if the function raises one, the
@@ -96,13 +96,13 @@ def steps(
         labels: labels of the run if one of its steps creates it, by which `runs` finds it: a dict of format strings
             over the function's arguments, such as {"tenant": "{tenant}"}, or a function of the arguments that returns a
             dict of str; None: none. A format string must not name excluded parameters. If one of its arguments is None,
-            there is no such label. A run that exists keeps its own labels.
+            there is no such label. An existing run keeps its own labels.
         on_busy: what to do while another worker has claimed one of the steps, or while one may not be retried yet
             (after `backoff` or RetryLater). "reschedule": the task is sent again, to be delivered after 1, 2, 4, …
-            seconds, at the latest when the lease expires, or when the delay ends; this uses none of the task's own
+            seconds, but no later than when the lease expires, or when the delay ends; this uses none of the task's own
             retries, whose number `max_retries` limits. "raise": raises StepBusyError or StepDelayedError. "wait":
             waits inside the task until the step is completed or can be claimed.
-        exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
+        exclude: names of parameters that are neither stored nor part of the fingerprint, such as passwords: those
             of the functions of `current_run().call(…)` that have such a parameter. When a step is executed, its
             function receives them as given in this call. A `run_id` format string must not name them.
         permanent: a type of exception, or a tuple of them, besides PermanentError: if the function of such a step

@@ -81,7 +81,7 @@ class Task(Protocol):
 
 
 PREDICATES: Final[tuple[type[Exception], ...]] = (exceptions.Ignore, exceptions.Reject, exceptions.Retry)
-"""Exceptions with which a task tells Celery that it has neither succeeded nor failed."""
+"""Exceptions that inform Celery that a task has neither succeeded nor failed."""
 
 
 def on_process_start(function: Callable[..., None]) -> None:

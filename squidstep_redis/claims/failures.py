@@ -58,9 +58,9 @@ class ExponentialBackoff:
     Attributes:
         first: delay after the first attempt, in seconds.
         cap: the longest delay, in seconds.
-        factor: how many times as long as the delay before each delay is, from 1.
-        jitter: the part by which each delay is changed at random, from 0 to 1, so that steps that failed together are
-            not retried together.
+        factor: each delay is the previous one times this factor, from 1.
+        jitter: the fraction by which each delay is varied at random, from 0 to 1, so that steps that failed together
+            are not retried together.
     """
 
     first: float = 1.0
@@ -118,7 +118,8 @@ class FailureRules(NamedTuple):
 
         Args:
             error: the exception. It receives a note if the delay is not valid, and the step can be claimed at once.
-            attempt: number of attempts so far, this one included; those that do not count against `max_attempts` aside.
+            attempt: number of attempts so far, including this one, but without those that do not count against
+            `max_attempts`.
         """
         errors = _with_members(error)
         if any(isinstance(each, (PermanentError, *self.permanent)) for each in errors):

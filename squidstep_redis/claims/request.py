@@ -69,7 +69,7 @@ class ClaimSettings(FunctionSettings, total=False):
 
     Attributes:
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
-            `runs` finds it; None: none. A run that exists keeps its own.
+            `runs` finds it; None: none. An existing run keeps its own.
     """
 
     labels: Labels | None

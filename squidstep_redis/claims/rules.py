@@ -1,6 +1,6 @@
 """The rules of `run_step` and `claim_step`, as workflows. This module does no I/O.
 
-`Claim` (store.py) and `AsyncClaim` (aio.py) run these workflows. The heartbeats extend the leases meanwhile.
+`Claim` (claim.py) and `AsyncClaim` (aio_claim.py) run these workflows. The heartbeats extend the leases meanwhile.
 
 A claim has four states:
 

@@ -18,7 +18,7 @@ from squidstep_redis.formatting import format_labels, format_time
 @click.command("cancel", epilog="Example: squidstep cancel order-1 --reason 'wrong address'")
 @store_options
 @run_argument
-@click.option("--reason", help="Why, for other operators and for the workers. The first reason stays.")
+@click.option("--reason", help="The reason, shown to other operators and to the workers. The first reason is kept.")
 @dry_run_option
 def cancel_command(options: StoreOptions, run: str, reason: str | None, dry_run: bool) -> None:
     """Cancels a run.

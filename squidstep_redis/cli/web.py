@@ -40,7 +40,11 @@ _SHUTDOWN_SECONDS: Final = 1  # for which open streams and requests may continue
 @click.option("--payloads", is_flag=True, help="Show inputs, outputs, progress and whole errors.")
 @click.option("--actions", is_flag=True, help="Let steps be retried and released, and runs cancelled and resumed.")
 @click.option(
-    "--allow-host", "hosts", multiple=True, metavar="NAME", help="A further host name that the page is served under."
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="An additional host name under which the page is served.",
 )
 def web_command(
     options: StoreOptions, host: str, port: int, payloads: bool, actions: bool, hosts: tuple[str, ...]

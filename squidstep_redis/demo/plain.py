@@ -35,7 +35,7 @@ def command(**options: Any) -> None:
     """Does real work under real faults, and checks the result.
 
     Each file under PATH (by default the .py files of Python's standard library) is a run of three steps: its digest,
-    its compressed size, its lines and words. A fifth of the steps is delivered twice. One worker is killed inside a
+    its compressed size, its lines and words. A fifth of the steps are delivered twice. One worker is killed inside a
     step; when its lease expires, another worker takes over. The exit code is 0 only if nothing was lost, nothing was
     executed twice except the killed step, and every output equals that of a sequential computation.
 

@@ -40,7 +40,7 @@ def command(**options: Any) -> None:
 
     Each file under PATH (by default the .py files of Python's standard library) is a job of three steps: its digest,
     its compressed size, its lines and words. A work-horse is killed inside a step, then a worker together with its
-    work-horse, and a worker alone, whose work-horse continues while RQ redelivers the job. A fifth of the jobs is
+    work-horse, and a worker alone, whose work-horse continues while RQ redelivers the job. A fifth of the jobs are
     enqueued twice. The exit code is 0 only if each job finished, nothing was lost, nothing was executed twice except
     the killed steps, and every output equals that of a sequential computation.
 

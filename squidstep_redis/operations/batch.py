@@ -33,9 +33,9 @@ def batch(
     *,
     raise_errors: bool = False,
 ) -> Workflow[list[Any]]:
-    """Sends any mixture of operations, on any runs, in one round trip per server.
+    """Sends any mix of operations, on any runs, in one round trip per server.
 
-    After a server lost its scripts, such as by a restart, it takes one more.
+    If a server has lost its scripts, for example after a restart, it takes one more round trip.
 
     The operations are not one transaction. Each is atomic, and those on one run take effect in the given order, unless
     one has to be sent again because the server refused it temporarily, or because another call of the batch found a

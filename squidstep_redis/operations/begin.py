@@ -53,7 +53,7 @@ def begin_step(
             control characters: the str itself; False: nothing; None: the store's setting. If the step has a
             different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
-            `runs` finds it; None: none. A run that exists keeps its own.
+            `runs` finds it; None: none. An existing run keeps its own.
 
     Returns:
         `(step_run, "execute")` for exactly one delivery per attempt; its step run carries the claim. For all other

@@ -59,7 +59,7 @@ def _explain_step(context: Context, run: Run, step: Name) -> Workflow[StepExplan
 def explain_run(context: Context, run_id: RunId, *, limit: int = 20) -> Workflow[RunExplanation | None]:
     """Says why a run is not finished: for each step that is not completed, what `explain_step` says.
 
-    Two round trips, one more for each 500 fields of a run that has more. It writes nothing, and reads no payloads but
+    Two round trips, one more for every 500 fields of a run that has more. It writes nothing, and reads no payloads but
     the errors of the steps that it explains. The steps are not read at one moment.
 
     Args:

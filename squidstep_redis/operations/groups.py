@@ -54,7 +54,7 @@ def begin_steps(
             without control characters: the str itself; False: nothing; None: the store's setting. If one of the steps
             has a different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
-            `runs` finds it; None: none. A run that exists keeps its own.
+            `runs` finds it; None: none. An existing run keeps its own.
 
     Returns:
         By step, in the given order, what `begin_step` returns.

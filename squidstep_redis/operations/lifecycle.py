@@ -57,7 +57,7 @@ def delete_run(context: Context, run_id: RunId, *, tombstone: Seconds = 3_600) -
 
 
 def cancel_run(context: Context, run_id: RunId, reason: str | None = None) -> Call[bool]:
-    """Cancels a run: until `resume_run`, no step of it is scheduled or begins. Nothing that is stored changes.
+    """Cancels a run: until `resume_run`, no step of it is scheduled or begins. No step record changes.
 
     One round trip. `begin_step` skips with the reason "cancelled", except for completed steps, whose output it returns.
     Work that has begun may continue: its claim can be completed, failed, released and extended, and `extend_claim` and

@@ -43,7 +43,7 @@ def runs(
 ) -> Workflow[RunPage]:
     """Lists runs, newest first by creation time, one page at a time.
 
-    Five round trips read the index (about ten in a large store), and one more reads each 65 runs of the page. A run
+    Five round trips read the index (about ten in a large store), and one more for every 65 runs of the page. A run
     that has more than 500 fields needs one more for each 500 of them, and a filter needs one for each 4,000 runs that
     it skips. None blocks the server for more than a few milliseconds. The entries of runs that have expired are dropped
     from the index.

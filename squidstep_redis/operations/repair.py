@@ -62,7 +62,7 @@ def retry_step(context: Context, run_id: RunId, step: Step, *, owner: str | None
 def retry_run(context: Context, run_id: RunId, *, owner: str | None = None) -> Workflow[list[StepRun]]:
     """Resets all failed steps of a run to pending, each as `retry_step` does.
 
-    Two round trips for a run of ordinary size, one more for each 500 fields and each thousand failed steps. Each step
+    Two round trips for a run of ordinary size, one more for every 500 fields and each thousand failed steps. Each step
     is atomic by itself; a step that another worker claims in the meantime is skipped.
 
     Args:

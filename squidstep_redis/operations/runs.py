@@ -36,7 +36,7 @@ _MAX_FAILED: Final = 1_000  # failed steps of a run to purge: one script compare
 def summarize_run(context: Context, run_id: RunId) -> Workflow[RunSummary | None]:
     """Counts the steps of a run by status, and says whether the run is cancelled. It reads no payloads.
 
-    One round trip, one more for each 500 fields of a run that has more.
+    One round trip, one more for every 500 fields of a run that has more.
 
     Args:
         run_id: the run: a non-empty str of at most 512 bytes of UTF-8, or a UUID.
@@ -65,7 +65,7 @@ def purge(
     dry_run: bool = False,
     tombstone: Seconds = 3_600,
 ) -> Workflow[list[RunSummary]]:
-    """Deletes the runs in which every step is completed or failed and nothing changed for some time.
+    """Deletes the runs in which every step is completed or failed and nothing has changed for some time.
 
     It scans all keys of the server: one round trip for each thousand keys, a second one that reads the runs among them,
     and a third if some are to be deleted. Each run is deleted in one call, whatever its size, if it has not changed

@@ -51,7 +51,7 @@ def schedule_step(
             control characters: the str itself; False: nothing; None: the store's setting. If the step has a
             different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
-            `runs` finds it; None: none. A run that exists keeps its own.
+            `runs` finds it; None: none. An existing run keeps its own.
 
     Returns:
         `(step_run, "schedule")`, or `(step_run, "skip")` with the existing record. In a cancelled run a step without a
@@ -108,7 +108,7 @@ def schedule_steps(
             without control characters: the str itself; False: nothing; None: the store's setting. If one of the steps
             has a different fingerprint, the call is refused.
         labels: labels of the run if this call creates it, a dict of up to 8 str of up to 64 bytes by name, by which
-            `runs` finds it; None: none. A run that exists keeps its own.
+            `runs` finds it; None: none. An existing run keeps its own.
 
     Returns:
         The newly scheduled steps, in the given order; none if the run is cancelled.

@@ -64,10 +64,10 @@ def current_run(
     Args:
         run_id: the id of another run; None: the run of `steps`, or else the run of the job (`default_run_id`).
         labels: labels of the run if one of these steps creates it, a dict of up to 8 str of up to 64 bytes by name, by
-            which `runs` finds it; None: none. A run that exists keeps its own.
+            which `runs` finds it; None: none. An existing run keeps its own.
         on_busy: while another worker has claimed a step, "raise" StepBusyError, or "wait" until the step is completed
             or can be claimed. To reschedule the job instead, decorate its function with `steps`.
-        exclude: names of parameters that are not stored, for example of passwords, nor part of the fingerprint: those
+        exclude: names of parameters that are neither stored nor part of the fingerprint, such as passwords: those
             of the called functions that have such a parameter. When a step is executed, its function receives them as
             given in this call.
         **settings: how each step is claimed, and what a failure means: see `StepSettings`.

@@ -157,7 +157,8 @@ class StepFaults:
         Args:
             operation: the name of the store's method, such as `"begin_step"`.
             hook: the function, without parameters. It may use the store, deliver the step a second time, or advance the
-                clock. With `async_step_store` it may be a coroutine function. The operation raises what it raises.
+                clock. With `async_step_store` it may be a coroutine function. The operation raises what the hook
+                raises.
             times: the number of consecutive calls that the fault applies to; 1 or more.
             run: the id of the run; None: any run.
             step: the name of the step; None: any step.

@@ -205,7 +205,7 @@ class ClusterConnections(Connections):
             return
         known.update({name: learned[name] for name in _LEARNED if name in learned})
         self._topology.refreshed_at = time.monotonic()
-        if _SlotsRefreshed is not None:  # for the client's subscriptions, which saw the old slots when the copy told it
+        if _SlotsRefreshed is not None:  # for the client's subscriptions, which saw the old slots of the copy
             with suppress(Exception):
                 manager._event_dispatcher.dispatch(_SlotsRefreshed())
 

@@ -1,6 +1,6 @@
 """A web page about the store, as an ASGI application: what is running, what is stuck and why, what has failed.
 
-`web_app` makes it; mount it into your application, or serve it with `squidstep web`. It needs the extra `web`.
+`web_app` makes it; mount it in your application, or serve it with `squidstep web`. It needs the extra `web`.
 `tests/guide/web.md` is the guide.
 """
 

@@ -134,6 +134,7 @@ def check_form(request: Request, settings: WebSettings, token: str) -> None:
     if not settings.is_signed(_PURPOSE, request.cookies.get(_COOKIE, ""), token):
         raise HTTPException(
             403,
-            "The form is not of this page, or the page was restarted since. Nothing was changed. Load the page again, "
-            "and repeat what you did. If several processes serve it, give each the same secret.",
+            "The form does not belong to this page, or the server was restarted after the page was loaded. Nothing was "
+            "changed. Load the page again, and repeat what you did. If several processes serve it, give each the same "
+            "secret.",
         )

@@ -210,7 +210,7 @@ class Pages:
             stream: AsyncIterator[str] = self._hub.stream(f"run {run_id}" if run_id else "", known, version)
         except TooManyViewersError:
             raise HTTPException(503, "Too many pages are being updated. Reload the page by hand.") from None
-        headers = {"X-Accel-Buffering": "no"}  # nginx would hold the events back
+        headers = {"X-Accel-Buffering": "no"}  # nginx would buffer the events
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     async def static(self, request: Request) -> Response:

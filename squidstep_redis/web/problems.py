@@ -40,7 +40,7 @@ _TITLES: Final = {
     409: "The step has changed in the meantime",
     413: "The form is too large",
     500: "The page cannot be shown",
-    503: "The server of the store cannot be used",
+    503: "The store's server is unavailable",
 }
 _RETRY_SECONDS: Final = 5
 

@@ -33,7 +33,7 @@ rates, measured in alternating turns.
 """
 _SECTION = """## Performance
 
-| a step begun and completed, compared with | relative rate | in batches of 100 |
+| beginning and completing a step, compared with | relative rate (above 1: faster) | in batches of 100 |
 |---|---|---|
 {rows}
 Client and server run on one machine. Over a network, the round trip dominates the time of a single call.
@@ -135,11 +135,11 @@ def with_performance(readme: str, results: Results) -> str:
             continue
         label, column = result.summary
         if column == "bytes":
-            memory.append(f"{result.median:.0f} bytes with payloads of {label} bytes")
+            memory.append(f"{result.median:.0f} bytes in addition to payloads of {label} bytes")
         else:
             cells.setdefault(label, {})[column] = _times(result.median)
     rows = "".join(f"| {label} | {row.get('single', '-')} | {row.get('batch', '')} |\n" for label, row in cells.items())
-    sentence = f"Besides its payloads, a completed step uses {', '.join(memory)}." if memory else ""
+    sentence = f"A completed step uses {', and '.join(memory)}." if memory else ""
     section = _SECTION.format(rows=rows, memory=sentence)
     old = r"^## Performance\n.*?(?=^## |\Z)"
     changed, count = re.subn(old, lambda _: f"{section}\n", readme, flags=re.MULTILINE | re.DOTALL)

@@ -259,9 +259,7 @@ class TestShow:
         assert all(line.isprintable() for line in lines)
         assert shown["progress"] == {"page": 7, "text": EVIL}
 
-    def test_json_of_a_step_shows_what_is_known_about_its_run(
-        self, server: EmbeddedServer, store: StepRunStore
-    ) -> None:
+    def test_json_of_a_step_shows_facts_about_its_run(self, server: EmbeddedServer, store: StepRunStore) -> None:
         labels = {"tenant": "acme", "order": "7"}
         store.schedule_step("run", "pay", {}, labels=labels)
         for reason in (None, "wrong address"):

@@ -267,7 +267,7 @@ class TestOutOfMemory:
                         store.send(call)
             assert contents(client, PREFIX) == before
 
-    def test_a_full_server_accepts_no_checkpoint_of_a_claim_without_a_lease(
+    def test_full_server_rejects_checkpoints_of_claims_without_a_lease(
         self, server: EmbeddedServer, stores: Stores
     ) -> None:
         store = stores.from_url(server.url)

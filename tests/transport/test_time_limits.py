@@ -334,7 +334,7 @@ def test_call_waits_for_an_exhausted_pool_until_the_deadline(
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
-def test_hooked_client_does_not_wait_for_its_pool_beyond_the_deadline(
+def test_hooked_client_waits_for_its_pool_until_the_deadline(
     bench: Bench, connect_to: Connect, address: Address, batch: bool
 ) -> None:
     store = connect_to("hooked blocking pool", address.port, client={"max_connections": 1}, timeout=0.2)

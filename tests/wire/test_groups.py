@@ -58,7 +58,7 @@ def test_a_group_on_a_deleted_run_is_sent_once(proxy: Proxy, proxied: StepRunSto
     assert proxy.names() == ["MULTI", "SCRIPT", "EXEC", "EVALSHA"]
 
 
-def test_calls_of_a_refused_group_are_sent_again_one_by_one(bench: Bench, proxy: Proxy, proxied: StepRunStore) -> None:
+def test_calls_of_a_refused_group_are_resent_separately(bench: Bench, proxy: Proxy, proxied: StepRunStore) -> None:
     proxied.begin_step("run", "a", {})
     bench.backend.raw.hset(bench.keys("run")[0], "sa", "no state line")
     proxy.clear()

@@ -60,9 +60,7 @@ def test_a_batch_whose_calls_depend_on_their_order_loads_all(proxy: Proxy, proxi
         assert outcomes[1].output == {"receipt": 7}
 
 
-def test_a_batch_that_meets_a_flush_is_sent_again_in_one_round_trip(
-    bench: Bench, proxy: Proxy, proxied: StepRunStore
-) -> None:
+def test_batch_after_a_flush_is_resent_in_one_round_trip(bench: Bench, proxy: Proxy, proxied: StepRunStore) -> None:
     sent_by(proxy, proxied, begins(proxied, "before"))
     bench.backend.flush_scripts()
 
@@ -95,7 +93,7 @@ def test_a_flush_at_any_point_repeats_no_call(bench: Bench, proxy: Proxy, proxie
     assert [len(proxied.attempts(f"run-{number}", "pay")) for number in RUNS] == [1] * len(RUNS)
 
 
-def test_a_script_that_could_not_be_loaded_is_loaded_by_the_next_batch(proxy: Proxy, proxied: StepRunStore) -> None:
+def test_script_that_failed_to_load_is_loaded_by_next_batch(proxy: Proxy, proxied: StepRunStore) -> None:
     proxy.translate = lambda real: b"-NOPERM no\r\n" if proxy.commands[-1][0].upper() == b"EXEC" else real
     proxied.batch(begins(proxied, "first"))
 
