@@ -127,7 +127,7 @@ def test_only_the_performance_section_of_the_readme_is_replaced() -> None:
     assert after.startswith(head)
     assert after.endswith(tail[tail.index("\n## ") :])
     assert "\n| a `Lock` | 2.35 | 46 |\n" in after
-    assert "uses 123 bytes with payloads of 200 bytes." in after
+    assert "uses 123 bytes in addition to payloads of 200 bytes." in after
     assert with_performance(after, {"row": ("", found)}) == after
 
 
