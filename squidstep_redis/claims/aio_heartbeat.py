@@ -100,7 +100,7 @@ class AsyncHeartbeat:
 
     async def _send(self, claims: Sequence[Claim]) -> list[Any]:
         try:
-            async with asyncio.timeout(reply_seconds(claims)):
+            async with asyncio.timeout(reply_seconds(self._schedule.live())):  # the next batch waits for this one
                 return await self._side.transport.send_batch([claim.extension() for claim in claims])
         except TimeoutError:
             self._side.close()  # the server does not reply on them

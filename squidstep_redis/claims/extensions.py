@@ -16,11 +16,14 @@ _SHORTEST_TIMEOUT: Final = 1.0  # seconds
 
 
 def reply_seconds(claims: Sequence[Claim]) -> float:
-    """Returns how long to wait for the replies to a batch: usually a third of the shortest lease in it.
+    """Returns how long to wait for the replies to a batch: usually a third of the shortest lease.
 
     Then the batch counts as failed, whatever the client's timeouts are, so that there is time to send another one.
+
+    Args:
+        claims: the claims whose extensions wait for it.
     """
-    return max(_SHORTEST_TIMEOUT, min(claim.interval for claim in claims))
+    return max(_SHORTEST_TIMEOUT, min((claim.interval for claim in claims), default=0.0))
 
 
 class ExtensionSchedule:
@@ -74,6 +77,11 @@ class ExtensionSchedule:
             if claim is not None and claim.is_live and due - claim.interval / 2 <= now:
                 found.append(claim)
         return found
+
+    def live(self) -> list[Claim]:
+        """Returns all claims whose leases must be extended."""
+        claims = [reference() for reference in self._due.copy()]
+        return [claim for claim in claims if claim is not None and claim.is_live]
 
     def on_sent(self, claims: Sequence[Claim], until: float) -> None:
         """Makes claims whose batch is sent now part of no other batch before `until` (monotonic clock)."""
