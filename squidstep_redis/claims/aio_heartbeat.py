@@ -6,13 +6,11 @@ import asyncio
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from squidstep_redis.claims.aio_background import SideConnections
-from squidstep_redis.claims.extensions import Claim, ExtensionSchedule
+from squidstep_redis.claims.extensions import Claim, ExtensionSchedule, reply_seconds
 from squidstep_redis.steady import steady_time as time
-
-_SHORTEST_TIMEOUT: Final = 1.0  # seconds for a batch; usually a third of the shortest lease in it
 
 
 class AsyncHeartbeat:
@@ -101,9 +99,8 @@ class AsyncHeartbeat:
         self._task.add_done_callback(partial(self._on_sent, claims, time.monotonic()))
 
     async def _send(self, claims: Sequence[Claim]) -> list[Any]:
-        seconds = max(_SHORTEST_TIMEOUT, min(claim.interval for claim in claims))
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(reply_seconds(self._schedule.live())):  # the next batch waits for this one
                 return await self._side.transport.send_batch([claim.extension() for claim in claims])
         except TimeoutError:
             self._side.close()  # the server does not reply on them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 from weakref import ref
 
 from squidstep_redis.claims.retrying import LAST_PAUSE
@@ -11,6 +11,19 @@ from squidstep_redis.claims.rules import BaseClaim
 from squidstep_redis.steady import steady_time as time
 
 Claim = BaseClaim[Any]
+
+_SHORTEST_TIMEOUT: Final = 1.0  # seconds
+
+
+def reply_seconds(claims: Sequence[Claim]) -> float:
+    """Returns how long to wait for the replies to a batch: usually a third of the shortest lease.
+
+    Then the batch counts as failed, whatever the client's timeouts are, so that there is time to send another one.
+
+    Args:
+        claims: the claims whose extensions wait for it.
+    """
+    return max(_SHORTEST_TIMEOUT, min((claim.interval for claim in claims), default=0.0))
 
 
 class ExtensionSchedule:
@@ -65,6 +78,17 @@ class ExtensionSchedule:
                 found.append(claim)
         return found
 
+    def live(self) -> list[Claim]:
+        """Returns all claims whose leases must be extended."""
+        claims = [reference() for reference in self._due.copy()]
+        return [claim for claim in claims if claim is not None and claim.is_live]
+
+    def on_sent(self, claims: Sequence[Claim], until: float) -> None:
+        """Makes claims whose batch is sent now part of no other batch before `until` (monotonic clock)."""
+        for claim in claims:
+            if ref(claim) in self._due:
+                self._due[ref(claim)] = until + claim.interval / 2  # `due` returns them that much earlier
+
     def on_extension_results(
         self, claims: Sequence[Claim], results: Sequence[object] | Exception, sent_at: float
     ) -> None:
@@ -79,5 +103,6 @@ class ExtensionSchedule:
                 self.discard(claim)
                 continue
             failed = isinstance(result, Exception)
-            due = now + min(LAST_PAUSE, claim.interval / 2) if failed else claim.next_extension_at
+            # A batch that failed late has paused already.
+            due = max(now, sent_at + min(LAST_PAUSE, claim.interval / 2)) if failed else claim.next_extension_at
             self._due[ref(claim)] = due

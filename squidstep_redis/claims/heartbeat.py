@@ -1,21 +1,51 @@
 """Extends the leases of live claims of a blocking store, in a thread.
 
 There is one heartbeat for each store and process. After a fork, the child has none: the parent extends its own claims.
+
+Its thread only decides what to send. Each batch, for one server, is sent by a thread of its own: neither a server nor a
+connection that does not reply delays the other batches.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
-from squidstep_redis.claims.extensions import Claim, ExtensionSchedule
+from squidstep_redis.claims.extensions import Claim, ExtensionSchedule, reply_seconds
 from squidstep_redis.claims.recovery import Recovery
 from squidstep_redis.claims.separate import SeparateTransport
 from squidstep_redis.claims.threads import BackgroundThread
 from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol.call import Call
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.blocking import BlockingTransport
+from squidstep_redis.transport.connection import Connections
+from squidstep_redis.transport.helper import Helper
+
+_MAX_HELPERS: Final = 8  # for one server, of which all but one wait for a reply that is overdue
+
+Replies = deque[Sequence[object] | Exception]
+
+
+class _Batch(NamedTuple):
+    """Extensions that are being sent to one server.
+
+    Attributes:
+        claims: the claims to extend.
+        server: the connections to the server.
+        sent_at: when it was sent, on the monotonic clock.
+        until: when it counts as failed.
+        replies: receives its results, or the error that it raised.
+    """
+
+    claims: Sequence[Claim]
+    server: Connections | None
+    sent_at: float
+    until: float
+    replies: Replies
 
 
 class Heartbeat(BackgroundThread):
@@ -31,6 +61,8 @@ class Heartbeat(BackgroundThread):
     def __init__(self, calls: Calls, transport: BlockingTransport) -> None:
         super().__init__()
         self._schedule: ExtensionSchedule = ExtensionSchedule()
+        self._batches: list[_Batch] = []
+        self._helpers: list[tuple[Connections | None, Helper]] = []
         self._transport = SeparateTransport(transport)
         self.recovery = Recovery(calls, self._transport)
 
@@ -52,9 +84,14 @@ class Heartbeat(BackgroundThread):
         return self._schedule.next_at() is not None
 
     def work(self) -> float | None:
-        """Extends the claims that are due; returns when the next ones are."""
+        """Extends the claims that are due; returns when there is more to do."""
+        self._apply_results()
         self._extend(self._schedule.due())  # no local variable: it would prevent a claim from being freed
-        return self._schedule.next_at()
+        due = self._schedule.next_at()
+        if due is None:
+            self._batches.clear()
+            return None
+        return min([due, *(batch.until for batch in self._batches)])
 
     def on_end(self) -> None:
         """Closes the connection."""
@@ -65,14 +102,55 @@ class Heartbeat(BackgroundThread):
         self._transport.close()
 
     def _extend(self, claims: Sequence[Claim]) -> None:
+        """Sends the extensions of claims, in one batch for each server."""
         if not claims:
             return
-        sent_at = time.monotonic()
+        now = time.monotonic()
+        indexes_of: dict[Connections | None, list[int]] = {}
         try:
-            results: Any = self._transport.get().send_batch([claim.extension() for claim in claims])
+            transport = self._transport.get()
+            calls = [claim.extension() for claim in claims]
+            for index, call in enumerate(calls):
+                indexes_of.setdefault(transport.server_of(call), []).append(index)
         except Exception as error:  # noqa: BLE001 -- the next extension may succeed
-            results = error
-        self._schedule.on_extension_results(claims, results, sent_at)
+            self._schedule.on_extension_results(claims, error, now)
+            return
+        for server, indexes in indexes_of.items():
+            of_server = [claims[index] for index in indexes]
+            batch = _Batch(of_server, server, now, now + reply_seconds(of_server), deque(maxlen=1))
+            self._send(transport, batch, [calls[index] for index in indexes])
+
+    def _send(self, transport: BlockingTransport, batch: _Batch, calls: Sequence[Call[Any]]) -> None:
+        """Lets a thread send a batch, which it may not outlive: it holds no claim."""
+        self._schedule.on_sent(batch.claims, batch.until)
+        self._batches.append(batch)
+        self._helpers = [(server, helper) for server, helper in self._helpers if helper.is_running]
+        if sum(server is batch.server for server, _ in self._helpers) < _MAX_HELPERS:
+            limited = transport.limited(batch.until - batch.sent_at)
+            helper = Helper("squidstep-extension", partial(self._send_now, limited, calls, batch.replies))
+            self._helpers.append((batch.server, helper))
+
+    def _send_now(self, transport: BlockingTransport, calls: Sequence[Call[Any]], replies: Replies) -> None:
+        try:
+            replies.append(transport.send_batch(calls))
+        except Exception as error:  # noqa: BLE001 -- the next extension may succeed
+            replies.append(error)
+        self.wake()
+
+    def _apply_results(self) -> None:
+        """Applies the results of batches. The results of a batch that is overdue are ignored, even if they arrive."""
+        now = time.monotonic()
+        in_flight: list[_Batch] = []
+        for batch in self._batches:
+            if batch.replies:
+                self._schedule.on_extension_results(batch.claims, batch.replies[0], batch.sent_at)
+            elif now < batch.until:
+                in_flight.append(batch)
+            else:
+                if batch.server is not None:
+                    batch.server.close()  # the idle connections may not reply either
+                self._schedule.on_extension_results(batch.claims, TimeoutError("no reply"), batch.sent_at)
+        self._batches = in_flight
 
 
 class Heartbeats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from squidstep_redis.claims.retrying import FIRST_PAUSE, LAST_PAUSE
 from squidstep_redis.claims.separate import SeparateTransport
@@ -17,6 +17,7 @@ from squidstep_redis.claims.unfinished import UnfinishedClaim, recover
 from squidstep_redis.errors import SquidstepError
 from squidstep_redis.escaping import escaped
 from squidstep_redis.operations.calls import Calls
+from squidstep_redis.protocol.call import Call
 from squidstep_redis.server_errors import ServerError
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.blocking import run_workflow
@@ -25,6 +26,7 @@ _log: Final = logging.getLogger("squidstep_redis")
 
 _MAX_UNFINISHED: Final = 1_000
 _CLOSE_SECONDS: Final = 1.0
+_ATTEMPT_SECONDS: Final = 0.5  # until the last try of an attempt: the claims of other servers wait meanwhile
 
 
 class Recovery(BackgroundThread):
@@ -80,7 +82,7 @@ class Recovery(BackgroundThread):
     def work(self) -> float | None:
         """Tries to recover all claims; returns when to try again those that could not be."""
         while self.queue:
-            self._pending.append(self.queue.popleft())
+            self._pending.insert(0, self.queue.popleft())  # before those that have failed: its code waits for it
             self._next_at = 0.0
         if self._pending and time.monotonic() >= self._next_at:
             self._try_all()
@@ -95,23 +97,36 @@ class Recovery(BackgroundThread):
         super().close()
 
     def _try_all(self) -> None:
-        remaining = deque(self._pending)
-        while remaining:
-            if not self._try(remaining[0]):
-                remaining.rotate(-1)  # next time, other claims come first: only one node of a cluster may be down
-                break  # the server cannot be reached: the others would wait for it, too
-            first = remaining.popleft()
-            first.is_recovered, first.verdict_of = True, None  # it refers to the claim, which refers to it
-        self._pending = list(remaining)
-        self._pause = min(2 * self._pause, LAST_PAUSE) if remaining else FIRST_PAUSE
+        """Tries to recover each claim, except those of a server that has just failed: they would only wait for it."""
+        failed: list[UnfinishedClaim] = []
+        skipped: list[UnfinishedClaim] = []
+        down: set[object] = set()
+        for unfinished in self._pending:
+            server = self._server_of(unfinished)
+            if server in down:
+                skipped.append(unfinished)
+            elif self._try(unfinished):
+                unfinished.is_recovered = True
+                unfinished.verdict_of = None  # it refers to the claim, which refers to it
+            else:
+                down.add(server)
+                failed.append(unfinished)
+        self._pending = [*skipped, *failed]  # next time, other claims come first: one slot alone may not be served
+        self._pause = min(2 * self._pause, LAST_PAUSE) if self._pending else FIRST_PAUSE
         self._next_at = time.monotonic() + self._pause
+
+    def _server_of(self, unfinished: UnfinishedClaim) -> object:
+        call: Call[Any] | None = unfinished.begin
+        if call is None and unfinished.step_run is not None:
+            call = self._calls.get_run(unfinished.step_run.run_id)
+        return None if call is None else self._transport.get().server_of(call)
 
     def _try(self, unfinished: UnfinishedClaim) -> bool:
         """Returns whether nothing remains to be done for a claim."""
         if unfinished.is_of_dead_process:
             return True
         try:
-            run_workflow(self._transport.get(), recover(self._calls, unfinished))
+            run_workflow(self._transport.get().limited(_ATTEMPT_SECONDS), recover(self._calls, unfinished))
         except ServerError as error:
             if error.transient and not self._gives_up and time.monotonic() < unfinished.deadline:
                 return False

@@ -64,6 +64,13 @@ class BlockingTransport(BaseTransport[Connections]):
         self._direct.close()
         self._hooked.close()  # a cluster's, for batches
 
+    def server_of(self, call: Call[Any]) -> Connections | None:
+        """Returns the connections to the server of a call, the same for all its calls; None if no node serves it."""
+        try:
+            return self._connections().node_of(call.keys[0])
+        except FAILURES:
+            return None
+
     def broadcast(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
         """Sends commands to every server; returns their replies or errors by server ("" if none could be found)."""
         try:

@@ -10,6 +10,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -24,6 +25,7 @@ from support.claims import (
     claim_of_the_work,
     end,
     fakeredis_only,
+    granted_claim,
     has_heartbeat,
     heartbeat_threads,
     outcomes,
@@ -43,6 +45,7 @@ from squidstep_redis import (
     StepStatus,
     current_claim,
 )
+from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
 
 
 def batch_sizes(worker: Worker) -> list[int]:
@@ -232,6 +235,30 @@ class TestThread:
             outputs = list(pool.map(lambda step: worker.execute(work, step, lease=SHORT_LEASE), "abcde"))
 
         assert outputs == [{"step": step} for step in "abcde"]
+
+
+def test_batch_without_reply_delays_no_shorter_lease_on_asyncio() -> None:
+    """One batch is sent at a time, so the shortest lease limits those of the longer ones, too."""
+    closed = threading.Event()
+
+    async def hang(calls: list[Call[Any]]) -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        side: Any = SimpleNamespace(transport=SimpleNamespace(send_batch=hang), close=closed.set)
+        side.acquire = side.release = lambda: None
+        heartbeat = AsyncHeartbeat(side)
+        claims: list[Any] = [granted_claim(3_600), granted_claim(3)]
+        for claim in claims:
+            claim.extension = lambda: None
+            heartbeat._schedule.add(claim)
+        heartbeat._start(claims[:1])
+        await until(closed.is_set)
+        for claim in claims:
+            heartbeat.discard(claim)
+        await heartbeat.stop()
+
+    asyncio.run(main())
 
 
 @real_server  # redis-py keeps a cluster client with its first event loop

@@ -156,7 +156,7 @@ def test_hooked_client_sees_the_extensions(worker: Worker) -> None:
             until_extended(claim)
             claim.complete({})
 
-    assert "squidstep-heartbeat" in seen
+    assert "squidstep-extension" in seen
 
 
 @fakeredis_only
@@ -208,6 +208,27 @@ class TestThread:
                     raised += 1
                 time.sleep(0.003)
             until_extended(claim)
+            claim.complete({})
+        store.close()
+
+
+@real_server
+@pytest.mark.parametrize("kind", ["own", "user's", "hooked"])
+def test_silent_connection_is_replaced_before_the_lease_ends(bench: Bench, kind: str) -> None:
+    """Although the client would wait for its reply for much longer than the lease."""
+    with Proxy.to(bench.backend.raw) as proxy:
+        url, options = f"redis://127.0.0.1:{proxy.port}", {"socket_timeout": 60, "protocol": 2}
+        if kind == "own":
+            store = StepRunStore.from_url(url, prefix=bench.prefix, **options)
+        else:
+            client: Any = redis.Redis.from_url(url, **options)
+            if kind == "hooked":
+                client.execute_command = client.execute_command
+            store = StepRunStore(client, prefix=bench.prefix)
+        with store.claim_step("run", "pay", {}, lease=3) as claim:
+            due = claim.next_extension_at
+            proxy.hold_requests(1)
+            wait_until(lambda: claim.next_extension_at > due, timeout=20)
             claim.complete({})
         store.close()
 

@@ -14,9 +14,10 @@ import pytest
 import redis.asyncio
 from redis.crc import key_slot
 from support.address import Address
+from support.claims import Block, until
 from support.internals import learn_slots, retry_for
 from support.interruptions import AlarmError, sigalrm_raises
-from support.records import begun
+from support.records import begun, stored
 from support.servers import wait_until
 
 from squidstep_redis import SquidstepError, StepRunStore
@@ -165,6 +166,31 @@ def test_node_that_replies_serves_its_calls_of_a_batch(addresses: Addresses, sto
 
         served = [run for run, outcome in zip(runs, outcomes, strict=True) if not isinstance(outcome, SquidstepError)]
         assert served == [healthy]
+
+
+def test_hanging_nodes_do_not_delay_extensions_on_other_nodes(addresses: Addresses, stores: Stores) -> None:
+    """The leases are shorter than the store's timeout, so that a batch for all nodes would end too late."""
+    runs = runs_on_each(addresses.cluster, f"lease-{stores.flavor}")
+    store = stores.on_cluster(addresses.url, address_remap=addresses.remap, timeout=60)
+    runner = None if stores.flavor == "blocking" else stores.runner
+    with redis.RedisCluster.from_url(addresses.cluster.url) as client, contextlib.ExitStack() as blocks:
+        others = StepRunStore(client)
+        claims = [blocks.enter_context(Block(store.claim_step(run, "pay", {}, lease=3), runner)) for run in runs]
+        addresses.hang(but=slot_of(runs[0]))
+        ends: set[object] = set()
+
+        def is_extended_repeatedly() -> bool:
+            ends.add(stored(others, runs[0]).lease_ends_at)
+            return len(ends) > 3
+
+        if runner is None:
+            wait_until(is_extended_repeatedly, timeout=30)
+        else:
+            runner.run(until(is_extended_repeatedly))
+
+        addresses.resume()
+        for claim in claims:
+            claim.release()
 
 
 @pytest.mark.parametrize("stores", ["asyncio"], indirect=True)

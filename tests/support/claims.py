@@ -406,7 +406,10 @@ def extend_now(worker: Worker, claim: Any, clock: Clock) -> None:
     """Sets the clock to the next extension of the claim, and runs the heartbeat in the calling thread."""
     clock.now = claim.next_extension_at
     if worker.runner is None:
-        heartbeat_of(worker)._extend([claim])
+        heartbeat = heartbeat_of(worker)
+        heartbeat._extend([claim])
+        wait_until(lambda: all(batch.replies for batch in heartbeat._batches))
+        heartbeat._apply_results()
     else:
         worker.runner.run(_extend_in_loop(worker.plain_store))
 
