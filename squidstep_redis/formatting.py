@@ -27,11 +27,11 @@ _HEADLINES: Final = {
     "final": "failed permanently",
 }
 # The command of each operation that an explanation names; RUN and STEP stand for the step's.
-_COMMANDS: Final = {
-    "retry_step": ("retry", "RUN", "--step", "STEP"),
-    "release_step": ("release", "RUN", "STEP"),
-    "resume_run": ("resume", "RUN"),
-    "complete_step": ("complete", "RUN", "STEP", "--output", '{"key": "value"}'),
+_COMMANDS: Final[Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {  # name, arguments, options
+    "retry_step": ("retry", ("RUN",), ("--step", "STEP")),
+    "release_step": ("release", ("RUN", "STEP"), ()),
+    "resume_run": ("resume", ("RUN",), ()),
+    "complete_step": ("complete", ("RUN", "STEP"), ("--output", '{"key": "value"}')),
 }
 
 
@@ -113,12 +113,28 @@ def format_headline(explained: StepExplanation) -> str:
 
 
 def format_command(explained: StepExplanation, action: Action) -> str | None:
-    """Returns the command line of an action; None if there is none."""
+    """Returns the command line of an action, for bash; None if there is none."""
     if action.operation is None:
         return None
     names = {"RUN": explained.run_id, "STEP": explained.step}
-    words = [names.get(word, word) for word in _COMMANDS[action.operation]]
-    return escaped(shlex.join(["squidstep", *words]))
+    command, *parts = _COMMANDS[action.operation]
+    arguments, options = ([names.get(word, word) for word in words] for words in parts)
+    words = [*arguments, *options]
+    if any(argument.startswith("-") for argument in arguments):
+        words = [*options, "--", *arguments]
+    return " ".join(["squidstep", command, *map(_quoted, words)])
+
+
+def _quoted(word: str) -> str:
+    """Quotes a word for bash; what is not printable is escaped, byte by byte."""
+    if word.isprintable():
+        return shlex.quote(word)
+    characters = (f"\\{char}" if char in "\\'" else char if char.isprintable() else _bytes(char) for char in word)
+    return f"$'{''.join(characters)}'"
+
+
+def _bytes(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode())
 
 
 def payload_line(value: Any) -> str:

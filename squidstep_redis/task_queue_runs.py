@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from inspect import BoundArguments, Signature, iscoroutinefunction
+from inspect import BoundArguments, Signature
 from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.request import DEFAULT_LEASE, ClaimSettings, StepSettings, unknown_argument
-from squidstep_redis.functions.checks import check_step, excluded_names, parameters_of
+from squidstep_redis.functions.checks import check_step, excluded_names, is_coroutine_function, parameters_of
 from squidstep_redis.functions.execution import FunctionCall, check_result
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.functions.labels import with_labels_of
@@ -251,7 +251,7 @@ class Decorators(NamedTuple):
             def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
                 bound = parameters.bind(args, kwargs)
                 run = self.open_run(None if id_of is None else id_of(bound), settings_of(bound), excluded)
-                if iscoroutinefunction(fn):
+                if is_coroutine_function(fn):
                     return cast("T", _await_in_run(run, fn, args, kwargs))
                 return _call_in_run(run, fn, args, kwargs)
 

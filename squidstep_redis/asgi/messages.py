@@ -66,8 +66,9 @@ def run_id_of(tenant: str, key: str) -> str:
 
 def fingerprint_of(scope: Scope, body: bytes) -> str:
     """Returns a hash of what a request asks for: its method, path, query and body."""
+    path = scope.get("raw_path") or scope["path"].encode()  # decoded, /a%2Fb and /a/b would be the same
     digest = sha256()
-    for part in (scope["method"].encode(), scope["path"].encode(), scope.get("query_string", b""), body):
+    for part in (scope["method"].encode(), path, scope.get("query_string", b""), body):
         digest.update(b"%d:" % len(part))
         digest.update(part)
     return digest.hexdigest()

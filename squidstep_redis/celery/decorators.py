@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import iscoroutinefunction
 from typing import Any, Final, ParamSpec, TypeVar, Unpack
 
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.celery.retries import retrying
 from squidstep_redis.celery.runs import open_run
 from squidstep_redis.claims.request import StepSettings, with_step_settings
-from squidstep_redis.functions.checks import parameters_of
+from squidstep_redis.functions.checks import is_coroutine_function, parameters_of
 from squidstep_redis.protocol.arguments import LabelsOf, RunIdOf, Step
 from squidstep_redis.task_queue_runs import Decorators, OnBusy, Parameters
 
@@ -20,7 +19,7 @@ T = TypeVar("T")
 
 def _parameters_of(fn: Callable[..., Any]) -> Parameters:
     signature = parameters_of(fn)
-    if iscoroutinefunction(fn):
+    if is_coroutine_function(fn):
         raise InvalidArgumentError("fn", f"{fn!r} is a coroutine function, and Celery does not await it")
     names = list(signature.parameters)
     has_self = names[:1] == ["self"]

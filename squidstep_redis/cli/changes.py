@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any, Final, cast
 
 import click
-from rich.console import Console
 
 from squidstep_redis import (
     CorruptRunError,
@@ -36,7 +35,7 @@ from squidstep_redis.cli.options import (
     store_options,
     yes_option,
 )
-from squidstep_redis.cli.output import confirm, fail, print_json, print_line
+from squidstep_redis.cli.output import confirm, fail, new_console, print_json, print_line
 from squidstep_redis.escaping import escaped
 from squidstep_redis.formatting import format_lease
 
@@ -313,7 +312,7 @@ def purge_command(
     Redelivered steps of a deleted run are re-executed. The command does not block workers while it scans and deletes.
     A run that changes in the meantime is not deleted.
     """
-    console, began = Console(stderr=True), time.monotonic()
+    console, began = new_console(stderr=True), time.monotonic()
     with store_or_exit(options) as store:
         with console.status("scanning for runs"):
             found = store.purge(older_than, run_id_prefix=run_prefix, status=status, dry_run=True)

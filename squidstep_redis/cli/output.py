@@ -21,9 +21,18 @@ _NO_FOLDING: Final = 10_000  # columns
 Layout = Literal["fold", "fill", "fixed", "number"]
 
 
+def new_console(*, stderr: bool = False) -> Console:
+    """Makes a console that is a terminal only if the stream is one, also if variables such as FORCE_COLOR are set.
+
+    To rich, a terminal is more than colors: it folds lines, drops columns and draws live displays.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, force_terminal=stream.isatty())
+
+
 def print_text(*renderables: RenderableType) -> None:
     """Prints for people: colored and folded on a terminal; plain, one row per line, in a pipe."""
-    console = Console(highlight=False)
+    console = new_console()
     if not console.is_terminal:
         console.width = _NO_FOLDING
     for renderable in renderables:
@@ -84,7 +93,7 @@ def print_line(text: str) -> None:
 
 def terminal_width() -> int | None:
     """Returns the terminal's width in columns; None in a pipe, where nothing is folded or cut."""
-    console = Console()
+    console = new_console()
     return console.width if console.is_terminal else None
 
 

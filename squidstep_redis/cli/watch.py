@@ -26,7 +26,7 @@ from squidstep_redis.cli.formatting import (
 )
 from squidstep_redis.cli.json_output import as_listed
 from squidstep_redis.cli.options import StoreOptions, json_option, store_options
-from squidstep_redis.cli.output import fail, print_text, terminal_width
+from squidstep_redis.cli.output import fail, new_console, print_text, terminal_width
 from squidstep_redis.cli.show import column_widths, render_heading, render_line
 from squidstep_redis.escaping import escaped
 from squidstep_redis.formatting import format_age, format_lease, format_time
@@ -71,7 +71,7 @@ def watch_command(options: StoreOptions, run: str | None, interval: float, once:
       1  a step has failed, or the run does not exist
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
-    console = Console(highlight=False)
+    console = new_console()
     on_screen = console.is_terminal and not as_json
     with store_or_exit(options) as store:
         if run is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from inspect import Parameter, Signature, isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.protocol.arguments import step
+
+_GENERATORS: Final = (isgeneratorfunction, isasyncgenfunction)
 
 
 def check_step(name: object) -> None:
@@ -22,6 +24,11 @@ def check_step(name: object) -> None:
     step(name)
 
 
+def is_coroutine_function(fn: object) -> bool:
+    """Returns whether a call of it returns a coroutine: it is `async def`, or an object whose `__call__` is."""
+    return iscoroutinefunction(fn) or iscoroutinefunction(type(fn).__call__)
+
+
 def parameters_of(fn: Callable[..., Any]) -> Signature:
     """Returns the parameters of a function that is to be a step.
 
@@ -33,7 +40,7 @@ def parameters_of(fn: Callable[..., Any]) -> Signature:
     """
     if not callable(fn):
         raise InvalidArgumentError("fn", f"must be a function, not {fn!r}")
-    if isgeneratorfunction(fn) or isasyncgenfunction(fn):
+    if any(is_generator(each) for each in (fn, type(fn).__call__) for is_generator in _GENERATORS):
         raise InvalidArgumentError("fn", f"{fn!r} is a generator function: a call returns before it does any work")
     try:
         return signature(fn)
@@ -48,12 +55,12 @@ def check_is_coroutine_function(fn: Callable[..., Any], is_asyncio: bool) -> Non
         fn: the function that is to be a step.
         is_asyncio: whether it is a step of an asyncio store.
     """
-    is_coroutine_function = iscoroutinefunction(fn) or iscoroutinefunction(type(fn).__call__)
-    if is_coroutine_function and not is_asyncio:
+    is_awaited = is_coroutine_function(fn)
+    if is_awaited and not is_asyncio:
         raise InvalidArgumentError(
             "fn", f"{fn!r} is a coroutine function: use an AsyncStepRunStore, or make it a plain function"
         )
-    if is_asyncio and not is_coroutine_function:
+    if is_asyncio and not is_awaited:
         raise InvalidArgumentError(
             "fn",
             f"{fn!r} is not a coroutine function: use a StepRunStore, or define it with `async def`; in it, "
@@ -72,7 +79,7 @@ def check_accepts(argument: str, function: object, *args: Any, **kwargs: Any) ->
     """
     if not callable(function):
         raise InvalidArgumentError(argument, f"must be a function, not {function!r}")
-    if iscoroutinefunction(function):
+    if is_coroutine_function(function):
         raise InvalidArgumentError(argument, "must not be a coroutine function")
     try:
         accepted = signature(function)

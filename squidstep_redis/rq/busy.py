@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, wraps
-from inspect import iscoroutinefunction
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from redis.exceptions import RedisError
 
+from squidstep_redis.functions.checks import is_coroutine_function
 from squidstep_redis.protocol.arguments import Seconds
 from squidstep_redis.rq.installed import Job, Retry, RQScheduler, get_current_job
 from squidstep_redis.rq.notes import leave_notes, notes_of
@@ -83,7 +83,7 @@ def rescheduling(
         finally:
             _inside.set(before)
 
-    decorated = cast("Callable[P, T]", call_async) if iscoroutinefunction(fn) else call_sync
+    decorated = cast("Callable[P, T]", call_async) if is_coroutine_function(fn) else call_sync
     return decorated
 
 

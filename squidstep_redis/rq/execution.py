@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from inspect import iscoroutinefunction
 from typing import Any, cast
 
 from squidstep_redis import PayloadError, StaleStepRunError, StepBusyError, StepDelayedError, StepRunStore
 from squidstep_redis.claims.request import ClaimSettings
+from squidstep_redis.functions.checks import is_coroutine_function
 from squidstep_redis.functions.execution import FunctionCall, execute, explain, pauses, raise_if_own, result_in
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.rq.installed import Job, Retry
@@ -51,7 +51,7 @@ def execute_in_job(job: Job | None, call: FunctionCall) -> Any:
     """
     store = store_for(job)
     call = call._replace(settings={**call.settings, "owner": owner(job)})
-    if iscoroutinefunction(call.fn):
+    if is_coroutine_function(call.fn):
         return _execute_coroutine(store, call)
     try:
         return execute(store, call, _asks_for_retry)

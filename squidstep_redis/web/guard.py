@@ -121,8 +121,8 @@ def set_form_cookie(request: Request, response: Response, cookie: str) -> None:
 def check_form(request: Request, settings: WebSettings, token: str) -> None:
     """Raises HTTPException unless the request was sent by a form of this page.
 
-    The browser must confirm it (with Sec-Fetch-Site, or with Origin if it lacks that), and the token must belong to the
-    cookie.
+    If the browser says where the form comes from (with Sec-Fetch-Site, or with Origin if it lacks that), that must be
+    this page's site. The token must belong to the cookie.
     """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     if site is not None:

@@ -60,6 +60,13 @@ def test_another_request_under_a_used_key_receives_422(site: Site, other: dict[s
     assert len(site.effects) == 1
 
 
+@pytest.mark.parametrize(("path", "other"), [("/files/a%2Fb", "/files/a/b"), ("/files/%ff", "/files/%fe")])
+def test_paths_that_differ_only_before_decoding_are_different(site: Site, path: str, other: str) -> None:
+    site.request(path=path)
+    assert site.request(path=other).status == 422
+    assert site.request(path=path).is_replay
+
+
 def test_a_key_is_required_where_the_site_says_so(bench: Bench) -> None:
     site = Site(bench, required=lambda scope: scope["path"] != "/search", docs_url="https://example.com/keys")
     missing = site.request(key=None)

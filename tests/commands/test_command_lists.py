@@ -10,7 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from support.commands import ANSI, add_failed_step, empty_store, invoke, on_terminal, options_of, run
+from support.commands import (
+    ANSI,
+    add_failed_step,
+    empty_store,
+    invoke,
+    invoke_on_terminal,
+    on_terminal,
+    options_of,
+    run,
+)
 from support.records import begun, in_batch
 from support.servers import find_binary, wait_until
 
@@ -294,7 +303,7 @@ class TestTableOfRuns:
     def test_cut_page_says_how_many_runs_there_are(
         self, options: list[str], columns: int, filters: str, said: str | None
     ) -> None:
-        ended = invoke("runs", *filters.split(), *options, TERM="xterm", FORCE_COLOR="1", COLUMNS=str(columns))
+        ended = invoke_on_terminal(columns, "runs", *filters.split(), *options)
         if said is None:
             assert ended.stderr == ""
         else:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import ANSI, add_failed_step, empty_store, invoke, on_terminal, options_of, run, run_on_terminal
+from support.demos import SQUIDSTEP
 from support.records import begun
 from support.servers import find_binary, wait_until
 
@@ -246,6 +250,22 @@ class TestExplain:
             assert f"$ squidstep {' '.join(command)}\n" in run("explain", "run", step, *options).stdout
             assert run(*command, *(["--yes"] if command[0] == "release" else []), *options).returncode == 0
             assert "pending: waits for a delivery" in run("explain", "run", step, *options).stdout
+
+    @pytest.mark.parametrize(
+        "name", ["-7", "--help", "family-\U0001f468\u200d\U0001f469", "it's\n\\two lines", "$HOME"]
+    )
+    def test_named_commands_work_in_bash_for_odd_names(
+        self, store: StepRunStore, server: EmbeddedServer, name: str
+    ) -> None:
+        environment = {**os.environ, "SQUIDSTEP_REDIS_URL": server.url, "SQUIDSTEP_PREFIX": store.calls.prefix}
+        add_failed_step(store, name, name)
+        output = run("explain", *options_of(server, store), "--", name).stdout
+        (command,) = (line.strip() for line in output.splitlines() if "$ squidstep retry" in line)
+
+        line = command.replace("$ squidstep", shlex.quote(SQUIDSTEP), 1)
+        subprocess.run(["bash", "-c", line], env=environment, check=True, capture_output=True)
+
+        assert store.step_statuses(name) == {name: "pending"}
 
     def test_missing_run_and_step_say_what_may_be_wrong(self, store: StepRunStore, options: list[str]) -> None:
         store.complete_step(begun(store.begin_step("run", "pay", {})), {})

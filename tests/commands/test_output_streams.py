@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from support.commands import empty_store, options_of
@@ -53,3 +55,15 @@ def test_closed_input_is_empty(options: list[str]) -> None:
     ended = in_shell("delete run", options, "<&-")
     assert (ended.returncode, ended.stderr) == (1, "Delete run (1 running)? [y/N]: Aborted!\n")
     assert in_shell("import", options, "<&-").returncode == 0
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+@pytest.mark.parametrize("command", ["stats", "runs", "doctor", "watch --once", "watch run --once"])
+def test_pipe_is_no_terminal_whatever_the_variables_say(options: list[str], command: str, variable: str) -> None:
+    """A terminal of 30 columns would fold lines and drop columns."""
+    plain = in_shell(command, options, "| cat")
+    with mock.patch.dict(os.environ, {variable: "1", "COLUMNS": "30"}):
+        forced = in_shell(command, options, "| cat")
+
+    assert "\x1b" not in forced.stdout
+    assert len(forced.stdout.splitlines()) == len(plain.stdout.splitlines())

@@ -161,6 +161,17 @@ def test_coroutine_function_needs_an_asyncio_store(fn: Any) -> None:
         BLOCKING.run("run").call("pay", fn)
 
 
+class Yielding:
+    def __call__(self, order_id: int) -> Iterator[int]:
+        yield order_id
+
+
+@pytest.mark.parametrize("decorate", [of_store, of_asyncio_store])
+def test_object_whose_call_is_a_generator_is_rejected(decorate: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="is a generator function"):
+        decorate(Yielding())
+
+
 @pytest.mark.parametrize("fn", [pay, partial(pay, 7), Names])
 def test_plain_function_needs_a_blocking_store(fn: Any) -> None:
     assert of_store(fn)

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple, cast
+from urllib.parse import unquote
 
 from squidstep_redis import AsyncStepRunStore, Call, RefusedError, ServerError, StepRun, current_claim
 from squidstep_redis.asgi import IdempotencyMiddleware
@@ -70,7 +71,8 @@ class Client:
         scope: Scope = {
             "type": "http",
             "method": method,
-            "path": path,
+            "path": unquote(path),
+            "raw_path": path.encode(),
             "query_string": query.encode(),
             "headers": [*keys, *headers],
             "extensions": extensions,

@@ -15,6 +15,7 @@ from io import BytesIO, TextIOWrapper
 from typing import Any
 from unittest import mock
 
+import click.testing
 from click.testing import CliRunner, Result
 
 from squidstep_redis import StepRunStore
@@ -49,9 +50,15 @@ def run(*arguments: object, input: str | None = None) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
+def invoke_on_terminal(columns: int, *arguments: str, **environment: str) -> Result:
+    """Runs a command in this process, as on a terminal of this width."""
+    with mock.patch.object(click.testing._NamedTextIOWrapper, "isatty", return_value=True):
+        return invoke(*arguments, TERM="xterm", COLUMNS=str(columns), **environment)
+
+
 def on_terminal(columns: int, *arguments: str, **environment: str) -> str:
     """Returns the output of a command on a terminal of this width, run in this process."""
-    return invoke(*arguments, TERM="xterm", FORCE_COLOR="1", COLUMNS=str(columns), **environment).stdout
+    return invoke_on_terminal(columns, *arguments, **environment).stdout
 
 
 def run_on_terminal(columns: int, *arguments: str, **environment: str) -> str:

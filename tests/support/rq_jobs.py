@@ -163,6 +163,15 @@ async def charge_asyncio(amount: int) -> dict[str, int]:
     return {"charged": amount}
 
 
+class Charge:
+    async def __call__(self, amount: int) -> dict[str, int]:
+        return await charge_asyncio(amount)
+
+
+def charge_by_object(amount: int) -> Any:
+    return current_run().call("by object", Charge(), amount)
+
+
 @step("charge", run_id="order-{number}-{region}")
 def charge_order(number: int, *, region: str = "eu") -> str:
     effect(f"charge {number} {region}")

@@ -326,8 +326,12 @@ def test_decorators_reject_invalid_settings(decorator: Callable[..., Any], optio
 def test_coroutine_functions_are_rejected(decorator: Callable[..., Any]) -> None:
     async def charge() -> None: ...
 
-    with pytest.raises(InvalidArgumentError, match="coroutine function"):
-        decorator(charge)
+    class Charge:
+        async def __call__(self) -> None: ...
+
+    for fn in (charge, Charge()):
+        with pytest.raises(InvalidArgumentError, match="coroutine function"):
+            decorator(fn)
 
 
 @pytest.mark.parametrize("kind", ["step", "steps", "current_run"])

@@ -124,6 +124,12 @@ class TestResults:
         assert harness.effects() == {"charge": 1}
 
 
+def test_object_whose_call_is_async_can_be_a_step(harness: Harness, queue: Queue) -> None:
+    job = queue.enqueue(rq_jobs.charge_by_object, 7)
+    assert result_of(job) == result_of(queue.enqueue_job(job)) == {"charged": 7}
+    assert harness.effects() == {"charge": 1}
+
+
 class TestMethods:
     def test_method_can_be_a_run_of_steps(self, harness: Harness, queue: Queue) -> None:
         job = queue.enqueue(rq_jobs.Shop("eu").sell, 7)
