@@ -189,7 +189,15 @@ class RetryState:
         was_refused: whether the server received one of the attempts and refused it.
     """
 
-    def __init__(self, call: Call[Any] | None, began: float, timeout: float, *, may_have_run: bool = False) -> None:
+    def __init__(
+        self,
+        call: Call[Any] | None,
+        began: float,
+        timeout: float,
+        *,
+        may_have_run: bool = False,
+        operation: str = "batch",
+    ) -> None:
         """Begins with the first attempt.
 
         Args:
@@ -197,8 +205,10 @@ class RetryState:
             began: when it was first sent, by the monotonic clock.
             timeout: seconds from then until the last attempt.
             may_have_run: whether it may have taken effect before.
+            operation: the name of the operation, without a call.
         """
         self._call = call
+        self._operation = operation
         self.began = began
         self.attempted_at = began
         self._timeout = timeout
@@ -231,7 +241,14 @@ class RetryState:
         if not retryable or elapsed >= self._timeout:
             if isinstance(error, ReplyMismatchError):
                 raise error
-            raise map_error(error, self._call, self.may_have_run, elapsed, was_refused=self.was_refused) from error
+            raise map_error(
+                error,
+                self._call,
+                self.may_have_run,
+                elapsed,
+                was_refused=self.was_refused,
+                operation=self._operation,
+            ) from error
         pause = self._pause * random.uniform(0.5, 1.0)
         self._pause = min(2 * self._pause, _LAST_PAUSE)
         return min(pause, self._timeout - elapsed)  # the last attempt begins at the deadline
@@ -244,7 +261,13 @@ def may_be_elsewhere(error: Exception) -> bool:
 
 
 def map_error(
-    error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float, *, was_refused: bool = False
+    error: Exception,
+    call: Call[Any] | None,
+    may_have_run: bool,
+    elapsed: float,
+    *,
+    was_refused: bool = False,
+    operation: str = "batch",
 ) -> ServerError:
     """Maps an error of redis-py to one of this library.
 
@@ -254,8 +277,9 @@ def map_error(
         may_have_run: whether an attempt may have taken effect.
         elapsed: seconds since the first attempt.
         was_refused: whether the server received an attempt and refused it.
+        operation: the name of the operation, without a call.
     """
-    operation, run, step = (call.operation, call.run_id, call.step) if call else ("batch", None, None)
+    operation, run, step = (call.operation, call.run_id, call.step) if call else (operation, None, None)
     text = escaped(str(error) or type(error).__name__).rstrip(".")
     refusal = refusal_of(error)
     if may_have_run:
