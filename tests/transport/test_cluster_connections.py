@@ -14,8 +14,9 @@ from unittest import mock
 
 import pytest
 import redis
+from redis.credentials import CredentialProvider
 from support.backends import Backend, Bench
-from support.internals import close_idle_connections, idle_connections, node_connections
+from support.internals import close_idle_connections, idle_connections, learn_slots, node_connections
 from support.interruptions import at_call, at_line
 from support.records import begun
 from support.servers import wait_until
@@ -99,6 +100,43 @@ def test_the_limit_of_the_clients_pools_holds(bench: Bench) -> None:
     pools = [node.redis_connection.connection_pool for node in client.get_primaries()]
     assert idle_connections(store) == 0
     assert [pool._created_connections for pool in pools] == [1, 1, 1]
+
+
+class Credentials(CredentialProvider):
+    """Fails as often as it is told, and then returns the credentials of a user."""
+
+    failures = 0
+
+    def __init__(self, user: str) -> None:
+        self.user = user
+
+    def get_credentials(self) -> tuple[str, str]:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("the token server is away")
+        return self.user, "secret"
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_asking_for_slots_leaves_no_connection_without_credentials(bench: Bench, failures: int) -> None:
+    cluster: Any = bench.backend.raw
+    user = bench.prefix
+    cluster.execute_command("ACL SETUSER", user, "on", ">secret", "+@all", "~*", target_nodes="primaries")
+    try:
+        credentials = Credentials(user)
+        store = bench.store(client_options={"credential_provider": credentials}, timeout=20)
+        client: Any = store.client
+        client.disconnect_connection_pools()
+        credentials.failures = failures
+
+        assert learn_slots(store) == (failures < 3)
+
+        assert credentials.failures <= 0
+        credentials.failures = 0
+        whoami = [node.redis_connection.execute_command("ACL WHOAMI") for node in client.get_primaries()]
+        assert {name.decode() if isinstance(name, bytes) else name for name in whoami} == {user}
+    finally:
+        cluster.execute_command("ACL DELUSER", user, target_nodes="primaries")
 
 
 class Recording(redis.Connection):
