@@ -24,7 +24,7 @@ from squidstep_redis.protocol.call import Command
 from squidstep_redis.protocol.fingerprints import Fingerprints
 from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
 from squidstep_redis.server_errors import ServerError
-from squidstep_redis.transport.retry import NO_REPLY, RIGHTS
+from squidstep_redis.transport.retry import NO_REPLY, RIGHTS, text_of
 
 S = TypeVar("S")
 
@@ -114,7 +114,7 @@ def _connection(clock: Any) -> Finding:
         advice = "The server hangs, or a firewall drops the packets. Check both"
     else:
         advice = "Check that the server is running, and that host, port and TLS (rediss://) are right"
-    return Finding("connection", Level.FAILURE, f"{str(clock).rstrip('.')}. {advice}")
+    return Finding("connection", Level.FAILURE, f"{text_of(clock).rstrip('.')}. {advice}")
 
 
 def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: Client) -> Iterator[Finding]:
