@@ -23,7 +23,8 @@ from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.call import Command
 from squidstep_redis.protocol.fingerprints import Fingerprints
 from squidstep_redis.protocol.workflow import Broadcast, Send, SendBatch, Workflow
-from squidstep_redis.transport.retry import NO_REPLY, RIGHTS
+from squidstep_redis.server_errors import ServerError
+from squidstep_redis.transport.retry import NO_REPLY, RIGHTS, text_of
 
 S = TypeVar("S")
 
@@ -78,7 +79,7 @@ def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
     """
     findings = list(_findings(CHECKS_OF_CLIENTS, client))
     sent_at = time.time()
-    replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS)
+    replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS, "doctor")
     elapsed = time.time() - sent_at
     for name, (clock, *rest) in replies.items():
         found = [_connection(clock)]
@@ -101,6 +102,8 @@ def _findings(checks: Mapping[str, Callable[[S], Found]], subject: S) -> Iterato
 
 def _connection(clock: Any) -> Finding:
     """Returns whether the server is reachable."""
+    if isinstance(clock, ServerError):
+        clock = clock.__cause__
     if not isinstance(clock, NO_REPLY):
         return Finding("connection", Level.OK, "the server is reachable")
     if isinstance(clock, AuthenticationError):
@@ -111,7 +114,7 @@ def _connection(clock: Any) -> Finding:
         advice = "The server hangs, or a firewall drops the packets. Check both"
     else:
         advice = "Check that the server is running, and that host, port and TLS (rediss://) are right"
-    return Finding("connection", Level.FAILURE, f"{str(clock).rstrip('.')}. {advice}")
+    return Finding("connection", Level.FAILURE, f"{text_of(clock).rstrip('.')}. {advice}")
 
 
 def _server(info: Any, cluster: Any, settings: list[Any], skew: float, client: Client) -> Iterator[Finding]:

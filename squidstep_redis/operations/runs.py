@@ -94,7 +94,7 @@ def purge(
         raise InvalidArgumentError("status", f"must be completed or failed, not {wanted}")
     prefix = arguments.run_id_prefix(run_id_prefix)
     purged: list[RunSummary] = []
-    for shard in (yield from find_shards(context)):
+    for shard in (yield from find_shards(context, "purge")):
         cursor: bytes | None = None
         while cursor != b"0":
             run_ids, cursor, now = yield from scan_page(context, "purge", shard, cursor or b"0", prefix, _KEYS_PER_SCAN)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, cast
 
 from redis.crc import key_slot
 
+from squidstep_redis.escaping import escaped
 from squidstep_redis.model import moment
 from squidstep_redis.operations.context import Context
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Broadcast, Send, Workflow
+from squidstep_redis.server_errors import RefusedError, ServerError
 
 
 class Shard(NamedTuple):
@@ -60,13 +62,24 @@ def _runs_of(context: Context, keys: list[bytes], run_id_prefix: bytes) -> Itera
                 yield run_id
 
 
-def find_shards(context: Context) -> Workflow[list[Shard]]:
-    """Returns the servers that have keys of this store, in the order of their names."""
+def find_shards(context: Context, operation: str) -> Workflow[list[Shard]]:
+    """Returns the servers that have keys of this store, in the order of their names.
+
+    Raises:
+        ServerError: no server could be asked, so that some might be missing.
+    """
     buckets = context.keys.claims()
-    replies: dict[str, list[Any]] = yield Broadcast([(b"CLUSTER", b"SLOTS")])
+    replies: dict[str, list[Any]] = yield Broadcast([(b"CLUSTER", b"SLOTS")], operation)
     maps = [cast("list[Any]", reply) for (reply,) in replies.values() if isinstance(reply, list)]
-    if not maps or "" in replies:
+    if "" in replies or not maps:
+        for reply in (reply for (reply,) in replies.values() if isinstance(reply, ServerError)):
+            raise reply
+    if "" in replies:  # a single server, whatever it returned
         return [Shard("", buckets[0])]
+    if not maps:
+        reasons = "; ".join(sorted({str(reply) for (reply,) in replies.values()})) or "no primary is known"
+        problem = f"no node returned its slots: {escaped(reasons)}. What to do: grant the user +cluster|slots"
+        raise RefusedError(operation, None, None, problem, False)
     owners: list[tuple[range, str]] = []
     for first, last, primary, *_ in maps[0]:
         name = primary[2].decode() if isinstance(primary[2], bytes) else str(primary[2])

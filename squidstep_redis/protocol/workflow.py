@@ -6,7 +6,7 @@ and resumes the generator with the result. What the generator returns is the res
     effect               the transport                        the workflow receives
     Send(call)           sends one call, with retries         the call's result; its error is raised at the yield
     SendBatch(calls)     sends them together, with retries    a list: for each call its result or its error
-    Broadcast(commands)  sends commands to every server       a dict: by server, a list of replies or errors
+    Broadcast(...)       sends commands to every server       a dict: by server, a list of replies or errors
     Sleep(seconds)       pauses                               None
     BlockOnStream(...)   blocks until the stream grows        whether the server replied; possibly early
 
@@ -46,12 +46,18 @@ class SendBatch:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Sends commands to every server, or to every primary of a cluster.
+    """Sends commands to every server, or to every primary of a cluster. They write nothing.
 
-    The workflow receives a dict: by the server's name ("" for a single server), a reply or an error per command.
+    The workflow receives a dict: by the server's name ("" for a single server, or if no node was found), a reply or an
+    error of the server per command. If a server could not be reached, the error is a ServerError.
+
+    Attributes:
+        commands: what is sent.
+        operation: the name of the operation.
     """
 
     commands: Sequence[Command]
+    operation: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from copy import copy
 from logging import INFO
 from typing import Any, TypeVar
@@ -18,9 +18,20 @@ from squidstep_redis.transport.aio_cluster import ClusterConnections, HookedClus
 from squidstep_redis.transport.aio_connection import AsyncConnections, OwnConnections
 from squidstep_redis.transport.aio_hooked import HookedClient
 from squidstep_redis.transport.aio_pool import PooledConnections
-from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
+from squidstep_redis.transport.base import BaseTransport, as_it_is
+from squidstep_redis.transport.broadcast import broadcast
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.driver import Driver, Execute, Pause, Redirect, Refresh, RoundTrip, RoundTrips, Route
+from squidstep_redis.transport.driver import (
+    Driver,
+    Execute,
+    OtherAction,
+    Pause,
+    Redirect,
+    Refresh,
+    RoundTrip,
+    Route,
+    Servers,
+)
 from squidstep_redis.transport.retry import FAILURES, RoundTripError
 
 T = TypeVar("T")
@@ -86,14 +97,9 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         other._direct = other._own()
         return other
 
-    async def broadcast(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
-        """Sends commands to every server; returns their replies or errors by server ("" if none could be found)."""
-        try:
-            servers = await self._connections().servers(time.monotonic() + self.timeout)
-        except FAILURES as error:
-            return {"": [cause_of(error)] * len(commands)}
-        limit = self.timeout
-        return {name: [reply async for reply in _replies(server, commands, limit)] for name, server in servers.items()}
+    async def broadcast(self, commands: Sequence[Command], operation: str) -> dict[str, list[Any]]:
+        """Sends commands to every server, with retries; returns their replies or errors by server."""
+        return await self._run(broadcast(commands, operation, self.timeout))
 
     async def block_on_stream(self, effect: BlockOnStream) -> bool:
         """Blocks until the stream grows, at most for half of the client's timeout. Returns whether it got a reply."""
@@ -135,14 +141,14 @@ class AsyncTransport(BaseTransport[AsyncConnections]):
         except StopIteration as end:
             return end.value
 
-    async def _perform(
-        self, action: RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause, deadline: float
-    ) -> Any:
+    async def _perform(self, action: OtherAction, deadline: float) -> Any:
         """Performs an action other than Execute."""
         if isinstance(action, RoundTrip):
             return await action.node.send(action.commands, action.read, deadline, blocks=action.blocks)
         if isinstance(action, Route):
             return await self._connections().route(action.calls, deadline)
+        if isinstance(action, Servers):
+            return await self._connections().servers(deadline)
         if isinstance(action, Pause):
             return await asyncio.sleep(action.seconds)
         if isinstance(action, Redirect):
@@ -164,18 +170,6 @@ def _outcome(result: Any) -> Any:
     return result
 
 
-async def _replies(server: AsyncConnections, commands: Sequence[Command], timeout: float) -> AsyncIterator[Any]:
-    unreachable: Exception | None = None
-    for command in commands:
-        if unreachable is None:
-            try:
-                yield (await server.send([command], as_it_is, time.monotonic() + timeout))[0]
-                continue
-            except RoundTripError as error:
-                unreachable = error.cause
-        yield unreachable  # to the other commands, too
-
-
 async def run_workflow(transport: AsyncTransport, workflow: Workflow[T]) -> T:
     """Performs the effects of a workflow; returns what it returns."""
     try:
@@ -192,8 +186,8 @@ async def run_workflow(transport: AsyncTransport, workflow: Workflow[T]) -> T:
                         await asyncio.sleep(effect.seconds)
                     case BlockOnStream():
                         outcome = await transport.block_on_stream(effect)
-                    case Broadcast(commands):
-                        outcome = await transport.broadcast(commands)
+                    case Broadcast(commands, operation):
+                        outcome = await transport.broadcast(commands, operation)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
                 effect = workflow.throw(error)
             else:

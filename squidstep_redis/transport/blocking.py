@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from logging import INFO
 from typing import Any, TypeVar
@@ -11,7 +11,8 @@ from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.protocol.workflow import BlockOnStream, Broadcast, Send, SendBatch, Sleep, Workflow
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport import driver
-from squidstep_redis.transport.base import BaseTransport, as_it_is, cause_of
+from squidstep_redis.transport.base import BaseTransport, as_it_is
+from squidstep_redis.transport.broadcast import broadcast
 from squidstep_redis.transport.cluster import ClusterConnections, HookedCluster
 from squidstep_redis.transport.connection import (
     Connections,
@@ -21,7 +22,17 @@ from squidstep_redis.transport.connection import (
     PooledConnections,
     second_half,
 )
-from squidstep_redis.transport.driver import Driver, Execute, Pause, Redirect, Refresh, RoundTrip, RoundTrips, Route
+from squidstep_redis.transport.driver import (
+    Driver,
+    Execute,
+    OtherAction,
+    Pause,
+    Redirect,
+    Refresh,
+    RoundTrip,
+    Route,
+    Servers,
+)
 from squidstep_redis.transport.helper import Helper
 from squidstep_redis.transport.retry import FAILURES, RoundTripError
 
@@ -71,13 +82,9 @@ class BlockingTransport(BaseTransport[Connections]):
         except FAILURES:
             return None
 
-    def broadcast(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
-        """Sends commands to every server; returns their replies or errors by server ("" if none could be found)."""
-        try:
-            servers = self._connections().servers()
-        except FAILURES as error:
-            return {"": [cause_of(error)] * len(commands)}
-        return {name: list(_replies(server, commands, self.timeout)) for name, server in servers.items()}
+    def broadcast(self, commands: Sequence[Command], operation: str) -> dict[str, list[Any]]:
+        """Sends commands to every server, with retries; returns their replies or errors by server."""
+        return self._run(broadcast(commands, operation, self.timeout))
 
     def block_on_stream(self, effect: BlockOnStream) -> bool:
         """Blocks until the stream grows, at most for half of the client's timeout. Returns whether it got a reply."""
@@ -119,12 +126,14 @@ class BlockingTransport(BaseTransport[Connections]):
         except StopIteration as end:
             return end.value
 
-    def _perform(self, action: RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause, deadline: float) -> Any:
+    def _perform(self, action: OtherAction, deadline: float) -> Any:
         """Performs an action other than Execute."""
         if isinstance(action, RoundTrip):
             return action.node.send(action.commands, action.read, deadline)
         if isinstance(action, Route):
             return self._connections().route(action.calls)
+        if isinstance(action, Servers):
+            return self._connections().servers()
         if isinstance(action, Pause):
             return time.sleep(action.seconds)
         if isinstance(action, Redirect):
@@ -173,18 +182,6 @@ def _outcome(half: Callable[[Halves], T], halves: Halves) -> T | RoundTripError:
         return error
 
 
-def _replies(server: Connections, commands: Sequence[Command], timeout: float) -> Iterator[Any]:
-    unreachable: Exception | None = None
-    for command in commands:
-        if unreachable is None:
-            try:
-                yield server.send([command], as_it_is, time.monotonic() + timeout)[0]
-                continue
-            except RoundTripError as error:
-                unreachable = error.cause
-        yield unreachable  # to the other commands, too
-
-
 def run_workflow(transport: BlockingTransport, workflow: Workflow[T], sleep: Callable[[float], None] = time.sleep) -> T:
     """Performs the effects of a workflow; returns what it returns."""
     try:
@@ -201,8 +198,8 @@ def run_workflow(transport: BlockingTransport, workflow: Workflow[T], sleep: Cal
                         sleep(effect.seconds)
                     case BlockOnStream():
                         outcome = transport.block_on_stream(effect)
-                    case Broadcast(commands):
-                        outcome = transport.broadcast(commands)
+                    case Broadcast(commands, operation):
+                        outcome = transport.broadcast(commands, operation)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
                 effect = workflow.throw(error)
             else:

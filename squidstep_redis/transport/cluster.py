@@ -24,6 +24,7 @@ from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.connection import Connections, Halves, HookedClient, OwnConnections, PooledConnections
 from squidstep_redis.transport.helper import Helper
+from squidstep_redis.transport.pool import open_one
 from squidstep_redis.transport.retry import RoundTripError, as_redis_error
 from squidstep_redis.transport.stream import Read
 
@@ -198,11 +199,14 @@ class ClusterConnections(Connections):
         copied = copy(manager)
         known, learned = cast("dict[str, Any]", vars(manager)), cast("dict[str, Any]", vars(copied))
         learned.update({name: RLock() for name in _LOCKS if name in learned})
+        copied.startup_nodes = {name: _AskedNode(node) for name, node in dict(manager.startup_nodes).items()}
         try:
             copied.initialize(**self._topology.ask_failed_last(copied))
         except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             as_redis_error(error)  # the next attempt shows what is reachable
             return
+        nodes: dict[str, Any] = copied.startup_nodes
+        copied.startup_nodes = {name: getattr(node, "asked", node) for name, node in nodes.items()}
         known.update({name: learned[name] for name in _LEARNED if name in learned})
         self._topology.refreshed_at = time.monotonic()
         if _SlotsRefreshed is not None:  # for the client's subscriptions, which saw the old slots of the copy
@@ -229,6 +233,36 @@ class ClusterConnections(Connections):
         if isinstance(disconnect, _Disconnect):
             disconnect.add(own)
         return own
+
+
+class _AskedNode:
+    """A node while redis-py asks it for the slots. Its client has an open connection whenever redis-py reads it.
+
+    If a provider of credentials raises, redis-py itself leaves a connection without credentials in the node's pool, and
+    asks the next node.
+
+    Attributes:
+        asked: the node.
+    """
+
+    def __init__(self, asked: Any) -> None:
+        self.asked = asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.asked, name)
+
+    @property
+    def redis_connection(self) -> Any:
+        """The node's client; None if it has none yet."""
+        client = self.asked.redis_connection
+        if client is not None:
+            open_one(client.connection_pool, inf)
+        return client
+
+    @redis_connection.setter
+    def redis_connection(self, client: Any) -> None:
+        self.asked.redis_connection = client
+        open_one(client.connection_pool, inf)
 
 
 class _Node(Connections):

@@ -24,7 +24,7 @@ from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, pools_of, probed
 from squidstep_redis.transport.handshake import limited_replies, open_connection
-from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, open_one, wake
+from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, open_one, seems_open, wake
 from squidstep_redis.transport.retry import (
     UNREADABLE,
     RoundTripError,
@@ -346,15 +346,14 @@ class HookedClient(Connections):
         return results
 
     def _connect(self, deadline: float) -> None:
-        """Sets up a connection for the client's next command, if the pool has none.
+        """Sets up a connection for the client's next command, unless the pool has one that is open and quiet.
 
         If the client's own set-up is interrupted, it leaves a half-made connection to another thread; and hiredis
         crashes the process if a signal handler raises while it formats the database's number.
         """
         pool = self._pool
-        if pool is None or any(connection._sock for connection in idle_of(pool)) or not is_known(pool, KNOWN):
-            return
-        open_one(pool, deadline)
+        if pool is not None and is_known(pool, KNOWN) and not any(map(seems_open, idle_of(pool)[-1:])):
+            open_one(pool, deadline)
 
 
 def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:

@@ -8,6 +8,7 @@ generator with the outcome, or throws the error of the action into it.
     RoundTrip(node, commands, read) sends commands to one server in one write            a list of what `read` returned
     RoundTrips(round_trips)         performs several round trips                         a list of replies or errors
     Route(calls)                    groups calls by server                               pairs of a node and indexes
+    Servers()                       finds all servers                                    a dict: nodes by name
     Redirect(error)                 follows MOVED or ASK                                 the node, after ASK
     Refresh(since)                  learns which node of a cluster serves each slot      None
     Pause(seconds)                  sleeps                                               None
@@ -72,6 +73,10 @@ class Route(NamedTuple):
     calls: Sequence[Call[Any]]
 
 
+class Servers(NamedTuple):
+    """Finds all servers, or all primaries of a cluster: a dict of nodes by name."""
+
+
 class Redirect(NamedTuple):
     """Learns the node of a slot that has moved, or returns the node to which the keys of a slot are moving.
 
@@ -99,7 +104,8 @@ class Pause(NamedTuple):
     seconds: float
 
 
-Action = Execute | RoundTrip | RoundTrips | Route | Redirect | Refresh | Pause
+OtherAction = RoundTrip | RoundTrips | Route | Servers | Redirect | Refresh | Pause
+Action = Execute | OtherAction
 Driver = Generator[Action, Any, T]
 
 _NOT_RUN: Final = (NoScriptError, AskError, EqualOutputError)  # MovedError is an AskError

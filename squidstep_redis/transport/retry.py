@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from traceback import walk_tb
+from types import FrameType
 from typing import Any, Final, NamedTuple
 
 from redis.exceptions import (
@@ -43,6 +45,7 @@ from squidstep_redis.server_errors import (
     ReplyMismatchError,
     ServerError,
 )
+from squidstep_redis.signals import is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 
 
@@ -82,22 +85,48 @@ def as_redis_error(error: Exception) -> Exception:
     """Returns a redis-py error for an error that redis-py raised or let through.
 
     A client that is used in several event loops raises RuntimeError, and a cluster client also KeyError or IndexError.
-    The `socket` module raises UnicodeError for an invalid host name.
+    The `socket` module raises UnicodeError for an invalid host name. If the user's code takes part in connecting, such
+    as a provider of credentials, what it raises means that connecting has failed. Its text is not shown.
 
     Raises:
         Exception: the error itself, because something else raised it, such as a signal handler.
     """
     if isinstance(error, (RedisError, RedisClusterException)):
         return error
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
-    if module.partition(".")[0] not in ("redis", "asyncio", "uvloop", "socket", "encodings"):
-        raise error
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if not frames or _package_of(frames[-1]) not in ("redis", "asyncio", "uvloop", "socket", "encodings"):
+        if not _is_of_set_up(error) or is_raised_by_handler(error):
+            raise error
+        failure = ConnectionError(f"Connecting failed with {type(error).__name__}")
+        failure.__cause__ = error
+        return failure
     if isinstance(error, RuntimeError):
         return ConnectionError(f"The connection belongs to another event loop: {error}")
     return ConnectionError(f"redis-py failed with {type(error).__name__}: {error}")
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def _is_of_set_up(error: BaseException) -> bool:
+    """Whether code that redis-py calls to set up a connection raised an error."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    functions = [frame.f_code.co_name for frame in frames if _package_of(frame) == "redis"]
+    # The latter call the `redis_connect_func` of a client.
+    return any(each.startswith("on_connect") for each in functions) or functions[-1:] in (
+        ["connect"],
+        ["connect_check_health"],
+    )
+
+
+def text_of(error: Exception) -> str:
+    """Returns the text of a redis-py error, without what the user's code said while connecting."""
+    source = error.__cause__ or error.__context__  # redis-py wraps some errors, and quotes them
+    text = str(error)
+    if source is not None and str(source) in text and not isinstance(source, RedisError) and _is_of_set_up(source):
+        return f"Connecting failed with {type(source).__name__}"
+    return text or type(error).__name__
 
 
 def unsent(error: BaseException) -> RoundTripError | None:
@@ -189,7 +218,15 @@ class RetryState:
         was_refused: whether the server received one of the attempts and refused it.
     """
 
-    def __init__(self, call: Call[Any] | None, began: float, timeout: float, *, may_have_run: bool = False) -> None:
+    def __init__(
+        self,
+        call: Call[Any] | None,
+        began: float,
+        timeout: float,
+        *,
+        may_have_run: bool = False,
+        operation: str = "batch",
+    ) -> None:
         """Begins with the first attempt.
 
         Args:
@@ -197,8 +234,10 @@ class RetryState:
             began: when it was first sent, by the monotonic clock.
             timeout: seconds from then until the last attempt.
             may_have_run: whether it may have taken effect before.
+            operation: the name of the operation, without a call.
         """
         self._call = call
+        self._operation = operation
         self.began = began
         self.attempted_at = began
         self._timeout = timeout
@@ -231,7 +270,14 @@ class RetryState:
         if not retryable or elapsed >= self._timeout:
             if isinstance(error, ReplyMismatchError):
                 raise error
-            raise map_error(error, self._call, self.may_have_run, elapsed, was_refused=self.was_refused) from error
+            raise map_error(
+                error,
+                self._call,
+                self.may_have_run,
+                elapsed,
+                was_refused=self.was_refused,
+                operation=self._operation,
+            ) from error
         pause = self._pause * random.uniform(0.5, 1.0)
         self._pause = min(2 * self._pause, _LAST_PAUSE)
         return min(pause, self._timeout - elapsed)  # the last attempt begins at the deadline
@@ -244,7 +290,13 @@ def may_be_elsewhere(error: Exception) -> bool:
 
 
 def map_error(
-    error: Exception, call: Call[Any] | None, may_have_run: bool, elapsed: float, *, was_refused: bool = False
+    error: Exception,
+    call: Call[Any] | None,
+    may_have_run: bool,
+    elapsed: float,
+    *,
+    was_refused: bool = False,
+    operation: str = "batch",
 ) -> ServerError:
     """Maps an error of redis-py to one of this library.
 
@@ -254,9 +306,10 @@ def map_error(
         may_have_run: whether an attempt may have taken effect.
         elapsed: seconds since the first attempt.
         was_refused: whether the server received an attempt and refused it.
+        operation: the name of the operation, without a call.
     """
-    operation, run, step = (call.operation, call.run_id, call.step) if call else ("batch", None, None)
-    text = escaped(str(error) or type(error).__name__).rstrip(".")
+    operation, run, step = (call.operation, call.run_id, call.step) if call else (operation, None, None)
+    text = escaped(text_of(error)).rstrip(".")
     refusal = refusal_of(error)
     if may_have_run:
         transient = _is_of_connection(error) if refusal is None else refusal.transient

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import signal
+import socket
 import sys
 import threading
 import time
@@ -14,14 +16,16 @@ from unittest import mock
 
 import pytest
 import redis
+from redis.credentials import CredentialProvider
 from support.backends import Backend, Bench
-from support.internals import close_idle_connections, idle_connections, node_connections
+from support.internals import close_idle_connections, idle_connections, learn_slots, node_connections
 from support.interruptions import at_call, at_line
 from support.records import begun
 from support.servers import wait_until
 from support.storm_length import StormLength
 
-from squidstep_redis import StepRunStore
+from squidstep_redis import NotSentError, StepRunStore
+from squidstep_redis.transport.client import idle_of
 
 pytestmark = [
     pytest.mark.servers("cluster"),
@@ -99,6 +103,94 @@ def test_the_limit_of_the_clients_pools_holds(bench: Bench) -> None:
     pools = [node.redis_connection.connection_pool for node in client.get_primaries()]
     assert idle_connections(store) == 0
     assert [pool._created_connections for pool in pools] == [1, 1, 1]
+
+
+class Credentials(CredentialProvider):
+    """Fails as often as it is told, and then returns the credentials of a user."""
+
+    failures = 0
+
+    def __init__(self, user: str) -> None:
+        self.user = user
+
+    def get_credentials(self) -> tuple[str, str]:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("the token server is away")
+        return self.user, "secret"
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_asking_for_slots_leaves_no_connection_without_credentials(bench: Bench, failures: int) -> None:
+    cluster: Any = bench.backend.raw
+    user = bench.prefix
+    cluster.execute_command("ACL SETUSER", user, "on", ">secret", "+@all", "~*", target_nodes="primaries")
+    try:
+        credentials = Credentials(user)
+        store = bench.store(client_options={"credential_provider": credentials}, timeout=20)
+        client: Any = store.client
+        client.disconnect_connection_pools()
+        credentials.failures = failures
+
+        assert learn_slots(store) == (failures < 3)
+
+        assert credentials.failures <= 0
+        credentials.failures = 0
+        whoami = [node.redis_connection.execute_command("ACL WHOAMI") for node in client.get_primaries()]
+        assert {name.decode() if isinstance(name, bytes) else name for name in whoami} == {user}
+    finally:
+        cluster.execute_command("ACL DELUSER", user, target_nodes="primaries")
+
+
+class HookedCluster(redis.RedisCluster):
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        return super().execute_command(*args, **options)
+
+
+class TestHookedClient:
+    """redis-py itself connects again, after its connections were lost."""
+
+    def store(self, bench: Bench, timeout: float) -> tuple[StepRunStore, Credentials]:
+        credentials = Credentials("default")
+        url = str(bench.backend.url)
+        client: Any = HookedCluster.from_url(url, protocol=2, credential_provider=credentials)
+        store = StepRunStore(client, prefix=bench.prefix, timeout=timeout)
+        assert [store.get_run(run) for run in RUNS] == [[]] * len(RUNS)
+        for node in client.get_nodes():
+            for connection in idle_of(node.redis_connection.connection_pool):
+                if connection._sock is not None:
+                    connection._sock.shutdown(socket.SHUT_RDWR)
+        return store, credentials
+
+    def test_failing_provider_of_credentials_is_retried(self, bench: Bench) -> None:
+        store, credentials = self.store(bench, 20)
+        credentials.failures = 1
+        assert [store.get_run(run) for run in RUNS] == [[]] * len(RUNS)
+        store.close()
+
+    def test_text_of_a_failing_provider_is_not_shown(self, bench: Bench) -> None:
+        store, credentials = self.store(bench, 0.1)
+        credentials.failures = 1_000_000
+        for _ in range(5):
+            with pytest.raises(NotSentError, match="RuntimeError") as caught:
+                store.get_run("run")
+            assert "token server" not in str(caught.value)
+        store.close()
+
+    def test_exception_of_a_signal_handler_is_raised(self, bench: Bench) -> None:
+        store, credentials = self.store(bench, 20)
+
+        def raise_error(*_: object) -> None:
+            raise ValueError("of the handler")
+
+        before = signal.signal(signal.SIGUSR1, raise_error)
+        try:
+            credentials.get_credentials = lambda: signal.raise_signal(signal.SIGUSR1)
+            with pytest.raises(ValueError, match="of the handler"):
+                store.get_run("run")
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            store.close()
 
 
 class Recording(redis.Connection):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from support.backends import Backend
 from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, StepRunStore, WaitTimeoutError
+from squidstep_redis.transport.client import idle_of
+
+from .conftest import HookedAsyncRedis, HookedRedis
 
 pytestmark = [
     pytest.mark.servers("valkey"),
@@ -262,6 +266,51 @@ class TestFailingCredentials:
                 assert (await store.begin_step(f"{uuid4()}", "pay", {})).decision == "execute"
 
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("pool", ["plain", "blocking"])
+@pytest.mark.parametrize("error", PROVIDER_ERRORS, ids=lambda error: type(error).__name__)
+class TestHookedClientConnectsAgain:
+    """Its idle connection was lost, and its provider of credentials fails."""
+
+    def test_blocking_call_is_retried_until_its_timeout(self, url: str, pool: str, error: Exception) -> None:
+        credentials = FailingCredentials(error, 0)
+        kind = redis.ConnectionPool if pool == "plain" else redis.BlockingConnectionPool
+        with HookedRedis(connection_pool=kind.from_url(url, credential_provider=credentials)) as client:
+            store = StepRunStore(client, timeout=0.2)
+            store.get_run("run")
+            lose_connections(client)
+            credentials.failures = math.inf
+            for _ in range(3):
+                with pytest.raises(NotSentError, match=type(error).__name__) as caught:
+                    store.get_run("run")
+                assert "token server" not in str(caught.value)
+            credentials.failures = 2
+            assert store.get_run("run") == []
+            client.connection_pool.disconnect()
+
+    def test_asyncio_call_is_retried_until_its_timeout(self, url: str, pool: str, error: Exception) -> None:
+        async def main() -> None:
+            credentials = FailingCredentials(error, 0)
+            kind: Any = redis.asyncio.ConnectionPool if pool == "plain" else redis.asyncio.BlockingConnectionPool
+            client: Any = HookedAsyncRedis(connection_pool=kind.from_url(url, credential_provider=credentials))
+            store = AsyncStepRunStore(client, timeout=0.2)
+            await store.get_run("run")
+            await client.connection_pool.disconnect()
+            credentials.failures = math.inf
+            with pytest.raises(NotSentError, match=type(error).__name__) as caught:
+                await store.get_run("run")
+            assert "token server" not in str(caught.value)
+            credentials.failures = 2
+            assert await store.get_run("run") == []
+            await client.connection_pool.disconnect()
+
+        asyncio.run(main())
+
+
+def lose_connections(client: Any) -> None:
+    for connection in idle_of(client.connection_pool):
+        connection._sock.shutdown(socket.SHUT_RDWR)
 
 
 def chain_of(error: BaseException) -> list[BaseException]:
