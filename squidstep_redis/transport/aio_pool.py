@@ -7,10 +7,10 @@ import builtins
 import contextlib
 import os
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from typing import Any, Final, cast
-from weakref import ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from redis.asyncio.connection import BlockingConnectionPool, ConnectionPool
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
@@ -41,15 +41,15 @@ _KNOWN: Final = (_plain.get_connection, _blocking.get_connection)
 class PooledConnections(AsyncConnections):
     """The pool of a user's client: a connection is borrowed for one round trip.
 
-    A pool serves one event loop at a time, because its locks belong to a loop. The first loop that uses it keeps it
-    until the loop is closed. Meanwhile, other loops use their own connections, if the pool's are plain streams.
+    A pool serves one event loop at a time, because its locks belong to a loop. The first loop in which a store uses a
+    pool keeps it until the loop is closed. Meanwhile, other loops use their own connections, if the pool's are plain
+    streams.
     """
 
     def __init__(self, client: Any) -> None:
         self._pool = client.connection_pool
         self._others = OwnConnections(client) if has_plain_stream(self._pool.connection_class) else None
-        self._pid = os.getpid()
-        self._owner = _Owner(lambda: None)
+        self._usage = _usages.setdefault(self._pool, _Usage())
         self._releasing: set[asyncio.Task[None]] = set()
 
     @property
@@ -131,19 +131,20 @@ class PooledConnections(AsyncConnections):
     def _has_pool(self) -> bool:
         """Whether the running event loop may use the pool: the first one may, until it is closed or this is a fork."""
         loop = asyncio.get_running_loop()
-        while (owner := self._owner).loop() is not loop:
+        while (owner := self._usage.owner).loop() is not loop:
             if not owner.is_gone():
                 return False
             new = _Owner(ref(loop))
-            self._owner = owner = owner.successor.setdefault(0, new)  # atomic: another thread's loop may want it, too
-            if owner is new:
-                _renew_locks(self._pool)
+            successor = owner.successor.setdefault(0, new)  # atomic: another thread's loop may want it, too
+            self._usage.owner = successor
+            if successor is new:
+                _renew_locks(self._pool, loop, was_used=owner.has_used)
                 self._reclaim()
         return True
 
     def _reclaim(self) -> None:
         """Gives back the connections that tasks of a closed event loop, or of the parent process, have borrowed."""
-        is_fork = self._pid != os.getpid()
+        is_fork = self._usage.pid != os.getpid()
         loop = asyncio.get_running_loop()
         for connection in list(getattr(self._pool, "_in_use_connections", ())):
             if is_foreign(connection, loop) and (is_fork or connection._reader._loop.is_closed()):
@@ -152,8 +153,8 @@ class PooledConnections(AsyncConnections):
     def _remove_foreign(self) -> None:
         """Removes idle connections of another event loop or process, until the next one belongs to this one."""
         idle: list[Any] = getattr(self._pool, "_available_connections", [])
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
+        if self._usage.pid != os.getpid():
+            self._usage.pid = os.getpid()
             abandoned.extend(idle)
             idle.clear()
         loop = asyncio.get_running_loop()
@@ -166,19 +167,44 @@ class _Owner:
     """The event loop that may use a pool.
 
     Attributes:
-        loop: a weak reference to it.
+        has_used: whether it may have used the pool: not if no store has used the pool so far.
         successor: at 0, the next owner.
     """
 
-    def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop | None]) -> None:
-        self.loop = loop
-        self.successor: dict[int, _Owner] = {}
+    def __init__(self, loop: ReferenceType[asyncio.AbstractEventLoop] | None) -> None:
+        self._loop = loop
         self._pid = os.getpid()
+        self.successor: dict[int, _Owner] = {}
+
+    @property
+    def has_used(self) -> bool:
+        return self._loop is not None or self._pid != os.getpid()
+
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """Returns the event loop, if it still exists."""
+        return None if self._loop is None else self._loop()
 
     def is_gone(self) -> bool:
         """Whether the loop is closed, or belongs to a parent process."""
         loop = self.loop()
         return loop is None or loop.is_closed() or self._pid != os.getpid()
+
+
+class _Usage:
+    """What all stores on a pool have to agree about, because they share its locks and its connections.
+
+    Attributes:
+        owner: the event loop that may use it.
+        pid: the process whose connections are idle in it.
+    """
+
+    def __init__(self) -> None:
+        self.owner = _Owner(None)
+        self.pid = os.getpid()
+
+
+_usages: WeakKeyDictionary[Any, _Usage] = WeakKeyDictionary()
+"""How each pool is used. It lives as long as the pool."""
 
 
 class _Uncancellable(asyncio.Task[None]):
@@ -189,12 +215,23 @@ class _Uncancellable(asyncio.Task[None]):
         return False
 
 
-def _renew_locks(pool: Any) -> None:
-    """Replaces the locks of a pool if they belong to a closed event loop, or to a parent process's event loop."""
+def _renew_locks(pool: Any, loop: asyncio.AbstractEventLoop, *, was_used: bool) -> None:
+    """Replaces the locks of a pool that belong to another event loop than the one that uses it from now on.
+
+    A lock that is unbound, or bound to this loop, stays: tasks of the client or of another store may be waiting on it.
+
+    Args:
+        pool: the pool.
+        loop: the event loop.
+        was_used: whether a loop that is gone may hold a lock. Without waiters, a lock does not know its loop.
+    """
     for name in ("_lock", "_condition"):
         lock = getattr(pool, name, None)
         if isinstance(lock, (asyncio.Lock, asyncio.Condition)):
-            setattr(pool, name, type(lock)())
+            bound: Any = getattr(lock, "_loop", None) or getattr(getattr(lock, "_lock", None), "_loop", None)
+            is_stale = (was_used and lock.locked()) if bound is None else bound is not loop
+            if is_stale:
+                setattr(pool, name, type(lock)())
 
 
 def _take_back(pool: Any, connection: Any) -> None:

@@ -349,3 +349,37 @@ def test_child_of_an_unused_store_keeps_one_connection(backend: Backend, proxy: 
 
     check_child(in_child(work))
     store.close()
+
+
+def test_stores_in_a_child_share_the_connections_of_a_pool(backend: Backend, proxy: Proxy, name: str) -> None:
+    client: Any = redis.asyncio.Redis.from_url(f"redis://127.0.0.1:{proxy.port}", client_name=name)
+    stores = [AsyncStepRunStore(client, prefix=name) for _ in range(3)]
+
+    async def main() -> list[Any]:
+        for store in stores:
+            await store.get_run("run")
+        found = (len(client.connection_pool._available_connections), connected(backend, name))
+        return [] if found == (1, 1) else [found]
+
+    check_child(in_child(lambda: asyncio.run(main())))
+
+
+@UNCLOSED
+def test_lock_held_in_a_closed_loop_delays_no_call(proxy: Proxy, name: str) -> None:
+    """Nothing has waited for the lock: it does not know its loop."""
+    pool: Any = redis.asyncio.BlockingConnectionPool
+    client: Any = redis.asyncio.Redis(connection_pool=pool.from_url(f"redis://127.0.0.1:{proxy.port}"))
+    store = AsyncStepRunStore(client, prefix=name)
+
+    async def hold() -> None:
+        async with client.connection_pool._condition:
+            await asyncio.Future()
+
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(use(store, "first", 1)) == []
+    holder = loop.create_task(hold())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert asyncio.run(use(store, "second", 1)) == []
+    assert not holder.done()
+    del holder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 import redis
-from support.backends import Bench
+import redis.asyncio
+from support.backends import Backend, Bench
 
-from squidstep_redis import StepRunStore
+from squidstep_redis import AsyncStepRunStore, StepRunStore
 from squidstep_redis.transport.pool import borrow
 
 pytestmark = pytest.mark.servers("valkey", "redis-7", "redis-6")
@@ -136,7 +138,7 @@ IN_GREENLETS = """
 from gevent import monkey
 monkey.patch_all()
 import gevent, redis, sys
-from squidstep_redis import StepRunStore
+from squidstep_redis import AsyncStepRunStore, StepRunStore
 
 pool = redis.BlockingConnectionPool.from_url(sys.argv[1], max_connections=1, timeout=10)
 store = StepRunStore(redis.Redis(connection_pool=pool), prefix=sys.argv[2])
@@ -152,3 +154,25 @@ def test_greenlets_share_a_blocking_pool(bench: Bench) -> None:
     command = [sys.executable, "-c", IN_GREENLETS, bench.backend.url or "", bench.prefix]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, f"{['execute'] * 5}\n"), ended.stderr
+
+
+@pytest.mark.parametrize("who", ["store", "client"])
+def test_first_use_of_a_store_strands_no_waiting_call(backend: Backend, who: str) -> None:
+    """Eight calls share two connections. Six wait, when another store uses the pool for the first time."""
+
+    async def main() -> None:
+        any_pool: Any = redis.asyncio.BlockingConnectionPool
+        client: Any = redis.asyncio.Redis(
+            connection_pool=any_pool.from_url(backend.url, max_connections=2, timeout=5, socket_timeout=5)
+        )
+        first, second = (AsyncStepRunStore(client, prefix=prefix, timeout=5) for prefix in ("first", "second"))
+        call: Any = client.ping if who == "client" else (lambda: first.get_run("run"))
+        await call()
+        calls = [asyncio.ensure_future(call()) for _ in range(8)]
+        for _ in range(2):
+            await asyncio.sleep(0)
+        await second.get_run("run")
+        assert len(await asyncio.gather(*calls)) == 8
+        await client.connection_pool.disconnect()
+
+    asyncio.run(main())
