@@ -75,6 +75,9 @@ RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangero
 UNREADABLE: Final = (AttributeError, LookupError, TypeError, ValueError)
 """What redis-py and hiredis raise for a reply or an address that they cannot read, apart from their own errors."""
 
+# By its text: blocking and asyncio sentinels have a class each, and redis-py may wrap it.
+_NOT_FOUND: Final = re.compile(r"""No (master|slave) found for ('[^']*'|"[^"]*"|\S+)""")
+
 NO_REPLY: Final = (ConnectionError, TimeoutError, InvalidResponse, RedisClusterException)
 
 _FIRST_PAUSE: Final = 0.02
@@ -121,9 +124,15 @@ def _is_of_set_up(error: BaseException) -> bool:
 
 
 def text_of(error: Exception) -> str:
-    """Returns the text of a redis-py error, without what the user's code said while connecting."""
+    """Returns the text of a redis-py error, without what it quotes from elsewhere.
+
+    If no sentinel knows a server, redis-py quotes the clients of the sentinels, with their passwords. What the user's
+    code said while connecting is not shown either.
+    """
     source = error.__cause__ or error.__context__  # redis-py wraps some errors, and quotes them
     text = str(error)
+    if not_found := _NOT_FOUND.match(text):
+        return f"no sentinel knows a {not_found[1]} for the service {not_found[2]}"
     if source is not None and str(source) in text and not isinstance(source, RedisError) and _is_of_set_up(source):
         return f"Connecting failed with {type(source).__name__}"
     return text or type(error).__name__

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
 import redis
+import redis.asyncio
+import redis.sentinel
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
 from redis.crc import key_slot
+from redis.retry import Retry
 from support.backends import Bench
 from support.internals import retry_for
 from support.proxy import Fault, Proxy
 from support.records import begun
 
 from squidstep_redis import (
+    AsyncStepRunStore,
     NotReplicatedError,
     NotSentError,
     OutcomeUnknownError,
@@ -24,6 +31,7 @@ from squidstep_redis import (
     ServerError,
     StepRunStore,
 )
+from squidstep_redis.transport.retry import map_error
 from transport.conftest import Connect
 
 pytestmark = pytest.mark.servers("valkey")
@@ -235,3 +243,48 @@ class TestRefused:
         error = error_of(store, store.calls.complete_step(claim, {}), batch=False)
         raw.execute_command("ACL DELUSER halfway")
         assert type(error) is OutcomeUnknownError
+
+
+class TestSentinelsWithPassword:
+    """No sentinel replies. redis-py quotes their clients in its error, with their passwords."""
+
+    options: ClassVar[dict[str, Any]] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}
+
+    def check(self, errors: Sequence[str]) -> None:
+        for text in errors:
+            assert "no sentinel knows a master for the service 'orders'" in text
+            assert "secret" not in text
+
+    def test_blocking_errors_name_the_service_alone(self) -> None:
+        sentinels = [("127.0.0.1", closed_port())]
+        kwargs = {"password": "secret", "retry": Retry(NoBackoff(), 0), **self.options}
+        finder: Any = redis.Sentinel(sentinels, sentinel_kwargs=kwargs, **self.options)
+        store = StepRunStore(finder.master_for("orders", password="secret"), timeout=0.1)
+        with pytest.raises(NotSentError) as caught:
+            store.get_run("run")
+        self.check([str(caught.value), repr(store.doctor())])
+
+    def test_asyncio_errors_name_the_service_alone(self) -> None:
+        async def main() -> list[str]:
+            sentinels = [("127.0.0.1", closed_port())]
+            module: Any = redis.asyncio
+            kwargs = {"password": "secret", "retry": AsyncRetry(NoBackoff(), 0), **self.options}
+            finder = module.Sentinel(sentinels, sentinel_kwargs=kwargs, **self.options)
+            store = AsyncStepRunStore(finder.master_for("orders", password="secret"), timeout=0.5)
+            with pytest.raises(NotSentError) as caught:
+                await store.get_run("run")
+            return [str(caught.value), repr(await store.doctor())]
+
+        self.check(asyncio.run(main()))
+
+    def test_wrapped_error_names_the_service_alone(self) -> None:
+        text = "No master found for 'orders' : <Redis(password=secret)> - ConnectionError"
+        error = redis.sentinel.MasterNotFoundError(text)
+        self.check([str(map_error(each, None, False, 0.0)) for each in (error, redis.ConnectionError(error))])
+
+
+def closed_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
