@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Sequence
+from math import inf
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -243,6 +245,31 @@ class TestRefused:
         error = error_of(store, store.calls.complete_step(claim, {}), batch=False)
         raw.execute_command("ACL DELUSER halfway")
         assert type(error) is OutcomeUnknownError
+
+
+class ScarceConnection(redis.Connection):
+    """redis-py 8 reads a file when it makes a connection."""
+
+    failures = 0.0
+
+    def __init__(self, **options: Any) -> None:
+        ScarceConnection.failures -= 1
+        if ScarceConnection.failures >= 0:
+            raise OSError(errno.EMFILE, "Too many open files", "METADATA")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["own", "plain", "blocking pool", "hooked"], indirect=True)
+def test_lack_of_file_descriptors_raises_not_sent(connect_to: Connect, proxy: Proxy, kind: str) -> None:
+    store = connect_to(kind, proxy.port, timeout=0.1)
+    client: Any = store.client
+    client.connection_pool.connection_class = ScarceConnection
+    ScarceConnection.failures = inf
+    with pytest.raises(NotSentError, match="Too many open files"):
+        store.get_run("run")
+    ScarceConnection.failures = 1
+    assert store.get_run("run") == []
 
 
 class TestSentinelsWithPassword:
