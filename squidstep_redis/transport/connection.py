@@ -32,6 +32,7 @@ from squidstep_redis.transport.retry import (
     check_resent,
     is_demotion,
     undecided,
+    unsent,
 )
 from squidstep_redis.transport.spin import Spin, callers
 from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
@@ -191,7 +192,14 @@ class OwnConnections(Connections):
         self._idle = deque()
 
     def _open(self) -> OwnStream:
-        return OwnStream(open_connection(own_connection(self._client, self._default_timeout)))
+        try:
+            connection = own_connection(self._client, self._default_timeout)
+        except OSError as error:
+            failure = unsent(error)
+            if failure is None:
+                raise
+            raise failure from error
+        return OwnStream(open_connection(connection))
 
     def _take_idle(self, fresh_seconds: float) -> OwnStream | None:
         """Returns an idle connection, if there is one. It is checked unless it was used so many seconds ago."""

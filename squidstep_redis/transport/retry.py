@@ -7,12 +7,13 @@ was written.
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 from collections.abc import Mapping, Sequence
 from traceback import walk_tb
 from types import FrameType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 from redis.exceptions import (
     AskError,
@@ -75,6 +76,9 @@ RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangero
 UNREADABLE: Final = (AttributeError, LookupError, TypeError, ValueError)
 """What redis-py and hiredis raise for a reply or an address that they cannot read, apart from their own errors."""
 
+# By its text: blocking and asyncio sentinels have a class each, and redis-py may wrap it.
+_NOT_FOUND: Final = re.compile(r"""No (master|slave) found for ('[^']*'|"[^"]*"|\S+)""")
+
 NO_REPLY: Final = (ConnectionError, TimeoutError, InvalidResponse, RedisClusterException)
 
 _FIRST_PAUSE: Final = 0.02
@@ -95,14 +99,20 @@ def as_redis_error(error: Exception) -> Exception:
         return error
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     if not frames or _package_of(frames[-1]) not in ("redis", "asyncio", "uvloop", "socket", "encodings"):
-        if not _is_of_set_up(error) or is_raised_by_handler(error):
+        if not (_is_of_set_up(error) or _is_out_of_descriptors(error)) or is_raised_by_handler(error):
             raise error
-        failure = ConnectionError(f"Connecting failed with {type(error).__name__}")
+        lacks_files = _is_out_of_descriptors(error)
+        failure = ConnectionError(error.strerror if lacks_files else f"Connecting failed with {type(error).__name__}")
         failure.__cause__ = error
         return failure
     if isinstance(error, RuntimeError):
         return ConnectionError(f"The connection belongs to another event loop: {error}")
     return ConnectionError(f"redis-py failed with {type(error).__name__}: {error}")
+
+
+def _is_out_of_descriptors(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file could not be opened. Since version 8, redis-py reads one whenever it makes a connection."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _package_of(frame: FrameType) -> str:
@@ -121,9 +131,15 @@ def _is_of_set_up(error: BaseException) -> bool:
 
 
 def text_of(error: Exception) -> str:
-    """Returns the text of a redis-py error, without what the user's code said while connecting."""
+    """Returns the text of a redis-py error, without what it quotes from elsewhere.
+
+    If no sentinel knows a server, redis-py quotes the clients of the sentinels, with their passwords. What the user's
+    code said while connecting is not shown either.
+    """
     source = error.__cause__ or error.__context__  # redis-py wraps some errors, and quotes them
     text = str(error)
+    if not_found := _NOT_FOUND.match(text):
+        return f"no sentinel knows a {not_found[1]} for the service {not_found[2]}"
     if source is not None and str(source) in text and not isinstance(source, RedisError) and _is_of_set_up(source):
         return f"Connecting failed with {type(source).__name__}"
     return text or type(error).__name__
@@ -131,7 +147,7 @@ def text_of(error: Exception) -> str:
 
 def unsent(error: BaseException) -> RoundTripError | None:
     """Returns what an error means while connecting, before a call is sent; None if redis-py did not raise it."""
-    if isinstance(error, UNREADABLE):
+    if isinstance(error, UNREADABLE) or _is_out_of_descriptors(error):
         error = as_redis_error(error)
     return RoundTripError(error, sent=False) if isinstance(error, (RedisError, RedisClusterException)) else None
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
-from typing import Any
+from collections.abc import Sequence
+from math import inf
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
 import redis
+import redis.asyncio
+import redis.sentinel
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
 from redis.crc import key_slot
+from redis.retry import Retry
 from support.backends import Bench
 from support.internals import retry_for
 from support.proxy import Fault, Proxy
 from support.records import begun
 
 from squidstep_redis import (
+    AsyncStepRunStore,
     NotReplicatedError,
     NotSentError,
     OutcomeUnknownError,
@@ -24,6 +33,7 @@ from squidstep_redis import (
     ServerError,
     StepRunStore,
 )
+from squidstep_redis.transport.retry import map_error
 from transport.conftest import Connect
 
 pytestmark = pytest.mark.servers("valkey")
@@ -235,3 +245,73 @@ class TestRefused:
         error = error_of(store, store.calls.complete_step(claim, {}), batch=False)
         raw.execute_command("ACL DELUSER halfway")
         assert type(error) is OutcomeUnknownError
+
+
+class ScarceConnection(redis.Connection):
+    """redis-py 8 reads a file when it makes a connection."""
+
+    failures = 0.0
+
+    def __init__(self, **options: Any) -> None:
+        ScarceConnection.failures -= 1
+        if ScarceConnection.failures >= 0:
+            raise OSError(errno.EMFILE, "Too many open files", "METADATA")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["own", "plain", "blocking pool", "hooked"], indirect=True)
+def test_lack_of_file_descriptors_raises_not_sent(connect_to: Connect, proxy: Proxy, kind: str) -> None:
+    store = connect_to(kind, proxy.port, timeout=0.1)
+    client: Any = store.client
+    client.connection_pool.connection_class = ScarceConnection
+    ScarceConnection.failures = inf
+    with pytest.raises(NotSentError, match="Too many open files"):
+        store.get_run("run")
+    ScarceConnection.failures = 1
+    assert store.get_run("run") == []
+
+
+class TestSentinelsWithPassword:
+    """No sentinel replies. redis-py quotes their clients in its error, with their passwords."""
+
+    options: ClassVar[dict[str, Any]] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}
+
+    def check(self, errors: Sequence[str]) -> None:
+        for text in errors:
+            assert "no sentinel knows a master for the service 'orders'" in text
+            assert "secret" not in text
+
+    def test_blocking_errors_name_the_service_alone(self) -> None:
+        sentinels = [("127.0.0.1", closed_port())]
+        kwargs = {"password": "secret", "retry": Retry(NoBackoff(), 0), **self.options}
+        finder: Any = redis.Sentinel(sentinels, sentinel_kwargs=kwargs, **self.options)
+        store = StepRunStore(finder.master_for("orders", password="secret"), timeout=0.1)
+        with pytest.raises(NotSentError) as caught:
+            store.get_run("run")
+        self.check([str(caught.value), repr(store.doctor())])
+
+    def test_asyncio_errors_name_the_service_alone(self) -> None:
+        async def main() -> list[str]:
+            sentinels = [("127.0.0.1", closed_port())]
+            module: Any = redis.asyncio
+            kwargs = {"password": "secret", "retry": AsyncRetry(NoBackoff(), 0), **self.options}
+            finder = module.Sentinel(sentinels, sentinel_kwargs=kwargs, **self.options)
+            store = AsyncStepRunStore(finder.master_for("orders", password="secret"), timeout=0.5)
+            with pytest.raises(NotSentError) as caught:
+                await store.get_run("run")
+            return [str(caught.value), repr(await store.doctor())]
+
+        self.check(asyncio.run(main()))
+
+    def test_wrapped_error_names_the_service_alone(self) -> None:
+        text = "No master found for 'orders' : <Redis(password=secret)> - ConnectionError"
+        error = redis.sentinel.MasterNotFoundError(text)
+        self.check([str(map_error(each, None, False, 0.0)) for each in (error, redis.ConnectionError(error))])
+
+
+def closed_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
