@@ -24,7 +24,7 @@ from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, pools_of, probed
 from squidstep_redis.transport.handshake import limited_replies, open_connection
-from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, open_one, seems_open, wake
+from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, open_one, wake
 from squidstep_redis.transport.retry import (
     UNREADABLE,
     RoundTripError,
@@ -35,7 +35,7 @@ from squidstep_redis.transport.retry import (
     unsent,
 )
 from squidstep_redis.transport.spin import Spin, callers
-from squidstep_redis.transport.stream import OwnStream, Packed, Read, stream_of
+from squidstep_redis.transport.stream import OwnStream, Packed, Read, is_quiet, stream_of
 
 Halves = Generator[None, None, list[Any]]
 """A round trip: it sends until its first yield, and then reads."""
@@ -360,7 +360,9 @@ class HookedClient(Connections):
         crashes the process if a signal handler raises while it formats the database's number.
         """
         pool = self._pool
-        if pool is not None and is_known(pool, KNOWN) and not any(map(seems_open, idle_of(pool)[-1:])):
+        if pool is None or not is_known(pool, KNOWN):
+            return
+        if not any(is_quiet(connection._sock) for connection in idle_of(pool)[-1:]):
             open_one(pool, deadline)
 
 

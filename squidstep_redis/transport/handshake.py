@@ -63,13 +63,7 @@ def _connect(connection: Any) -> None:
             connection.on_connect() if given is None else _as_connection(given, connection)
         finally:
             if connection._sock is not None:  # nothing has disconnected it
-                _set_socket(connection, sock)
-                try:
-                    sock.settimeout(connection.socket_timeout)
-                except OSError as error:
-                    if sock.fileno() >= 0:  # so a signal handler raised it
-                        raise
-                    raise ConnectionError("Connection closed by another thread.") from error
+                _restore_socket(connection, sock)
 
     connection.redis_connect_func = _SetUp(set_up, given)
     if provider is not None:
@@ -133,18 +127,29 @@ def limited_replies(connection: Any, limit: float) -> Generator[Callable[[], obj
             changes.
         limit: when all replies must have been read, by the monotonic clock.
     """
-    sock = connection._sock if has_plain_stream(cast("type[object]", type(connection))) else None
-    if sock is None or connection.socket_timeout is None:
+    if not has_plain_stream(cast("type[object]", type(connection))) or connection.socket_timeout is None:
         yield int
         return
+    sock = connection._sock
+    if sock is None:  # redis-py would connect it in unbounded time
+        raise ConnectionError("Connection closed by another thread.")
     limited = LimitedSocket(sock, connection.socket_timeout, limit)
     _set_socket(connection, limited)
     try:
         yield limited.begin_reply
     finally:
         if connection._sock is limited:  # it was neither disconnected nor, by a health check, reconnected
-            _set_socket(connection, sock)
-            sock.settimeout(connection.socket_timeout)
+            _restore_socket(connection, sock)
+
+
+def _restore_socket(connection: Any, sock: socket.socket) -> None:
+    _set_socket(connection, sock)
+    try:
+        sock.settimeout(connection.socket_timeout)
+    except OSError:
+        if sock.fileno() >= 0:  # so a signal handler raised it
+            raise
+        connection._sock = None  # another thread has disconnected it
 
 
 def _set_socket(connection: Any, sock: Any) -> None:

@@ -7,7 +7,6 @@ is taken out of the pool first, and set up afterwards. If a pool overrides `get_
 
 from __future__ import annotations
 
-import select
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -133,17 +132,6 @@ def open_one(pool: Any, deadline: float) -> None:
         loan.give_back_again()
         raise
     wake(pool)
-
-
-def seems_open(connection: Any) -> bool:
-    """Whether a connection that another thread may take meanwhile is open, and nothing has arrived on it."""
-    sock = connection._sock
-    descriptor = -1 if sock is None else sock.fileno()
-    if descriptor < 0:
-        return False
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return not poll.poll(0)
 
 
 def _way_back(pool: Any, taken: list[Any]) -> Callable[[], object]:

@@ -52,17 +52,18 @@ class Stream:
         "socket",
     )  # fmt: skip
 
-    def __init__(self, connection: Any, reader: Any, more: object, buffer: bytearray) -> None:
+    def __init__(self, connection: Any, sock: socket.socket, reader: Any, more: object, buffer: bytearray) -> None:
         """Begins with a connected connection.
 
         Args:
             connection: redis-py's connection.
+            sock: its socket.
             reader: hiredis' reader.
             more: what the reader returns if it has no complete reply.
             buffer: receives bytes from the socket.
         """
         self._connection = connection
-        self.socket: socket.socket = connection._sock
+        self.socket = sock
         self._timeout: float | None = connection.socket_timeout
         self._reader = reader
         self._more = more
@@ -100,9 +101,7 @@ class Stream:
         """Whether it is open and nothing is left to read."""
         if type(self.socket) is not socket.socket:  # TLS may hold bytes back
             return not self._connection.can_read()
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        return not (poll.poll(0) or self.has_left())
+        return is_quiet(self.socket) and not self.has_left()
 
     def _write(self, data: bytes, *, is_first: bool = True) -> None:
         written = self._send(data) if is_first else 0
@@ -187,7 +186,7 @@ class OwnStream(Stream):
     __slots__ = ("_descriptor",)
 
     def __init__(self, connection: Any) -> None:
-        super().__init__(connection, new_reader(connection), MORE, bytearray(_READ_SIZE))
+        super().__init__(connection, connection._sock, new_reader(connection), MORE, bytearray(_READ_SIZE))
         # Before each send and recv, Python polls a socket that has a timeout. Here, only if the socket is not ready.
         is_plain = type(self.socket) is socket.socket and hasattr(os, "readv")
         self._descriptor = self.socket.fileno() if is_plain else None  # None: of a TLS socket, or on Windows
@@ -223,10 +222,20 @@ def stream_of(connection: Any) -> Stream | None:
     is_hiredis = type(parser) is _redis_parser._HiredisParser
     if not is_hiredis or connection.health_check_interval or not has_plain_stream(kind):
         return None
-    reader: Any = parser._reader
-    if reader is None or connection._sock is None:
+    sock, reader = connection._sock, parser._reader
+    if reader is None or sock is None:
         raise RoundTripError(ConnectionError("Connection closed by another thread."), sent=False)
-    return Stream(connection, reader, _INCOMPLETE, parser._buffer)
+    return Stream(connection, sock, reader, _INCOMPLETE, parser._buffer)
+
+
+def is_quiet(sock: socket.socket | None) -> bool:
+    """Whether a socket is open and has nothing to read. Another thread may close it at any moment."""
+    descriptor = -1 if sock is None else sock.fileno()
+    if descriptor < 0:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return not poll.poll(0)
 
 
 class Packed(Iterable[bytes]):
