@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import select
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from support.address import Address
 from support.backends import Bench
-from support.internals import plain_store
+from support.internals import plain_store, retry_for, shared_socket
 from support.proxy import Fault, Proxy
 from support.records import begun
 from support.servers import wait_until
@@ -319,3 +320,46 @@ class TestBoundedBuffers:
             address.disconnect()
         assert isinstance(error, NotSentError if slow == "reads" else OutcomeUnknownError)
         assert took < 5
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
+def test_call_on_a_connection_that_was_reset_is_not_sent(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, batch: bool
+) -> None:
+    """The event loop has not noticed the reset before it writes, and nobody listens after it."""
+    poll = select.poll()
+
+    async def main() -> None:
+        await store.get_run("run")
+        retry_for(store, 0.05)
+        poll.register(shared_socket(store), 0)
+        proxy.refuse()
+        proxy.reset()
+        wait_until(lambda: poll.poll(0) != [])  # blocks the loop
+        call = store.calls.begin_step("run", "pay", {})
+        with pytest.raises(NotSentError):
+            await (store.batch([call, call]) if batch else store.send(call))
+
+    run(bench, main())
+
+
+def test_call_on_a_connection_whose_end_was_read_is_not_sent(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transport is closing, and reports it only in the next iteration of the loop."""
+    calls: list[asyncio.Task[Any]] = []
+
+    def begin(link: Link) -> None:
+        calls.append(asyncio.ensure_future(store.begin_step("run", "pay", {})))
+
+    async def main() -> None:
+        await store.get_run("run")
+        retry_for(store, 0.05)
+        monkeypatch.setattr(Link, "eof_received", begin)
+        proxy.refuse()
+        proxy.disconnect()
+        await asyncio.to_thread(wait_until, lambda: calls != [])
+        with pytest.raises(NotSentError):
+            await calls[0]
+
+    run(bench, main())
