@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import select
 import time
 from collections.abc import Coroutine
+from math import inf
 from typing import Any
 
 import pytest
+import redis.asyncio
 from support.address import Address
 from support.backends import Bench
 from support.internals import plain_store, retry_for, shared_socket
@@ -361,5 +364,33 @@ def test_call_on_a_connection_whose_end_was_read_is_not_sent(
         await asyncio.to_thread(wait_until, lambda: calls != [])
         with pytest.raises(NotSentError):
             await calls[0]
+
+    run(bench, main())
+
+
+class ScarceConnection(redis.asyncio.Connection):
+    """redis-py 8 reads a file when it makes a connection."""
+
+    failures = 0.0
+
+    def __init__(self, **options: Any) -> None:
+        ScarceConnection.failures -= 1
+        if ScarceConnection.failures >= 0:
+            raise OSError(errno.EMFILE, "Too many open files", "METADATA")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize("size", [0, 100_000], ids=["shared", "alone"])
+def test_lack_of_file_descriptors_raises_not_sent(bench: Bench, store: AsyncStepRunStore, size: int) -> None:
+    async def main() -> None:
+        client: Any = store.client
+        client.connection_pool.connection_class = ScarceConnection
+        retry_for(store, 0.05)
+        ScarceConnection.failures = inf
+        with pytest.raises(NotSentError, match="Too many open files"):
+            await store.schedule_step("run", "pay", {"data": "x" * size})
+        retry_for(store, 20)
+        ScarceConnection.failures = 1
+        await store.schedule_step("run", "pay", {"data": "x" * size})
 
     run(bench, main())
