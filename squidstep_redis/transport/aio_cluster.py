@@ -182,7 +182,7 @@ class _NodeConnections(OwnConnections):
             self._topology.failed = self.node.name
             raise
 
-    def _template(self) -> Any:
+    def _make_connection(self) -> Any:
         kwargs = {
             name: value for name, value in self.node.connection_kwargs.items() if "maint_notifications" not in name
         }

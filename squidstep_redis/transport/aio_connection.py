@@ -180,7 +180,16 @@ class OwnConnections(AsyncConnections):
             links.retire()
 
     def _template(self) -> Any:
-        """Returns an unconnected redis-py connection."""
+        """Returns an unconnected redis-py connection; raises RoundTripError. redis-py reads a file to make it."""
+        try:
+            return self._make_connection()
+        except OSError as error:  # for example, there are too many open files
+            if is_raised_by_handler(error):
+                raise
+            cause = ConnectionError(error.strerror or type(error).__name__)
+            raise RoundTripError(cause, sent=False) from error
+
+    def _make_connection(self) -> Any:
         connection = own_connection(self._client)
         pool = getattr(connection, "connection_pool", None)
         if hasattr(pool, "sentinel_manager"):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any, Final
 
-from redis.asyncio.connection import BlockingConnectionPool
 from redis.exceptions import ConnectionError, ResponseError
 
 from squidstep_redis.protocol.call import OPTIONS, Command
@@ -69,9 +68,12 @@ class HookedClient(AsyncConnections):
         return results
 
     def _begin_to_limit(self, scope: asyncio.Timeout, name: ProbedName, deadline: float) -> asyncio.TimerHandle | None:
-        """Ends a scope if the client has no connection in time: its pool may wait for longer than the call may take."""
+        """Ends a scope if the client has no connection in time.
+
+        Its pool, or its provider of credentials, may wait for longer than the call may take.
+        """
         pool: Any = getattr(self._client, "connection_pool", None)  # a cluster client has none
-        if not isinstance(pool, BlockingConnectionPool) or deadline == inf:
+        if pool is None or deadline == inf:
             return None
         loop, options = asyncio.get_running_loop(), pool.connection_kwargs
         attempt = sum(options.get(each) or 0.0 for each in ("socket_connect_timeout", "socket_timeout"))

@@ -149,12 +149,25 @@ class Link(asyncio.Protocol):
                 self._begin_to_stay_awake()
         self._sent.extend(pending)
         self._transport.write(pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending]))
+        if self._transport.is_closing():
+            self._fail_unsent(pending)
+            return
         for round_trip in pending:
             round_trip.data = b""
         if self._timer is None and self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self._check_progress)
         if self._waiters:
             self._wake()
+
+    def _fail_unsent(self, pending: list[_Pending]) -> None:
+        """Fails all round trips after a write to a transport that was closing, or that has failed at once.
+
+        No byte of that write has left: the transport has dropped it, or drops it when it is aborted.
+        """
+        for _ in pending:
+            self._sent.pop()
+        self._unsent = pending
+        self._fail(ConnectionError("Connection closed by server."))
 
     def _begin_to_stay_awake(self) -> None:
         thread = get_ident()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -60,6 +61,11 @@ def idle_connections(store: Any) -> int:
         return len(own._idle)
     links = [link for loop in own._by_loop.values() for link in (loop.shared, *loop.idle)]
     return sum(link is not None and link.is_open for link in links)
+
+
+def shared_socket(store: Any) -> Any:
+    """Returns the socket of the connection that the running event loop's tasks share on an asyncio store."""
+    return store._transport._direct._by_loop[asyncio.get_running_loop()].shared._transport.get_extra_info("socket")
 
 
 def close_idle_connections(store: Any) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
+import select
 import time
 from collections.abc import Coroutine
+from math import inf
 from typing import Any
 
 import pytest
+import redis.asyncio
 from support.address import Address
 from support.backends import Bench
-from support.internals import plain_store
+from support.internals import plain_store, retry_for, shared_socket
 from support.proxy import Fault, Proxy
 from support.records import begun
 from support.servers import wait_until
@@ -319,3 +323,74 @@ class TestBoundedBuffers:
             address.disconnect()
         assert isinstance(error, NotSentError if slow == "reads" else OutcomeUnknownError)
         assert took < 5
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
+def test_call_on_a_connection_that_was_reset_is_not_sent(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, batch: bool
+) -> None:
+    """The event loop has not noticed the reset before it writes, and nobody listens after it."""
+    poll = select.poll()
+
+    async def main() -> None:
+        await store.get_run("run")
+        retry_for(store, 0.05)
+        poll.register(shared_socket(store), 0)
+        proxy.refuse()
+        proxy.reset()
+        wait_until(lambda: poll.poll(0) != [])  # blocks the loop
+        call = store.calls.begin_step("run", "pay", {})
+        with pytest.raises(NotSentError):
+            await (store.batch([call, call]) if batch else store.send(call))
+
+    run(bench, main())
+
+
+def test_call_on_a_connection_whose_end_was_read_is_not_sent(
+    bench: Bench, store: AsyncStepRunStore, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transport is closing, and reports it only in the next iteration of the loop."""
+    calls: list[asyncio.Task[Any]] = []
+
+    def begin(link: Link) -> None:
+        calls.append(asyncio.ensure_future(store.begin_step("run", "pay", {})))
+
+    async def main() -> None:
+        await store.get_run("run")
+        retry_for(store, 0.05)
+        monkeypatch.setattr(Link, "eof_received", begin)
+        proxy.refuse()
+        proxy.disconnect()
+        await asyncio.to_thread(wait_until, lambda: calls != [])
+        with pytest.raises(NotSentError):
+            await calls[0]
+
+    run(bench, main())
+
+
+class ScarceConnection(redis.asyncio.Connection):
+    """redis-py 8 reads a file when it makes a connection."""
+
+    failures = 0.0
+
+    def __init__(self, **options: Any) -> None:
+        ScarceConnection.failures -= 1
+        if ScarceConnection.failures >= 0:
+            raise OSError(errno.EMFILE, "Too many open files", "METADATA")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize("size", [0, 100_000], ids=["shared", "alone"])
+def test_lack_of_file_descriptors_raises_not_sent(bench: Bench, store: AsyncStepRunStore, size: int) -> None:
+    async def main() -> None:
+        client: Any = store.client
+        client.connection_pool.connection_class = ScarceConnection
+        retry_for(store, 0.05)
+        ScarceConnection.failures = inf
+        with pytest.raises(NotSentError, match="Too many open files"):
+            await store.schedule_step("run", "pay", {"data": "x" * size})
+        retry_for(store, 20)
+        ScarceConnection.failures = 1
+        await store.schedule_step("run", "pay", {"data": "x" * size})
+
+    run(bench, main())
