@@ -67,7 +67,7 @@ BESIDE_PUBLIC_NAMES = {
         "web",
     },
     "codecs": set[str](),
-    "demo": {"demo", "embedded", "rq"},
+    "demo": {"demo", "cli.output", "embedded", "rq"},
     "embedded": {"embedded_supervisor"},
     "embedded_supervisor": set[str](),
     "formatting": {"durations", "escaping"},
