@@ -43,7 +43,7 @@ LAYERS = (
 )
 # What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
-    "asgi": {"asgi"},
+    "asgi": {"asgi", "functions.checks"},
     "celery": {
         "celery",
         "claims.failures",
