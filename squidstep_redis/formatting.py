@@ -114,9 +114,9 @@ def format_headline(explained: StepExplanation) -> str:
 
 def format_command(explained: StepExplanation, action: Action) -> str | None:
     """Returns the command line of an action, for bash; None if there is none."""
-    if action.operation is None:
-        return None
     names = {"RUN": explained.run_id, "STEP": explained.step}
+    if action.operation is None or any("\0" in name for name in names.values()):  # no argument can contain a NUL
+        return None
     command, *parts = _COMMANDS[action.operation]
     arguments, options = ([names.get(word, word) for word in words] for words in parts)
     words = [*arguments, *options]

@@ -66,9 +66,12 @@ def run_id_of(tenant: str, key: str) -> str:
 
 def fingerprint_of(scope: Scope, body: bytes) -> str:
     """Returns a hash of what a request asks for: its method, path, query and body."""
-    path = scope.get("raw_path") or scope["path"].encode()  # decoded, /a%2Fb and /a/b would be the same
+    path, raw_path = scope["path"].encode(), scope.get("raw_path")
+    parts = [scope["method"].encode(), path, scope.get("query_string", b""), body]
+    if raw_path and raw_path != path:  # in path, it is decoded: /a%2Fb would be the same as /a/b
+        parts.append(raw_path)
     digest = sha256()
-    for part in (scope["method"].encode(), path, scope.get("query_string", b""), body):
+    for part in parts:
         digest.update(b"%d:" % len(part))
         digest.update(part)
     return digest.hexdigest()

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AsyncExitStack
 from datetime import timedelta
-from inspect import iscoroutinefunction
 from typing import Any, Final, Literal, cast
 
 from squidstep_redis import (
@@ -36,6 +35,7 @@ from squidstep_redis.asgi.messages import (
     run_id_of,
     values_of,
 )
+from squidstep_redis.functions.checks import is_coroutine_function
 
 RETRY_STATUSES: Final[frozenset[int]] = frozenset({401, 403, 408, 409, 423, 425, 429, *range(500, 600)})
 """Statuses after which a retry executes again: server errors, and refusals that may not apply to a later request."""
@@ -271,8 +271,7 @@ def _check(argument: str, holds: bool, problem: str) -> None:
 
 def _is_function(function: object) -> bool:
     """Returns whether a call of it returns its result. What a coroutine function returns would always be true."""
-    is_coroutine_function = iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)
-    return callable(function) and not is_coroutine_function
+    return callable(function) and not is_coroutine_function(function)
 
 
 def _names(argument: str, values: Iterable[str]) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ from typing import Any, Final, NoReturn
 import click
 import redis
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from squidstep_redis import SquidstepError, StepRunStore
+from squidstep_redis.cli.output import new_console, print_text
 from squidstep_redis.demo.check import find_problems
 from squidstep_redis.demo.scenario import DemoContext, Scenario, describe
 from squidstep_redis.demo.work import STEPS, Payload, find_files
@@ -83,7 +83,7 @@ def run_demo(
     found = find_files(root, files, suffix)
     if not found:
         raise click.BadParameter(f"there are no usable files in {root}", param_hint="PATH")
-    console = Console(stderr=as_json, highlight=False)
+    console = new_console(stderr=as_json)
     # No thread refreshes the progress line: only this thread may receive signals while it starts a worker.
     try:
         with (
@@ -98,7 +98,7 @@ def run_demo(
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        console.print(_summary(result))
+        print_text(_summary(result))
         for problem in result["problems"][:10]:
             console.out(problem, style="red")
     sys.exit(0 if result["ok"] else 1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from inspect import Parameter, Signature, isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.protocol.arguments import step
-
-_GENERATORS: Final = (isgeneratorfunction, isasyncgenfunction)
 
 
 def check_step(name: object) -> None:
@@ -26,7 +25,18 @@ def check_step(name: object) -> None:
 
 def is_coroutine_function(fn: object) -> bool:
     """Returns whether a call of it returns a coroutine: it is `async def`, or an object whose `__call__` is."""
-    return iscoroutinefunction(fn) or iscoroutinefunction(type(fn).__call__)
+    return _is_function(fn, iscoroutinefunction)
+
+
+def is_generator_function(fn: object) -> bool:
+    """Returns whether a call of it returns a generator: its body has `yield`, or the `__call__` of an object has."""
+    return _is_function(fn, isgeneratorfunction) or _is_function(fn, isasyncgenfunction)
+
+
+def _is_function(fn: object, is_kind: Callable[[object], bool]) -> bool:
+    while isinstance(fn, partial):  # inspect looks into those of functions, but not of other objects
+        fn = cast("partial[Any]", fn).func
+    return is_kind(fn) or is_kind(type(fn).__call__)
 
 
 def parameters_of(fn: Callable[..., Any]) -> Signature:
@@ -40,7 +50,7 @@ def parameters_of(fn: Callable[..., Any]) -> Signature:
     """
     if not callable(fn):
         raise InvalidArgumentError("fn", f"must be a function, not {fn!r}")
-    if any(is_generator(each) for each in (fn, type(fn).__call__) for is_generator in _GENERATORS):
+    if is_generator_function(fn):
         raise InvalidArgumentError("fn", f"{fn!r} is a generator function: a call returns before it does any work")
     try:
         return signature(fn)

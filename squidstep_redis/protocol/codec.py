@@ -23,7 +23,7 @@ from squidstep_redis.errors import (
 )
 from squidstep_redis.escaping import escaped
 from squidstep_redis.protocol.kinds import from_extension, is_datetime, kind_of, plain, problem_of
-from squidstep_redis.signals import defer_sigalrm
+from squidstep_redis.signals import defer_sigalrm, is_raised_by_handler
 
 Payload = dict[str, Any]
 
@@ -315,19 +315,30 @@ def error_payload(error: BaseException) -> Payload:
 def _error_payload(error: BaseException) -> Payload:
     try:
         message = str(error)
-    except Exception:  # noqa: BLE001 -- a failing str() must not hide the failure
+    except BaseException as problem:  # a failing str() must not hide the failure
+        if _is_interruption(problem):
+            raise
         message = f"(str() of this {type(error).__name__} raised)"
     cls = type(error)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     try:
         lines = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
-    except Exception:  # noqa: BLE001 -- exceptions may have attributes that raise
+    except BaseException as problem:  # exceptions may have attributes that raise
+        if _is_interruption(problem):
+            raise
         lines = "".join(traceback.format_tb(error.__traceback__, limit=-20))
     return {
         "type": _printable(name),
         "message": _printable(message)[:_MESSAGE_CHARS],
         "traceback": _printable(lines)[-_TRACEBACK_CHARS:],
     }
+
+
+def _is_interruption(problem: BaseException) -> bool:
+    """Returns whether a signal has ended the work on an exception, such as a handler's SystemExit: the process ends."""
+    if isinstance(problem, Exception):
+        return False
+    return isinstance(problem, KeyboardInterrupt) or is_raised_by_handler(problem)
 
 
 def _printable(text: str) -> str:

@@ -94,3 +94,19 @@ def test_method_path_query_and_body_make_the_fingerprint() -> None:
     ]
     assert len(set(found)) == len(found)
     assert fingerprint() == fingerprint_of({"method": "POST", "path": "/a"}, b"")
+
+
+def test_fingerprint_depends_on_the_path_before_and_after_decoding() -> None:
+    """A router in front of the middleware may rewrite `path` alone."""
+
+    def fingerprint(path: str, raw_path: bytes | None) -> str:
+        return fingerprint_of({"method": "POST", "path": path, "raw_path": raw_path}, b"")
+
+    found = [
+        fingerprint("/a/b", b"/a/b"),
+        fingerprint("/a/b", b"/a%2Fb"),
+        fingerprint("/ann/a/b", b"/a/b"),
+        fingerprint("/ben/a/b", b"/a/b"),
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint("/a/b", b"/a/b") == fingerprint("/a/b", None)  # not every server sends it

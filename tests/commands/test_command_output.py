@@ -22,6 +22,7 @@ from squidstep_redis import Attempt, Outcome, StepRunStore
 from squidstep_redis.cli.timeline_chart import render_timeline
 from squidstep_redis.cli.timeline_files import as_svg
 from squidstep_redis.embedded import EmbeddedServer
+from squidstep_redis.formatting import format_command
 from squidstep_redis.timelines import Bar, Timeline
 
 pytestmark = pytest.mark.usefixtures("default_environment")
@@ -266,6 +267,14 @@ class TestExplain:
         subprocess.run(["bash", "-c", line], env=environment, check=True, capture_output=True)
 
         assert store.step_statuses(name) == {name: "pending"}
+
+    def test_names_with_nul_have_no_command(self, store: StepRunStore) -> None:
+        """No program can be given such a name: bash would end it at the NUL, and name another run."""
+        store.fail_step(begun(store.begin_step("run\0s", "pay", {})), ValueError("no"))
+        explained = store.explain_step("run\0s", "pay")
+        assert explained is not None
+        assert explained.actions
+        assert [format_command(explained, action) for action in explained.actions] == [None] * len(explained.actions)
 
     def test_missing_run_and_step_say_what_may_be_wrong(self, store: StepRunStore, options: list[str]) -> None:
         store.complete_step(begun(store.begin_step("run", "pay", {})), {})

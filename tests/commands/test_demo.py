@@ -76,7 +76,12 @@ class TestResult:
             assert "Traceback" not in ended.output
             assert "secret" not in ended.output
 
-    def test_output_is_plain_text_without_a_terminal(self, tree: Path) -> None:
+    @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1", "COLUMNS": "30"}], ids=["plain", "forced"])
+    def test_output_is_plain_text_without_a_terminal(
+        self, tree: Path, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         ended = run("demo", tree / "a.py")
         assert (ended.returncode, ended.stderr) == (0, "")
         assert "\x1b" not in ended.stdout
@@ -84,7 +89,7 @@ class TestResult:
         assert head == "1 files, 3 steps, 4 workers, a bundled server"
         assert "was killed inside compress of a.py" in killed
         assert "took over compress of a.py as attempt 2" in taken_over
-        assert any("every output is correct" in line for line in table)
+        assert any("every output is correct, nothing is lost or duplicated" in line for line in table)
 
     def test_progress_is_shown_on_a_terminal(self) -> None:
         ours, theirs = pty.openpty()

@@ -152,7 +152,7 @@ class Awaitable:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("fn", [pay_asyncio, partial(pay_asyncio, 7), Awaitable()])
+@pytest.mark.parametrize("fn", [pay_asyncio, partial(pay_asyncio, 7), Awaitable(), partial(Awaitable(), 7)])
 def test_coroutine_function_needs_an_asyncio_store(fn: Any) -> None:
     assert of_asyncio_store(fn)
     with pytest.raises(InvalidArgumentError, match="is a coroutine function: use an AsyncStepRunStore"):
@@ -167,9 +167,10 @@ class Yielding:
 
 
 @pytest.mark.parametrize("decorate", [of_store, of_asyncio_store])
-def test_object_whose_call_is_a_generator_is_rejected(decorate: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("fn", [Yielding(), partial(Yielding(), 7)])
+def test_object_whose_call_is_a_generator_is_rejected(decorate: Callable[..., Any], fn: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="is a generator function"):
-        decorate(Yielding())
+        decorate(fn)
 
 
 @pytest.mark.parametrize("fn", [pay, partial(pay, 7), Names])

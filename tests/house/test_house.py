@@ -43,7 +43,7 @@ LAYERS = (
 )
 # What is built on the library imports its public names. Further imports are listed here.
 BESIDE_PUBLIC_NAMES = {
-    "asgi": {"asgi"},
+    "asgi": {"asgi", "functions.checks"},
     "celery": {
         "celery",
         "claims.failures",
@@ -67,7 +67,7 @@ BESIDE_PUBLIC_NAMES = {
         "web",
     },
     "codecs": set[str](),
-    "demo": {"demo", "embedded", "rq"},
+    "demo": {"demo", "cli.output", "embedded", "rq"},
     "embedded": {"embedded_supervisor"},
     "embedded_supervisor": set[str](),
     "formatting": {"durations", "escaping"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,15 @@ from squidstep_redis.protocol.codec import error_payload
 class MuteError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no message")
+
+
+class ExitingError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+    @property
+    def __notes__(self) -> list[str]:
+        raise SystemExit(1)
 
 
 class NumericError(Exception):
@@ -77,6 +87,7 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
     "surrogates": lambda: raised(ValueError("caf\udce9")),
     "surrogate in its name": lambda: raised(type("Odd", (Exception,), {"__module__": "caf\udce9"})()),
     "__str__ raises": lambda: raised(MuteError()),
+    "__str__ exits": lambda: raised(ExitingError()),
     "__str__ outputs no str": lambda: raised(NumericError()),
     "__getattr__ raises": lambda: raised(ProxyError()),
     "__notes__ raises": lambda: raised(NotedError()),
@@ -110,6 +121,23 @@ class TestErrorPayload:
 
     def test_unencodable_characters_are_replaced(self) -> None:
         assert error_payload(ValueError("caf\udce9"))["message"] == "caf\ufffd"
+
+    @pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt()], ids=repr)
+    def test_error_of_a_signal_handler_is_not_hidden(self, error: BaseException) -> None:
+        def stop(*_: object) -> None:
+            raise error
+
+        class SlowError(Exception):
+            def __str__(self) -> str:
+                signal.raise_signal(signal.SIGUSR1)
+                return "interrupted"
+
+        before = signal.signal(signal.SIGUSR1, stop)
+        try:
+            with pytest.raises(type(error)):
+                error_payload(SlowError())
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
     @pytest.mark.servers("fakeredis")  # test_codec.py stores arbitrary payloads on every server
     @pytest.mark.parametrize("make", EXCEPTIONS.values(), ids=EXCEPTIONS)
