@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import codecs
 import socket
 from collections.abc import Callable, Generator
@@ -10,19 +11,30 @@ from math import inf
 from typing import Any, cast
 
 from redis.connection import PythonRespSerializer
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from squidstep_redis.signals import defer_sigalrm, is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.retry import unsent
+from squidstep_redis.transport.retry import RoundTripError, unsent
 
 # `getaddrinfo` imports this codec with the first host name. An exception that another thread sets during that import
 # leaves the lock of the module held, and every later connection would wait for it.
 codecs.lookup("idna")
 
 
-def open_connection(connection: Any) -> Any:
+def end_of_attempt(connection: Any, deadline: float) -> float:
+    """Returns when an attempt must have ended that begins now, by the monotonic clock; inf: there is no limit.
+
+    Args:
+        connection: the redis-py connection that is opened for it.
+        deadline: when the call's timeout ends.
+    """
+    timeouts = [getattr(connection, name, 0.0) for name in ("socket_connect_timeout", "socket_timeout")]
+    return max(deadline, time.monotonic()) + sum(inf if seconds is None else seconds for seconds in timeouts)
+
+
+def open_connection(connection: Any, limit: float) -> Any:
     """Connects a redis-py connection.
 
     An interruption between two steps of its handshake leaves a connection that looks ready but has another database or
@@ -30,13 +42,17 @@ def open_connection(connection: Any) -> Any:
 
     SIGALRM is deferred. With RESP3, redis-py asks for a logger, and an exception there could leave logging's lock held.
 
+    Args:
+        connection: the connection.
+        limit: when its handshake must have ended, by the monotonic clock.
+
     Raises:
         RoundTripError: it could not be connected; nothing was sent.
     """
     try:
         with defer_sigalrm():
             if has_plain_stream(cast("type[object]", type(connection))):
-                _connect(connection)
+                _connect(connection, limit)
             else:
                 connection.connect()
     except BaseException as error:
@@ -48,7 +64,7 @@ def open_connection(connection: Any) -> Any:
     return connection
 
 
-def _connect(connection: Any) -> None:
+def _connect(connection: Any, limit: float) -> None:
     given, packer, provider = connection.redis_connect_func, connection._command_packer, connection.credential_provider
     if isinstance(given, _SetUp):  # of a handshake after which an exception from outside came at once
         given = given.given
@@ -58,9 +74,13 @@ def _connect(connection: Any) -> None:
     def set_up() -> None:
         sock = connection._sock
         if connection.socket_timeout is not None:
-            connection._sock = LimitedSocket(sock, connection.socket_timeout)
+            connection._sock = LimitedSocket(sock, connection.socket_timeout, limit)
         try:
             connection.on_connect() if given is None else _as_connection(given, connection)
+        except TimeoutError as error:
+            if time.monotonic() < limit:
+                raise
+            raise _late() from error
         finally:
             if connection._sock is not None:  # nothing has disconnected it
                 _restore_socket(connection, sock)
@@ -75,6 +95,11 @@ def _connect(connection: Any) -> None:
     finally:
         connection.redis_connect_func, connection._command_packer = given, packer
         connection.credential_provider = provider
+
+
+def _late() -> RoundTripError:
+    """Returns an error that ends connecting: for an error of its own, redis-py would try again."""
+    return RoundTripError(TimeoutError("Timeout connecting to server"), sent=False)
 
 
 class _SetUp:
@@ -163,7 +188,7 @@ def _set_socket(connection: Any, sock: Any) -> None:
 class LimitedSocket:
     """The socket of a connection while redis-py reads replies: redis-py's own timeout is for each piece of a reply."""
 
-    def __init__(self, sock: socket.socket, timeout: float, limit: float = inf) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, limit: float) -> None:
         """Begins with the first reply.
 
         Args:
@@ -181,7 +206,8 @@ class LimitedSocket:
 
     def sendall(self, data: Any) -> None:
         """Sends a command; its reply has the whole timeout."""
-        self._sock.settimeout(self._timeout)
+        self.begin_reply()
+        self._limit_wait()
         self._sock.sendall(data)
         self.begin_reply()
 
@@ -191,10 +217,16 @@ class LimitedSocket:
 
     def recv_into(self, *args: Any) -> int:
         """Reads a piece of a reply."""
-        self._sock.settimeout(max(0.001, self._until - time.monotonic()))
+        self._limit_wait()
         return self._sock.recv_into(*args)
 
     def recv(self, *args: Any) -> bytes:
         """Reads a piece of a reply."""
-        self._sock.settimeout(max(0.001, self._until - time.monotonic()))
+        self._limit_wait()
         return self._sock.recv(*args)
+
+    def _limit_wait(self) -> None:
+        left = self._until - time.monotonic()
+        if left <= 0:  # a server that trickles bytes always sends some in time
+            raise builtins.TimeoutError
+        self._sock.settimeout(left)
