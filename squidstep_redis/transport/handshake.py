@@ -7,8 +7,10 @@ import codecs
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from math import inf
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from redis.connection import PythonRespSerializer
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
@@ -16,7 +18,10 @@ from redis.exceptions import ConnectionError, RedisError, TimeoutError
 from squidstep_redis.signals import defer_sigalrm, is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
+from squidstep_redis.transport.helper import Helper
 from squidstep_redis.transport.retry import RoundTripError, unsent
+
+T = TypeVar("T")
 
 # `getaddrinfo` imports this codec with the first host name. An exception that another thread sets during that import
 # leaves the lock of the module held, and every later connection would wait for it.
@@ -87,7 +92,7 @@ def _connect(connection: Any, limit: float) -> None:
 
     connection.redis_connect_func = _SetUp(set_up, given)
     if provider is not None:
-        connection.credential_provider = _Credentials(provider)
+        connection.credential_provider = _Credentials(provider, limit)
     # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.
     connection._command_packer = PythonRespSerializer(connection._buffer_cutoff, connection.encoder.encode)
     try:
@@ -116,12 +121,39 @@ class _SetUp:
 class _Credentials:
     """The user's provider of credentials, as redis-py sees it while it sets up a connection."""
 
-    def __init__(self, provider: Any) -> None:
+    def __init__(self, provider: Any, limit: float) -> None:
         self.given = provider
+        self._limit = limit
 
     def get_credentials(self) -> Any:
-        """Returns the credentials; raises a redis-py error if there are none."""
-        return _as_connection(self.given.get_credentials)
+        """Returns the credentials; raises a redis-py error if there are none, or RoundTripError if it takes too long.
+
+        If it does, the provider continues: it may cache the credentials for the next attempt.
+        """
+        return _until(self._limit, partial(_as_connection, self.given.get_credentials))
+
+
+def _until(limit: float, function: Callable[[], T]) -> T:
+    """Calls a function that takes part in connecting, and may take any time; returns what it returns.
+
+    Args:
+        limit: when to give up waiting for it, by the monotonic clock. It continues in its own thread.
+        function: the function.
+
+    Raises:
+        RoundTripError: there is no result by then.
+    """
+    if limit == inf:
+        return function()
+    results: list[T] = []
+    call = partial(copy_context().run, function)
+    helper = Helper("squidstep-connect", lambda: results.append(call()))
+    helper.wait(limit)
+    if helper.error is not None:
+        raise helper.error
+    if not results:
+        raise _late()
+    return results[0]
 
 
 def _as_connection(function: Callable[..., Any], *args: Any) -> Any:
