@@ -23,8 +23,8 @@ from redis.exceptions import AskError, RedisError, ResponseError
 from squidstep_redis.protocol.call import OPTIONS, Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream, idle_of, own_connection, pools_of, probed
-from squidstep_redis.transport.handshake import limited_replies, open_connection
-from squidstep_redis.transport.pool import KNOWN, borrow, is_known, needs_release, open_one, wake
+from squidstep_redis.transport.handshake import end_of_attempt, limited_replies, open_connection
+from squidstep_redis.transport.pool import KNOWN, Loan, borrow, is_known, needs_release, open_one, wake
 from squidstep_redis.transport.retry import (
     UNREADABLE,
     RoundTripError,
@@ -141,7 +141,7 @@ class OwnConnections(Connections):
 
     def send(self, commands: Sequence[Command], read: Read, deadline: float = inf) -> list[Any]:
         thread = get_ident()
-        connection, idle = self._take_idle(_FRESH_SECONDS) or self._open(), self._idle
+        connection, idle = self._take_idle(_FRESH_SECONDS) or self._open(deadline), self._idle
         is_reusable = False
         try:
             callers.add(thread)
@@ -161,7 +161,7 @@ class OwnConnections(Connections):
         return results
 
     def in_halves(self, commands: Sequence[Command], read: Read, deadline: float) -> Halves:
-        connection, idle = self._take_idle(_FRESH_SECONDS) or self._open(), self._idle
+        connection, idle = self._take_idle(_FRESH_SECONDS) or self._open(deadline), self._idle
         is_reusable = False
         try:
             connection.write(commands, deadline)
@@ -184,14 +184,14 @@ class OwnConnections(Connections):
         return connection is not None
 
     def connect(self, deadline: float) -> None:
-        self._leave_idle(self._open(), self._idle)
+        self._leave_idle(self._open(deadline), self._idle)
 
     def close(self) -> None:
         """Closes the idle connections, and those in use as soon as they are not."""
         self._discard_idle()
         self._idle = deque()
 
-    def _open(self) -> OwnStream:
+    def _open(self, deadline: float) -> OwnStream:
         try:
             connection = own_connection(self._client, self._default_timeout)
         except OSError as error:
@@ -199,7 +199,10 @@ class OwnConnections(Connections):
             if failure is None:
                 raise
             raise failure from error
-        return OwnStream(open_connection(connection))
+        limit = end_of_attempt(connection, deadline)
+        stream = OwnStream(open_connection(connection, limit))
+        stream.attempt_ends = limit
+        return stream
 
     def _take_idle(self, fresh_seconds: float) -> OwnStream | None:
         """Returns an idle connection, if there is one. It is checked unless it was used so many seconds ago."""
@@ -222,6 +225,7 @@ class OwnConnections(Connections):
             connection: the connection.
             idle: where those were that were idle when it was taken. `close` has replaced them since, perhaps.
         """
+        connection.attempt_ends = inf
         if connection.is_demoted:
             self._discard_idle()
         elif idle is self._idle and len(idle) < _MAX_IDLE and not connection.has_left():
@@ -268,8 +272,9 @@ class PooledConnections(Connections):
             stream = stream_of(connection)
             if stream is None:
                 yield
-                results, is_demoted = _round_trip(connection, commands, read, deadline)
+                results, is_demoted = _round_trip(loan, commands, read, deadline)
             else:
+                stream.attempt_ends = loan.attempt_ends
                 stream.write(commands, deadline)
                 yield
                 if len(commands) == 1:
@@ -373,12 +378,13 @@ def _reply_or_error(client: Any, command: Sequence[Any]) -> Any:
         return error
 
 
-def _round_trip(connection: Any, commands: Sequence[Command], read: Read, deadline: float) -> tuple[list[Any], bool]:
+def _round_trip(loan: Loan, commands: Sequence[Command], read: Read, deadline: float) -> tuple[list[Any], bool]:
     """Sends commands with redis-py's methods; returns the results, and whether the server is no longer a primary."""
+    connection = loan.connection
     packed = Packed(commands)
     results: list[Any] = []
     is_demoted = False
-    limit = max(deadline, time.monotonic()) + (connection.socket_timeout or inf)
+    limit = min(max(deadline, time.monotonic()) + (connection.socket_timeout or inf), loan.attempt_ends)
     try:
         with limited_replies(connection, limit) as begin_reply:
             connection.send_packed_command(packed)

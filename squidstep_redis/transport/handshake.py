@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import builtins
 import codecs
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from math import inf
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from redis.connection import PythonRespSerializer
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from squidstep_redis.signals import defer_sigalrm, is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
-from squidstep_redis.transport.retry import unsent
+from squidstep_redis.transport.helper import Helper
+from squidstep_redis.transport.retry import RoundTripError, unsent
+
+T = TypeVar("T")
 
 # `getaddrinfo` imports this codec with the first host name. An exception that another thread sets during that import
 # leaves the lock of the module held, and every later connection would wait for it.
 codecs.lookup("idna")
 
 
-def open_connection(connection: Any) -> Any:
+def end_of_attempt(connection: Any, deadline: float) -> float:
+    """Returns when an attempt must have ended that begins now, by the monotonic clock; inf: there is no limit.
+
+    Args:
+        connection: the redis-py connection that is opened for it.
+        deadline: when the call's timeout ends.
+    """
+    timeouts = [getattr(connection, name, 0.0) for name in ("socket_connect_timeout", "socket_timeout")]
+    return max(deadline, time.monotonic()) + sum(inf if seconds is None else seconds for seconds in timeouts)
+
+
+def open_connection(connection: Any, limit: float) -> Any:
     """Connects a redis-py connection.
 
     An interruption between two steps of its handshake leaves a connection that looks ready but has another database or
@@ -30,13 +47,17 @@ def open_connection(connection: Any) -> Any:
 
     SIGALRM is deferred. With RESP3, redis-py asks for a logger, and an exception there could leave logging's lock held.
 
+    Args:
+        connection: the connection.
+        limit: when its handshake must have ended, by the monotonic clock.
+
     Raises:
         RoundTripError: it could not be connected; nothing was sent.
     """
     try:
         with defer_sigalrm():
             if has_plain_stream(cast("type[object]", type(connection))):
-                _connect(connection)
+                _connect(connection, limit)
             else:
                 connection.connect()
     except BaseException as error:
@@ -48,7 +69,7 @@ def open_connection(connection: Any) -> Any:
     return connection
 
 
-def _connect(connection: Any) -> None:
+def _connect(connection: Any, limit: float) -> None:
     given, packer, provider = connection.redis_connect_func, connection._command_packer, connection.credential_provider
     if isinstance(given, _SetUp):  # of a handshake after which an exception from outside came at once
         given = given.given
@@ -58,16 +79,20 @@ def _connect(connection: Any) -> None:
     def set_up() -> None:
         sock = connection._sock
         if connection.socket_timeout is not None:
-            connection._sock = LimitedSocket(sock, connection.socket_timeout)
+            connection._sock = LimitedSocket(sock, connection.socket_timeout, limit)
         try:
             connection.on_connect() if given is None else _as_connection(given, connection)
+        except TimeoutError as error:
+            if time.monotonic() < limit:
+                raise
+            raise _late() from error
         finally:
             if connection._sock is not None:  # nothing has disconnected it
                 _restore_socket(connection, sock)
 
     connection.redis_connect_func = _SetUp(set_up, given)
     if provider is not None:
-        connection.credential_provider = _Credentials(provider)
+        connection.credential_provider = _Credentials(provider, limit)
     # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.
     connection._command_packer = PythonRespSerializer(connection._buffer_cutoff, connection.encoder.encode)
     try:
@@ -75,6 +100,11 @@ def _connect(connection: Any) -> None:
     finally:
         connection.redis_connect_func, connection._command_packer = given, packer
         connection.credential_provider = provider
+
+
+def _late() -> RoundTripError:
+    """Returns an error that ends connecting: for an error of its own, redis-py would try again."""
+    return RoundTripError(TimeoutError("Timeout connecting to server"), sent=False)
 
 
 class _SetUp:
@@ -91,12 +121,39 @@ class _SetUp:
 class _Credentials:
     """The user's provider of credentials, as redis-py sees it while it sets up a connection."""
 
-    def __init__(self, provider: Any) -> None:
+    def __init__(self, provider: Any, limit: float) -> None:
         self.given = provider
+        self._limit = limit
 
     def get_credentials(self) -> Any:
-        """Returns the credentials; raises a redis-py error if there are none."""
-        return _as_connection(self.given.get_credentials)
+        """Returns the credentials; raises a redis-py error if there are none, or RoundTripError if it takes too long.
+
+        If it does, the provider continues: it may cache the credentials for the next attempt.
+        """
+        return _until(self._limit, partial(_as_connection, self.given.get_credentials))
+
+
+def _until(limit: float, function: Callable[[], T]) -> T:
+    """Calls a function that takes part in connecting, and may take any time; returns what it returns.
+
+    Args:
+        limit: when to give up waiting for it, by the monotonic clock. It continues in its own thread.
+        function: the function.
+
+    Raises:
+        RoundTripError: there is no result by then.
+    """
+    if limit == inf:
+        return function()
+    results: list[T] = []
+    call = partial(copy_context().run, function)
+    helper = Helper("squidstep-connect", lambda: results.append(call()))
+    helper.wait(limit)
+    if helper.error is not None:
+        raise helper.error
+    if not results:
+        raise _late()
+    return results[0]
 
 
 def _as_connection(function: Callable[..., Any], *args: Any) -> Any:
@@ -163,7 +220,7 @@ def _set_socket(connection: Any, sock: Any) -> None:
 class LimitedSocket:
     """The socket of a connection while redis-py reads replies: redis-py's own timeout is for each piece of a reply."""
 
-    def __init__(self, sock: socket.socket, timeout: float, limit: float = inf) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, limit: float) -> None:
         """Begins with the first reply.
 
         Args:
@@ -181,7 +238,8 @@ class LimitedSocket:
 
     def sendall(self, data: Any) -> None:
         """Sends a command; its reply has the whole timeout."""
-        self._sock.settimeout(self._timeout)
+        self.begin_reply()
+        self._limit_wait()
         self._sock.sendall(data)
         self.begin_reply()
 
@@ -191,10 +249,16 @@ class LimitedSocket:
 
     def recv_into(self, *args: Any) -> int:
         """Reads a piece of a reply."""
-        self._sock.settimeout(max(0.001, self._until - time.monotonic()))
+        self._limit_wait()
         return self._sock.recv_into(*args)
 
     def recv(self, *args: Any) -> bytes:
         """Reads a piece of a reply."""
-        self._sock.settimeout(max(0.001, self._until - time.monotonic()))
+        self._limit_wait()
         return self._sock.recv(*args)
+
+    def _limit_wait(self) -> None:
+        left = self._until - time.monotonic()
+        if left <= 0:  # a server that trickles bytes always sends some in time
+            raise builtins.TimeoutError
+        self._sock.settimeout(left)

@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError, RedisError
 
 from squidstep_redis.signals import defer_sigalrm
 from squidstep_redis.steady import steady_time as time
-from squidstep_redis.transport.handshake import open_connection
+from squidstep_redis.transport.handshake import end_of_attempt, open_connection
 from squidstep_redis.transport.retry import unsent
 from squidstep_redis.transport.stream import stream_of
 
@@ -42,14 +42,16 @@ class Loan:
     """A connection that was taken out of a pool.
 
     Attributes:
+        attempt_ends: when the attempt ends that has opened the connection, by the monotonic clock.
         connection: it is open and set up.
         give_back: gives it back, in one operation of the interpreter. Call `wake` after it. It fails only if an
             exception from outside arrives while it waits for the lock of the pool; `give_back_again` is for that case.
     """
 
-    __slots__ = ("_pool", "_taken", "connection", "give_back")
+    __slots__ = ("_pool", "_taken", "attempt_ends", "connection", "give_back")
 
     def __init__(self, pool: Any, taken: list[Any], give_back: Callable[[], object]) -> None:
+        self.attempt_ends = inf
         self.connection = taken[0]
         self.give_back = give_back
         self._pool = pool
@@ -95,11 +97,12 @@ def borrow(pool: Any, deadline: float) -> Loan:
                 taken[0] = pool.make_connection()
         else:
             _take_or_make(pool, taken)
-        connection = taken[0]
-        if not _is_ready(connection):
-            connection.disconnect()
-            open_connection(connection)
-        return Loan(pool, taken, give_back)
+        loan = Loan(pool, taken, give_back)
+        if not _is_ready(loan.connection, deadline):
+            loan.connection.disconnect()
+            loan.attempt_ends = end_of_attempt(loan.connection, deadline)
+            open_connection(loan.connection, loan.attempt_ends)
+        return loan
     except BaseException as error:
         try:
             if taken and taken[0] is not None:
@@ -258,13 +261,13 @@ def _make_connection(pool: Any) -> Any:
         raise
 
 
-def _is_ready(connection: Any) -> bool:
+def _is_ready(connection: Any, deadline: float) -> bool:
     """Whether a connection is open and nothing was left on it. A leftover error could not be recognized."""
     if getattr(connection, "_sock", None) is None:
         return False
     stream = stream_of(connection)
     if stream is None:  # another class of connection decides itself whether it is connected
-        open_connection(connection)
+        open_connection(connection, end_of_attempt(connection, deadline))
     try:
         return not connection.can_read() if stream is None else stream.is_quiet()
     except RedisError:  # the server has closed it

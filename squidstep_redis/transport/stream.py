@@ -42,13 +42,14 @@ class Stream:
     A server that trickles bytes, or reads them slowly, extends neither a reply's timeout nor the call's.
 
     Attributes:
+        attempt_ends: when the attempt ends that has opened the connection, by the monotonic clock.
         is_demoted: whether the server replied that it is no longer a primary.
         has_left: returns whether more replies arrived than were expected.
         socket: the socket.
     """
 
     __slots__ = (
-        "_buffer", "_connection", "_limit", "_more", "_reader", "_timeout", "has_left", "is_demoted",
+        "_buffer", "_connection", "_limit", "_more", "_reader", "_timeout", "attempt_ends", "has_left", "is_demoted",
         "socket",
     )  # fmt: skip
 
@@ -68,13 +69,14 @@ class Stream:
         self._reader = reader
         self._more = more
         self._buffer = buffer
-        self._limit = inf
+        self._limit = self.attempt_ends = inf
         self.is_demoted = False
         self.has_left: Callable[[], bool] = reader.has_data
 
     def write(self, commands: Sequence[Command], deadline: float) -> None:
         """Sends commands. They must be written, and their replies read, within a reply's timeout after the deadline."""
-        self._limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
+        limit = max(deadline, time.monotonic()) + (inf if self._timeout is None else self._timeout)
+        self._limit = min(limit, self.attempt_ends)
         sent = False
         try:
             if len(commands) == 1:

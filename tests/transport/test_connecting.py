@@ -20,6 +20,7 @@ import redis.asyncio
 from faults.topologies import SERVICE, Sentinels
 from redis.credentials import CredentialProvider
 from support.backends import Backend
+from support.internals import retry_for
 from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, StepRunStore, WaitTimeoutError
@@ -217,6 +218,34 @@ def test_hanging_credential_provider_does_not_extend_the_timeout(url: str, kind:
             return time.monotonic() - began
 
     assert asyncio.run(main()) < 3
+
+
+class SlowCredentials(CredentialProvider):
+    """Waits for the event, and then returns the credentials of the default user."""
+
+    def __init__(self) -> None:
+        self.has_credentials = threading.Event()
+
+    def get_credentials(self) -> tuple[str, str]:
+        self.has_credentials.wait(30)
+        return "default", ""
+
+
+@pytest.mark.parametrize("kind", ["own", "plain", "hooked"])
+def test_slow_credential_provider_does_not_extend_a_blocking_call(url: str, kind: str) -> None:
+    credentials = SlowCredentials()
+    options: Any = {"socket_timeout": 0.3, "socket_connect_timeout": 0.3, "credential_provider": credentials}
+    with (HookedRedis if kind == "hooked" else redis.Redis).from_url(url, **options) as client:
+        store = StepRunStore(client, own_connections=kind == "own", timeout=0.5)
+        began = time.monotonic()
+        with pytest.raises(NotSentError, match="Timeout connecting"):
+            store.get_run("run")
+        took = time.monotonic() - began
+        credentials.has_credentials.set()
+        retry_for(store, 30)
+        assert store.get_run("run") == []
+
+    assert took < 15
 
 
 class FailingCredentials(CredentialProvider):

@@ -152,6 +152,17 @@ class TestTricklingServer:
         fails_within(0.2 + 0.3 + 0.3, lambda: store.batch(calls), OutcomeUnknownError, before=slow_down)
 
 
+@pytest.mark.parametrize("bench", ["blocking"], indirect=True)
+@pytest.mark.parametrize("kind", ["own", "plain", "blocking pool", "hooked"], indirect=True)
+def test_handshake_ends_with_the_attempt(connect_to: Connect, address: Address, kind: str) -> None:
+    """Each of its replies arrives in time. Without the limit, the handshake takes 1.6 s, and the call is sent."""
+    client = {"socket_timeout": 0.6, "socket_connect_timeout": 0.1, "client_name": "slow"}
+    store = connect_to(kind, address.port, db=1, client=client, timeout=0.1)
+    address.pause = 0.08
+    fails(lambda: store.get_run("run"), NotSentError)
+    call_in_peace(store, address)
+
+
 @pytest.mark.parametrize("kind", ["plain", "blocking pool"], indirect=True)
 def test_trickling_reply_is_limited_with_health_checks(connect_to: Connect, address: Address, kind: str) -> None:
     """redis-py writes and reads such a connection, with a timeout for each piece of a reply."""
