@@ -22,7 +22,7 @@ from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio_connection import AsyncConnections, OwnConnections, drop, is_foreign
 from squidstep_redis.transport.aio_hooked import HookedClient
-from squidstep_redis.transport.aio_pool import round_trip_on
+from squidstep_redis.transport.aio_pool import connect, is_quiet, round_trip_on
 from squidstep_redis.transport.aio_tasks import result_of
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.cluster import KEY, LAST_REFRESH, PRIMARY, Topology, grouped
@@ -124,13 +124,15 @@ class ClusterConnections(AsyncConnections):
 
     async def _ask_nodes(self) -> Exception | None:
         manager = self._client.nodes_manager
-        began = time.monotonic()
+        began, loop = time.monotonic(), asyncio.get_running_loop()
+        open_before: set[Any] | None = None
         try:
             await self._take_turn()
             if self._topology.refreshed_at > began and not self._client._initialize:
                 return None
-            for node in (*manager.startup_nodes.values(), *manager.nodes_cache.values()):
+            for node in _nodes_of(manager):
                 _remove_foreign(node)
+            open_before = {connection for connection in _free_of(manager) if connection.is_connected}
             if self._client._initialize:
                 await self._client.initialize()
             else:
@@ -138,6 +140,11 @@ class ClusterConnections(AsyncConnections):
         except Exception as error:  # noqa: BLE001 -- errors that are not redis-py's are raised
             return as_redis_error(error)
         finally:
+            if open_before is not None:
+                # If a provider of credentials raises, redis-py keeps a connection without them, and asks another node.
+                for connection in _free_of(manager) - open_before:
+                    if not is_foreign(connection, loop):
+                        drop(connection)
             self._turns.pop(os.getpid(), None)
         self._topology.refreshed_at = time.monotonic()
         return None
@@ -190,6 +197,16 @@ class _NodeConnections(OwnConnections):
 
     async def _on_disconnect(self, *_: Any, **__: Any) -> None:
         self.retire()
+
+
+def _nodes_of(manager: Any) -> list[Any]:
+    return [*manager.startup_nodes.values(), *manager.nodes_cache.values()]
+
+
+def _free_of(manager: Any) -> set[Any]:
+    return {
+        connection for node in _nodes_of(manager) for connection in list(node._free)
+    }  # another thread may change it
 
 
 def _remove_foreign(node: Any) -> None:
@@ -270,4 +287,29 @@ class HookedCluster(ClusterConnections):
         self, commands: Sequence[Command], read: Read, deadline: float = inf, *, blocks: bool = False
     ) -> list[Any]:
         """Sends commands through `execute_command`."""
+        if self._client._initialize:
+            await self._initialize(deadline)
+        node = self._topology.node_of(commands[0][KEY])
+        if has_plain_stream(node.connection_class):
+            await self._connect(node, deadline)
         return await self._hooked.send(commands, read, deadline, blocks=blocks)
+
+    async def _connect(self, node: Any, deadline: float) -> None:
+        """Sets up the connection of a node that the client takes next: redis-py packs a command before it connects."""
+        _remove_foreign(node)
+        if node._free and is_quiet(node._free[0]):
+            return
+        try:
+            connection = node.acquire_connection()
+        except Exception as error:
+            raise RoundTripError(as_redis_error(error), sent=False) from error
+        try:
+            drop(connection)
+            await connect(connection, deadline)
+        except BaseException as error:
+            drop(connection)
+            if isinstance(error, RoundTripError):
+                self._topology.failed = node.name
+            raise
+        finally:
+            node._free.appendleft(connection)

@@ -99,9 +99,9 @@ class PooledConnections(AsyncConnections):
                     drop(connection)
                 if not has_plain_stream(cast("type[object]", type(connection))):
                     await self._pool.ensure_connection(connection)
-                elif not _is_quiet(connection):
+                elif not is_quiet(connection):
                     drop(connection)
-                    await _connect(connection, deadline)
+                    await connect(connection, deadline)
             except BaseException:
                 drop(connection)
                 self._release_later(connection)
@@ -265,7 +265,7 @@ async def _take(pool: Any, deadline: float) -> Any:
         raise ConnectionError("No connection available.") from None
 
 
-async def _connect(connection: Any, deadline: float) -> None:
+async def connect(connection: Any, deadline: float) -> None:
     """Lets redis-py set up a connection, in bounded time."""
     scope = asyncio.timeout(seconds_to_connect(connection, deadline))
     try:
@@ -275,7 +275,7 @@ async def _connect(connection: Any, deadline: float) -> None:
         raise RoundTripError(connect_error(error, scope), sent=False) from error
 
 
-def _is_quiet(connection: Any) -> bool:
+def is_quiet(connection: Any) -> bool:
     """Whether a connection is open and nothing was left on it. A leftover error could not be recognized."""
     reader = connection._reader
     if reader is None or reader.at_eof() or connection._writer.is_closing():  # the latter after a reset
