@@ -70,11 +70,8 @@ def open_connection(connection: Any, limit: float) -> Any:
 
 
 def _connect(connection: Any, limit: float) -> None:
-    given, packer, provider = connection.redis_connect_func, connection._command_packer, connection.credential_provider
-    if isinstance(given, _SetUp):  # of a handshake after which an exception from outside came at once
-        given = given.given
-    if isinstance(provider, _Credentials):
-        provider = provider.given
+    packer, given = connection._command_packer, _given(connection.redis_connect_func)
+    provider, sentinels = _given(connection.credential_provider), _given(getattr(connection, "connection_pool", None))
 
     def set_up() -> None:
         sock = connection._sock
@@ -93,6 +90,8 @@ def _connect(connection: Any, limit: float) -> None:
     connection.redis_connect_func = _SetUp(set_up, given)
     if provider is not None:
         connection.credential_provider = _Credentials(provider, limit)
+    if sentinels is not None:
+        connection.connection_pool = _Sentinels(sentinels, limit)
     # hiredis crashes the process if a signal handler raises while it formats an int, such as the database.
     connection._command_packer = PythonRespSerializer(connection._buffer_cutoff, connection.encoder.encode)
     try:
@@ -100,6 +99,13 @@ def _connect(connection: Any, limit: float) -> None:
     finally:
         connection.redis_connect_func, connection._command_packer = given, packer
         connection.credential_provider = provider
+        if sentinels is not None:
+            connection.connection_pool = sentinels
+
+
+def _given(value: Any) -> Any:
+    """Returns what belongs to a connection. An exception from outside, after the handshake, has left a replacement."""
+    return value.given if isinstance(value, (_SetUp, _Credentials, _Sentinels)) else value
 
 
 def _late() -> RoundTripError:
@@ -131,6 +137,21 @@ class _Credentials:
         If it does, the provider continues: it may cache the credentials for the next attempt.
         """
         return _until(self._limit, partial(_as_connection, self.given.get_credentials))
+
+
+class _Sentinels:
+    """What finds the address of a Sentinel service, as redis-py sees it while it sets up a connection."""
+
+    def __init__(self, sentinels: Any, limit: float) -> None:
+        self.given = sentinels
+        self._limit = limit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.given, name)
+
+    def get_master_address(self) -> Any:
+        """Asks one sentinel after another; raises RoundTripError if that takes too long."""
+        return _until(self._limit, self.given.get_master_address)
 
 
 def _until(limit: float, function: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import socket
 import threading
@@ -18,7 +19,10 @@ import pytest
 import redis
 import redis.asyncio
 from faults.topologies import SERVICE, Sentinels
+from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
+from redis.retry import Retry
+from redis.sentinel import Sentinel
 from support.backends import Backend
 from support.internals import retry_for
 from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
@@ -246,6 +250,22 @@ def test_slow_credential_provider_does_not_extend_a_blocking_call(url: str, kind
         assert store.get_run("run") == []
 
     assert took < 15
+
+
+@pytest.mark.parametrize("own_connections", [False, True])
+def test_silent_sentinels_do_not_extend_a_blocking_call(own_connections: bool) -> None:
+    """redis-py asks one after another, and waits 8 seconds for each."""
+    with contextlib.ExitStack() as opened:
+        sentinels = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
+        addresses = [("127.0.0.1", each.getsockname()[1]) for each in sentinels]
+        once: Any = {"retry": Retry(NoBackoff(), 0)}
+        options: Any = {"socket_timeout": 0.3, "socket_connect_timeout": 0.3, **once}
+        client = Sentinel(addresses, sentinel_kwargs={"socket_timeout": 8, **once}, **options).master_for(SERVICE)
+        store = StepRunStore(client, own_connections=own_connections, timeout=0.5)
+        began = time.monotonic()
+        with pytest.raises(NotSentError, match="Timeout connecting"):
+            store.get_run("run")
+        assert time.monotonic() - began < 15
 
 
 class FailingCredentials(CredentialProvider):
