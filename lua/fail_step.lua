@@ -46,7 +46,7 @@ unretain(run, state.lease)
 end_attempt(state, status, now)
 if delay and status == @FAILED then
   state.lease = string.format("%d", state.ended + delay)
-  retain(run, delay, now)
+  retain(run, state.lease, state.created + state.started)
 end
 local line = format_state(state)
 redis.call("HSET", steps, "r", format_run(run), "s" .. step, line, "e" .. step, last_error)

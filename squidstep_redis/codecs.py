@@ -61,7 +61,7 @@ class CompressedCodec:
         max_decompressed_bytes: int = 64 * _MEBIBYTE,
     ) -> None:
         self._codec = _check_codec(codec)
-        if algorithm not in _TAGS:
+        if not isinstance(cast("object", algorithm), str) or algorithm not in _TAGS:
             raise InvalidArgumentError("algorithm", f"must be 'zlib' or 'zstd', not {algorithm!r}")
         self._tag = _TAGS[algorithm]
         default, highest = _LEVELS[algorithm]
@@ -155,8 +155,10 @@ class EncryptedCodec:
 
     def __init__(self, keys: Mapping[str, bytes], *, current: str, codec: Codec | None = None) -> None:
         self._codec = _check_codec(codec)
+        if not isinstance(cast("object", keys), Mapping):
+            raise InvalidArgumentError("keys", f"must be a mapping of keys by their ids, not {type(keys).__name__}")
         self._ciphers = {key_id: _cipher(key_id, key) for key_id, key in keys.items()}
-        if current not in self._ciphers:
+        if not isinstance(cast("object", current), str) or current not in self._ciphers:
             raise InvalidArgumentError("current", f"must be one of the key ids {sorted(keys)}, not {current!r}")
         self._current = current
 

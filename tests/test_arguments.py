@@ -94,7 +94,7 @@ class TestNumbers:
             with pytest.raises(InvalidArgumentError, match="limit: must be an int from 1 to 1,000,000,000"):
                 read("run", limit=value)
 
-    @pytest.mark.parametrize("value", ["", "-1", "x", "1-2-", 0, b"0", "1" * 21, "٣"])
+    @pytest.mark.parametrize("value", ["", "-1", "x", "1-2-", 0, b"0", "1" * 21, str(2**64), "٣"])
     def test_cursors_are_checked(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="cursor: must be the cursor of another page"):
             store.scan_steps("run", cursor=value)
@@ -227,6 +227,18 @@ class TestClients:
         with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: must be a Call from store.calls, not str"):
             store.batch([store.calls.get_run("run"), "get_run"])
         assert store.batch([]) == []
+
+    @pytest.mark.parametrize("value", [None, 7])
+    def test_batches_and_completions_must_be_iterable(self, store: StepRunStore, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^calls: must be an iterable of calls"):
+            store.batch(value)
+        with pytest.raises(InvalidArgumentError, match="^completions: must be an iterable of pairs"):
+            store.complete_steps(value)
+
+    @pytest.mark.parametrize("value", ["no", 1, None])
+    def test_final_must_be_a_bool(self, store: StepRunStore, claim: StepRun, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="^final: must be a bool"):
+            store.fail_step(claim, {}, final=value)
 
 
 def test_every_error_has_one_root() -> None:

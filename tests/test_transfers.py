@@ -279,6 +279,9 @@ class TestRejected:
         ("path", "value"),
         [
             (("squidstep_run",), 2),
+            (("squidstep_run",), True),
+            (("cancel_reason",), False),
+            (("cancel_reason",), {}),
             (("run_id",), ""),
             (("ttl",), -1),
             (("steps_created",), "3"),

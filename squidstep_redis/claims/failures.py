@@ -72,9 +72,9 @@ class ExponentialBackoff:
         """Raises InvalidArgumentError for a value out of its range."""
         seconds("first", self.first, MAX_LEASE)
         seconds("cap", self.cap, MAX_LEASE)
-        if not self.factor >= 1:
+        if not _is_number(self.factor) or not self.factor >= 1:
             raise InvalidArgumentError("factor", f"must be at least 1, not {described(self.factor)}")
-        if not 0 <= self.jitter <= 1:
+        if not _is_number(self.jitter) or not 0 <= self.jitter <= 1:
             raise InvalidArgumentError("jitter", f"must be from 0 to 1, not {described(self.jitter)}")
 
     def __call__(self, attempt: int) -> float:
@@ -84,6 +84,10 @@ class ExponentialBackoff:
         except OverflowError:
             delay = self.cap
         return max(0.001, delay * random.uniform(1 - self.jitter, 1 + self.jitter))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Verdict(NamedTuple):

@@ -190,7 +190,8 @@ def from_document(document: object, payloads: Payloads) -> Imported:
             PayloadError for a payload that the store's codec rejects.
     """
     doc = _Part(document, "document")
-    if doc.value("squidstep_run") != VERSION:
+    version: object = doc.value("squidstep_run")
+    if type(version) is not int or version != VERSION:
         doc.reject("squidstep_run", f"must be {VERSION}: it is not a run, or a later version exported it")
     run_id = doc.read("run_id", arguments.run_id).text
     ttl_ms = doc.read("ttl", lambda ttl: arguments.milliseconds("ttl", cast("float | None", ttl)))
@@ -244,7 +245,10 @@ def from_document(document: object, payloads: Payloads) -> Imported:
 def _cancellation_in(doc: _Part) -> list[bytes]:
     """Returns the field of a cancelled run, and its value."""
     cancelled = doc.value("cancel_reason")
-    return [] if cancelled is None else [b"c", doc.read("cancel_reason", arguments.reason) if cancelled else b""]
+    if cancelled is None:
+        return []
+    is_empty = isinstance(cancelled, str) and not cancelled
+    return [b"c", b"" if is_empty else doc.read("cancel_reason", arguments.reason)]
 
 
 class _Part:

@@ -122,6 +122,8 @@ def _send(calls: list[Call[StepRun]]) -> Workflow[list[StepRun | Exception]]:
 
 
 def _completions(context: Context, completions: object) -> list[Call[StepRun]]:
+    if not isinstance(completions, Iterable):
+        raise InvalidArgumentError("completions", f"must be an iterable of pairs, not {described(completions)}")
     calls: list[Call[StepRun]] = []
     for index, pair in enumerate(cast("Iterable[object]", completions)):
         if not isinstance(pair, tuple | list) or len(cast("tuple[Any, ...]", pair)) != 2:

@@ -251,7 +251,7 @@ def pairs(flat: list[Any]) -> Iterator[tuple[Any, Any]]:
 def _hscan_cursor(cursor: object) -> bytes:
     if cursor is None:
         return b"0"
-    if not isinstance(cursor, str) or not re.fullmatch(r"[0-9]{1,20}", cursor):
+    if not isinstance(cursor, str) or not re.fullmatch(r"[0-9]{1,20}", cursor) or int(cursor) >= 2**64:
         raise InvalidArgumentError("cursor", f"must be the cursor of another page, not {described(cursor)}")
     return cursor.encode()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, StepRunNotFoundError, described
 from squidstep_redis.ids import parse_step_run_id
@@ -95,6 +95,8 @@ def fail_step(
         data = context.payloads.encode_own(error_payload(error), run.text, name.text, "error")
     else:
         data = context.payloads.encode("error", error, run.text, name.text, "error")
+    if not isinstance(cast("object", final), bool):
+        raise InvalidArgumentError("final", f"must be a bool, not {described(final)}")
     delay = arguments.milliseconds("retry_after", retry_after, arguments.MAX_LEASE)
     if final and delay:
         raise InvalidArgumentError("retry_after", "cannot be given with final=True: the step is not retried")

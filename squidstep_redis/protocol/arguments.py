@@ -64,7 +64,7 @@ def run_id(value: object) -> Name:
 
 def run_id_prefix(value: object) -> bytes:
     """Returns a prefix of run ids: a str of up to 512 bytes of UTF-8; empty: of all run ids."""
-    return b"" if value == "" else identifier("run_id_prefix", value).data
+    return b"" if isinstance(value, str) and not value else identifier("run_id_prefix", value).data
 
 
 def step(value: object, argument: str = "step") -> Name:

@@ -204,6 +204,8 @@ def check_call(argument: str, value: object) -> Call[Any]:
 
 def check_calls(calls: object) -> list[Call[Any]]:
     """Returns the items as a list; raises InvalidArgumentError unless each of them is a Call."""
+    if not isinstance(calls, Iterable):
+        raise InvalidArgumentError("calls", f"must be an iterable of calls from store.calls, not {described(calls)}")
     items = list(cast("Iterable[Call[Any]]", calls))
     for index, item in enumerate(items):
         if type(item) is not Call:

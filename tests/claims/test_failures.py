@@ -293,10 +293,14 @@ class TestArguments:
 
     @pytest.mark.parametrize(
         "options",
-        [{"first": 0}, {"cap": -1}, {"cap": 10**9}, {"factor": 0.5}, {"jitter": 1.1}, {"jitter": -0.1}],
+        [
+            *({"first": 0}, {"cap": -1}, {"cap": 10**9}),
+            *({"factor": 0.5}, {"factor": "2"}, {"factor": True}),
+            *({"jitter": 1.1}, {"jitter": -0.1}, {"jitter": "x"}),
+        ],
         ids=str,
     )
-    def test_a_backoff_rejects_invalid_settings(self, options: dict[str, float]) -> None:
+    def test_a_backoff_rejects_invalid_settings(self, options: dict[str, Any]) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))}: "):
             ExponentialBackoff(**options)
 

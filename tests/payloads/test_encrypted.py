@@ -227,6 +227,8 @@ class TestKeys:
         ("keys", "current", "argument"),
         [
             ({}, "k", "current"),
+            (None, "k", "keys"),
+            ({"k": bytes(32)}, ["k"], "current"),
             ({"k": bytes(32)}, "other", "current"),
             ({"k": bytes(31)}, "k", "keys"),
             ({"k": "k" * 32}, "k", "keys"),

@@ -41,6 +41,14 @@ class TestClockSetBack:
 
         assert only_attempt(store).started_at == stored(store).created_at == datetime.fromtimestamp(NOON, UTC)
 
+    def test_run_does_not_expire_before_the_delay_of_a_failure(self, bench: Bench) -> None:
+        store = bench.store(run_ttl=1)
+        failed = store.send(at(store.calls.fail_step(begin(store, NOON), {}, retry_after=600), AN_HOUR_BEFORE))
+
+        assert failed.retry_at is not None
+        expires_at = bench.backend.now() + bench.backend.raw.pttl(bench.keys("run")[0]) / 1_000
+        assert expires_at > failed.retry_at.timestamp()
+
     def test_second_attempt_begun_before_the_creation_starts_at_it(self, store: StepRunStore) -> None:
         store.send(at(store.calls.fail_step(begin(store, NOON), {}), NOON + 1))
 
