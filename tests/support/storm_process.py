@@ -41,6 +41,8 @@ def _store(kind: str, port: int) -> StepRunStore:
     url = f"redis://localhost:{port}/{DATABASE}"
     if kind == "own":
         return StepRunStore.from_url(url)
+    # While it sets up a connection with RESP3, redis-py uses logging, whose lock an exception may leave held.
+    url = f"{url}?protocol=2"
     if kind == "blocking pool":
         pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=5, socket_timeout=2)
         return StepRunStore(redis.Redis(connection_pool=pool))
