@@ -313,7 +313,8 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
         """Checks whether the guarantees hold on the server and the client, and what limits them.
 
         It executes every transition on a scratch run and deletes it; on a cluster, one on each primary. Twenty round
-        trips per server. A problem is a finding, not an exception.
+        trips per server. A problem is a finding, not an exception. A server that cannot be reached is reported a second
+        after the first attempt, plus one attempt.
 
         Args:
             lease: seconds, or a timedelta, of the leases that you pass to `begin_step` and never extend; None: do not

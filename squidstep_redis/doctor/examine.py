@@ -58,6 +58,7 @@ class Diagnosis(NamedTuple):
         return max((finding.level for finding in self.findings), key=_SEVERITY.index)
 
 
+_SECONDS: Final = 1.0  # to the last attempt: an outage is what the doctor reports, and does not wait for
 _COMMANDS: Final[list[Command]] = [
     (b"TIME",),
     (b"INFO", b"default"),
@@ -79,7 +80,7 @@ def examine(calls: Calls, client: Client) -> Workflow[Diagnosis]:
     """
     findings = list(_findings(CHECKS_OF_CLIENTS, client))
     sent_at = time.time()
-    replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS, "doctor")
+    replies: Mapping[str, list[Any]] = yield Broadcast(_COMMANDS, "doctor", _SECONDS)
     elapsed = time.time() - sent_at
     for name, (clock, *rest) in replies.items():
         found = [_connection(clock)]

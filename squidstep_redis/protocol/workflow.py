@@ -54,10 +54,12 @@ class Broadcast:
     Attributes:
         commands: what is sent.
         operation: the name of the operation.
+        seconds: until the last attempt, if that is sooner than the store's timeout; None: that timeout.
     """
 
     commands: Sequence[Command]
     operation: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,8 +186,9 @@ async def run_workflow(transport: AsyncTransport, workflow: Workflow[T]) -> T:
                         await asyncio.sleep(effect.seconds)
                     case BlockOnStream():
                         outcome = await transport.block_on_stream(effect)
-                    case Broadcast(commands, operation):
-                        outcome = await transport.broadcast(commands, operation)
+                    case Broadcast(commands, operation, seconds):
+                        limited = transport if seconds is None else transport.limited(seconds)
+                        outcome = await limited.broadcast(commands, operation)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
                 effect = workflow.throw(error)
             else:

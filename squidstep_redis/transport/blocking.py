@@ -198,8 +198,9 @@ def run_workflow(transport: BlockingTransport, workflow: Workflow[T], sleep: Cal
                         sleep(effect.seconds)
                     case BlockOnStream():
                         outcome = transport.block_on_stream(effect)
-                    case Broadcast(commands, operation):
-                        outcome = transport.broadcast(commands, operation)
+                    case Broadcast(commands, operation, seconds):
+                        limited = transport if seconds is None else transport.limited(seconds)
+                        outcome = limited.broadcast(commands, operation)
             except Exception as error:  # noqa: BLE001 -- the workflow decides which errors it handles
                 effect = workflow.throw(error)
             else:
