@@ -131,10 +131,12 @@ def _parameters(item: pytest.Item) -> dict[str, object]:
 def _is_applicable(item: pytest.Item) -> bool:
     parameters = _parameters(item)
     server = parameters.get("backend", parameters.get("binary"))
-    is_default = item.config.stash[SERVERS] is DEFAULT_SERVERS
-    without_asyncio = () if item.path.parent.name in OF_THE_TRANSPORT else ("cluster", "fakeredis")[: 1 + is_default]
-    if parameters.get("bench") == "asyncio" and server in without_asyncio:
+    directory = item.path.parent.name
+    if parameters.get("bench") == "asyncio" and server == "cluster" and directory not in OF_THE_TRANSPORT:
         return False
+    is_default = item.config.stash[SERVERS] is DEFAULT_SERVERS
+    if is_default and server == "fakeredis" and _is_quick(item) and directory not in NOT_QUICK:
+        return False  # -m quick runs it
     not_on = item.get_closest_marker("not_on")
     return server != NO_SERVER and (not_on is None or server not in not_on.args)
 
@@ -146,7 +148,7 @@ STARTERS = {
 
 
 # An asyncio store differs from a blocking one in its transport only. These directories test that. The others do not use
-# asyncio stores on a cluster, and on fakeredis only with -m quick or --servers.
+# asyncio stores on a cluster.
 OF_THE_TRANSPORT = {"wire", "transport", "faults", "asgi"}
 
 
