@@ -7,6 +7,7 @@ entry that this library did not write, or that is in the index of another bucket
 from __future__ import annotations
 
 from datetime import datetime
+from operator import ge, le
 from typing import Any, Final, Literal, NamedTuple
 
 from squidstep_redis.errors import CorruptRunError
@@ -24,12 +25,13 @@ from squidstep_redis.summaries import ClaimCounts
 
 Mode = Literal["failed", "lapsed", "live"]
 _Position = tuple[bytes, bytes]  # an index, and a member of it
+_Scored = tuple[float, bytes]  # score and member
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
 _MAX_SKIPPED: Final = 10**7
 _VERIFY_WORK: Final = 30
-_GROWTH: Final = 8  # each further page of a bucket is this many times as large
+_GROWTH: Final = 8  # each further part of a bucket is this many times as large, up to MAX_LIMIT
 
 
 def lapsed_claims(
@@ -75,7 +77,7 @@ def live_claims(
     """Lists step runs that are running under a lease that has not expired, soonest expiry first.
 
     Usually six round trips, like `lapsed_claims`. With `owner`, one more for every `limit` live claims of
-    other owners, among the first 1,000 or so of each of 1,024 buckets.
+    other owners.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -104,7 +106,7 @@ def failed_steps(
     since: datetime | None = None,
     payloads: bool = True,
 ) -> Workflow[list[StepRun]]:
-    """Lists failed step runs, newest failure first, among the newest 1,000 or so of each of 1,024 buckets.
+    """Lists failed step runs, newest failure first, among the newest 1,000 of each of 1,024 buckets.
 
     Usually six round trips: five read the index of each bucket, and one verifies the entries against their records; 130
     at once. An entry without its record, or that this library did not write, is dropped from the index.
@@ -180,8 +182,7 @@ def _count(indexes: list[bytes], operation: str) -> Workflow[ClaimCounts]:
 def drop_stale_entries(context: Context) -> Workflow[None]:
     """Drops the entries of both indexes that refer to no record, such as those of runs that have expired.
 
-    Ten or more round trips read the indexes; if there are lapsed claims or failed steps, two or more verify them. In
-    each of 1,024 buckets, it checks the first 1,000 entries that it does not drop.
+    Ten or more round trips read the indexes; if there are lapsed claims or failed steps, two or more verify them.
     """
     indexes: dict[Mode, list[bytes]] = {"lapsed": context.keys.claims(), "failed": context.keys.failed()}
     for mode, keys in indexes.items():
@@ -191,7 +192,9 @@ def drop_stale_entries(context: Context) -> Workflow[None]:
             entries = [_Entry(*entry, each) for each in incomplete for entry in each.entries]
             for start in range(0, len(entries), MAX_LIMIT):
                 yield from _verify_all(context, Listing(mode, False), entries[start : start + MAX_LIMIT], {})
-            incomplete = [each for each in incomplete if each.has_more and each.dropped]
+            incomplete = [each for each in incomplete if each.has_more]
+            for each in incomplete:
+                each.entries.clear()
 
 
 class _Wanted(NamedTuple):
@@ -260,12 +263,16 @@ def select(
 ) -> Workflow[list[StepRun]]:
     """Returns the step runs of the first entries of all buckets. The first page of each bucket is loaded."""
     verified: dict[_Position, StepRun | None] = {}
+    is_reversed = listing.mode == "failed"
+    first_of, is_up_to = (max, ge) if is_reversed else (min, le)
     while True:
         merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
-        merged.sort(key=_rank, reverse=listing.mode == "failed")
-        # Entries after the last loaded one of an incomplete bucket may rank after entries that are not loaded yet.
-        settled = next((index + 1 for index, each in enumerate(merged) if each.is_last_loaded), len(merged))
-        candidates = [each for each in merged[:settled] if wanted.includes(each)][wanted.after :]
+        merged.sort(key=_rank, reverse=is_reversed)
+        # Right after the last loaded entry of an incomplete bucket, there may be entries that are not loaded yet.
+        incomplete = [each for each in buckets if each.has_more]
+        gap = first_of((each.loaded_to for each in incomplete), default=None)
+        settled = [each for each in merged if gap is None or is_up_to(_rank(each), gap)]
+        candidates = [each for each in settled if wanted.includes(each)][wanted.after :]
         found: list[StepRun] = []
         for start in range(0, len(candidates), number):
             entries = candidates[start : start + number]
@@ -274,12 +281,13 @@ def select(
             found += [step_run for each in entries if (step_run := verified[each.position])]
             if len(found) >= number:
                 return found[:number]
-        if settled == len(merged) and not (merged and merged[-1].is_last_loaded):
+        if gap is None:
             return found
         # Load more entries of the buckets that may have the missing ones.
-        following = merged[: settled + wanted.after + number]
-        incomplete = [each.bucket for each in following if each.is_last_loaded and each.bucket.needs_page()]
-        yield from load(incomplete, _OPERATIONS[listing.mode])
+        following = merged[: len(settled) + wanted.after + number]
+        last = _rank(following[-1]) if following else gap
+        needed = [each for each in incomplete if each.loaded_to == gap or is_up_to(each.loaded_to, last)]
+        yield from load(needed, _OPERATIONS[listing.mode])
 
 
 def _verify_all(
@@ -291,14 +299,12 @@ def _verify_all(
         results += yield batch
     for each, result in zip(entries, results, strict=True):
         verified[each.position] = result if isinstance(result, StepRun) else None
-        if isinstance(result, bool):
-            each.bucket.dropped += result
-        elif not isinstance(result, (StepRun, CorruptRunError)):  # a corrupt run must not hide the others
-            raise result
+        if isinstance(result, Exception) and not isinstance(result, CorruptRunError):
+            raise result  # but a corrupt run must not hide the others
 
 
-def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun | bool]:
-    """Reads the step run of an entry, or returns whether the entry was dropped or its score has changed."""
+def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun | None]:
+    """Reads the step run of an entry; or drops the entry or corrects its score, and returns None."""
     mode, payloads, owner = listing
     names = parse_member(entry.member)
     if names is None:
@@ -309,10 +315,9 @@ def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun |
     if index != entry.bucket.key:
         return _drop(mode, entry)
 
-    def parse(reply: Reply) -> StepRun | bool:
+    def parse(reply: Reply) -> StepRun | None:
         if len(reply) == 2:
-            # For "other" of a lapsed claim, the script has corrected the score: the claim is live.
-            return reply[0] == b"dropped" or (mode == "lapsed" and reply[0] == b"other")
+            return None
         if payloads:
             return context.records.record(run.decode(), step.decode(), reply[2:], keys.steps)
         line, error = reply[2:]
@@ -324,59 +329,59 @@ def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun |
     )
 
 
-def _drop(mode: Mode, entry: _Entry) -> Call[StepRun | bool]:
-    """Drops an entry that refers to no record; returns whether it has left the index."""
-
-    def parse(reply: Reply) -> StepRun | bool:
-        return reply[0] == b"dropped"
-
+def _drop(mode: Mode, entry: _Entry) -> Call[None]:
+    """Drops an entry that refers to no record."""
     args = (new_nonce(), entry.member)
-    return Call(None, script("drop_entry"), (entry.bucket.key,), args, parse, part_of=_OPERATIONS[mode])
+    return Call(None, script("drop_entry"), (entry.bucket.key,), args, _nothing, part_of=_OPERATIONS[mode])
+
+
+def _nothing(_: Reply) -> None:
+    return None
 
 
 class Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
-        entries: score and member, in the order of the listing.
-        size: how many entries were requested.
+        key: key of the index.
+        entries: score and member of those that were loaded, each member once, in the order of the listing.
+        loaded_to: score and member of the last one that was loaded.
         has_more: whether further entries may exist.
-        dropped: how many of them have been dropped from the index since, so that other entries follow.
     """
 
-    __slots__ = ("_mode", "dropped", "entries", "has_more", "key", "size")
+    __slots__ = ("_last", "_mode", "_size", "entries", "has_more", "key", "loaded_to")
 
     def __init__(self, key: bytes, mode: Mode, size: int) -> None:
+        """Sets up a bucket of which nothing is loaded; its first part has at most `size` entries."""
         self.key = key
-        self._mode: Mode = mode
-        self.size = size
-        self.entries: list[tuple[float, bytes]] = []
+        self.entries: list[_Scored] = []
+        self.loaded_to: _Scored = (0.0, b"")
         self.has_more = True
-        self.dropped = 0
+        self._mode: Mode = mode
+        self._size = size
+        self._last: tuple[bytes, bytes] = (b"", b"")  # member and score, as the server returned them
 
-    def call(self, operation: str) -> Call[list[tuple[float, bytes]]]:
-        """Reads the first `size` entries."""
-        args = (new_nonce(), b"%d" % self.size, self._mode.encode())
+    def call(self, operation: str) -> Call[list[Any]]:
+        """Reads the next part."""
+        args = (new_nonce(), b"%d" % self._size, self._mode.encode(), *self._last)
         return Call(None, script("list_index"), (self.key,), args, _entries_of, part_of=operation)
 
-    def load(self, part: list[tuple[float, bytes]]) -> int:
-        """Sets the entries that were read; returns the server's work, in entries scanned."""
-        self.entries = part
-        self.has_more = len(part) >= self.size
-        self.dropped = 0
-        return CALL_WORK + len(part)
+    def load(self, part: list[Any]) -> int:
+        """Adds the entries of the next part; returns the server's work, in entries scanned."""
+        scored = [(float(score), member) for member, score in pairs(part)]
+        # If the last entry has changed, those with the same score are read again. An extended claim has moved.
+        known = {member for _, member in self.entries}
+        self.entries += [each for each in scored if each[1] not in known]
+        self.has_more = len(scored) == self._size
+        if scored:
+            self.loaded_to, self._last = scored[-1], (part[-2], part[-1])
+        self._size = min(_GROWTH * self._size, MAX_LIMIT)
+        return CALL_WORK + len(scored)
 
-    def load_first(self, flat: list[Any], count: int) -> None:
-        """Sets the first entry, and how many entries there are."""
-        self.entries = _scored(flat)
-        self.has_more = len(self.entries) < count
-
-    def needs_page(self) -> bool:
-        """Sets how many entries to request next; returns whether to request any."""
-        if self.size >= MAX_LIMIT and not self.dropped:
-            self.has_more = False
-        self.size = min(_GROWTH * self.size, MAX_LIMIT)
-        return self.has_more
+    def load_first(self, part: list[Any], count: int) -> None:
+        """Adds the first entry, given how many there are."""
+        self.load(part)
+        self.has_more = 0 < len(self.entries) < count
 
 
 class _Entry(NamedTuple):
@@ -391,20 +396,10 @@ class _Entry(NamedTuple):
         """The entry's index and member: a member that is foreign in one index may be valid in another."""
         return self.bucket.key, self.member
 
-    @property
-    def is_last_loaded(self) -> bool:
-        """Whether its bucket may have further entries right after it."""
-        return self.bucket.has_more and self.member == self.bucket.entries[-1][1]
 
-
-def _rank(entry: _Entry) -> tuple[float, bytes]:
+def _rank(entry: _Entry) -> _Scored:
     return entry[:2]
 
 
-def _scored(flat: list[Any]) -> list[tuple[float, bytes]]:
-    """Returns the entries of a flat reply: member, score, …."""
-    return [(float(score), member) for member, score in pairs(flat)]
-
-
-def _entries_of(reply: Reply) -> list[tuple[float, bytes]]:
-    return _scored(reply[2])
+def _entries_of(reply: Reply) -> list[Any]:
+    return reply[2]
