@@ -44,7 +44,7 @@ end
 local now = now_ms()
 local line, written, ends = state.line, {}, nil
 if lease then
-  ends = extend(run, state, lease, now)
+  state.lease, ends = extend(run, state.lease, state.created, state.started, lease_end(lease, now))
   line = format_state(state)
   written = { "r", format_run(run), "s" .. step, line }
 end

@@ -27,27 +27,29 @@ local run, lines, refusal = load_run(steps, done, unpack(fields))
 @RETURN_REFUSAL
 
 local now = now_ms()
-local replies, written, entries = { "each", nonce }, {}, {}
+local ends = lease_end(lease, now)
+local replies, written, entries, count = { "each", nonce }, {}, {}, 0
 for index = 1, #positions do
   local step, token, line = ARGV[positions[index]], ARGV[positions[index] + 1], lines[index + 1]
-  local state = line and parse_state(line)
-  if not line then
-    replies[index + 2] = { "missing", nonce }
-  elseif not state then
-    return unreadable(steps, fields[index], line)
-  elseif not holds(state, token) then
-    replies[index + 2] = with_record("stale", steps, step)
-  else
-    entries[#entries + 1] = extend(run, state, lease, now)
+  local claim, holder, held, started, created, rest = string.match(line or "", @READ_RUNNING)
+  if claim and (token == holder or token == "") and math.max(#held, #started, #created) <= MAX_DIGITS then
+    local extended, entry = extend(run, held, created, started, ends)
+    line = @STATE(@RUNNING, claim, extended, started, "", created, rest)
+    entries[#entries + 1] = entry
     entries[#entries + 1] = member .. step
-    local extended = format_state(state)
-    written[#written + 1] = fields[index]
-    written[#written + 1] = extended
+    written[count + 1], written[count + 2] = fields[index], line
+    count = count + 2
     if run.cancelled then
-      replies[index + 2] = cancelled_claim(steps, step, extended)
+      replies[index + 2] = cancelled_claim(steps, step, line)
     else
-      replies[index + 2] = token ~= "" and extended or with_input("extended", extended, token, steps, step)
+      replies[index + 2] = token ~= "" and line or with_input("extended", line, token, steps, step)
     end
+  elseif not line then
+    replies[index + 2] = { "missing", nonce }
+  elseif not parse_state(line) then
+    return unreadable(steps, fields[index], line)
+  else
+    replies[index + 2] = with_record("stale", steps, step)
   end
 end
 if written[1] then
