@@ -29,15 +29,15 @@ MUTANTS = {
         "release_step.lua", "if not holds(state, token) then", 'if not holds(state, "") then'
     ),
     "an extension revives a lost claim": Mutant(
-        "extend_claim.lua",
-        "if not holds(state, token) then",
-        "if state.status == @RUNNING then\n  state.token = token\nend\nif not holds(state, token) then",
+        "extend_claim.lua", 'if claim and (token == holder or token == "")', "if claim"
     ),
     "an extension revives a failed claim": Mutant(
         "extend_claim.lua",
-        "if not holds(state, token) then",
-        "if state.status == @FAILED and state.token == token then\n  state.status = @RUNNING\nend\n"
-        "if not holds(state, token) then",
+        "  local claim, holder, held",
+        "  local failed = line and parse_state(line)\n"
+        "  if failed and failed.status == @FAILED and failed.token == token then\n"
+        '    failed.status, failed.ended = @RUNNING, ""\n'
+        "    line = format_state(failed)\n  end\n  local claim, holder, held",
     ),
     "a completion after the lease is rejected without a takeover": Mutant(
         "complete_step.lua",
@@ -60,10 +60,10 @@ MUTANTS = {
         'local now = now_ms() + string.match(owner, "%d+") % 3 * 30 -- the workers\' clocks disagree',
     ),
     "an extension is counted from the start of the claim": Mutant(
-        "lib/extend.lua", "now + lease - started", "0 + lease"
+        "extend_claim.lua", "started, ends)", 'started, lease ~= "" and created + started + lease or nil)'
     ),
     "an extension can only shorten a lease": Mutant(
-        "lib/extend.lua", "math.max(0, now + lease - started)", "math.min(state.lease, now + lease - started)"
+        "lib/extend.lua", "local lease = ends - start", "local lease = math.min(held, ends - start)"
     ),
     "a re-sent begin renews the lease": Mutant(
         "lib/begin.lua",
