@@ -6,8 +6,11 @@ entry that this library did not write, or that is in the index of another bucket
 
 from __future__ import annotations
 
+import heapq
+from collections import deque
+from collections.abc import Iterator
 from datetime import datetime
-from operator import ge, le
+from itertools import islice
 from typing import Any, Final, Literal, NamedTuple
 
 from squidstep_redis.errors import CorruptRunError
@@ -25,13 +28,14 @@ from squidstep_redis.summaries import ClaimCounts
 
 Mode = Literal["failed", "lapsed", "live"]
 _Position = tuple[bytes, bytes]  # an index, and a member of it
-_Scored = tuple[float, bytes]  # score and member
+_Scored = tuple[float, bytes]  # a score and a member
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
 _MAX_SKIPPED: Final = 10**7
 _VERIFY_WORK: Final = 30
-_GROWTH: Final = 8  # each further part of a bucket is this many times as large, up to MAX_LIMIT
+_MAX_VERIFIED: Final = 100  # entries that are verified at once, after entries that were not wanted
+_GROWTH: Final = 8  # each further page of a bucket is this many times as large
 
 
 def lapsed_claims(
@@ -47,7 +51,8 @@ def lapsed_claims(
     """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
     Usually six round trips: five read the index of each of 1,024 buckets, and one verifies the entries against their
-    records; 130 at once. An entry without its record, or that this library did not write, is dropped from the index.
+    records; 130 at once. If many entries are in one bucket or are not wanted, more are read, 1,000 of a bucket at once.
+    An entry without its record, or that this library did not write, is dropped from the index.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -76,8 +81,7 @@ def live_claims(
 ) -> Workflow[list[StepRun]]:
     """Lists step runs that are running under a lease that has not expired, soonest expiry first.
 
-    Usually six round trips, like `lapsed_claims`. With `owner`, one more for every `limit` live claims of
-    other owners.
+    Usually six round trips, like `lapsed_claims`. With `owner`, one more for about every 100 live claims of others.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
@@ -106,7 +110,7 @@ def failed_steps(
     since: datetime | None = None,
     payloads: bool = True,
 ) -> Workflow[list[StepRun]]:
-    """Lists failed step runs, newest failure first, among the newest 1,000 of each of 1,024 buckets.
+    """Lists failed step runs, newest failure first. The index holds the newest 1,000 of each of 1,024 buckets.
 
     Usually six round trips: five read the index of each bucket, and one verifies the entries against their records; 130
     at once. An entry without its record, or that this library did not write, is dropped from the index.
@@ -182,19 +186,20 @@ def _count(indexes: list[bytes], operation: str) -> Workflow[ClaimCounts]:
 def drop_stale_entries(context: Context) -> Workflow[None]:
     """Drops the entries of both indexes that refer to no record, such as those of runs that have expired.
 
-    Ten or more round trips read the indexes; if there are lapsed claims or failed steps, two or more verify them.
+    Ten or more round trips read the indexes, and one more verifies about each 130 lapsed claims or failed steps.
     """
     indexes: dict[Mode, list[bytes]] = {"lapsed": context.keys.claims(), "failed": context.keys.failed()}
     for mode, keys in indexes.items():
         incomplete = [Bucket(key, mode, MAX_LIMIT) for key in keys]
+        yield from load(incomplete, "purge")
         while incomplete:
-            yield from load(incomplete, "purge")
-            entries = [_Entry(*entry, each) for each in incomplete for entry in each.entries]
+            entries = [entry for each in incomplete for entry in each.remaining()]
             for start in range(0, len(entries), MAX_LIMIT):
-                yield from _verify_all(context, Listing(mode, False), entries[start : start + MAX_LIMIT], {})
+                yield from _verify_all(context, Listing(mode, False), entries[start : start + MAX_LIMIT])
             incomplete = [each for each in incomplete if each.has_more]
             for each in incomplete:
                 each.entries.clear()
+            yield from _load_more(incomplete, "purge")
 
 
 class _Wanted(NamedTuple):
@@ -262,49 +267,54 @@ def select(
     context: Context, listing: Listing, buckets: list[Bucket], number: int, wanted: _Wanted = _ALL
 ) -> Workflow[list[StepRun]]:
     """Returns the step runs of the first entries of all buckets. The first page of each bucket is loaded."""
-    verified: dict[_Position, StepRun | None] = {}
-    is_reversed = listing.mode == "failed"
-    first_of, is_up_to = (max, ge) if is_reversed else (min, le)
+    found: dict[_Position, StepRun] = {}  # an entry whose score has grown since it was loaded is loaded again
+    to_skip, size = wanted.after, number
     while True:
-        merged = [_Entry(*entry, each) for each in buckets for entry in each.entries]
-        merged.sort(key=_rank, reverse=is_reversed)
-        # Right after the last loaded entry of an incomplete bucket, there may be entries that are not loaded yet.
-        incomplete = [each for each in buckets if each.has_more]
-        gap = first_of((each.loaded_to for each in incomplete), default=None)
-        settled = [each for each in merged if gap is None or is_up_to(_rank(each), gap)]
-        candidates = [each for each in settled if wanted.includes(each)][wanted.after :]
-        found: list[StepRun] = []
-        for start in range(0, len(candidates), number):
-            entries = candidates[start : start + number]
-            unseen = [each for each in entries if each.position not in verified]
-            yield from _verify_all(context, listing, unseen, verified)
-            found += [step_run for each in entries if (step_run := verified[each.position])]
+        merged = heapq.merge(*(each.remaining() for each in buckets), key=_rank, reverse=listing.mode == "failed")
+        settled = list(_settled(merged))
+        candidates = [each for each in settled if wanted.includes(each)]
+        to_skip, candidates = max(to_skip - len(candidates), 0), candidates[to_skip:]
+        while candidates:
+            found |= yield from _verify_all(context, listing, candidates[:size])
             if len(found) >= number:
-                return found[:number]
-        if gap is None:
-            return found
+                return list(found.values())[:number]
+            size, candidates = max(size, min(2 * size, _MAX_VERIFIED)), candidates[size:]
         # Load more entries of the buckets that may have the missing ones.
-        following = merged[: len(settled) + wanted.after + number]
-        last = _rank(following[-1]) if following else gap
-        needed = [each for each in incomplete if each.loaded_to == gap or is_up_to(each.loaded_to, last)]
-        yield from load(needed, _OPERATIONS[listing.mode])
+        following = islice(merged, min(to_skip + number, MAX_LIMIT))
+        incomplete = [each.bucket for each in (*settled[-1:], *following) if each.is_last_loaded]
+        if not incomplete:
+            return list(found.values())
+        for each in settled:
+            each.bucket.entries.popleft()
+        yield from _load_more(incomplete, _OPERATIONS[listing.mode])
 
 
-def _verify_all(
-    context: Context, listing: Listing, entries: list[_Entry], verified: dict[_Position, StepRun | None]
-) -> Workflow[None]:
-    """Verifies entries against their records."""
+def _settled(merged: Iterator[_Entry]) -> Iterator[_Entry]:
+    """Yields entries up to the last loaded one of an incomplete bucket: entries that are not loaded may come next."""
+    for entry in merged:
+        yield entry
+        if entry.is_last_loaded:
+            return
+
+
+def _load_more(buckets: list[Bucket], operation: str) -> Workflow[None]:
+    """Loads the next page of buckets whose pages were full until now."""
+    return load(buckets, operation, CALL_WORK + max((each.size for each in buckets), default=0))
+
+
+def _verify_all(context: Context, listing: Listing, entries: list[_Entry]) -> Workflow[dict[_Position, StepRun]]:
+    """Verifies entries against their records; returns the step runs of those that are listed."""
     results: list[Any] = []
     for batch in in_batches([_verify(context, listing, each) for each in entries], _VERIFY_WORK):
         results += yield batch
-    for each, result in zip(entries, results, strict=True):
-        verified[each.position] = result if isinstance(result, StepRun) else None
+    for result in results:
         if isinstance(result, Exception) and not isinstance(result, CorruptRunError):
-            raise result  # but a corrupt run must not hide the others
+            raise result  # a corrupt run must not hide the others
+    return {each.position: result for each, result in zip(entries, results, strict=True) if isinstance(result, StepRun)}
 
 
 def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun | None]:
-    """Reads the step run of an entry; or drops the entry or corrects its score, and returns None."""
+    """Reads the step run of an entry; returns None if it is not listed."""
     mode, payloads, owner = listing
     names = parse_member(entry.member)
     if names is None:
@@ -331,57 +341,57 @@ def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun |
 
 def _drop(mode: Mode, entry: _Entry) -> Call[None]:
     """Drops an entry that refers to no record."""
+
+    def parse(_: Reply) -> None:
+        return None
+
     args = (new_nonce(), entry.member)
-    return Call(None, script("drop_entry"), (entry.bucket.key,), args, _nothing, part_of=_OPERATIONS[mode])
-
-
-def _nothing(_: Reply) -> None:
-    return None
+    return Call(None, script("drop_entry"), (entry.bucket.key,), args, parse, part_of=_OPERATIONS[mode])
 
 
 class Bucket:
     """The index of one bucket, as far as it is loaded.
 
     Attributes:
-        key: key of the index.
-        entries: score and member of those that were loaded, each member once, in the order of the listing.
-        loaded_to: score and member of the last one that was loaded.
+        entries: score and member of the entries that were loaded and not removed since, in the order of the listing.
+        size: how many the next page has at most.
         has_more: whether further entries may exist.
+        last: the last entry that was loaded, after which the next page begins; None: nothing is loaded.
     """
 
-    __slots__ = ("_last", "_mode", "_size", "entries", "has_more", "key", "loaded_to")
+    __slots__ = ("_mode", "entries", "has_more", "key", "last", "size")
 
     def __init__(self, key: bytes, mode: Mode, size: int) -> None:
-        """Sets up a bucket of which nothing is loaded; its first part has at most `size` entries."""
         self.key = key
-        self.entries: list[_Scored] = []
-        self.loaded_to: _Scored = (0.0, b"")
-        self.has_more = True
         self._mode: Mode = mode
-        self._size = size
-        self._last: tuple[bytes, bytes] = (b"", b"")  # member and score, as the server returned them
+        self.size = size
+        self.entries: deque[_Scored] = deque()
+        self.has_more = True
+        self.last: _Scored | None = None
 
-    def call(self, operation: str) -> Call[list[Any]]:
-        """Reads the next part."""
-        args = (new_nonce(), b"%d" % self._size, self._mode.encode(), *self._last)
+    def call(self, operation: str) -> Call[list[_Scored]]:
+        """Reads the next page."""
+        position = (b"", b"") if self.last is None else (repr(self.last[0]).encode(), self.last[1])
+        args = (new_nonce(), b"%d" % self.size, self._mode.encode(), *position)
         return Call(None, script("list_index"), (self.key,), args, _entries_of, part_of=operation)
 
-    def load(self, part: list[Any]) -> int:
-        """Adds the entries of the next part; returns the server's work, in entries scanned."""
-        scored = [(float(score), member) for member, score in pairs(part)]
-        # If the last entry has changed, those with the same score are read again. An extended claim has moved.
-        known = {member for _, member in self.entries}
-        self.entries += [each for each in scored if each[1] not in known]
-        self.has_more = len(scored) == self._size
-        if scored:
-            self.loaded_to, self._last = scored[-1], (part[-2], part[-1])
-        self._size = min(_GROWTH * self._size, MAX_LIMIT)
-        return CALL_WORK + len(scored)
+    def load(self, part: list[_Scored]) -> int:
+        """Adds a page that was read; returns the server's work, in entries scanned."""
+        if part:
+            self.entries += part
+            self.last = part[-1]
+        self.has_more = len(part) >= self.size
+        self.size = min(_GROWTH * self.size, MAX_LIMIT)
+        return CALL_WORK + len(part)
 
-    def load_first(self, part: list[Any], count: int) -> None:
-        """Adds the first entry, given how many there are."""
-        self.load(part)
-        self.has_more = 0 < len(self.entries) < count
+    def load_first(self, flat: list[Any], count: int) -> None:
+        """Adds the first entry, and sets how many entries there are."""
+        self.load(_scored(flat))
+        self.has_more = len(self.entries) < count
+
+    def remaining(self) -> Iterator[_Entry]:
+        """Yields the entries, each with its bucket."""
+        return (_Entry(score, member, self) for score, member in self.entries)
 
 
 class _Entry(NamedTuple):
@@ -396,10 +406,20 @@ class _Entry(NamedTuple):
         """The entry's index and member: a member that is foreign in one index may be valid in another."""
         return self.bucket.key, self.member
 
+    @property
+    def is_last_loaded(self) -> bool:
+        """Whether its bucket may have further entries right after it."""
+        return self.bucket.has_more and _rank(self) == self.bucket.last
+
 
 def _rank(entry: _Entry) -> _Scored:
     return entry[:2]
 
 
-def _entries_of(reply: Reply) -> list[Any]:
-    return reply[2]
+def _scored(flat: list[Any]) -> list[_Scored]:
+    """Returns the entries of a flat reply: member, score, …."""
+    return [(float(score), member) for member, score in pairs(flat)]
+
+
+def _entries_of(reply: Reply) -> list[_Scored]:
+    return _scored(reply[2])

@@ -23,8 +23,13 @@ class Pacer:
         batch_size: how many calls the next batch should have.
     """
 
-    def __init__(self) -> None:
-        self.batch_size = _FIRST_CALLS
+    def __init__(self, work: int = CALL_WORK) -> None:
+        """Chooses the size of the first batch.
+
+        Args:
+            work: the expected work of each call.
+        """
+        self.batch_size = max(1, min(_FIRST_CALLS, _MAX_WORK // work))
 
     def adapt(self, calls: int, work: int) -> None:
         """Adapts the size to the last batch, given its number of calls and its total work."""
@@ -43,15 +48,21 @@ class Bucket(Protocol):
         ...
 
 
-def load(buckets: Sequence[Bucket], operation: str) -> Workflow[None]:
-    """Reads the next part of each bucket."""
-    first, pacer = 0, Pacer()
+def load(buckets: Sequence[Bucket], operation: str, work: int = CALL_WORK) -> Workflow[None]:
+    """Reads the next part of each bucket.
+
+    Args:
+        buckets: the buckets.
+        operation: the operation that sends the calls.
+        work: the expected work of the server for each part.
+    """
+    first, pacer = 0, Pacer(work)
     while first < len(buckets):
         batch = buckets[first : first + pacer.batch_size]
         parts = raise_first_error((yield SendBatch([each.call(operation) for each in batch])))
-        work = sum(each.load(part) for each, part in zip(batch, parts, strict=True))
+        done = sum(each.load(part) for each, part in zip(batch, parts, strict=True))
         first += len(batch)
-        pacer.adapt(len(batch), work)
+        pacer.adapt(len(batch), done)
 
 
 def in_batches(calls: Sequence[Call[Any]], work: int = CALL_WORK) -> Iterator[SendBatch]:

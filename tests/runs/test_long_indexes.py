@@ -1,94 +1,151 @@
-"""Listings across runs find every entry, however many there are in one bucket of an index."""
+"""Listings across runs find every entry, however many there are in one bucket, and whatever changes meanwhile."""
 
 from __future__ import annotations
 
 import itertools
+from math import inf
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.backends import Bench
-from support.records import begun
+from support.internals import run_workflow
+from support.records import begun, runs_of_one_bucket
 from support.servers import wait_until
 
 from squidstep_redis import StepRun, StepRunStore
+from squidstep_redis.operations.indexes import Bucket, Mode
+from squidstep_redis.operations.pacing import load
+from squidstep_redis.protocol.workflow import Workflow
 
 pytestmark = pytest.mark.slow
 
-LONG = 1_300  # more than one part of a bucket
-NAMES = [f"step-{number:04}" for number in range(LONG)]
 
+class TestLongIndexes:
+    """One bucket has more entries than one call of the script lists."""
 
-def begin_all(store: StepRunStore, steps: list[str], **options: Any) -> None:
-    """Begins steps of one run; those of one call have the same lease end."""
-    for first in range(0, len(steps), 650):
-        store.begin_steps("run", {step: {} for step in steps[first : first + 650]}, **options)
+    def begin_many(self, store: StepRunStore, run: str, number: int, **options: Any) -> dict[str, StepRun]:
+        """Begins the steps of a run, in groups whose leases end within the same millisecond."""
+        steps = [f"step-{index}" for index in range(number)]
+        claims: dict[str, StepRun] = {}
+        for first in range(0, number, 1_000):
+            results = store.begin_steps(run, {step: {} for step in steps[first : first + 1_000]}, **options)
+            claims |= {step: begun(result) for step, result in results.items()}
+        return claims
 
+    def lapse_many(self, bench: Bench, store: StepRunStore, run: str, number: int) -> dict[str, StepRun]:
+        claims = self.begin_many(store, run, number, lease=0.001)
+        bench.lapse(list(claims.values())[-1])
+        return claims
 
-def lapsed(store: StepRunStore, steps: list[str]) -> None:
-    begin_all(store, steps, lease=0.001)
-    wait_until(lambda: store.count_claims().live == 0)
+    def begin_neighbor(self, bench: Bench, store: StepRunStore, **options: Any) -> StepRun:
+        """Begins a step of another run of the same bucket."""
+        (other,) = runs_of_one_bucket(1)
+        assert bench.keys(other)[2] == bench.keys("run")[2]
+        return begun(store.begin_step(other, "pay", {}, **options))
 
+    def test_every_lapsed_claim_of_a_long_run_is_listed(self, bench: Bench, store: StepRunStore) -> None:
+        steps = set(self.lapse_many(bench, store, "run", 2_500))
+        neighbor = self.begin_neighbor(bench, store, lease=0.001)
+        bench.lapse(neighbor)
 
-def lapse_another(bench: Bench, store: StepRunStore) -> str:
-    """Lets a claim of another run lapse, whose claims are in the same bucket; returns the id of that run."""
-    ids = (f"other-{number}" for number in itertools.count())
-    run_id = next(each for each in ids if bench.keys(each)[2] == bench.keys("run")[2])
-    bench.lapse(begun(store.begin_step(run_id, "pay", {}, lease=0.001)))
-    return run_id
+        pages = [store.lapsed_claims(1_000, after=after, payloads=False) for after in (0, 1_000, 2_000, 2_501)]
 
+        assert [len(page) for page in pages] == [1_000, 1_000, 501, 0]
+        found = [each for page in pages for each in page]
+        assert {each.step for each in found[:-1]} == steps
+        assert found[-1].run_id == neighbor.run_id
+        ranks = [(each.lease_ends_at, each.step) for each in found[:-1]]
+        assert ranks == sorted(ranks)
 
-def pages(store: StepRunStore) -> list[StepRun]:
-    found: list[StepRun] = []
-    while page := store.lapsed_claims(1_000, after=len(found), payloads=False):
-        found += page
-    return found
+    def test_filter_selects_behind_a_long_run(self, bench: Bench, store: StepRunStore) -> None:
+        self.lapse_many(bench, store, "run", 1_100)
+        neighbor = self.begin_neighbor(bench, store, lease=0.001)
+        bench.lapse(neighbor)
 
+        assert store.lapsed_claims(1, run_id_prefix=neighbor.run_id) == [neighbor]
+        assert store.lapsed_claims(1, step="pay") == [neighbor]
 
-def test_every_lapsed_claim_is_listed_once(store: StepRunStore) -> None:
-    lapsed(store, NAMES)
+    def test_long_corrupt_run_does_not_hide_the_others(self, bench: Bench, store: StepRunStore) -> None:
+        self.lapse_many(bench, store, "run", 1_100)
+        neighbor = self.begin_neighbor(bench, store, lease=0.001)
+        bench.lapse(neighbor)
+        bench.backend.raw.hset(bench.keys("run")[0], "r", "corrupt")
 
-    found = pages(store)
+        assert store.lapsed_claims() == [neighbor]
+        assert [each.run_id for each in store.overview().lapsed_claims] == [neighbor.run_id]
 
-    assert sorted(each.step for each in found) == NAMES
-    assert found == sorted(found, key=lambda each: (each.lease_ends_at, each.step))
+    def test_claims_of_other_owners_do_not_hide_own_ones(self, bench: Bench, store: StepRunStore) -> None:
+        self.begin_many(store, "run", 1_100, lease=60, owner="other")
+        own = self.begin_neighbor(bench, store, lease=70, owner="own")
 
+        assert store.live_claims(owner="own") == [own]
 
-def test_long_run_hides_no_later_claim_of_its_bucket(bench: Bench, store: StepRunStore) -> None:
-    lapsed(store, NAMES)
-    other = lapse_another(bench, store)
+    def test_purge_drops_stale_entries_behind_many_others(self, bench: Bench, store: StepRunStore) -> None:
+        self.lapse_many(bench, store, "run", 1_100)
+        neighbor = self.begin_neighbor(bench, store, lease=0.001)
+        bench.lapse(neighbor)
+        bench.backend.raw.delete(*bench.keys(neighbor.run_id)[:2])
 
-    assert [each.run_id for each in store.lapsed_claims(1, run_id_prefix="other-")] == [other]
+        store.purge(3_600)
 
+        assert bench.backend.raw.zcard(bench.keys("run")[2]) == 1_100
 
-def test_corrupt_run_hides_no_later_claim_of_its_bucket(bench: Bench, store: StepRunStore) -> None:
-    lapsed(store, NAMES)
-    bench.backend.raw.hset(bench.keys("run")[0], "r", "corrupt")
-    other = lapse_another(bench, store)
+    def test_failures_of_one_millisecond_are_listed_once_each(self, bench: Bench, store: StepRunStore) -> None:
+        steps = self.begin_many(store, "run", 30)
+        for claim in steps.values():
+            store.fail_step(claim, {})
+        bench.backend.raw.zadd(bench.keys("run")[3], {f"3:run{step}".encode(): 9e12 for step in steps})
 
-    assert [each.run_id for each in store.lapsed_claims()] == [other]
+        assert [each.step for each in store.failed_steps()] == sorted(steps, reverse=True)
 
+    def test_claim_that_is_extended_between_pages_is_listed_once(self, bench: Bench, store: StepRunStore) -> None:
+        claims = self.begin_many(store, "run", 4, lease=60)
 
-def test_owner_is_found_behind_the_claims_of_others(store: StepRunStore) -> None:
-    begin_all(store, NAMES, lease=60, owner="other")
-    wanted = begun(store.begin_step("run", "pay", {}, lease=600, owner="own"))
+        def listing() -> Workflow[list[StepRun]]:
+            workflow = store.calls.live_claims(10)
+            replies: Any = None
+            for batches in itertools.count():
+                try:
+                    effect = workflow.send(replies)
+                except StopIteration as end:
+                    return end.value
+                if batches == 2:  # two of the four entries are read and verified
+                    store.extend_claim(claims["step-0"], 90)
+                replies = yield effect
 
-    assert store.live_claims(owner="own") == [wanted]
+        assert sorted(each.step for each in run_workflow(store, listing())) == sorted(claims)
 
+    @pytest.mark.parametrize("mode", ["lapsed", "live", "failed"])
+    @pytest.mark.parametrize("score", [8e12 + 0.1, 8e12, inf])
+    def test_page_continues_after_an_entry_that_is_gone(
+        self, bench: Bench, store: StepRunStore, mode: Mode, score: float
+    ) -> None:
+        raw, index = bench.backend.raw, bench.keys("run")[2]
+        score = score if mode != "lapsed" else -inf if score == inf else score - 7e12
+        # A locale could order them differently, and some begin with others.
+        members = sorted([b"a", b"B", b"b", b"a\x00", b"a\xff", b"ab", b"\xc3\xa4", b"\xfe", b"zz", b"_", b"Z"])
+        raw.zadd(index, {member: score + position // 8 for position, member in enumerate(members)})
+        if mode != "failed":
+            raw.zadd(index, {b"not listed": 1 if mode == "live" else 8e12})
+        bucket = Bucket(index, mode, 1)
+        found: list[bytes] = []
+        while bucket.has_more:
+            run_workflow(store, load([bucket], "listing"))
+            bucket.size = 1
+            assert len(bucket.entries) <= 1
+            for _, member in bucket.entries:
+                found.append(member)
+                if len(found) % 3:
+                    raw.zrem(index, member)
+            bucket.entries.clear()
 
-def test_purge_drops_every_entry_without_a_record(bench: Bench, store: StepRunStore) -> None:
-    lapsed(store, NAMES)
-    claims = bench.keys("run")[2]
-    bench.backend.raw.zadd(claims, {f"3:rungone-{number}".encode(): 10**12 + number for number in range(LONG)})
-    bench.backend.raw.zadd(claims, {f"3:rungone-again-{number}".encode(): number for number in range(LONG)})
-
-    store.purge(86_400)
-
-    assert bench.backend.raw.zcard(claims) == LONG
+        assert found == (members[::-1] if mode == "failed" else members)
 
 
 _ENTRIES = st.lists(st.tuples(st.sampled_from([1_000, 2_000]), st.booleans()), max_size=14)
+_STEPS = [f"step-{number:02}" for number in range(14)]
 
 
 class TestEntriesThatAreDroppedMeanwhile:
@@ -109,7 +166,8 @@ class TestEntriesThatAreDroppedMeanwhile:
     def test_lapsed_claims_are_complete(
         self, bench: Bench, store: StepRunStore, entries: list[tuple[int, bool]], limit: int
     ) -> None:
-        lapsed(store, [f"step-{number:02}" for number in range(14)])
+        store.begin_steps("run", {step: {} for step in _STEPS}, lease=0.001)
+        wait_until(lambda: store.count_claims().live == 0)
         steps = self.arrange(bench, 2, entries)
 
         assert [each.step for each in store.lapsed_claims(limit)] == steps[:limit]
@@ -119,10 +177,9 @@ class TestEntriesThatAreDroppedMeanwhile:
     def test_failed_steps_are_complete(
         self, bench: Bench, store: StepRunStore, entries: list[tuple[int, bool]], limit: int
     ) -> None:
-        begin_all(store, [f"step-{number:02}" for number in range(14)])
-        for step_run in store.get_run("run"):
-            if step_run.status == "running":
-                store.fail_step(step_run.id, {})
+        for result in store.begin_steps("run", {step: {} for step in _STEPS}).values():
+            if result.decision == "execute":
+                store.fail_step(result.step_run, {})
         steps = self.arrange(bench, 3, entries)[::-1]
 
         assert [each.step for each in store.failed_steps(limit)] == steps[:limit]

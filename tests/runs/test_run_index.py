@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from datetime import timedelta
 from math import inf
 from typing import Any
@@ -12,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import Bench
 from support.internals import run_workflow
-from support.records import begun
+from support.records import begun, runs_of_one_bucket
 from support.servers import wait_until
 
 from squidstep_redis import CorruptRunError, StepRunStore
 from squidstep_redis.operations.pacing import load
 from squidstep_redis.operations.run_index import ALL, Bucket, Selection
-from squidstep_redis.protocol.keys import Keys
 
 ACME = {"tenant": "acme"}
 
@@ -45,14 +43,6 @@ def schedule_in_order(bench: Bench, store: StepRunStore, *runs: str) -> None:
 def set_created(bench: Bench, run_id: str, ms: float) -> None:
     """Changes the time at which the index says that a run was created."""
     bench.backend.raw.zadd(index_of(bench, run_id), {f"{len(run_id)}:{run_id}".encode(): ms})
-
-
-def runs_of_one_bucket(number: int, like: str = "run") -> list[str]:
-    """Returns run ids that have the same index as another one."""
-    keys = Keys(b"squidstep")  # the bucket does not depend on the prefix
-    index = keys.of_run(like.encode()).claims
-    others = (f"{like}-{count}" for count in itertools.count())
-    return list(itertools.islice((run for run in others if keys.of_run(run.encode()).claims == index), number))
 
 
 def index_of(bench: Bench, run_id: str) -> bytes:

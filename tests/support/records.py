@@ -1,10 +1,12 @@
-"""Short helpers that read step runs and results."""
+"""Short helpers that read step runs and results, or choose run ids."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from squidstep_redis import BeginResult, StepRun, StepRunStore
+from squidstep_redis.protocol.keys import Keys
 
 
 def begun(result: BeginResult) -> StepRun:
@@ -28,3 +30,11 @@ def in_batch(store: StepRunStore, calls: list[Any]) -> list[Any]:
         if isinstance(result, Exception):
             raise result
     return results
+
+
+def runs_of_one_bucket(number: int, like: str = "run") -> list[str]:
+    """Returns run ids that have the same index as another one."""
+    keys = Keys(b"squidstep")  # the bucket does not depend on the prefix
+    index = keys.of_run(like.encode()).claims
+    others = (f"{like}-{count}" for count in itertools.count())
+    return list(itertools.islice((run for run in others if keys.of_run(run.encode()).claims == index), number))
