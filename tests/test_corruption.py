@@ -241,6 +241,17 @@ class TestInvalidLine:
         (summary,) = store.runs().runs
         assert "field 'sheld' is missing, or squidstep_redis did not write it" in (summary.problem or "")
 
+    @pytest.mark.parametrize("part", [1, 2, 4, 5, 7], ids=["attempt", "released", "lease", "started", "created"])
+    def test_number_with_too_many_digits_is_not_extended(
+        self, bench: Bench, store: StepRunStore, held: StepRun, part: int
+    ) -> None:
+        key = bench.keys("run")[0]
+        parts = bench.backend.raw.hget(key, "sheld").split(b" ")
+        parts[part] = b"9" * 14
+        bench.backend.raw.hset(key, "sheld", b" ".join(parts))
+
+        assert_rejected(bench, store, [store.calls.extend_claim(held, 60)], CorruptRunError, key)
+
     def test_largest_times_of_a_line_are_dates(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         line = b"1f 1  t %b %b %b %b 1  ".replace(b"%b", b"9" * 13)
         bench.backend.raw.hset(bench.keys("run")[0], "sheld", line)
