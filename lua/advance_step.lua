@@ -28,7 +28,13 @@ local lines = try("HMGET", steps, "r", "s" .. from, "w" .. from, "s" .. step)
 if lines[1] and lines[2] and not lines[3] and not lines[4] and not ARGV[13] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
   local claim, holder, from_lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
-  if created and holder == from_token and try("ZCARD", done) == completed + 0 then
+  if
+    created
+    and #created <= @MAX_DIGITS
+    and holder == from_token
+    and @ARE_SHORT(claim, holder, from_lease, started, created_at, rest)
+    and try("ZCARD", done) == completed + 0
+  then
     local time = call("TIME")
     local now = @NOW(time)
     if

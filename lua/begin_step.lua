@@ -45,7 +45,7 @@ if lines and not lines.err and not lines[2] then
     end
   else
     created, completed = string.match(lines[1], @READ_RUN .. "$")
-    if created and try("ZCARD", done) ~= completed + 0 then
+    if created and (#created > @MAX_DIGITS or try("ZCARD", done) ~= completed + 0) then
       created = nil
     end
   end

@@ -35,7 +35,7 @@ local superseded
 if state.mark and @MARKED(state.mark, @HAS_PROGRESS) then
   local stored = redis.call("HGET", steps, "p" .. step) or ""
   local attempt, last_sender, last_number = string.match(stored, @READ_PROGRESS)
-  if attempt == state.attempt and last_sender == sender and #last_number <= MAX_DIGITS then
+  if attempt == state.attempt and last_sender == sender and #last_number <= @MAX_DIGITS then
     -- The call is a delayed copy: its sender has made a later checkpoint since.
     superseded = last_number + 0 > nonce + 0 and stored
   end

@@ -28,7 +28,9 @@ if lines and lines[1] and lines[2] and not lines[3] then
   local claim, holder, lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
   if
     created
+    and #created <= @MAX_DIGITS
     and holder == token
+    and @ARE_SHORT(claim, holder, lease, started, created_at, rest)
     and try("ZCARD", done) == completed + 0
     and (lease == "" or try("ZREM", claims, ARGV[5] .. step) == 1)
   then

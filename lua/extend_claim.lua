@@ -32,8 +32,8 @@ local replies, written, entries, count = { "each", nonce }, {}, {}, 0
 for index = 1, #positions do
   local step, token, line = ARGV[positions[index]], ARGV[positions[index] + 1], lines[index + 1]
   local claim, holder, held, started, created, rest = string.match(line or "", @READ_RUNNING)
-  local is_short = claim and math.max(#claim - #holder - 2, #held, #started, #created) <= MAX_DIGITS
-  if claim and (token == holder or token == "") and (is_short or parse_state(line)) then
+  local is_held = claim and (token == holder or token == "")
+  if is_held and (@ARE_SHORT(claim, holder, held, started, created, rest) or parse_state(line)) then
     local extended, entry = extend(run, held, created, started, ends)
     line = @STATE(@RUNNING, claim, extended, started, "", created, rest)
     entries[#entries + 1] = entry

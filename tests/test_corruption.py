@@ -9,7 +9,7 @@ import pytest
 from support.backends import Bench
 from support.records import begun, stored
 
-from squidstep_redis import Call, CorruptRunError, NewerFormatError, StepRun, StepRunStore
+from squidstep_redis import Call, CorruptRunError, NewerFormatError, StaleStepRunError, StepRun, StepRunStore
 
 # A run is in one slot, so a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
@@ -36,6 +36,24 @@ def write_calls(store: StepRunStore, step_run: StepRun) -> list[Call[Any]]:
         calls.extend_claim(step_run, 60, progress={}),
         calls.checkpoint_step(step_run, {}),
         calls.release_step(step_run),
+    ]
+
+
+def calls_with_the_claim(store: StepRunStore, held: StepRun) -> list[Call[Any]]:
+    """Returns calls that read the line of the step `held`, most of them with its claim."""
+    calls = store.calls
+    return [
+        calls.begin_step("run", "held", {}),
+        calls.schedule_step("run", "held", {}),
+        calls.complete_step(held, {}),
+        calls.complete_step(held, {}, schedule={"new": {}}),
+        calls.complete_step(held.id, {}),
+        calls.advance_step(held, {}, "new", {}, lease=60),
+        calls.advance_step(held, {}, "lapsed", {}),
+        calls.fail_step(held, {}),
+        calls.extend_claim(held, 60),
+        calls.checkpoint_step(held, {}),
+        calls.release_step(held),
     ]
 
 
@@ -241,16 +259,54 @@ class TestInvalidLine:
         (summary,) = store.runs().runs
         assert "field 'sheld' is missing, or squidstep_redis did not write it" in (summary.problem or "")
 
-    @pytest.mark.parametrize("part", [1, 2, 4, 5, 7], ids=["attempt", "released", "lease", "started", "created"])
-    def test_number_with_too_many_digits_is_not_extended(
+    @pytest.mark.parametrize(
+        "part", [1, 2, 4, 5, 7, 8], ids=["attempt", "released", "lease", "started", "created", "position"]
+    )
+    @pytest.mark.parametrize("digits", [14, 400, 5_000])
+    def test_number_with_too_many_digits_in_a_step_line_is_rejected(
+        self, bench: Bench, store: StepRunStore, held: StepRun, part: int, digits: int
+    ) -> None:
+        key = bench.keys("run")[0]
+        parts = bench.backend.raw.hget(key, "sheld").split(b" ")
+        parts[part] = b"9" * digits
+        bench.backend.raw.hset(key, "sheld", b" ".join(parts))
+
+        assert_rejected(bench, store, calls_with_the_claim(store, held), CorruptRunError, key)
+
+        sound = stored(store, "run", "lapsed").with_claim()
+        calls = store.calls
+        for group in (
+            [calls.begin_step("run", "new", {}), calls.begin_step("run", "held", {})],
+            [calls.extend_claim(sound, 60), calls.extend_claim(held, 60)],
+            [calls.complete_step(sound, {}), calls.complete_step(held, {})],
+        ):
+            of_sound, of_held = store.batch(group)
+            assert not isinstance(of_sound, Exception)
+            assert isinstance(of_held, CorruptRunError)
+        assert bench.field("run", "sheld") == b" ".join(parts)
+
+    @pytest.mark.parametrize("digits", [14, 400])
+    def test_number_with_too_many_digits_in_the_run_line_is_rejected(
+        self, bench: Bench, store: StepRunStore, held: StepRun, digits: int
+    ) -> None:
+        key = bench.keys("run")[0]
+        bench.backend.raw.hset(key, "r", b"1 " + b"9" * digits + b" 1")
+
+        calls = write_calls(store, held) + housekeeping_calls(store) + calls_on_the_run(store)
+        assert_rejected(bench, store, calls, CorruptRunError, key)
+
+    @pytest.mark.parametrize("part", [3, 9, 10], ids=["token", "scheduled by", "owner"])
+    def test_text_that_is_not_utf8_in_a_step_line_is_reported(
         self, bench: Bench, store: StepRunStore, held: StepRun, part: int
     ) -> None:
         key = bench.keys("run")[0]
         parts = bench.backend.raw.hget(key, "sheld").split(b" ")
-        parts[part] = b"9" * 14
-        bench.backend.raw.hset(key, "sheld", b" ".join(parts))
-
-        assert_rejected(bench, store, [store.calls.extend_claim(held, 60)], CorruptRunError, key)
+        parts[part] = b"\xff"
+        line = b" ".join(parts)
+        for call in calls_with_the_claim(store, held):
+            bench.backend.raw.hset(key, "sheld", line)  # scripts do not check text: a call may have written
+            with pytest.raises((CorruptRunError, StaleStepRunError)):
+                store.send(call)
 
     def test_largest_times_of_a_line_are_dates(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         line = b"1f 1  t %b %b %b %b 1  ".replace(b"%b", b"9" * 13)

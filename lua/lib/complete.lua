@@ -12,6 +12,9 @@ local function complete(step, field, line, token, output)
   if not claim or holder ~= token and token ~= "" then
     return nil
   end
+  if not @ARE_SHORT(claim, holder, lease, started, created, rest) and not parse_state(line) then
+    return nil
+  end
   unretain(run, lease)
   local completed, count = run.completed + 1, #order
   run.completed = completed

@@ -35,6 +35,11 @@
 --   "(%d+)", @ANY_REST) .. "$"
 -- define READ_RUNNING "^" .. @STATE(@RUNNING, "(" .. @CLAIM("%d+", "%d*", "(%S+)") .. ")", "(%d*)", "(%d*)", "",
 --   "(%d+)", @ANY_REST) .. "$"
+-- define MAX_DIGITS 13
+-- define HAS_SHORT_POSITION(rest) (#rest <= @MAX_DIGITS + 2 or string.find(rest, " ", 1, true) <= @MAX_DIGITS + 1)
+-- Whether the numbers that READ_RUNNING matched have at most MAX_DIGITS; false also for two long ones in `claim`.
+-- define ARE_SHORT(claim, holder, lease, started, created, rest) (#claim - #holder - 2 <= @MAX_DIGITS
+--   and #lease <= @MAX_DIGITS and #started <= @MAX_DIGITS and #created <= @MAX_DIGITS and @HAS_SHORT_POSITION(rest))
 -- define READ_NEVER_CLAIMED "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
 --   @REST("%d+", "%S*", ""))
 -- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now,

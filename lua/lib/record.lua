@@ -7,7 +7,6 @@
 -- include grammar
 
 local nonce = ARGV[1]
-local MAX_DIGITS = 13 -- as in model.py
 
 local function now_ms()
   local time = redis.call("TIME")
@@ -33,7 +32,11 @@ end
 
 local function parse_state(line)
   local status, attempt, released, token, lease, started, ended, created, rest = string.match(line, @READ_STATE)
-  if not status or math.max(#attempt, #released, #lease, #started, #ended, #created) > MAX_DIGITS then
+  if
+    not status
+    or math.max(#attempt, #released, #lease, #started, #ended, #created) > @MAX_DIGITS
+    or not @HAS_SHORT_POSITION(rest)
+  then
     return nil
   end
   return {
@@ -108,7 +111,7 @@ local function load_run(steps, done, ...)
   if tonumber(completed) ~= completions then
     return nil, nil, { "torn", nonce, done }
   end
-  if #created > MAX_DIGITS then
+  if #created > @MAX_DIGITS then
     return nil, nil, unreadable(steps, "r", line)
   end
   local run = { exists = true, created = created, completed = completed }
@@ -118,7 +121,7 @@ local function load_run(steps, done, ...)
   end
   if expiry ~= "" then
     run.ttl, run.unleased, run.leased, run.retained_until = string.match(expiry, @READ_RUN_EXPIRY)
-    if not run.ttl or math.max(#run.ttl, #run.unleased, #run.leased, #run.retained_until) > MAX_DIGITS then
+    if not run.ttl or math.max(#run.ttl, #run.unleased, #run.leased, #run.retained_until) > @MAX_DIGITS then
       return nil, nil, unreadable(steps, "r", line)
     end
   end

@@ -247,7 +247,10 @@ def _parse_end(
     if not isinstance(step_run, StepRun):
         values = [*reply[2:4], output, last_error, None]
         step_run = context.records.record(run.text, step.text, values, run.keys.steps)
-    return step_run.after_transition(reply[2], context.payloads.decode, output, last_error, progress, reason)
+    try:
+        return step_run.after_transition(reply[2], context.payloads.decode, output, last_error, progress, reason)
+    except ValueError:
+        raise context.records.unreadable(run.text, step.text, reply[2], run.keys.steps) from None
 
 
 def _parse_id(context: Context, id: object) -> tuple[str, str]:

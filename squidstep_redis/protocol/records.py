@@ -74,7 +74,7 @@ class Records:
         """
         line, input, output, last_error, progress = values
         if line is None or input is None or (output is None) == (line[1:2] == b"c"):
-            raise self._unreadable(run, step, line or b"", key)
+            raise self.unreadable(run, step, line or b"", key)
         progress = progress_payload(run, step, progress, key)
         return self.step_run(run, step, line, (input, output, last_error, progress), key, b"", cancel_reason)
 
@@ -99,7 +99,7 @@ class Records:
         try:
             return StepRun(self.prefix, run, step, line, stored, self.payloads.decode, token, cancel_reason)
         except ValueError:
-            raise self._unreadable(run, step, line, key) from None
+            raise self.unreadable(run, step, line, key) from None
 
     def state(self, run: str, step: str, line: bytes, key: bytes) -> StateLine:
         """Returns a parsed state line.
@@ -110,7 +110,7 @@ class Records:
         try:
             return StateLine.parse(line)
         except ValueError:
-            raise self._unreadable(run, step, line, key) from None
+            raise self.unreadable(run, step, line, key) from None
 
     def attempt(self, run: str, step: str, entry: bytes, key: bytes) -> Attempt:
         r"""Returns the attempt of a history entry: a state line, "\n", its error.
@@ -121,11 +121,12 @@ class Records:
         line, _, error = entry.partition(b"\n")  # an owner has no line break: the first one ends the line
         step_run = self.step_run(run, step, line, (None, None, error or None, None), key)
         if (started := step_run.started_at) is None:
-            raise self._unreadable(run, step, line, key)
+            raise self.unreadable(run, step, line, key)
         outcome = OUTCOME[line[1:2]]
         return Attempt(step_run.attempt, step_run.owner, outcome, step_run.last_error, started, step_run.ended_at)
 
-    def _unreadable(self, run: str, step: str, line: bytes, key: bytes) -> SquidstepError:
+    def unreadable(self, run: str, step: str, line: bytes, key: bytes) -> SquidstepError:
+        """Returns the error for a state line that does not parse: a newer format, or corruption. It names `key`."""
         format = line[: len(line) - len(line.lstrip(b"0123456789"))]
         if format not in (b"", FORMAT):
             return newer(run, key.decode(), format.decode())

@@ -29,7 +29,7 @@ MUTANTS = {
         "release_step.lua", "if not holds(state, token) then", 'if not holds(state, "") then'
     ),
     "an extension revives a lost claim": Mutant(
-        "extend_claim.lua", 'if claim and (token == holder or token == "")', "if claim"
+        "extend_claim.lua", 'claim and (token == holder or token == "")', "claim"
     ),
     "an extension revives a failed claim": Mutant(
         "extend_claim.lua",
@@ -209,6 +209,13 @@ def test_killed_soak_leaves_no_process(tmp_path: Path) -> None:
         return False
 
     wait_until(is_gone, timeout=30)
+
+
+def test_every_mutant_applies(tmp_path: Path) -> None:
+    for name, mutant in MUTANTS.items():
+        lua = tmp_path / name.replace(" ", "-")
+        shutil.copytree(scripts.directory(), lua)
+        mutant.apply(lua)  # raises if the script no longer has the text
 
 
 @pytest.mark.soak
