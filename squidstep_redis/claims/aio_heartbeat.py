@@ -33,6 +33,7 @@ class AsyncHeartbeat:
         self._timer: asyncio.TimerHandle | None = None
         self._fires_at = 0.0  # handles of uvloop do not always know their time
         self._task: asyncio.Task[list[Any]] | None = None
+        self._limit: asyncio.Timeout | None = None  # of the batch that is being sent
 
     @property
     def is_sending(self) -> bool:
@@ -42,6 +43,10 @@ class AsyncHeartbeat:
     def add(self, claim: Claim) -> None:
         """Extends a claim from now on."""
         self._arm_timer(self._schedule.add(claim))
+        limit = self._limit
+        if limit is not None and not limit.expired():
+            until = asyncio.get_running_loop().time() + reply_seconds([claim])
+            limit.reschedule(min(until, limit.when() or until))
 
     def discard(self, claim: Claim) -> None:
         """Stops extending a claim."""
@@ -100,11 +105,14 @@ class AsyncHeartbeat:
 
     async def _send(self, claims: Sequence[Claim]) -> list[Any]:
         try:
-            async with asyncio.timeout(reply_seconds(self._schedule.live())):  # the next batch waits for this one
+            seconds = reply_seconds(self._schedule.live())  # the next batch waits for this one
+            async with asyncio.timeout(seconds) as self._limit:
                 return await self._side.transport.send_batch([claim.extension() for claim in claims])
         except TimeoutError:
             self._side.close()  # the server does not reply on them
             raise
+        finally:
+            self._limit = None
 
     def _on_sent(self, claims: Sequence[Claim], sent_at: float, task: asyncio.Task[list[Any]]) -> None:
         self._task = None

@@ -237,7 +237,8 @@ class TestThread:
         assert outputs == [{"step": step} for step in "abcde"]
 
 
-def test_batch_without_reply_delays_no_shorter_lease_on_asyncio() -> None:
+@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+def test_batch_without_reply_delays_no_shorter_lease_on_asyncio(begins: str) -> None:
     """One batch is sent at a time, so the shortest lease limits those of the longer ones, too."""
     closed = threading.Event()
 
@@ -251,8 +252,13 @@ def test_batch_without_reply_delays_no_shorter_lease_on_asyncio() -> None:
         claims: list[Any] = [granted_claim(3_600), granted_claim(3)]
         for claim in claims:
             claim.extension = lambda: None
-            heartbeat._schedule.add(claim)
+        heartbeat._schedule.add(claims[0])
+        if begins == "before":
+            heartbeat._schedule.add(claims[1])
         heartbeat._start(claims[:1])
+        if begins == "meanwhile":
+            await asyncio.sleep(0)
+            heartbeat.add(claims[1])
         await until(closed.is_set)
         for claim in claims:
             heartbeat.discard(claim)
