@@ -57,7 +57,7 @@ def lapsed_claims(
     Args:
         limit: how many to return at most, from 1 to 1,000.
         after: how many to skip at the beginning: for the next page, the number of step runs that you have. If claims or
-            failures come or go in the meantime, one may be missed or repeated.
+            failures come or go in the meantime, or a run is corrupt, one may be missed or repeated.
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
         since: only leases that ended at or after this time, a datetime with a time zone; None: all.
@@ -118,7 +118,7 @@ def failed_steps(
     Args:
         limit: how many to return at most, from 1 to 1,000.
         after: how many to skip at the beginning: for the next page, the number of step runs that you have. If claims or
-            failures come or go in the meantime, one may be missed or repeated.
+            failures come or go in the meantime, or a run is corrupt, one may be missed or repeated.
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
         since: only failures at or after this time, a datetime with a time zone; None: all.
@@ -258,7 +258,7 @@ def _list(
     # The first entries are spread over the buckets, so a page needs one entry from most buckets. A second entry shows
     # whether there are more.
     first_page = MAX_LIMIT if listing.owner or wanted.is_selective else min(2 + needed // 400, MAX_LIMIT)
-    buckets = [Bucket(key, listing.mode, first_page) for key in indexes]
+    buckets = [Bucket(key, listing.mode, first_page, wanted.since_ms) for key in indexes]
     yield from load(buckets, _OPERATIONS[listing.mode])
     return (yield from select(context, listing, buckets, number, wanted))
 
@@ -356,18 +356,19 @@ class Bucket:
         entries: score and member of the entries that were loaded and not removed since, in the order of the listing.
         size: how many the next page has at most.
         has_more: whether further entries may exist.
-        last: the last entry that was loaded, after which the next page begins; None: nothing is loaded.
+        last: the last entry that was loaded, after which the next page begins; None: it begins with the first entry.
     """
 
     __slots__ = ("_mode", "entries", "has_more", "key", "last", "size")
 
-    def __init__(self, key: bytes, mode: Mode, size: int) -> None:
+    def __init__(self, key: bytes, mode: Mode, size: int, since_ms: float | None = None) -> None:
         self.key = key
         self._mode: Mode = mode
         self.size = size
         self.entries: deque[_Scored] = deque()
         self.has_more = True
-        self.last: _Scored | None = None
+        # Claims are listed from the earliest on. Before an entry of this score, since no member is empty.
+        self.last: _Scored | None = (since_ms, b"") if since_ms is not None and mode != "failed" else None
 
     def call(self, operation: str) -> Call[list[_Scored]]:
         """Reads the next page."""

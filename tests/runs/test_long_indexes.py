@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from datetime import datetime
 from math import inf
 from typing import Any
 
@@ -14,7 +16,7 @@ from support.internals import run_workflow
 from support.records import begun, runs_of_one_bucket
 from support.servers import wait_until
 
-from squidstep_redis import StepRun, StepRunStore
+from squidstep_redis import Call, StepRun, StepRunStore
 from squidstep_redis.operations.indexes import Bucket, Mode
 from squidstep_redis.operations.pacing import load
 from squidstep_redis.protocol.workflow import Workflow
@@ -66,6 +68,29 @@ class TestLongIndexes:
 
         assert store.lapsed_claims(1, run_id_prefix=neighbor.run_id) == [neighbor]
         assert store.lapsed_claims(1, step="pay") == [neighbor]
+
+    def test_listing_since_a_time_reads_no_earlier_claims(self, bench: Bench, store: StepRunStore) -> None:
+        older = self.lapse_many(bench, store, "run", 1_100)
+        newer = self.begin_neighbor(bench, store, lease=0.001)
+        bench.lapse(newer)
+        sent: list[Call[Any]] = []
+
+        def listing(since: datetime | None) -> Workflow[list[StepRun]]:
+            workflow = store.calls.lapsed_claims(1_000, since=since)
+            replies: Any = None
+            while True:
+                try:
+                    effect = workflow.send(replies)
+                except StopIteration as end:
+                    return end.value
+                sent.extend(effect.calls)
+                replies = yield effect
+
+        assert run_workflow(store, listing(newer.lease_ends_at)) == [newer]
+        indexes = {call.keys for call in sent if call.script.name == "list_index"}
+        assert Counter(call.script.name for call in sent) == {"list_index": len(indexes), "confirm_entry": 1}
+        first = min(older.values(), key=lambda claim: (claim.lease_ends_at, claim.step))
+        assert run_workflow(store, listing(first.lease_ends_at))[0] == first  # ended at that time
 
     def test_long_corrupt_run_does_not_hide_the_others(self, bench: Bench, store: StepRunStore) -> None:
         self.lapse_many(bench, store, "run", 1_100)
