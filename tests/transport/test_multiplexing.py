@@ -15,6 +15,7 @@ import pytest
 import redis.asyncio
 from support.address import Address
 from support.backends import Bench
+from support.claims import until
 from support.internals import plain_store, retry_for, shared_socket
 from support.proxy import Fault, Proxy
 from support.records import begun
@@ -262,7 +263,8 @@ class TestBoundedBuffers:
                 address.stall()
                 payload = {"data": b"x" * 60_000}
                 tasks = [asyncio.ensure_future(store.schedule_step("run", f"{n}", payload)) for n in range(1_000)]
-                await asyncio.sleep(0.5)
+                await until(lambda: largest > 0)  # the kernel's buffers are full
+                await asyncio.sleep(0.3)
                 assert not any(task.done() for task in tasks)
                 address.resume()
                 results = await asyncio.gather(*tasks)
