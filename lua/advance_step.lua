@@ -43,7 +43,8 @@ if lines[1] and lines[2] and not lines[3] and not lines[4] and not ARGV[13] then
     then
       created, completed = string.format("%d", created + 1), string.format("%d", completed + 1)
       call("ZADD", done, completed, from)
-      local ended = @DURATION(now, created_at, started)
+      local span = now - created_at - started
+      local ended = @DURATION(span)
       local last = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
       local line = @FIRST_CLAIM(token, lease, now, created, owner)
       local run = @RUN(created, completed)

@@ -26,19 +26,21 @@ local lines = not ARGV[SUCCESSORS] and try("HMGET", steps, "r", field, "w" .. st
 if lines and lines[1] and lines[2] and not lines[3] then
   local created, completed = string.match(lines[1], @READ_RUN .. "$")
   local claim, holder, lease, started, created_at, rest = string.match(lines[2], @READ_RUNNING)
+  local count = try("ZCARD", done)
   if
     created
+    and count == completed + 0
     and #created <= @MAX_DIGITS
     and holder == token
     and @ARE_SHORT(claim, holder, lease, started, created_at, rest)
-    and try("ZCARD", done) == completed + 0
     and (lease == "" or try("ZREM", claims, ARGV[5] .. step) == 1)
   then
     local time = call("TIME")
     local now = @NOW(time)
-    completed = string.format("%d", completed + 1)
+    completed = string.format("%d", count + 1)
     call("ZADD", done, completed, step)
-    local ended = @DURATION(now, created_at, started)
+    local span = now - created_at - started
+    local ended = @DURATION(span)
     local line = @STATE(@COMPLETED, claim, "", started, ended, created_at, rest)
     call("HSET", steps, "r", @RUN(created, completed), field, line, "o" .. step, ARGV[4])
     return "completed " .. ARGV[1] .. " " .. line

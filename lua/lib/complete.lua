@@ -21,7 +21,8 @@ local function complete(step, field, line, token, output)
   order[count + 1] = completed
   order[count + 2] = step
   if started ~= same_start or created ~= same_created then
-    same_start, same_created, ended = started, created, @DURATION(now, created, started)
+    local span = now - created - started
+    same_start, same_created, ended = started, created, @DURATION(span)
   end
   line = @STATE(@COMPLETED, claim, "", started, ended, created, rest)
   outputs[2 * count + 1] = field

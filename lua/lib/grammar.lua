@@ -37,9 +37,9 @@
 --   "(%d+)", @ANY_REST) .. "$"
 -- define MAX_DIGITS 13
 -- define HAS_SHORT_POSITION(rest) (#rest <= @MAX_DIGITS + 2 or string.find(rest, " ", 1, true) <= @MAX_DIGITS + 1)
--- Whether the numbers that READ_RUNNING matched have at most MAX_DIGITS; false also for two long ones in `claim`.
--- define ARE_SHORT(claim, holder, lease, started, created, rest) (#claim - #holder - 2 <= @MAX_DIGITS
---   and #lease <= @MAX_DIGITS and #started <= @MAX_DIGITS and #created <= @MAX_DIGITS and @HAS_SHORT_POSITION(rest))
+-- Whether the numbers that READ_RUNNING matched have at most MAX_DIGITS; false also if some have many together.
+-- define ARE_SHORT(claim, holder, lease, started, created, rest) (#claim - #holder + #lease + #started
+--   <= @MAX_DIGITS + 2 and #created <= @MAX_DIGITS and @HAS_SHORT_POSITION(rest))
 -- define READ_NEVER_CLAIMED "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
 --   @REST("%d+", "%S*", ""))
 -- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now,
@@ -61,8 +61,8 @@
 -- on text costs little.
 -- define NOW(time) time[1] .. string.sub(#time[2] == 6 and time[2] or string.sub("00000" .. time[2], -6), 1, 3)
 
--- The duration of an attempt, as text; 0 if the server's clock was set back.
--- define DURATION(now, created, started) string.format("%d", math.max(0, now - created - started))
+-- The duration of an attempt that has lasted for `span` (a local variable), as text; 0 if the server's clock was set back.
+-- define DURATION(span) string.format("%d", span > 0 and span or 0)
 
 -- Arguments of one redis.call: Lua's stack has room for about 8,000.
 -- define CHUNK 1000

@@ -68,9 +68,10 @@ local function has_expired(state, now)
 end
 
 local function end_attempt(state, status, now)
+  local span = now - state.created - state.started
   state.status = status
   state.lease = ""
-  state.ended = @DURATION(now, state.created, state.started)
+  state.ended = @DURATION(span)
 end
 
 -- The attempt was abandoned: it ended when its lease expired.
