@@ -262,7 +262,7 @@ class TestInvalidLine:
     @pytest.mark.parametrize(
         "part", [1, 2, 4, 5, 7, 8], ids=["attempt", "released", "lease", "started", "created", "position"]
     )
-    @pytest.mark.parametrize("digits", [14, 400, 5_000])
+    @pytest.mark.parametrize("digits", [14, 5_000])
     def test_number_with_too_many_digits_in_a_step_line_is_rejected(
         self, bench: Bench, store: StepRunStore, held: StepRun, part: int, digits: int
     ) -> None:
@@ -285,7 +285,7 @@ class TestInvalidLine:
             assert isinstance(of_held, CorruptRunError)
         assert bench.field("run", "sheld") == b" ".join(parts)
 
-    @pytest.mark.parametrize("digits", [14, 400])
+    @pytest.mark.parametrize("digits", [14, 5_000])
     def test_number_with_too_many_digits_in_the_run_line_is_rejected(
         self, bench: Bench, store: StepRunStore, held: StepRun, digits: int
     ) -> None:
