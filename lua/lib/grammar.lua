@@ -35,17 +35,20 @@
 --   "(%d+)", @ANY_REST) .. "$"
 -- define READ_RUNNING "^" .. @STATE(@RUNNING, "(" .. @CLAIM("%d+", "%d*", "(%S+)") .. ")", "(%d*)", "(%d*)", "",
 --   "(%d+)", @ANY_REST) .. "$"
--- define MAX_DIGITS 13
--- define HAS_SHORT_POSITION(rest) (#rest <= @MAX_DIGITS + 2 or string.find(rest, " ", 1, true) <= @MAX_DIGITS + 1)
--- Whether the numbers that READ_RUNNING matched have at most MAX_DIGITS; false also if some have many together.
--- define ARE_SHORT(claim, holder, lease, started, created, rest) (#claim - #holder + #lease + #started
---   <= @MAX_DIGITS + 2 and #created <= @MAX_DIGITS and @HAS_SHORT_POSITION(rest))
 -- define READ_NEVER_CLAIMED "^" .. @STATE(@PENDING, @CLAIM("0", "%d*", "%S*"), "%d*", "%d*", "%d*", "%d+",
 --   @REST("%d+", "%S*", ""))
 -- define PENDING_LINE(by, now, position) @STATE(@PENDING, @CLAIM("0", "", ""), "", "", "", now,
 --   @REST(position, by, ""))
 -- define FIRST_CLAIM(token, lease, now, position, owner) @STATE(@RUNNING, @CLAIM("1", "", token), lease, "0", "", now,
 --   @REST(position, "", owner))
+
+-- The digits of a number in a line, as in model.py. Whether the position has no more; and whether the numbers that
+-- READ_RUNNING matched have no more, false also if attempt and released have more together.
+-- define MAX_DIGITS 13
+-- define HAS_SHORT_POSITION(rest) (#rest <= @MAX_DIGITS + 2 or string.find(rest, " ", 1, true) <= @MAX_DIGITS + 1)
+-- define ARE_SHORT(claim, holder, lease, started, created, rest) (#created <= @MAX_DIGITS
+--   and (#claim - #holder + #lease + #started <= @MAX_DIGITS + 2
+--   or math.max(#claim - #holder - 2, #lease, #started) <= @MAX_DIGITS) and @HAS_SHORT_POSITION(rest))
 
 -- The mark of a step: a word of these letters. README.md says what each stands for.
 -- define AWAITED "w"
