@@ -9,7 +9,7 @@ import pytest
 from support.backends import Bench
 from support.records import begun, stored
 
-from squidstep_redis import Call, CorruptRunError, NewerFormatError, StaleStepRunError, StepRun, StepRunStore
+from squidstep_redis import Call, CorruptRunError, NewerFormatError, StepRun, StepRunStore
 
 # A run is in one slot, so a cluster adds nothing here.
 pytestmark = pytest.mark.servers("fakeredis", "valkey", "redis-7", "redis-6")
@@ -299,14 +299,18 @@ class TestInvalidLine:
     def test_text_that_is_not_utf8_in_a_step_line_is_reported(
         self, bench: Bench, store: StepRunStore, held: StepRun, part: int
     ) -> None:
-        key = bench.keys("run")[0]
-        parts = bench.backend.raw.hget(key, "sheld").split(b" ")
+        raw, keys = bench.backend.raw, bench.keys("run")[:3]
+        parts = raw.hget(keys[0], "sheld").split(b" ")
         parts[part] = b"\xff"
-        line = b" ".join(parts)
+        raw.hset(keys[0], "sheld", b" ".join(parts))
+        before = {key: raw.dump(key) for key in keys}
         for call in calls_with_the_claim(store, held):
-            bench.backend.raw.hset(key, "sheld", line)  # scripts do not check text: a call may have written
-            with pytest.raises((CorruptRunError, StaleStepRunError)):
-                store.send(call)
+            reply, read = store.batch([call, store.calls.get_step_run("run", "held")])
+            error = read if call.script.name == "advance_step" else reply  # whose reply is about the next step
+            assert isinstance(error, CorruptRunError), call.script.name
+            assert "field 'sheld'" in str(error)
+            for key in keys:  # scripts do not check text, so the call may have written
+                raw.restore(key, 0, before[key], replace=True)
 
     def test_largest_times_of_a_line_are_dates(self, bench: Bench, store: StepRunStore, held: StepRun) -> None:
         line = b"1f 1  t %b %b %b %b 1  ".replace(b"%b", b"9" * 13)
