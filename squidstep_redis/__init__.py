@@ -63,7 +63,7 @@ _NAMES = {
     ),
     "settings": ("StoreSettings",),
     "store": ("StepRunStore",),
-    "summaries": ("ClaimCounts", "RunPage", "RunSummary", "StepPage", "StoreOverview"),
+    "summaries": ("ClaimCounts", "RunPage", "RunSummary", "StepPage", "StepRunList", "StoreOverview"),
     "transport.events": ("Event",),
 }
 _WITHOUT_REDIS = ("errors", "explanations", "model", "summaries")

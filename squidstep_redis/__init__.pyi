@@ -193,6 +193,9 @@ from squidstep_redis.summaries import (
     StepPage as StepPage,
 )
 from squidstep_redis.summaries import (
+    StepRunList as StepRunList,
+)
+from squidstep_redis.summaries import (
     StoreOverview as StoreOverview,
 )
 from squidstep_redis.transport.events import (

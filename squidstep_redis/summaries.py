@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple
@@ -52,6 +52,19 @@ class RunSummary(NamedTuple):
         return self.problem is None and not unfinished
 
 
+class StepRunList(list[StepRun]):
+    """A page of the step runs of all runs.
+
+    Attributes:
+        cursor: of the next page; None if this is the last.
+    """
+
+    def __init__(self, step_runs: Iterable[StepRun] = (), cursor: str | None = None) -> None:
+        """Makes a list of step runs."""
+        super().__init__(step_runs)
+        self.cursor = cursor
+
+
 class StoreOverview(NamedTuple):
     """The state of the whole store.
 
@@ -70,9 +83,9 @@ class StoreOverview(NamedTuple):
     lapsed: int
     failed: int
     total: int
-    lapsed_claims: list[StepRun]
-    live_claims: list[StepRun]
-    failed_steps: list[StepRun]
+    lapsed_claims: StepRunList
+    live_claims: StepRunList
+    failed_steps: StepRunList
     runs: list[RunSummary]
 
 

@@ -86,7 +86,7 @@ def retry_command(
 
 
 def _failed_of_store(store: StepRunStore, filters: Filters, type_: str | None) -> list[tuple[str, str]]:
-    found, _ = read_filtered(store, store.failed_steps, filters, sys.maxsize, is_wanted=error_filter(type_))
+    found = read_filtered(store, store.failed_steps, filters, sys.maxsize, is_wanted=error_filter(type_))
     return [(each.run_id, each.step) for each in found]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from squidstep_redis import StepRun, StepRunStore
+from squidstep_redis import StepRun, StepRunList, StepRunStore
 from squidstep_redis.cli.options import label_option, run_prefix_option, since_option
 from squidstep_redis.escaping import escaped
 from squidstep_redis.formatting import error_type
@@ -79,12 +79,12 @@ def error_filter(type_: str | None) -> Callable[[StepRun], bool] | None:
 
 def read_filtered(
     store: StepRunStore,
-    read: Callable[..., list[StepRun]],
+    read: Callable[..., StepRunList],
     filters: Filters,
     limit: int,
-    after: int = 0,
+    cursor: str | None = None,
     is_wanted: Callable[[StepRun], bool] | None = None,
-) -> tuple[list[StepRun], int | None]:
+) -> StepRunList:
     """Reads up to `limit` steps, in pages.
 
     Args:
@@ -92,24 +92,25 @@ def read_filtered(
         read: The method of the store that lists steps.
         filters: The method's arguments, and labels, which the method does not support.
         limit: How many steps to return at most.
-        after: How many to skip.
+        cursor: Where to begin; None: with the first step.
         is_wanted: Rejects further steps.
 
     Returns:
-        The steps, and the `after` of the next page; None if there is none.
+        The steps, and the cursor of the next ones.
     """
     found: list[StepRun] = []
     conditions = [each for each in (is_wanted, filters.label_filter(store)) if each is not None]
     arguments = {name: value for name, value in filters._asdict().items() if name != "labels"}
+    size = _MAX_PAGE if conditions else limit
     while True:
-        size = _MAX_PAGE if conditions else min(_MAX_PAGE, limit - len(found))
-        page = read(size, after=after, payloads=False, **arguments)
-        for number, step_run in enumerate(page, 1):
-            if all(condition(step_run) for condition in conditions):
-                found.append(step_run)
-            if len(found) == limit:
-                is_last = number == len(page) < size
-                return found, None if is_last else after + number
-        after += len(page)
-        if len(page) < size:
-            return found, None
+        page = read(min(size, _MAX_PAGE), payloads=False, cursor=cursor, **arguments)
+        wanted = [number for number, each in enumerate(page, 1) if all(condition(each) for condition in conditions)]
+        left = limit - len(found)
+        if len(wanted) > left or (len(wanted) == left and wanted[-1] < len(page)):
+            size = wanted[left - 1]  # read the page again, up to the last step that is returned, for its cursor
+            continue
+        found += [page[number - 1] for number in wanted]
+        cursor = page.cursor
+        if cursor is None or len(found) == limit:
+            return StepRunList(found, cursor)
+        size = _MAX_PAGE if conditions else limit - len(found)

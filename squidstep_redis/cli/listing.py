@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from squidstep_redis import RunPage, RunSummary, StepRun, StepRunStore, StepStatus
+from squidstep_redis import RunPage, RunSummary, StepRun, StepRunList, StepRunStore, StepStatus
 from squidstep_redis.cli.cancel import format_cancellation
 from squidstep_redis.cli.connect import store_or_exit
 from squidstep_redis.cli.filters import Filters, error_filter, filter_options, read_filtered
@@ -42,9 +42,7 @@ _MAX_PAGE = 1_000
 limit_option = click.option(
     "--limit", default=100, show_default=True, type=click.IntRange(1, 100_000), help="The maximum number of steps."
 )
-after_option = click.option(
-    "--after", default=0, type=click.IntRange(0), metavar="N", help="Skip N steps: for the next page."
-)
+cursor_option = click.option("--cursor", help="Start at this cursor, which the previous page printed.")
 
 
 @click.command("runs", epilog="Example: squidstep runs --label tenant=acme --status failed --since 2h")
@@ -58,7 +56,7 @@ after_option = click.option(
 @click.option("--until", type=Since(), metavar="TIME", help="Only runs that were created before then.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="How many runs at most.")
 @click.option("--all", "every", is_flag=True, help="All runs, without a limit.")
-@click.option("--cursor", help="Start at this cursor, which the previous page printed.")
+@cursor_option
 @json_option
 def runs_command(
     options: StoreOptions,
@@ -154,9 +152,9 @@ def _format_state(summary: RunSummary) -> Text:
 @store_options
 @filter_options("leases that ended")
 @limit_option
-@after_option
+@cursor_option
 @json_option
-def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: int, as_json: bool) -> None:
+def stuck_command(options: StoreOptions, filters: Filters, limit: int, cursor: str | None, as_json: bool) -> None:
     """Lists running steps whose lease has expired.
 
     The longest expired lease comes first. The next delivery of such a step takes it over. If steps stay in this list,
@@ -169,8 +167,8 @@ def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: in
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
-        found, following = read_filtered(store, store.lapsed_claims, filters, limit, after)
-        total = None if filters.are_given or following is None else store.count_claims().lapsed
+        found = read_filtered(store, store.lapsed_claims, filters, limit, cursor)
+        total = None if filters.are_given or cursor or found.cursor is None else store.count_claims().lapsed
     if as_json:
         print_json([as_listed(step_run) for step_run in found])
     elif found:
@@ -180,7 +178,7 @@ def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: in
             lease = Text(format_lease(step_run).removeprefix("lease "), "magenta")
             table.add_row(*(Text(escaped(name)) for name in names), str(step_run.attempt), lease)
         print_text(table)
-    _print_rest(len(found), after, following, total, "stuck steps")
+    _print_rest(found, total, "stuck steps")
     sys.exit(1 if found else 0)
 
 
@@ -189,7 +187,7 @@ def stuck_command(options: StoreOptions, filters: Filters, limit: int, after: in
 @filter_options("steps that failed")
 @click.option("--type", "type_", metavar="TYPE", help="Only steps whose error has this type.")
 @limit_option
-@after_option
+@cursor_option
 @click.option("--by-type", is_flag=True, help="Group the steps by the type of their error.")
 @click.option("--full", is_flag=True, help="Do not cut errors.")
 @json_option
@@ -198,7 +196,7 @@ def failed_command(
     filters: Filters,
     type_: str | None,
     limit: int,
-    after: int,
+    cursor: str | None,
     by_type: bool,
     full: bool,
     as_json: bool,
@@ -215,9 +213,9 @@ def failed_command(
       2  the server is unreachable
     """  # noqa: D301 -- \b is click's own
     with store_or_exit(options) as store:
-        found, following = read_filtered(store, store.failed_steps, filters, limit, after, error_filter(type_))
-        is_filtered = filters.are_given or type_ is not None
-        total = None if is_filtered or following is None else store.count_failed()
+        found = read_filtered(store, store.failed_steps, filters, limit, cursor, error_filter(type_))
+        is_part = filters.are_given or type_ is not None or cursor is not None
+        total = None if is_part or found.cursor is None else store.count_failed()
     groups: defaultdict[str, list[StepRun]] = defaultdict(list)
     for step_run in found:
         groups[error_type(step_run)].append(step_run)
@@ -231,7 +229,7 @@ def failed_command(
         _print_groups(largest_first, longest)
     elif found:
         _print_failed(found, longest)
-    _print_rest(len(found), after, following, total, "failed steps")
+    _print_rest(found, total, "failed steps")
     sys.exit(1 if found else 0)
 
 
@@ -254,12 +252,13 @@ def _print_groups(groups: list[tuple[str, list[StepRun]]], longest: int) -> None
     print_text(table)
 
 
-def _print_rest(shown: int, after: int, following: int | None, total: int | None, what: str) -> None:
+def _print_rest(found: StepRunList, total: int | None, what: str) -> None:
     """Prints to stderr that a list is incomplete, and how to see the rest."""
-    if following is None or (total is not None and after + shown >= total):
+    if found.cursor is None:
         return
+    shown = len(found)
     many = f"{shown:,} of about {total:,} {what}" if total is not None else f"{shown:,} {what}; there may be more"
-    sys.stderr.write(f"{many}: use --after {following} for the next page, or a larger --limit\n")
+    sys.stderr.write(f"{many}: use --cursor {found.cursor} for the next page, or a larger --limit\n")
 
 
 @click.command("stats", epilog="Example: squidstep stats --all")

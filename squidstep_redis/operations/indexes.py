@@ -7,134 +7,141 @@ entry that this library did not write, or that is in the index of another bucket
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Iterator
 from datetime import datetime
-from itertools import islice
-from typing import Any, Final, Literal, NamedTuple
+from itertools import islice, takewhile
+from typing import Any, Final, NamedTuple
 
 from squidstep_redis.errors import CorruptRunError
 from squidstep_redis.model import StepRun
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.cursors import format_cursor, parse_cursor
 from squidstep_redis.operations.pacing import CALL_WORK, in_batches, load
-from squidstep_redis.operations.reads import MAX_LIMIT, pairs
+from squidstep_redis.operations.reads import MAX_LIMIT
+from squidstep_redis.operations.step_index import Bucket, Entry, Mode, rank
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Step
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.keys import member_prefix, parse_member
 from squidstep_redis.protocol.scripts import script
 from squidstep_redis.protocol.workflow import Workflow, raise_first_error
-from squidstep_redis.summaries import ClaimCounts
-
-Mode = Literal["failed", "lapsed", "live"]
-_Position = tuple[bytes, bytes]  # an index, and a member of it
-_Scored = tuple[float, bytes]  # a score and a member
+from squidstep_redis.summaries import ClaimCounts, StepRunList
 
 _OPERATIONS: Final[dict[Mode, str]] = {"failed": "failed_steps", "lapsed": "lapsed_claims", "live": "live_claims"}
 
-_MAX_SKIPPED: Final = 10**7
 _VERIFY_WORK: Final = 30
 _MAX_VERIFIED: Final = 100  # entries that are verified at once, after entries that were not wanted
-_GROWTH: Final = 8  # each further page of a bucket is this many times as large
 
 
 def lapsed_claims(
     context: Context,
     limit: int = 100,
     *,
-    after: int = 0,
     run_id_prefix: str = "",
     step: Step | None = None,
     since: datetime | None = None,
     payloads: bool = True,
-) -> Workflow[list[StepRun]]:
+    cursor: str | None = None,
+) -> Workflow[StepRunList]:
     """Lists step runs whose lease has expired and that no worker has taken over, earliest expiry first.
 
     Usually six round trips: five read the index of each of 1,024 buckets, and one verifies the entries against their
     records; 130 at once. If many entries are in one bucket or are not wanted, more are read, 1,000 of a bucket at once.
     An entry without its record, or that this library did not write, is dropped from the index.
 
+    The next page continues where this one ends, even if claims were taken over, ended or lapsed in between.
+
     Args:
         limit: how many to return at most, from 1 to 1,000.
-        after: how many to skip at the beginning: for the next page, the number of step runs that you have. If claims or
-            failures come or go in the meantime, or a run is corrupt, one may be missed or repeated.
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
         since: only leases that ended at or after this time, a datetime with a time zone; None: all.
         payloads: whether to read inputs and progress. Without them, a list of steps with large inputs takes as long as
             one with small ones, and reading one raises PayloadNotReadError. The error of a failed step is always read.
+        cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
-        The step runs; they carry no claim.
+        The page, a list of step runs, and as its `cursor` that of the next page: None after the last. They carry no
+        claim.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    wanted = _wanted(after, run_id_prefix, step, since)
-    return _list(context, Listing("lapsed", payloads), context.keys.claims(), limit, wanted)
+    wanted = _wanted(run_id_prefix, step, since)
+    return _list(context, Listing("lapsed", payloads), context.keys.claims(), limit, cursor, wanted)
 
 
 def live_claims(
-    context: Context, limit: int = 100, *, owner: str | None = None, payloads: bool = True
-) -> Workflow[list[StepRun]]:
+    context: Context,
+    limit: int = 100,
+    *,
+    owner: str | None = None,
+    payloads: bool = True,
+    cursor: str | None = None,
+) -> Workflow[StepRunList]:
     """Lists step runs that are running under a lease that has not expired, soonest expiry first.
 
     Usually six round trips, like `lapsed_claims`. With `owner`, one more for about every 100 live claims of others.
+
+    The next page continues where this one ends. A claim that was extended in between may be on it again.
 
     Args:
         limit: how many to return at most, from 1 to 1,000.
         owner: only this owner's claims, as given to `begin_step`; None: every owner's.
         payloads: whether to read inputs and progress. Without them, a list of steps with large inputs takes as long as
             one with small ones, and reading one raises PayloadNotReadError. The error of a failed step is always read.
+        cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
-        The step runs; they carry no claim.
+        The page, a list of step runs, and as its `cursor` that of the next page: None after the last. They carry no
+        claim.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    return _list(context, Listing("live", payloads, arguments.owner(owner)), context.keys.claims(), limit)
+    return _list(context, Listing("live", payloads, arguments.owner(owner)), context.keys.claims(), limit, cursor)
 
 
 def failed_steps(
     context: Context,
     limit: int = 100,
     *,
-    after: int = 0,
     run_id_prefix: str = "",
     step: Step | None = None,
     since: datetime | None = None,
     payloads: bool = True,
-) -> Workflow[list[StepRun]]:
+    cursor: str | None = None,
+) -> Workflow[StepRunList]:
     """Lists failed step runs, newest failure first. The index holds the newest 1,000 of each of 1,024 buckets.
 
     Usually six round trips: five read the index of each bucket, and one verifies the entries against their records; 130
     at once. An entry without its record, or that this library did not write, is dropped from the index.
 
+    The next page continues where this one ends, even if steps were retried or failed in between.
+
     Args:
         limit: how many to return at most, from 1 to 1,000.
-        after: how many to skip at the beginning: for the next page, the number of step runs that you have. If claims or
-            failures come or go in the meantime, or a run is corrupt, one may be missed or repeated.
         run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
         step: only steps of this name, a non-empty str of at most 512 bytes of UTF-8, or an enum member; None: all.
         since: only failures at or after this time, a datetime with a time zone; None: all.
         payloads: whether to read inputs and progress. Without them, a list of steps with large inputs takes as long as
             one with small ones, and reading one raises PayloadNotReadError. The error of a failed step is always read.
+        cursor: `cursor` of the previous page; None: the first page.
 
     Returns:
-        The step runs.
+        The page, a list of step runs, and as its `cursor` that of the next page: None after the last.
 
     Raises:
         InvalidArgumentError: an argument was rejected before anything was sent.
         CorruptRunError: an index key has a value of another type.
         ServerError: the server or the connection failed.
     """
-    wanted = _wanted(after, run_id_prefix, step, since)
-    return _list(context, Listing("failed", payloads), context.keys.failed(), limit, wanted)
+    wanted = _wanted(run_id_prefix, step, since)
+    return _list(context, Listing("failed", payloads), context.keys.failed(), limit, cursor, wanted)
 
 
 def count_claims(context: Context) -> Workflow[ClaimCounts]:
@@ -203,21 +210,25 @@ def drop_stale_entries(context: Context) -> Workflow[None]:
 
 
 class _Wanted(NamedTuple):
-    """Which entries of a listing are returned."""
+    """Which entries of a listing are returned.
 
-    after: int = 0
+    Attributes:
+        run_id_prefix: only of runs whose id has this prefix; empty: of all runs.
+        step: only of this step; None: of all steps.
+        since_ms: only from this score on; None: all. It is not for `includes`: the listing begins or ends there.
+    """
+
     run_id_prefix: bytes = b""
     step: bytes | None = None
     since_ms: float | None = None
 
     @property
     def is_selective(self) -> bool:
-        return self[1:] != _ALL[1:]
+        """Whether it excludes some entries between others."""
+        return bool(self.run_id_prefix) or self.step is not None
 
-    def includes(self, entry: _Entry) -> bool:
+    def includes(self, entry: Entry) -> bool:
         """Whether the entry may be returned. One that names no step is included, so that it is verified and dropped."""
-        if self.since_ms is not None and entry.score < self.since_ms:
-            return False
         names = parse_member(entry.member) if self.is_selective else None
         if names is None:
             return True
@@ -228,12 +239,11 @@ class _Wanted(NamedTuple):
 _ALL: Final = _Wanted()
 
 
-def _wanted(after: int, run_id_prefix: str, step: Step | None, since: datetime | None) -> _Wanted:
+def _wanted(run_id_prefix: str, step: Step | None, since: datetime | None) -> _Wanted:
     """Checks the arguments."""
-    skipped = arguments.integer("after", after, _MAX_SKIPPED, minimum=0)
     prefix = arguments.run_id_prefix(run_id_prefix)
     name = None if step is None else arguments.step(step).data
-    return _Wanted(skipped, prefix, name, arguments.moment_ms("since", since))
+    return _Wanted(prefix, name, arguments.moment_ms("since", since))
 
 
 class Listing(NamedTuple):
@@ -251,45 +261,62 @@ class Listing(NamedTuple):
 
 
 def _list(
-    context: Context, listing: Listing, indexes: list[bytes], limit: int, wanted: _Wanted = _ALL
-) -> Workflow[list[StepRun]]:
+    context: Context,
+    listing: Listing,
+    indexes: list[bytes],
+    limit: int,
+    cursor: str | None,
+    wanted: _Wanted = _ALL,
+) -> Workflow[StepRunList]:
     number = arguments.integer("limit", limit, MAX_LIMIT)
-    needed = wanted.after + number
+    begin = parse_cursor(cursor)
+    if wanted.since_ms is not None and listing.mode != "failed":  # earliest first
+        earliest = wanted.since_ms, b""  # before all entries of this score, since no member is empty
+        begin = earliest if begin is None else max(begin, earliest)
     # The first entries are spread over the buckets, so a page needs one entry from most buckets. A second entry shows
     # whether there are more.
-    first_page = MAX_LIMIT if listing.owner or wanted.is_selective else min(2 + needed // 400, MAX_LIMIT)
-    buckets = [Bucket(key, listing.mode, first_page, wanted.since_ms) for key in indexes]
+    first_page = MAX_LIMIT if listing.owner or wanted.is_selective else min(2 + number // 400, MAX_LIMIT)
+    buckets = [Bucket(key, listing.mode, first_page, begin) for key in indexes]
     yield from load(buckets, _OPERATIONS[listing.mode])
     return (yield from select(context, listing, buckets, number, wanted))
 
 
 def select(
     context: Context, listing: Listing, buckets: list[Bucket], number: int, wanted: _Wanted = _ALL
-) -> Workflow[list[StepRun]]:
+) -> Workflow[StepRunList]:
     """Returns the step runs of the first entries of all buckets. The first page of each bucket is loaded."""
-    found: dict[_Position, StepRun] = {}  # an entry whose score has grown since it was loaded is loaded again
-    to_skip, size = wanted.after, number
+    # By index and member: an entry whose score has grown since it was loaded is loaded again.
+    found: dict[tuple[bytes, bytes], tuple[Entry, StepRun]] = {}
+    since_ms = wanted.since_ms if listing.mode == "failed" else None  # newest first: the listing ends there
+    size = number
     while True:
-        merged = heapq.merge(*(each.remaining() for each in buckets), key=_rank, reverse=listing.mode == "failed")
+        merged = heapq.merge(*(each.remaining() for each in buckets), key=rank, reverse=listing.mode == "failed")
+        if since_ms is not None:
+            merged = takewhile(lambda entry: entry.score >= since_ms, merged)
         settled = list(_settled(merged))
         candidates = [each for each in settled if wanted.includes(each)]
-        to_skip, candidates = max(to_skip - len(candidates), 0), candidates[to_skip:]
         while candidates:
-            found |= yield from _verify_all(context, listing, candidates[:size])
+            for entry, step_run in (yield from _verify_all(context, listing, candidates[:size])):
+                found.setdefault(entry.position, (entry, step_run))
+            candidates = candidates[size:]
             if len(found) >= number:
-                return list(found.values())[:number]
-            size, candidates = max(size, min(2 * size, _MAX_VERIFIED)), candidates[size:]
+                page = list(found.values())[:number]
+                last, _ = page[-1]
+                is_last = len(found) == number and not candidates and not settled[-1].is_last_loaded
+                cursor = None if is_last else format_cursor(last.score, last.member)
+                return StepRunList((step_run for _, step_run in page), cursor)
+            size = max(size, min(2 * size, _MAX_VERIFIED))
         # Load more entries of the buckets that may have the missing ones.
-        following = islice(merged, min(to_skip + number, MAX_LIMIT))
+        following = islice(merged, min(number, MAX_LIMIT))
         incomplete = [each.bucket for each in (*settled[-1:], *following) if each.is_last_loaded]
         if not incomplete:
-            return list(found.values())
+            return StepRunList(step_run for _, step_run in found.values())
         for each in settled:
             each.bucket.entries.popleft()
         yield from _load_more(incomplete, _OPERATIONS[listing.mode])
 
 
-def _settled(merged: Iterator[_Entry]) -> Iterator[_Entry]:
+def _settled(merged: Iterator[Entry]) -> Iterator[Entry]:
     """Yields entries up to the last loaded one of an incomplete bucket: entries that are not loaded may come next."""
     for entry in merged:
         yield entry
@@ -302,18 +329,18 @@ def _load_more(buckets: list[Bucket], operation: str) -> Workflow[None]:
     return load(buckets, operation, CALL_WORK + max((each.size for each in buckets), default=0))
 
 
-def _verify_all(context: Context, listing: Listing, entries: list[_Entry]) -> Workflow[dict[_Position, StepRun]]:
-    """Verifies entries against their records; returns the step runs of those that are listed."""
+def _verify_all(context: Context, listing: Listing, entries: list[Entry]) -> Workflow[list[tuple[Entry, StepRun]]]:
+    """Verifies entries against their records; returns those that are listed, with their step runs."""
     results: list[Any] = []
     for batch in in_batches([_verify(context, listing, each) for each in entries], _VERIFY_WORK):
         results += yield batch
     for result in results:
         if isinstance(result, Exception) and not isinstance(result, CorruptRunError):
             raise result  # a corrupt run must not hide the others
-    return {each.position: result for each, result in zip(entries, results, strict=True) if isinstance(result, StepRun)}
+    return [(each, result) for each, result in zip(entries, results, strict=True) if isinstance(result, StepRun)]
 
 
-def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun | None]:
+def _verify(context: Context, listing: Listing, entry: Entry) -> Call[StepRun | None]:
     """Reads the step run of an entry; returns None if it is not listed."""
     mode, payloads, owner = listing
     names = parse_member(entry.member)
@@ -339,7 +366,7 @@ def _verify(context: Context, listing: Listing, entry: _Entry) -> Call[StepRun |
     )
 
 
-def _drop(mode: Mode, entry: _Entry) -> Call[None]:
+def _drop(mode: Mode, entry: Entry) -> Call[None]:
     """Drops an entry that refers to no record."""
 
     def parse(_: Reply) -> None:
@@ -347,80 +374,3 @@ def _drop(mode: Mode, entry: _Entry) -> Call[None]:
 
     args = (new_nonce(), entry.member)
     return Call(None, script("drop_entry"), (entry.bucket.key,), args, parse, part_of=_OPERATIONS[mode])
-
-
-class Bucket:
-    """The index of one bucket, as far as it is loaded.
-
-    Attributes:
-        entries: score and member of the entries that were loaded and not removed since, in the order of the listing.
-        size: how many the next page has at most.
-        has_more: whether further entries may exist.
-        last: the last entry that was loaded, after which the next page begins; None: it begins with the first entry.
-    """
-
-    __slots__ = ("_mode", "entries", "has_more", "key", "last", "size")
-
-    def __init__(self, key: bytes, mode: Mode, size: int, since_ms: float | None = None) -> None:
-        self.key = key
-        self._mode: Mode = mode
-        self.size = size
-        self.entries: deque[_Scored] = deque()
-        self.has_more = True
-        # Claims are listed from the earliest on. Before an entry of this score, since no member is empty.
-        self.last: _Scored | None = (since_ms, b"") if since_ms is not None and mode != "failed" else None
-
-    def call(self, operation: str) -> Call[list[_Scored]]:
-        """Reads the next page."""
-        position = (b"", b"") if self.last is None else (repr(self.last[0]).encode(), self.last[1])
-        args = (new_nonce(), b"%d" % self.size, self._mode.encode(), *position)
-        return Call(None, script("list_index"), (self.key,), args, _entries_of, part_of=operation)
-
-    def load(self, part: list[_Scored]) -> int:
-        """Adds a page that was read; returns the server's work, in entries scanned."""
-        if part:
-            self.entries += part
-            self.last = part[-1]
-        self.has_more = len(part) >= self.size
-        self.size = min(_GROWTH * self.size, MAX_LIMIT)
-        return CALL_WORK + len(part)
-
-    def load_first(self, flat: list[Any], count: int) -> None:
-        """Adds the first entry, and sets how many entries there are."""
-        self.load(_scored(flat))
-        self.has_more = len(self.entries) < count
-
-    def remaining(self) -> Iterator[_Entry]:
-        """Yields the entries, each with its bucket."""
-        return (_Entry(score, member, self) for score, member in self.entries)
-
-
-class _Entry(NamedTuple):
-    """An entry among those of all buckets."""
-
-    score: float
-    member: bytes
-    bucket: Bucket
-
-    @property
-    def position(self) -> _Position:
-        """The entry's index and member: a member that is foreign in one index may be valid in another."""
-        return self.bucket.key, self.member
-
-    @property
-    def is_last_loaded(self) -> bool:
-        """Whether its bucket may have further entries right after it."""
-        return self.bucket.has_more and _rank(self) == self.bucket.last
-
-
-def _rank(entry: _Entry) -> _Scored:
-    return entry[:2]
-
-
-def _scored(flat: list[Any]) -> list[_Scored]:
-    """Returns the entries of a flat reply: member, score, …."""
-    return [(float(score), member) for member, score in pairs(flat)]
-
-
-def _entries_of(reply: Reply) -> list[_Scored]:
-    return _scored(reply[2])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from datetime import datetime
 from math import ceil
 from typing import Final, cast
 
-from squidstep_redis.errors import InvalidArgumentError, described
 from squidstep_redis.model import STATUS, StepStatus
 from squidstep_redis.operations.context import Context
+from squidstep_redis.operations.cursors import format_cursor, parse_cursor
 from squidstep_redis.operations.pacing import load
 from squidstep_redis.operations.reads import MAX_LIMIT
-from squidstep_redis.operations.run_index import Bucket, Entry, Position, Selection
+from squidstep_redis.operations.run_index import Bucket, Entry, Position, Selection, listed_at
 from squidstep_redis.operations.runs import checked_status, scan_runs
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.arguments import Labels
@@ -22,7 +20,6 @@ from squidstep_redis.protocol.labels import labels_data
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.summaries import RunPage, RunSummary
 
-_CURSOR: Final = re.compile(r"(\d{1,15})-([\w-]{0,700}={0,2})")
 _LOOKED_AT: Final = 3  # runs of each bucket whose steps are looked at first
 _MAX_LOOKED_AT: Final = 6_000  # for one page
 _MAX_READ_IN_ALL: Final = 1_000  # runs that are read for one page; with a status, usually only those that have it
@@ -71,7 +68,7 @@ def runs(
     wanted = checked_status(status)
     selection = _selection(labels, run_id_prefix, since, until, wanted)
     full = arguments.integer("limit", limit, MAX_LIMIT)
-    return _list(context, selection, wanted, full, _parse_cursor(cursor))
+    return _list(context, selection, wanted, full, _position(cursor))
 
 
 def count_runs(
@@ -204,18 +201,10 @@ def _selection(
 
 
 def _cursor(position: Position) -> str:
-    return f"{-position[0]}-{urlsafe_b64encode(position[1]).decode()}"
+    return format_cursor(-position[0], position[1])
 
 
-def _parse_cursor(cursor: object) -> Position | None:
+def _position(cursor: object) -> Position | None:
     """Returns the position of a cursor that a caller passed; None for the first page."""
-    if cursor is None:
-        return None
-    match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
-    try:
-        if match is None:
-            raise ValueError
-        return -int(match[1]), urlsafe_b64decode(match[2])
-    except ValueError:
-        problem = f"must be the cursor of another page, not {described(cursor)}"
-        raise InvalidArgumentError("cursor", problem) from None
+    parsed = parse_cursor(cursor)
+    return None if parsed is None else (-listed_at(parsed[0]), parsed[1])

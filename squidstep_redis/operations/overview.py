@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from squidstep_redis.operations.context import Context
-from squidstep_redis.operations.indexes import Bucket, Listing, select
+from squidstep_redis.operations.indexes import Listing, select
 from squidstep_redis.operations.listing import read_page
 from squidstep_redis.operations.pacing import CALL_WORK, load
 from squidstep_redis.operations.reads import MAX_LIMIT
 from squidstep_redis.operations.run_index import ALL
 from squidstep_redis.operations.run_index import Bucket as BucketOfRuns
+from squidstep_redis.operations.step_index import Bucket
 from squidstep_redis.protocol import arguments
 from squidstep_redis.protocol.call import Call, Reply, new_nonce
 from squidstep_redis.protocol.scripts import script

@@ -120,7 +120,7 @@ class Bucket:
         return taken
 
 
-def listed_at(score: bytes) -> int:
+def listed_at(score: bytes | float) -> int:
     """Returns the milliseconds by which an entry is listed. A score that is out of range is clamped."""
     return int(min(max(float(score), 0), _LATEST))
 

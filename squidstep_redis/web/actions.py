@@ -59,10 +59,7 @@ class Actions:
         form = await self._form(request)
         prefix, step, type_ = form.get("q", ""), form.get("step") or None, _required(form, "type")
         until = _moment(_required(form, "until"))
-        after = _required(form, "after")
-        if not (after.isascii() and after.isdigit() and len(after) <= 7):
-            raise InvalidArgumentError("after", "must be a number of at most seven digits")
-        failures = await self._reader.failures(prefix, step, int(after))
+        failures = await self._reader.failures(prefix, step, form.get("cursor") or None)
         chosen = [
             each
             for group in group_by_type(failures)

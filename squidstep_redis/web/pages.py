@@ -175,8 +175,8 @@ class Pages:
         """Lists failed steps, grouped by the types of their errors."""
         query = request.query_params
         prefix, step, type_ = query.get("q", "").strip(), query.get("step") or None, query.get("type") or None
-        after = _count(request, "after")
-        failures = await self._reader.failures(prefix, step, after)
+        cursor = query.get("cursor") or None
+        failures = await self._reader.failures(prefix, step, cursor)
         groups = [group for group in group_by_type(failures) if type_ in (None, group.type)]
         context = {
             "groups": groups,
@@ -184,12 +184,10 @@ class Pages:
             "prefix": prefix,
             "step": step,
             "type": type_,
-            "after": after,
+            "cursor": cursor,
             "until": _newest(groups),
-            "first": after + 1,
-            "last": after + len(failures),
-            "has_more": len(failures) == FAILURES_PER_PAGE,
-            "per_page": FAILURES_PER_PAGE,
+            "shown": len(failures),
+            "next": failures.cursor,
             "retried": _count(request, "retried") if "retried" in query else None,
             "refused": _count(request, "refused"),
             "now": datetime.now(UTC),

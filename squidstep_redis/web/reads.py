@@ -14,6 +14,7 @@ from squidstep_redis import (
     RunSummary,
     StepExplanation,
     StepRun,
+    StepRunList,
     StoreOverview,
     UndecodablePayloadError,
 )
@@ -217,16 +218,16 @@ class Reader:
         """Reads the record of a step, with its payloads; None if there is none."""
         return await self._store.get_step_run(run_id, step)
 
-    async def failures(self, run_id_prefix: str, step: str | None, after: int) -> list[StepRun]:
+    async def failures(self, run_id_prefix: str, step: str | None, cursor: str | None) -> StepRunList:
         """Reads a page of failed steps, newest failure first.
 
         Args:
             run_id_prefix: only of runs whose id begins with it; empty: of all runs.
             step: only steps of this name; None: all.
-            after: how many failures to skip.
+            cursor: of the page; None: the first page.
         """
         return await self._store.failed_steps(
-            FAILURES_PER_PAGE, after=after, run_id_prefix=run_id_prefix, step=step, payloads=False
+            FAILURES_PER_PAGE, run_id_prefix=run_id_prefix, step=step, payloads=False, cursor=cursor
         )
 
     async def _attempts(self, run_id: str, steps: list[str]) -> list[list[Attempt]]:

@@ -65,17 +65,40 @@ class TestLimits:
         fill(store, 105)
         options = options_of(server, store)
 
-        first, second = run(command, *options), run(command, "--after", "100", *options)
+        first = run(command, *options)
 
         assert len(first.stdout.splitlines()) == 1 + 100
-        assert f"100 of about 105 {command} steps: use --after 100 for the next page" in first.stderr
+        following = re.search(rf"100 of about 105 {command} steps: use --cursor (\S+) for the next page", first.stderr)
+        assert following is not None
+        second = run(command, "--cursor", following[1], *options)
         assert (len(second.stdout.splitlines()), second.stderr) == (1 + 5, "")
         rows = first.stdout.splitlines()[1:] + second.stdout.splitlines()[1:]
         assert len({match[0] for row in rows if (match := re.search(r"run-\d+", row))}) == 105
         filtered = run(command, "--run-prefix", "run-", *options)
-        assert f"100 {command} steps; there may be more: use --after 100" in filtered.stderr
+        assert f"100 {command} steps; there may be more: use --cursor" in filtered.stderr
         everything = run(command, "--limit", "2000", *options)
         assert (len(everything.stdout.splitlines()), everything.stderr) == (1 + 105, "")
+
+    @pytest.mark.parametrize("options", [("--label", "tenant=acme"), ("--type", "Declined")])
+    def test_cursor_of_a_filtered_list_continues_after_its_last_step(
+        self, server: EmbeddedServer, store: StepRunStore, options: tuple[str, str]
+    ) -> None:
+        for number in range(14):
+            is_wanted = number % 2 == 0
+            labels = {"tenant": "acme" if is_wanted else "other"}
+            claim = store.begin_step(f"run-{number:02}", "pay", {}, labels=labels).step_run
+            store.fail_step(claim, {"type": "Declined" if is_wanted else "Late"})
+
+        found, cursor = [], []
+        while cursor is not None:
+            ended = run("failed", *options, "--limit", "3", *cursor, *options_of(server, store))
+            found.append(re.findall(r"run-\d+", ended.stdout))
+            following = re.search(r"--cursor (\S+) for the next page", ended.stderr)
+            cursor = None if following is None else ["--cursor", following[1]]
+
+        wanted = [f"run-{number:02}" for number in range(12, -1, -2)]
+        assert [run for page in found for run in page] == wanted
+        assert [len(page) for page in found[:2]] == [3, 3]
 
     def test_groups_say_that_they_are_not_complete(self, server: EmbeddedServer, store: StepRunStore) -> None:
         fail_many(store, 12)
@@ -225,9 +248,10 @@ class TestFilters:
         store.schedule_step("query", "pay", {}, labels={"query": "a=b, c"})
         assert run("runs", "--label", "query=a=b, c", *options).stdout.splitlines()[1].startswith("query ")
 
-    @pytest.mark.parametrize("cursor", ["nonsense", "1", "1-?", ""])
-    def test_invalid_cursor_is_rejected(self, server: EmbeddedServer, cursor: str) -> None:
-        ended = run("runs", "--cursor", cursor, "-u", server.url)
+    @pytest.mark.parametrize("cursor", ["nonsense", "1", "1:?", ""])
+    @pytest.mark.parametrize("command", ["runs", "stuck", "failed"])
+    def test_invalid_cursor_is_rejected(self, server: EmbeddedServer, command: str, cursor: str) -> None:
+        ended = run(command, "--cursor", cursor, "-u", server.url)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert "cursor: must be the cursor of another page" in ended.stderr
 

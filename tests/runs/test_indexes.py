@@ -220,15 +220,17 @@ class TestLapsedClaimsAndFailedSteps:
         for read, suffix in ((store.failed_steps, ""), (store.lapsed_claims, "-dead")):
             everything = read()
             assert len(everything) == 12
-            assert [step_run for after in range(0, 15, 5) for step_run in read(5, after=after)] == everything
+            first = read(5)
+            assert first + read(7, cursor=first.cursor) == everything
             orders = [each for each in everything if each.run_id.startswith("order-")]
             assert read(run_id_prefix="order-") == orders
-            assert read(2, run_id_prefix="order-", after=1) == orders[1:3]
+            assert read(2, run_id_prefix="order-", cursor=read(1, run_id_prefix="order-").cursor) == orders[1:3]
             assert read(step=f"step-1{suffix}") == [each for each in everything if each.step == f"step-1{suffix}"]
             times = [each.ended_at or each.lease_ends_at for each in everything]
-            assert read(since=times[6]) == [
-                each for each, time in zip(everything, times, strict=True) if time >= times[6]
-            ]
+            recent = [each for each, time in zip(everything, times, strict=True) if time >= times[6]]
+            assert read(since=times[6]) == recent
+            start = read(2, since=times[6])
+            assert start + read(since=times[6], cursor=start.cursor) == recent
         assert (store.count_failed(), store.count_claims().lapsed) == (12, 12)
 
     def test_filters_find_entries_behind_many_others(self, bench: Bench, store: StepRunStore) -> None:
@@ -242,7 +244,10 @@ class TestLapsedClaimsAndFailedSteps:
     @pytest.mark.parametrize(
         "arguments",
         [
-            {"after": -1},
+            {"cursor": "x"},
+            {"cursor": 3},
+            {"cursor": "1.2.3:YQ=="},
+            {"cursor": "1:YQ"},
             {"run_id_prefix": 7},
             {"step": ""},
             {"since": 3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from math import inf
 from typing import Any
@@ -16,12 +17,20 @@ from support.internals import run_workflow
 from support.records import begun, runs_of_one_bucket
 from support.servers import wait_until
 
-from squidstep_redis import Call, StepRun, StepRunStore
-from squidstep_redis.operations.indexes import Bucket, Mode
+from squidstep_redis import Call, StepRun, StepRunList, StepRunStore
 from squidstep_redis.operations.pacing import load
+from squidstep_redis.operations.step_index import Bucket, Mode
 from squidstep_redis.protocol.workflow import Workflow
 
 pytestmark = pytest.mark.slow
+
+
+def pages_of(read: Callable[..., StepRunList], limit: int, **options: Any) -> list[StepRunList]:
+    """Reads all pages of a listing."""
+    pages = [read(limit, **options)]
+    while pages[-1].cursor is not None:
+        pages.append(read(limit, cursor=pages[-1].cursor, **options))
+    return pages
 
 
 class TestLongIndexes:
@@ -52,9 +61,9 @@ class TestLongIndexes:
         neighbor = self.begin_neighbor(bench, store, lease=0.001)
         bench.lapse(neighbor)
 
-        pages = [store.lapsed_claims(1_000, after=after, payloads=False) for after in (0, 1_000, 2_000, 2_501)]
+        pages = pages_of(store.lapsed_claims, 1_000, payloads=False)
 
-        assert [len(page) for page in pages] == [1_000, 1_000, 501, 0]
+        assert [len(page) for page in pages] == [1_000, 1_000, 501]
         found = [each for page in pages for each in page]
         assert {each.step for each in found[:-1]} == steps
         assert found[-1].run_id == neighbor.run_id
@@ -195,8 +204,9 @@ class TestEntriesThatAreDroppedMeanwhile:
         wait_until(lambda: store.count_claims().live == 0)
         steps = self.arrange(bench, 2, entries)
 
-        assert [each.step for each in store.lapsed_claims(limit)] == steps[:limit]
-        assert [each.step for each in store.lapsed_claims(limit, after=limit)] == steps[limit : 2 * limit]
+        pages = pages_of(store.lapsed_claims, limit)
+        assert [each.step for page in pages for each in page] == steps
+        assert {len(page) for page in pages[:-1]} <= {limit}
 
     @given(entries=_ENTRIES, limit=st.integers(1, 6))
     def test_failed_steps_are_complete(
@@ -207,5 +217,97 @@ class TestEntriesThatAreDroppedMeanwhile:
                 store.fail_step(result.step_run, {})
         steps = self.arrange(bench, 3, entries)[::-1]
 
-        assert [each.step for each in store.failed_steps(limit)] == steps[:limit]
-        assert [each.step for each in store.failed_steps(limit, after=limit)] == steps[limit : 2 * limit]
+        pages = pages_of(store.failed_steps, limit)
+        assert [each.step for page in pages for each in page] == steps
+        assert {len(page) for page in pages[:-1]} <= {limit}
+
+
+class TestPages:
+    """Each page continues exactly where the one before has ended."""
+
+    @pytest.fixture
+    def runs(self) -> list[str]:
+        return ["run", *runs_of_one_bucket(2), "other-1", "other-2", "other-3"]
+
+    @pytest.mark.parametrize("limit", [1, 2, 4])
+    def test_failures_that_are_retried_between_pages_hide_no_other(
+        self, store: StepRunStore, runs: list[str], limit: int
+    ) -> None:
+        for run in runs:
+            store.fail_step(begun(store.begin_step(run, "pay", {})), {})
+
+        seen: list[str] = []
+        page = store.failed_steps(limit)
+        while page:
+            seen += [each.run_id for each in page]
+            for each in page:
+                store.retry_step(each.run_id, each.step)
+            page = store.failed_steps(limit, cursor=page.cursor) if page.cursor else StepRunList()
+
+        assert sorted(seen) == sorted(runs)
+        assert store.failed_steps() == []
+
+    def test_failures_that_happen_between_pages_are_not_on_later_ones(
+        self, store: StepRunStore, runs: list[str]
+    ) -> None:
+        for run in runs:
+            store.fail_step(begun(store.begin_step(run, "pay", {})), {})
+        expected = store.failed_steps()
+
+        first = store.failed_steps(3)
+        for run in runs:
+            store.fail_step(begun(store.begin_step(run, "later", {})), {})
+
+        assert first + store.failed_steps(100, cursor=first.cursor) == expected
+
+    def test_claims_that_are_taken_over_between_pages_hide_no_other(
+        self, bench: Bench, store: StepRunStore, runs: list[str]
+    ) -> None:
+        for run in runs:
+            bench.lapse(begun(store.begin_step(run, "pay", {}, lease=0.001)))
+        expected = store.lapsed_claims()
+
+        first = store.lapsed_claims(3)
+        for each in first:
+            begun(store.begin_step(each.run_id, each.step, {}, lease=60))
+
+        assert first + store.lapsed_claims(100, cursor=first.cursor) == expected
+
+    def test_pages_of_live_claims_are_complete(self, store: StepRunStore, runs: list[str]) -> None:
+        for run in runs:
+            for owner in ("own", "other"):
+                begun(store.begin_step(run, owner, {}, lease=60, owner=owner))
+
+        for options in ({}, {"owner": "own"}):
+            pages = pages_of(store.live_claims, 4, **options)
+            assert [each for page in pages for each in page] == store.live_claims(**options)
+            assert [len(page) for page in pages] == ([4, 2] if options else [4, 4, 4])
+
+    @pytest.mark.parametrize("options", [{}, {"step": "pay"}, {"run_id_prefix": "r"}])
+    def test_only_the_last_page_has_no_cursor(self, store: StepRunStore, options: dict[str, Any]) -> None:
+        assert store.failed_steps(**options).cursor is None
+        for number in range(4):
+            store.fail_step(begun(store.begin_step(f"run-{number}", "pay", {})), {})
+
+        assert [page.cursor is None for page in pages_of(store.failed_steps, 2, **options)] == [False, True]
+        assert store.failed_steps(4, **options).cursor is None
+
+    def test_times_that_no_clock_has_are_positions_too(self, bench: Bench, store: StepRunStore) -> None:
+        scores = [-inf, -1.5, 0.1, 1e300, inf]
+        for number in range(len(scores)):
+            store.fail_step(begun(store.begin_step("run", f"step-{number}", {})), {})
+        members = {f"3:runstep-{number}": score for number, score in enumerate(scores)}
+        bench.backend.raw.zadd(bench.keys("run")[3], members)
+
+        pages = pages_of(store.failed_steps, 1)
+
+        assert [each.step for page in pages for each in page] == [f"step-{number}" for number in (4, 3, 2, 1, 0)]
+
+    def test_failures_before_a_time_are_not_read(self, bench: Bench, store: StepRunStore) -> None:
+        failed = store.fail_step(begun(store.begin_step("run", "pay", {})), {})
+        older = {f"3:runolder-{number}": number for number in range(900)}
+        bench.backend.raw.zadd(bench.keys("run")[3], older)
+
+        assert store.failed_steps(since=failed.ended_at) == [failed]
+
+        assert bench.backend.raw.zcard(bench.keys("run")[3]) == 901  # none was verified and dropped

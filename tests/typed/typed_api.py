@@ -28,6 +28,7 @@ from squidstep_redis import (
     StepExplanation,
     StepPage,
     StepRun,
+    StepRunList,
     StepRunStore,
     StepStatus,
     StoreOverview,
@@ -61,8 +62,8 @@ def blocking_store(store: StepRunStore) -> None:
     assert_type(store.completed_outputs("run", after=10, limit=10), list[dict[str, Any]])
     assert_type(store.scan_steps("run", limit=10), StepPage)
     assert_type(store.attempts("run", "pay"), list[Attempt])
-    assert_type(store.lapsed_claims(limit=10, step=Step.PAY, after=10), list[StepRun])
-    assert_type(store.live_claims(10, owner="worker"), list[StepRun])
+    assert_type(store.lapsed_claims(limit=10, step=Step.PAY, cursor=""), StepRunList)
+    assert_type(store.live_claims(10, owner="worker"), StepRunList)
     assert_type(store.expire_claim(step_run.id), StepRun)
     assert_type(store.delete_run("run"), bool)
     assert_type(store.retry_step("run", Step.PAY, owner="me"), StepRun)
@@ -156,7 +157,9 @@ async def asyncio_store(store: AsyncStepRunStore) -> None:
     result = await store.begin_step("run", "pay", {}, lease=30)
     assert_type(result, BeginResult)
     assert_type(await store.complete_step(result.step_run, {}), StepRun)
-    assert_type(await store.failed_steps(), list[StepRun])
+    failed = await store.failed_steps()
+    assert_type(failed[0], StepRun)
+    assert_type(failed.cursor, str | None)
     begin = store.calls.begin_step("run", "pay", {})
     assert_type(await store.batch([begin]), list[BeginResult | Exception])
     assert_type(await store.batch([begin], raise_errors=True), list[BeginResult])

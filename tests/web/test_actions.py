@@ -192,8 +192,8 @@ class TestBulkRetry:
         ("/release?run=run-1&step=done&attempt=1", 409, "Nothing was written"),
         ("/cancel?run=nope", 404, "there is no such run; nothing was written"),
         ("/resume?run=nope", 404, "there is no such run; nothing was written"),
-        ("/retry-group?type=T&until=never&after=0", 400, "until: must be a time"),
-        ("/retry-group?type=T&until=2026-11-27&after=-1", 400, "after: must be a number"),
+        ("/retry-group?type=T&until=never", 400, "until: must be a time"),
+        ("/retry-group?type=T&until=2026-11-27&cursor=nope", 400, "cursor: must be the cursor"),
     ],
 )
 def test_a_refused_action_says_that_nothing_was_written(acting_site: Site, path: str, status: int, text: str) -> None:

@@ -44,7 +44,7 @@ def test_an_unreachable_server_is_status_503(offline: Site, path: str) -> None:
         ("/run", 400, "id: is missing from the address of the page"),
         ("/run?id=run-1&after=x", 400, "after: must be a number"),
         ("/run?id=run-1&after=99999999999", 400, "after: must be a number"),
-        ("/failed?after=-1", 400, "after: must be a number"),
+        ("/failed?cursor=nope", 400, "cursor: must be the cursor of another page"),
         ("/step?run=run-1", 400, "step: is missing"),
     ],
 )
