@@ -55,17 +55,17 @@ class Actions:
         return _see(request, "run", id=run_id, done="retried-run")
 
     async def retry_group(self, request: Request) -> Response:
-        """Makes the failed steps of a group pending: the steps that the page showed, and no newer ones."""
+        """Makes the failed steps of a group pending: the steps that the page showed, and no newer or older ones."""
         form = await self._form(request)
         prefix, step, type_ = form.get("q", ""), form.get("step") or None, _required(form, "type")
-        until = _moment(_required(form, "until"))
+        since, until = _moment(form, "since"), _moment(form, "until")
         failures = await self._reader.failures(prefix, step, form.get("cursor") or None)
         chosen = [
             each
             for group in group_by_type(failures)
             if group.type == type_
             for each in group.step_runs
-            if each.ended_at is not None and each.ended_at <= until
+            if each.ended_at is not None and since <= each.ended_at <= until
         ]
         calls = [self._store.calls.retry_step(each.run_id, each.step, owner=_OWNER) for each in chosen]
         results = await self._store.batch(calls) if calls else []
@@ -139,11 +139,11 @@ def _required(form: dict[str, str], name: str) -> str:
     return value
 
 
-def _moment(text: str) -> datetime:
+def _moment(form: dict[str, str], name: str) -> datetime:
     try:
-        moment = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(_required(form, name))
     except ValueError:
-        raise InvalidArgumentError("until", "must be a time") from None
+        raise InvalidArgumentError(name, "must be a time") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 

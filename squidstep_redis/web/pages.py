@@ -185,7 +185,7 @@ class Pages:
             "step": step,
             "type": type_,
             "cursor": cursor,
-            "until": _newest(groups),
+            "spans": _spans(groups),
             "shown": len(failures),
             "next": failures.cursor,
             "retried": _count(request, "retried") if "retried" in query else None,
@@ -261,10 +261,10 @@ def _by_reason(explained: list[StepExplanation]) -> list[tuple[str, list[StepExp
     return list(groups.items())
 
 
-def _newest(groups: list[FailureGroup]) -> dict[str, str]:
-    """Returns when the newest failure of each group happened: a retry leaves out those that the page did not show."""
-    found: dict[str, str] = {}
+def _spans(groups: list[FailureGroup]) -> dict[str, tuple[str, str]]:
+    """Returns when the oldest and the newest failure of each group happened: a retry leaves out those beyond."""
+    found: dict[str, tuple[str, str]] = {}
     for group in groups:
         ended = [each.ended_at for each in group.step_runs if each.ended_at is not None]
-        found[group.type] = max(ended).isoformat() if ended else ""
+        found[group.type] = (min(ended).isoformat(), max(ended).isoformat()) if ended else ("", "")
     return found

@@ -10,7 +10,8 @@ from support.backends import Bench
 from support.records import begun
 from support.web import Site
 
-from squidstep_redis import Outcome, StepRun, StepStatus
+from squidstep_redis import Outcome, StepRun, StepRunStore, StepStatus
+from squidstep_redis.web import reads
 from squidstep_redis.web.reads import Reader
 
 
@@ -138,6 +139,13 @@ def test_what_was_done_is_reported_while_it_is_so(acting_site: Site) -> None:
     assert "The run is resumed" not in acting_site.get(f"{run}resumed").text
 
 
+def fail_in_order(store: StepRunStore, runs: list[str]) -> None:
+    """Lets the step "pay" of each run fail, each at another millisecond."""
+    for run in runs:
+        fail(store, run)
+        time.sleep(0.002)
+
+
 class TestBulkRetry:
     def test_the_steps_of_one_type_are_retried(self, acting_site: Site) -> None:
         for run in ("run-1", "run-2"):
@@ -166,6 +174,21 @@ class TestBulkRetry:
         acting_site.submit(page, "/retry-group?")
         assert statuses(acting_site, "run-1", "run-2") == ["pending", "failed"]
 
+    def test_steps_that_the_page_did_not_show_are_left_alone(
+        self, acting_site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reads, "FAILURES_PER_PAGE", 3)
+        runs = [f"run-{number}" for number in range(8)]
+        fail_in_order(acting_site.store, runs)
+        first = acting_site.get("/failed")
+        second = acting_site.get(next(link for link in first.links() if "cursor=" in link))
+        acting_site.store.retry_step("run-7", "pay")  # on the first page
+        acting_site.store.retry_step("run-4", "pay")  # on the second page
+
+        acting_site.submit(second, "/retry-group?")
+
+        assert statuses(acting_site, *runs) == [*["failed"] * 2, *["pending"] * 3, *["failed"] * 2, "pending"]
+
     def test_a_search_limits_what_is_retried(self, acting_site: Site) -> None:
         for run in ("a-1", "b-1"):
             fail(acting_site.store, run)
@@ -192,8 +215,9 @@ class TestBulkRetry:
         ("/release?run=run-1&step=done&attempt=1", 409, "Nothing was written"),
         ("/cancel?run=nope", 404, "there is no such run; nothing was written"),
         ("/resume?run=nope", 404, "there is no such run; nothing was written"),
-        ("/retry-group?type=T&until=never", 400, "until: must be a time"),
-        ("/retry-group?type=T&until=2026-11-27&cursor=nope", 400, "cursor: must be the cursor"),
+        ("/retry-group?type=T&since=2026-11-27&until=never", 400, "until: must be a time"),
+        ("/retry-group?type=T&since=then&until=2026-11-27", 400, "since: must be a time"),
+        ("/retry-group?type=T&since=2026-11-27&until=2026-11-27&cursor=nope", 400, "cursor: must be the cursor"),
     ],
 )
 def test_a_refused_action_says_that_nothing_was_written(acting_site: Site, path: str, status: int, text: str) -> None:
