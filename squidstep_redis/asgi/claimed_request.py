@@ -127,10 +127,14 @@ class ClaimedRequest:
     async def _pass_on(self, other: Response | None, has_more: bool) -> None:
         """Sends the response up to here, or another one."""
         self.is_refused = other is not None and has_more
-        self._decided.set()
         if other is not None:
-            await other.send(self._send)
-        elif self._start is not None:
+            try:
+                await other.send(self._send)
+            finally:
+                self._decided.set()  # only now: an application that sees a disconnect may cancel this
+            return
+        self._decided.set()
+        if self._start is not None:
             await self._send(self._start)
             await self._send({"type": "http.response.body", "body": bytes(self._body), "more_body": has_more})
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Any
 
 import pytest
+from starlette.responses import StreamingResponse
 from support.asgi import JSON, Client, Site, body_of, respond
 from support.backends import Bench
+from support.records import begun
 
 from squidstep_redis import MsgpackCodec, Outcome, current_claim
 from squidstep_redis.asgi import RETRY_STATUSES, UNSTORED_HEADERS
@@ -16,6 +19,7 @@ from squidstep_redis.asgi.messages import Receive, Scope, Send
 
 REFUSED = (500, "The response cannot be stored")
 PERMANENT = (500, "The request failed permanently")
+OUTSTANDING = (409, "A request is outstanding for this idempotency key")
 
 
 def answering(site: Site, status: int, body: bytes = b"body") -> None:
@@ -238,6 +242,39 @@ def test_a_refused_stream_sees_that_its_client_is_gone(site: Site) -> None:
 
     first, _ = both_replies(site, app)
     assert (first.status, seen) == (500, ["http.disconnect"])
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_streaming_application_does_not_end_the_refusal(site: Site, is_lost: bool) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if is_lost:
+            claim = current_claim()
+            assert claim is not None
+            lost = claim.step_run
+            await site.store.expire_claim(lost)
+            begun(await site.store.begin_step(lost.run_id, lost.step, {}))
+
+        async def parts() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                yield b"part."
+
+        await body_of(receive)
+        # Starlette ends the task that sends as soon as another one sees a disconnect.
+        await StreamingResponse(parts())(scope, receive, send)
+
+    behind = site.behind_middleware(app)
+
+    async def outside(scope: Any, receive: Any, send: Any) -> None:
+        async def send_slowly(message: Any) -> None:
+            await asyncio.sleep(0.01)  # as other middleware, which passes messages on through a queue
+            await send(message)
+
+        await behind(scope, receive, send_slowly)
+
+    reply = site.run(Client(outside).request())
+
+    assert reply is not None
+    assert (reply.status, reply.title) == (OUTSTANDING if is_lost else REFUSED)
 
 
 class TextCodec(MsgpackCodec):
