@@ -28,7 +28,7 @@ from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, desc
 from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import LabelsOf, RunId, RunIdOf, Seconds, Step
-from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.call import Call, check_call
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.store import StepRunStore
 from squidstep_redis.transport.aio import AsyncTransport, run_workflow
@@ -134,7 +134,7 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
 
     @with_docs_of(StepRunStore.send)
     async def send(self, call: Call[T]) -> T:
-        return await self._transport.send(call)
+        return await self._transport.send(call if type(call) is Call else check_call("call", call))
 
     @with_claim_settings
     @with_docs_of(

@@ -24,7 +24,7 @@ from squidstep_redis.errors import InvalidArgumentError, StaleStepRunError, desc
 from squidstep_redis.facade import BaseStore, as_method, named_first
 from squidstep_redis.operations.calls import Calls
 from squidstep_redis.protocol.arguments import LabelsOf, RunId, RunIdOf, Seconds, Step
-from squidstep_redis.protocol.call import Call
+from squidstep_redis.protocol.call import Call, check_call
 from squidstep_redis.protocol.workflow import Workflow
 from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
 
@@ -128,8 +128,9 @@ class StepRunStore(BaseStore[redis.Redis | redis.RedisCluster, BlockingTransport
 
         Raises:
             SquidstepError: what the operation's own method raises.
+            InvalidArgumentError: it is not a Call.
         """
-        return self._transport.send(call)
+        return self._transport.send(call if type(call) is Call else check_call("call", call))
 
     @with_claim_settings
     def run_step(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, Protocol, Type
 
 from squidstep_redis import InvalidArgumentError
 from squidstep_redis.claims.request import DEFAULT_LEASE, ClaimSettings, StepSettings, unknown_argument
+from squidstep_redis.functions.arguments import bind
 from squidstep_redis.functions.checks import check_step, excluded_names, is_coroutine_function, parameters_of
 from squidstep_redis.functions.execution import FunctionCall, check_result
 from squidstep_redis.functions.inputs import Inputs
@@ -85,7 +86,7 @@ class QueueRun(ABC):
         """
         if self.id is None:
             return fn(*args, **kwargs)
-        bound = parameters_of(fn).bind(*args, **kwargs)
+        bound = bind(fn, parameters_of(fn), args, kwargs)
         call = FunctionCall(self.id, step, fn, bound, self._excluded, self._settings, self.inputs)
         return cast("T", self.execute(call))
 
@@ -133,14 +134,15 @@ class Parameters(NamedTuple):
     signature: Signature
     has_self: bool = False
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
+    def bind(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
         """Returns the arguments of the step.
 
         Args:
+            fn: the function.
             args: the positional arguments of the function.
             kwargs: its keyword arguments.
         """
-        return self.signature.bind(*args[self.has_self :], **kwargs)
+        return bind(fn, self.signature, args[self.has_self :], kwargs)
 
 
 class Decorated(Protocol):
@@ -206,7 +208,7 @@ class Decorators(NamedTuple):
             settings_of = with_labels_of(checked, labels, parameters.signature, excluded)
 
             def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-                bound = parameters.bind(args, kwargs)
+                bound = parameters.bind(fn, args, kwargs)
                 run = self.open_run(None if id_of is None else id_of(bound), checked, excluded)
                 if run.id is None:
                     return fn(*args, **kwargs)
@@ -249,7 +251,7 @@ class Decorators(NamedTuple):
             settings_of = with_labels_of(checked, labels, parameters.signature, excluded)
 
             def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-                bound = parameters.bind(args, kwargs)
+                bound = parameters.bind(fn, args, kwargs)
                 run = self.open_run(None if id_of is None else id_of(bound), settings_of(bound), excluded)
                 if is_coroutine_function(fn):
                     return cast("T", _await_in_run(run, fn, args, kwargs))

@@ -228,6 +228,16 @@ class TestClients:
             store.batch([store.calls.get_run("run"), "get_run"])
         assert store.batch([]) == []
 
+    def test_operation_of_several_calls_is_no_call(self, store: StepRunStore) -> None:
+        calls = store.calls
+        for operation in (calls.runs, calls.failed_steps, lambda: calls.summarize_run("run")):
+            with pytest.raises(InvalidArgumentError, match=r"calls\[1\]: is an operation of several calls"):
+                store.batch([calls.get_run("run"), operation()])
+            with pytest.raises(InvalidArgumentError, match=r"call: is an operation of several calls: use the method"):
+                store.send(operation())
+        with pytest.raises(InvalidArgumentError, match="call: must be a Call from store.calls, not str"):
+            store.send("get_run")
+
     @pytest.mark.parametrize("value", [None, 7])
     def test_batches_and_completions_must_be_iterable(self, store: StepRunStore, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match="^calls: must be an iterable of calls"):

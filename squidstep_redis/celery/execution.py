@@ -13,7 +13,6 @@ from squidstep_redis import (
     PermanentError,
     RunCancelledError,
     SquidstepError,
-    StepBusyError,
     StepExhaustedError,
     StepFailedError,
     current_claim,
@@ -21,7 +20,7 @@ from squidstep_redis import (
 from squidstep_redis.celery.installed import PREDICATES, Request, Task
 from squidstep_redis.celery.stores import store_for
 from squidstep_redis.claims.failures import failure_rules
-from squidstep_redis.functions.execution import FunctionCall, execute, raise_if_own
+from squidstep_redis.functions.execution import FunctionCall, execute
 from squidstep_redis.functions.inputs import Inputs
 from squidstep_redis.task_queues import owner_of
 
@@ -63,11 +62,7 @@ def execute_in_task(task: Task | None, call: FunctionCall) -> Any:
     settings: Any = {**call.settings, "owner": owner(task)}
     permanent = failure_rules(call.settings.get("permanent", ()), None).permanent
     try:
-        try:
-            return execute(store_for(task), call._replace(fn=_releasing(call.fn), settings=settings))
-        except StepBusyError as error:
-            raise_if_own(error)
-            raise
+        return execute(store_for(task), call._replace(fn=_releasing(call.fn), settings=settings))
     except PREDICATES:
         raise
     except (*_FINAL, *permanent) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, Final, NoReturn, ParamSpec, TypeVar
+from inspect import signature
+from typing import Any, Final, NoReturn, ParamSpec, TypeVar, cast
 
 from squidstep_redis.celery.execution import is_final
 from squidstep_redis.celery.installed import Request, Task, current_task, send_again
@@ -58,6 +59,8 @@ def retrying(
         finally:
             _inside.set(before)
 
+    # Celery checks the arguments of `delay` and `apply_async`, and does not look at the function that is wrapped.
+    cast("Any", decorated).__signature__ = signature(fn)
     return decorated
 
 

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from inspect import BoundArguments, Parameter, Signature
-from typing import Any, cast
+from typing import Any, Final, cast
 
-from squidstep_redis.errors import InvalidArgumentError, PayloadError
+from squidstep_redis.errors import InvalidArgumentError, PayloadError, described
 from squidstep_redis.protocol.fingerprints import digest
+
+_STORED_AS: Final = {Parameter.VAR_POSITIONAL: list, Parameter.VAR_KEYWORD: dict}
+
+
+def bind(
+    fn: Callable[..., Any], parameters: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BoundArguments:
+    """Returns the arguments of a call.
+
+    Args:
+        fn: the function.
+        parameters: its parameters.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+
+    Raises:
+        TypeError: the function does not accept them. It names the function, as Python does.
+    """
+    try:
+        return parameters.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{getattr(fn, '__qualname__', type(fn).__qualname__)}(): {error}") from None
 
 
 def with_defaults(bound: BoundArguments) -> BoundArguments:
@@ -42,7 +64,8 @@ def stored_arguments(bound: BoundArguments, stored: Mapping[str, Any], excluded:
         excluded: names of arguments that are not stored: their values are always those of the call.
 
     Raises:
-        InvalidArgumentError: the stored input has an argument that the function does not accept.
+        InvalidArgumentError: the stored input has an argument that the function does not accept, or no list for its
+            `*args`, or no dict for its `**kwargs`.
     """
     given = input_of(bound, excluded)
     if _is_stored_as(given, stored):
@@ -53,6 +76,13 @@ def stored_arguments(bound: BoundArguments, stored: Mapping[str, Any], excluded:
         raise InvalidArgumentError(
             "input", f"the step was scheduled with {sorted(unknown)}, which its function does not accept: {parameters}"
         )
+    for name, parameter in parameters.parameters.items():
+        expected = _STORED_AS.get(parameter.kind)
+        if expected is not None and not isinstance(stored.get(name, expected()), expected):
+            problem = (
+                f"the step was scheduled with {described(stored[name])} as {parameter}, which is a {expected.__name__}"
+            )
+            raise InvalidArgumentError("input", problem)
     changed = {
         name: value
         for name, value in _without(stored, excluded, others).items()

@@ -48,6 +48,9 @@ def parameters_of(fn: Callable[..., Any]) -> Signature:
     Raises:
         InvalidArgumentError: it is not a function whose call does the work, or its parameters are unknown.
     """
+    if isinstance(fn, staticmethod | classmethod):
+        kind = "staticmethod" if isinstance(fn, staticmethod) else "classmethod"
+        raise InvalidArgumentError("fn", f"must be a function: put the decorator under @{kind}")
     if not callable(fn):
         raise InvalidArgumentError("fn", f"must be a function, not {fn!r}")
     if is_generator_function(fn):

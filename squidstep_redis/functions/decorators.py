@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 from squidstep_redis.claims.request import ClaimSettings
+from squidstep_redis.functions.arguments import bind
 from squidstep_redis.functions.checks import check_is_coroutine_function, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall, execute, execute_async
 from squidstep_redis.functions.labels import with_labels_of
@@ -86,7 +87,7 @@ def _calls(
     settings_of = with_labels_of(settings, labels, parameters, excluded)
 
     def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionCall:
-        bound = parameters.bind(*args, **kwargs)
+        bound = bind(fn, parameters, args, kwargs)
         return FunctionCall(id_of(bound), name, fn, bound, excluded, settings_of(bound))
 
     return call_of

@@ -58,7 +58,8 @@ class FunctionCall(NamedTuple):
             stored: the stored input of the step, which differs from the call's if the step was scheduled with its own.
 
         Raises:
-            InvalidArgumentError: the stored input has an argument that the function does not accept.
+                InvalidArgumentError: the stored input has an argument that the function does not accept, or no list for
+                its `*args`, or no dict for its `**kwargs`.
         """
         return stored_arguments(self.bound, stored, self.excluded)
 
@@ -94,6 +95,9 @@ def execute(store: Any, call: FunctionCall, is_given_up: Callable[[Any, Any], bo
             return result_in(store.run_step(call.run_id, call.step, work, call.input, **call.settings))
     except _GivenUp as given_up:
         return given_up.result
+    except StepBusyError as error:
+        raise_if_own(error)
+        raise
     except PayloadError as error:
         explain(error)
         raise
@@ -117,6 +121,9 @@ async def execute_async(store: Any, call: FunctionCall) -> Any:
     try:
         with call.with_one_input():
             return result_in(await store.run_step(call.run_id, call.step, work, call.input, **call.settings))
+    except StepBusyError as error:
+        raise_if_own(error)
+        raise
     except PayloadError as error:
         explain(error)
         raise

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from squidstep_redis.claims.request import ClaimSettings
 from squidstep_redis.docstrings import with_docs_of
+from squidstep_redis.functions.arguments import bind
 from squidstep_redis.functions.checks import check_is_coroutine_function, excluded_names, parameters_of
 from squidstep_redis.functions.execution import FunctionCall, execute, execute_async
 from squidstep_redis.functions.inputs import Inputs
@@ -31,7 +32,7 @@ class _BaseRun:
     def _call(self, step: Step, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionCall:
         parameters = parameters_of(fn)
         check_is_coroutine_function(fn, self._is_asyncio)
-        bound = parameters.bind(*args, **kwargs)
+        bound = bind(fn, parameters, args, kwargs)
         return FunctionCall(self.id, step, fn, bound, self._excluded, self._settings, self._inputs)
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from binascii import b2a_base64
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from itertools import count
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
@@ -197,6 +197,9 @@ _REFUSALS: Final[dict[bytes, Callable[..., SquidstepError]]] = {
 
 def check_call(argument: str, value: object) -> Call[Any]:
     """Returns the value if it is a Call; raises InvalidArgumentError otherwise."""
+    if isinstance(value, Generator):
+        problem = "is an operation of several calls: use the method of the store"
+        raise InvalidArgumentError(argument, problem)
     if not isinstance(value, Call):
         raise InvalidArgumentError(argument, f"must be a Call from store.calls, not {described(value)}")
     return cast("Call[Any]", value)

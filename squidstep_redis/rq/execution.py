@@ -53,11 +53,7 @@ def execute_in_job(job: Job | None, call: FunctionCall) -> Any:
     call = call._replace(settings={**call.settings, "owner": owner(job)})
     if is_coroutine_function(call.fn):
         return _execute_coroutine(store, call)
-    try:
-        return execute(store, call, _asks_for_retry)
-    except StepBusyError as error:
-        raise_if_own(error)
-        raise
+    return execute(store, call, _asks_for_retry)
 
 
 async def _execute_coroutine(store: StepRunStore, call: FunctionCall) -> Any:

@@ -6,7 +6,12 @@
 
 from __future__ import annotations
 
-from squidstep_redis.web.app import web_app
+try:
+    from squidstep_redis.web.app import web_app
+except ModuleNotFoundError as missing:
+    problem = "squidstep_redis.web needs Starlette and Jinja: pip install 'squidstep_redis[web]'"
+    raise ModuleNotFoundError(problem, name=missing.name) from missing
+
 from squidstep_redis.web.settings import Authorize, Right
 
 __all__ = ["Authorize", "Right", "web_app"]

@@ -183,6 +183,13 @@ def test_plain_function_needs_a_blocking_store(fn: Any) -> None:
 
 
 @each_decorator
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_order_of_decorators_is_named(decorate: Callable[..., Any], kind: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^fn: must be a function: put .* under @{kind.__name__}"):
+        decorate(kind(pay))
+
+
+@each_decorator
 @pytest.mark.parametrize("fn", [7, pay_each, pay_each_asyncio, partial(pay_each, 7), classmethod(pay)])
 def test_value_that_is_not_a_function_is_rejected(decorate: Callable[..., Any], fn: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="^fn: "):

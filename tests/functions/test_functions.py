@@ -84,6 +84,10 @@ def charge(order_id: int, amount: int = 1, *, note: str = "") -> dict[str, int]:
     return {"charged": amount}
 
 
+def charge_all(*args: int, **kwargs: int) -> int:
+    return sum(args)
+
+
 def decline(order_id: int) -> None:
     raise DeclinedError("no funds")
 
@@ -170,6 +174,29 @@ class TestDecoratedFunction:
         with pytest.raises(InvalidArgumentError, match=r"scheduled with \['amout'\], which its function does not acc"):
             shop.step(store, charge, run_id="other")(7)
 
+    @pytest.mark.parametrize("scheduled", [{"args": 5}, {"kwargs": 5}, {"kwargs": [["amount", 1]]}])
+    def test_scheduled_arguments_of_another_shape_are_rejected(
+        self, shop: Shop, store: StepRunStore, scheduled: dict[str, Any]
+    ) -> None:
+        store.schedule_step("run", "pay", scheduled)
+        with pytest.raises(InvalidArgumentError, match="^input: the step was scheduled with .* as \\*"):
+            shop.step(store, charge_all)(7)
+        assert shop.calls == {}
+
+    def test_step_within_itself_is_rejected_at_once(self, shop: Shop, store: StepRunStore) -> None:
+        decorated: list[Any] = []
+
+        def blocking() -> Any:
+            return decorated[0]()
+
+        async def asyncio_() -> Any:
+            return await decorated[0]()
+
+        decorated.append(store.step("pay", run_id="run")(asyncio_ if shop.bench.runner else blocking))
+        with pytest.raises(InvalidArgumentError, match="this code itself is executing step 'pay' of run 'run'"):
+            shop.finish(decorated[0]())
+        assert stored(store, "run").status == "failed"
+
     def test_function_keeps_its_name_and_signature(self, shop: Shop, store: StepRunStore) -> None:
         fn = shop.of(charge)
         decorated = store.step("pay", run_id="run")(fn)
@@ -177,8 +204,10 @@ class TestDecoratedFunction:
         assert inspect.iscoroutinefunction(decorated) is inspect.iscoroutinefunction(fn)
 
     def test_wrong_arguments_are_a_type_error_and_send_nothing(self, shop: Shop, store: StepRunStore) -> None:
-        with pytest.raises(TypeError, match="missing a required argument: 'order_id'"):
+        with pytest.raises(TypeError, match=r"^charge\(\): missing a required argument: 'order_id'"):
             shop.step(store, charge)()
+        with pytest.raises(TypeError, match=r"^charge\(\): missing a required argument: 'order_id'"):
+            shop.call(store.run("run"), "pay", charge)
         with pytest.raises(TypeError, match="unexpected keyword argument 'amuont'"):
             shop.step(store, charge)(7, amuont=3)
         assert (store.get_run("run"), shop.calls) == ([], {})

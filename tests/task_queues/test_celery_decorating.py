@@ -78,6 +78,28 @@ def test_task_returns_the_stored_result(eager: Any) -> None:
     assert store().completed_steps("order-7") == ["charge"]
 
 
+@pytest.mark.parametrize("decorate", [step("charge", run_id="order"), steps(run_id="order")], ids=["step", "steps"])
+def test_wrong_arguments_are_rejected_before_the_task_is_sent(eager: Any, decorate: Any) -> None:
+    eager.conf.task_always_eager = False
+
+    @eager.task
+    @decorate
+    def charge(order_id: int, *, amount: int = 1) -> int:
+        raise NotImplementedError
+
+    @eager.task(bind=True)
+    @decorate
+    def charge_bound(self: Any, order_id: int) -> int:
+        raise NotImplementedError
+
+    with pytest.raises(TypeError, match=r"charge\(\) missing 1 required positional argument: 'order_id'"):
+        charge.delay()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'amuont'"):
+        charge.apply_async((7,), {"amuont": 1})
+    with pytest.raises(TypeError, match=r"charge_bound\(\) missing 1 required positional argument: 'order_id'"):
+        charge_bound.delay()
+
+
 @pytest.mark.parametrize("run_id", ["order-{amount}", lambda amount: f"order-{amount}"])
 def test_self_of_a_bound_task_is_not_an_argument(eager: Any, run_id: Any) -> None:
     @eager.task(bind=True)

@@ -115,6 +115,14 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     assert ended.stderr == "squidstep: jinja2 is not installed: pip install 'squidstep_redis[web]'\n"
 
 
+def test_the_app_without_its_extra_names_it(tmp_path: Path) -> None:
+    (tmp_path / "starlette.py").write_text("raise ModuleNotFoundError('No module named starlette', name='starlette')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-c", "import squidstep_redis.web"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert "squidstep_redis.web needs Starlette and Jinja: pip install 'squidstep_redis[web]'" in ended.stderr
+
+
 def test_it_works_from_a_zip_archive(tmp_path: Path) -> None:
     archive = tmp_path / "library.zip"
     with zipfile.ZipFile(archive, "w") as library:
