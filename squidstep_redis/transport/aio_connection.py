@@ -140,8 +140,8 @@ class OwnConnections(AsyncConnections):
         link = links.shared
         if link is None or not link.is_open:
             link = await self._connect_shared(links, deadline)
-        while link.is_open and not link.has_room:
-            await link.room(deadline)
+        if link.is_open and not link.has_room:
+            await link.room(len(data), deadline)
         results = _read_all(link, await link.submit(data, len(commands), deadline), read)
         if link.is_demoted:
             links.close_idle()  # they lead to the same server

@@ -29,18 +29,39 @@ _SHORTEST_CHECK: Final = 0.01  # seconds between two looks at all round trips
 class _Pending:
     """One round trip on a connection: its future receives the replies."""
 
-    __slots__ = ("count", "data", "deadline", "future", "replies")
+    __slots__ = ("count", "data", "deadline", "future", "replies", "size")
 
     def __init__(self, future: asyncio.Future[list[Any]], data: bytes, count: int, deadline: float) -> None:
         self.future = future
         self.data = data
+        self.size = len(data)
         self.count = count
         self.deadline = deadline
         self.replies: list[Any] = []
 
 
+class _Waiter:
+    """A round trip that waits for room on a connection.
+
+    Attributes:
+        turn: is resolved when it need not wait any longer.
+        size: bytes of its commands.
+        is_granted: whether it may be submitted; until then, its room is reserved.
+    """
+
+    __slots__ = ("is_granted", "size", "turn")
+
+    def __init__(self, turn: asyncio.Future[None], size: int) -> None:
+        self.turn = turn
+        self.size = size
+        self.is_granted = False
+
+
 class Link(asyncio.Protocol):
     """A connection that redis-py opened, on which round trips overlap.
+
+    The exception of a signal handler may arrive at any line. In a callback, the event loop would log it and continue.
+    So no callback forgets a round trip before its future has an outcome, and an interrupted one closes the connection.
 
     Attributes:
         is_open: whether it can be used for another round trip.
@@ -59,7 +80,9 @@ class Link(asyncio.Protocol):
         self._unsent_bytes = 0
         self._sent: deque[_Pending] = deque()
         self._is_paused = False
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: deque[_Waiter] = deque()
+        self._granted_bytes = 0
+        self._granted = 0
         self._timer: asyncio.TimerHandle | None = None
         self._progress_at = 0.0
         self._spin = Spin()
@@ -70,35 +93,48 @@ class Link(asyncio.Protocol):
     @property
     def has_room(self) -> bool:
         """Whether it is open, and a round trip does not have to wait until the server has read or replied more."""
+        return not self._waiters and self._may_grant()
+
+    def _may_grant(self) -> bool:
+        """Whether one more of those that wait may be submitted, besides those that are about to be."""
         return (
             self.is_open
             and not self._is_paused
-            and self._unsent_bytes < _MAX_UNSENT_BYTES
-            and len(self._sent) + len(self._unsent) < _MAX_PENDING
+            and self._unsent_bytes + self._granted_bytes < _MAX_UNSENT_BYTES
+            and len(self._sent) + len(self._unsent) + self._granted < _MAX_PENDING
         )
 
-    async def room(self, deadline: float) -> None:
-        """Waits until `has_room` may have changed.
+    async def room(self, size: int, deadline: float) -> None:
+        """Waits, behind those that wait already, until a round trip may be submitted. Submit it at once.
 
         Args:
+            size: bytes of its commands.
             deadline: when the call's timeout ends.
 
         Raises:
-            RoundTripError: it has not changed until then.
+            RoundTripError: there is no room until then.
         """
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise RoundTripError(TimeoutError("Timeout waiting for the server to read earlier calls"), sent=False)
-        waiter = self._loop.create_future()
+        waiter = _Waiter(self._loop.create_future(), size)
         self._waiters.append(waiter)
-        timer = None if left == inf else self._loop.call_later(left, _resolve, waiter)
+        timer = None
         try:
-            await waiter
+            if deadline < inf:
+                timer = self._loop.call_later(deadline - time.monotonic(), _resolve, waiter.turn)
+            self._wake()
+            await waiter.turn
+            if not waiter.is_granted and self.is_open:
+                raise RoundTripError(TimeoutError("Timeout waiting for the server to read earlier calls"), sent=False)
+        except BaseException:
+            _resolve(waiter.turn)  # it is passed over from now on
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
-            with contextlib.suppress(ValueError):  # it was woken
-                self._waiters.remove(waiter)
+            if waiter.is_granted:
+                self._granted -= 1
+                self._granted_bytes -= size
+            if self._waiters:
+                self._wake()
 
     def submit(self, data: bytes, count: int, deadline: float) -> asyncio.Future[list[Any]]:
         """Sends packed commands, at the latest after this iteration of the loop, together with those of other tasks.
@@ -115,12 +151,15 @@ class Link(asyncio.Protocol):
         if not self.is_open:
             future.set_exception(RoundTripError(ConnectionError("Connection closed by server."), sent=False))
             return future
-        self._unsent.append(_Pending(future, data, count, deadline))
-        self._unsent_bytes += len(data)
-        if len(self._unsent) >= len(self._sent):  # keeps the server busy; each write of a turn is twice as large
-            self._flush()
-        elif len(self._unsent) == 1:
+        unsent = self._unsent
+        # Keeps the server busy; each write of a turn is twice as large.
+        is_due = len(unsent) + 1 >= len(self._sent)
+        if not is_due and not unsent:
             self._loop.call_soon(self._flush)
+        unsent.append(_Pending(future, data, count, deadline))
+        self._unsent_bytes += len(data)
+        if is_due:
+            self._flush()
         return future
 
     def close(self) -> None:
@@ -134,30 +173,37 @@ class Link(asyncio.Protocol):
             self.close()
 
     def _flush(self) -> None:
-        pending = [round_trip for round_trip in self._unsent if not round_trip.future.done()]
-        self._unsent.clear()
-        self._unsent_bytes = 0
-        if not pending:
-            if self.is_open:
+        try:
+            pending = [round_trip for round_trip in self._unsent if not round_trip.future.done()]
+            if not pending:
+                self._unsent.clear()
+                self._unsent_bytes = 0
+                if self.is_open:
+                    self._wake()
+                else:
+                    self.retire()
+                return
+            if not self._sent:
+                self._progress_at = self._loop.time()
+                if len(pending) == 1 and self._spinning_since is None:
+                    self._begin_to_stay_awake()
+            if self._timer is None and self._timeout is not None:
+                self._timer = self._loop.call_later(self._timeout, self._check_progress)
+            data = pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending])
+            self._sent.extend(pending)
+            self._unsent.clear()
+            self._unsent_bytes = 0
+            self._transport.write(data)
+            if self._transport.is_closing():
+                self._fail_unsent(pending)
+                return
+            for round_trip in pending:
+                round_trip.data = b""
+            if self._waiters:
                 self._wake()
-            else:
-                self.retire()
-            return
-        if not self._sent:
-            self._progress_at = self._loop.time()
-            if len(pending) == 1 and self._spinning_since is None:
-                self._begin_to_stay_awake()
-        self._sent.extend(pending)
-        self._transport.write(pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending]))
-        if self._transport.is_closing():
-            self._fail_unsent(pending)
-            return
-        for round_trip in pending:
-            round_trip.data = b""
-        if self._timer is None and self._timeout is not None:
-            self._timer = self._loop.call_later(self._timeout, self._check_progress)
-        if self._waiters:
-            self._wake()
+        except BaseException:
+            self._fail(_interruption())
+            raise
 
     def _fail_unsent(self, pending: list[_Pending]) -> None:
         """Fails all round trips after a write to a transport that was closing, or that has failed at once.
@@ -198,14 +244,21 @@ class Link(asyncio.Protocol):
         self._timer = None
         if not self._sent or self._timeout is None:
             return
+        try:
+            self._check_each(self._timeout)
+        except BaseException:
+            self._fail(_interruption())
+            raise
+
+    def _check_each(self, timeout: float) -> None:
         now = time.monotonic()
-        left = self._progress_at + self._timeout - self._loop.time()
-        left = min(left, self._sent[0].deadline + self._timeout - now)
+        left = self._progress_at + timeout - self._loop.time()
+        left = min(left, self._sent[0].deadline + timeout - now)
         if left <= 0:
             self._fail(TimeoutError("Timeout reading from socket"))
             return
         for round_trip in self._sent:
-            left_of_this = round_trip.deadline + self._timeout - now
+            left_of_this = round_trip.deadline + timeout - now
             if left_of_this < left and not round_trip.future.done():
                 if left_of_this > 0:
                     left = left_of_this
@@ -236,13 +289,20 @@ class Link(asyncio.Protocol):
                     round_trip = sent[0]
                     round_trip.replies.append(reply)
                     if len(round_trip.replies) == round_trip.count:
-                        sent.popleft()
                         if not round_trip.future.done():
                             round_trip.future.set_result(round_trip.replies)
+                        sent.popleft()
                 reply = gets()
+            self._continue()
         except (InvalidResponse, *UNREADABLE) as error:
             self._fail(ConnectionError(f"Protocol error: {error}"))
-            return
+        except BaseException:
+            self._fail(_interruption())
+            raise
+
+    def _continue(self) -> None:
+        if self._unsent and not self._sent:  # an interruption has kept `_flush` from its first line
+            self._flush()
         if not self.is_open:
             self.retire()
         if self._waiters:
@@ -254,9 +314,10 @@ class Link(asyncio.Protocol):
         Such a reply refuses only the first round trip. The server may have executed the others.
         """
         if self._sent:
-            future = self._sent.popleft().future
+            future = self._sent[0].future
             if not future.done():
                 future.set_exception(RoundTripError(reply, sent=True))
+            self._sent.popleft()
         self._fail(ConnectionError(f"Connection closed after an error: {type(reply).__name__}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -273,29 +334,59 @@ class Link(asyncio.Protocol):
         self._wake()
 
     def _wake(self) -> None:
-        if self.has_room or not self.is_open:
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                _resolve(waiter)
+        """Lets those that wait go on, the first one first: as many as there is room for, or all if it is closed."""
+        waiters = self._waiters
+        while waiters and (not self.is_open or self._may_grant()):
+            waiter = waiters[0]
+            if not waiter.turn.done():
+                if self.is_open:
+                    self._granted += 1
+                    self._granted_bytes += waiter.size
+                    waiter.is_granted = True
+                waiter.turn.set_result(None)
+            waiters.popleft()
 
     def _fail(self, error: RedisError) -> None:
         self.is_open = False
-        sent, unsent = list(self._sent), list(self._unsent)
-        self._sent.clear()
-        self._unsent.clear()
-        self._unsent_bytes = 0
         if self._loop.is_closed():
+            self._sent.clear()
+            self._unsent.clear()
             close_socket(self._transport)
             return
-        for was_sent, round_trips in ((True, sent), (False, unsent)):
-            for round_trip in round_trips:
-                if not round_trip.future.done():
-                    round_trip.future.set_exception(RoundTripError(error, sent=was_sent))
+        try:
+            self._fail_all(error)
+        except BaseException:
+            self._fail_all(error)
+            raise
+
+    def _fail_all(self, error: RedisError) -> None:
+        buffered = self._buffered_bytes()
+        while self._sent:
+            round_trip = self._sent[-1]
+            # Its bytes are the last ones that asyncio has not written yet, and that `abort` drops.
+            buffered -= round_trip.size
+            if not round_trip.future.done():
+                round_trip.future.set_exception(RoundTripError(error, sent=buffered < 0))
+            self._sent.pop()
+        for round_trip in self._unsent:
+            if not round_trip.future.done():
+                round_trip.future.set_exception(RoundTripError(error, sent=False))
+        self._unsent.clear()
+        self._unsent_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._wake()
         self._transport.abort()
+
+    def _buffered_bytes(self) -> int:
+        """Returns how many bytes of the last round trips have certainly not left asyncio's buffer."""
+        is_plain = type(self._transport).__module__ == "asyncio.selector_events"  # others may count written bytes, too
+        return self._transport.get_write_buffer_size() if is_plain else 0
+
+
+def _interruption() -> ConnectionError:
+    return ConnectionError("Connection closed after an interruption.")
 
 
 def _resolve(waiter: asyncio.Future[None]) -> None:
