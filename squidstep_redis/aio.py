@@ -176,6 +176,9 @@ class AsyncStepRunStore(BaseStore[redis.Redis | redis.RedisCluster, AsyncTranspo
                 return claim.result()
             except StaleStepRunError as error:
                 claim.raise_unless_taken_over(error)
+            except BaseException as error:
+                claim.exit_again(error)
+                raise
 
     @with_claim_settings
     @with_docs_of(

@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS
+from squidstep_redis.errors import SquidstepError
 from squidstep_redis.protocol.call import Call
 from squidstep_redis.server_errors import NotReplicatedError, OutcomeUnknownError, ServerError
+from squidstep_redis.signals import is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.aio import AsyncTransport
 
@@ -49,11 +52,13 @@ class BackgroundTask(asyncio.Task[T]):
             seconds: seconds after which it ends.
         """
         loop = asyncio.get_running_loop()
-        super().__init__(work, loop=loop)  # not by the loop's task factory, which may be an eager one
         self.owner = owner
         self.is_over = False
         self._ends_at = loop.time() + seconds  # handles of uvloop do not always know their time
-        self._limit = loop.call_at(self._ends_at, self.end)
+        self._limit: asyncio.TimerHandle | None = None
+        # An exception from outside may leave it after this line: then the task exists, and may be cancelled.
+        super().__init__(work, loop=loop)  # not by the loop's task factory, which may be an eager one
+        self._limit_to(self._ends_at)
         _running.add(self)
         self.add_done_callback(_forget)
 
@@ -64,21 +69,29 @@ class BackgroundTask(asyncio.Task[T]):
         loop = self.get_loop()
         ends_at = loop.time() + _GRACE
         if ends_at < self._ends_at:
-            self._limit.cancel()
-            self._ends_at = ends_at
-            self._limit = loop.call_at(ends_at, self.end)
+            self._limit_to(ends_at)
         return True
+
+    def _limit_to(self, ends_at: float) -> None:
+        before, self._ends_at = self._limit, ends_at
+        self._limit = self.get_loop().call_at(ends_at, self.end)
+        if before is not None:
+            before.cancel()
 
     def end(self) -> None:
         """Ends the task now."""
-        self._limit.cancel()
+        self._unlimit()
         self.is_over = True
         super().cancel()
+
+    def _unlimit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
 
     def forget(self) -> None:
         """Cleans up when the task has ended."""
         _running.discard(self)
-        self._limit.cancel()
+        self._unlimit()
         if not self.cancelled():
             self.exception()  # otherwise asyncio logs that it was never retrieved
 
@@ -137,19 +150,34 @@ class LastingSender:
 
     Attributes:
         last_error: the error of the last attempt.
+        interruption: the exception of a signal handler that interrupted an attempt; the call was sent again.
     """
 
     def __init__(self, transport: AsyncTransport, side: SideConnections) -> None:
         self._transport = transport
         self._side = side
         self.last_error: ServerError | None = None
+        self.interruption: BaseException | None = None
 
-    def start(self, work: Coroutine[Any, Any, T], seconds: float) -> BackgroundTask[T]:
-        """Starts work that uses `send`, for some seconds at most."""
+    def start(self, work: Callable[[], Coroutine[Any, Any, T]], seconds: float) -> BackgroundTask[T]:
+        """Starts work that uses `send`, for some seconds at most. If it is interrupted, it begins again."""
         self._side.acquire()
-        task = BackgroundTask(work, self._transport, seconds)
+        task = BackgroundTask(self._repeated(work), self._transport, seconds)
         task.add_done_callback(lambda _: self._side.release())
         return task
+
+    async def _repeated(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        while True:
+            try:
+                return await work()
+            except (SquidstepError, asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as error:
+                if not _is_from_outside(error):
+                    raise
+                self.interruption = error
+                if not isinstance(error, Exception):  # such as KeyboardInterrupt, which ends the event loop's run
+                    asyncio.get_running_loop().call_soon(_raise, error)
 
     def limited(self, _: float) -> Self:
         """Returns itself: its time is limited."""
@@ -184,6 +212,13 @@ class LastingSender:
             if isinstance(current, BackgroundTask) and current.is_over:
                 raise
             raise TimeoutError from None
+        except (SquidstepError, GeneratorExit):
+            raise
+        except BaseException as error:
+            if not _is_from_outside(error):
+                raise
+            self.interruption = error
+            raise TimeoutError from None
         finally:
             if timer is not None:
                 timer.cancel()
@@ -196,7 +231,8 @@ class LeavingSender:
 
     Attributes:
         waits: whether the caller may wait at all.
-        cancellation: the error that has cancelled the caller; raise it when all calls have been started.
+        interruption: what has cancelled the caller, or what a signal handler has raised in a call; raise it when all
+            calls have been started.
     """
 
     def __init__(self, sender: Callable[[], LastingSender], retry_seconds: float, seconds: float) -> None:
@@ -209,7 +245,7 @@ class LeavingSender:
         """
         self._sender = sender
         self.waits = True
-        self.cancellation: asyncio.CancelledError | None = None
+        self.interruption: BaseException | None = None
         self._retry_seconds = retry_seconds
         self._seconds = seconds
         self._began = time.monotonic()
@@ -222,19 +258,28 @@ class LeavingSender:
     async def send(self, call: Call[T]) -> T:
         """Sends a call; returns its result."""
         sender = self._sender()
-        task = self._latest = sender.start(_send_after(self._latest, sender, call), self._seconds)
+        task = self._latest = sender.start(partial(_send_after, self._latest, sender, call), self._seconds)
         timeout = self._retry_seconds if call.retryable else INTERRUPTED_SECONDS  # for all calls together
         if self.waits:
             try:
                 await asyncio.wait([task], timeout=max(0.0, self._began + timeout - time.monotonic()))
             except asyncio.CancelledError as error:
-                self.waits, self.cancellation = False, error
+                self.waits, self.interruption = False, error
+        self.interruption = self.interruption or sender.interruption
         if task.done() and not task.is_over:
             return task.result()
         why = "" if sender.last_error is None else f" ({sender.last_error.problem})"
         problem = f"not confirmed within {timeout if self.waits else 0:.1f} s{why}; it continues in the background"
         # Not transient if the caller is gone: it must not send the call again.
         raise OutcomeUnknownError(call.operation, call.run_id, call.step, problem, self.waits, call)
+
+
+def _is_from_outside(error: BaseException) -> bool:
+    return not isinstance(error, Exception) or is_raised_by_handler(error)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 async def _send_after(earlier: BackgroundTask[Any] | None, sender: LastingSender, call: Call[T]) -> T:

@@ -13,7 +13,7 @@ from squidstep_redis.claims.aio_heartbeat import AsyncHeartbeat
 from squidstep_redis.claims.claim import Claim
 from squidstep_redis.claims.request import ClaimRequest
 from squidstep_redis.claims.rules import BaseClaim
-from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, ends_process
+from squidstep_redis.claims.unfinished import INTERRUPTED_SECONDS, UnfinishedClaim, ends_process, recover
 from squidstep_redis.docstrings import with_docs_of
 from squidstep_redis.errors import SquidstepError, StaleStepRunError
 from squidstep_redis.model import StepRun
@@ -71,6 +71,7 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             if self._state == "held" and self._lease is not None:
                 self._heartbeat = self._per_loop.get().heartbeat
                 self._heartbeat.add(self)
+            return self
         except OutcomeUnknownError:  # the server may have granted the claim
             self._start_undoing()
             raise
@@ -81,27 +82,29 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
             if self._sent is not None and not ends_process(error):
                 await self._undo(error)
             raise
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        missing = stopped = cancelled = None
-        cancelling = self._cancelled_before
-        if self._has_cancelled and self._is_own_cancellation(error) and self._loss is None:
-            error = stopped = self.cancellation
         try:
+            missing = stopped = interruption = None
+            cancelling = self._cancelled_before
+            if self._has_cancelled and self._is_own_cancellation(error) and self._loss is None:
+                error = stopped = self.cancellation
             if not ends_process(error):
                 sender = LeavingSender(self._lasting_sender, self._longest_retry, self._background_seconds())
                 sender.waits = not isinstance(error, GeneratorExit)  # a coroutine that is closed must not wait
                 missing = await run_workflow(cast("AsyncTransport", sender), self._on_exit(error))
-                cancelled = sender.cancellation
+                interruption = sender.interruption
+        except BaseException as from_outside:
+            self.exit_again(from_outside if error is None else error)
+            raise
         finally:
             self._stop()
             if self._has_cancelled and self._task is not None:
                 cancelling = self._task.uncancel()
-        if cancelled is not None:
-            raise cancelled
+        if interruption is not None:
+            raise interruption
         if missing is not None:
             raise missing
         if self._has_cancelled:
@@ -114,6 +117,36 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
                 await run_workflow(self._transport, self._reconcile())
                 return True
         return False
+
+    def exit_again(self, error: BaseException) -> None:
+        """Exits the block in the background if an exception from outside kept `__aexit__` from doing it.
+
+        Args:
+            error: the error of the work, or else the exception from outside.
+        """
+        if self._entered_by is None:
+            return
+        if self._is_held_here and not ends_process(error):
+            unfinished = UnfinishedClaim()
+            unfinished.step_run, unfinished.error = self._claim, error
+            unfinished.verdict_of, unfinished.checkpoint = self._verdict, self._lazy.pending
+            with suppress(NotSentError):
+                sender = self._lasting_sender()
+                ending = self._ending
+                sender.start(
+                    lambda: run_workflow(cast("AsyncTransport", sender), self._recover(unfinished, ending)),
+                    self._background_seconds(),
+                )
+        self._stop()
+
+    def _recover(self, unfinished: UnfinishedClaim, ending: Call[StepRun] | None) -> Workflow[None]:
+        if ending is not None:  # as in `_on_exit`
+            try:
+                yield Send(ending._replace(may_have_run=True))
+                return
+            except RefusedError:
+                pass
+        yield from recover(self._calls, unfinished)
 
     def _finish(self, call: Call[StepRun]) -> Workflow[StepRun]:
         self._ending = call
@@ -226,5 +259,6 @@ class AsyncClaim(BaseClaim[asyncio.Event]):
     def _start_undoing(self) -> asyncio.Task[None]:
         """Gives back what `_acquire` may have claimed, in a task that no cancellation ends."""
         sender = self._lasting_sender()
-        undoing = run_workflow(cast("AsyncTransport", sender), self._undo_acquire())
-        return sender.start(undoing, self._background_seconds())
+        return sender.start(
+            lambda: run_workflow(cast("AsyncTransport", sender), self._undo_acquire()), self._background_seconds()
+        )
