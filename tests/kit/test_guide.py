@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = REPOSITORY / "tests" / "guide" / "testing.md"
 FILES = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -32,27 +30,29 @@ def shown_failures() -> list[str]:
     return sorted(line.removesuffix("…") for line in shown[1].splitlines())
 
 
-@pytest.mark.parametrize("options", [(), ("--squidstep-server", "embedded")], ids=["fakeredis", "embedded"])
-def test_naive_handler_fails_and_repaired_handler_passes(tmp_path: Path, options: tuple[str, ...]) -> None:
-    (first, naive), (test, tests), (again, repaired) = FILES[:3]
-    assert (first, test, again) == ("shop.py", "test_shop.py", "shop.py")
-    (tmp_path / test).write_text(tests, "utf-8")
-
-    if not options:  # a failure does not depend on the server
-        (tmp_path / "shop.py").write_text(naive, "utf-8")
-        output = ran(tmp_path)
-        assert "2 failed, 1 passed" in output
-        # Sorted, because pytest-randomly may be installed.
-        failures = sorted(line for line in output.splitlines() if line.startswith("FAILED"))
-        for failure, shown in zip(failures, shown_failures(), strict=True):
-            assert failure.startswith(shown)
-
-    (tmp_path / "shop.py").write_text(repaired, "utf-8")
-    assert "3 passed" in ran(tmp_path, *options)
+def write(directory: Path, *files: tuple[str, str]) -> None:
+    for name, code in files:
+        (directory / name).write_text(code, "utf-8")
 
 
-def test_jobs_of_a_synchronous_queue_use_the_tests_store(tmp_path: Path) -> None:
-    assert [name for name, _ in FILES[3:]] == ["jobs.py", "test_jobs.py"]
-    for name, code in FILES[3:]:
-        (tmp_path / name).write_text(code, "utf-8")
-    assert "2 passed" in ran(tmp_path)
+def test_naive_handler_fails(tmp_path: Path) -> None:
+    write(tmp_path, *FILES[:2])
+
+    output = ran(tmp_path)
+
+    assert "2 failed, 1 passed" in output
+    # Sorted, because pytest-randomly may be installed.
+    failures = sorted(line for line in output.splitlines() if line.startswith("FAILED"))
+    for failure, shown in zip(failures, shown_failures(), strict=True):
+        assert failure.startswith(shown)
+
+
+def test_repaired_handler_passes_and_jobs_use_the_tests_store(tmp_path: Path) -> None:
+    assert [name for name, _ in FILES] == ["shop.py", "test_shop.py", "shop.py", "jobs.py", "test_jobs.py"]
+    write(tmp_path, *FILES[1:])
+    assert "5 passed" in ran(tmp_path)
+
+
+def test_repaired_handler_passes_on_an_embedded_server(tmp_path: Path) -> None:
+    write(tmp_path, *FILES[1:3])
+    assert "3 passed" in ran(tmp_path, "--squidstep-server", "embedded")

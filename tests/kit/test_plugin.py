@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,7 @@ from squidstep_redis.embedded import EmbeddedServer
 
 from .test_guide import ran
 
-
-def run_tests(directory: Path, source: str, *options: str) -> str:
-    (directory / "test_it.py").write_text(source, "utf-8")
-    return ran(directory, *options)
-
-
-def test_each_test_gets_an_empty_store(tmp_path: Path) -> None:
-    source = """
+EMPTY = """
 import pytest
 
 @pytest.mark.parametrize("number", range(3))
@@ -29,9 +24,6 @@ def test_it(step_store, number):
     assert step_store.get_run("run") == []
     assert step_store.begin_step("run", "pay", {}).decision == "execute"
 """
-    assert "3 passed" in run_tests(tmp_path, source)
-
-
 ASYNC = """
 import asyncio
 import pytest
@@ -65,33 +57,14 @@ async def test_by_anyio(async_step_store, anyio_backend):
 def anyio_backend():
     return "asyncio"
 """
+OVERRIDING = """
+import pytest
 
-
-@pytest.mark.parametrize("options", [(), ("--squidstep-server", "embedded")], ids=["fakeredis", "embedded"])
-def test_asyncio_store_works_under_every_runner(tmp_path: Path, options: tuple[str, ...]) -> None:
-    assert "4 passed" in run_tests(tmp_path, ASYNC, *options)
-
-
-def test_existing_keys_of_a_server_are_kept(tmp_path: Path) -> None:
-    with EmbeddedServer(binary=find_binary("valkey"), port=0) as server, redis.Redis.from_url(server.url) as client:
-        client.set("other", 1)
-        source = """
-def test_it(step_store, step_clock):
-    claim = step_store.begin_step("run", "pay", {}, lease=3600).step_run
-    step_clock.advance(3600)
-    assert step_store.begin_step("run", "pay", {}).takeover
-    assert step_store.client.keys("squidstep-test-*")
+@pytest.fixture
+def step_settings():
+    return {"max_payload_bytes": 10}
 """
-        (tmp_path / "pytest.ini").write_text(f"[pytest]\nsquidstep_server = {server.url}\n", "utf-8")
-        assert "1 passed" in run_tests(tmp_path, source)
-        assert client.keys() == [b"other"]
-
-
-def test_conftest_can_override_the_settings(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(
-        "import pytest\n\n@pytest.fixture\ndef step_settings():\n    return {'max_payload_bytes': 10}\n", "utf-8"
-    )
-    source = """
+OVERRIDDEN = """
 import pytest
 from squidstep_redis import PayloadTooLargeError
 
@@ -99,11 +72,7 @@ def test_it(step_store):
     with pytest.raises(PayloadTooLargeError):
         step_store.begin_step("run", "pay", {"text": "x" * 20})
 """
-    assert "1 passed" in run_tests(tmp_path, source)
-
-
-def test_fault_that_did_not_occur_is_an_error(tmp_path: Path) -> None:
-    source = """
+FAULTS = """
 def test_it(step_store, step_faults):
     step_faults.lose_reply("complete_step")
     step_store.begin_step("run", "pay", {})
@@ -112,13 +81,7 @@ def test_canceled(step_store, step_faults):
     step_faults.lose_reply("complete_step")
     step_faults.heal()
 """
-    output = run_tests(tmp_path, source)
-    assert "2 passed, 1 error" in output
-    assert "faults that the test requested did not occur: lose_reply('complete_step')" in output
-
-
-def test_skipped_or_failed_test_has_no_further_error(tmp_path: Path) -> None:
-    source = """
+ENDED = """
 import pytest
 
 def test_skipped(step_store, step_faults):
@@ -134,7 +97,65 @@ def test_known_to_fail(step_store, step_faults):
     step_faults.lose_reply("complete_step")
     raise KeyError
 """
-    assert "1 failed, 1 skipped, 1 xfailed in" in run_tests(tmp_path, source)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output of one run of all files: to start pytest takes longer than the tests."""
+    directory = tmp_path_factory.mktemp("plugin")
+    (directory / "overridden").mkdir()
+    (directory / "overridden" / "conftest.py").write_text(OVERRIDING, "utf-8")
+    (directory / "overridden" / "test_overridden.py").write_text(OVERRIDDEN, "utf-8")
+    for name, source in (("empty", EMPTY), ("async", ASYNC), ("faults", FAULTS), ("ended", ENDED)):
+        (directory / f"test_{name}.py").write_text(source, "utf-8")
+    return ran(directory, "-rA")
+
+
+def outcomes(output: str, file: str) -> dict[str, int]:
+    """Returns how often each outcome occurs in a file, by the summary at the end."""
+    return Counter(re.findall(rf"^([A-Z]+) (?:\[1\] )?{re.escape(file)}(?:::|:\d+: )", output, re.MULTILINE))
+
+
+def test_each_test_gets_an_empty_store(output: str) -> None:
+    assert outcomes(output, "test_empty.py") == {"PASSED": 3}
+
+
+def test_asyncio_store_works_under_every_runner(output: str) -> None:
+    assert outcomes(output, "test_async.py") == {"PASSED": 4}
+
+
+def test_asyncio_store_works_on_an_embedded_server(tmp_path: Path) -> None:
+    (tmp_path / "test_async.py").write_text(ASYNC, "utf-8")
+    assert "4 passed" in ran(tmp_path, "--squidstep-server", "embedded")
+
+
+def test_existing_keys_of_a_server_are_kept(tmp_path: Path) -> None:
+    with EmbeddedServer(binary=find_binary("valkey"), port=0) as server, redis.Redis.from_url(server.url) as client:
+        client.set("other", 1)
+        source = """
+def test_it(step_store, step_clock):
+    claim = step_store.begin_step("run", "pay", {}, lease=3600).step_run
+    step_clock.advance(3600)
+    assert step_store.begin_step("run", "pay", {}).takeover
+    assert step_store.client.keys("squidstep-test-*")
+"""
+        (tmp_path / "pytest.ini").write_text(f"[pytest]\nsquidstep_server = {server.url}\n", "utf-8")
+        (tmp_path / "test_it.py").write_text(source, "utf-8")
+        assert "1 passed" in ran(tmp_path)
+        assert client.keys() == [b"other"]
+
+
+def test_conftest_can_override_the_settings(output: str) -> None:
+    assert outcomes(output, "overridden/test_overridden.py") == {"PASSED": 1}
+
+
+def test_fault_that_did_not_occur_is_an_error(output: str) -> None:
+    assert outcomes(output, "test_faults.py") == {"PASSED": 2, "ERROR": 1}
+    assert "faults that the test requested did not occur: lose_reply('complete_step')" in output
+
+
+def test_skipped_or_failed_test_has_no_further_error(output: str) -> None:
+    assert outcomes(output, "test_ended.py") == {"FAILED": 1, "SKIPPED": 1, "XFAIL": 1}
 
 
 def test_plugin_does_not_import_the_library() -> None:
