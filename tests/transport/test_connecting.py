@@ -41,9 +41,9 @@ pytestmark = [
 any_redis: Any = redis.asyncio  # parts of its types are unknown
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def collect_garbage() -> Iterator[None]:
-    """Collects what clients of a loop that has ended leave open, so that no later test is blamed for it."""
+    """Collects what clients of a loop that has ended leave open. Other modules do not filter the warnings."""
     yield
     collect_abandoned_connections()
 

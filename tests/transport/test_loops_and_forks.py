@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.servers("valkey"), pytest.mark.filterwarnings("ignore:
 STORES = ["own", "user's"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def collect_garbage() -> Iterator[None]:
-    """Collects what clients of a loop that has ended leave open, so that no later test is blamed for it."""
+    """Collects what clients of a loop that has ended leave open. Other modules do not filter the warnings."""
     yield
     collect_abandoned_connections()
 
