@@ -296,7 +296,7 @@ class TestFailures:
         lines = invoke("show", "run", *options_of(server, store)).stdout.splitlines()
         shown = json.loads(invoke("show", "run", "--json", *options_of(server, store)).stdout)
 
-        last_words = {line.split()[0]: line.split("  ")[-1] for line in lines if " failed " in line[:30]}
+        last_words = {line.split()[0]: line.split("  ")[-1].strip() for line in lines if " failed " in line[:30]}
         assert last_words["final"] == "failed permanently"
         assert re.fullmatch(r"can be retried in (59 min( \d+ s)?|1 h)", last_words["later"])
         assert "retry" not in last_words["at-once"]
