@@ -119,14 +119,22 @@ def keys_of(raw: Any, prefix: str) -> set[bytes]:
 
 
 def contents(raw: Any, prefix: str) -> dict[bytes, Any]:
-    """Returns all keys of a prefix, with their contents."""
+    """Returns all keys of a prefix, with their contents. Two pipelines take less CPU than calls for each key."""
+    keys = keys_of(raw, prefix)
     read = {
-        b"hash": raw.hgetall,
-        b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True),
-        b"string": raw.get,
-        b"stream": lambda key: [entry for _, entry in raw.xrange(key)],
+        b"hash": lambda pipeline, key: pipeline.hgetall(key),
+        b"zset": lambda pipeline, key: pipeline.zrange(key, 0, -1, withscores=True),
+        b"string": lambda pipeline, key: pipeline.get(key),
+        b"stream": lambda pipeline, key: pipeline.xrange(key),
     }
-    return {key: read[raw.type(key)](key) for key in keys_of(raw, prefix)}
+    with raw.pipeline(transaction=False) as pipeline:
+        for key in keys:
+            pipeline.type(key)
+        types = dict(zip(keys, pipeline.execute(), strict=True))
+        for key, kind in types.items():
+            read[kind](pipeline, key)
+        values = zip(types.items(), pipeline.execute(), strict=True)
+    return {key: [entry for _, entry in value] if kind == b"stream" else value for (key, kind), value in values}
 
 
 def timeless(value: Any) -> Any:

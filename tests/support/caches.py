@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from fakeredis.commands_mixins import scripting_mixin
@@ -35,18 +37,32 @@ def _describe_commands_once() -> None:
 
 
 def _compile_scripts_once() -> None:
-    """fakeredis compiles a script for every call; servers do it once."""
-    lua: Any = scripting_mixin.LUA_MODULE
+    """fakeredis compiles and hashes a script for every call; servers do it once.
+
+    It also looks for global variables of the script before each command, and at its end. The end is enough.
+    """
+    mixin: Any = scripting_mixin
+    lua = mixin.LUA_MODULE
+    reject_globals = mixin._check_for_lua_globals
 
     class Runtime(lua.LuaRuntime):
         def __init__(self, *_args: object, **_options: object) -> None:
             self._compiled: dict[str | bytes, Callable[[], Any]] = {}
+            self.executes = False
 
         def execute(self, code: str | bytes) -> Any:
-            if code == "collectgarbage()":
-                return None  # after each call; Lua collects without it, too
+            if code == "collectgarbage()":  # after each script; Lua collects without it, too
+                self.executes = False
+                return None
+            self.executes = True
             if code not in self._compiled:
                 self._compiled[code] = self.compile(code)
             return self._compiled[code]()
 
+    def reject_globals_at_the_end(runtime: Runtime, expected: set[Any]) -> None:
+        if not runtime.executes:
+            reject_globals(runtime, expected)
+
     lua.LuaRuntime = Runtime
+    mixin._check_for_lua_globals = reject_globals_at_the_end
+    mixin.hashlib = SimpleNamespace(sha1=cache(hashlib.sha1))
