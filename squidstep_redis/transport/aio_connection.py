@@ -256,9 +256,7 @@ class OwnConnections(AsyncConnections):
                 return Link(connection)
         except BaseException as error:
             drop(connection)
-            if isinstance(error, Exception):
-                raise RoundTripError(connect_error(error, scope), sent=False) from error
-            raise
+            raise RoundTripError(connect_error(error, scope), sent=False) from error
 
 
 class _Links:
@@ -378,11 +376,15 @@ def seconds_to_connect(connection: Any, deadline: float) -> float | None:
     return max(0.0, deadline - time.monotonic()) + sum(seconds or 0.0 for seconds in timeouts)
 
 
-def connect_error(error: Exception, scope: asyncio.Timeout) -> Exception:
+def connect_error(error: BaseException, scope: asyncio.Timeout) -> Exception:
     """Returns a redis-py error for an exception that was raised while a connection was set up within a scope.
 
-    A provider of credentials may raise anything. An exception of a signal handler is raised as it is.
+    A provider of credentials may raise anything, also the CancelledError of another task. A cancellation of this task,
+    and an exception of a signal handler, is raised as it is.
     """
+    is_foreign_cancellation = isinstance(error, asyncio.CancelledError) and not cancellations()
+    if not isinstance(error, Exception) and not is_foreign_cancellation:
+        raise error
     if scope.expired():
         return TimeoutError("Timeout connecting to server")
     if is_raised_by_handler(error):

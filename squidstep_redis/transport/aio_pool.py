@@ -271,7 +271,7 @@ async def connect(connection: Any, deadline: float) -> None:
     try:
         async with scope:
             await connection.connect()
-    except Exception as error:
+    except BaseException as error:
         raise RoundTripError(connect_error(error, scope), sent=False) from error
 
 

@@ -194,6 +194,11 @@ def test_sentinel_client_works_in_several_loops_at_once(tmp_path: Path, own_conn
     assert len({connection for connection, _ in used}) == len(used)
 
 
+needs_awaited_credentials = pytest.mark.skipif(
+    not hasattr(CredentialProvider, "get_credentials_async"), reason="redis-py 5.0 asks for credentials without waiting"
+)
+
+
 class HangingCredentials(CredentialProvider):
     def get_credentials(self) -> tuple[str, str]:
         raise NotImplementedError
@@ -203,9 +208,7 @@ class HangingCredentials(CredentialProvider):
         return "default", ""
 
 
-@pytest.mark.skipif(
-    not hasattr(CredentialProvider, "get_credentials_async"), reason="redis-py 5.0 asks for credentials without waiting"
-)
+@needs_awaited_credentials
 @pytest.mark.parametrize("kind", ["pool", "own connections", "hooked", "hooked, blocking pool"])
 def test_hanging_credential_provider_does_not_extend_the_timeout(url: str, kind: str) -> None:
     async def main() -> float:
@@ -222,6 +225,37 @@ def test_hanging_credential_provider_does_not_extend_the_timeout(url: str, kind:
             return time.monotonic() - began
 
     assert asyncio.run(main()) < 3
+
+
+class CancelledCredentials(CredentialProvider):
+    """Waits for a token that several callers share, and whose task was cancelled."""
+
+    token: Any = None
+
+    def get_credentials(self) -> tuple[str, str]:
+        raise NotImplementedError
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        return await self.token
+
+
+@needs_awaited_credentials
+@pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
+@pytest.mark.parametrize("own_connections", [True, False])
+def test_cancelled_credentials_cancel_no_call(url: str, own_connections: bool, size: int) -> None:
+    async def main() -> None:
+        credentials = CancelledCredentials()
+        credentials.token = asyncio.get_running_loop().create_future()
+        credentials.token.cancel()
+        async with any_redis.Redis.from_url(url, credential_provider=credentials) as client:
+            store = AsyncStepRunStore(client, own_connections=own_connections, timeout=0.2)
+            task = asyncio.create_task(store.begin_step("run", "pay", {"text": "x" * size}))
+            await asyncio.wait([task])
+            assert not task.cancelled()
+            with pytest.raises(NotSentError, match="CancelledError|interrupted"):
+                await task
+
+    asyncio.run(main())
 
 
 class SlowCredentials(CredentialProvider):
