@@ -19,6 +19,7 @@ from redis.exceptions import (
 )
 
 from squidstep_redis.protocol.call import Command
+from squidstep_redis.signals import is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.client import has_plain_stream
 from squidstep_redis.transport.retry import UNREADABLE, RoundTripError, is_demotion
@@ -102,8 +103,17 @@ class Stream:
     def is_quiet(self) -> bool:
         """Whether it is open and nothing is left to read."""
         if type(self.socket) is not socket.socket:  # TLS may hold bytes back
-            return not self._connection.can_read()
+            return self._is_encryption_quiet()
         return is_quiet(self.socket) and not self.has_left()
+
+    def _is_encryption_quiet(self) -> bool:
+        try:
+            return not self._connection.can_read()
+        except (RedisError, OSError) as error:  # the server has closed it
+            for each in (error, error.__context__):  # redis-py wraps what a handler raises, too
+                if each is not None and is_raised_by_handler(each):
+                    raise each from None
+            return False
 
     def _write(self, data: bytes, *, is_first: bool = True) -> None:
         written = self._send(data) if is_first else 0
