@@ -44,7 +44,7 @@ class Client(NamedTuple):
         is_cluster: whether it is a cluster client.
         socket_timeout: seconds it waits for a reply; None: without a limit.
         connect_timeout: seconds it waits for a connection; None: without a limit.
-        sends: how many times, at most, it tries to connect or sends a command.
+        sends: how many times, at most, its `execute_command` tries to connect or sends a command.
         decodes: whether it decodes replies.
         reuses_dirty_connections: whether an unread reply on a connection can become the reply to the next command.
         retry_pauses: the longest total time, in seconds, that it pauses between these attempts.
@@ -77,9 +77,9 @@ class Client(NamedTuple):
         """Seconds that a call can take: until its last attempt begins, and for that attempt. None: without a limit."""
         if self.socket_timeout is None:
             return None
-        connect = self.connect_timeout or 0.0
-        replies = self.sends if self.is_hooked else 1  # the store itself sends once in an attempt
-        attempt = self.sends * connect + self.retry_pauses + replies * self.socket_timeout
+        attempt = (self.connect_timeout or 0.0) + self.socket_timeout
+        if self.is_hooked:  # otherwise, the store connects and sends once in an attempt, and the client does not retry
+            attempt = self.sends * attempt + self.retry_pauses
         return self.timeout + attempt
 
 
@@ -146,13 +146,13 @@ def _client_deadline(client: Client) -> Found:
         return None  # _client_timeout reports it
     attempt = longest - client.timeout
     if attempt > client.timeout / 2:
-        times = "" if client.sends == 1 else f" up to {client.sends} times"
-        what = "connects and sends" if client.is_hooked else "connects"
+        retries = client.is_hooked and client.sends > 1
+        times = f"connects and sends up to {client.sends} times, " if retries else ""
         return WARNING, (
             f"a call can take {longest:.4g} s, although the store's timeout is {client.timeout:g} s: the last attempt "
-            f"begins at the timeout and can take {attempt:.4g} s. The client {what}{times}, waits {connect:g} s for a "
-            f"connection and {client.socket_timeout:g} s for a reply. Lower these timeouts and the client's retries "
-            "(the store retries by itself), or use from_url"
+            f"begins at the timeout and can take {attempt:.4g} s. The client {times}waits {connect:g} s for a "
+            f"connection and {client.socket_timeout:g} s for a reply. Lower these timeouts"
+            f"{' and the retries of the client (the store retries by itself)' if retries else ''}, or use from_url"
         )
     return OK, (
         f"a call ends within {longest:.4g} s: it is retried for {client.timeout:g} s, and an attempt takes at most "

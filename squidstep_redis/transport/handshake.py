@@ -12,8 +12,10 @@ from functools import partial
 from math import inf
 from typing import Any, TypeVar, cast
 
+from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
+from redis.retry import Retry
 
 from squidstep_redis.signals import defer_sigalrm, is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
@@ -43,7 +45,8 @@ def open_connection(connection: Any, limit: float) -> Any:
     """Connects a redis-py connection.
 
     An interruption between two steps of its handshake leaves a connection that looks ready but has another database or
-    no credentials: it is closed. A server that trickles bytes does not extend the timeout of a reply.
+    no credentials: it is closed. A server that trickles bytes does not extend the timeout of a reply. The connection's
+    own retries are off, because their pauses ignore the limit; the store retries by itself.
 
     SIGALRM is deferred. With RESP3, redis-py asks for a logger, and an exception there could leave logging's lock held.
 
@@ -56,10 +59,17 @@ def open_connection(connection: Any, limit: float) -> Any:
     """
     try:
         with defer_sigalrm():
-            if has_plain_stream(cast("type[object]", type(connection))):
-                _connect(connection, limit)
-            else:
-                connection.connect()
+            retry = _given(getattr(connection, "retry", None))
+            if retry is not None:
+                connection.retry = _NoRetries(retry)
+            try:
+                if has_plain_stream(cast("type[object]", type(connection))):
+                    _connect(connection, limit)
+                else:
+                    connection.connect()
+            finally:
+                if retry is not None:
+                    connection.retry = retry
     except BaseException as error:
         connection.disconnect()
         failure = unsent(error)
@@ -105,12 +115,20 @@ def _connect(connection: Any, limit: float) -> None:
 
 def _given(value: Any) -> Any:
     """Returns what belongs to a connection. An exception from outside, after the handshake, has left a replacement."""
-    return value.given if isinstance(value, (_SetUp, _Credentials, _Sentinels)) else value
+    return value.given if isinstance(value, (_NoRetries, _SetUp, _Credentials, _Sentinels)) else value
 
 
 def _late() -> RoundTripError:
     """Returns an error that ends connecting: for an error of its own, redis-py would try again."""
     return RoundTripError(TimeoutError("Timeout connecting to server"), sent=False)
+
+
+class _NoRetries(Retry):
+    """The retries of a connection while the store connects it, and those that the user has set."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__(NoBackoff(), 0)
+        self.given = given
 
 
 class _SetUp:
