@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from math import inf
+from threading import get_ident
 from typing import Any, TypeVar, cast
 
 from redis.backoff import NoBackoff
@@ -185,8 +186,19 @@ def _until(limit: float, function: Callable[[], T]) -> T:
     if limit == inf:
         return function()
     results: list[T] = []
-    call = partial(copy_context().run, function)
-    helper = Helper("squidstep-connect", lambda: results.append(call()))
+    call, caller = partial(copy_context().run, function), get_ident()
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception:
+            raise
+        except BaseException as error:  # such as CancelledError: in a thread of its own, it interrupts nothing
+            if get_ident() == caller:
+                raise
+            raise ConnectionError(f"Connecting failed with {type(error).__name__}") from error
+
+    helper = Helper("squidstep-connect", run)
     helper.wait(limit)
     if helper.error is not None:
         raise helper.error

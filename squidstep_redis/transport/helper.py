@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 from typing import Final
 
@@ -59,8 +60,13 @@ class Helper:
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            threading.Thread(target=self._run_alone, name=self._name, daemon=True).start()
         except RuntimeError:
+            self._run_alone()
+
+    def _run_alone(self) -> None:
+        """Calls the function in a thread in which an exception such as CancelledError ends nothing but the function."""
+        with suppress(BaseException):  # otherwise, `threading` prints it, with what the function has in its text
             self._run()
 
     def _run(self) -> None:

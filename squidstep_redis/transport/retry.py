@@ -73,8 +73,11 @@ FAILURES: Final = (RoundTripError, RedisError, RedisClusterException, ReplyMisma
 RIGHTS: Final = "~<prefix>:{* +@read +@write +@scripting +@transaction -@dangerous +time"
 """The ACL rights that a user needs for everything that a store does on one server."""
 
-UNREADABLE: Final = (AttributeError, LookupError, TypeError, ValueError)
-"""What redis-py and hiredis raise for a reply or an address that they cannot read, apart from their own errors."""
+UNREADABLE: Final = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+"""What redis-py and hiredis raise for a reply or an address that they cannot read, apart from their own errors.
+
+OverflowError is raised for a timeout or a port that is too large.
+"""
 
 # By its text: blocking and asyncio sentinels have a class each, and redis-py may wrap it.
 _NOT_FOUND: Final = re.compile(r"""No (master|slave) found for ('[^']*'|"[^"]*"|\S+)""")

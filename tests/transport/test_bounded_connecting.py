@@ -91,3 +91,17 @@ class TestRetriesOfTheClient:
             StepRunStore(client).get_run("run")
             retries = [connection.retry for connection in idle_of(client.connection_pool)]
         assert [(type(each), each._retries) for each in retries] == [(Retry, 3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{"port": 2**70}, {"socket_timeout": 1e12}, {"socket_connect_timeout": 1e12}], ids=str
+)
+def test_option_that_is_too_large_is_not_sent(kind: str, options: Any) -> None:
+    """Python cannot pass it to the system."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = {"port": server.getsockname()[1], "retry": None, **SHORT, **options}
+        with client_of(kind, **options) as client:
+            store = StepRunStore(client, own_connections=kind == "own", timeout=0.1)
+            with pytest.raises(NotSentError, match="OverflowError"):
+                store.get_run("run")

@@ -25,6 +25,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 from support.backends import Backend
 from support.internals import retry_for
+from support.proxy import Proxy
 from support.servers import EmbeddedCluster, collect_abandoned_connections, find_binary, wait_until
 
 from squidstep_redis import AsyncStepRunStore, NotSentError, OutcomeUnknownError, StepRunStore, WaitTimeoutError
@@ -305,7 +306,7 @@ def test_silent_sentinels_do_not_extend_a_blocking_call(own_connections: bool) -
 class FailingCredentials(CredentialProvider):
     """Fails as often as it is told, and then returns the credentials of the default user."""
 
-    def __init__(self, error: Exception, failures: float) -> None:
+    def __init__(self, error: BaseException, failures: float) -> None:
         self.error = error
         self.failures = failures
 
@@ -353,6 +354,21 @@ class TestFailingCredentials:
                 assert (await store.begin_step(f"{uuid4()}", "pay", {})).decision == "execute"
 
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("own_connections", [False, True])
+@pytest.mark.parametrize("error", [GeneratorExit, asyncio.CancelledError])
+def test_provider_that_is_cancelled_has_failed(
+    backend: Backend, own_connections: bool, error: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It interrupts only the thread that waits for it, which prints nothing."""
+    credentials = FailingCredentials(error("secret"), math.inf)
+    options: Any = {"credential_provider": credentials, "socket_timeout": 5, "socket_connect_timeout": 5}
+    with Proxy.to(backend.raw) as proxy, redis.Redis(port=proxy.port, **options) as client:
+        store = StepRunStore(client, own_connections=own_connections, timeout=0.1)
+        with pytest.raises(NotSentError, match=f"Connecting failed with {error.__name__}"):
+            store.begin_step("run", "pay", {})
+    assert "secret" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("pool", ["plain", "blocking"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import _thread
+import asyncio
 import threading
 import time
 from unittest import mock
 
 import pytest
+from support.servers import wait_until
 
 from squidstep_redis.transport import helper as module
 from squidstep_redis.transport.helper import Helper
@@ -30,6 +32,28 @@ def test_error_of_the_function_is_kept() -> None:
     helper = Helper("beside", fail)
     helper.wait()
     assert helper.error is error
+
+
+@pytest.mark.parametrize("error", [GeneratorExit, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_thread_ends_without_a_traceback(error: type[BaseException], capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error("secret")
+
+    helper = Helper("beside", fail)
+    helper.wait()
+    wait_until(lambda: all(thread.name != "beside" for thread in threading.enumerate()))
+    assert "secret" not in "".join(capfd.readouterr())
+
+
+def test_caller_is_interrupted_if_it_runs_the_function() -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(_thread, "start_new_thread", side_effect=RuntimeError("can't start new thread")),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        Helper("beside", fail)
 
 
 def test_waiting_ends_in_time_while_the_function_runs() -> None:
