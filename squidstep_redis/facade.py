@@ -145,11 +145,17 @@ class BaseStore(ABC, Generic[C, B]):
         counts them for Prometheus.
 
         Args:
-            listener: a function of one `Event`.
+            listener: a plain function of one `Event`, also on an asyncio store.
 
         Returns:
             The listener.
+
+        Raises:
+            InvalidArgumentError: it cannot be called with one argument, or is a coroutine or generator function.
         """
+        from squidstep_redis.functions.checks import check_accepts  # noqa: PLC0415 -- few stores have listeners
+
+        check_accepts("listener", listener, None)
         self._transport.events.listeners.append(listener)
         return listener
 

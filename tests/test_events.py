@@ -7,6 +7,7 @@ import logging
 import pickle
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from support.backends import Backend, Bench
-from support.internals import event_listeners, give_up_early
+from support.internals import event_listeners, give_up_early, plain_store
 from support.records import begun
 from support.servers import wait_until
 
 from squidstep_redis import (
     Event,
     InputMismatchError,
+    InvalidArgumentError,
     PayloadError,
     RunDeletedError,
     ServerError,
@@ -246,6 +248,35 @@ def test_failing_listener_is_logged_and_affects_nothing_else(
     assert begun(store.begin_step("run", "pay", {})).attempt == 1
     assert kinds(events) == kinds(later) == [("execute", "pay", None)]
     assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
+
+
+class AwaitedListener:
+    async def __call__(self, event: Event) -> None: ...
+
+
+async def awaited(event: Event) -> None: ...
+
+
+def generated(event: Event) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("listener", "problem"),
+    [
+        (5, "must be a function, not 5"),
+        (awaited, "must not be a coroutine function"),
+        (AwaitedListener(), "must not be a coroutine function"),
+        (partial(awaited), "must not be a coroutine function"),
+        (partial(partial(AwaitedListener())), "must not be a coroutine function"),
+        (generated, "must not be a generator function"),
+        (lambda: None, "cannot be called with 1 argument"),
+    ],
+)
+def test_listener_that_cannot_receive_events_is_rejected(store: StepRunStore, listener: Any, problem: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^listener: .*{problem}"):
+        store.on_event(listener)
+    assert event_listeners(plain_store(store)) == []
 
 
 @pytest.mark.servers("valkey")

@@ -82,7 +82,7 @@ def check_is_coroutine_function(fn: Callable[..., Any], is_asyncio: bool) -> Non
 
 
 def check_accepts(argument: str, function: object, *args: Any, **kwargs: Any) -> None:
-    """Raises InvalidArgumentError if a function cannot be called with these arguments, or is a coroutine function.
+    """Raises InvalidArgumentError if a function cannot be called with these arguments, or its call does no work.
 
     Args:
         argument: the name of the function in the error.
@@ -93,7 +93,9 @@ def check_accepts(argument: str, function: object, *args: Any, **kwargs: Any) ->
     if not callable(function):
         raise InvalidArgumentError(argument, f"must be a function, not {function!r}")
     if is_coroutine_function(function):
-        raise InvalidArgumentError(argument, "must not be a coroutine function")
+        raise InvalidArgumentError(argument, "must not be a coroutine function: nothing awaits what it returns")
+    if is_generator_function(function):
+        raise InvalidArgumentError(argument, "must not be a generator function: a call returns before it does any work")
     try:
         accepted = signature(function)
     except (TypeError, ValueError):  # some functions in C do not say what they accept
