@@ -41,7 +41,7 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_errors_total` | prefix, operation, error | calls that raised any other error |
     | `squidstep_extensions_total` | prefix | leases extended, by the heartbeat or by `extend_claim` |
     | `squidstep_batched_total` | prefix, operation | decisions and errors in batches, such as the heartbeat's |
-    | `squidstep_transition_seconds` | prefix, operation | seconds per call, re-sends included; no batches |
+    | `squidstep_transition_seconds` | prefix, operation | seconds per call with an event, re-sends included; no batches |
     | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
     | `squidstep_failed_steps` | prefix | failed steps on the whole server; blocking stores only |
 
@@ -86,7 +86,7 @@ class Metrics(Collector):
         self._batched = counter("batched", "Decisions and errors of calls in batches", "operation")
         self._seconds = Histogram(
             "squidstep_transition_seconds",
-            "Seconds per transition, re-sends included",
+            "Seconds per call, re-sends included",
             ["prefix", "operation"],
             buckets=_BUCKETS,
             registry=registry,
@@ -123,7 +123,7 @@ class Metrics(Collector):
             self._by_kind[event.kind].labels(prefix).inc()
         if event.batched:
             self._batched.labels(prefix, event.operation).inc()
-        elif not (event.operation == "advance_step" and event.kind == "complete"):
+        elif event.first:
             self._seconds.labels(prefix, event.operation).observe(event.seconds)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:

@@ -61,6 +61,7 @@ def test_a_group_emits_one_event_per_step(store: StepRunStore, events: list[Even
         ("complete", "mail", None),
     ]
     assert [event.operation for event in events[1:3]] == ["begin_steps"] * 2
+    assert [event.first for event in events] == [True, True, False, True, True, True]
 
 
 def test_each_decision_emits_one_event(store: StepRunStore, events: list[Event]) -> None:
@@ -363,6 +364,31 @@ class TestPrometheus:
         assert value("transition_seconds_count", operation="begin_step") == 6
         if bench.runner is None:
             assert (value("live_claims"), value("lapsed_claims"), value("failed_steps")) == (2, 0, 1)
+
+    def test_each_call_is_measured_once(self, bench: Bench, store: StepRunStore) -> None:
+        registry = CollectorRegistry()
+        observe(unwrapped(bench, store), registry)
+        inputs: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "c": {}}
+        begun_steps = store.begin_steps("run", inputs)
+        store.begin_steps("run", inputs)
+        store.advance_step(begun_steps["a"].step_run, {}, "d", {})
+        store.batch([store.calls.begin_steps("batch", inputs)])
+        call = store.calls.schedule_steps("cancelled", {"a": {}, "b": {}})
+        store.send(call)
+        store.delete_pending_steps("cancelled", ["b"])
+        store.cancel_run("cancelled", "stop")
+        store.send(call)  # it has scheduled one step before, and does not schedule the other
+        assert not store.cancel_run("missing")  # decides nothing
+
+        def value(name: str, operation: str) -> float | None:
+            labels = {"prefix": bench.prefix, "operation": operation}
+            return registry.get_sample_value(f"squidstep_{name}", labels)
+
+        assert value("transition_seconds_count", "begin_steps") == 2
+        assert value("transition_seconds_count", "advance_step") == 1
+        assert value("transition_seconds_count", "schedule_steps") == 2
+        assert value("transition_seconds_count", "cancel_run") == 1
+        assert value("batched_total", "begin_steps") == 3
 
     def test_two_stores_can_share_a_registry(self, bench: Bench) -> None:
         registry = CollectorRegistry()

@@ -63,6 +63,7 @@ class Event(NamedTuple):
         seconds: how long the call took, retries included; for a call in a batch, how long the batch took.
         batched: whether it was in a batch.
         prefix: the store's prefix.
+        first: whether it is the first event of its call. All events of a call have the same `seconds`.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Event(NamedTuple):
     seconds: float
     batched: bool
     prefix: str
+    first: bool = True
 
     def __str__(self) -> str:
         step = "" if self.step is None else f", step {self.step!r}"
@@ -112,7 +114,8 @@ class EventEmitter:
 
     def emit(self, call: Call[Any], result: object, seconds: float, *, batched: bool = False) -> None:
         """Emits the events of a call, given its result or the error that it raises."""
-        for event in events_of(call, result, seconds, batched, self._prefix):
+        for index, each in enumerate(events_of(call, result, seconds, batched, self._prefix)):
+            event = each if index == 0 else each._replace(first=False)
             important = event.takeover or event.kind in INFO_KINDS or event.reason in ("exhausted", "failed")
             _log.log(logging.INFO if important else logging.DEBUG, "%s", event)
             for listener in self.listeners:
