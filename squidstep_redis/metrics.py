@@ -11,6 +11,7 @@ file `grafana_dashboard.json` next to this module.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,10 @@ except ImportError as missing:
     ) from missing
 
 from squidstep_redis import AsyncStepRunStore, Event, SquidstepError, StepRunStore
+from squidstep_redis.transport.client import addresses_of
+
+_Counts = tuple[int, int, int]
+"""Live claims, lapsed claims and failed steps."""
 
 _BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -41,11 +46,14 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     | `squidstep_errors_total` | prefix, operation, error | calls that raised any other error |
     | `squidstep_extensions_total` | prefix | leases extended, by the heartbeat or by `extend_claim` |
     | `squidstep_batched_total` | prefix, operation | decisions and errors in batches, such as the heartbeat's |
-    | `squidstep_transition_seconds` | prefix, operation | seconds per call with an event, re-sends included; no batches |
+    | `squidstep_transition_seconds` | prefix, operation | seconds per call with an event, with re-sends; no batches |
     | `squidstep_live_claims`, `squidstep_lapsed_claims` | prefix | claims on the whole server; blocking stores only |
     | `squidstep_failed_steps` | prefix | failed steps on the whole server; blocking stores only |
 
-    A collection needs ten round trips for the last three. If the server is unreachable, they are omitted.
+    The last three are read from each observed server. For each prefix and server, a collection needs ten round trips on
+    the blocking store that was observed last. If stores with one prefix are on several servers, or in several
+    databases, their numbers are added up. If one of these servers is unreachable, they are omitted for that prefix.
+    Servers are told apart by the address in the client: connect to each under one name.
 
     Args:
         store: the store; pass each store only once, or its decisions are counted twice.
@@ -91,16 +99,22 @@ class Metrics(Collector):
             buckets=_BUCKETS,
             registry=registry,
         )
-        self._stores: dict[str, StepRunStore] = {}
+        self._servers: list[_Server] = []
         registry.register(self)
 
     def add_store(self, store: StepRunStore) -> None:
-        """Queries the numbers of claims and failed steps of a store's prefix at each collection.
+        """Queries the numbers of claims and failed steps of a store's prefix and server at each collection.
 
         Args:
-            store: a blocking store.
+            store: a blocking store. It replaces an earlier one with the same prefix and server.
         """
-        self._stores[store.calls.prefix] = store
+        addresses = addresses_of(store.client)
+        server = next((each for each in self._servers if each.addresses & addresses), None)
+        if server is None:
+            server = _Server()
+            self._servers.append(server)
+        server.addresses |= addresses
+        server.stores[store.calls.prefix] = store
 
     def count(self, event: Event) -> None:
         """Counts one decision.
@@ -133,19 +147,41 @@ class Metrics(Collector):
         yield GaugeMetricFamily("squidstep_failed_steps", "Steps that have failed", labels=["prefix"])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Queries the server."""
-        live, lapsed, failed = self.describe()
-        for prefix, store in list(self._stores.items()):
-            try:
-                counts, failures = store.count_claims(), store.count_failed()
-            except SquidstepError:
-                continue  # omitted, so that the other metrics are still collected
-            live.add_metric([prefix], counts.live)
-            lapsed.add_metric([prefix], counts.lapsed)
-            failed.add_metric([prefix], failures)
-        yield live
-        yield lapsed
-        yield failed
+        """Queries the servers."""
+        families = list(self.describe())
+        counts: dict[str, list[_Counts | None]] = {}
+        for server in list(self._servers):
+            found = server.count()
+            for prefix in list(server.stores):
+                counts.setdefault(prefix, []).append(found.get(prefix))
+        for prefix, by_server in counts.items():
+            known = [each for each in by_server if each is not None]
+            if len(known) == len(by_server):  # otherwise omitted, so that the other metrics are still collected
+                for family, numbers in zip(families, zip(*known, strict=True), strict=True):
+                    family.add_metric([prefix], sum(numbers))
+        yield from families
+
+
+class _Server:
+    """One observed server.
+
+    Attributes:
+        addresses: the addresses of the clients.
+        stores: by prefix, the store that queries it.
+    """
+
+    def __init__(self) -> None:
+        self.addresses: frozenset[str] = frozenset()
+        self.stores: dict[str, StepRunStore] = {}
+
+    def count(self) -> dict[str, _Counts]:
+        """Returns the counts by prefix, without the prefixes whose counts could not be read."""
+        counts: dict[str, _Counts] = {}
+        for prefix, store in list(self.stores.items()):
+            with suppress(SquidstepError):
+                live, lapsed = store.count_claims()
+                counts[prefix] = live, lapsed, store.count_failed()
+        return counts
 
 
 _metrics: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()

@@ -76,6 +76,16 @@ def server_of(client: Any) -> str:
     return f"{address}, database {options.get('db', 0)}"
 
 
+def addresses_of(client: Any) -> frozenset[str]:
+    """Returns the addresses of a client's server, with its database. Clients of the same server share an address."""
+    if not hasattr(client, "connection_pool"):
+        return frozenset({*client.nodes_manager.startup_nodes, *client.nodes_manager.nodes_cache})
+    sentinels = getattr(client.connection_pool, "sentinel_manager", None)
+    if sentinels is not None:
+        return frozenset(f"{server_of(client)} of {server_of(sentinel)}" for sentinel in sentinels.sentinels)
+    return frozenset({server_of(client).replace("localhost:", "127.0.0.1:")})
+
+
 def own_connection(client: Any, default_timeout: float | None = None) -> Any:
     """Returns a connection to the client's server for a store's own use, not connected.
 
