@@ -265,7 +265,8 @@ class LeavingSender:
                 await asyncio.wait([task], timeout=max(0.0, self._began + timeout - time.monotonic()))
             except asyncio.CancelledError as error:
                 self.waits, self.interruption = False, error
-        self.interruption = self.interruption or sender.interruption
+        if isinstance(sender.interruption, Exception):  # a KeyboardInterrupt has left the event loop
+            self.interruption = self.interruption or sender.interruption
         if task.done() and not task.is_over:
             return task.result()
         why = "" if sender.last_error is None else f" ({sender.last_error.problem})"
