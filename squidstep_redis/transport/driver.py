@@ -204,13 +204,13 @@ def _follow(call: Call[T], durability: Durability | None, result: Any) -> Driver
     for _ in range(_MAX_REDIRECTS):
         if isinstance(result, NoScriptError):
             command = call.eval
-        elif isinstance(result, AskError):
-            node = yield Redirect(result)
         elif isinstance(result, EqualOutputError):
             call, command = result.resend, result.resend.evalsha
-        else:
+        elif not isinstance(result, AskError):
             break
         try:
+            if isinstance(result, AskError):
+                node = yield Redirect(result)
             result = yield from _send_once(call, command(), durability, node)
         except RoundTripError as error:  # on asyncio, several tasks may have received the same error
             raise RoundTripError(error.cause, sent=error.sent, follows_refusal=True) from error

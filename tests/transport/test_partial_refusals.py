@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError, MovedError
 from support.backends import Bench
 from support.proxy import Fault, Proxy
 from support.records import begun
@@ -16,6 +17,8 @@ from squidstep_redis import (
     OutcomeUnknownError,
     RefusedError,
 )
+from squidstep_redis.transport import driver
+from squidstep_redis.transport.retry import RoundTripError
 from transport.conftest import Connect
 
 pytestmark = pytest.mark.servers("valkey")
@@ -143,3 +146,12 @@ def test_call_that_was_refused_and_then_not_sent_is_refused(
     proxy.add_fault(Fault(reply=refuse))
     with pytest.raises(RefusedError, match="refused earlier, and could not be reached now: .* Nothing was written"):
         store.get_run("run")
+
+
+def test_call_that_was_redirected_to_an_unknown_node_is_refused(bench: Bench) -> None:
+    """A node received it, and refused it."""
+    steps = driver.send(bench.store().calls.get_run("run"), 0.0, None)
+    assert isinstance(next(steps), driver.Execute)
+    assert isinstance(steps.send(MovedError("7 127.0.0.1:0")), driver.Redirect)
+    with pytest.raises(RefusedError, match="Nothing was written"):
+        steps.throw(RoundTripError(ConnectionError("no such node"), sent=False))
