@@ -11,8 +11,8 @@ file `grafana_dashboard.json` next to this module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import Final
+from functools import partial
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 try:
@@ -24,8 +24,14 @@ except ImportError as missing:
         "squidstep_redis.metrics needs prometheus_client: pip install 'squidstep_redis[prometheus]'"
     ) from missing
 
-from squidstep_redis import AsyncStepRunStore, Event, SquidstepError, StepRunStore
+from squidstep_redis import AsyncStepRunStore, Event, ServerError, SquidstepError, StepRunStore
+from squidstep_redis.steady import steady_time as time
+from squidstep_redis.transport.blocking import BlockingTransport, run_workflow
 from squidstep_redis.transport.client import addresses_of
+from squidstep_redis.transport.helper import Helper
+
+_RETRY_SECONDS: Final = 1.0  # to the last attempt: an outage must not delay the other metrics
+_COLLECT_SECONDS: Final = 5.0  # half of Prometheus' default scrape timeout
 
 _Counts = tuple[int, int, int]
 """Live claims, lapsed claims and failed steps."""
@@ -54,6 +60,11 @@ def observe(store: StepRunStore | AsyncStepRunStore, registry: CollectorRegistry
     the blocking store that was observed last. If stores with one prefix are on several servers, or in several
     databases, their numbers are added up. If one of these servers is unreachable, they are omitted for that prefix.
     Servers are told apart by the address in the client: connect to each under one name.
+
+    An outage does not hide the other metrics. All servers are queried side by side, each in a thread. If servers cannot
+    be reached, a collection takes a second longer, however many stores are observed. If a server hangs, it waits for
+    one attempt, as long as the client's timeouts allow: 3 s for a store of `from_url`. It ends after 5 s in any case,
+    also if the client has no timeouts.
 
     Args:
         store: the store; pass each store only once, or its decisions are counted twice.
@@ -147,13 +158,16 @@ class Metrics(Collector):
         yield GaugeMetricFamily("squidstep_failed_steps", "Steps that have failed", labels=["prefix"])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Queries the servers."""
+        """Queries the servers side by side, for at most five seconds."""
+        until = time.monotonic() + _COLLECT_SECONDS
         families = list(self.describe())
         counts: dict[str, list[_Counts | None]] = {}
-        for server in list(self._servers):
-            found = server.count()
-            for prefix in list(server.stores):
-                counts.setdefault(prefix, []).append(found.get(prefix))
+        for prefixes, reading in [(list(server.stores), server.read()) for server in list(self._servers)]:
+            reading.wait(until)
+            if reading.error is not None:
+                raise reading.error
+            for prefix in prefixes:
+                counts.setdefault(prefix, []).append(reading.counts.get(prefix))
         for prefix, by_server in counts.items():
             known = [each for each in by_server if each is not None]
             if len(known) == len(by_server):  # otherwise omitted, so that the other metrics are still collected
@@ -173,15 +187,39 @@ class _Server:
     def __init__(self) -> None:
         self.addresses: frozenset[str] = frozenset()
         self.stores: dict[str, StepRunStore] = {}
+        self._reading: _Reading | None = None
 
-    def count(self) -> dict[str, _Counts]:
-        """Returns the counts by prefix, without the prefixes whose counts could not be read."""
-        counts: dict[str, _Counts] = {}
-        for prefix, store in list(self.stores.items()):
-            with suppress(SquidstepError):
-                live, lapsed = store.count_claims()
-                counts[prefix] = live, lapsed, store.count_failed()
-        return counts
+    def read(self) -> _Reading:
+        """Begins to query the server, unless another collection does: a server that hangs occupies one thread."""
+        reading = self._reading
+        if reading is None or not reading.is_running:
+            reading = self._reading = _Reading(dict(self.stores))
+        return reading
+
+
+class _Reading(Helper):
+    """Queries one server, in a thread.
+
+    Attributes:
+        counts: by prefix, what was read so far.
+    """
+
+    def __init__(self, stores: dict[str, StepRunStore]) -> None:
+        self.counts: dict[str, _Counts] = {}
+        super().__init__("squidstep-metrics", partial(self._count, stores))
+
+    def _count(self, stores: dict[str, StepRunStore]) -> None:
+        for prefix, store in stores.items():
+            internals: Any = store
+            transport: BlockingTransport = internals._transport.limited(_RETRY_SECONDS)
+            try:
+                live, lapsed = run_workflow(transport, store.calls.count_claims())
+                self.counts[prefix] = live, lapsed, run_workflow(transport, store.calls.count_failed())
+            except ServerError as error:
+                if error.transient:  # the next store would wait as long
+                    break
+            except SquidstepError:  # of this prefix only
+                continue
 
 
 _metrics: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()

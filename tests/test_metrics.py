@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 
 import pytest
 import redis
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from redis.sentinel import Sentinel
+from support.address import Address
 from support.backends import Backend
 from support.records import begun
-from support.servers import find_binary
+from support.servers import find_binary, wait_until
 
-from squidstep_redis import AsyncStepRunStore, StepRunStore
+from squidstep_redis import AsyncStepRunStore, StepRunStore, metrics
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.metrics import observe
 from squidstep_redis.transport.client import addresses_of
@@ -108,6 +112,48 @@ def test_asyncio_stores_are_counted_in_a_thread_without_a_loop(
             assert (executes, await asyncio.to_thread(gauges, registry, "asyncio")) == (1, [None] * 3)
 
     asyncio.run(main())
+
+
+def test_collection_waits_a_second_for_all_unreachable_servers(
+    registry: CollectorRegistry, ports: tuple[int, int]
+) -> None:
+    for number in range(4):
+        observe(connect(1, f"gone-{number}"), registry)
+        observe(connect(2 + number, f"away-{number}"), registry)
+    observe(connect(ports[0], "reachable"), registry)
+    began = time.monotonic()
+    text = generate_latest(registry).decode()
+    assert time.monotonic() - began < 4  # a store retries for ten seconds
+    assert 'squidstep_live_claims{prefix="reachable"} 0.0' in text
+    assert 'squidstep_live_claims{prefix="gone' not in text
+
+
+def test_collection_waits_for_one_attempt_of_hanging_servers(registry: CollectorRegistry) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        for hanging in (one, other):  # they never reply
+            observe(connect(hanging.getsockname()[1], "hanging"), registry)
+        began = time.monotonic()
+        assert value(registry, "live_claims", "hanging") is None
+        assert time.monotonic() - began < 7
+
+
+def test_collections_of_a_hanging_server_share_a_thread(
+    registry: CollectorRegistry, ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def readers() -> int:
+        return sum(thread.name == "squidstep-metrics" for thread in threading.enumerate())
+
+    wait_until(lambda: readers() == 0)
+    monkeypatch.setattr(metrics, "_COLLECT_SECONDS", 0.2)
+    with Address(ports[0]) as address:
+        client = redis.Redis(port=address.port, socket_timeout=None, socket_connect_timeout=None)
+        observe(StepRunStore(client, prefix="stuck"), registry)
+        address.stall()
+        for _ in range(3):
+            assert gauges(registry, "stuck") == [None] * 3
+            assert readers() == 1
+        address.resume()
+        wait_until(lambda: gauges(registry, "stuck") == [0] * 3)
 
 
 @pytest.mark.servers("cluster")

@@ -71,7 +71,7 @@ BESIDE_PUBLIC_NAMES = {
     "embedded": {"embedded_supervisor"},
     "embedded_supervisor": set[str](),
     "formatting": {"durations", "escaping"},
-    "metrics": {"transport.client"},
+    "metrics": {"steady", "transport.blocking", "transport.client", "transport.helper"},
     "pytest_plugin": {"embedded", "testing"},
     "rq": {
         "rq",
