@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import builtins
 import codecs
 import socket
+from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from math import inf
@@ -98,6 +100,9 @@ def _connect(connection: Any, limit: float) -> None:
             if connection._sock is not None:  # nothing has disconnected it
                 _restore_socket(connection, sock)
 
+    attributes = cast("dict[str, Any]", vars(connection))
+    attributes.pop("_connect", None)  # an exception from outside may have left it
+    connection._connect = _Opener(connection, limit)
     connection.redis_connect_func = _SetUp(set_up, given)
     if provider is not None:
         connection.credential_provider = _Credentials(provider, limit)
@@ -112,6 +117,7 @@ def _connect(connection: Any, limit: float) -> None:
         connection.credential_provider = provider
         if sentinels is not None:
             connection.connection_pool = sentinels
+        attributes.pop("_connect", None)
 
 
 def _given(value: Any) -> Any:
@@ -141,6 +147,46 @@ class _SetUp:
 
     def __call__(self, _: object) -> None:
         self._set_up()
+
+
+class _Opener:
+    """What redis-py calls to open the socket of a connection.
+
+    Its own method looks up the name without a limit, and tries one address after another, with the whole timeout for
+    each. So it runs in a thread if there is a name to look up. A socket that it opens too late is closed.
+    """
+
+    def __init__(self, connection: Any, limit: float) -> None:
+        self._connection = connection
+        self._limit = limit
+
+    def __call__(self) -> socket.socket:
+        host = getattr(self._connection, "host", None)  # Sentinel has only now set it
+        kind = cast("Any", type(self._connection))
+        open_socket = partial(kind._connect, self._connection)
+        if not isinstance(host, str) or _needs_no_lookup(host) or _is_patched_in_part():
+            return open_socket()
+        return _until(self._limit, open_socket, _close)
+
+
+def _needs_no_lookup(host: str) -> bool:
+    """Whether a host is an IP address, or this machine, so that it has one address and is found at once."""
+    if host == "localhost":
+        return True
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, ValueError):
+            socket.inet_pton(family, host)
+            return True
+    return False
+
+
+def _is_patched_in_part() -> bool:
+    """Whether gevent has replaced sockets, but not threads: a socket then belongs to the thread that has opened it."""
+    return socket.socket.__module__ != "socket" and _thread.start_new_thread.__module__ == "_thread"
+
+
+def _close(sock: socket.socket) -> None:
+    sock.close()
 
 
 class _Credentials:
@@ -173,19 +219,21 @@ class _Sentinels:
         return _until(self._limit, self.given.get_master_address)
 
 
-def _until(limit: float, function: Callable[[], T]) -> T:
+def _until(limit: float, function: Callable[[], T], discard: Callable[[T], object] = lambda _: None) -> T:
     """Calls a function that takes part in connecting, and may take any time; returns what it returns.
 
     Args:
         limit: when to give up waiting for it, by the monotonic clock. It continues in its own thread.
         function: the function.
+        discard: is called with a result that nothing waits for any more.
 
     Raises:
         RoundTripError: there is no result by then.
     """
     if limit == inf:
         return function()
-    results: list[T] = []
+    results: deque[T] = deque()
+    is_abandoned: list[bool] = []
     call, caller = partial(copy_context().run, function), get_ident()
 
     def run() -> None:
@@ -197,14 +245,25 @@ def _until(limit: float, function: Callable[[], T]) -> T:
             if get_ident() == caller:
                 raise
             raise ConnectionError(f"Connecting failed with {type(error).__name__}") from error
+        if is_abandoned:
+            discard_result()
 
-    helper = Helper("squidstep-connect", run)
-    helper.wait(limit)
-    if helper.error is not None:
-        raise helper.error
-    if not results:
-        raise _late()
-    return results[0]
+    def discard_result() -> None:
+        with suppress(IndexError):  # each thread does it after the other may have, so that one of them finds the result
+            discard(results.pop())
+
+    try:
+        helper = Helper("squidstep-connect", run)
+        helper.wait(limit)
+        if helper.error is not None:
+            raise helper.error
+        if not results:
+            raise _late()
+        return results.pop()
+    except BaseException:
+        is_abandoned.append(True)
+        discard_result()
+        raise
 
 
 def _as_connection(function: Callable[..., Any], *args: Any) -> Any:
