@@ -130,6 +130,11 @@ SETTINGS: Final = ("appendfsync", "save", "min-replicas-to-write", "stop-writes-
 
 # Checks of the client
 
+_PIECES: Final = (
+    ". If a server sends a reply in small pieces, a call of a blocking client can take longer: something hooks its "
+    "execute_command, and redis-py's own timeout is for each piece"
+)
+
 
 def _client_timeout(client: Client) -> Found:
     timeout = client.socket_timeout
@@ -156,7 +161,7 @@ def _client_deadline(client: Client) -> Found:
         )
     return OK, (
         f"a call ends within {longest:.4g} s: it is retried for {client.timeout:g} s, and an attempt takes at most "
-        f"{attempt:.4g} s"
+        f"{attempt:.4g} s{_PIECES if client.is_hooked else ''}"
     )
 
 
