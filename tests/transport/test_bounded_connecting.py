@@ -28,6 +28,7 @@ from .conftest import HookedRedis
 pytestmark = pytest.mark.servers("valkey")
 
 SHORT: Any = {"socket_timeout": 0.3, "socket_connect_timeout": 0.3}
+PATIENT: Any = {"socket_timeout": 20, "socket_connect_timeout": 20}
 KINDS = ["own", "plain", "hooked", "blocking pool", "own class of connection"]
 
 
@@ -208,7 +209,7 @@ class TestNames:
     @pytest.mark.parametrize("kind", BOUNDED)
     def test_name_that_is_found_in_time_is_connected(self, names: Names, backend: Backend, kind: str) -> None:
         names.released.set()
-        with Proxy.to(backend.raw) as proxy, client_of(kind, host=NAME, port=1, retry=None) as client:
+        with Proxy.to(backend.raw) as proxy, client_of(kind, host=NAME, port=1, **PATIENT) as client:
             names.ports = [proxy.port]
             store = StepRunStore(client, own_connections=kind == "own")
             for _ in range(2):
