@@ -238,6 +238,10 @@ class OwnConnections(AsyncConnections):
 
     async def _connect_shared(self, links: _Links, deadline: float) -> Link:
         """Opens the shared connection once for all tasks that need it, so that none interrupts its handshake."""
+        if links.connecting is not None and links.connecting.done():
+            links.on_connected(links.connecting)  # an exception may have kept the event loop from calling it
+            if links.shared is not None and links.shared.is_open:
+                return links.shared
         seconds = None  # of a task that was started for this call: it has the same limit
         if links.connecting is None:
             connection = links.template = self._template()
@@ -288,12 +292,14 @@ class _Links:
             self._close_all()
 
     def on_connected(self, task: asyncio.Task[Link]) -> None:
-        self.connecting = self.template = None
+        if self.connecting is not task:  # it was called before
+            return
         if not task.cancelled() and task.exception() is None:
             if self.is_closed:
                 task.result().close()
             else:
                 self.shared = task.result()
+        self.connecting = self.template = None
 
     def pop_idle(self) -> Link | None:
         while self.idle:

@@ -62,6 +62,7 @@ class Link(asyncio.Protocol):
 
     The exception of a signal handler may arrive at any line. In a callback, the event loop would log it and continue.
     So no callback forgets a round trip before its future has an outcome, and an interrupted one closes the connection.
+    A callback that is interrupted before its first line has no effect: a reply or a second timer does its work.
 
     Attributes:
         is_open: whether it can be used for another round trip.
@@ -83,7 +84,7 @@ class Link(asyncio.Protocol):
         self._waiters: deque[_Waiter] = deque()
         self._granted_bytes = 0
         self._granted = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers: tuple[asyncio.TimerHandle, ...] = ()
         self._progress_at = 0.0
         self._spin = Spin()
         self._spinning_since: float | None = None
@@ -99,7 +100,7 @@ class Link(asyncio.Protocol):
         """Whether one more of those that wait may be submitted, besides those that are about to be."""
         return (
             self.is_open
-            and not self._is_paused
+            and not (self._is_paused and self._sent)  # without any, an interruption kept it from being resumed
             and self._unsent_bytes + self._granted_bytes < _MAX_UNSENT_BYTES
             and len(self._sent) + len(self._unsent) + self._granted < _MAX_PENDING
         )
@@ -187,8 +188,8 @@ class Link(asyncio.Protocol):
                 self._progress_at = self._loop.time()
                 if len(pending) == 1 and self._spinning_since is None:
                     self._begin_to_stay_awake()
-            if self._timer is None and self._timeout is not None:
-                self._timer = self._loop.call_later(self._timeout, self._check_progress)
+            if not self._timers and self._timeout is not None:
+                self._arm(self._timeout)
             data = pending[0].data if len(pending) == 1 else b"".join([each.data for each in pending])
             self._sent.extend(pending)
             self._unsent.clear()
@@ -235,14 +236,29 @@ class Link(asyncio.Protocol):
             callers.discard(get_ident())
             self._spin.end(begun, in_time=not self._sent)
 
+    def _arm(self, seconds: float) -> None:
+        """Sets two timers: an interruption may end the callback of one of them before its first line."""
+        earlier, call_later = self._timers, self._loop.call_later
+        self._timers = (
+            call_later(seconds, self._check_progress),
+            call_later(seconds + _SHORTEST_CHECK, self._check_progress),
+        )
+        for timer in earlier:
+            timer.cancel()
+
+    def _disarm(self) -> None:
+        timers, self._timers = self._timers, ()
+        for timer in timers:
+            timer.cancel()
+
     def _check_progress(self) -> None:
         """Fails all round trips if the server has completed no reply within the timeout.
 
         A batch whose replies arrive slowly, but within the timeout, exceeds its call's deadline by no more than that.
         Nor does a round trip that waits for earlier ones, whose calls may have later deadlines.
         """
-        self._timer = None
         if not self._sent or self._timeout is None:
+            self._disarm()
             return
         try:
             self._check_each(self._timeout)
@@ -265,7 +281,7 @@ class Link(asyncio.Protocol):
                 else:  # its replies are dropped
                     late = RoundTripError(TimeoutError("Timeout waiting for the replies to earlier calls"), sent=True)
                     round_trip.future.set_exception(late)
-        self._timer = self._loop.call_later(max(left, _SHORTEST_CHECK), self._check_progress)
+        self._arm(max(left, _SHORTEST_CHECK))
 
     def data_received(self, data: bytes) -> None:
         """Matches replies with round trips, in order."""
@@ -373,9 +389,7 @@ class Link(asyncio.Protocol):
                 round_trip.future.set_exception(RoundTripError(error, sent=False))
         self._unsent.clear()
         self._unsent_bytes = 0
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._disarm()
         self._wake()
         self._transport.abort()
 
