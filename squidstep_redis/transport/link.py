@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Iterable
 from math import inf
 from threading import get_ident
 from typing import Any, Final
 
 from redis.exceptions import ConnectionError, InvalidResponse, RedisError, TimeoutError
 
+from squidstep_redis.signals import is_raised_by_handler
 from squidstep_redis.steady import steady_time as time
 from squidstep_redis.transport.retry import UNREADABLE, RoundTripError, is_demotion
 from squidstep_redis.transport.spin import SECONDS, Spin, callers, let_others_run
@@ -86,6 +88,8 @@ class Link(asyncio.Protocol):
         self._granted = 0
         self._timers: tuple[asyncio.TimerHandle, ...] = ()
         self._progress_at = 0.0
+        self._refused = 0  # how many of the last round trips a transport did not accept that is closed
+        self._never_left = 0  # how many of the last round trips have not left, when all fail
         self._spin = Spin()
         self._spinning_since: float | None = None
         self.is_demoted = False
@@ -196,8 +200,9 @@ class Link(asyncio.Protocol):
             self._unsent_bytes = 0
             self._transport.write(data)
             if self._transport.is_closing():
-                self._fail_unsent(pending)
-                return
+                self.is_open = False
+                self._refused = len(pending)
+                self._transport.abort()
             for round_trip in pending:
                 round_trip.data = b""
             if self._waiters:
@@ -205,16 +210,6 @@ class Link(asyncio.Protocol):
         except BaseException:
             self._fail(_interruption())
             raise
-
-    def _fail_unsent(self, pending: list[_Pending]) -> None:
-        """Fails all round trips after a write to a transport that was closing, or that has failed at once.
-
-        No byte of that write has left: the transport has dropped it, or drops it when it is aborted.
-        """
-        for _ in pending:
-            self._sent.pop()
-        self._unsent = pending
-        self._fail(ConnectionError("Connection closed by server."))
 
     def _begin_to_stay_awake(self) -> None:
         thread = get_ident()
@@ -337,7 +332,13 @@ class Link(asyncio.Protocol):
         self._fail(ConnectionError(f"Connection closed after an error: {type(reply).__name__}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fails the round trips in progress."""
+        """Fails the round trips in progress.
+
+        If the transport was closed before the last write, or that write has failed at once, no byte of it has left.
+        asyncio treats an exception of a signal handler like a failed write, but it may have come after the write.
+        """
+        if exc is None or (isinstance(exc, OSError) and not is_raised_by_handler(exc)):
+            self._never_left = max(self._never_left, self._refused)
         self._fail(ConnectionError(f"Connection lost: {exc}" if exc else "Connection closed by server."))
 
     def pause_writing(self) -> None:
@@ -376,27 +377,35 @@ class Link(asyncio.Protocol):
             raise
 
     def _fail_all(self, error: RedisError) -> None:
-        buffered = self._buffered_bytes()
-        while self._sent:
-            round_trip = self._sent[-1]
-            # Its bytes are the last ones that asyncio has not written yet, and that `abort` drops.
-            buffered -= round_trip.size
-            if not round_trip.future.done():
-                round_trip.future.set_exception(RoundTripError(error, sent=buffered < 0))
-            self._sent.pop()
-        for round_trip in self._unsent:
-            if not round_trip.future.done():
-                round_trip.future.set_exception(RoundTripError(error, sent=False))
+        """Decides which of the last round trips have not left, then fails all. To repeat it changes no decision."""
+        sent = list(self._sent)
+        self._never_left = max(self._never_left, self._count_in_buffer())
+        self._transport.abort()  # drops its buffer; then it calls `connection_lost`
+        _fail_each(sent[: max(0, len(sent) - self._never_left)], error, was_sent=True)
+        _fail_each((*sent, *self._unsent), error, was_sent=False)
+        self._sent.clear()
         self._unsent.clear()
         self._unsent_bytes = 0
         self._disarm()
         self._wake()
-        self._transport.abort()
 
-    def _buffered_bytes(self) -> int:
-        """Returns how many bytes of the last round trips have certainly not left asyncio's buffer."""
-        is_plain = type(self._transport).__module__ == "asyncio.selector_events"  # others may count written bytes, too
-        return self._transport.get_write_buffer_size() if is_plain else 0
+    def _count_in_buffer(self) -> int:
+        """Returns how many of the last round trips are in asyncio's buffer as a whole, which `abort` drops at once."""
+        if not self._sent or type(self._transport).__module__ != "asyncio.selector_events":  # others may still send it
+            return 0
+        count, left = 0, self._transport.get_write_buffer_size()
+        for round_trip in reversed(self._sent):
+            left -= round_trip.size
+            if left < 0:
+                break
+            count += 1
+        return count
+
+
+def _fail_each(round_trips: Iterable[_Pending], error: RedisError, *, was_sent: bool) -> None:
+    for round_trip in round_trips:
+        if not round_trip.future.done():
+            round_trip.future.set_exception(RoundTripError(error, sent=was_sent))
 
 
 def _interruption() -> ConnectionError:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import signal
 import sys
+from asyncio import selector_events
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from support.claims import until
 from support.interruptions import sigusr1_raises
 from support.proxy import Proxy
 
-from squidstep_redis import AsyncStepRunStore, BeginResult, ServerError, StepRunStore
+from squidstep_redis import AsyncStepRunStore, BeginResult, NotSentError, ServerError, StepRunStore
 from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.transport import aio_connection
 from squidstep_redis.transport.link import Link
@@ -173,3 +174,26 @@ def test_interrupted_opening_does_not_end_later_ones(server: EmbeddedServer) -> 
 
     with StepRunStore.from_url(server.url) as store, Proxy.to(store.client) as proxy:
         run(f"redis://127.0.0.1:{proxy.port}", main)
+
+
+def test_interrupted_write_is_not_reported_as_unsent(served: tuple[EmbeddedServer, StepRunStore]) -> None:
+    """asyncio's transport handles the exception as a failed write, although it may have sent the bytes."""
+    server, observer = served
+    transport: Any = selector_events
+    write = transport._SelectorSocketTransport.write
+
+    async def main(store: AsyncStepRunStore) -> None:
+        await store.begin_step("run", "first", {})  # the server knows the script
+        for position in itertools.count():
+            await store.get_run("run")
+            call = store.calls.begin_step("run", f"{position}", {})._replace(retryable=False)
+            with interrupted(write, position, "opcode") as interruption:
+                (outcome,) = await outcomes_of([store.send(call)])
+            if isinstance(outcome, NotSentError):
+                await asyncio.sleep(0.005)  # the server reads
+                assert observer.get_step_run("run", f"{position}") is None, position
+            if not interruption.has_happened:
+                assert position > 20
+                return
+
+    run(server.url, main)
