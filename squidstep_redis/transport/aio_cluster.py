@@ -16,7 +16,7 @@ from typing import Any
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, MovedError
+from redis.exceptions import AskError, ConnectionError, DataError, MovedError
 
 from squidstep_redis.protocol.call import Call, Command
 from squidstep_redis.steady import steady_time as time
@@ -85,6 +85,8 @@ class ClusterConnections(AsyncConnections):
             if node is None:  # a node that serves no slot yet
                 node = ClusterNode(host, port, PRIMARY, **manager.connection_kwargs)
                 manager.set_nodes(manager.nodes_cache, {node.name: node})
+        except DataError as failure:  # redis-py accepts no port 0; blocking, it fails to connect to it
+            raise RoundTripError(ConnectionError(str(failure)), sent=False) from failure
         except Exception as failure:
             raise RoundTripError(as_redis_error(failure), sent=False) from failure
         return self._to(node)

@@ -162,6 +162,13 @@ class TestRouting:
             assert set(proxy.names()) == {"EVALSHA"}
 
 
+def error_of(operation: Callable[[], object]) -> SquidstepError:
+    """Returns the error of an operation that must fail."""
+    with pytest.raises(SquidstepError) as caught:
+        operation()
+    return caught.value
+
+
 class TestRedirects:
     def test_the_client_learns_the_node_of_a_moved_slot(self, cluster: Cluster, stores: Stores) -> None:
         run = new_run()
@@ -242,6 +249,21 @@ class TestRedirects:
             assert caught.value.transient
             assert time.monotonic() - began < 10
             assert len(calls_in(proxy)) < 200
+
+    @pytest.mark.parametrize("batch", [False, True])
+    def test_redirect_that_cannot_be_followed_is_a_refusal(self, cluster: Cluster, stores: Stores, batch: bool) -> None:
+        run = new_run()
+        with through_proxy(Migration(cluster, slot_of(run)).source) as (proxy, remap):
+            store = stores.on_cluster(cluster.url, address_remap=remap, timeout=20)
+            store.begin_step(run, "step", {})
+            retry_for(store, SHORT)
+            proxy.replace_replies(*[f"-MOVED {slot_of(run)} 127.0.0.1:0\r\n".encode()] * 100)
+            call = store.calls.begin_step(run, "next", {})
+
+            refused = store.batch([call])[0] if batch else error_of(lambda: store.send(call))
+
+            assert isinstance(refused, RefusedError)
+            assert refused.transient
 
 
 class TestWhatWasSent:
