@@ -74,7 +74,7 @@ STATUSES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [DeclinedError("stopped"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("moment", STATUSES)
-def test_no_line_of_a_block_leaves_its_claim_to_nobody(
+def test_no_line_of_a_block_leaves_a_running_claim(
     server: EmbeddedServer, observer: StepRunStore, kind: str, error: BaseException, moment: str
 ) -> None:
     for line in itertools.count(3, 29):

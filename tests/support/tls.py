@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 CLIENT_OPTIONS: dict[str, Any] = {"ssl": True, "ssl_cert_reqs": "none", "ssl_check_hostname": False}
-"""The options of a redis-py client for the front, whose certificate nobody has signed."""
+"""The options of a redis-py client for the front, whose certificate is not signed."""
 
 
 class TlsFront:
