@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import signal
 from collections.abc import Iterator
@@ -20,10 +21,21 @@ from squidstep_redis.embedded import EmbeddedServer
 from squidstep_redis.transport import link
 from squidstep_redis.transport.link import Link
 
-pytestmark = pytest.mark.servers("valkey")
+pytestmark = [
+    pytest.mark.servers("valkey"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 LINK = (str(Path(link.__file__)),)
 SECONDS = 60.0
+
+
+@pytest.fixture(autouse=True)
+def abandoned_coroutines() -> Iterator[None]:
+    """Collects coroutines that an interruption has kept from being awaited, while the warning about them is ignored."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -146,7 +158,7 @@ def test_bytes_that_never_left_the_process_were_not_sent(served: tuple[EmbeddedS
             payload = {"text": "x" * 60_000}
             tasks = {
                 f"step-{number}": asyncio.create_task(store.begin_step("run", f"step-{number}", payload))
-                for number in range(200)
+                for number in range(400)
             }
             await until(lambda: shared_link(store)._transport.get_write_buffer_size() > 120_000)
             submitted = len(shared_link(store)._sent)
