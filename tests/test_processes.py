@@ -66,11 +66,10 @@ def _send_result(sender: Any, work: Callable[..., Any], *args: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def collect_garbage(backend: Backend) -> Iterator[None]:
+def collect_garbage() -> Iterator[None]:
     """Collects what a cluster's client abandons when many threads use it for the first time."""
     yield
-    if backend.name == "cluster":
-        collect_abandoned_connections()
+    collect_abandoned_connections()
 
 
 def begin_at_once(index: int, barrier: Barrier, connect: Connect, prefix: str) -> BeginResult:

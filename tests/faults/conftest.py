@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.backends import buckets_of
-from support.servers import collect_abandoned_connections
 
 from .kit import FLAVORS, Stores
 from .topologies import Cluster
-
-
-@pytest.fixture(scope="module", autouse=True)
-def collect_garbage() -> Iterator[None]:
-    """Collects what redis-py leaves open on clusters. Other modules do not filter the warnings."""
-    yield
-    collect_abandoned_connections()
 
 
 @pytest.fixture(params=FLAVORS)

@@ -49,6 +49,13 @@ SHORT = 0.05  # seconds: a call that has to fail is retried for so long
 _FAST: dict[str, Any] = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def collect_garbage() -> Iterator[None]:
+    """Collects what redis-py leaves open during the last test of this module, where the warnings are filtered."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture
 def cluster(unreplicated: Cluster) -> Cluster:
     """Three primaries, which all tests share: no test kills one."""
