@@ -39,7 +39,6 @@ class Stores:
         self.flavor = flavor
         self.runner: Any = runner  # unused by the blocking flavor
         self._closing = contextlib.ExitStack()
-        self._oldest = 1  # generation to collect: redis-py abandons connections of clusters, which may be older
 
     def from_url(self, url: str, **options: Any) -> StepRunStore:
         if self.flavor == "blocking":
@@ -70,7 +69,6 @@ class Stores:
     def on_cluster(self, url: str, *, address_remap: Any = None, **settings: Any) -> StepRunStore:
         options: dict[str, Any] = {"socket_timeout": 1, "socket_connect_timeout": 1, "address_remap": address_remap}
         if self.flavor == "asyncio":
-            self._oldest = 2
             return self.on_client(redis.asyncio.RedisCluster.from_url(url, **options), **settings)
         return self.on_client(_blocking_cluster_client(url, options), **settings)
 
@@ -97,8 +95,7 @@ class Stores:
 
     def __exit__(self, *exc_info: object) -> None:
         self._closing.close()
-        if self.flavor == "asyncio":  # a blocking client's connections are sockets: pytest ignores those
-            collect_abandoned_connections(self._oldest)
+        collect_abandoned_connections()
 
 
 def _blocking_cluster_client(url: str, options: dict[str, Any]) -> Any:

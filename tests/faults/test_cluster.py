@@ -33,20 +33,14 @@ pytestmark = [
 _runs = (f"run-{number}" for number in itertools.count())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def collect_garbage() -> Iterator[None]:
-    """Collects what redis-py leaves open during the last test of this module, where the warnings are filtered."""
-    yield
-    gc.collect()
-
-
 @pytest.fixture
-def cluster(replicated: Cluster) -> Cluster:
+def cluster(replicated: Cluster) -> Iterator[Cluster]:
     """The shared cluster, with all nodes up and in sync; earlier tests may have changed the primaries."""
     for node in replicated.nodes:
         node.start()
     wait_until(replicated.is_ready, timeout=60)
-    return replicated
+    yield replicated
+    gc.collect()  # here, where the warnings are filtered
 
 
 @pytest.fixture
@@ -221,9 +215,10 @@ class TestUnservedSlot:
     """The server replies CLUSTERDOWN."""
 
     @pytest.fixture
-    def cluster(self, unreplicated: Cluster) -> Cluster:
+    def cluster(self, unreplicated: Cluster) -> Iterator[Cluster]:
         wait_until(unreplicated.is_ready, timeout=60)
-        return unreplicated
+        yield unreplicated
+        gc.collect()  # here, where the warnings are filtered
 
     def test_calls_are_rejected_and_nothing_is_written(self, cluster: Cluster, stores: Stores, run: str) -> None:
         store = stores.on_cluster(cluster.url, timeout=60)

@@ -25,16 +25,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def collect_garbage() -> Iterator[None]:
-    """Collects what loops leave open that end with pending tasks. Other modules do not filter the warnings."""
-    yield
-    collect_abandoned_connections()
-
-
 @pytest.fixture(autouse=True)
 def clean_up(backend: Backend) -> Iterator[None]:
+    """Collects what loops leave open that end with pending tasks."""
     yield
+    collect_abandoned_connections()
     backend.flush()
 
 

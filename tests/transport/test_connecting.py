@@ -42,9 +42,9 @@ pytestmark = [
 any_redis: Any = redis.asyncio  # parts of its types are unknown
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def collect_garbage() -> Iterator[None]:
-    """Collects what clients of a loop that has ended leave open. Other modules do not filter the warnings."""
+    """Collects what clients of a loop that has ended leave open, so that no later test is blamed for it."""
     yield
     collect_abandoned_connections()
 

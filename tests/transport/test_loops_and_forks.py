@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.servers("valkey"), pytest.mark.filterwarnings("ignore:
 STORES = ["own", "user's"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def collect_garbage() -> Iterator[None]:
-    """Collects what clients of a loop that has ended leave open. Other modules do not filter the warnings."""
+    """Collects what clients of a loop that has ended leave open, so that no later test is blamed for it."""
     yield
     collect_abandoned_connections()
 
